@@ -1,0 +1,54 @@
+"""Continue a few texts with a base (not chat) model.
+
+python example_text_completion.py --ckpt_dir llama-2-7b --tokenizer_path tokenizer.model
+torchrun --nproc_per_node 2 example_text_completion.py --ckpt_dir llama-2-13b --tokenizer_path tokenizer.model
+"""
+
+import fire
+
+from llama import Llama
+
+
+def main(
+    ckpt_dir: str,
+    tokenizer_path: str,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    max_seq_len: int = 128,
+    max_gen_len: int = 64,
+    max_batch_size: int = 4,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Print what the model makes of four beginnings.
+
+    ckpt_dir: a folder with consolidated.NN.pth and params.json; tokenizer_path: tokenizer.model. max_seq_len: positions
+    per text, prompt and answer together. device: cpu, cuda or mps; dtype: bfloat16, float16 or float32.
+    """
+    generator = Llama.build(
+        ckpt_dir=ckpt_dir,
+        tokenizer_path=tokenizer_path,
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+        device=device,
+        dtype=dtype,
+    )
+    prompts = [
+        # A story to go on with.
+        "Once upon a time, there was a little bear who could not sleep.",
+        # A sentence to finish.
+        "The reason why the sky is blue is that",
+        # The start of a letter.
+        "Dear neighbour,\n\nthank you for looking after our cat while we were away. She",
+        # A pattern to pick up: few-shot translation.
+        "Translate English to French:\n\nbread => pain\ncheese => fromage\ngood morning => bonjour\nthe red house =>",
+    ]
+    results = generator.text_completion(prompts, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p)
+    for prompt, result in zip(prompts, results, strict=True):
+        print(prompt)
+        print(f"> {result['generation']}")
+        print("\n==================================\n")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

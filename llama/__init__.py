@@ -1,0 +1,11 @@
+"""Llama 2 inference: Meta's checkpoints, on any machine."""
+
+from .errors import CheckpointError, DeviceError, InputError, LlamaError
+from .generation import Dialog, Llama
+from .model import ModelArgs, Transformer
+from .tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+__all__ = [
+    "CheckpointError", "DeviceError", "Dialog", "InputError", "Llama", "LlamaError", "ModelArgs", "Tokenizer", "Transformer",
+]  # fmt: skip

@@ -1,0 +1,82 @@
+"""Llama 2's chat format: dialogs to ids.
+
+    <s>[INST] <<SYS>>
+    system
+    <</SYS>>
+
+    user [/INST] answer </s><s>[INST] user [/INST]
+
+Roles: an optional `system` first, folded into the first `user`; then `user` and `assistant` in turn; `user` last.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, TypedDict
+
+from .errors import InputError
+from .tokenizer import Tokenizer
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Message(TypedDict):
+    role: Role
+    content: str
+
+
+Dialog = Sequence[Message]
+
+B_INST, E_INST = "[INST]", "[/INST]"
+B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
+
+SPECIAL_TAGS = [B_INST, E_INST, "<<SYS>>", "<</SYS>>"]
+UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
+
+
+def is_unsafe(dialog: Dialog) -> bool:
+    """Whether any message, whoever said it, holds a special tag."""
+    return any(tag in message["content"] for message in dialog for tag in SPECIAL_TAGS)
+
+
+def check_dialog(dialog: Dialog, name: str) -> None:
+    """Raise InputError, with `name` and the message's index, unless the dialog has the form described above."""
+    if isinstance(dialog, (str, bytes, dict)) or not isinstance(dialog, Sequence):
+        raise InputError(f"{name} is {_kind(dialog)}; it must be a list of messages {{'role': ..., 'content': ...}}")
+    for i, message in enumerate(dialog):
+        if not isinstance(message, dict):
+            raise InputError(f"{name}, message {i} is {_kind(message)}; it must be a dict with 'role' and 'content'")
+        for key in ("role", "content"):
+            if key not in message:
+                raise InputError(f"{name}, message {i} has no {key!r}; it has {sorted(map(str, message))}")
+        if not isinstance(message["content"], str):
+            raise InputError(f"{name}, message {i}: its content is {_kind(message['content'])}; it must be a string")
+        if message["role"] not in ("system", "user", "assistant"):
+            raise InputError(f"{name}, message {i}: role {message['role']!r}; roles are 'system', 'user' and 'assistant'")
+
+    turns = [m["role"] for m in dialog]
+    system = turns[:1] == ["system"]
+    if not turns[system:]:
+        raise InputError(f"{name} {'has only a system message' if system else 'is empty'}; it must end with a 'user' message")
+    for i, role in enumerate(turns[system:]):
+        expected = ("user", "assistant")[i % 2]
+        if role != expected:
+            raise InputError(
+                f"{name}, message {i + system} is by {role!r} where {expected!r} must speak: "
+                "an optional 'system' first, then 'user' and 'assistant' in turn"
+            )
+    if turns[-1] != "user":
+        raise InputError(f"{name} ends with 'assistant'; the last message must be by 'user', to be answered")
+
+
+def encode_dialog(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
+    """A checked dialog's ids: each finished exchange between BOS and EOS, then BOS and the open question."""
+    texts = [m["content"] for m in dialog]
+    if dialog[0]["role"] == "system":
+        texts = [B_SYS + texts[0] + E_SYS + texts[1], *texts[2:]]
+    ids: list[int] = []
+    for user, answer in zip(texts[:-1:2], texts[1::2], strict=True):
+        ids += tokenizer.encode(f"{B_INST} {user.strip()} {E_INST} {answer.strip()} ", bos=True, eos=True)
+    return ids + tokenizer.encode(f"{B_INST} {texts[-1].strip()} {E_INST}", bos=True, eos=False)
+
+
+def _kind(value: object) -> str:
+    return f"{value!r:.40} ({type(value).__name__})"

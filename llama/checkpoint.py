@@ -1,0 +1,266 @@
+"""Meta's checkpoints: find, check, reshard, load.
+
+A checkpoint of n shards is loaded on m ranks, whatever n and m: of each matrix, rank r takes the r-th of m equal parts
+of the n stored parts joined. Shards are memory-mapped and read tensor by tensor straight into place, so that a rank
+holds its own weights and one tensor more at most. Everything is checked before anything is allocated, all but the
+numbers themselves, which are checked as they are read. Nothing in a file is ever executed.
+"""
+
+import ctypes
+import json
+import math
+import mmap
+import os
+import pickle
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import CheckpointError, what_is_it
+from .model import ModelArgs, Transformer
+from .runtime import model_parallel, progress
+
+# The dimension along which shards, and ranks, split a weight; None: the same in every shard.
+SPLIT: dict[str, int | None] = {
+    "tok_embeddings": 1,
+    "attention.wq": 0, "attention.wk": 0, "attention.wv": 0, "attention.wo": 1,
+    "feed_forward.w1": 0, "feed_forward.w2": 1, "feed_forward.w3": 0,
+    "attention_norm": None, "ffn_norm": None, "norm": None,
+    "output": 0,
+}  # fmt: skip
+NOT_WEIGHTS = {"rope.freqs"}  # in Meta's files, but computed here
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+Shards = dict[str, dict[str, torch.Tensor]]  # file name -> tensor name -> mapped tensor
+
+
+def split_dim(name: str) -> int | None:
+    return SPLIT[re.sub(r"^layers\.\d+\.|\.weight$", "", name)]
+
+
+# --- params.json -----------------------------------------------------------------------------------------------------
+
+_COUNT = (int, lambda v: v >= 1, "a whole number, 1 or more")
+_PARAMS: dict[str, tuple[Any, Any, str]] = {
+    "dim": _COUNT, "n_layers": _COUNT, "n_heads": _COUNT, "n_kv_heads": _COUNT, "multiple_of": _COUNT,
+    "vocab_size": (int, lambda v: v == -1 or v >= 1, "-1 (the tokenizer's) or a whole number, 1 or more"),
+    "ffn_dim_multiplier": ((int, float), lambda v: 0 < v < math.inf, "a number above 0"),
+    "norm_eps": ((int, float), lambda v: 0 < v < 1, "a number between 0 and 1"),
+    "rope_theta": ((int, float), lambda v: 0 < v < math.inf, "a number above 0"),
+}  # fmt: skip
+_OPTIONAL = ("n_kv_heads", "ffn_dim_multiplier")  # null means absent
+
+
+def read_params(ckpt_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """The checked contents of `params.json`, for ModelArgs."""
+    folder = Path(ckpt_dir)
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "there is no such folder"
+        raise CheckpointError(f"{folder}: {what}; ckpt_dir is a model's folder with consolidated.NN.pth and params.json")
+    path = folder / "params.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no params.json; {_what_instead(folder)}")
+    try:
+        params = json.loads(path.read_bytes())
+    except ValueError as e:
+        raise CheckpointError(f"{path}: not JSON ({what_is_it(path.read_bytes()[:64])}); fetch it again") from e
+    if not isinstance(params, dict):
+        raise CheckpointError(f"{path}: holds a {type(params).__name__}, not an object of names and values")
+    params = {k: v for k, v in params.items() if not (v is None and k in _OPTIONAL)}
+    for key, value in params.items():
+        if key not in _PARAMS:
+            raise CheckpointError(f"{path}: unknown key {key!r}; a Llama 2 model has {', '.join(_PARAMS)}")
+        kind, valid, wanted = _PARAMS[key]
+        if isinstance(value, bool) or not isinstance(value, kind) or not valid(value):
+            raise CheckpointError(f"{path}: {key} is {value!r:.80}; it must be {wanted}")
+    args = ModelArgs(**params)
+    if args.dim % args.n_heads or args.head_dim % 2:
+        raise CheckpointError(f"{path}: dim {args.dim} does not make {args.n_heads} heads of even width")
+    if args.n_heads % args.kv_heads:
+        raise CheckpointError(f"{path}: n_heads {args.n_heads} is no multiple of n_kv_heads {args.n_kv_heads}")
+    return params
+
+
+def _what_instead(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir())
+    if not names:
+        return "the folder is empty"
+    if any(n == "config.json" or n.endswith(".safetensors") or n.startswith("pytorch_model") for n in names):
+        return (
+            "the folder is in Hugging Face layout; this library reads Meta's own files "
+            "(consolidated.NN.pth and params.json; Hugging Face's repositories keep them in original/)"
+        )
+    models = [n for n in names if (folder / n / "params.json").is_file()]
+    if models:
+        return f"it holds model folders; give one of them as ckpt_dir: {', '.join(models[:8])}"
+    return f"it holds {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}"
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+def open_shards(ckpt_dir: str | os.PathLike[str]) -> Shards:
+    """Map every consolidated.NN.pth; reads names and shapes, no numbers."""
+    folder = Path(ckpt_dir)
+    found = {int(m[1]): p for p in folder.iterdir() if (m := re.fullmatch(r"consolidated\.(\d+)\.pth", p.name))}
+    if not found:
+        raise CheckpointError(f"{folder}: no consolidated.NN.pth; {_what_instead(folder)}")
+    missing = [f"consolidated.{i:02d}.pth" for i in range(max(found)) if i not in found]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {', '.join(missing[:8])} missing; the shards here go up to {found[max(found)].name}, and all are needed"
+        )
+    return {found[i].name: _open(found[i]) for i in sorted(found)}
+
+
+def _open(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with path.open("rb") as f:
+            head = f.read(64)
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
+    if head[:2] == b"\x80\x02":
+        raise CheckpointError(
+            f"{path}: a bare pickle or PyTorch's format of before 1.6, which cannot be mapped; "
+            "if you trust it, load it and torch.save() it again"
+        )
+    if head[:2] != b"PK":
+        raise CheckpointError(f"{path}: not a PyTorch checkpoint; {what_is_it(head)}; fetch it again")
+    try:
+        tensors = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as e:
+        reason = str(e).split("\n")[0]
+        raise CheckpointError(f"{path}: holds more than tensors and was not loaded, as it could run code ({reason})") from e
+    except Exception as e:
+        size = path.stat().st_size
+        raise CheckpointError(f"{path}: cut off or damaged ({size:,} bytes); compare with checklist.chk, fetch it again") from e
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{path}: holds a {type(tensors).__name__}, not tensors by name")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+            raise CheckpointError(f"{path}: {name!r} is no plain tensor; Meta's shards hold tensors by name and nothing else")
+    return tensors
+
+
+def build_on_meta(
+    params: dict[str, Any], shards: Shards, max_seq_len: int, max_batch_size: int, vocab_size: int
+) -> Transformer:
+    """The Transformer of params.json, without memory, after checking that the shards hold its tensors and no others."""
+    args = ModelArgs(**{**params, "vocab_size": vocab_size}, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    stored = {name for tensors in shards.values() for name in tensors}
+    layers = 1 + max((int(m[1]) for n in stored if (m := re.match(r"layers\.(\d+)\.", n))), default=-1)
+    if layers != args.n_layers:
+        raise CheckpointError(f"params.json says n_layers={args.n_layers}, but the shards hold {layers} layers")
+    declared = params.get("vocab_size", -1)
+    if declared not in (-1, vocab_size):
+        raise CheckpointError(
+            f"params.json says vocab_size={declared}, but the tokenizer has {vocab_size} pieces: not this model's"
+        )
+    try:
+        with torch.device("meta"):
+            model = Transformer(args)
+    except (RuntimeError, OverflowError) as e:
+        raise CheckpointError(f"params.json describes tensors larger than any memory: {params}") from e
+    _check(model, shards)
+    return model
+
+
+def _check(model: Transformer, shards: Shards) -> None:
+    n, ranks = len(shards), model_parallel()[1]
+    expected = {}
+    for name, parameter in model.named_parameters():
+        shape, dim = list(parameter.shape), split_dim(name)
+        if dim is not None:
+            shape[dim] *= ranks
+        expected[name] = tuple(shape)
+
+    for file, tensors in shards.items():
+        for kind, names in (
+            ("lacks", expected.keys() - tensors.keys()),
+            ("holds unknown", tensors.keys() - expected.keys() - NOT_WEIGHTS),
+        ):
+            if names:
+                some = ", ".join(sorted(map(str, names))[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                raise CheckpointError(f"{file} {kind} {some}: damaged, or not of the model that params.json describes")
+        for name, whole in expected.items():
+            tensor, dim = tensors[name], split_dim(name)
+            part = whole if dim is None else tuple(w // n if d == dim else w for d, w in enumerate(whole))
+            if tensor.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{file}: {name} is stored as {tensor.dtype}; supported are bfloat16, float16 and float32"
+                )
+            if tuple(tensor.shape) != part or (dim is not None and whole[dim] % n):
+                raise CheckpointError(f"{file}: {name} is {tuple(tensor.shape)}, {_why_not(name, tensor, whole, n)}")
+
+    (first, reference), *others = shards.items()
+    for file, tensors in others:
+        for name in expected:
+            if split_dim(name) is None and not torch.equal(reference[name], tensors[name]):
+                raise CheckpointError(f"{name} differs between {first} and {file}: they are shards of different models")
+
+
+def _why_not(name: str, tensor: torch.Tensor, whole: tuple[int, ...], n: int) -> str:
+    dim = split_dim(name)
+    others = [d for d in range(len(whole)) if d != dim]
+    same = dim is not None and tensor.ndim == len(whole) and all(tensor.shape[d] == whole[d] for d in others)
+    if name in ("tok_embeddings.weight", "output.weight") and tensor.ndim == 2 and n == 1 and tensor.shape[1] == whole[1]:
+        return f"but the tokenizer has {whole[0]} pieces: it is another model's tokenizer"
+    if same and dim is not None and tensor.shape[dim] and whole[dim] % tensor.shape[dim] == 0:
+        count = whole[dim] // tensor.shape[dim]
+        return (
+            f"one of {count} parts of the {whole} that params.json makes, but there are {n} shards: some missing, or too many"
+        )
+    return f"where params.json makes {whole} in {n} shard(s): params.json or this shard is of another model"
+
+
+def cut(parts: list[torch.Tensor], dim: int, rank: int, ranks: int) -> list[torch.Tensor]:
+    """Views that, joined along `dim`, are the rank-th of `ranks` equal parts of the joined `parts`.
+
+    3 parts of 4 rows, 2 ranks: rank 0 takes rows 0..6, which is part 0 whole and rows 0..2 of part 1.
+    """
+    width = parts[0].shape[dim]
+    first, last = (width * len(parts) * r // ranks for r in (rank, rank + 1))
+    views = []
+    for i, part in enumerate(parts):
+        begin, end = max(first - i * width, 0), min(last - i * width, width)
+        if begin < end:
+            views.append(part.narrow(dim, begin, end - begin))
+    return views
+
+
+def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
+    """Fill a model made on `meta` with this rank's part of the shards. Raises CheckpointError for NaN and infinity."""
+    rank, ranks = model_parallel()
+    # The largest first: while little is held yet, one tensor more weighs least.
+    parameters = sorted(model.named_parameters(), key=lambda item: -item[1].numel())
+    for name, parameter in progress(parameters, lambda item: item[1].numel() * dtype.itemsize, "loading"):
+        parts, dim = [tensors[name] for tensors in shards.values()], split_dim(name)
+        weight = torch.empty(parameter.shape, dtype=dtype, device=device)
+        filled = 0
+        for view in parts[:1] if dim is None else cut(parts, dim, rank, ranks):
+            weight.narrow(dim or 0, filled, view.shape[dim or 0]).copy_(view)
+            filled += view.shape[dim or 0]
+            _release(view)
+        # A sum is finite only if all its terms are, and costs one pass; it may overflow, so ask again if it is not.
+        if not weight.sum().isfinite() and not weight.isfinite().all():
+            raise CheckpointError(f"{name} holds NaN or infinity: the shards are damaged; compare with checklist.chk")
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(weight, requires_grad=False))
+
+
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform in ("linux", "darwin") else None
+
+
+def _release(view: torch.Tensor) -> None:
+    """Hand the mapped pages under a view back. They stay in the page cache, but would count as ours until the last
+    tensor of the shard is gone, and so double the peak."""
+    if _libc is None or view.numel() == 0:
+        return
+    begin = view.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    strides = zip(view.shape, view.stride(), strict=True)
+    end = view.data_ptr() + (1 + sum((size - 1) * stride for size, stride in strides)) * view.element_size()
+    _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), 4)  # MADV_DONTNEED

@@ -1,0 +1,315 @@
+"""`Llama`: build, generate, complete texts, answer dialogs.
+
+One loop serves all of them: `Llama.tokens`, a generator that prefills once, then steps, and yields each new id as it is
+made. Text and dialogs are ids before they reach it.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypedDict
+
+import torch
+
+from . import checkpoint, memory, runtime
+from .cache import Batch
+from .chat import (
+    B_INST,
+    B_SYS,
+    E_INST,
+    E_SYS,
+    SPECIAL_TAGS,
+    UNSAFE_ERROR,
+    Dialog,
+    Message,
+    Role,
+    check_dialog,
+    encode_dialog,
+    is_unsafe,
+)
+from .errors import CheckpointError, InputError
+from .model import ModelArgs, Transformer
+from .sampling import logprobs_of, next_ids, sample_top_p
+from .tokenizer import Tokenizer
+
+LOGPROB_CHUNK = 512  # positions whose logits stand in memory at once: 512 x 32,000 x 4 bytes = 66 MB
+
+
+class CompletionPrediction(TypedDict, total=False):
+    generation: str
+    tokens: list[str]  # with logprobs=True
+    logprobs: list[float]  # with logprobs=True
+
+
+class ChatPrediction(TypedDict, total=False):
+    generation: Message
+    tokens: list[str]  # with logprobs=True
+    logprobs: list[float]  # with logprobs=True
+
+
+class Token(NamedTuple):
+    """One id of one row, and its log probability where asked for."""
+
+    row: int
+    id: int
+    logprob: float | None
+
+
+class Llama:
+    @staticmethod
+    def build(
+        ckpt_dir: str | os.PathLike[str],
+        tokenizer_path: str | os.PathLike[str],
+        max_seq_len: int = 512,
+        max_batch_size: int = 8,
+        model_parallel_size: int | None = None,
+        seed: int = 1,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> "Llama":
+        """Load a checkpoint of Meta's, in any number of shards, on any number of ranks that divides its key/value heads.
+
+        max_seq_len: positions per row, prompt and answer together; max_batch_size: rows at a time. Both size the cache.
+        model_parallel_size: ranks that share one model; default WORLD_SIZE, or 1 in plain python.
+        seed: of torch's default generator. device: default CUDA, else MPS, else CPU. dtype: default the stored one.
+        Raises LlamaError (CheckpointError, DeviceError, InputError) before any weight is read.
+        """
+        for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} is {value!r}; it must be a whole number, 1 or more")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise InputError(f"seed is {seed!r}; it must be a whole number")
+        wanted = _dtype(dtype)
+        where = runtime.start(device, model_parallel_size)
+
+        def plan() -> tuple[Tokenizer, checkpoint.Shards, Transformer, torch.dtype]:
+            params = checkpoint.read_params(ckpt_dir)
+            tokenizer = Tokenizer(tokenizer_path)
+            shards = checkpoint.open_shards(ckpt_dir)
+            model = checkpoint.build_on_meta(params, shards, max_seq_len, max_batch_size, tokenizer.n_words)
+            stored = next(iter(shards.values()))["tok_embeddings.weight"].dtype
+            free = runtime.free_memory(where)
+            memory.preflight(model.params, runtime.model_parallel()[1], wanted or stored, where, free)
+            return tokenizer, shards, model, wanted or stored
+
+        tokenizer, shards, model, dtype = runtime.together(plan)
+        runtime.together(lambda: checkpoint.load_weights(model, shards, dtype, where))
+        runtime.together(model.allocate)
+        torch.manual_seed(seed)
+        return Llama(model.eval(), tokenizer)
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
+        if model.vocab_size != tokenizer.n_words:
+            raise CheckpointError(
+                f"the model has a vocabulary of {model.vocab_size}, but the tokenizer has {tokenizer.n_words} pieces: "
+                "it is another model's tokenizer"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+
+    def generate(
+        self,
+        prompt_tokens: list[list[int]],
+        max_gen_len: int,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        logprobs: bool = False,
+        echo: bool = False,
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """New ids for each prompt, and their log probabilities or None.
+
+        Row i gets at most min(max_gen_len, max_seq_len - its length) ids, and ends before EOS. temperature 0 takes the
+        likeliest id, else ids are drawn by top-p. logprobs: log_softmax of the raw logits at each id. echo: the prompt's
+        ids come first, the very first with 0.0. Raises InputError, naming the row, before any work.
+        """
+        ids: list[list[int]] = [[] for _ in prompt_tokens]
+        values: list[list[float]] = [[] for _ in prompt_tokens]
+        for token in self.tokens(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo):
+            ids[token.row].append(token.id)
+            if token.logprob is not None:
+                values[token.row].append(token.logprob)
+        return ids, values if logprobs else None
+
+    def tokens(
+        self,
+        prompts: list[list[int]],
+        max_gen_len: int,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        logprobs: bool = False,
+        echo: bool = False,
+    ) -> Iterator[Token]:
+        """`generate`, id by id as they are made: rows take turns, each in its own order. EOS is not yielded."""
+        self._check_prompts(prompts)
+        _check_sampling(max_gen_len, temperature, top_p)
+        return self._loop([list(p) for p in prompts], max_gen_len, temperature, top_p, logprobs, echo)
+
+    @torch.inference_mode()
+    def _loop(
+        self, prompts: list[list[int]], max_gen_len: int, temperature: float, top_p: float, logprobs: bool, echo: bool
+    ) -> Iterator[Token]:
+        window, device, B = self.model.params.max_seq_len, self.model.device, len(prompts)
+        left = [min(max_gen_len, window - len(p)) for p in prompts]  # ids each row may still get
+        if not prompts:
+            return
+        if not any(left) and not (echo and logprobs):
+            if echo:
+                yield from (Token(row, id_, None) for row, prompt in enumerate(prompts) for id_ in prompt)
+            return
+
+        packed = torch.tensor([id_ for p in prompts for id_ in p], device=device)
+        hidden = self.model.hidden(packed, Batch.of([(row, 0, len(p)) for row, p in enumerate(prompts)], device))
+        if echo:
+            yield from self._echo(prompts, packed, hidden, logprobs)
+
+        lengths = torch.tensor([len(p) for p in prompts])
+        hidden = hidden[(lengths.cumsum(0) - 1).to(device)]  # the last id of each prompt
+        rows = torch.arange(B, device=device)
+        # A row that is done steps on with the rest, as the rows of a batch share their draws, but stays where it ended.
+        last = (lengths + torch.tensor(left) - 1).to(device)
+        positions = torch.minimum(lengths.to(device), last)  # of the ids to come
+        longest, steps = max(len(p) for p in prompts), max(left)
+        live = {row for row in range(B) if left[row]}
+        for step in range(steps):
+            logits = self.model.logits(hidden)
+            ids = runtime.from_rank0(next_ids(logits, temperature, top_p))
+            values = logprobs_of(logits, ids).tolist() if logprobs else [None] * B
+            for row, id_ in enumerate(ids.tolist()):
+                if row not in live:
+                    continue
+                if id_ == self.tokenizer.eos_id:
+                    live.remove(row)
+                    continue
+                yield Token(row, id_, values[row])
+                left[row] -= 1
+                if left[row] == 0:
+                    live.remove(row)
+            if not live:
+                return
+            end = min(longest + step + 1, window)
+            hidden = self.model.hidden(ids, Batch.step(rows, positions, end))
+            positions = torch.minimum(positions + 1, last)
+
+    def _echo(self, prompts: list[list[int]], packed: torch.Tensor, hidden: torch.Tensor, logprobs: bool) -> Iterator[Token]:
+        """The prompts' own ids; each one's log probability is read off the position before it."""
+        values: list[float | None] = [None] * len(packed)
+        if logprobs:
+            shifted = packed.roll(-1)
+            values = [0.0]
+            for i in range(0, len(packed), LOGPROB_CHUNK):
+                piece = slice(i, i + LOGPROB_CHUNK)
+                values += logprobs_of(self.model.logits(hidden[piece]), shifted[piece]).tolist()
+        first = 0
+        for row, prompt in enumerate(prompts):
+            if logprobs:
+                values[first] = 0.0
+            for i, id_ in enumerate(prompt):
+                yield Token(row, id_, values[first + i])
+            first += len(prompt)
+
+    def text_completion(
+        self,
+        prompts: list[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+    ) -> list[CompletionPrediction]:
+        """Continue each text. max_gen_len defaults to what the window holds. See `generate` for the rest.
+
+        Each result has "generation"; with logprobs=True also "tokens" (each id decoded by itself) and "logprobs".
+        """
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+            raise InputError(f"prompts is {prompts!r:.60} ({type(prompts).__name__}); it must be a list of texts, as in [text]")
+        for row, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise InputError(f"prompt {row} is {prompt!r:.60} ({type(prompt).__name__}); it must be a string")
+        encoded = [self.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
+        ids, values = self.generate(encoded, self._gen_len(max_gen_len), temperature, top_p, logprobs, echo)
+        predictions: list[CompletionPrediction] = [{"generation": self.tokenizer.decode(row)} for row in ids]
+        if values is not None:
+            for i, prediction in enumerate(predictions):
+                prediction["tokens"], prediction["logprobs"] = self._pieces(ids[i]), values[i]
+        return predictions
+
+    def chat_completion(
+        self,
+        dialogs: list[Dialog],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+    ) -> list[ChatPrediction]:
+        """Answer each dialog, as the assistant. max_gen_len defaults to what the window holds.
+
+        A dialog that holds a special tag of the format is answered with UNSAFE_ERROR, and computed no further.
+        Each result has "generation", a message; with logprobs=True also "tokens" and "logprobs".
+        """
+        if isinstance(dialogs, (str, bytes, dict)) or not isinstance(dialogs, Sequence):
+            raise InputError(f"dialogs is {dialogs!r:.60} ({type(dialogs).__name__}); it must be a list of dialogs")
+        for row, dialog in enumerate(dialogs):
+            check_dialog(dialog, f"dialog {row}")
+        safe = [row for row, dialog in enumerate(dialogs) if not is_unsafe(dialog)]
+        encoded = [encode_dialog(self.tokenizer, dialogs[row]) for row in safe]
+        ids, values = self.generate(encoded, self._gen_len(max_gen_len), temperature, top_p, logprobs)
+
+        unsafe: Message = {"role": "assistant", "content": UNSAFE_ERROR}
+        predictions: list[ChatPrediction] = [{"generation": unsafe} for _ in dialogs]
+        if logprobs:
+            for prediction in predictions:
+                prediction["tokens"], prediction["logprobs"] = [], []
+        for i, row in enumerate(safe):
+            predictions[row]["generation"] = {"role": "assistant", "content": self.tokenizer.decode(ids[i])}
+            if values is not None:
+                predictions[row]["tokens"], predictions[row]["logprobs"] = self._pieces(ids[i]), values[i]
+        return predictions
+
+    def _pieces(self, ids: list[int]) -> list[str]:
+        return [self.tokenizer.decode([id_]) for id_ in ids]
+
+    def _gen_len(self, max_gen_len: int | None) -> int:
+        return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
+
+    def _check_prompts(self, prompts: list[list[int]]) -> None:
+        args, n_words = self.model.params, self.tokenizer.n_words
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+            raise InputError(f"prompt_tokens is {prompts!r:.60}; it must be a list of lists of token ids")
+        if len(prompts) > args.max_batch_size:
+            raise InputError(f"{len(prompts)} prompts, but the model was built for max_batch_size={args.max_batch_size}")
+        for row, prompt in enumerate(prompts):
+            if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
+                raise InputError(f"prompt {row} is {prompt!r:.60} ({type(prompt).__name__}); it must be a list of token ids")
+            if not prompt:
+                raise InputError(f"prompt {row} holds no ids; begin it with BOS ({self.tokenizer.bos_id})")
+            for id_ in prompt:
+                if isinstance(id_, bool) or not isinstance(id_, int) or not 0 <= id_ < n_words:
+                    raise InputError(f"prompt {row}: {id_!r:.60} is no token id; ids are whole numbers from 0 to {n_words - 1}")
+            if len(prompt) > args.max_seq_len:
+                raise InputError(
+                    f"prompt {row} has {len(prompt)} ids, but the window holds max_seq_len={args.max_seq_len}; "
+                    "shorten it, or build with a larger max_seq_len"
+                )
+
+
+def _check_sampling(max_gen_len: int, temperature: float, top_p: float) -> None:
+    if isinstance(max_gen_len, bool) or not isinstance(max_gen_len, int) or max_gen_len < 0:
+        raise InputError(f"max_gen_len is {max_gen_len!r}; it must be a whole number, 0 or more")
+    for name, value, most in (("temperature", temperature, math.inf), ("top_p", top_p, 1.0)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most or value == math.inf:
+            limit = "0 (the likeliest id) or more" if name == "temperature" else "between 0 and 1"
+            raise InputError(f"{name} is {value!r}; it must be a number, {limit}")
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if wanted not in (None, *checkpoint.DTYPES) or (dtype is not None and wanted is None):
+        raise InputError(f"dtype is {dtype!r}; use 'bfloat16', 'float16' or 'float32', or leave it out for the stored one")
+    return wanted
+
+
+__all__ = [
+    "B_INST", "B_SYS", "E_INST", "E_SYS", "SPECIAL_TAGS", "UNSAFE_ERROR", "ChatPrediction", "CompletionPrediction", "Dialog",
+    "Llama", "Message", "ModelArgs", "Role", "Token", "Tokenizer", "Transformer", "sample_top_p",
+]  # fmt: skip

@@ -1,0 +1,61 @@
+"""What a model needs in memory, and whether it fits: known before anything is allocated."""
+
+import torch
+
+from .errors import DeviceError
+from .model import ModelArgs, ffn_width
+
+SMALLEST_WINDOW = 16  # a shorter max_seq_len is no advice
+
+
+def weight_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype) -> int:
+    """One rank's share of the weights: matrices are split, norms are on every rank."""
+    kv_width = args.kv_heads * args.head_dim
+    width = ffn_width(4 * args.dim, args.multiple_of, args.ffn_dim_multiplier)
+    layer = 2 * args.dim * args.dim + 2 * args.dim * kv_width + 3 * args.dim * width
+    split = 2 * args.vocab_size * args.dim + args.n_layers * layer
+    norms = (2 * args.n_layers + 1) * args.dim
+    return (split // ranks + norms) * dtype.itemsize
+
+
+def cache_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype) -> int:
+    """One rank's keys and values for `max_batch_size` rows of `max_seq_len` positions."""
+    per_position = 2 * args.n_layers * (args.kv_heads // ranks) * args.head_dim * dtype.itemsize
+    return per_position * args.max_batch_size * args.max_seq_len
+
+
+def preflight(args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.device, free: int | None) -> None:
+    """Raise DeviceError if weights and cache exceed the `free` bytes, saying which single change would make them fit."""
+
+    def need(args: ModelArgs = args, ranks: int = ranks, dtype: torch.dtype = dtype) -> int:
+        return weight_bytes(args, ranks, dtype) + cache_bytes(args, ranks, dtype)
+
+    if free is None or need() <= free:
+        return
+    weights, cache = weight_bytes(args, ranks, dtype), cache_bytes(args, ranks, dtype)
+    room, ways = free - weights, []
+    window = max(room, 0) * args.max_seq_len // cache
+    rows = max(room, 0) * args.max_batch_size // cache
+    if window >= SMALLEST_WINDOW:
+        ways.append(f"max_seq_len={window}")
+    if rows >= 1:
+        ways.append(f"max_batch_size={rows}")
+    if not ways and window * args.max_batch_size >= SMALLEST_WINDOW:
+        ways.append(f"max_batch_size=1 with max_seq_len={window * args.max_batch_size}")
+    if dtype.itemsize > 2 and need(dtype=torch.bfloat16) <= free:
+        ways.append(f"dtype='bfloat16' ({_gb(need(dtype=torch.bfloat16))})")
+    for more in range(ranks + 1, args.kv_heads + 1):
+        if args.kv_heads % more == 0 and need(ranks=more) <= free:
+            where = "on machines of their own" if device.type == "cpu" else "with a GPU each"
+            ways.append(f"{more} ranks {where} ({_gb(need(ranks=more))} each)")
+            break
+    raise DeviceError(
+        f"the model does not fit on {device}: {_gb(weights)} of weights ({str(dtype).removeprefix('torch.')}) and {_gb(cache)} "
+        f"of cache (max_seq_len={args.max_seq_len}, max_batch_size={args.max_batch_size}) on each of {ranks} rank(s) "
+        f"make {_gb(need())}, but {_gb(free)} are free. "
+        + (f"It fits with {', or '.join(ways)}." if ways else "No change of length, rows, dtype or ranks makes it fit here.")
+    )
+
+
+def _gb(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e7 else f"{n / 1e6:.3f} MB"

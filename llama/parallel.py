@@ -1,0 +1,91 @@
+"""fairscale's model-parallel layers, made to allocate only what a rank keeps.
+
+fairscale's own constructors build the whole matrix on every rank and ignore the default device, so that a model cannot
+be laid out on `meta`. These subclasses keep its groups and collectives, and its meaning of "column" (the output is
+split) and "row" (the input is split). With one rank no group is needed.
+
+`multiply` is the one place where a weight meets the kernel that multiplies with it.
+"""
+
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel import layers as fs_layers
+from fairscale.nn.model_parallel.mappings import (
+    copy_to_model_parallel_region,
+    gather_from_model_parallel_region,
+    reduce_from_model_parallel_region,
+)
+from torch import nn
+
+from .errors import DeviceError
+from .runtime import model_parallel
+
+
+def divide(n: int, ranks: int, what: str) -> int:
+    """n / ranks, or an error that says which numbers of ranks divide it."""
+    if n % ranks:
+        fitting = ", ".join(str(r) for r in range(1, min(n, 64) + 1) if n % r == 0)
+        raise DeviceError(f"{what}: {n} cannot be divided among {ranks} ranks; use one of {fitting}")
+    return n // ranks
+
+
+class _ParallelLinear(nn.Module):
+    weight: nn.Parameter
+
+    def _allocate(self, out_features: int, in_features: int) -> None:
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in) -> (..., out), this rank's part of the product."""
+        return F.linear(x, self.weight)
+
+
+class ColumnParallelLinear(_ParallelLinear, fs_layers.ColumnParallelLinear):
+    """x (..., in) -> (..., out), or this rank's (..., out / ranks) without `gather_output`. The weight is split by rows."""
+
+    def __init__(self, in_features: int, out_features: int, gather_output: bool = False) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.gather_output = in_features, out_features, gather_output
+        self.ranks = model_parallel()[1]
+        self.output_size_per_partition = divide(out_features, self.ranks, "output features of a linear layer")
+        self.bias = None
+        self._allocate(self.output_size_per_partition, in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.ranks == 1:
+            return self.multiply(x)
+        y = self.multiply(copy_to_model_parallel_region(x))
+        return gather_from_model_parallel_region(y) if self.gather_output else y
+
+
+class RowParallelLinear(_ParallelLinear, fs_layers.RowParallelLinear):
+    """This rank's x (..., in / ranks) -> (..., out), summed over the ranks. The weight is split by columns."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, True
+        self.ranks = model_parallel()[1]
+        self.input_size_per_partition = divide(in_features, self.ranks, "input features of a linear layer")
+        self.bias = None
+        self._allocate(out_features, self.input_size_per_partition)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.multiply(x)
+        return y if self.ranks == 1 else reduce_from_model_parallel_region(y)
+
+
+class ParallelEmbedding(fs_layers.ParallelEmbedding):
+    """ids (...) -> (..., dim); each rank holds dim / ranks columns of every id."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.ranks = model_parallel()[1]
+        self.embedding_dim_per_partition = divide(embedding_dim, self.ranks, "embedding width")
+        self.weight = nn.Parameter(torch.empty(num_embeddings, self.embedding_dim_per_partition))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        y = F.embedding(ids, self.weight)
+        return y if self.ranks == 1 else gather_from_model_parallel_region(y)

