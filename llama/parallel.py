@@ -29,12 +29,15 @@ def divide(n: int, ranks: int, what: str) -> int:
     return n // ranks
 
 
+def _weight(rows: int, columns: int) -> nn.Parameter:
+    weight = nn.Parameter(torch.empty(rows, columns))
+    if not weight.is_meta:  # where there is nothing to fill, asking for it would import torch's compiler: 1.5 seconds
+        nn.init.normal_(weight, std=0.02)
+    return weight
+
+
 class _ParallelLinear(nn.Module):
     weight: nn.Parameter
-
-    def _allocate(self, out_features: int, in_features: int) -> None:
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        nn.init.normal_(self.weight, std=0.02)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out), this rank's part of the product."""
@@ -50,7 +53,7 @@ class ColumnParallelLinear(_ParallelLinear, fs_layers.ColumnParallelLinear):
         self.ranks = model_parallel()[1]
         self.output_size_per_partition = divide(out_features, self.ranks, "output features of a linear layer")
         self.bias = None
-        self._allocate(self.output_size_per_partition, in_features)
+        self.weight = _weight(self.output_size_per_partition, in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.ranks == 1:
@@ -68,7 +71,7 @@ class RowParallelLinear(_ParallelLinear, fs_layers.RowParallelLinear):
         self.ranks = model_parallel()[1]
         self.input_size_per_partition = divide(in_features, self.ranks, "input features of a linear layer")
         self.bias = None
-        self._allocate(out_features, self.input_size_per_partition)
+        self.weight = _weight(out_features, self.input_size_per_partition)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.multiply(x)
@@ -83,8 +86,7 @@ class ParallelEmbedding(fs_layers.ParallelEmbedding):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.ranks = model_parallel()[1]
         self.embedding_dim_per_partition = divide(embedding_dim, self.ranks, "embedding width")
-        self.weight = nn.Parameter(torch.empty(num_embeddings, self.embedding_dim_per_partition))
-        nn.init.normal_(self.weight, std=0.02)
+        self.weight = _weight(num_embeddings, self.embedding_dim_per_partition)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         y = F.embedding(ids, self.weight)

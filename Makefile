@@ -1,0 +1,23 @@
+# make test    set up .venv if need be, then lint, types and all tests
+# make demo    set up .venv if need be, then both examples
+# make grid    every number of shards on every number of ranks (1 to 8), about two minutes
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup test demo grid
+
+setup: .venv/installed
+
+.venv/installed: requirements.txt setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt -e '.[dev]'
+	touch $@
+
+test: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+grid: setup
+	$(BIN)/python -m pytest -m "grid or not grid" tests/test_ranks.py -rP

@@ -1,0 +1,81 @@
+"""What benchmarks share: checkpoints and tokenizers of real shapes, made on the spot; one fresh process per measurement."""
+
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+from llama import ModelArgs, Transformer
+
+ROOT = Path(__file__).parents[1]
+SHAPES = {  # params.json of TinyLlama 1.1B and Llama 2 7B
+    "1.1B": dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, multiple_of=256, norm_eps=1e-5, vocab_size=-1),
+    "7B": dict(dim=4096, n_layers=32, n_heads=32, multiple_of=256, norm_eps=1e-5, vocab_size=-1),
+}
+VOCAB = 32000
+
+
+def checkpoint(folder: Path, shape: str) -> Path:
+    """Random bfloat16 weights in one shard, written once; returns the folder."""
+    path = folder / shape
+    if not (path / "params.json").exists():
+        path.mkdir(parents=True, exist_ok=True)
+        with torch.device("meta"):
+            model = Transformer(ModelArgs(**{**SHAPES[shape], "vocab_size": VOCAB}))
+        g = torch.Generator().manual_seed(0)
+        tensors = {}
+        for name, p in model.named_parameters():
+            tensors[name] = torch.ones(p.shape, dtype=torch.bfloat16)
+            if p.ndim == 2:
+                tensors[name].normal_(std=p.shape[1] ** -0.5, generator=g)
+        torch.save(tensors, path / "consolidated.00.pth")
+        (path / "params.json").write_text(json.dumps(SHAPES[shape]))
+    return path
+
+
+def tokenizer(folder: Path) -> Path:
+    """A SentencePiece model of 32,000 made-up words: the size counts here, not the text."""
+    path = folder / "tokenizer.model"
+    if not path.exists():
+        draw, model = random.Random(0), io.BytesIO()
+        words = {"".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(33000)}
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sorted(words)),
+            model_writer=model,
+            model_type="word",
+            vocab_size=VOCAB,
+            pad_id=-1,
+            minloglevel=2,
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(model.getvalue())
+    return path
+
+
+def fresh(*command: object, ranks: int = 1, threads: int = 2) -> list[dict]:
+    """Run a python command in its own process or ranks; returns the JSON objects it printed on stderr, one per rank."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(max(1, threads // ranks))}
+    done = subprocess.run([sys.executable, *launcher, *map(str, command)], capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+
+
+def report(**figures: float) -> None:
+    """Print for `fresh`, in one write, so that ranks do not interleave."""
+    os.write(2, (json.dumps(figures) + "\n").encode())
+
+
+def peak_rss() -> int:
+    """The most resident memory this process has had, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("peak memory is read from /proc: this benchmark needs Linux")

@@ -1,0 +1,42 @@
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llama import Llama, Tokenizer
+
+from .support import random_weights, train_tokenizer, write_shards
+
+SMALL = dict(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, multiple_of=32, norm_eps=1e-5, vocab_size=-1)
+SMALL_HIDDEN, VOCAB = 192, 384
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", VOCAB)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_path: Path) -> Tokenizer:
+    return Tokenizer(tokenizer_path)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> SimpleNamespace:
+    """A small random model in one shard: folder, tokenizer_path, params and whole weights."""
+    weights = random_weights(SMALL, VOCAB, SMALL_HIDDEN)
+    folder = write_shards(tmp_path_factory.mktemp("small"), SMALL, weights)
+    return SimpleNamespace(folder=folder, tokenizer_path=tokenizer_path, params=SMALL, weights=weights)
+
+
+@pytest.fixture(scope="session")
+def shared_llama(small: SimpleNamespace) -> Llama:
+    return Llama.build(small.folder, small.tokenizer_path, max_seq_len=64, max_batch_size=6, device="cpu")
+
+
+@pytest.fixture
+def llama(shared_llama: Llama) -> Llama:
+    """The small model; torch's generator is seeded anew for each test."""
+    torch.manual_seed(1)
+    return shared_llama

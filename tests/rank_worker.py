@@ -1,0 +1,26 @@
+"""Run under torchrun: build each checkpoint given, answer, and leave rank 0's answers in a file.
+
+rank_worker.py OUT.pt TOKENIZER CKPT [CKPT ...]
+"""
+
+import sys
+
+import torch
+
+from llama import Llama
+
+PROMPTS = [[1, 5, 9, 44], [1, 300], [1, *range(20, 40)]]
+
+if __name__ == "__main__":
+    out, tokenizer_path, *folders = sys.argv[1:]
+    answers = {}
+    for folder in folders:
+        llama = Llama.build(folder, tokenizer_path, max_seq_len=48, max_batch_size=4, device="cpu")
+        ids, logprobs = llama.generate(PROMPTS, 10, temperature=0, logprobs=True, echo=True)
+        torch.manual_seed(3)
+        sampled, _ = llama.generate(PROMPTS, 10, temperature=1.0)
+        grid = torch.arange(3, 63).view(3, 20)
+        answers[folder] = dict(ids=ids, logprobs=logprobs, sampled=sampled, logits=llama.model(grid, 0))
+    print("only rank 0 is heard")
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        torch.save(answers, out)

@@ -1,0 +1,120 @@
+"""What tests share: a tokenizer trained on the spot, checkpoints in Meta's layout, a plain twin of the model, ranks."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+ROOT = Path(__file__).parents[1]
+TEXT = """The quick brown fox jumps over the lazy dog near the river. Once upon a time there was a little bear.
+She sells sea shells by the sea shore, and he counts them: one, two, three, four, five, six, seven.
+What is the capital of France? The capital of France is Paris. How do I get there? By train, of course!
+Always answer with a short poem. I am a helpful assistant; thank you, friend. Good morning, good night."""
+
+
+def train_tokenizer(path: Path, vocab_size: int = 384) -> Path:
+    """A SentencePiece BPE model like Llama 2's: byte fallback, BOS 1, EOS 2, no padding piece."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines() * 4),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        pad_id=-1,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+SPLIT_ROWS, SPLIT_COLUMNS = ("wq", "wk", "wv", "w1", "w3", "output"), ("wo", "w2", "tok_embeddings")
+
+
+def random_weights(params: dict, vocab: int, hidden: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Every tensor of a model, whole, float32; scaled so that greedy answers vary."""
+    g = torch.Generator().manual_seed(seed)
+    dim, n_heads = params["dim"], params["n_heads"]
+    kv = params.get("n_kv_heads", n_heads) * (dim // n_heads)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=g) * columns**-0.5
+
+    def norm() -> torch.Tensor:
+        return torch.rand(dim, generator=g) + 0.5
+
+    weights = {"tok_embeddings.weight": torch.randn(vocab, dim, generator=g), "norm.weight": norm()}
+    weights["output.weight"] = matrix(vocab, dim)
+    for i in range(params["n_layers"]):
+        for name, rows, columns in (
+            ("attention.wq", dim, dim), ("attention.wk", kv, dim), ("attention.wv", kv, dim), ("attention.wo", dim, dim),
+            ("feed_forward.w1", hidden, dim), ("feed_forward.w3", hidden, dim), ("feed_forward.w2", dim, hidden),
+        ):  # fmt: skip
+            weights[f"layers.{i}.{name}.weight"] = matrix(rows, columns)
+        weights[f"layers.{i}.attention_norm.weight"] = norm()
+        weights[f"layers.{i}.ffn_norm.weight"] = norm()
+    return weights
+
+
+def write_shards(folder: Path, params: dict, weights: dict[str, torch.Tensor], n_shards: int = 1) -> Path:
+    """consolidated.NN.pth and params.json, split as Meta splits them, with the rope.freqs that Meta's files carry."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(n_shards):
+        tensors = {}
+        for name, weight in weights.items():
+            kind = name.split(".")[-2]
+            if kind in SPLIT_ROWS + SPLIT_COLUMNS:
+                weight = weight.chunk(n_shards, dim=0 if kind in SPLIT_ROWS else 1)[shard]
+            tensors[name] = weight.clone()
+        tensors["rope.freqs"] = torch.ones(params["dim"] // params["n_heads"] // 2)
+        torch.save(tensors, folder / f"consolidated.{shard:02d}.pth")
+    (folder / "params.json").write_text(json.dumps(params))
+    return folder
+
+
+def plain_logits(params: dict, weights: dict[str, torch.Tensor], ids: list[int]) -> torch.Tensor:
+    """The whole model on one sequence, written down plainly: no cache, no batch. ids (S,) -> logits (S, vocab)."""
+    w = {k: v.float() for k, v in weights.items()}
+    H, dim, S = params["n_heads"], params["dim"], len(ids)
+    K, hd, eps = params.get("n_kv_heads", H), dim // H, params["norm_eps"]
+    angles = torch.outer(torch.arange(S).float(), params.get("rope_theta", 10000.0) ** (-torch.arange(0, hd, 2) / hd))
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]  # (S, 1, hd/2)
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w[name]
+
+    def rope(x: torch.Tensor) -> torch.Tensor:
+        return torch.view_as_real(torch.view_as_complex(x.reshape(S, -1, hd // 2, 2)) * turn).flatten(2)
+
+    h = w["tok_embeddings.weight"][torch.tensor(ids)]
+    for i in range(params["n_layers"]):
+        a, f = f"layers.{i}.attention", f"layers.{i}.feed_forward"
+        x = norm(h, f"layers.{i}.attention_norm.weight")
+        q, k, v = (x @ w[f"{a}.{m}.weight"].T for m in ("wq", "wk", "wv"))
+        q, k, v = rope(q), rope(k).repeat_interleave(H // K, 1), v.view(S, K, hd).repeat_interleave(H // K, 1)
+        scores = torch.einsum("shd,thd->hst", q, k) / hd**0.5
+        scores = scores.masked_fill(torch.ones(S, S).triu(1).bool(), float("-inf")).softmax(-1)
+        h = h + torch.einsum("hst,thd->shd", scores, v).flatten(1) @ w[f"{a}.wo.weight"].T
+        x = norm(h, f"layers.{i}.ffn_norm.weight")
+        gate = torch.nn.functional.silu(x @ w[f"{f}.w1.weight"].T)
+        h = h + (gate * (x @ w[f"{f}.w3.weight"].T)) @ w[f"{f}.w2.weight"].T
+    return norm(h, "norm.weight") @ w["output.weight"].T
+
+
+def run(*command: object, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run python with these arguments, on the CPU, outside of any torchrun; 120 seconds at most."""
+    drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    base = {k: v for k, v in os.environ.items() if k not in drop}
+    base |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | env
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=120, env=base)
+
+
+def torchrun(ranks: int, *command: object, **env: str) -> subprocess.CompletedProcess[str]:
+    return run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, *command, **env)

@@ -1,0 +1,36 @@
+"""Where ids stand: spans, masks, and what is written where."""
+
+import torch
+
+from llama.cache import Batch, KVCache, Span
+
+
+def test_equal_neighbours_share_a_span() -> None:
+    batch = Batch.of([(0, 0, 3), (1, 0, 2), (2, 0, 2), (4, 0, 2), (5, 4, 2)])
+    assert batch.rows.tolist() == [0, 0, 0, 1, 1, 2, 2, 4, 4, 5, 5]
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 0, 1, 4, 5]
+    assert batch.spans == (Span(0, 1, 3, 0, 3), Span(1, 2, 2, 0, 2), Span(4, 1, 2, 0, 2), Span(5, 1, 2, 4, 6))
+    assert [s.fresh for s in batch.spans] == [True, True, True, False]
+
+
+def test_masks_show_each_query_the_slots_up_to_its_own() -> None:
+    batch = Batch.of([(0, 0, 3), (1, 2, 2)])
+    fresh, chunk = batch.masks(torch.float32)
+    assert fresh is None  # the kernel's causal mask
+    assert chunk is not None
+    assert (chunk[0, 0] == 0).tolist() == [[True, True, True, False], [True, True, True, True]]
+    (step,) = Batch.step(torch.arange(2), torch.tensor([0, 2]), 4).masks(torch.float32)
+    assert step is not None and (step[:, 0, 0] == 0).tolist() == [[True, False, False, False], [True, True, True, False]]
+
+
+def test_write_and_read() -> None:
+    cache = KVCache(2, 3, 2, 5, 4, torch.float32, torch.device("cpu"))
+    k, v = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+    batch = Batch.of([(1, 0, 2), (2, 3, 1)])
+    cache.write(1, batch, k, v)
+    keys, values = cache.read(1, batch.spans[0])
+    assert keys.shape == (1, 2, 2, 4)
+    assert torch.equal(keys[0].transpose(0, 1), k[:2]) and torch.equal(values[0].transpose(0, 1), v[:2])
+    assert torch.equal(cache.data[1, 0, 2, :, 3], k[2])
+    assert cache.data[0].count_nonzero() == 0 and cache.data[1].count_nonzero() == 2 * k.numel()
+    assert keys.data_ptr() == cache.data[1, 0, 1].data_ptr()  # a view, not a copy

@@ -1,0 +1,58 @@
+"""The scripts people start: both examples, and a script written for the reference."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from .support import ROOT, run, torchrun
+
+OWN = """
+from typing import List, Optional
+import fire
+from llama import Llama, Dialog
+
+def main(ckpt_dir: str, tokenizer_path: str, temperature: float = 0.6, top_p: float = 0.9, max_seq_len: int = 128,
+         max_gen_len: Optional[int] = None, max_batch_size: int = 4):
+    generator = Llama.build(ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path, max_seq_len=max_seq_len,
+                            max_batch_size=max_batch_size)
+    prompts: List[str] = ["黄沙百战穿金甲，"]
+    results = generator.text_completion(prompts, max_gen_len=20, temperature=temperature, top_p=top_p)
+    for prompt, result in zip(prompts, results):
+        print(prompt, ">", repr(result["generation"]))
+    dialogs: List[Dialog] = [[{"role": "system", "content": "你是一位诗人"}, {"role": "user", "content": "写"}]]
+    for result in generator.chat_completion(dialogs, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p):
+        print(f"> {result['generation']['role'].capitalize()}: {result['generation']['content']!r}")
+
+if __name__ == "__main__":
+    fire.Fire(main)
+"""
+
+
+@pytest.fixture
+def flags(small: SimpleNamespace) -> tuple:
+    return "--ckpt_dir", small.folder, "--tokenizer_path", small.tokenizer_path, "--temperature", 0
+
+
+@pytest.mark.parametrize(
+    "script, extra, answers", [("example_text_completion.py", (), 4), ("example_chat_completion.py", ("--max_gen_len", 16), 6)]
+)
+def test_examples(flags: tuple, script: str, extra: tuple, answers: int) -> None:
+    alone = run(ROOT / script, *flags, *extra)
+    assert alone.returncode == 0, alone.stderr
+    assert alone.stdout.count("\n==================================\n") == answers
+    assert alone.stderr == ""
+    if "chat" in script:
+        assert "Error: special tags are not allowed as part of the prompt." in alone.stdout
+    two = torchrun(2, ROOT / script, *flags, *extra)
+    assert two.stdout == alone.stdout, two.stderr
+
+
+def test_a_script_for_the_reference_runs_unchanged(flags: tuple, tmp_path: Path) -> None:
+    script = tmp_path / "own.py"
+    script.write_text(OWN)
+    done = torchrun(1, script, *flags)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith("黄沙百战穿金甲， > '") and second.startswith("> Assistant: '")
+    assert done.stdout == run(script, *flags).stdout

@@ -1,0 +1,210 @@
+"""What generation means: lengths, ends, rows, echo, log probabilities, and the work it costs."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llama import Llama
+from llama.chat import UNSAFE_ERROR
+from llama.parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
+
+from .support import plain_logits
+
+RAGGED = [[1, 5, 9, 44], [1, 300], [1, *range(20, 60)], [7], [1, *range(100, 163)]]  # 4, 2, 41, 1 and all 64 ids
+
+
+def greedy_by_the_twin(small: SimpleNamespace, prompt: list[int], n: int, eos: int = 2) -> list[int]:
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(plain_logits(small.params, small.weights, ids)[-1].argmax()))
+        if ids[-1] == eos:
+            return ids[len(prompt) : -1]
+    return ids[len(prompt) :]
+
+
+def test_greedy_rows_of_a_ragged_batch_equal_the_twin_and_the_row_alone(llama: Llama, small: SimpleNamespace) -> None:
+    together, none = llama.generate(RAGGED, 12, temperature=0)
+    assert none is None
+    for prompt, answer in zip(RAGGED, together, strict=True):
+        assert answer == greedy_by_the_twin(small, prompt, min(12, 64 - len(prompt)))
+        assert [answer] == llama.generate([prompt], 12, temperature=0)[0]
+
+
+@pytest.mark.parametrize("max_gen_len", [0, 1, 5, 63, 1000])
+def test_each_row_gets_its_own_share_of_the_window(llama: Llama, monkeypatch: pytest.MonkeyPatch, max_gen_len: int) -> None:
+    monkeypatch.setattr(llama.tokenizer, "eos_id", -2)  # never ends by itself
+    for temperature in (0, 1.0):
+        ids, values = llama.generate(RAGGED, max_gen_len, temperature=temperature, logprobs=True)
+        lengths = [min(max_gen_len, 64 - len(p)) for p in RAGGED]
+        assert [len(row) for row in ids] == lengths and [len(row) for row in values or []] == lengths
+
+
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("max_gen_len", [0, 6, 100])
+def test_logprobs_equal_log_softmax_of_a_fresh_full_forward(
+    llama: Llama, small: SimpleNamespace, echo: bool, max_gen_len: int
+) -> None:
+    """Ragged rows, one of which fills the window with its prompt, and others by their answers."""
+    for prompts in (RAGGED, RAGGED[4:], RAGGED[4:] * 2):
+        ids, values = llama.generate(prompts, max_gen_len, temperature=0, logprobs=True, echo=echo)
+        assert values is not None
+        for prompt, row, row_values in zip(prompts, ids, values, strict=True):
+            whole = row if echo else prompt + row
+            assert whole[: len(prompt)] == prompt
+            table = plain_logits(small.params, small.weights, whole).log_softmax(-1)
+            expected = [0.0] + [table[i - 1, whole[i]].item() for i in range(1, len(whole))]
+            assert row_values == pytest.approx(expected if echo else expected[len(prompt) :], abs=1e-4)
+
+
+def test_a_row_ends_before_eos_and_the_others_go_on(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, values = llama.generate(RAGGED[:3], 12, temperature=0, logprobs=True)
+    assert values is not None
+    eos = free[1][4]
+    monkeypatch.setattr(llama.tokenizer, "eos_id", eos)
+    ids, cut_values = llama.generate(RAGGED[:3], 12, temperature=0, logprobs=True)
+    for row, row_values, got, got_values in zip(free, values, ids, cut_values or [], strict=True):
+        n = row.index(eos) if eos in row else len(row)
+        assert got == row[:n] and got_values == pytest.approx(row_values[:n], abs=1e-5)
+    assert len(ids[1]) < 12
+
+
+def test_eos_inside_an_echoed_prompt_does_not_cut(llama: Llama) -> None:
+    prompt = [1, 5, 2, 9]
+    (ids,), _ = llama.generate([prompt], 3, temperature=0, echo=True)
+    assert ids[:4] == prompt and len(ids) > 4
+
+
+def test_same_seed_same_text_and_the_seed_matters(llama: Llama) -> None:
+    def draw(seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        return llama.generate([[1, 5], [1, 9]], 20, temperature=1.0, top_p=0.95)[0]
+
+    assert draw(3) == draw(3) != draw(4)
+
+
+def test_equal_length_sampling_draws_as_the_reference_does(llama: Llama, small: SimpleNamespace) -> None:
+    """The reference: each step one torch.multinomial over the batch's sorted, renormalised nucleus, until all rows end."""
+    prompts = [[1, 5, 9], [1, 7, 30], [1, 80, 81]]
+    torch.manual_seed(9)
+    got, _ = llama.generate(prompts, 10, temperature=0.8, top_p=0.9)
+    torch.manual_seed(9)
+    rows, ended = [list(p) for p in prompts], [False] * 3
+    for _ in range(10):
+        logits = torch.stack([plain_logits(small.params, small.weights, r)[-1] for r in rows])
+        probs, order = torch.softmax(logits / 0.8, -1).sort(-1, descending=True)
+        probs[probs.cumsum(-1) - probs > 0.9] = 0
+        drawn = order.gather(-1, torch.multinomial(probs / probs.sum(-1, keepdim=True), 1)).squeeze(-1).tolist()
+        for i, id_ in enumerate(drawn):
+            rows[i].append(id_)
+            ended[i] |= id_ == 2
+        if all(ended):
+            break
+    expected = [r[3:] for r in rows]
+    assert got == [r[: r.index(2)] if 2 in r else r for r in expected]
+
+
+def count_work(llama: Llama) -> tuple[list[int], list[int], list]:
+    """Hooks: ids through every linear layer of a block, ids through the output head; remove them by the handles."""
+    linear: list[int] = []
+    head: list[int] = []
+    handles = []
+    for name, module in llama.model.named_modules():
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            seen = head if name == "output" else linear
+            handles.append(module.register_forward_hook(lambda m, args, y, seen=seen: seen.append(args[0].shape[0])))
+    return linear, head, handles
+
+
+def test_prefill_costs_the_real_ids_and_the_loop_one_step_an_id(small: SimpleNamespace) -> None:
+    lengths, new = (16, 64, 128, 512), 5
+    llama = Llama.build(small.folder, small.tokenizer_path, max_seq_len=520, max_batch_size=4, device="cpu")
+    llama.tokenizer.eos_id = -2
+    linear, head, handles = count_work(llama)
+    forwards: list[int] = []
+    handles.append(llama.model.tok_embeddings.register_forward_hook(lambda m, args, y: forwards.append(args[0].numel())))
+    assert isinstance(llama.model.tok_embeddings, ParallelEmbedding)
+    llama.generate([[1] * n for n in lengths], new, temperature=0)
+    assert forwards == [sum(lengths)] + [4] * (new - 1)  # one prefill, which gives the first id, then a step for each more
+    per_layer = 7 * llama.model.n_layers
+    assert linear[:per_layer] == [720] * per_layer and max(linear[per_layer:]) == 4
+    assert head == [4] * new  # the last position of each row only
+
+    linear.clear()
+    head.clear()
+    llama.generate([[1] * n for n in lengths], new, temperature=0, logprobs=True, echo=True)
+    assert sum(head) == 720 + 4 * new and max(head) <= 512
+    for handle in handles:
+        handle.remove()
+
+
+def test_tokens_come_one_by_one_and_leaving_early_harms_nothing(llama: Llama) -> None:
+    whole, _ = llama.generate(RAGGED[:3], 8, temperature=0)
+    stream = llama.tokens(RAGGED[:3], 8, temperature=0)
+    taken = [next(stream) for _ in range(4)]
+    assert [(t.row, t.id) for t in taken] == [(0, whole[0][0]), (1, whole[1][0]), (2, whole[2][0]), (0, whole[0][1])]
+    assert torch.is_inference_mode_enabled() is False  # also while the stream stands open
+    stream.close()
+    assert llama.generate(RAGGED[:3], 8, temperature=0)[0] == whole
+
+
+def test_text_completion(llama: Llama) -> None:
+    prompts = ["Once upon a time", "The capital", "good 上 🦙"]
+    encode, decode = llama.tokenizer.encode, llama.tokenizer.decode
+    ids, values = llama.generate([encode(p, bos=True, eos=False) for p in prompts], 9, temperature=0, logprobs=True)
+    plain = llama.text_completion(prompts, temperature=0, max_gen_len=9)
+    assert plain == [{"generation": decode(row)} for row in ids]
+    rich = llama.text_completion(prompts, temperature=0, max_gen_len=9, logprobs=True)
+    assert values is not None
+    for prediction, row, row_values in zip(rich, ids, values, strict=True):
+        assert prediction == {"generation": decode(row), "tokens": [decode([i]) for i in row], "logprobs": row_values}
+    echoed = llama.text_completion(prompts, temperature=0, max_gen_len=9, echo=True)
+    assert [e["generation"].startswith(p) for e, p in zip(echoed, prompts, strict=True)] == [True] * 3
+
+
+def test_default_length_fills_the_window(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama.tokenizer, "eos_id", -2)
+    (prediction,) = llama.text_completion(["sea"], temperature=0, logprobs=True)
+    prompt = llama.tokenizer.encode("sea", bos=True, eos=False)
+    assert len(prediction["tokens"]) == 64 - len(prompt)
+
+
+def test_chat_completion_and_special_tags(llama: Llama) -> None:
+    safe = [{"role": "user", "content": "Paris?"}]
+    unsafe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<<SYS>> b"}, {"role": "user", "content": "c"}]
+    linear, _, handles = count_work(llama)
+    plain = llama.chat_completion([unsafe, safe, unsafe], temperature=0, max_gen_len=4)
+    alone = llama.chat_completion([safe], temperature=0, max_gen_len=4)
+    assert plain[0] == plain[2] == {"generation": {"role": "assistant", "content": UNSAFE_ERROR}}
+    assert plain[1] == alone[0] and plain[1]["generation"]["role"] == "assistant"
+    rich = llama.chat_completion([unsafe, safe], temperature=0, max_gen_len=4, logprobs=True)
+    assert rich[0]["tokens"] == rich[0]["logprobs"] == []
+    assert len(rich[1]["tokens"]) == len(rich[1]["logprobs"]) > 0
+    linear.clear()
+    llama.chat_completion([unsafe], temperature=0)
+    assert linear == []  # never computed
+    for handle in handles:
+        handle.remove()
+
+
+def test_nothing_in_nothing_out(llama: Llama) -> None:
+    assert llama.generate([], 5) == ([], None) and llama.generate([], 5, logprobs=True, echo=True) == ([], [])
+    assert llama.text_completion([]) == [] and llama.chat_completion([]) == []
+
+
+def test_bfloat16_is_kept_and_close(llama: Llama, small: SimpleNamespace) -> None:
+    """bf16 has 8 bits of mantissa: over a vocabulary of unit-scale logits that is a tenth or so, not more."""
+    half = Llama.build(small.folder, small.tokenizer_path, 64, 2, device="cpu", dtype="bfloat16")
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16} and half.model.cache.data.dtype == torch.bfloat16
+    ids = torch.randint(3, 384, (2, 30), generator=torch.Generator().manual_seed(1))
+    got, want = half.model(ids, 0), llama.model(ids, 0)
+    assert got.dtype == torch.float32
+    assert (got - want).abs().max() < 0.15 and (got - want).abs().mean() < 0.02
+
+
+def test_instances_live_side_by_side(llama: Llama, small: SimpleNamespace) -> None:
+    want = llama.generate(RAGGED[:2], 8, temperature=0)
+    other = Llama.build(small.folder, small.tokenizer_path, max_seq_len=32, max_batch_size=2, device="cpu")
+    ours, theirs = llama.tokens(RAGGED[:2], 8, temperature=0), other.tokens([[1, 5, 9, 44], [1, 300]], 8, temperature=0)
+    pairs = list(zip(ours, theirs, strict=True))
+    assert all(a == b for a, b in pairs) and len(pairs) == sum(map(len, want[0]))

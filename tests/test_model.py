@@ -1,0 +1,160 @@
+"""The model against its plain twin, and its pieces against their definitions."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llama import Llama, ModelArgs, Transformer
+from llama.cache import Batch
+from llama.errors import InputError
+from llama.model import (
+    RMSNorm,
+    apply_rotary_emb,
+    attend,
+    ffn_width,
+    precompute_freqs_cis,
+    repeat_kv,
+    reshape_for_broadcast,
+)
+
+from .support import plain_logits
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(3, 384, (3, 20), generator=torch.Generator().manual_seed(3))
+
+
+def twin(small: SimpleNamespace, ids: torch.Tensor) -> torch.Tensor:
+    return torch.stack([plain_logits(small.params, small.weights, row.tolist()) for row in ids])
+
+
+def test_forward_equals_the_plain_twin(llama: Llama, small: SimpleNamespace, ids: torch.Tensor) -> None:
+    logits = llama.model.forward(ids, 0)
+    assert logits.shape == (3, 20, 384) and logits.dtype == torch.float32
+    torch.testing.assert_close(logits, twin(small, ids), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("pieces", [[20], [1] * 20, [19, 1], [7, 1, 12], [1, 19]])
+def test_any_way_of_feeding_gives_the_same_logits(
+    llama: Llama, small: SimpleNamespace, ids: torch.Tensor, pieces: list[int]
+) -> None:
+    """Whole, id by id, in chunks: the cache must stand in for what was fed before."""
+    logits, start = [], 0
+    for n in pieces:
+        logits.append(llama.model.forward(ids[:, start : start + n], start))
+        start += n
+    torch.testing.assert_close(torch.cat(logits, 1), twin(small, ids), atol=1e-4, rtol=0)
+
+
+def test_rows_at_different_positions_in_one_forward(llama: Llama, small: SimpleNamespace, ids: torch.Tensor) -> None:
+    """Ragged pieces that begin at different positions, then a step with a position for each row."""
+    starts, lengths = [0, 5, 2], [6, 4, 9]
+    model = llama.model
+    for row, start in enumerate(starts):
+        if start:
+            model.hidden(ids[row, :start], Batch.of([(row, 0, start)]))
+    packed = torch.cat([ids[r, s : s + n] for r, (s, n) in enumerate(zip(starts, lengths, strict=True))])
+    logits = model.logits(model.hidden(packed, Batch.of(zip(range(3), starts, lengths, strict=True))))
+    want = twin(small, ids)
+    expected = torch.cat([want[r, s : s + n] for r, (s, n) in enumerate(zip(starts, lengths, strict=True))])
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+    positions = torch.tensor([s + n for s, n in zip(starts, lengths, strict=True)])
+    step = model.logits(model.hidden(ids[range(3), positions], Batch.step(torch.arange(3), positions, 12)))
+    torch.testing.assert_close(step, want[range(3), positions], atol=1e-4, rtol=0)
+
+
+def test_slots_beyond_a_position_are_never_read(llama: Llama, ids: torch.Tensor) -> None:
+    """What an earlier, longer prompt left in the cache must not show."""
+    clean = llama.model.forward(ids[:, :4], 0), llama.model.forward(ids[:, 4:5], 4)
+    llama.model.forward(torch.full((3, 60), 7), 0)
+    dirty = llama.model.forward(ids[:, :4], 0), llama.model.forward(ids[:, 4:5], 4)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+
+
+def test_forward_refuses_what_does_not_fit(llama: Llama) -> None:
+    with pytest.raises(InputError, match=r"positions 60 to 64 .* max_seq_len=64"):
+        llama.model.forward(torch.ones(1, 5, dtype=torch.long), 60)
+    with pytest.raises(InputError, match=r"7 rows.*max_batch_size=6"):
+        llama.model.forward(torch.ones(7, 1, dtype=torch.long), 0)
+    with pytest.raises(InputError, match="vocab_size"):
+        Transformer(ModelArgs(dim=32, n_layers=1, n_heads=2))
+
+
+def test_a_model_by_itself_can_be_trained() -> None:
+    """No checkpoint, no groups: forward is differentiable, and every weight gets a gradient."""
+    torch.manual_seed(0)
+    args = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=40, multiple_of=8, max_batch_size=2, max_seq_len=8)
+    model, ids = Transformer(args), torch.randint(0, 40, (2, 8))
+    first = last = None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(20):
+        loss = torch.nn.functional.cross_entropy(model(ids[:, :-1], 0).flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+        optimizer.step()
+        first, last = first or loss.item(), loss.item()
+    assert last < first
+
+
+def test_rms_norm() -> None:
+    norm, x = RMSNorm(6, eps=1e-5), torch.randn(4, 6, dtype=torch.float64).float()
+    norm.weight.data.uniform_()
+    expected = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
+    torch.testing.assert_close(norm(x).double(), expected, atol=1e-6, rtol=0)
+    half = norm.bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert norm.eps == 1e-5 and RMSNorm(4).eps == 1e-6
+
+
+def test_rotary_embedding_turns_adjacent_pairs() -> None:
+    freqs = precompute_freqs_cis(8, 10, theta=100.0)
+    assert freqs.shape == (10, 4) and freqs.dtype == torch.complex64
+    angle = 3 * 100.0 ** (-2 / 8)  # position 3, pair 1
+    assert freqs[3, 1].real.item() == pytest.approx(torch.tensor(angle).cos().item(), abs=1e-6)
+    xq, xk = torch.randn(2, 10, 4, 8), torch.randn(2, 10, 2, 8)
+    q, k = apply_rotary_emb(xq, xk, freqs)
+    for x, y in ((xq, q), (xk, k)):
+        turned = torch.view_as_complex(x.unflatten(-1, (4, 2))) * freqs.view(1, 10, 1, 4)
+        torch.testing.assert_close(y, torch.view_as_real(turned).flatten(-2), atol=1e-6, rtol=0)
+    assert apply_rotary_emb(xq.bfloat16(), xk.bfloat16(), freqs)[0].dtype == torch.bfloat16
+    assert reshape_for_broadcast(freqs, torch.zeros(2, 10, 4, 4)).shape == (1, 10, 1, 4)
+    with pytest.raises(InputError):
+        reshape_for_broadcast(freqs, torch.zeros(2, 9, 4, 4))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("kv, groups", [(4, 1), (2, 3), (1, 4)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attend_equals_its_readable_twin(kv: int, groups: int, dtype: torch.dtype, tolerance: float, causal: bool) -> None:
+    """The kernel over unexpanded heads, against scores, softmax and sums over repeated ones, in float32."""
+    B, S, hd = 2, 5, 16
+    L = S if causal else 9
+    q, k, v = torch.randn(B, S, kv, groups, hd), torch.randn(B, L, kv, hd), torch.randn(B, L, kv, hd)
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    first = torch.tensor([0, 0]) if causal else torch.tensor([4, 1])  # position of each row's first query
+    hidden = torch.arange(L) > (first[:, None] + torch.arange(S))[..., None]
+    mask = torch.zeros(B, 1, S, L, dtype=dtype).masked_fill(hidden[:, None], float("-inf"))
+    got = attend(q, k.transpose(1, 2), v.transpose(1, 2), None if causal else mask)
+
+    keys, values = (repeat_kv(t, groups).float() for t in (k, v))
+    scores = torch.einsum("bshd,bthd->bhst", q.flatten(2, 3).float(), keys) / hd**0.5
+    weights = scores.masked_fill(hidden[:, None], float("-inf")).softmax(-1)
+    expected = torch.einsum("bhst,bthd->bshd", weights, values).view(B, S, kv, groups, hd)
+    torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=0)
+
+
+def test_repeat_kv_repeats_each_head_in_place() -> None:
+    x = torch.arange(3.0).view(1, 1, 3, 1)
+    assert repeat_kv(x, 2).flatten().tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "dim, multiple_of, multiplier, width",
+    [(4096, 256, None, 11008), (5120, 256, None, 13824), (8192, 4096, 1.3, 28672)],
+)
+def test_feed_forward_width_of_7b_13b_and_70b(dim: int, multiple_of: int, multiplier: float | None, width: int) -> None:
+    assert ffn_width(4 * dim, multiple_of, multiplier) == width
