@@ -6,12 +6,12 @@ torchrun --nproc_per_node 2 example_text_completion.py --ckpt_dir llama-2-13b --
 
 import fire
 
-from llama import Llama
+from llama import Llama, given_or_demo
 
 
 def main(
-    ckpt_dir: str,
-    tokenizer_path: str,
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
     temperature: float = 0.6,
     top_p: float = 0.9,
     max_seq_len: int = 128,
@@ -22,9 +22,11 @@ def main(
 ) -> None:
     """Print what the model makes of four beginnings.
 
-    ckpt_dir: a folder with consolidated.NN.pth and params.json; tokenizer_path: tokenizer.model. max_seq_len: positions
-    per text, prompt and answer together. device: cpu, cuda or mps; dtype: bfloat16, float16 or float32.
+    ckpt_dir: a folder with consolidated.NN.pth and params.json; tokenizer_path: tokenizer.model; without both, the
+    bundled demo model. max_seq_len: positions per text, prompt and answer together. device: cpu, cuda or mps; dtype:
+    bfloat16, float16 or float32.
     """
+    ckpt_dir, tokenizer_path = given_or_demo(ckpt_dir, tokenizer_path)
     generator = Llama.build(
         ckpt_dir=ckpt_dir,
         tokenizer_path=tokenizer_path,

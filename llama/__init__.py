@@ -1,5 +1,6 @@
 """Llama 2 inference: Meta's checkpoints, on any machine."""
 
+from .demo import given_or_demo
 from .errors import CheckpointError, DeviceError, InputError, LlamaError
 from .generation import Dialog, Llama
 from .model import ModelArgs, Transformer
@@ -8,4 +9,5 @@ from .tokenizer import Tokenizer
 __version__ = "0.1.0"
 __all__ = [
     "CheckpointError", "DeviceError", "Dialog", "InputError", "Llama", "LlamaError", "ModelArgs", "Tokenizer", "Transformer",
+    "given_or_demo",
 ]  # fmt: skip

@@ -12,8 +12,8 @@ Roles: an optional `system` first, folded into the first `user`; then `user` and
 from collections.abc import Sequence
 from typing import Literal, TypedDict
 
-from .errors import InputError
-from .tokenizer import Tokenizer
+from .errors import InputError, kind
+from .tokenizer import Tokenizer, check_text
 
 Role = Literal["system", "user", "assistant"]
 
@@ -40,17 +40,17 @@ def is_unsafe(dialog: Dialog) -> bool:
 def check_dialog(dialog: Dialog, name: str) -> None:
     """Raise InputError, with `name` and the message's index, unless the dialog has the form described above."""
     if isinstance(dialog, (str, bytes, dict)) or not isinstance(dialog, Sequence):
-        raise InputError(f"{name} is {_kind(dialog)}; it must be a list of messages {{'role': ..., 'content': ...}}")
+        raise InputError(f"{name} is {kind(dialog)}; give a list of dialogs, each a list of {{'role': ..., 'content': ...}}")
     for i, message in enumerate(dialog):
         if not isinstance(message, dict):
-            raise InputError(f"{name}, message {i} is {_kind(message)}; it must be a dict with 'role' and 'content'")
+            raise InputError(f"{name}, message {i} is {kind(message)}; it must be a dict with 'role' and 'content'")
         for key in ("role", "content"):
             if key not in message:
                 raise InputError(f"{name}, message {i} has no {key!r}; it has {sorted(map(str, message))}")
-        if not isinstance(message["content"], str):
-            raise InputError(f"{name}, message {i}: its content is {_kind(message['content'])}; it must be a string")
-        if message["role"] not in ("system", "user", "assistant"):
-            raise InputError(f"{name}, message {i}: role {message['role']!r}; roles are 'system', 'user' and 'assistant'")
+        check_text(message["content"], f"{name}, message {i}: its content")
+        role = message["role"]
+        if not isinstance(role, str) or role not in ("system", "user", "assistant"):
+            raise InputError(f"{name}, message {i}: its role is {kind(role)}; roles are 'system', 'user' and 'assistant'")
 
     turns = [m["role"] for m in dialog]
     system = turns[:1] == ["system"]
@@ -76,7 +76,3 @@ def encode_dialog(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
     for user, answer in zip(texts[:-1:2], texts[1::2], strict=True):
         ids += tokenizer.encode(f"{B_INST} {user.strip()} {E_INST} {answer.strip()} ", bos=True, eos=True)
     return ids + tokenizer.encode(f"{B_INST} {texts[-1].strip()} {E_INST}", bos=True, eos=False)
-
-
-def _kind(value: object) -> str:
-    return f"{value!r:.40} ({type(value).__name__})"

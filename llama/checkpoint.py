@@ -1,14 +1,14 @@
 """Meta's checkpoints: find, check, reshard, load.
 
 A checkpoint of n shards is loaded on m ranks, whatever n and m: of each matrix, rank r takes the r-th of m equal parts
-of the n stored parts joined. Shards are memory-mapped and read tensor by tensor straight into place, so that a rank
-holds its own weights and one tensor more at most. Everything is checked before anything is allocated, all but the
-numbers themselves, which are checked as they are read. Nothing in a file is ever executed.
+of the n stored parts joined. Shards are memory-mapped. Where a rank's part is a stored tensor as it is, the mapped file
+is the weight; else its views are joined tensor by tensor, so that a rank holds its own weights and one tensor more at
+most. All is checked before anything is allocated, but the numbers, which are checked as they are read. Nothing in a
+file is ever executed.
 """
 
 import ctypes
 import json
-import math
 import mmap
 import os
 import pickle
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import CheckpointError, what_is_it
+from .errors import CheckpointError, kind, path_to, read_file, what_is_it
 from .model import ModelArgs, Transformer
 from .runtime import model_parallel, progress
 
@@ -35,6 +35,10 @@ SPLIT: dict[str, int | None] = {
 NOT_WEIGHTS = {"rope.freqs"}  # in Meta's files, but computed here
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+_NOT_FINITE = "holds NaN or infinity: the shards are damaged; compare with checklist.chk, fetch them again"
+_OTHER_MODEL = "params.json and the shards are not of one model; fetch them again"
+_MADE_BY = {"wk": "n_heads, n_kv_heads", "w1": "multiple_of, ffn_dim_multiplier", "norm": "dim"}  # key of a wrong shape
+
 Shards = dict[str, dict[str, torch.Tensor]]  # file name -> tensor name -> mapped tensor
 
 
@@ -44,49 +48,55 @@ def split_dim(name: str) -> int | None:
 
 # --- params.json -----------------------------------------------------------------------------------------------------
 
-_COUNT = (int, lambda v: v >= 1, "a whole number, 1 or more")
+_COUNT = (int, lambda v: 1 <= v < 2**31, "a whole number from 1 to 2,147,483,647")
 _PARAMS: dict[str, tuple[Any, Any, str]] = {
     "dim": _COUNT, "n_layers": _COUNT, "n_heads": _COUNT, "n_kv_heads": _COUNT, "multiple_of": _COUNT,
-    "vocab_size": (int, lambda v: v == -1 or v >= 1, "-1 (the tokenizer's) or a whole number, 1 or more"),
-    "ffn_dim_multiplier": ((int, float), lambda v: 0 < v < math.inf, "a number above 0"),
+    "vocab_size": (int, lambda v: v == -1 or 1 <= v < 2**31, "-1 (the tokenizer's) or a whole number, 1 or more"),
+    "ffn_dim_multiplier": ((int, float), lambda v: 0 < v <= 1000, "a number above 0, at most 1000"),
     "norm_eps": ((int, float), lambda v: 0 < v < 1, "a number between 0 and 1"),
-    "rope_theta": ((int, float), lambda v: 0 < v < math.inf, "a number above 0"),
+    "rope_theta": ((int, float), lambda v: 1 <= v <= 1e18, "a number from 1 to 1e18"),
 }  # fmt: skip
 _OPTIONAL = ("n_kv_heads", "ffn_dim_multiplier")  # null means absent
 
 
 def read_params(ckpt_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """The checked contents of `params.json`, for ModelArgs."""
-    folder = Path(ckpt_dir)
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "there is no such folder"
-        raise CheckpointError(f"{folder}: {what}; ckpt_dir is a model's folder with consolidated.NN.pth and params.json")
-    path = folder / "params.json"
-    if not path.is_file():
+    folder = path_to(ckpt_dir, "ckpt_dir", "a model's folder, with consolidated.NN.pth and params.json", folder=True)
+    if "params.json" not in _names(folder):
         raise CheckpointError(f"{folder}: no params.json; {_what_instead(folder)}")
+    path = folder / "params.json"
+    text = read_file(path)
     try:
-        params = json.loads(path.read_bytes())
-    except ValueError as e:
-        raise CheckpointError(f"{path}: not JSON ({what_is_it(path.read_bytes()[:64])}); fetch it again") from e
+        params = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        found = str(e) if text[:1] == b"{" else what_is_it(text[:64])
+        raise CheckpointError(f"{path}: not JSON ({found}); fetch it again") from e
     if not isinstance(params, dict):
-        raise CheckpointError(f"{path}: holds a {type(params).__name__}, not an object of names and values")
+        raise CheckpointError(f"{path}: holds {kind(params)}, not an object of names and values; fetch it again")
     params = {k: v for k, v in params.items() if not (v is None and k in _OPTIONAL)}
     for key, value in params.items():
         if key not in _PARAMS:
             raise CheckpointError(f"{path}: unknown key {key!r}; a Llama 2 model has {', '.join(_PARAMS)}")
-        kind, valid, wanted = _PARAMS[key]
-        if isinstance(value, bool) or not isinstance(value, kind) or not valid(value):
+        types, valid, wanted = _PARAMS[key]
+        if isinstance(value, bool) or not isinstance(value, types) or not valid(value):
             raise CheckpointError(f"{path}: {key} is {value!r:.80}; it must be {wanted}")
     args = ModelArgs(**params)
     if args.dim % args.n_heads or args.head_dim % 2:
-        raise CheckpointError(f"{path}: dim {args.dim} does not make {args.n_heads} heads of even width")
+        raise CheckpointError(f"{path}: dim={args.dim} does not make n_heads={args.n_heads} heads of even width")
     if args.n_heads % args.kv_heads:
-        raise CheckpointError(f"{path}: n_heads {args.n_heads} is no multiple of n_kv_heads {args.n_kv_heads}")
+        raise CheckpointError(f"{path}: n_heads={args.n_heads} is no multiple of n_kv_heads={args.n_kv_heads}")
     return params
 
 
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as e:
+        raise CheckpointError(f"{folder}: cannot be read: {e.strerror}") from e
+
+
 def _what_instead(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir())
+    names = _names(folder)
     if not names:
         return "the folder is empty"
     if any(n == "config.json" or n.endswith(".safetensors") or n.startswith("pytorch_model") for n in names):
@@ -94,7 +104,7 @@ def _what_instead(folder: Path) -> str:
             "the folder is in Hugging Face layout; this library reads Meta's own files "
             "(consolidated.NN.pth and params.json; Hugging Face's repositories keep them in original/)"
         )
-    models = [n for n in names if (folder / n / "params.json").is_file()]
+    models = [n for n in names if os.path.isfile(folder / n / "params.json")]
     if models:
         return f"it holds model folders; give one of them as ckpt_dir: {', '.join(models[:8])}"
     return f"it holds {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}"
@@ -106,7 +116,7 @@ def _what_instead(folder: Path) -> str:
 def open_shards(ckpt_dir: str | os.PathLike[str]) -> Shards:
     """Map every consolidated.NN.pth; reads names and shapes, no numbers."""
     folder = Path(ckpt_dir)
-    found = {int(m[1]): p for p in folder.iterdir() if (m := re.fullmatch(r"consolidated\.(\d+)\.pth", p.name))}
+    found = {int(m[1]): folder / m[0] for n in _names(folder) if (m := re.fullmatch(r"consolidated\.([0-9]{2})\.pth", n))}
     if not found:
         raise CheckpointError(f"{folder}: no consolidated.NN.pth; {_what_instead(folder)}")
     missing = [f"consolidated.{i:02d}.pth" for i in range(max(found)) if i not in found]
@@ -118,12 +128,8 @@ def open_shards(ckpt_dir: str | os.PathLike[str]) -> Shards:
 
 
 def _open(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with path.open("rb") as f:
-            head = f.read(64)
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
-    if head[:2] == b"\x80\x02":
+    head = read_file(path, 64)
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         raise CheckpointError(
             f"{path}: a bare pickle or PyTorch's format of before 1.6, which cannot be mapped; "
             "if you trust it, load it and torch.save() it again"
@@ -137,13 +143,19 @@ def _open(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: holds more than tensors and was not loaded, as it could run code ({reason})") from e
     except Exception as e:
         size = path.stat().st_size
-        raise CheckpointError(f"{path}: cut off or damaged ({size:,} bytes); compare with checklist.chk, fetch it again") from e
+        raise CheckpointError(
+            f"{path}: cut off, damaged or another kind of zip ({size:,} bytes); compare with checklist.chk, fetch it again"
+        ) from e
     if not isinstance(tensors, dict):
-        raise CheckpointError(f"{path}: holds a {type(tensors).__name__}, not tensors by name")
+        raise CheckpointError(f"{path}: holds a {type(tensors).__name__}; Meta's shards hold tensors by name and nothing else")
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not _is_plain(tensor):
             raise CheckpointError(f"{path}: {name!r} is no plain tensor; Meta's shards hold tensors by name and nothing else")
     return tensors
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not (tensor.is_quantized or tensor.is_nested)
 
 
 def build_on_meta(
@@ -152,13 +164,13 @@ def build_on_meta(
     """The Transformer of params.json, without memory, after checking that the shards hold its tensors and no others."""
     args = ModelArgs(**{**params, "vocab_size": vocab_size}, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     stored = {name for tensors in shards.values() for name in tensors}
-    layers = 1 + max((int(m[1]) for n in stored if (m := re.match(r"layers\.(\d+)\.", n))), default=-1)
+    layers = len({n.split(".")[1] for n in stored if n.startswith("layers.")})
     if layers != args.n_layers:
-        raise CheckpointError(f"params.json says n_layers={args.n_layers}, but the shards hold {layers} layers")
+        raise CheckpointError(f"params.json says n_layers={args.n_layers}, but the shards hold {layers} layers: {_OTHER_MODEL}")
     declared = params.get("vocab_size", -1)
     if declared not in (-1, vocab_size):
         raise CheckpointError(
-            f"params.json says vocab_size={declared}, but the tokenizer has {vocab_size} pieces: not this model's"
+            f"params.json says vocab_size={declared}, but the tokenizer has {vocab_size} pieces; use the model's own"
         )
     try:
         with torch.device("meta"):
@@ -172,49 +184,52 @@ def build_on_meta(
 def _check(model: Transformer, shards: Shards) -> None:
     n, ranks = len(shards), model_parallel()[1]
     expected = {}
-    for name, parameter in model.named_parameters():
+    # The last norm first, whose shape says whether `dim` is right, and so whether there are as many shards as there must be.
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0] != "norm.weight"):
         shape, dim = list(parameter.shape), split_dim(name)
         if dim is not None:
             shape[dim] *= ranks
         expected[name] = tuple(shape)
 
     for file, tensors in shards.items():
-        for kind, names in (
+        for verb, names in (
             ("lacks", expected.keys() - tensors.keys()),
             ("holds unknown", tensors.keys() - expected.keys() - NOT_WEIGHTS),
         ):
             if names:
                 some = ", ".join(sorted(map(str, names))[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-                raise CheckpointError(f"{file} {kind} {some}: damaged, or not of the model that params.json describes")
+                raise CheckpointError(f"{file} {verb} {some}: damaged, or not of the model that params.json describes")
         for name, whole in expected.items():
             tensor, dim = tensors[name], split_dim(name)
             part = whole if dim is None else tuple(w // n if d == dim else w for d, w in enumerate(whole))
             if tensor.dtype not in DTYPES:
                 raise CheckpointError(
-                    f"{file}: {name} is stored as {tensor.dtype}; supported are bfloat16, float16 and float32"
+                    f"{file}: {name} is stored as {tensor.dtype}; supported are bfloat16, float16 and float32; convert it"
                 )
             if tuple(tensor.shape) != part or (dim is not None and whole[dim] % n):
                 raise CheckpointError(f"{file}: {name} is {tuple(tensor.shape)}, {_why_not(name, tensor, whole, n)}")
 
-    (first, reference), *others = shards.items()
-    for file, tensors in others:
+    (first, reference), *_ = shards.items()
+    rows: dict[tuple[float, ...], str] = {}
+    for file, tensors in shards.items():
         for name in expected:
-            if split_dim(name) is None and not torch.equal(reference[name], tensors[name]):
-                raise CheckpointError(f"{name} differs between {first} and {file}: they are shards of different models")
+            if split_dim(name) is None:
+                if not tensors[name].isfinite().all():
+                    raise CheckpointError(f"{file}: {name} {_NOT_FINITE}")
+                if not torch.equal(reference[name].float(), tensors[name].float()):
+                    raise CheckpointError(f"{name} differs between {first} and {file}: they are shards of different models")
+        row = tuple(tensors["layers.0.attention.wq.weight"][0].tolist())
+        if rows.setdefault(row, file) != file and len(set(row)) > 1:
+            raise CheckpointError(f"{file} holds the same numbers as {rows[row]}: a copy under another name; fetch it again")
 
 
 def _why_not(name: str, tensor: torch.Tensor, whole: tuple[int, ...], n: int) -> str:
-    dim = split_dim(name)
-    others = [d for d in range(len(whole)) if d != dim]
-    same = dim is not None and tensor.ndim == len(whole) and all(tensor.shape[d] == whole[d] for d in others)
-    if name in ("tok_embeddings.weight", "output.weight") and tensor.ndim == 2 and n == 1 and tensor.shape[1] == whole[1]:
-        return f"but the tokenizer has {whole[0]} pieces: it is another model's tokenizer"
-    if same and dim is not None and tensor.shape[dim] and whole[dim] % tensor.shape[dim] == 0:
-        count = whole[dim] // tensor.shape[dim]
-        return (
-            f"one of {count} parts of the {whole} that params.json makes, but there are {n} shards: some missing, or too many"
-        )
-    return f"where params.json makes {whole} in {n} shard(s): params.json or this shard is of another model"
+    if name == "tok_embeddings.weight" and tensor.ndim == 2 and tensor.shape[1] and whole[1] % tensor.shape[1] == 0:
+        if tensor.shape[0] != whole[0]:
+            return f"but the tokenizer has {whole[0]} pieces; use the model's own tokenizer.model"
+        return f"one of {whole[1] // tensor.shape[1]} parts of {whole}, but there are {n} shards: some are missing, or too many"
+    hint = next((f" (see {keys})" for part, keys in _MADE_BY.items() if part in name), "")
+    return f"where params.json{hint} makes {whole} in {n} shard(s): {_OTHER_MODEL}"
 
 
 def cut(parts: list[torch.Tensor], dim: int, rank: int, ranks: int) -> list[torch.Tensor]:
@@ -237,22 +252,41 @@ def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device:
     rank, ranks = model_parallel()
     # The largest first: while little is held yet, one tensor more weighs least.
     parameters = sorted(model.named_parameters(), key=lambda item: -item[1].numel())
-    for name, parameter in progress(parameters, lambda item: item[1].numel() * dtype.itemsize, "loading"):
+    for name, _ in progress(parameters, lambda item: item[1].numel() * dtype.itemsize, "loading"):
         parts, dim = [tensors[name] for tensors in shards.values()], split_dim(name)
-        weight = torch.empty(parameter.shape, dtype=dtype, device=device)
-        filled = 0
-        for view in parts[:1] if dim is None else cut(parts, dim, rank, ranks):
-            weight.narrow(dim or 0, filled, view.shape[dim or 0]).copy_(view)
-            filled += view.shape[dim or 0]
-            _release(view)
+        views = parts[:1] if dim is None else cut(parts, dim, rank, ranks)
+        weight = views[0] if _in_place(views, dtype, device) else _join(views, dim or 0, dtype, device)
         # A sum is finite only if all its terms are, and costs one pass; it may overflow, so ask again if it is not.
         if not weight.sum().isfinite() and not weight.isfinite().all():
-            raise CheckpointError(f"{name} holds NaN or infinity: the shards are damaged; compare with checklist.chk")
+            if all(view.isfinite().all() for view in views):
+                raise CheckpointError(
+                    f"{name} holds numbers too large for {dtype}; leave dtype out, or use 'bfloat16' or 'float32'"
+                )
+            raise CheckpointError(f"{name} {_NOT_FINITE}")
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(weight, requires_grad=False))
 
 
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform in ("linux", "darwin") else None
+def _in_place(views: list[torch.Tensor], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the mapped file can itself be the weight: no copy, and one copy in memory for all who map it."""
+    first = views[0]
+    aligned = first.data_ptr() % 64 == 0  # as torch.save writes them
+    return len(views) == 1 and first.is_contiguous() and aligned and first.dtype == dtype and device.type == "cpu"
+
+
+def _join(views: list[torch.Tensor], dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    shape = list(views[0].shape)
+    shape[dim] = sum(view.shape[dim] for view in views)
+    joined, filled = torch.empty(shape, dtype=dtype, device=device), 0
+    for view in views:
+        joined.narrow(dim, filled, view.shape[dim]).copy_(view)
+        filled += view.shape[dim]
+        _release(view)
+    return joined
+
+
+_libc = ctypes.CDLL(None) if sys.platform in ("linux", "darwin") else None
+_DONTNEED = 4
 
 
 def _release(view: torch.Tensor) -> None:
@@ -263,4 +297,4 @@ def _release(view: torch.Tensor) -> None:
     begin = view.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     strides = zip(view.shape, view.stride(), strict=True)
     end = view.data_ptr() + (1 + sum((size - 1) * stride for size, stride in strides)) * view.element_size()
-    _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), 4)  # MADV_DONTNEED
+    _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED)

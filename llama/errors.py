@@ -1,9 +1,12 @@
-"""One family of errors.
+"""One family of errors, and what their messages are made of.
 
 Every error a user can cause is a `LlamaError`: a `ValueError`, because the value is at fault, and an `AssertionError`,
 because those who wrote against Meta's reference catch its bare assertions. Unlike those they survive `python -O`.
 Each message names the value, the limit and the way out.
 """
+
+import os
+from pathlib import Path
 
 
 class LlamaError(ValueError, AssertionError):
@@ -20,6 +23,41 @@ class CheckpointError(LlamaError):
 
 class DeviceError(LlamaError):
     """Where it runs: devices, ranks, process groups, memory."""
+
+
+def kind(value: object) -> str:
+    """A value and its type, cut short."""
+    try:
+        text = repr(value)
+    except Exception:  # a number of more digits than Python prints, or somebody's broken __repr__
+        text = "something"
+    return f"{text:.60} ({type(value).__name__})"
+
+
+def path_to(value: str | os.PathLike[str], name: str, what: str, folder: bool = False) -> Path:
+    """The path given as argument `name`, which must lead to `what`: a file, or a folder, that is there."""
+    try:
+        path = Path(value)
+        path.stat()
+        wrong = "" if path.is_dir() == folder else "a file, not a folder" if folder else "a folder, not a file"
+    except TypeError as e:
+        raise CheckpointError(f"{name} is {kind(value)}; it must be the path of {what}") from e
+    except (OSError, ValueError) as e:  # nothing there, forbidden, too long, or of characters that no path has
+        wrong = getattr(e, "strerror", None) or str(e)
+    if wrong:
+        raise CheckpointError(f"{name} is {str(value)!r:.200}: {wrong}; it must be the path of {what}")
+    return path
+
+
+def read_file(path: Path, size: int = -1) -> bytes:
+    """The first `size` bytes of a file, or all."""
+    try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait
+            raise CheckpointError(f"{path}: is a folder or a device, not a file")
+        with path.open("rb") as f:
+            return f.read(size)
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
 
 
 def what_is_it(head: bytes) -> str:

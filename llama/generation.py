@@ -4,8 +4,8 @@ One loop serves all of them: `Llama.tokens`, a generator that prefills once, the
 made. Text and dialogs are ids before they reach it.
 """
 
-import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypedDict
 
@@ -27,10 +27,10 @@ from .chat import (
     encode_dialog,
     is_unsafe,
 )
-from .errors import CheckpointError, InputError
+from .errors import CheckpointError, InputError, kind
 from .model import ModelArgs, Transformer
 from .sampling import logprobs_of, next_ids, sample_top_p
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, check_text
 
 LOGPROB_CHUNK = 512  # positions whose logits stand in memory at once: 512 x 32,000 x 4 bytes = 66 MB
 
@@ -76,10 +76,10 @@ class Llama:
         Raises LlamaError (CheckpointError, DeviceError, InputError) before any weight is read.
         """
         for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} is {value!r}; it must be a whole number, 1 or more")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise InputError(f"seed is {seed!r}; it must be a whole number")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+                raise InputError(f"{name} is {kind(value)}; it must be a whole number from 1 to {2**31 - 1:,}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+            raise InputError(f"seed is {kind(seed)}; it must be a whole number from -2**63 to 2**64 - 1")
         wanted = _dtype(dtype)
         where = runtime.start(device, model_parallel_size)
 
@@ -123,9 +123,10 @@ class Llama:
         likeliest id, else ids are drawn by top-p. logprobs: log_softmax of the raw logits at each id. echo: the prompt's
         ids come first, the very first with 0.0. Raises InputError, naming the row, before any work.
         """
+        stream = self.tokens(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo)
         ids: list[list[int]] = [[] for _ in prompt_tokens]
         values: list[list[float]] = [[] for _ in prompt_tokens]
-        for token in self.tokens(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo):
+        for token in stream:
             ids[token.row].append(token.id)
             if token.logprob is not None:
                 values[token.row].append(token.logprob)
@@ -222,10 +223,9 @@ class Llama:
         Each result has "generation"; with logprobs=True also "tokens" (each id decoded by itself) and "logprobs".
         """
         if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
-            raise InputError(f"prompts is {prompts!r:.60} ({type(prompts).__name__}); it must be a list of texts, as in [text]")
+            raise InputError(f"prompts is {kind(prompts)}; it must be a list of texts, as in [text]")
         for row, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise InputError(f"prompt {row} is {prompt!r:.60} ({type(prompt).__name__}); it must be a string")
+            check_text(prompt, f"prompt {row}")
         encoded = [self.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
         ids, values = self.generate(encoded, self._gen_len(max_gen_len), temperature, top_p, logprobs, echo)
         predictions: list[CompletionPrediction] = [{"generation": self.tokenizer.decode(row)} for row in ids]
@@ -248,11 +248,12 @@ class Llama:
         Each result has "generation", a message; with logprobs=True also "tokens" and "logprobs".
         """
         if isinstance(dialogs, (str, bytes, dict)) or not isinstance(dialogs, Sequence):
-            raise InputError(f"dialogs is {dialogs!r:.60} ({type(dialogs).__name__}); it must be a list of dialogs")
+            raise InputError(f"dialogs is {kind(dialogs)}; it must be a list of dialogs, as in [dialog]")
         for row, dialog in enumerate(dialogs):
             check_dialog(dialog, f"dialog {row}")
         safe = [row for row, dialog in enumerate(dialogs) if not is_unsafe(dialog)]
         encoded = [encode_dialog(self.tokenizer, dialogs[row]) for row in safe]
+        self._check_prompts(encoded, [f"dialog {row}" for row in safe])
         ids, values = self.generate(encoded, self._gen_len(max_gen_len), temperature, top_p, logprobs)
 
         unsafe: Message = {"role": "assistant", "content": UNSAFE_ERROR}
@@ -272,40 +273,45 @@ class Llama:
     def _gen_len(self, max_gen_len: int | None) -> int:
         return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
 
-    def _check_prompts(self, prompts: list[list[int]]) -> None:
+    def _check_prompts(self, prompts: list[list[int]], names: list[str] | None = None) -> None:
         args, n_words = self.model.params, self.tokenizer.n_words
         if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
-            raise InputError(f"prompt_tokens is {prompts!r:.60}; it must be a list of lists of token ids")
+            raise InputError(f"prompt_tokens is {kind(prompts)}; it must be a list of lists of token ids")
         if len(prompts) > args.max_batch_size:
-            raise InputError(f"{len(prompts)} prompts, but the model was built for max_batch_size={args.max_batch_size}")
-        for row, prompt in enumerate(prompts):
+            raise InputError(
+                f"{len(prompts)} prompts, but the model was built for max_batch_size={args.max_batch_size}; "
+                "give fewer at a time, or build with a larger max_batch_size"
+            )
+        for name, prompt in zip(names or [f"prompt {row}" for row in range(len(prompts))], prompts, strict=True):
             if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
-                raise InputError(f"prompt {row} is {prompt!r:.60} ({type(prompt).__name__}); it must be a list of token ids")
+                raise InputError(f"{name} is {kind(prompt)}; it must be a list of token ids")
             if not prompt:
-                raise InputError(f"prompt {row} holds no ids; begin it with BOS ({self.tokenizer.bos_id})")
+                raise InputError(f"{name} holds no ids; begin it with BOS ({self.tokenizer.bos_id})")
             for id_ in prompt:
                 if isinstance(id_, bool) or not isinstance(id_, int) or not 0 <= id_ < n_words:
-                    raise InputError(f"prompt {row}: {id_!r:.60} is no token id; ids are whole numbers from 0 to {n_words - 1}")
+                    raise InputError(f"{name}: {kind(id_)} is no token id; ids are whole numbers from 0 to {n_words - 1}")
             if len(prompt) > args.max_seq_len:
                 raise InputError(
-                    f"prompt {row} has {len(prompt)} ids, but the window holds max_seq_len={args.max_seq_len}; "
+                    f"{name} has {len(prompt)} ids, but the window holds max_seq_len={args.max_seq_len}; "
                     "shorten it, or build with a larger max_seq_len"
                 )
 
 
 def _check_sampling(max_gen_len: int, temperature: float, top_p: float) -> None:
     if isinstance(max_gen_len, bool) or not isinstance(max_gen_len, int) or max_gen_len < 0:
-        raise InputError(f"max_gen_len is {max_gen_len!r}; it must be a whole number, 0 or more")
-    for name, value, most in (("temperature", temperature, math.inf), ("top_p", top_p, 1.0)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most or value == math.inf:
+        raise InputError(f"max_gen_len is {kind(max_gen_len)}; it must be a whole number, 0 or more")
+    for name, value, most in (("temperature", temperature, sys.float_info.max), ("top_p", top_p, 1.0)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
             limit = "0 (the likeliest id) or more" if name == "temperature" else "between 0 and 1"
-            raise InputError(f"{name} is {value!r}; it must be a number, {limit}")
+            raise InputError(f"{name} is {kind(value)}; it must be a number, {limit}")
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None:
+        return None
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if wanted not in (None, *checkpoint.DTYPES) or (dtype is not None and wanted is None):
-        raise InputError(f"dtype is {dtype!r}; use 'bfloat16', 'float16' or 'float32', or leave it out for the stored one")
+    if not isinstance(wanted, torch.dtype) or wanted not in checkpoint.DTYPES:
+        raise InputError(f"dtype is {kind(dtype)}; use 'bfloat16', 'float16' or 'float32', or leave it out for the stored one")
     return wanted
 
 

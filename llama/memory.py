@@ -33,19 +33,21 @@ def preflight(args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.dev
     if free is None or need() <= free:
         return
     weights, cache = weight_bytes(args, ranks, dtype), cache_bytes(args, ranks, dtype)
-    room, ways = free - weights, []
-    window = max(room, 0) * args.max_seq_len // cache
-    rows = max(room, 0) * args.max_batch_size // cache
+    room, ways = max(free - weights, 0), []
+    window = room * args.max_seq_len // cache
+    rows = room * args.max_batch_size // cache
+    window_of_one = room * args.max_seq_len * args.max_batch_size // cache
     if window >= SMALLEST_WINDOW:
         ways.append(f"max_seq_len={window}")
     if rows >= 1:
         ways.append(f"max_batch_size={rows}")
-    if not ways and window * args.max_batch_size >= SMALLEST_WINDOW:
-        ways.append(f"max_batch_size=1 with max_seq_len={window * args.max_batch_size}")
+    if not ways and window_of_one >= SMALLEST_WINDOW:
+        ways.append(f"max_batch_size=1 with max_seq_len={window_of_one}")
     if dtype.itemsize > 2 and need(dtype=torch.bfloat16) <= free:
         ways.append(f"dtype='bfloat16' ({_gb(need(dtype=torch.bfloat16))})")
+    width = ffn_width(4 * args.dim, args.multiple_of, args.ffn_dim_multiplier)
     for more in range(ranks + 1, args.kv_heads + 1):
-        if args.kv_heads % more == 0 and need(ranks=more) <= free:
+        if not (args.kv_heads % more or args.vocab_size % more or width % more) and need(ranks=more) <= free:
             where = "on machines of their own" if device.type == "cpu" else "with a GPU each"
             ways.append(f"{more} ranks {where} ({_gb(need(ranks=more))} each)")
             break

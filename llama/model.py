@@ -193,6 +193,11 @@ class Transformer(nn.Module):
         super().__init__()
         if params.vocab_size < 1:
             raise InputError(f"vocab_size is {params.vocab_size}; set it to the tokenizer's n_words")
+        if params.dim % params.n_heads or params.head_dim % 2 or params.n_heads % params.kv_heads:
+            raise InputError(
+                f"dim={params.dim}, n_heads={params.n_heads}, n_kv_heads={params.n_kv_heads}: "
+                "dim must make n_heads of even width, and n_heads be a multiple of n_kv_heads"
+            )
         self.n_local_kv_heads = divide(params.kv_heads, model_parallel()[1], "key/value heads")
         self.params = params
         self.vocab_size = params.vocab_size
@@ -241,6 +246,8 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
         """ids (B, S) of the cache's rows 0..B, at positions start_pos..start_pos + S -> float32 logits (B, S, vocab)."""
+        if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"tokens is {tuple(tokens.shape)} of {tokens.dtype}; it must be ids (B, S) of int64")
         B, S = tokens.shape
         args = self.params
         if B > args.max_batch_size:

@@ -54,12 +54,16 @@ def start(device: str | torch.device | None = None, model_parallel_size: int | N
     size = _model_parallel_size(model_parallel_size, world)
     chosen = choose_device(device, world)
 
+    if chosen.type == "cuda" and (dist.is_initialized() or under_torchrun):
+        torch.cuda.set_device(chosen)  # NCCL speaks for each rank through its current device
     if not dist.is_initialized() and under_torchrun:
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)  # NCCL binds each rank to the current device
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
-        atexit.register(_stop)
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        except ValueError as e:
+            raise DeviceError(f"{e}; start ranks with torchrun, or unset RANK and WORLD_SIZE to run one process") from e
     if dist.is_initialized():
+        atexit.unregister(_stop)
+        atexit.register(_stop)
         if not fs.model_parallel_is_initialized():
             with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints its sizes
                 fs.initialize_model_parallel(size)
@@ -69,6 +73,7 @@ def start(device: str | torch.device | None = None, model_parallel_size: int | N
 
 
 def _stop() -> None:
+    """Left to the interpreter's end, gloo's threads abort the process now and then, also in groups of the caller's."""
     if dist.is_initialized():
         fs.destroy_model_parallel()
         dist.destroy_process_group()
@@ -99,8 +104,8 @@ def choose_device(device: str | torch.device | None, world: int = 1) -> torch.de
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-    except (RuntimeError, TypeError) as e:
-        raise DeviceError(f"device={device!r} is not a device; use 'cpu', 'cuda', 'cuda:0' or 'mps'") from e
+    except (RuntimeError, TypeError, ValueError) as e:
+        raise DeviceError(f"device={device!r:.60} is not a device; use 'cpu', 'cuda', 'cuda:0' or 'mps'") from e
     if chosen.type == "cpu":
         return torch.device("cpu")
     if chosen.type == "mps":

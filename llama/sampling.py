@@ -19,7 +19,7 @@ def sample_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
 
 def next_ids(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
     """logits (B, vocab) -> ids (B,): the likeliest at temperature 0, else drawn by top-p."""
-    if temperature == 0:
+    if temperature < 1e-20:  # 0, or so near that dividing by it would overflow
         return logits.argmax(dim=-1)
     return sample_top_p(torch.softmax(logits / temperature, dim=-1), top_p).squeeze(-1)
 

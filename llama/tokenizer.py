@@ -1,22 +1,20 @@
 """Text to ids and back, by SentencePiece."""
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable
+from operator import index
 
 from sentencepiece import SentencePieceProcessor
 
-from .errors import CheckpointError, InputError, what_is_it
+from .errors import CheckpointError, InputError, kind, path_to, read_file, what_is_it
 
 
 class Tokenizer:
     """A SentencePiece model. Llama 2's has 32,000 pieces, BOS 1, EOS 2 and no padding piece (`pad_id` -1)."""
 
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
-        path = Path(model_path)
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such tokenizer file; it is Meta's tokenizer.model, beside the model folders")
-        data = path.read_bytes()
+        path = path_to(model_path, "tokenizer_path", "Meta's tokenizer.model, which lies beside the model folders")
+        data = read_file(path)
         try:
             self.sp_model = SentencePieceProcessor()
             self.sp_model.LoadFromSerializedProto(data)
@@ -32,17 +30,27 @@ class Tokenizer:
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """The ids of `s`, after BOS and before EOS where asked for. Control pieces in the text are plain text."""
-        if not isinstance(s, str):
-            raise InputError(f"the text to encode must be a string, not {type(s).__name__}")
-        try:
-            ids = self.sp_model.encode(s)
-        except UnicodeEncodeError as e:
-            raise InputError(f"the text holds a lone surrogate ({s[e.start]!r} at {e.start}), which is no character") from e
-        return [self.bos_id] * bool(bos) + ids + [self.eos_id] * bool(eos)
+        check_text(s, "the text to encode")
+        return [self.bos_id] * bool(bos) + self.sp_model.encode(s) + [self.eos_id] * bool(eos)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; BOS and EOS have none."""
+        try:
+            ids = [index(i) for i in ids]
+        except TypeError as e:
+            raise InputError(f"the ids to decode are {kind(ids)}; they must be a list of whole numbers") from e
         for i in ids:
             if not 0 <= i < self.n_words:
-                raise InputError(f"token id {i} is out of range: this tokenizer has {self.n_words} pieces")
-        return self.sp_model.decode(list(ids))
+                raise InputError(f"token id {kind(i)} is out of range: this tokenizer has the ids 0 to {self.n_words - 1}")
+        return self.sp_model.decode(ids)
+
+
+def check_text(text: str, name: str) -> None:
+    """Raise InputError, with `name`, unless the text is one that can be encoded."""
+    if not isinstance(text, str):
+        raise InputError(f"{name} is {kind(text)}; it must be a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        found = f"a lone surrogate ({text[e.start]!r} at {e.start})"
+        raise InputError(f"{name} holds {found}, which is no character; read it as UTF-8, or take it out") from e

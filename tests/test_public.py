@@ -39,7 +39,7 @@ SIGNATURES = {
     llama.sampling.sample_top_p: "probs, p",
 }
 # A file imports only from files above it.
-ROOMS = "errors runtime parallel cache model memory tokenizer chat sampling checkpoint generation __init__".split()
+ROOMS = "errors runtime demo parallel cache model memory tokenizer chat sampling checkpoint generation __init__".split()
 
 
 @pytest.mark.parametrize("module", NAMES)
