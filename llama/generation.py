@@ -107,6 +107,7 @@ class Llama:
             )
         self.model = model
         self.tokenizer = tokenizer
+        self._turn: object = None  # whose keys and values the cache holds
 
     def generate(
         self,
@@ -159,6 +160,7 @@ class Llama:
                 yield from (Token(row, id_, None) for row, prompt in enumerate(prompts) for id_ in prompt)
             return
 
+        turn = self._turn = object()
         packed = torch.tensor([id_ for p in prompts for id_ in p], device=device)
         hidden = self.model.hidden(packed, Batch.of([(row, 0, len(p)) for row, p in enumerate(prompts)], device))
         if echo:
@@ -188,6 +190,8 @@ class Llama:
                     live.remove(row)
             if not live:
                 return
+            if self._turn is not turn:
+                raise InputError("another call has used this Llama's cache since: end a stream before the next call")
             end = min(longest + step + 1, window)
             hidden = self.model.hidden(ids, Batch.step(rows, positions, end))
             positions = torch.minimum(positions + 1, last)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import Llama
+from llama import InputError, Llama
 from llama.chat import UNSAFE_ERROR
 from llama.parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 
@@ -146,6 +146,15 @@ def test_tokens_come_one_by_one_and_leaving_early_harms_nothing(llama: Llama) ->
     assert torch.is_inference_mode_enabled() is False  # also while the stream stands open
     stream.close()
     assert llama.generate(RAGGED[:3], 8, temperature=0)[0] == whole
+
+
+def test_a_stream_overtaken_by_another_call_stops_and_says_so(llama: Llama) -> None:
+    """One model has one cache: going on would read the other call's keys and values."""
+    stream = llama.tokens(RAGGED[:2], 8, temperature=0)
+    next(stream)
+    llama.generate([[1, 9]], 2, temperature=0)
+    with pytest.raises(InputError, match="another call"):
+        list(stream)
 
 
 def test_text_completion(llama: Llama) -> None:
