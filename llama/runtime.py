@@ -73,8 +73,10 @@ def start(device: str | torch.device | None = None, model_parallel_size: int | N
 
 
 def _stop() -> None:
-    """Left to the interpreter's end, gloo's threads abort the process now and then, also in groups of the caller's."""
+    """End the groups, also the caller's: left to the interpreter, gloo's threads abort the process now and then."""
     if dist.is_initialized():
+        # A gloo thread that still lets go of its last tensor needs the GIL, which its destructor holds (torch 2.6).
+        time.sleep(0.1)
         fs.destroy_model_parallel()
         dist.destroy_process_group()
 
