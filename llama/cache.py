@@ -28,13 +28,12 @@ class Span(NamedTuple):
     row: int
     n_rows: int
     length: int
-    start: int  # lowest position of the first ids
     end: int  # cache slots 0..end hold all that these ids may see
 
     @property
     def fresh(self) -> bool:
         """Nothing stands before these ids: their own keys and values are all they see."""
-        return self.start == 0 and self.end == self.length
+        return self.end == self.length
 
 
 @dataclass(frozen=True)
@@ -54,19 +53,19 @@ class Batch:
             rows.append(torch.full((length,), row))
             positions.append(torch.arange(start, start + length))
             last = spans[-1] if spans else None
-            if last and (row, start, length) == (last.row + last.n_rows, last.start, last.length):
+            if last and (row, length, start + length) == (last.row + last.n_rows, last.length, last.end):
                 spans[-1] = last._replace(n_rows=last.n_rows + 1)
             else:
-                spans.append(Span(row, 1, length, start, start + length))
+                spans.append(Span(row, 1, length, start + length))
         return Batch(torch.cat(rows).to(device), torch.cat(positions).to(device), tuple(spans))
 
     @staticmethod
     def step(rows: torch.Tensor, positions: torch.Tensor, end: int) -> "Batch":
         """One id for each of the rows 0..B, at `positions` (B,), all below `end`. Nothing is read from the device."""
-        return Batch(rows, positions, (Span(0, len(rows), 1, 0, end),))
+        return Batch(rows, positions, (Span(0, len(rows), 1, end),))
 
-    def masks(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
-        """For each span what its ids may not see, as -inf to be added to the scores (n_rows, 1, length, end).
+    def masks(self, n_heads: int, dtype: torch.dtype) -> list[torch.Tensor | None]:
+        """For each span what its ids may not see, as -inf to be added to the scores, (n_rows, n_heads, length, end).
 
         None for fresh spans, which the kernel's own causal mask serves.
         """
@@ -74,13 +73,13 @@ class Batch:
         first = 0
         for span in self.spans:
             count = span.n_rows * span.length
-            if span.fresh and span.length > 1:
+            if span.fresh:
                 masks.append(None)
             else:
                 positions = self.positions[first : first + count].view(span.n_rows, 1, span.length, 1)
                 slots = torch.arange(span.end, device=positions.device)
                 mask = torch.zeros(span.n_rows, 1, span.length, span.end, dtype=dtype, device=positions.device)
-                masks.append(mask.masked_fill_(slots > positions, float("-inf")))
+                masks.append(mask.masked_fill_(slots > positions, float("-inf")).repeat(1, n_heads, 1, 1))
             first += count
         return masks
 
@@ -99,6 +98,7 @@ class KVCache:
             shape = (n_layers, 2, rows, n_kv_heads, positions, head_dim)
             self.data = torch.zeros(shape, dtype=dtype, device=device)
         self.layers = [self.data[i].unbind() for i in range(n_layers)]
+        self.turn: object = None  # the one call whose keys and values these are
 
     def write(self, layer: int, batch: Batch, k: torch.Tensor, v: torch.Tensor) -> None:
         """Put k and v (N, n_kv_heads, head_dim) where their ids stand."""

@@ -216,7 +216,8 @@ def _check(model: Transformer, shards: Shards) -> None:
             if split_dim(name) is None:
                 if not tensors[name].isfinite().all():
                     raise CheckpointError(f"{file}: {name} {_NOT_FINITE}")
-                if not torch.equal(reference[name].float(), tensors[name].float()):
+                # Meta's are equal; derived files may differ by rounding, those of another model by far more.
+                if not torch.allclose(reference[name].float(), tensors[name].float(), rtol=0.05, atol=0.02):
                     raise CheckpointError(f"{name} differs between {first} and {file}: they are shards of different models")
         row = tuple(tensors["layers.0.attention.wq.weight"][0].tolist())
         if rows.setdefault(row, file) != file and len(set(row)) > 1:

@@ -4,8 +4,8 @@ One loop serves all of them: `Llama.tokens`, a generator that prefills once, the
 made. Text and dialogs are ids before they reach it.
 """
 
+import numbers
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypedDict
 
@@ -56,6 +56,8 @@ class Token(NamedTuple):
 
 
 class Llama:
+    """A model and its tokenizer. It has one cache, and so serves one call at a time, from one thread."""
+
     @staticmethod
     def build(
         ckpt_dir: str | os.PathLike[str],
@@ -73,7 +75,8 @@ class Llama:
         max_seq_len: positions per row, prompt and answer together; max_batch_size: rows at a time. Both size the cache.
         model_parallel_size: ranks that share one model; default WORLD_SIZE, or 1 in plain python.
         seed: of torch's default generator. device: default CUDA, else MPS, else CPU. dtype: default the stored one.
-        Raises LlamaError (CheckpointError, DeviceError, InputError) before any weight is read.
+        Raises LlamaError (CheckpointError, DeviceError, InputError) before any weight is loaded; only numbers that are
+        not finite are found while loading. On the CPU the weights may be the mapped file: replace it, never overwrite it.
         """
         for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
@@ -107,7 +110,6 @@ class Llama:
             )
         self.model = model
         self.tokenizer = tokenizer
-        self._turn: object = None  # whose keys and values the cache holds
 
     def generate(
         self,
@@ -145,7 +147,8 @@ class Llama:
         """`generate`, id by id as they are made: rows take turns, each in its own order. EOS is not yielded."""
         self._check_prompts(prompts)
         _check_sampling(max_gen_len, temperature, top_p)
-        return self._loop([list(p) for p in prompts], max_gen_len, temperature, top_p, logprobs, echo)
+        ids = [[int(id_) for id_ in prompt] for prompt in prompts]  # NumPy's are welcome
+        return self._loop(ids, int(max_gen_len), float(temperature), float(top_p), logprobs, echo)
 
     @torch.inference_mode()
     def _loop(
@@ -160,9 +163,11 @@ class Llama:
                 yield from (Token(row, id_, None) for row, prompt in enumerate(prompts) for id_ in prompt)
             return
 
-        turn = self._turn = object()
         packed = torch.tensor([id_ for p in prompts for id_ in p], device=device)
         hidden = self.model.hidden(packed, Batch.of([(row, 0, len(p)) for row, p in enumerate(prompts)], device))
+        cache = self.model.cache
+        assert cache is not None
+        cache.turn = turn = object()
         if echo:
             yield from self._echo(prompts, packed, hidden, logprobs)
 
@@ -190,8 +195,8 @@ class Llama:
                     live.remove(row)
             if not live:
                 return
-            if self._turn is not turn:
-                raise InputError("another call has used this Llama's cache since: end a stream before the next call")
+            if self.model.cache is not cache or cache.turn is not turn:
+                raise InputError("another call has used this model's cache since: end a stream before the next call")
             end = min(longest + step + 1, window)
             hidden = self.model.hidden(ids, Batch.step(rows, positions, end))
             positions = torch.minimum(positions + 1, last)
@@ -292,7 +297,7 @@ class Llama:
             if not prompt:
                 raise InputError(f"{name} holds no ids; begin it with BOS ({self.tokenizer.bos_id})")
             for id_ in prompt:
-                if isinstance(id_, bool) or not isinstance(id_, int) or not 0 <= id_ < n_words:
+                if isinstance(id_, bool) or not isinstance(id_, numbers.Integral) or not 0 <= int(id_) < n_words:
                     raise InputError(f"{name}: {kind(id_)} is no token id; ids are whole numbers from 0 to {n_words - 1}")
             if len(prompt) > args.max_seq_len:
                 raise InputError(
@@ -302,11 +307,11 @@ class Llama:
 
 
 def _check_sampling(max_gen_len: int, temperature: float, top_p: float) -> None:
-    if isinstance(max_gen_len, bool) or not isinstance(max_gen_len, int) or max_gen_len < 0:
+    if isinstance(max_gen_len, bool) or not isinstance(max_gen_len, numbers.Integral) or int(max_gen_len) < 0:
         raise InputError(f"max_gen_len is {kind(max_gen_len)}; it must be a whole number, 0 or more")
-    for name, value, most in (("temperature", temperature, sys.float_info.max), ("top_p", top_p, 1.0)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
-            limit = "0 (the likeliest id) or more" if name == "temperature" else "between 0 and 1"
+    for name, value, most in (("temperature", temperature, 1e30), ("top_p", top_p, 1.0)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= most:
+            limit = "from 0 (the likeliest id) to 1e30" if name == "temperature" else "from 0 to 1"
             raise InputError(f"{name} is {kind(value)}; it must be a number, {limit}")
 
 

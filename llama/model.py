@@ -92,18 +92,29 @@ def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """q (B, S, K, G, hd) over k and v (B, K, L, hd) -> (B, S, K, G, hd). No mask: causal, S = L.
+    """q (B, S, K, G, hd) over k and v (B, K, L, hd) -> (B, S, K, G, hd), with mask (B, K, S, L); None: causal, S = L.
 
     Each key/value head is a batch entry of its own whose G query heads see it through a view of stride 0.
     """
+    if q.device.type == "mps":  # its kernel gives wrong answers for some of these calls: pytorch issues 169222, 181133
+        return attend_plainly(q, k, v, mask)
     B, S, K, G, hd = q.shape
     q = q.permute(0, 2, 3, 1, 4).reshape(B * K, G, S, hd)
     k = k.flatten(0, 1).unsqueeze(1).expand(-1, G, -1, -1)  # (B * K, G, L, hd)
     v = v.flatten(0, 1).unsqueeze(1).expand(-1, G, -1, -1)
     if mask is not None:
-        mask = mask.expand(-1, K, -1, -1).reshape(B * K, 1, S, -1)
+        mask = mask.flatten(0, 1).unsqueeze(1)  # (B * K, 1, S, L)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     return y.view(B, K, G, S, hd).permute(0, 3, 1, 2, 4)
+
+
+def attend_plainly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """`attend`, written out."""
+    scores = torch.einsum("bskgd,bkld->bkgsl", q.float(), k.float()) / q.shape[-1] ** 0.5
+    if mask is None:
+        mask = torch.full(scores.shape[-2:], float("-inf"), device=q.device).triu(1)[None, None]
+    weights = (scores + mask.unsqueeze(2)).softmax(-1).type_as(v)
+    return torch.einsum("bkgsl,bkld->bskgd", weights, v)
 
 
 class Attention(nn.Module):
@@ -234,7 +245,7 @@ class Transformer(nn.Module):
         if cache is None or cache.data.device != self.device or cache.data.dtype != self.dtype:
             cache = self.allocate()
         cos, sin = self.rope[:, batch.positions].unsqueeze(2)
-        where = Where(batch, cos, sin, batch.masks(self.dtype))
+        where = Where(batch, cos, sin, batch.masks(self.n_local_kv_heads, self.dtype))
         h = self.tok_embeddings(tokens)
         for layer in self.layers:
             h = layer(h, where, cache)
@@ -252,14 +263,14 @@ class Transformer(nn.Module):
         args = self.params
         if B > args.max_batch_size:
             raise InputError(f"{B} rows, but the model was built for max_batch_size={args.max_batch_size}")
-        if start_pos < 0 or start_pos + S > args.max_seq_len:
-            raise InputError(
-                f"positions {start_pos} to {start_pos + S - 1} do not fit into the window of max_seq_len={args.max_seq_len}"
-            )
+        if not isinstance(start_pos, int) or start_pos < 0 or start_pos + S > args.max_seq_len:
+            raise InputError(f"start_pos={start_pos} and {S} ids do not fit into the window of max_seq_len={args.max_seq_len}")
         if B == 0 or S == 0:
             return torch.empty(B, S, args.vocab_size, device=self.device)
         batch = Batch.of([(row, start_pos, S) for row in range(B)], self.device)
-        return self.logits(self.hidden(tokens.to(self.device).flatten(), batch)).view(B, S, -1)
+        hidden = self.hidden(tokens.to(self.device).flatten(), batch)
+        self.cache.turn = None  # type: ignore[union-attr]
+        return self.logits(hidden).view(B, S, -1)
 
 
 __all__ = [

@@ -3,6 +3,7 @@
 rank_worker.py OUT.pt TOKENIZER CKPT [CKPT ...]
 """
 
+import os
 import sys
 
 import torch
@@ -17,7 +18,7 @@ if __name__ == "__main__":
     for folder in folders:
         llama = Llama.build(folder, tokenizer_path, max_seq_len=48, max_batch_size=4, device="cpu")
         ids, logprobs = llama.generate(PROMPTS, 10, temperature=0, logprobs=True, echo=True)
-        torch.manual_seed(3)
+        torch.manual_seed(3 + int(os.environ.get("RANK", 0)))  # rank 0's draws are everyone's
         sampled, _ = llama.generate(PROMPTS, 10, temperature=1.0)
         grid = torch.arange(3, 63).view(3, 20)
         answers[folder] = dict(ids=ids, logprobs=logprobs, sampled=sampled, logits=llama.model(grid, 0))

@@ -9,17 +9,19 @@ def test_equal_neighbours_share_a_span() -> None:
     batch = Batch.of([(0, 0, 3), (1, 0, 2), (2, 0, 2), (4, 0, 2), (5, 4, 2)])
     assert batch.rows.tolist() == [0, 0, 0, 1, 1, 2, 2, 4, 4, 5, 5]
     assert batch.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 0, 1, 4, 5]
-    assert batch.spans == (Span(0, 1, 3, 0, 3), Span(1, 2, 2, 0, 2), Span(4, 1, 2, 0, 2), Span(5, 1, 2, 4, 6))
+    assert batch.spans == (Span(0, 1, 3, 3), Span(1, 2, 2, 2), Span(4, 1, 2, 2), Span(5, 1, 2, 6))
     assert [s.fresh for s in batch.spans] == [True, True, True, False]
 
 
 def test_masks_show_each_query_the_slots_up_to_its_own() -> None:
     batch = Batch.of([(0, 0, 3), (1, 2, 2)])
-    fresh, chunk = batch.masks(torch.float32)
+    fresh, chunk = batch.masks(3, torch.float32)
     assert fresh is None  # the kernel's causal mask
     assert chunk is not None
+    assert chunk.shape == (1, 3, 2, 4) and torch.equal(chunk[0, 0], chunk[0, 2])
     assert (chunk[0, 0] == 0).tolist() == [[True, True, True, False], [True, True, True, True]]
-    (step,) = Batch.step(torch.arange(2), torch.tensor([0, 2]), 4).masks(torch.float32)
+    (step,) = Batch.step(torch.arange(2), torch.tensor([0, 2]), 4).masks(1, torch.float32)
+    assert Batch.step(torch.arange(2), torch.tensor([0, 2]), 4).spans == (Span(0, 2, 1, 4),)  # and reads no slot beyond
     assert step is not None and (step[:, 0, 0] == 0).tolist() == [[True, False, False, False], [True, True, True, False]]
 
 

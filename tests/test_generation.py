@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import InputError, Llama
+from llama import InputError, Llama, generation
 from llama.chat import UNSAFE_ERROR
 from llama.parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 
@@ -43,9 +43,10 @@ def test_each_row_gets_its_own_share_of_the_window(llama: Llama, monkeypatch: py
 @pytest.mark.parametrize("echo", [False, True])
 @pytest.mark.parametrize("max_gen_len", [0, 6, 100])
 def test_logprobs_equal_log_softmax_of_a_fresh_full_forward(
-    llama: Llama, small: SimpleNamespace, echo: bool, max_gen_len: int
+    llama: Llama, small: SimpleNamespace, echo: bool, max_gen_len: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ragged rows, one of which fills the window with its prompt, and others by their answers."""
+    monkeypatch.setattr(generation, "LOGPROB_CHUNK", 7)  # prompts lie across the borders of chunks
     for prompts in (RAGGED, RAGGED[4:], RAGGED[4:] * 2):
         ids, values = llama.generate(prompts, max_gen_len, temperature=0, logprobs=True, echo=echo)
         assert values is not None
@@ -55,6 +56,19 @@ def test_logprobs_equal_log_softmax_of_a_fresh_full_forward(
             table = plain_logits(small.params, small.weights, whole).log_softmax(-1)
             expected = [0.0] + [table[i - 1, whole[i]].item() for i in range(1, len(whole))]
             assert row_values == pytest.approx(expected if echo else expected[len(prompt) :], abs=1e-4)
+
+
+def test_logprobs_are_of_the_raw_logits(llama: Llama, small: SimpleNamespace) -> None:
+    prompt = [1, 5, 9]
+    (ids,), values = llama.generate([prompt], 8, temperature=2.0, top_p=0.5, logprobs=True)
+    table = plain_logits(small.params, small.weights, prompt + ids).log_softmax(-1)
+    assert ids and values and values[0] == pytest.approx([table[2 + i, id_].item() for i, id_ in enumerate(ids)], abs=1e-4)
+
+
+def test_eos_as_the_first_id_makes_an_empty_answer(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = llama.generate([[1, 5]], 1, temperature=0)[0][0][0]
+    monkeypatch.setattr(llama.tokenizer, "eos_id", first)
+    assert llama.generate([[1, 5]], 5, temperature=0, logprobs=True) == ([[]], [[]])
 
 
 def test_a_row_ends_before_eos_and_the_others_go_on(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,13 +162,24 @@ def test_tokens_come_one_by_one_and_leaving_early_harms_nothing(llama: Llama) ->
     assert llama.generate(RAGGED[:3], 8, temperature=0)[0] == whole
 
 
-def test_a_stream_overtaken_by_another_call_stops_and_says_so(llama: Llama) -> None:
+@pytest.mark.parametrize("way", ["generate", "another Llama", "forward"])
+def test_a_stream_overtaken_by_another_call_stops_and_says_so(llama: Llama, way: str) -> None:
     """One model has one cache: going on would read the other call's keys and values."""
     stream = llama.tokens(RAGGED[:2], 8, temperature=0)
     next(stream)
-    llama.generate([[1, 9]], 2, temperature=0)
+    if way == "forward":
+        llama.model.forward(torch.tensor([[1, 9]]), 0)
+    else:
+        (llama if way == "generate" else Llama(llama.model, llama.tokenizer)).generate([[1, 9]], 2, temperature=0)
     with pytest.raises(InputError, match="another call"):
         list(stream)
+
+
+def test_numbers_of_numpy_are_numbers(llama: Llama) -> None:
+    import numpy as np
+
+    ids = [np.int64(1), np.int64(5)]
+    assert llama.generate([ids], np.int64(4), temperature=np.float32(0)) == llama.generate([[1, 5]], 4, temperature=0)
 
 
 def test_text_completion(llama: Llama) -> None:

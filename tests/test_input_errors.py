@@ -201,10 +201,10 @@ def test_prompts_of_ids(idle: Llama, prompts: Any, parts: tuple) -> None:
     "name, value, limit",
     [
         *[
-            ("temperature", bad, "0 (the likeliest id) or more")
+            ("temperature", bad, "from 0 (the likeliest id) to 1e30")
             for bad in (math.nan, math.inf, -0.1, -1, "0", True, None, 10**400)
         ],
-        *[("top_p", bad, "between 0 and 1") for bad in (math.nan, -0.1, 1.01, math.inf, "0.9", True, None, 1j, [])],
+        *[("top_p", bad, "from 0 to 1") for bad in (math.nan, -0.1, 1.01, math.inf, "0.9", True, None, 1j, [])],
         *[("max_gen_len", bad, "a whole number, 0 or more") for bad in (-1, 4.0, True, "4", math.nan, [])],
     ],
     ids=lambda value: f"{value!r:.20}",

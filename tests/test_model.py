@@ -1,5 +1,6 @@
 """The model against its plain twin, and its pieces against their definitions."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,13 +13,15 @@ from llama.model import (
     RMSNorm,
     apply_rotary_emb,
     attend,
+    attend_plainly,
     ffn_width,
     precompute_freqs_cis,
     repeat_kv,
     reshape_for_broadcast,
+    rotate,
 )
 
-from .support import plain_logits
+from .support import plain_logits, write_shards
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ def test_slots_beyond_a_position_are_never_read(llama: Llama, ids: torch.Tensor)
 
 
 def test_forward_refuses_what_does_not_fit(llama: Llama) -> None:
-    with pytest.raises(InputError, match=r"positions 60 to 64 .* max_seq_len=64"):
+    with pytest.raises(InputError, match=r"start_pos=60 and 5 ids .* max_seq_len=64"):
         llama.model.forward(torch.ones(1, 5, dtype=torch.long), 60)
     with pytest.raises(InputError, match=r"7 rows.*max_batch_size=6"):
         llama.model.forward(torch.ones(7, 1, dtype=torch.long), 0)
@@ -130,21 +133,42 @@ def test_rotary_embedding_turns_adjacent_pairs() -> None:
 @pytest.mark.parametrize("kv, groups", [(4, 1), (2, 3), (1, 4)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_attend_equals_its_readable_twin(kv: int, groups: int, dtype: torch.dtype, tolerance: float, causal: bool) -> None:
-    """The kernel over unexpanded heads, against scores, softmax and sums over repeated ones, in float32."""
+    """The kernel over unexpanded heads, its twin, and the definition: softmax over the slots up to a query's own."""
     B, S, hd = 2, 5, 16
     L = S if causal else 9
-    q, k, v = torch.randn(B, S, kv, groups, hd), torch.randn(B, L, kv, hd), torch.randn(B, L, kv, hd)
+    q, k, v = torch.randn(B, S, kv, groups, hd), torch.randn(B, kv, L, hd), torch.randn(B, kv, L, hd)
     q, k, v = (t.to(dtype) for t in (q, k, v))
-    first = torch.tensor([0, 0]) if causal else torch.tensor([4, 1])  # position of each row's first query
-    hidden = torch.arange(L) > (first[:, None] + torch.arange(S))[..., None]
-    mask = torch.zeros(B, 1, S, L, dtype=dtype).masked_fill(hidden[:, None], float("-inf"))
-    got = attend(q, k.transpose(1, 2), v.transpose(1, 2), None if causal else mask)
+    starts = [0, 0] if causal else [4, 1]  # position of each row's first query
+    mask = torch.full((B, kv, S, L), float("-inf"), dtype=dtype)
+    for b, start in enumerate(starts):
+        for s in range(S):
+            mask[b, :, s, : start + s + 1] = 0
+    got = attend(q, k, v, None if causal else mask).float()
+    torch.testing.assert_close(got, attend_plainly(q, k, v, None if causal else mask).float(), atol=tolerance, rtol=0)
 
-    keys, values = (repeat_kv(t, groups).float() for t in (k, v))
-    scores = torch.einsum("bshd,bthd->bhst", q.flatten(2, 3).float(), keys) / hd**0.5
-    weights = scores.masked_fill(hidden[:, None], float("-inf")).softmax(-1)
-    expected = torch.einsum("bhst,bthd->bshd", weights, values).view(B, S, kv, groups, hd)
-    torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=0)
+    b, s, head, group = 1, 3, kv - 1, groups - 1
+    seen = starts[b] + s + 1
+    weights = (k[b, head, :seen].float() @ q[b, s, head, group].float() / hd**0.5).softmax(0)
+    torch.testing.assert_close(got[b, s, head, group], weights @ v[b, head, :seen].float(), atol=tolerance, rtol=0)
+
+
+def test_rotation_and_norm_are_in_float32_whatever_the_dtype() -> None:
+    x = torch.randn(3, 2, 8).bfloat16()
+    cos, sin = torch.rand(3, 1, 4), torch.rand(3, 1, 4)
+    assert torch.equal(rotate(x, cos, sin), rotate(x.float(), cos, sin).bfloat16())
+    norm = RMSNorm(8, eps=1e-5).bfloat16()
+    norm.weight.data.uniform_()
+    exact = x.float() * (x.float().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    assert torch.equal(norm(x), exact.bfloat16() * norm.weight)
+
+
+def test_rope_theta_and_norm_eps_are_those_of_params_json(tmp_path: Path, small: SimpleNamespace, ids: torch.Tensor) -> None:
+    """Code Llama's kind: with the defaults in their place the logits would be others."""
+    params = {**small.params, "rope_theta": 100.0, "norm_eps": 0.05}
+    llama = Llama.build(write_shards(tmp_path, params, small.weights), small.tokenizer_path, 64, 3, device="cpu")
+    want = torch.stack([plain_logits(params, small.weights, row.tolist()) for row in ids])
+    torch.testing.assert_close(llama.model.forward(ids, 0), want, atol=1e-4, rtol=0)
+    assert (want - twin(small, ids)).abs().max() > 0.1
 
 
 def test_repeat_kv_repeats_each_head_in_place() -> None:

@@ -46,16 +46,25 @@ def test_joins_what_the_caller_made_and_builds_twice(small: SimpleNamespace, tmp
 
 
 def test_replicas(small: SimpleNamespace, tmp_path: Path) -> None:
-    """model_parallel_size below the world's size: whole copies of the model, each in groups of its own."""
+    """Two replicas of two ranks each: every replica answers its own prompt, by the draws of its own first rank."""
     script = tmp_path / "own.py"
     script.write_text(
-        "import sys\nfrom llama import Llama\n"
-        "g = Llama.build(*sys.argv[1:], 32, 2, model_parallel_size=1, device='cpu')\n"
-        "print(g.model.layers[0].attention.wq.ranks, g.generate([[1, 5]], 6, temperature=0)[0])\n"
+        "import sys, torch\nfrom llama import Llama\n"
+        "g = Llama.build(*sys.argv[1:], 32, 2, model_parallel_size=2, device='cpu')\n"
+        "rank = torch.distributed.get_rank()\n"
+        "torch.manual_seed(rank)\n"
+        "ids = g.generate([[1, 5 + 4 * (rank // 2)]], 6, temperature=1.0)[0][0]\n"
+        "everyone = [None] * 4\n"
+        "torch.distributed.all_gather_object(everyone, ids)\n"
+        "print(everyone)\n"
     )
-    done = torchrun(2, script, small.folder, small.tokenizer_path)
+    done = torchrun(4, script, small.folder, small.tokenizer_path)
     llama = Llama.build(small.folder, small.tokenizer_path, 32, 2, device="cpu")
-    assert done.stdout == f"1 {llama.generate([[1, 5]], 6, temperature=0)[0]}\n", done.stderr
+    want = []
+    for seed, prompt in ((0, [1, 5]), (2, [1, 9])):
+        torch.manual_seed(seed)
+        want += llama.generate([prompt], 6, temperature=1.0)[0] * 2
+    assert done.stdout == f"{want}\n", done.stderr
 
 
 def test_a_build_leaves_no_trace_but_the_seed(small: SimpleNamespace, capfd: pytest.CaptureFixture[str]) -> None:
