@@ -19,5 +19,9 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
+demo: setup
+	$(BIN)/python example_text_completion.py
+	$(BIN)/python example_chat_completion.py
+
 grid: setup
 	$(BIN)/python -m pytest -m "grid or not grid" tests/test_ranks.py -rP

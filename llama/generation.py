@@ -156,11 +156,10 @@ class Llama:
     ) -> Iterator[Token]:
         window, device, B = self.model.params.max_seq_len, self.model.device, len(prompts)
         left = [min(max_gen_len, window - len(p)) for p in prompts]  # ids each row may still get
-        if not prompts:
-            return
-        if not any(left) and not (echo and logprobs):
-            if echo:
-                yield from (Token(row, id_, None) for row, prompt in enumerate(prompts) for id_ in prompt)
+        scored = echo and logprobs and bool(prompts)  # the prompts' own ids have log probabilities to be computed
+        if echo and not scored:
+            yield from (Token(row, id_, None) for row, prompt in enumerate(prompts) for id_ in prompt)
+        if not any(left) and not scored:
             return
 
         packed = torch.tensor([id_ for p in prompts for id_ in p], device=device)
@@ -168,8 +167,8 @@ class Llama:
         cache = self.model.cache
         assert cache is not None
         cache.turn = turn = object()
-        if echo:
-            yield from self._echo(prompts, packed, hidden, logprobs)
+        if scored:
+            yield from self._score(prompts, packed, hidden)
 
         lengths = torch.tensor([len(p) for p in prompts])
         hidden = hidden[(lengths.cumsum(0) - 1).to(device)]  # the last id of each prompt
@@ -201,21 +200,16 @@ class Llama:
             hidden = self.model.hidden(ids, Batch.step(rows, positions, end))
             positions = torch.minimum(positions + 1, last)
 
-    def _echo(self, prompts: list[list[int]], packed: torch.Tensor, hidden: torch.Tensor, logprobs: bool) -> Iterator[Token]:
-        """The prompts' own ids; each one's log probability is read off the position before it."""
-        values: list[float | None] = [None] * len(packed)
-        if logprobs:
-            shifted = packed.roll(-1)
-            values = [0.0]
-            for i in range(0, len(packed), LOGPROB_CHUNK):
-                piece = slice(i, i + LOGPROB_CHUNK)
-                values += logprobs_of(self.model.logits(hidden[piece]), shifted[piece]).tolist()
+    def _score(self, prompts: list[list[int]], packed: torch.Tensor, hidden: torch.Tensor) -> Iterator[Token]:
+        """The prompts' own ids with their log probabilities, each read off the position before it; 0.0 for the first."""
+        following, values = packed.roll(-1), [0.0]
+        for i in range(0, len(packed), LOGPROB_CHUNK):
+            piece = slice(i, i + LOGPROB_CHUNK)
+            values += logprobs_of(self.model.logits(hidden[piece]), following[piece]).tolist()
         first = 0
         for row, prompt in enumerate(prompts):
-            if logprobs:
-                values[first] = 0.0
             for i, id_ in enumerate(prompt):
-                yield Token(row, id_, values[first + i])
+                yield Token(row, id_, values[first + i] if i else 0.0)
             first += len(prompt)
 
     def text_completion(
