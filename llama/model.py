@@ -129,12 +129,13 @@ class Attention(nn.Module):
         self.wv = ColumnParallelLinear(args.dim, args.kv_heads * args.head_dim)
         self.wo = RowParallelLinear(args.n_heads * args.head_dim, args.dim)
 
-    def forward(self, x: torch.Tensor, where: "Where", cache: KVCache, layer: int) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, where: "Where", cache: KVCache | None, layer: int) -> torch.Tensor:
         N, K, G, hd = x.shape[0], self.n_local_kv_heads, self.n_rep, self.head_dim
         q = rotate(self.wq(x).view(N, K * G, hd), where.cos, where.sin)
         k = rotate(self.wk(x).view(N, K, hd), where.cos, where.sin)
         v = self.wv(x).view(N, K, hd)
-        cache.write(layer, where.batch, k, v)
+        if cache is not None:
+            cache.write(layer, where.batch, k, v)
 
         outputs, first = [], 0
         for span, mask in zip(where.batch.spans, where.masks, strict=True):
@@ -143,6 +144,7 @@ class Attention(nn.Module):
             if span.fresh:  # its own keys and values, not the cache's: exact, and differentiable
                 keys, values = (t[ids].view(B, S, K, hd).transpose(1, 2) for t in (k, v))
             else:
+                assert cache is not None, "without the cache a sequence must be whole"
                 keys, values = cache.read(layer, span)
             outputs.append(attend(q[ids].view(B, S, K, G, hd), keys, values, mask).reshape(B * S, -1))
         return self.wo(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
@@ -179,7 +181,7 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: torch.Tensor, where: "Where", cache: KVCache) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, where: "Where", cache: KVCache | None) -> torch.Tensor:
         h = x + self.attention(self.attention_norm(x), where, cache, self.layer_id)
         return h + self.feed_forward(self.ffn_norm(h))
 
@@ -218,7 +220,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(params.dim, params.norm_eps)
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
         self.cache: KVCache | None = None
-        self.rope: torch.Tensor  # float32 (2, max_seq_len, hd/2): cosines and sines
+        self.rope: torch.Tensor | None = None  # float32 (2, max_seq_len, hd/2): cosines and sines
 
     @property
     def device(self) -> torch.device:
@@ -229,22 +231,31 @@ class Transformer(nn.Module):
         return self.norm.weight.dtype
 
     def allocate(self) -> KVCache:
-        """Make the cache and the rotary table, where the weights are."""
+        """Make the cache, where the weights are."""
         args = self.params
-        freqs = torch.view_as_real(precompute_freqs_cis(args.head_dim, args.max_seq_len, args.rope_theta))
-        with torch.inference_mode(False):
-            self.rope = freqs.permute(2, 0, 1).to(self.device, copy=True, memory_format=torch.contiguous_format)
         self.cache = KVCache(
             args.n_layers, args.max_batch_size, self.n_local_kv_heads, args.max_seq_len, args.head_dim, self.dtype, self.device
         )
         return self.cache
 
-    def hidden(self, tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """ids (N,) -> the last layer's normed output (N, dim). Their keys and values go into the cache."""
-        cache = self.cache
-        if cache is None or cache.data.device != self.device or cache.data.dtype != self.dtype:
+    def _angles(self, positions: torch.Tensor) -> torch.Tensor:
+        """Cosines and sines at positions (N,), (2, N, 1, hd/2)."""
+        if self.rope is None or self.rope.device != self.device:
+            args = self.params
+            freqs = precompute_freqs_cis(args.head_dim, args.max_seq_len, args.rope_theta)
+            with torch.inference_mode(False):
+                self.rope = torch.stack((freqs.real, freqs.imag)).to(self.device)
+        return self.rope[:, positions].unsqueeze(2)
+
+    def hidden(self, tokens: torch.Tensor, batch: Batch, keep: bool = True) -> torch.Tensor:
+        """ids (N,) -> the last layer's normed output (N, dim). Their keys and values go into the cache.
+
+        keep=False: for whole sequences that nothing will follow (training): no cache is needed, nor its limit of rows.
+        """
+        cache = self.cache if keep else None
+        if keep and (cache is None or cache.data.device != self.device or cache.data.dtype != self.dtype):
             cache = self.allocate()
-        cos, sin = self.rope[:, batch.positions].unsqueeze(2)
+        cos, sin = self._angles(batch.positions)
         where = Where(batch, cos, sin, batch.masks(self.n_local_kv_heads, self.dtype))
         h = self.tok_embeddings(tokens)
         for layer in self.layers:

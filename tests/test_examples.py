@@ -1,9 +1,13 @@
 """The scripts people start: both examples, and a script written for the reference."""
 
+import shutil
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from llama import InputError, given_or_demo
 
 from .support import ROOT, run, torchrun
 
@@ -56,3 +60,31 @@ def test_a_script_for_the_reference_runs_unchanged(flags: tuple, tmp_path: Path)
     first, second = done.stdout.splitlines()
     assert first.startswith("黄沙百战穿金甲， > '") and second.startswith("> Assistant: '")
     assert done.stdout == run(script, *flags).stdout
+
+
+@pytest.mark.parametrize("script", ["example_text_completion.py", "example_chat_completion.py"])
+def test_without_flags_the_demo_model_answers_and_it_says_so(script: str) -> None:
+    done = run(ROOT / script)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "no --ckpt_dir given: using the tiny bundled demo model (see demo/README.md)\n"
+    assert done.stdout.count("\n> ") == (4 if "text" in script else 6)
+
+
+def test_half_of_the_paths_is_an_error(small: SimpleNamespace) -> None:
+    with pytest.raises(InputError, match="give both, or neither"):
+        given_or_demo(str(small.folder))
+
+
+def test_the_demo_model_is_found_in_an_installed_wheel(tmp_path: Path) -> None:
+    """Built from a copy, unpacked elsewhere, used from there."""
+    source = tmp_path / "source"
+    for name in ("llama", "demo"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    wheel = run("-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", tmp_path, source)
+    assert wheel.returncode == 0, wheel.stderr
+    zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(tmp_path / "site")
+    done = run("-c", "from llama import Llama, given_or_demo\nprint(Llama.build(*given_or_demo()).text_completion(['The'])[0])",
+               PYTHONPATH=str(tmp_path / "site"))  # fmt: skip
+    assert "generation" in done.stdout, done.stderr

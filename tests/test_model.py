@@ -103,6 +103,17 @@ def test_a_model_by_itself_can_be_trained() -> None:
     assert last < first
 
 
+def test_without_the_cache_whole_sequences_give_the_same(llama: Llama, small: SimpleNamespace, ids: torch.Tensor) -> None:
+    """More rows than the cache has, and nothing written to it."""
+    many = ids.repeat(3, 1)
+    llama.model.forward(ids, 0)
+    before = llama.model.cache.data.clone()  # type: ignore[union-attr]
+    batch = Batch.of((row, 0, 20) for row in range(9))
+    logits = llama.model.logits(llama.model.hidden(many.flatten(), batch, keep=False)).view(9, 20, -1)
+    torch.testing.assert_close(logits, twin(small, ids).repeat(3, 1, 1), atol=1e-4, rtol=0)
+    assert torch.equal(before, llama.model.cache.data)  # type: ignore[union-attr]
+
+
 def test_rms_norm() -> None:
     norm, x = RMSNorm(6, eps=1e-5), torch.randn(4, 6, dtype=torch.float64).float()
     norm.weight.data.uniform_()
