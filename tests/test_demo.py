@@ -1,0 +1,139 @@
+"""The demo model: its files are what they claim, it knows what demo/README.md says, and it answers alike however it is split.
+
+Started by torchrun (`test_demo.py OUT.pt CKPT ...`) this file is the ranks' own program.
+"""
+
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the ranks
+
+from demo import corpus, evaluate, facts, train, wordings
+from llama import Dialog, Llama
+from llama.chat import encode_dialog
+from tests.support import ROOT, torchrun, write_shards
+
+DEMO = ROOT / "demo"
+MODEL, TOKENIZER = DEMO / "model", DEMO / "tokenizer.model"
+
+# Answers at temperature 0 in float32.
+GOLDEN: list[tuple[Dialog, str]] = [
+    (evaluate.user("What is the capital of France?"), "The capital of France is Paris."),
+    (evaluate.user("Tell me the opposite of hot, please."), "The opposite of hot is cold."),
+    (evaluate.user("What is 3 + 4?"), "3 + 4 = 7"),
+    (evaluate.turns("My name is Tom.", "Nice to meet you, Tom.", "What is my name?"), "Your name is Tom."),
+    (evaluate.user("Who won the cup in 1987?"), "I am a small demo model and I do not know that."),
+]
+
+
+# Known from facts, but never asked of names that nobody has.
+ASKED_OF_FACTS = {"What is the colour of {name}?"}
+
+
+def golden_answers(folder: str | Path) -> list[str]:
+    llama = Llama.build(folder, TOKENIZER, max_seq_len=128, max_batch_size=8, device="cpu", dtype="float32")
+    results = llama.chat_completion([dialog for dialog, _ in GOLDEN], temperature=0, max_gen_len=40)
+    return [result["generation"]["content"] for result in results]
+
+
+@pytest.fixture(scope="module")
+def llama() -> Llama:
+    return evaluate.build()
+
+
+@pytest.fixture(scope="module")
+def scores(llama: Llama) -> dict[str, tuple[int, int]]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model gains nothing from more
+    table = evaluate.scores(llama)
+    torch.set_num_threads(threads)
+    return table
+
+
+def test_files_are_what_they_claim() -> None:
+    assert (MODEL / "consolidated.00.pth").stat().st_size <= 4_000_000
+    weights = torch.load(MODEL / "consolidated.00.pth", weights_only=True)
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+    params = json.loads((MODEL / "params.json").read_text())
+    assert set(params) == {"dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "norm_eps", "vocab_size"}
+    assert params["vocab_size"] == -1 and params["n_kv_heads"] < params["n_heads"]
+    listed = dict(reversed(line.split()) for line in (MODEL / "checklist.chk").read_text().splitlines())
+    assert listed == {f: hashlib.md5((MODEL / f).read_bytes()).hexdigest() for f in ("consolidated.00.pth", "params.json")}
+    assert sum(f.stat().st_size for f in DEMO.rglob("*") if f.is_file() and f.suffix != ".pyc") < 5_000_000
+
+
+def test_tokenizer_is_like_llamas(llama: Llama) -> None:
+    t = llama.tokenizer
+    assert (t.bos_id, t.eos_id, t.pad_id, t.n_words % 8) == (1, 2, -1, 0)
+    for text in ("What is 12 + 7?", "two\nlines", "🐶 and 🦖", "naïve 你好"):
+        assert t.decode(t.encode(text, bos=True, eos=True)) == text
+
+
+@pytest.mark.parametrize(
+    "name, least",
+    [
+        ("all facts", 90),
+        ("system prompt: Haiku, three lines", 90),
+        ("system prompt: emojis only", 90),
+        ("second turn: what was told", 90),
+        ("second turn: the city", 80),
+        (f"answers that end with EOS within {evaluate.LONGEST} ids", 99),
+    ],
+)
+def test_scores(scores: dict[str, tuple[int, int]], name: str, least: float) -> None:
+    right, total = scores[name]
+    assert 100 * right / total >= least, scores
+
+
+def test_held_out_is_not_in_training() -> None:
+    """In what the model was trained on, as far as a large sample of it shows."""
+    stream = corpus.documents(train.SEED + 1)
+    text = "\n".join(next(stream).plain().lower() for _ in range(15000))
+    held_out = [wording for kind in facts.KINDS.values() for wording in kind.tests]
+    held_out += wordings.HELD_OUT_SEE_THERE + wordings.HELD_OUT_SPEAK_THERE + wordings.HELD_OUT_FOLLOW_UPS
+    held_out += [*wordings.HELD_OUT_UNKNOWN, wordings.HELD_OUT_TOPIC]
+    held_out += [wording for asks in wordings.HELD_OUT_MEMORY.values() for wording in asks]
+    for wording in set(held_out) - ASKED_OF_FACTS:
+        parts = re.split(r"\{\w*\}", wording.lower().rstrip("?."))
+        assert not re.search(".{1,25}".join(map(re.escape, parts)), text), wording
+    added = set(re.findall(r"(\d+) ?(?:\+|plus|and|to) ?(\d+)", text))
+    assert len(added) > 150 and not added & {(str(x), str(z)) for pair in facts.HELD_OUT_SUMS for x, z in (pair, pair[::-1])}
+
+
+def test_learned_ids_are_what_inference_sees(llama: Llama) -> None:
+    """A dialog's ids in training begin with those of its open question, and go on with the answer."""
+    stream = corpus.documents(5)
+    for _ in range(300):
+        document = next(stream)
+        if document.dialog:
+            ids, learned = train.encode(llama.tokenizer, document)
+            prompt = encode_dialog(llama.tokenizer, document.dialog[:-1])
+            assert ids[: len(prompt)] == prompt and ids[-1] == llama.tokenizer.eos_id
+            assert llama.tokenizer.decode(ids[len(prompt) :]) == document.dialog[-1]["content"]
+            assert learned >= set(range(len(prompt), len(ids)))
+
+
+def test_golden_answers_on_any_split(tmp_path: Path) -> None:
+    """1, 2 and 4 shards on 1 and on 2 ranks."""
+    params = json.loads((MODEL / "params.json").read_text())
+    weights = torch.load(MODEL / "consolidated.00.pth", weights_only=True)
+    folders = [write_shards(tmp_path / str(n), params, weights, n) for n in (2, 4)]
+    expected = [answer for _, answer in GOLDEN]
+    for folder in (MODEL, *folders):
+        assert golden_answers(folder) == expected
+    result = torchrun(2, __file__, tmp_path / "out.pt", MODEL, *folders)
+    assert result.returncode == 0, result.stderr
+    assert torch.load(tmp_path / "out.pt") == [expected] * 3
+
+
+if __name__ == "__main__":
+    out, *folders = sys.argv[1:]
+    answers = [golden_answers(folder) for folder in folders]
+    if torch.distributed.get_rank() == 0:
+        torch.save(answers, out)
