@@ -18,6 +18,6 @@ def given_or_demo(ckpt_dir: str | None = None, tokenizer_path: str | None = None
     for place in PLACES:
         if (place / "model" / "params.json").is_file():
             if global_rank() == 0:
-                print("no --ckpt_dir given: using the tiny bundled demo model (see demo/README.md)", file=sys.stderr)
+                print("no ckpt_dir given: using the tiny bundled demo model (see demo/README.md)", file=sys.stderr)
             return str(place / "model"), str(place / "tokenizer.model")
     raise CheckpointError("the demo model is not installed here; give ckpt_dir and tokenizer_path of Meta's weights")

@@ -66,7 +66,7 @@ def test_a_script_for_the_reference_runs_unchanged(flags: tuple, tmp_path: Path)
 def test_without_flags_the_demo_model_answers_and_it_says_so(script: str) -> None:
     done = run(ROOT / script)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "no --ckpt_dir given: using the tiny bundled demo model (see demo/README.md)\n"
+    assert done.stderr == "no ckpt_dir given: using the tiny bundled demo model (see demo/README.md)\n"
     assert done.stdout.count("\n> ") == (4 if "text" in script else 6)
 
 
