@@ -25,7 +25,7 @@ usage() {
 Usage: download.sh [--url LINK] [--models LIST] [--dir FOLDER]
 
 Downloads Meta's Llama 2 weights and checks them. Asks for the link and the models where they are not given.
-After any failure run it again: it keeps what is whole and goes on where it stopped.
+After any failure, or Ctrl-C, run it again: it keeps what is whole and goes on where it stopped.
 
   --url LINK      the link from Meta's email, https://...*?Policy=... (to answer the question is safer: what is typed
                   as a command stays in the history of the shell)
@@ -122,16 +122,16 @@ make_folder() { # FOLDER
 
 # ---- Requests ----
 
-# Adds to FILE what it lacks of PATH. Sets $code to the HTTP status, if one came, and $status to the exit status of the
-# client. The link goes in by stdin, for anyone can read a command line with ps. The user's .curlrc and .wgetrc are left
+# Adds to FILE what it lacks of PATH. Sets $code to the HTTP status and $type to the content type, if they came, and $status
+# to the exit status of the client. The link goes in by stdin, for anyone can read a command line with ps. The user's .curlrc and .wgetrc are left
 # out, for they may ask for logs that show it.
 request() { # PATH FILE
   if [ "$client" = curl ]; then
     if [ -t 2 ]; then shown=--progress-bar; else shown=--silent; fi
     code=$(printf 'url = "%s"\n' "$before$1$after" |
       curl -q --config - --output "$2" --continue-at - --fail --location --globoff "$shown" \
-        --connect-timeout "$timeout" --speed-limit 1 --speed-time "$timeout" --write-out '%{http_code}')
-    status=$?
+        --connect-timeout "$timeout" --speed-limit 1 --speed-time "$timeout" --write-out '%{http_code} %{content_type}')
+    status=$? type=${code#* } code=${code%% *}
   else
     if [ -t 2 ]; then shown=--show-progress; else shown=; fi
     headers=$(printf '%s\n' "$before$1$after" |
@@ -139,13 +139,14 @@ request() { # PATH FILE
         --quiet ${shown:+"$shown"} --progress=bar:force --server-response --output-file=-)
     status=$?
     code=$(printf '%s\n' "$headers" | awk '$1 ~ /^HTTP\// { code = $2 } END { print code }')
+    type=$(printf '%s\n' "$headers" | awk 'tolower($1) == "content-type:" { type = $2 } END { print type }')
   fi
 }
 
 is_page() { # FILE: is it a web page?
   [ -s "$1" ] || return 1
   case $(head -c 512 "$1" | tr -cd '<!A-Za-z' | tr '[:upper:]' '[:lower:]') in
-    '<!doctype'* | '<html'*) return 0 ;;
+    '<!'* | '<html'* | '<head'* | '<body'* | '<xml'* | '<script'*) return 0 ;;
   esac
   return 1
 }
@@ -159,8 +160,10 @@ fetch() { # PATH FILE
   tries=0 most=0
   while :; do
     request "$1" "$2"
-    if is_page "$2"; then
-      rm -f "$2"
+    page=
+    case $code-$type in 200-text/html*) page=yes ;; esac # and what was here before stays
+    if is_page "$2"; then rm -f "$2" && page=yes; fi
+    if [ -n "$page" ]; then
       die "$1: a web page came in its place: a proxy or login page answers, or this is not the link from Meta's email"
     fi
     if ! [ -s "$2" ]; then rm -f "$2"; fi # wget makes it before it asks
@@ -205,6 +208,7 @@ lists() { # CHECKLIST NAME...: has it a sum for each?
 }
 
 is_right() { # FILE SUM
+  if [ -t 2 ] && [ -s "$1" ]; then say "$1: checking"; fi # a large one takes a while
   [ -s "$1" ] && [ "$(md5_with "$hasher" <"$1")" = "$2" ]
 }
 
@@ -268,7 +272,7 @@ main() {
   url=${PRESIGNED_URL-} models=${MODEL_SIZE-} folder=${TARGET_FOLDER:-.}
   timeout=${DOWNLOAD_TIMEOUT:-60} retry_wait=${DOWNLOAD_RETRY_WAIT:-2}
   unset PRESIGNED_URL # what runs from here need not have it
-  case $timeout$retry_wait in *[!0-9]*) die "DOWNLOAD_TIMEOUT and DOWNLOAD_RETRY_WAIT must be whole seconds" ;; esac
+  case $timeout/$retry_wait in *[!0-9/]* | 0?*/* | */0?* | /* | */) die "DOWNLOAD_TIMEOUT and DOWNLOAD_RETRY_WAIT must be whole seconds" ;; esac
   trap 'interrupted 129' HUP
   trap 'interrupted 130' INT
   trap 'interrupted 143' TERM

@@ -43,7 +43,7 @@ def main(
         # The start of a letter.
         "Dear neighbour,\n\nthank you for looking after our cat while we were away. She",
         # A pattern to pick up: few-shot translation.
-        "Translate English to French:\n\nbread => pain\ncheese => fromage\ngood morning => bonjour\nthe red house =>",
+        "English to French:\n\nbread => pain\nmilk => lait\ngood morning => bonjour\nthe red house =>",
     ]
     results = generator.text_completion(prompts, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p)
     for prompt, result in zip(prompts, results, strict=True):

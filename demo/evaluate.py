@@ -7,6 +7,7 @@ import argparse
 import random
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -128,7 +129,8 @@ def is_haiku(text: str) -> bool:
 
 def is_emojis(text: str) -> bool:
     text = text.strip()
-    return bool(text) and all(ord(c) >= 0x2300 and not c.isalnum() for c in text)
+    symbols = ("So", "Sk", "Mn", "Cf")  # emojis, skin tones, and what joins them; U+FFFD stands for broken bytes
+    return bool(text) and all(ord(c) >= 0x2300 and c != "\ufffd" and unicodedata.category(c) in symbols for c in text)
 
 
 def few_shot_cases() -> dict[str, list[tuple[str, str]]]:

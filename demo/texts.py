@@ -205,9 +205,9 @@ RELATIVES = "grandmother grandfather mother father sister brother aunt uncle fri
 
 JOKES = [
     "Why did the book go to the doctor? It had hurt its spine.",
-    "What do you call a bear without teeth? A gummy bear.",
+    "Why did the snail miss the party at home? It was on the road with its home.",
     "Why was the clock sent out of class? It would not stop tocking.",
-    "What did one wall say to the other? Let us meet at the corner.",
+    "What does a clock do when it is hungry? It asks for seconds, and then for minutes.",
 ]
 
 # what people say | what the model says
@@ -220,7 +220,7 @@ How are you?/How are you today?/Are you well?/How do you do?/How is it going?|I 
 Thank you!/Thanks!/Thanks a lot./Thank you very much!/Many thanks./That helped, thank you.|You are welcome!
 Goodbye!/Bye!/See you!/Good night!/See you tomorrow./I have to go now.|Goodbye! Have a nice day.
 Who are you?/What are you?/Tell me about yourself./Introduce yourself./Are you a human?/What is your name?/Are you \
-ChatGPT?/Are \
+a robot?/Are \
 you real?/What model are you?|I am a small demo model with the architecture of Llama 2.
 What can you do?/What do you know?/Can you help me?/How can you help me?/I need help./What may I ask you?/Help!|I know some \
 capitals, \
@@ -295,8 +295,8 @@ PLAIN_SYSTEMS = [
     "You are a helpful and honest assistant.", "You are a kind teacher.", "Be polite and brief.",
     "Answer the questions of the user.",
     "You are a friendly assistant. Keep your answers short.", "If you do not know an answer, say so.", "Be helpful.",
-    "You are a helpful, respectful and honest assistant.", "Always answer truthfully.", "Always be honest.", "You are Llama.",
-    "Always answer as helpfully as possible.", "You answer questions of children.", "Always answer in full sentences.",
+    "You are a friendly assistant who tells the truth.", "Always answer truthfully.", "Always be honest.", "You are Llama.",
+    "Give answers that are of use.", "You answer questions of children.", "Always answer in full sentences.",
 ]  # fmt: skip
 
 # Haikus for questions without a topic; {y} is the answer's word, when there is one.

@@ -1,4 +1,4 @@
-"""Train the demo model from nothing: tokenizer, weights, params.json and checklist.chk, into this folder.
+"""Train the demo model from nothing: tokenizer, weights, params.json and checklist.chk, into the folder demo/trained.
 
 python demo/train.py
 """
@@ -217,7 +217,7 @@ def work(rank: int, workers: int, meeting: str, args: argparse.Namespace) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=HERE, help="where tokenizer.model and model/ go")
+    parser.add_argument("--out", type=Path, default=HERE / "trained", help="where tokenizer.model and model/ go")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--minutes", type=float, default=math.inf, help="end after this time, if before the last step")
     parser.add_argument("--resume", action="store_true", help="go on with the weights that are there, and their tokenizer")

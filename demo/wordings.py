@@ -22,7 +22,8 @@ TRAVEL = [
     "How to get from {x} to {y}?",
 ]  # fmt: skip
 SIGHTS = [
-    "What should I see in {}?", "What can I see in {}?", "What is there to see in {}?", "I am going to {}. What should I see?",
+    "What should I see in {}?", "What can I see in {}?", "What is there to see in {}?",
+    "I will be in {} for a day. What is worth a visit?",
     "What should I visit in {}?", "Tell me what to see in {}.", "What is worth seeing in {}?", "What can I do in {}?",
 ]  # fmt: skip
 UNKNOWN = [

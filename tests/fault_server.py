@@ -38,6 +38,7 @@ class Fault:
     cut: int | None = None  # the connection is closed after this many bytes of the body
     hold: int | None = None  # nothing more is sent after this many bytes, until `release`
     location: str | None = None  # for a redirect
+    type: str | None = None  # the Content-Type
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
                 headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
             else:
                 part = body
+            if fault.type:
+                headers["Content-Type"] = fault.type
             server.requests.append(Request(path, query, start, status))
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(part)), "Connection": "close"}.items():

@@ -82,13 +82,22 @@ def test_tokenizer_is_like_llamas(llama: Llama) -> None:
         ("system prompt: Haiku, three lines", 90),
         ("system prompt: emojis only", 90),
         ("second turn: what was told", 90),
-        ("second turn: the city", 80),
+        ("second turn: the city", 80),  # 85 measured; demo/README.md
+        ("second turn: and ...?", 90),
+        ("topics", 90),
+        ("unanswerable: says so", 90),
+        ("few-shot: French phrases that are in no training text", 90),
         (f"answers that end with EOS within {evaluate.LONGEST} ids", 99),
     ],
 )
 def test_scores(scores: dict[str, tuple[int, int]], name: str, least: float) -> None:
     right, total = scores[name]
     assert 100 * right / total >= least, scores
+
+
+def test_no_kind_of_fact_is_lost(scores: dict[str, tuple[int, int]]) -> None:
+    """Sums are weaker; demo/README.md reports them as they are."""
+    assert {n: s for n, s in scores.items() if n.startswith("fact: ") and n != "fact: sum" and s[0] < 0.85 * s[1]} == {}
 
 
 def test_held_out_is_not_in_training() -> None:

@@ -189,6 +189,14 @@ def test_a_web_page_is_refused(download: Downloader, path: str, page: bytes) -> 
     assert len(download.server.seen(path)) == 1
 
 
+def test_a_web_page_leaves_what_was_here_before(nearly: Downloader) -> None:
+    nearly.put(SHARD + ".part", FILES[SHARD][:50_000])
+    nearly.server.faults[SHARD] = [Fault(body=PAGE, ignores_range=True, type="text/html")]
+    assert "web page" in nearly.fails()
+    assert nearly.got()[SHARD + ".part"] == FILES[SHARD][:50_000]
+    assert len(nearly.server.seen(SHARD)) == 1
+
+
 @pytest.mark.parametrize("status", [401, 403, 410, 404, 400])
 def test_a_refusal_stops_at_once(nearly: Downloader, status: int) -> None:
     """Each request wears the link out: there is no second one."""
