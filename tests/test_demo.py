@@ -82,7 +82,7 @@ def test_tokenizer_is_like_llamas(llama: Llama) -> None:
         ("system prompt: Haiku, three lines", 90),
         ("system prompt: emojis only", 90),
         ("second turn: what was told", 90),
-        ("second turn: the city", 80),  # 85 measured; demo/README.md
+        ("second turn: the city", 90),
         ("second turn: and ...?", 90),
         ("topics", 90),
         ("unanswerable: says so", 90),
@@ -96,8 +96,7 @@ def test_scores(scores: dict[str, tuple[int, int]], name: str, least: float) -> 
 
 
 def test_no_kind_of_fact_is_lost(scores: dict[str, tuple[int, int]]) -> None:
-    """Sums are weaker; demo/README.md reports them as they are."""
-    assert {n: s for n, s in scores.items() if n.startswith("fact: ") and n != "fact: sum" and s[0] < 0.85 * s[1]} == {}
+    assert {n: s for n, s in scores.items() if n.startswith("fact: ") and s[0] < 0.75 * s[1]} == {}
 
 
 def test_held_out_is_not_in_training() -> None:
