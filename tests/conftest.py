@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -6,6 +7,7 @@ import torch
 
 from llama import Llama, Tokenizer
 
+from .fault_server import FILES, SHARD, Downloader, FaultServer, files_of
 from .support import random_weights, train_tokenizer, write_shards
 
 SMALL = dict(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, multiple_of=32, norm_eps=1e-5, vocab_size=-1)
@@ -40,3 +42,23 @@ def llama(shared_llama: Llama) -> Llama:
     """The small model; torch's generator is seeded anew for each test."""
     torch.manual_seed(1)
     return shared_llama
+
+
+@pytest.fixture
+def server() -> Iterator[FaultServer]:
+    with FaultServer(FILES) as running:
+        yield running
+
+
+@pytest.fixture(params=["curl", "wget"])
+def download(request: pytest.FixtureRequest, server: FaultServer, tmp_path: Path) -> Downloader:
+    """With each of the two clients, the other one absent."""
+    return Downloader(server, request.param, tmp_path)
+
+
+@pytest.fixture
+def nearly(download: Downloader) -> Downloader:
+    """All but the shard is there already: it saves time."""
+    for path in set(files_of("7B")) - {SHARD}:
+        download.put(path, FILES[path])
+    return download

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import tty
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,26 +35,6 @@ from tests.fault_server import (
 PAGE = b"<!DOCTYPE html><html><body>Log in</body></html>"
 WRONG = Fault(body=b"PK" + bytes(99_000))
 ONE_CLIENT = "curl" if shutil.which("curl") else "wget"
-
-
-@pytest.fixture
-def server() -> Iterator[FaultServer]:
-    with FaultServer(FILES) as running:
-        yield running
-
-
-@pytest.fixture(params=["curl", "wget"])
-def download(request: pytest.FixtureRequest, server: FaultServer, tmp_path: Path) -> Downloader:
-    """With each of the two clients, the other one absent."""
-    return Downloader(server, request.param, tmp_path)
-
-
-@pytest.fixture
-def nearly(download: Downloader) -> Downloader:
-    """All but the shard is there already: it saves time."""
-    for path in set(files_of("7B")) - {SHARD}:
-        download.put(path, FILES[path])
-    return download
 
 
 @pytest.fixture
@@ -177,10 +156,15 @@ def test_a_checklist_without_all_checksums_is_refused(once: Downloader, text: by
     assert not {CHECKLIST, CHECKLIST + ".part"} & set(once.got()) and not once.server.seen(SHARD)
 
 
-PAGES = [("LICENSE", PAGE), (CHECKLIST, b"\xef\xbb\xbf\n<HTML lang='en'>"), (SHARD, PAGE.lower() + bytes(200_000))]
+PAGES = [
+    ("LICENSE", PAGE),
+    (CHECKLIST, b"\xef\xbb\xbf\n<HTML lang='en'>"),
+    (SHARD, PAGE.lower() + bytes(200_000)),
+    ("LICENSE", b"<?xml?>" + PAGE),
+]
 
 
-@pytest.mark.parametrize(("path", "page"), PAGES, ids=["LICENSE", "checklist", "shard"])
+@pytest.mark.parametrize(("path", "page"), PAGES, ids=["LICENSE", "checklist", "shard", "xml"])
 def test_a_web_page_is_refused(download: Downloader, path: str, page: bytes) -> None:
     download.server.always[path] = Fault(body=page)
     reason = download.fails()
