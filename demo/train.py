@@ -110,7 +110,7 @@ def batches(tokenizer: Tokenizer, seed: int, workers: int) -> Iterator[tuple[tor
 def make_model(vocab_size: int, device: str) -> Transformer:
     torch.manual_seed(SEED)
     model = Transformer(ModelArgs(**PARAMS | {"vocab_size": vocab_size}, max_batch_size=BATCH_ROWS, max_seq_len=WINDOW))
-    for name, weight in model.named_parameters():
+    for name, weight in model.state_dict(keep_vars=True).items():
         if weight.dim() == 2:
             deep = (2 * PARAMS["n_layers"]) ** -0.5 if name.endswith(("wo.weight", "w2.weight")) else 1.0
             torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5 * deep)

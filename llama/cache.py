@@ -15,7 +15,7 @@ side by side, with no padding, through everything that works id by id, and only 
                                         spans       rows 0:3 of 1 id each, looking at slots 0:4
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,11 +29,12 @@ class Span(NamedTuple):
     n_rows: int
     length: int
     end: int  # cache slots 0..end hold all that these ids may see
+    ragged: bool = False  # the rows stand at positions of their own, below end; else their last ids stand at end - 1
 
     @property
     def fresh(self) -> bool:
         """Nothing stands before these ids: their own keys and values are all they see."""
-        return self.end == self.length
+        return self.end == self.length and not self.ragged
 
 
 @dataclass(frozen=True)
@@ -60,28 +61,47 @@ class Batch:
         return Batch(torch.cat(rows).to(device), torch.cat(positions).to(device), tuple(spans))
 
     @staticmethod
-    def step(rows: torch.Tensor, positions: torch.Tensor, end: int) -> "Batch":
-        """One id for each of the rows 0..B, at `positions` (B,), all below `end`. Nothing is read from the device."""
-        return Batch(rows, positions, (Span(0, len(rows), 1, end),))
+    def step(rows: torch.Tensor, positions: torch.Tensor, end: int, ragged: bool = True) -> "Batch":
+        """One id for each of the rows 0..B, at `positions` (B,), all below `end`. Nothing is read from the device.
 
-    def masks(self, n_heads: int, dtype: torch.dtype) -> list[torch.Tensor | None]:
-        """For each span what its ids may not see, as -inf to be added to the scores, (n_rows, n_heads, length, end).
+        ragged=False promises that all stand at end - 1, where no mask is needed.
+        """
+        return Batch(rows, positions, (Span(0, len(rows), 1, end, ragged),))
 
-        None for fresh spans, which the kernel's own causal mask serves.
+    def masks(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
+        """For each span what its ids may not see, as -inf to be added to the scores, (n_rows or 1, 1, length, end).
+
+        None where the kernel's own causal mask serves, and where a single id sees all.
         """
         masks: list[torch.Tensor | None] = []
         first = 0
         for span in self.spans:
-            count = span.n_rows * span.length
-            if span.fresh:
+            if span.fresh or (span.length == 1 and not span.ragged):
                 masks.append(None)
             else:
-                positions = self.positions[first : first + count].view(span.n_rows, 1, span.length, 1)
+                rows = span.n_rows if span.ragged else 1  # the others have what the first has
+                positions = self.positions[first : first + rows * span.length].view(rows, 1, span.length, 1)
                 slots = torch.arange(span.end, device=positions.device)
-                mask = torch.zeros(span.n_rows, 1, span.length, span.end, dtype=dtype, device=positions.device)
-                masks.append(mask.masked_fill_(slots > positions, float("-inf")).repeat(1, n_heads, 1, 1))
-            first += count
+                mask = torch.zeros(rows, 1, span.length, span.end, dtype=dtype, device=positions.device)
+                masks.append(mask.masked_fill_(slots > positions, float("-inf")))
+            first += span.n_rows * span.length
         return masks
+
+
+def chunked(lengths: list[int], most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """The pieces (row, start, length) of rows of these lengths, in order, at most `most` ids at a time."""
+    pieces, room = [], most
+    for row, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            n = min(length - start, room)
+            pieces.append((row, start, n))
+            start, room = start + n, room - n
+            if room == 0:
+                yield pieces
+                pieces, room = [], most
+    if pieces:
+        yield pieces
 
 
 class KVCache:
@@ -97,17 +117,15 @@ class KVCache:
         with torch.inference_mode(False):
             shape = (n_layers, 2, rows, n_kv_heads, positions, head_dim)
             self.data = torch.zeros(shape, dtype=dtype, device=device)
-        self.layers = [self.data[i].unbind() for i in range(n_layers)]
+        self.layers = self.data.unbind()
         self.turn: object = None  # the one call whose keys and values these are
 
-    def write(self, layer: int, batch: Batch, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Put k and v (N, n_kv_heads, head_dim) where their ids stand."""
-        keys, values = self.layers[layer]
-        keys[batch.rows, :, batch.positions] = k.detach()
-        values[batch.rows, :, batch.positions] = v.detach()
 
-    def read(self, layer: int, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
-        """All that a span may see: views (n_rows, n_kv_heads, end, head_dim)."""
-        keys, values = self.layers[layer]
-        rows = slice(span.row, span.row + span.n_rows)
-        return keys[rows, :, : span.end], values[rows, :, : span.end]
+def write(layer: torch.Tensor, batch: Batch, kv: torch.Tensor) -> None:
+    """Put keys and values kv (N, 2, n_kv_heads, head_dim) into a layer of the cache, where their ids stand."""
+    layer[:, batch.rows, :, batch.positions] = kv.detach()
+
+
+def read(layer: torch.Tensor, span: Span) -> tuple[torch.Tensor, ...]:
+    """Keys and values of a layer that a span may see: views (n_rows, n_kv_heads, end, head_dim)."""
+    return layer[:, span.row : span.row + span.n_rows, :, : span.end].unbind()

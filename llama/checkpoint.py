@@ -22,6 +22,7 @@ from torch import nn
 
 from .errors import CheckpointError, kind, path_to, read_file, what_is_it
 from .model import ModelArgs, Transformer
+from .parallel import ColumnParallelLinear, JoinedColumnParallelLinear, RowParallelLinear
 from .runtime import model_parallel, progress
 
 # The dimension along which shards, and ranks, split a weight; None: the same in every shard.
@@ -185,8 +186,8 @@ def _check(model: Transformer, shards: Shards) -> None:
     n, ranks = len(shards), model_parallel()[1]
     expected = {}
     # The last norm first, whose shape says whether `dim` is right, and so whether there are as many shards as there must be.
-    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0] != "norm.weight"):
-        shape, dim = list(parameter.shape), split_dim(name)
+    for name, weight in sorted(model.state_dict().items(), key=lambda item: item[0] != "norm.weight"):
+        shape, dim = list(weight.shape), split_dim(name)
         if dim is not None:
             shape[dim] *= ranks
         expected[name] = tuple(shape)
@@ -251,21 +252,31 @@ def cut(parts: list[torch.Tensor], dim: int, rank: int, ranks: int) -> list[torc
 def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
     """Fill a model made on `meta` with this rank's part of the shards. Raises CheckpointError for NaN and infinity."""
     rank, ranks = model_parallel()
+    modules = {prefix: module for prefix, module in model.named_modules() if "weight" in module._parameters}
     # The largest first: while little is held yet, one tensor more weighs least.
-    parameters = sorted(model.named_parameters(), key=lambda item: -item[1].numel())
-    for name, _ in progress(parameters, lambda item: item[1].numel() * dtype.itemsize, "loading"):
-        parts, dim = [tensors[name] for tensors in shards.values()], split_dim(name)
-        views = parts[:1] if dim is None else cut(parts, dim, rank, ranks)
+    order = sorted(modules.items(), key=lambda item: -item[1].weight.numel())
+    for prefix, module in progress(order, lambda item: item[1].weight.numel() * dtype.itemsize, "loading"):
+        joined = isinstance(module, JoinedColumnParallelLinear)
+        names = module.names(prefix) if joined else [f"{prefix}.weight"]
+        dim, views = split_dim(names[0]), []
+        for name in names:
+            parts = [tensors[name] for tensors in shards.values()]
+            views += parts[:1] if dim is None else cut(parts, dim, rank, ranks)
         weight = views[0] if _in_place(views, dtype, device) else _join(views, dim or 0, dtype, device)
         # A sum is finite only if all its terms are, and costs one pass; it may overflow, so ask again if it is not.
         if not weight.sum().isfinite() and not weight.isfinite().all():
             if all(view.isfinite().all() for view in views):
                 raise CheckpointError(
-                    f"{name} holds numbers too large for {dtype}; leave dtype out, or use 'bfloat16' or 'float32'"
+                    f"{' or '.join(names)} holds numbers too large for {dtype}; leave dtype out, or use 'bfloat16' or 'float32'"
                 )
-            raise CheckpointError(f"{name} {_NOT_FINITE}")
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(weight, requires_grad=False))
+            raise CheckpointError(f"{' or '.join(names)} {_NOT_FINITE}")
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            module.hold(weight)
+        else:
+            module.weight = nn.Parameter(weight, requires_grad=False)
+        if module.weight is None:  # held in another form: the file's pages are needed no longer
+            for view in views:
+                _release(view)
 
 
 def _in_place(views: list[torch.Tensor], dtype: torch.dtype, device: torch.device) -> bool:

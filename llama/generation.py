@@ -4,6 +4,7 @@ One loop serves all of them: `Llama.tokens`, a generator that prefills once, the
 made. Text and dialogs are ids before they reach it.
 """
 
+import itertools
 import numbers
 import os
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import NamedTuple, TypedDict
 import torch
 
 from . import checkpoint, memory, runtime
-from .cache import Batch
+from .cache import Batch, chunked
 from .chat import (
     B_INST,
     B_SYS,
@@ -27,11 +28,13 @@ from .chat import (
     encode_dialog,
     is_unsafe,
 )
+from .decode import Decoder
 from .errors import CheckpointError, InputError, kind
 from .model import ModelArgs, Transformer
 from .sampling import logprobs_of, next_ids, sample_top_p
 from .tokenizer import Tokenizer, check_text
 
+PREFILL_CHUNK = 2048  # ids of prompts in one forward: enough to fill any machine; bounds what activations take
 LOGPROB_CHUNK = 512  # positions whose logits stand in memory at once: 512 x 32,000 x 4 bytes = 66 MB
 
 
@@ -110,6 +113,7 @@ class Llama:
             )
         self.model = model
         self.tokenizer = tokenizer
+        self.decoder = Decoder(model)
 
     def generate(
         self,
@@ -162,33 +166,39 @@ class Llama:
         if not any(left) and not scored:
             return
 
-        packed = torch.tensor([id_ for p in prompts for id_ in p], device=device)
-        hidden = self.model.hidden(packed, Batch.of([(row, 0, len(p)) for row, p in enumerate(prompts)], device))
+        if self.model.cache is None:
+            self.model.allocate()
         cache = self.model.cache
         assert cache is not None
         cache.turn = turn = object()
+        hidden, scores = self._prefill(prompts, scored)
         if scored:
-            yield from self._score(prompts, packed, hidden)
+            for row, prompt in enumerate(prompts):
+                yield from (Token(row, id_, score) for id_, score in zip(prompt, scores[row], strict=True))
 
-        lengths = torch.tensor([len(p) for p in prompts])
-        hidden = hidden[(lengths.cumsum(0) - 1).to(device)]  # the last id of each prompt
-        rows = torch.arange(B, device=device)
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
         # A row that is done steps on with the rest, as the rows of a batch share their draws, but stays where it ended.
-        last = (lengths + torch.tensor(left) - 1).to(device)
-        positions = torch.minimum(lengths.to(device), last)  # of the ids to come
-        longest, steps = max(len(p) for p in prompts), max(left)
+        last = lengths + torch.tensor(left, device=device) - 1
+        positions = torch.minimum(lengths, last)  # of the ids to come
+        longest, steps, ragged = max(len(p) for p in prompts), max(left), len({len(p) for p in prompts}) > 1
         live = {row for row in range(B) if left[row]}
+        logits = self.model.logits(hidden)
         for step in range(steps):
-            logits = self.model.logits(hidden)
             ids = runtime.from_rank0(next_ids(logits, temperature, top_p))
-            values = logprobs_of(logits, ids).tolist() if logprobs else [None] * B
-            for row, id_ in enumerate(ids.tolist()):
+            fetched = runtime.fetch(ids, logprobs_of(logits, ids)) if logprobs else runtime.fetch(ids)
+
+            end = min(longest + step + 1, window)
+            ahead = step + 1 < steps and runtime.runs_ahead(device)
+            if ahead:  # the device goes on while the host reads: whether all rows are done is known a step late
+                logits = self.decoder(ids, positions, end, ragged)
+            new, *values = fetched()
+            for row, id_ in enumerate(new):
                 if row not in live:
                     continue
                 if id_ == self.tokenizer.eos_id:
                     live.remove(row)
                     continue
-                yield Token(row, id_, values[row])
+                yield Token(row, id_, values[0][row] if values else None)
                 left[row] -= 1
                 if left[row] == 0:
                     live.remove(row)
@@ -196,21 +206,35 @@ class Llama:
                 return
             if self.model.cache is not cache or cache.turn is not turn:
                 raise InputError("another call has used this model's cache since: end a stream before the next call")
-            end = min(longest + step + 1, window)
-            hidden = self.model.hidden(ids, Batch.step(rows, positions, end))
+            if not ahead:
+                logits = self.decoder(ids, positions, end, ragged)
             positions = torch.minimum(positions + 1, last)
 
-    def _score(self, prompts: list[list[int]], packed: torch.Tensor, hidden: torch.Tensor) -> Iterator[Token]:
-        """The prompts' own ids with their log probabilities, each read off the position before it; 0.0 for the first."""
-        following, values = packed.roll(-1), [0.0]
-        for i in range(0, len(packed), LOGPROB_CHUNK):
-            piece = slice(i, i + LOGPROB_CHUNK)
-            values += logprobs_of(self.model.logits(hidden[piece]), following[piece]).tolist()
-        first = 0
-        for row, prompt in enumerate(prompts):
-            for i, id_ in enumerate(prompt):
-                yield Token(row, id_, values[first + i] if i else 0.0)
-            first += len(prompt)
+    def _prefill(self, prompts: list[list[int]], scored: bool) -> tuple[torch.Tensor, list[list[float]]]:
+        """Each prompt through the model once: the hidden state of each one's last id, (B, dim), and, if asked for, the log
+        probabilities of each one's ids, each read off the position before it; 0.0 for the first."""
+        lengths, device = [len(p) for p in prompts], self.model.device
+        packed = torch.tensor([id_ for p in prompts for id_ in p] + [0], device=device)
+        last_hidden, scores, first = [], [0.0], 0
+        chunks = list(chunked(lengths, PREFILL_CHUNK))
+        for pieces in runtime.progress(chunks, lambda chunk: sum(n for _, _, n in chunk), "reading prompts", "ids"):
+            ends = list(itertools.accumulate(n for _, _, n in pieces))
+            hidden = self.model.hidden(packed[first : first + ends[-1]], Batch.of(pieces, device))
+            final = [end - 1 for end, (row, start, n) in zip(ends, pieces, strict=True) if start + n == lengths[row]]
+            last_hidden.append(hidden[torch.tensor(final, dtype=torch.int64, device=device)])
+            if scored:
+                scores += self._score(hidden, packed[first + 1 :])
+            first += ends[-1]
+        starts = itertools.accumulate(lengths, initial=0)
+        return torch.cat(last_hidden), [[0.0, *scores[i + 1 : i + n]] for i, n in zip(starts, lengths, strict=False)]
+
+    def _score(self, hidden: torch.Tensor, following: torch.Tensor) -> list[float]:
+        """Log probabilities, at positions whose hidden states (N, dim) are given, of the ids that follow."""
+        values: list[float] = []
+        for i in range(0, len(hidden), LOGPROB_CHUNK):
+            logits = self.model.logits(hidden[i : i + LOGPROB_CHUNK])
+            values += logprobs_of(logits, following[i : i + len(logits)]).tolist()
+        return values
 
     def text_completion(
         self,

@@ -5,15 +5,18 @@ Shapes are written with N ids, B rows of S ids, H query heads and K key/value he
 The model knows nothing of text, sampling or files.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .cache import Batch, KVCache, Span
+from .attention import attend
+from .cache import Batch, KVCache, Span, read, write
 from .errors import InputError
-from .parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, divide
+from .parallel import ColumnParallelLinear, JoinedColumnParallelLinear, ParallelEmbedding, RowParallelLinear, divide, join_parts
 from .runtime import model_parallel
 
 
@@ -53,9 +56,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return y.type_as(x) * self.weight
+        return F.rms_norm(x.float(), x.shape[-1:], None, self.eps).type_as(x) * self.weight
 
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> torch.Tensor:
@@ -74,47 +75,30 @@ def reshape_for_broadcast(freqs_cis: torch.Tensor, x: torch.Tensor) -> torch.Ten
     return freqs_cis.view(1, x.shape[1], *[1] * (x.ndim - 3), x.shape[-1])
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn adjacent pairs of x (..., heads, hd) by their angles, in float32; cos and sin broadcast to (..., heads, hd/2)."""
+def rotate_(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+    """Turn adjacent pairs of x (..., heads, hd) in place, in float32, by freqs: cosines and sines, (..., 1, hd/2, 2)."""
+    if x.device.type == "mps" or torch.compiler.is_compiling():  # the compiler fuses no complex numbers
+        return rotate_plainly_(x, freqs)
+    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * torch.view_as_complex(freqs)
+    return x.copy_(torch.view_as_real(turned).flatten(-2))
+
+
+def rotate_plainly_(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+    """`rotate_`, written out."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
+    cos, sin = freqs.unbind(-1)
+    return x.copy_(torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2))
 
 
 def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """xq, xk (B, S, heads, hd) turned by freqs_cis, complex (S, hd/2)."""
-    freqs = reshape_for_broadcast(freqs_cis, xq[..., ::2])
-    return rotate(xq, freqs.real, freqs.imag), rotate(xk, freqs.real, freqs.imag)
+    freqs = torch.view_as_real(reshape_for_broadcast(freqs_cis, xq[..., ::2]))
+    return rotate_(xq.clone(), freqs), rotate_(xk.clone(), freqs)
 
 
 def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
     """(B, S, kv, hd) -> (B, S, kv * n_rep, hd), each head repeated in place. The model itself never expands its cache."""
     return x.repeat_interleave(n_rep, dim=2)
-
-
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """q (B, S, K, G, hd) over k and v (B, K, L, hd) -> (B, S, K, G, hd), with mask (B, K, S, L); None: causal, S = L.
-
-    Each key/value head is a batch entry of its own whose G query heads see it through a view of stride 0.
-    """
-    if q.device.type == "mps":  # its kernel gives wrong answers for some of these calls: pytorch issues 169222, 181133
-        return attend_plainly(q, k, v, mask)
-    B, S, K, G, hd = q.shape
-    q = q.permute(0, 2, 3, 1, 4).reshape(B * K, G, S, hd)
-    k = k.flatten(0, 1).unsqueeze(1).expand(-1, G, -1, -1)  # (B * K, G, L, hd)
-    v = v.flatten(0, 1).unsqueeze(1).expand(-1, G, -1, -1)
-    if mask is not None:
-        mask = mask.flatten(0, 1).unsqueeze(1)  # (B * K, 1, S, L)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    return y.view(B, K, G, S, hd).permute(0, 3, 1, 2, 4)
-
-
-def attend_plainly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """`attend`, written out."""
-    scores = torch.einsum("bskgd,bkld->bkgsl", q.float(), k.float()) / q.shape[-1] ** 0.5
-    if mask is None:
-        mask = torch.full(scores.shape[-2:], float("-inf"), device=q.device).triu(1)[None, None]
-    weights = (scores + mask.unsqueeze(2)).softmax(-1).type_as(v)
-    return torch.einsum("bkgsl,bkld->bskgd", weights, v)
 
 
 class Attention(nn.Module):
@@ -124,28 +108,29 @@ class Attention(nn.Module):
         self.head_dim = args.head_dim
         self.n_local_kv_heads = divide(args.kv_heads, ranks, "key/value heads")
         self.n_rep = args.n_heads // args.kv_heads  # query heads to each
-        self.wq = ColumnParallelLinear(args.dim, args.n_heads * args.head_dim)
-        self.wk = ColumnParallelLinear(args.dim, args.kv_heads * args.head_dim)
-        self.wv = ColumnParallelLinear(args.dim, args.kv_heads * args.head_dim)
-        self.wo = RowParallelLinear(args.n_heads * args.head_dim, args.dim)
+        queries, keys = args.n_heads * args.head_dim, args.kv_heads * args.head_dim
+        self.wqkv = JoinedColumnParallelLinear(args.dim, {"wq": queries, "wk": keys, "wv": keys})
+        self.wo = RowParallelLinear(queries, args.dim)
+        self.register_load_state_dict_pre_hook(join_parts)
 
-    def forward(self, x: torch.Tensor, where: "Where", cache: KVCache | None, layer: int) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, where: "Where", cache: torch.Tensor | None) -> torch.Tensor:
+        """x (N, dim) -> (N, dim). `cache` is this layer's, (2, rows, K, positions, hd)."""
         N, K, G, hd = x.shape[0], self.n_local_kv_heads, self.n_rep, self.head_dim
-        q = rotate(self.wq(x).view(N, K * G, hd), where.cos, where.sin)
-        k = rotate(self.wk(x).view(N, K, hd), where.cos, where.sin)
-        v = self.wv(x).view(N, K, hd)
+        heads = self.wqkv(x).view(N, K * G + 2 * K, hd)
+        rotate_(heads[:, : K * G + K], where.freqs)
+        q, kv = heads[:, : K * G], heads[:, K * G :].view(N, 2, K, hd)
         if cache is not None:
-            cache.write(layer, where.batch, k, v)
+            write(cache, where.batch, kv)
 
         outputs, first = [], 0
         for span, mask in zip(where.batch.spans, where.masks, strict=True):
             B, S = span.n_rows, span.length
             ids = slice(first, first := first + B * S)
             if span.fresh:  # its own keys and values, not the cache's: exact, and differentiable
-                keys, values = (t[ids].view(B, S, K, hd).transpose(1, 2) for t in (k, v))
+                keys, values = kv[ids].view(B, S, 2, K, hd).permute(2, 0, 3, 1, 4).unbind()
             else:
                 assert cache is not None, "without the cache a sequence must be whole"
-                keys, values = cache.read(layer, span)
+                keys, values = read(cache, span)
             outputs.append(attend(q[ids].view(B, S, K, G, hd), keys, values, mask).reshape(B * S, -1))
         return self.wo(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
 
@@ -164,12 +149,13 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> None:
         super().__init__()
         width = ffn_width(hidden_dim, multiple_of, ffn_dim_multiplier)
-        self.w1 = ColumnParallelLinear(dim, width)
+        self.w13 = JoinedColumnParallelLinear(dim, {"w1": width, "w3": width})
         self.w2 = RowParallelLinear(width, dim)
-        self.w3 = ColumnParallelLinear(dim, width)
+        self.register_load_state_dict_pre_hook(join_parts)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
 
 
 class TransformerBlock(nn.Module):
@@ -181,18 +167,17 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: torch.Tensor, where: "Where", cache: KVCache | None) -> torch.Tensor:
-        h = x + self.attention(self.attention_norm(x), where, cache, self.layer_id)
+    def forward(self, x: torch.Tensor, where: "Where", cache: torch.Tensor | None) -> torch.Tensor:
+        h = x + self.attention(self.attention_norm(x), where, cache)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
 @dataclass(frozen=True)
 class Where:
-    """What all layers of one forward share: the batch, its angles (N, 1, hd/2) and its masks."""
+    """What all layers of one forward share: the batch, its angles (N, 1, hd/2, 2) and its masks."""
 
     batch: Batch
-    cos: torch.Tensor
-    sin: torch.Tensor
+    freqs: torch.Tensor
     masks: list[torch.Tensor | None]
 
 
@@ -220,7 +205,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(params.dim, params.norm_eps)
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
         self.cache: KVCache | None = None
-        self.rope: torch.Tensor | None = None  # float32 (2, max_seq_len, hd/2): cosines and sines
+        self.compiled: Callable[..., torch.Tensor] | None = None
+        self.rope: torch.Tensor | None = None  # float32 (max_seq_len, 1, hd/2, 2): cosines and sines
 
     @property
     def device(self) -> torch.device:
@@ -239,27 +225,32 @@ class Transformer(nn.Module):
         return self.cache
 
     def _angles(self, positions: torch.Tensor) -> torch.Tensor:
-        """Cosines and sines at positions (N,), (2, N, 1, hd/2)."""
+        """Cosines and sines at positions (N,), (N, 1, hd/2, 2)."""
         if self.rope is None or self.rope.device != self.device:
             args = self.params
             freqs = precompute_freqs_cis(args.head_dim, args.max_seq_len, args.rope_theta)
             with torch.inference_mode(False):
-                self.rope = torch.stack((freqs.real, freqs.imag)).to(self.device)
-        return self.rope[:, positions].unsqueeze(2)
+                self.rope = torch.view_as_real(freqs).unsqueeze(1).to(self.device)
+        return self.rope[positions]
 
-    def hidden(self, tokens: torch.Tensor, batch: Batch, keep: bool = True) -> torch.Tensor:
+    def compile(self, **options: Any) -> None:  # type: ignore[override]
+        """Have torch.compile fuse the small kernels of a block, for forwards that ask for it: one code for all layers."""
+        self.compiled = torch.compile(TransformerBlock.__call__, fullgraph=True, dynamic=False, **options)
+
+    def hidden(self, tokens: torch.Tensor, batch: Batch, keep: bool = True, compiled: bool = False) -> torch.Tensor:
         """ids (N,) -> the last layer's normed output (N, dim). Their keys and values go into the cache.
 
         keep=False: for whole sequences that nothing will follow (training): no cache is needed, nor its limit of rows.
+        compiled=True: by the compiled block, if there is one, which is compiled anew for each shape.
         """
         cache = self.cache if keep else None
         if keep and (cache is None or cache.data.device != self.device or cache.data.dtype != self.dtype):
             cache = self.allocate()
-        cos, sin = self._angles(batch.positions)
-        where = Where(batch, cos, sin, batch.masks(self.n_local_kv_heads, self.dtype))
+        where = Where(batch, self._angles(batch.positions), batch.masks(self.dtype))
         h = self.tok_embeddings(tokens)
-        for layer in self.layers:
-            h = layer(h, where, cache)
+        block = self.compiled if compiled and self.compiled else TransformerBlock.__call__
+        for i, layer in enumerate(self.layers):
+            h = block(layer, h, where, cache.layers[i] if cache else None)
         return self.norm(h)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -286,5 +277,5 @@ class Transformer(nn.Module):
 
 __all__ = [
     "Attention", "Batch", "FeedForward", "KVCache", "ModelArgs", "RMSNorm", "Span", "Transformer", "TransformerBlock",
-    "apply_rotary_emb", "attend", "precompute_freqs_cis", "repeat_kv", "reshape_for_broadcast", "rotate",
+    "apply_rotary_emb", "precompute_freqs_cis", "repeat_kv", "reshape_for_broadcast",
 ]  # fmt: skip

@@ -4,8 +4,11 @@ fairscale's own constructors build the whole matrix on every rank and ignore the
 be laid out on `meta`. These subclasses keep its groups and collectives, and its meaning of "column" (the output is
 split) and "row" (the input is split). With one rank no group is needed.
 
-`multiply` is the one place where a weight meets the kernel that multiplies with it.
+`multiply` is the one place where a weight meets the kernel that multiplies with it; once loaded, a weight may be held in
+that kernel's own form (kernels.py).
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,7 @@ from fairscale.nn.model_parallel.mappings import (
 from torch import nn
 
 from .errors import DeviceError
+from .kernels import Packed, pack
 from .runtime import model_parallel
 
 
@@ -37,11 +41,25 @@ def _weight(rows: int, columns: int) -> nn.Parameter:
 
 
 class _ParallelLinear(nn.Module):
-    weight: nn.Parameter
+    weight: nn.Parameter | None
+    packed: Packed | None = None
+
+    def hold(self, weight: torch.Tensor) -> None:
+        """Take this rank's weight, for inference, in the form that multiplies fastest."""
+        self.packed = pack(weight)
+        self.weight = None if self.packed else nn.Parameter(weight, requires_grad=False)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out), this rank's part of the product."""
-        return F.linear(x, self.weight)
+        return self.packed(x) if self.packed else F.linear(x, self.weight)  # type: ignore[arg-type]
+
+    def dense(self) -> torch.Tensor:
+        """This rank's weight (out, in), as it was before it was packed."""
+        return self.packed.dense() if self.packed else self.weight  # type: ignore[return-value]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        weight = self.dense()
+        destination[prefix + "weight"] = weight if keep_vars else weight.detach()
 
 
 class ColumnParallelLinear(_ParallelLinear, fs_layers.ColumnParallelLinear):
@@ -60,6 +78,36 @@ class ColumnParallelLinear(_ParallelLinear, fs_layers.ColumnParallelLinear):
             return self.multiply(x)
         y = self.multiply(copy_to_model_parallel_region(x))
         return gather_from_model_parallel_region(y) if self.gather_output else y
+
+
+class JoinedColumnParallelLinear(ColumnParallelLinear):
+    """Several column-parallel layers of one input, multiplied as one: x (..., in) -> (..., sum of outs / ranks).
+
+    `parts` names them and their outs. Each rank holds its part of each, one after the other. In `state_dict` they
+    stand by their own names, beside this layer's.
+    """
+
+    def __init__(self, in_features: int, parts: dict[str, int]) -> None:
+        super().__init__(in_features, sum(parts.values()))
+        self.parts = {name: divide(out, self.ranks, f"output features of {name}") for name, out in parts.items()}
+
+    def names(self, prefix: str) -> list[str]:
+        """Of the parts' weights in `state_dict`, for a prefix such as "layers.0.attention.wqkv."."""
+        parent = prefix.rstrip(".").rpartition(".")[0]
+        return [f"{parent}.{name}.weight" if parent else f"{name}.weight" for name in self.parts]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        weights = self.dense().split(list(self.parts.values()))
+        destination.update(zip(self.names(prefix), weights if keep_vars else [w.detach() for w in weights], strict=True))
+
+
+def join_parts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """For the module above joined layers, before `load_state_dict`: their parts, by their own names, become one weight."""
+    for child, layer in module.named_children():
+        if isinstance(layer, JoinedColumnParallelLinear):
+            names = layer.names(f"{prefix}{child}")
+            if all(name in state_dict for name in names):
+                state_dict[f"{prefix}{child}.weight"] = torch.cat([state_dict.pop(name) for name in names])
 
 
 class RowParallelLinear(_ParallelLinear, fs_layers.RowParallelLinear):

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -199,21 +199,44 @@ def _cgroup_available() -> int | None:
     return None
 
 
-def progress(items: list[T], weigh: Callable[[T], int], label: str) -> Iterator[T]:
-    """Yield the items, with a bar of their summed weight in bytes on stderr once it has taken a second.
+def runs_ahead(device: torch.device) -> bool:
+    """Whether the host may launch the next step while the device still computes this one."""
+    return device.type == "cuda"
+
+
+def fetch(*tensors: torch.Tensor) -> Callable[[], list[list[Any]]]:
+    """Send tensors to the host; the call returned waits for them, and for nothing launched since, and gives lists."""
+    if not all(tensor.is_cuda for tensor in tensors):
+        return lambda: [tensor.tolist() for tensor in tensors]
+    copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> list[list[Any]]:
+        arrived.synchronize()
+        return [copy.tolist() for copy in copies]
+
+    return wait
+
+
+def progress(items: list[T], weigh: Callable[[T], int], label: str, unit: str = "GB") -> Iterator[T]:
+    """Yield the items, with a bar of their summed weight on stderr once it has taken a second: in bytes, or in units.
 
     Rank 0 alone shows it, and only on a terminal.
     """
-    total, done, begun, shown = sum(map(weigh, items)), 0, time.monotonic(), 0.0
+    weights = [weigh(item) for item in items]
+    total, done, begun, shown = sum(weights), 0, time.monotonic(), 0.0
     visible = sys.stderr.isatty() and global_rank() == 0
-    for item in items:
+    for item, weight in zip(items, weights, strict=True):
         yield item
-        done += weigh(item)
+        done += weight
         now = time.monotonic()
         if visible and now - begun > 1 and (now - shown > 0.1 or done == total):
             shown = now
             bar = "#" * (30 * done // max(total, 1))
-            rate = done / (now - begun) / 1e9
-            print(f"\r{label} [{bar:<30}] {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate:.1f} GB/s", end="", file=sys.stderr)
+            scale, digits = (1e9, 1) if unit == "GB" else (1, 0)
+            amounts = [f"{n / scale:,.{digits}f}" for n in (done, total, done / (now - begun))]
+            text = "{} of {} {unit}, {} {unit}/s".format(*amounts, unit=unit)
+            print(f"\r{label} [{bar:<30}] {text}", end="", file=sys.stderr)
     if shown:
         print(file=sys.stderr)

@@ -2,7 +2,7 @@
 
 import torch
 
-from llama.cache import Batch, KVCache, Span
+from llama.cache import Batch, KVCache, Span, read, write
 
 
 def test_equal_neighbours_share_a_span() -> None:
@@ -15,22 +15,23 @@ def test_equal_neighbours_share_a_span() -> None:
 
 def test_masks_show_each_query_the_slots_up_to_its_own() -> None:
     batch = Batch.of([(0, 0, 3), (1, 2, 2)])
-    fresh, chunk = batch.masks(3, torch.float32)
+    fresh, chunk = batch.masks(torch.float32)
     assert fresh is None  # the kernel's causal mask
     assert chunk is not None
-    assert chunk.shape == (1, 3, 2, 4) and torch.equal(chunk[0, 0], chunk[0, 2])
+    assert chunk.shape == (1, 1, 2, 4)
     assert (chunk[0, 0] == 0).tolist() == [[True, True, True, False], [True, True, True, True]]
-    (step,) = Batch.step(torch.arange(2), torch.tensor([0, 2]), 4).masks(1, torch.float32)
-    assert Batch.step(torch.arange(2), torch.tensor([0, 2]), 4).spans == (Span(0, 2, 1, 4),)  # and reads no slot beyond
+    (step,) = Batch.step(torch.arange(2), torch.tensor([0, 2]), 4).masks(torch.float32)
+    assert Batch.step(torch.arange(2), torch.tensor([0, 2]), 4).spans == (Span(0, 2, 1, 4, True),)  # and reads no slot beyond
     assert step is not None and (step[:, 0, 0] == 0).tolist() == [[True, False, False, False], [True, True, True, False]]
 
 
 def test_write_and_read() -> None:
     cache = KVCache(2, 3, 2, 5, 4, torch.float32, torch.device("cpu"))
-    k, v = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+    kv = torch.randn(3, 2, 2, 4)
+    k, v = kv.unbind(1)
     batch = Batch.of([(1, 0, 2), (2, 3, 1)])
-    cache.write(1, batch, k, v)
-    keys, values = cache.read(1, batch.spans[0])
+    write(cache.layers[1], batch, kv)
+    keys, values = read(cache.layers[1], batch.spans[0])
     assert keys.shape == (1, 2, 2, 4)
     assert torch.equal(keys[0].transpose(0, 1), k[:2]) and torch.equal(values[0].transpose(0, 1), v[:2])
     assert torch.equal(cache.data[1, 0, 2, :, 3], k[2])

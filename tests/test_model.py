@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from llama import Llama, ModelArgs, Transformer
+from llama.attention import attend, attend_plainly
 from llama.cache import Batch
 from llama.errors import InputError
 from llama.model import (
     RMSNorm,
     apply_rotary_emb,
-    attend,
-    attend_plainly,
     ffn_width,
     precompute_freqs_cis,
     repeat_kv,
     reshape_for_broadcast,
-    rotate,
+    rotate_,
+    rotate_plainly_,
 )
 
 from .support import plain_logits, write_shards
@@ -142,31 +142,39 @@ def test_rotary_embedding_turns_adjacent_pairs() -> None:
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("kv, groups", [(4, 1), (2, 3), (1, 4)])
-@pytest.mark.parametrize("causal", [True, False])
-def test_attend_equals_its_readable_twin(kv: int, groups: int, dtype: torch.dtype, tolerance: float, causal: bool) -> None:
-    """The kernel over unexpanded heads, its twin, and the definition: softmax over the slots up to a query's own."""
-    B, S, hd = 2, 5, 16
-    L = S if causal else 9
+@pytest.mark.parametrize("S, L, starts", [(5, 5, None), (5, 9, [4]), (1, 9, [8, 3]), (1, 9, None), (1, 1, None)])
+def test_attend_equals_its_readable_twin(
+    kv: int, groups: int, dtype: torch.dtype, tolerance: float, S: int, L: int, starts: list[int] | None
+) -> None:
+    """The kernel over unexpanded heads, its twin, and the definition: softmax over the slots up to a query's own.
+
+    Whole rows, chunks and steps; `starts`: position of each row's first query, or of all, where a mask says so.
+    """
+    B, hd = 2, 16
     q, k, v = torch.randn(B, S, kv, groups, hd), torch.randn(B, kv, L, hd), torch.randn(B, kv, L, hd)
     q, k, v = (t.to(dtype) for t in (q, k, v))
-    starts = [0, 0] if causal else [4, 1]  # position of each row's first query
-    mask = torch.full((B, kv, S, L), float("-inf"), dtype=dtype)
-    for b, start in enumerate(starts):
-        for s in range(S):
-            mask[b, :, s, : start + s + 1] = 0
-    got = attend(q, k, v, None if causal else mask).float()
-    torch.testing.assert_close(got, attend_plainly(q, k, v, None if causal else mask).float(), atol=tolerance, rtol=0)
+    mask = None
+    if starts:
+        mask = torch.full((len(starts), 1, S, L), float("-inf"), dtype=dtype)
+        for b, start in enumerate(starts):
+            for s in range(S):
+                mask[b, :, s, : start + s + 1] = 0
+    got = attend(q, k, v, mask).float()
+    assert got.shape == q.shape
+    torch.testing.assert_close(got, attend_plainly(q, k, v, mask).float(), atol=tolerance, rtol=0)
 
-    b, s, head, group = 1, 3, kv - 1, groups - 1
-    seen = starts[b] + s + 1
+    b, s, head, group = 1, S // 2, kv - 1, groups - 1
+    seen = (starts[-1] if starts else L - S) + s + 1
     weights = (k[b, head, :seen].float() @ q[b, s, head, group].float() / hd**0.5).softmax(0)
     torch.testing.assert_close(got[b, s, head, group], weights @ v[b, head, :seen].float(), atol=tolerance, rtol=0)
 
 
 def test_rotation_and_norm_are_in_float32_whatever_the_dtype() -> None:
     x = torch.randn(3, 2, 8).bfloat16()
-    cos, sin = torch.rand(3, 1, 4), torch.rand(3, 1, 4)
-    assert torch.equal(rotate(x, cos, sin), rotate(x.float(), cos, sin).bfloat16())
+    freqs = torch.rand(3, 1, 4, 2)
+    assert torch.equal(rotate_(x.clone(), freqs), rotate_(x.float(), freqs).bfloat16())
+    assert torch.equal(rotate_plainly_(x.clone(), freqs), rotate_plainly_(x.float(), freqs).bfloat16())
+    torch.testing.assert_close(rotate_(x.float(), freqs), rotate_plainly_(x.float(), freqs), atol=1e-6, rtol=0)
     norm = RMSNorm(8, eps=1e-5).bfloat16()
     norm.weight.data.uniform_()
     exact = x.float() * (x.float().square().mean(-1, keepdim=True) + 1e-5).rsqrt()

@@ -39,7 +39,8 @@ SIGNATURES = {
     llama.sampling.sample_top_p: "probs, p",
 }
 # A file imports only from files above it.
-ROOMS = "errors runtime demo parallel cache model memory tokenizer chat sampling checkpoint generation __init__".split()
+ROOMS = """errors runtime demo kernels parallel cache attention model decode memory tokenizer chat sampling checkpoint
+generation __init__""".split()
 
 
 @pytest.mark.parametrize("module", NAMES)

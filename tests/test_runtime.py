@@ -24,7 +24,7 @@ if kind == "model-parallel":
     fs.initialize_model_parallel(2)
 first = Llama.build(folder, tokenizer, 32, 2, device="cpu")
 again = Llama.build(folder, tokenizer, 32, 2, device="cpu")
-assert fs.get_model_parallel_world_size() == 2 == first.model.layers[0].attention.wq.ranks
+assert fs.get_model_parallel_world_size() == 2 == first.model.layers[0].attention.wo.ranks
 a, b = (g.generate([[1, 5], [1, 9, 30]], 6, temperature=0) for g in (first, again))
 try:
     Llama.build(folder, tokenizer, 32, 2, model_parallel_size=1, device="cpu")

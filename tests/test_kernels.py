@@ -1,0 +1,82 @@
+"""How weights are held: the packed form multiplies as the plain one does, and gives the weight back."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llama import Llama, ModelArgs, Transformer, kernels
+from llama.attention import attend_in_blocks, attend_plainly
+from llama.parallel import ColumnParallelLinear, JoinedColumnParallelLinear
+
+from .support import plain_logits, write_shards
+
+packs = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()), reason="no oneDNN for bfloat16"
+)
+
+
+@packs
+@pytest.mark.parametrize("n", [1, 2, 5, 64, 300])
+def test_packed_products_are_those_of_the_weight(n: int) -> None:
+    weight, x = torch.randn(1100, 320).bfloat16(), torch.randn(n, 320).bfloat16()
+    packed = kernels.pack(weight)
+    assert isinstance(packed, kernels.Packed)
+    exact = x.double() @ weight.double().T
+    torch.testing.assert_close(packed(x).double(), exact, atol=0.02, rtol=2**-8)  # half a bfloat16 step, and the sum's own
+    assert torch.equal(packed.dense(), weight)
+
+
+def test_what_is_not_packed() -> None:
+    """Other dtypes keep their digits, and a small weight is faster as it is."""
+    assert kernels.pack(torch.randn(1100, 320)) is None
+    assert kernels.pack(torch.randn(1100, 320).half()) is None
+    assert kernels.pack(torch.randn(64, 320).bfloat16()) is None
+
+
+@packs
+def test_a_packed_model_gives_the_plain_twins_logits(
+    tmp_path: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill, several rows, one row: bfloat16 logits stay within 0.1 of float32's over the same weights; they span +-4."""
+    monkeypatch.setattr(kernels, "SMALLEST", 0)
+    weights = {name: w.bfloat16() for name, w in small.weights.items()}
+    model = Llama.build(write_shards(tmp_path, small.params, weights, 2), small.tokenizer_path, 64, 3, device="cpu").model
+    linear = [m for m in model.modules() if isinstance(m, ColumnParallelLinear)]
+    assert linear and all(m.packed is not None and m.weight is None for m in linear)
+    assert model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(w, weights[name]) for name, w in model.state_dict().items())
+
+    ids = torch.randint(3, 384, (3, 20), generator=torch.Generator().manual_seed(3))
+    exact = {name: w.float() for name, w in weights.items()}
+    want = torch.stack([plain_logits(small.params, exact, row.tolist()) for row in ids])
+    for rows, start in ((3, 12), (1, 1)):
+        got = [model.forward(ids[:rows, :start], 0)]
+        got += [model.forward(ids[:rows, i : i + 1], i) for i in range(start, 20)]
+        torch.testing.assert_close(torch.cat(got, 1), want[:rows], atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("kv, groups", [(4, 1), (2, 3)])
+@pytest.mark.parametrize("S, L", [(2, 2), (128, 128), (129, 129), (300, 300), (5, 9), (200, 400)])
+def test_attention_in_blocks_equals_its_twin(kv: int, groups: int, S: int, L: int) -> None:
+    """Whole rows and chunks; borders of the blocks."""
+    q, k, v = torch.randn(2, S, kv, groups, 16), torch.randn(2, kv, L, 16), torch.randn(2, kv, L, 16)
+    mask = torch.full((S, L), float("-inf")).triu(1 + L - S)[None, None]
+    torch.testing.assert_close(attend_in_blocks(q, k, v), attend_plainly(q, k, v, mask), atol=1e-5, rtol=0)
+    half = [t.bfloat16() for t in (q, k, v)]
+    torch.testing.assert_close(attend_in_blocks(*half), attend_plainly(*half, mask), atol=0.03, rtol=0)
+
+
+def test_joined_layers_stand_in_state_dict_by_metas_names() -> None:
+    args = ModelArgs(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=40, multiple_of=8)
+    first, second = Transformer(args), Transformer(args)
+    weights = first.state_dict()
+    assert "layers.0.attention.wk.weight" in weights and not any("wqkv" in name or "w13" in name for name in weights)
+    assert weights["layers.0.attention.wk.weight"].shape == (16, 32)
+    second.load_state_dict(weights)
+    joined = second.layers[0].attention.wqkv
+    assert isinstance(joined, JoinedColumnParallelLinear)
+    assert torch.equal(joined.weight, torch.cat([weights[f"layers.0.attention.{name}.weight"] for name in ("wq", "wk", "wv")]))
+    with pytest.raises(RuntimeError, match="wqkv"):
+        second.load_state_dict({name: w for name, w in weights.items() if "wk" not in name})
