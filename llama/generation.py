@@ -30,12 +30,10 @@ from .chat import (
 )
 from .decode import Decoder
 from .errors import CheckpointError, InputError, kind
+from .memory import LOGPROB_CHUNK, PREFILL_CHUNK
 from .model import ModelArgs, Transformer
 from .sampling import logprobs_of, next_ids, sample_top_p
 from .tokenizer import Tokenizer, check_text
-
-PREFILL_CHUNK = 2048  # ids of prompts in one forward: enough to fill any machine; bounds what activations take
-LOGPROB_CHUNK = 512  # positions whose logits stand in memory at once: 512 x 32,000 x 4 bytes = 66 MB
 
 
 class CompletionPrediction(TypedDict, total=False):

@@ -5,6 +5,8 @@ import torch
 from .errors import DeviceError
 from .model import ModelArgs, ffn_width
 
+PREFILL_CHUNK = 2048  # ids of prompts in one forward: enough to fill any machine; bounds what activations take
+LOGPROB_CHUNK = 512  # positions whose logits stand in memory at once
 SMALLEST_WINDOW = 16  # a shorter max_seq_len is no advice
 
 
@@ -24,16 +26,23 @@ def cache_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype) -> int:
     return per_position * args.max_batch_size * args.max_seq_len
 
 
+def working_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype) -> int:
+    """About what one rank computes in: activations of PREFILL_CHUNK ids, logits of LOGPROB_CHUNK positions."""
+    width = ffn_width(4 * args.dim, args.multiple_of, args.ffn_dim_multiplier)
+    activations = PREFILL_CHUNK * (8 * args.dim + 3 * width // ranks) * dtype.itemsize
+    return activations + 3 * LOGPROB_CHUNK * args.vocab_size * 4
+
+
 def preflight(args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.device, free: int | None) -> None:
-    """Raise DeviceError if weights and cache exceed the `free` bytes, saying which single change would make them fit."""
+    """Raise DeviceError if all this exceeds the `free` bytes, saying which single change would make it fit."""
 
     def need(args: ModelArgs = args, ranks: int = ranks, dtype: torch.dtype = dtype) -> int:
-        return weight_bytes(args, ranks, dtype) + cache_bytes(args, ranks, dtype)
+        return weight_bytes(args, ranks, dtype) + cache_bytes(args, ranks, dtype) + working_bytes(args, ranks, dtype)
 
     if free is None or need() <= free:
         return
     weights, cache = weight_bytes(args, ranks, dtype), cache_bytes(args, ranks, dtype)
-    room, ways = max(free - weights, 0), []
+    room, ways = max(free - weights - working_bytes(args, ranks, dtype), 0), []
     window = room * args.max_seq_len // cache
     rows = room * args.max_batch_size // cache
     window_of_one = room * args.max_seq_len * args.max_batch_size // cache
@@ -53,8 +62,8 @@ def preflight(args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.dev
             break
     raise DeviceError(
         f"the model does not fit on {device}: {_gb(weights)} of weights ({str(dtype).removeprefix('torch.')}) and {_gb(cache)} "
-        f"of cache (max_seq_len={args.max_seq_len}, max_batch_size={args.max_batch_size}) on each of {ranks} rank(s) "
-        f"make {_gb(need())}, but {_gb(free)} are free. "
+        f"of cache (max_seq_len={args.max_seq_len}, max_batch_size={args.max_batch_size}) on each of {ranks} rank(s), with "
+        f"{_gb(working_bytes(args, ranks, dtype))} to compute in, make {_gb(need())}, but {_gb(free)} are free. "
         + (f"It fits with {', or '.join(ways)}." if ways else "No change of length, rows, dtype or ranks makes it fit here.")
     )
 

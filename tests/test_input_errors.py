@@ -87,7 +87,8 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 
 def fits(free: int, args: ModelArgs, ranks: int = 1, dtype: torch.dtype = FP32) -> bool:
-    return memory.weight_bytes(args, ranks, dtype) + memory.cache_bytes(args, ranks, dtype) <= free
+    needed = (part(args, ranks, dtype) for part in (memory.weight_bytes, memory.cache_bytes, memory.working_bytes))
+    return sum(needed) <= free
 
 
 @pytest.mark.parametrize(
@@ -108,6 +109,8 @@ def fits(free: int, args: ModelArgs, ranks: int = 1, dtype: torch.dtype = FP32) 
 def test_each_advice_of_the_preflight_fits_and_nothing_larger(
     args: ModelArgs, dtype: torch.dtype, ranks: int, free: int, advised: set[str]
 ) -> None:
+    free += memory.working_bytes(args, ranks, dtype)
+
     def preflight(args: ModelArgs = args, ranks: int = ranks, dtype: torch.dtype = dtype) -> None:
         memory.preflight(args, ranks, dtype, torch.device("cpu"), free)
 
@@ -165,11 +168,12 @@ def test_what_does_not_fit_is_refused_before_any_work(small: SimpleNamespace, mo
         return Llama.build(small.folder, small.tokenizer_path, 64, 4, device="cpu")
 
     # A position takes 512 bytes of cache: keys and values, 2 layers, 4 heads, 8 numbers, 4 bytes.
-    monkeypatch.setattr(runtime, "free_memory", lambda _: 591_500 + 2 * 64 * 512)
+    working = memory.working_bytes(ModelArgs(**{**small.params, "vocab_size": 384}), 1, torch.float32)
+    monkeypatch.setattr(runtime, "free_memory", lambda _: 591_500 + 2 * 64 * 512 + working)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "load_weights", lambda *_: pytest.fail("weights were read"))
         patch.setattr(Transformer, "allocate", lambda *_: pytest.fail("a cache was made"))
-        facts = ("0.591 MB of weights (float32)", "0.131 MB of cache", "0.657 MB are free")
+        facts = ("0.591 MB of weights (float32)", "0.131 MB of cache", f"{memory._gb(working)} to compute in")
         refused(build, DeviceError, *facts, "max_seq_len=32,", "max_batch_size=2,", "dtype='bfloat16'")
     monkeypatch.setattr(runtime, "free_memory", lambda _: None)  # where the system does not tell
     assert build().model.params.max_batch_size == 4
