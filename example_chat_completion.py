@@ -19,12 +19,13 @@ def main(
     max_gen_len: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    compile: bool = False,
 ) -> None:
     """Print the model's answers to six dialogs, one of which it must refuse.
 
     ckpt_dir: a folder with consolidated.NN.pth and params.json; tokenizer_path: tokenizer.model; without both, the
     bundled demo model. max_seq_len: positions per dialog, answer included. device: cpu, cuda or mps; dtype: bfloat16,
-    float16 or float32.
+    float16 or float32. compile: on CUDA, faster steps after a slower start.
     """
     ckpt_dir, tokenizer_path = given_or_demo(ckpt_dir, tokenizer_path)
     generator = Llama.build(
@@ -34,6 +35,7 @@ def main(
         max_batch_size=max_batch_size,
         device=device,
         dtype=dtype,
+        compile=compile,
     )
     dialogs: list[Dialog] = [
         [{"role": "user", "content": "What do I need to bake bread?"}],

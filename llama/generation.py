@@ -29,7 +29,7 @@ from .chat import (
     is_unsafe,
 )
 from .decode import Decoder
-from .errors import CheckpointError, InputError, kind
+from .errors import CheckpointError, DeviceError, InputError, kind
 from .memory import LOGPROB_CHUNK, PREFILL_CHUNK
 from .model import ModelArgs, Transformer
 from .sampling import logprobs_of, next_ids, sample_top_p
@@ -70,12 +70,14 @@ class Llama:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        compile: bool = False,
     ) -> "Llama":
         """Load a checkpoint of Meta's, in any number of shards, on any number of ranks that divides its key/value heads.
 
         max_seq_len: positions per row, prompt and answer together; max_batch_size: rows at a time. Both size the cache.
         model_parallel_size: ranks that share one model; default WORLD_SIZE, or 1 in plain python.
         seed: of torch's default generator. device: default CUDA, else MPS, else CPU. dtype: default the stored one.
+        compile: on CUDA, have torch.compile fuse a decode step's small kernels; the first steps of each size take seconds.
         Raises LlamaError (CheckpointError, DeviceError, InputError) before any weight is loaded; only numbers that are
         not finite are found while loading. On the CPU the weights may be the mapped file: replace it, never overwrite it.
         """
@@ -86,6 +88,8 @@ class Llama:
             raise InputError(f"seed is {kind(seed)}; it must be a whole number from -2**63 to 2**64 - 1")
         wanted = _dtype(dtype)
         where = runtime.start(device, model_parallel_size)
+        if compile and where.type != "cuda":
+            raise DeviceError(f"compile=True is for CUDA, and this is {where}; leave it out: a step is not compiled here")
 
         def plan() -> tuple[Tokenizer, checkpoint.Shards, Transformer, torch.dtype]:
             params = checkpoint.read_params(ckpt_dir)
@@ -100,6 +104,8 @@ class Llama:
         tokenizer, shards, model, dtype = runtime.together(plan)
         runtime.together(lambda: checkpoint.load_weights(model, shards, dtype, where))
         runtime.together(model.allocate)
+        if compile:
+            model.compile()
         torch.manual_seed(seed)
         return Llama(model.eval(), tokenizer)
 

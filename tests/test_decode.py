@@ -9,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from llama import Llama, runtime
 from llama.cache import Batch
 from llama.decode import Step, bucket
+from llama.errors import DeviceError
 
 PROMPTS = [[1, 5, 9, 30, 8], [1, 7], [1, 80, 81]]
 
@@ -87,3 +88,8 @@ def test_a_compiled_block_serves_all_layers(small: SimpleNamespace) -> None:
     assert len(graphs) == 1
     llama.generate(PROMPTS[:1], 3, temperature=0)
     assert len(graphs) == 2
+
+
+def test_compile_is_for_cuda(small: SimpleNamespace) -> None:
+    with pytest.raises(DeviceError, match="compile=True is for CUDA, and this is cpu"):
+        Llama.build(small.folder, small.tokenizer_path, device="cpu", compile=True)

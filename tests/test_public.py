@@ -21,7 +21,7 @@ NAMES = {
 }
 SIGNATURES = {
     Llama.build: "ckpt_dir, tokenizer_path, max_seq_len=512, max_batch_size=8, model_parallel_size=None, seed=1, "
-    "*, device=None, dtype=None",
+    "*, device=None, dtype=None, compile=False",
     Llama.__init__: "self, model, tokenizer",
     Llama.generate: "self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, logprobs=False, echo=False",
     Llama.text_completion: "self, prompts, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False, echo=False",
