@@ -14,9 +14,10 @@ import torch
 from llama import ModelArgs, Transformer
 
 ROOT = Path(__file__).parents[1]
-SHAPES = {  # params.json of TinyLlama 1.1B and Llama 2 7B
+SHAPES = {  # params.json of TinyLlama 1.1B and Llama 2 7B, and of a model that measures nothing but the benchmark itself
     "1.1B": dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, multiple_of=256, norm_eps=1e-5, vocab_size=-1),
     "7B": dict(dim=4096, n_layers=32, n_heads=32, multiple_of=256, norm_eps=1e-5, vocab_size=-1),
+    "tiny": dict(dim=256, n_layers=4, n_heads=8, n_kv_heads=4, multiple_of=256, norm_eps=1e-5, vocab_size=-1),
 }
 VOCAB = 32000
 
@@ -30,7 +31,7 @@ def checkpoint(folder: Path, shape: str) -> Path:
             model = Transformer(ModelArgs(**{**SHAPES[shape], "vocab_size": VOCAB}))
         g = torch.Generator().manual_seed(0)
         tensors = {}
-        for name, p in model.named_parameters():
+        for name, p in model.state_dict().items():
             tensors[name] = torch.ones(p.shape, dtype=torch.bfloat16)
             if p.ndim == 2:
                 tensors[name].normal_(std=p.shape[1] ** -0.5, generator=g)
@@ -61,11 +62,20 @@ def tokenizer(folder: Path) -> Path:
 def fresh(*command: object, ranks: int = 1, threads: int = 2) -> list[dict]:
     """Run a python command in its own process or ranks; returns the JSON objects it printed on stderr, one per rank."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(max(1, threads // ranks))}
-    done = subprocess.run([sys.executable, *launcher, *map(str, command)], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, *launcher, *map(str, command)],
+        capture_output=True,
+        text=True,
+        env=environment(max(1, threads // ranks)),
+    )
     if done.returncode:
         raise SystemExit(done.stderr)
     return [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+
+
+def environment(threads: int) -> dict[str, str]:
+    """For a process that imports this library and the modules beside this file, and computes with so many threads."""
+    return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": str(threads)}
 
 
 def report(**figures: float) -> None:
@@ -73,9 +83,9 @@ def report(**figures: float) -> None:
     os.write(2, (json.dumps(figures) + "\n").encode())
 
 
-def peak_rss() -> int:
-    """The most resident memory this process has had, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def peak_rss(process: int | str = "self") -> int:
+    """The most resident memory this process, or the one with this id, has had, in bytes."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise SystemExit("peak memory is read from /proc: this benchmark needs Linux")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 BLOCK = 128  # ids whose scores stand in memory at once
+_ANY = torch.empty(1, 1, 1)  # what baddbmm does not add
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -33,17 +34,19 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 def attend_in_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """`attend` by matrix products, BLOCK ids of each row at a time over no more slots than they see."""
     B, S, K, G, hd = q.shape
-    y = torch.empty_like(q, memory_format=torch.contiguous_format)
     k, v = k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)  # (B * K, hd, L), (B * K, L, hd)
+    if S == 1:
+        scores = torch.baddbmm(_ANY, q.reshape(B * K, G, hd), k, beta=0, alpha=hd**-0.5)
+        if mask is not None:
+            scores.view(B, K, G, -1).add_(mask)
+        return torch.bmm(scores.softmax(-1), v).view(B, 1, K, G, hd)
+    y = torch.empty_like(q, memory_format=torch.contiguous_format)
     for first in range(0, S, BLOCK):
         n = min(BLOCK, S - first)
         end = v.shape[1] - S + first + n
         block = q[:, first : first + n].permute(0, 2, 3, 1, 4).reshape(B * K, G * n, hd)
-        scores = torch.baddbmm(q.new_empty(1, 1, 1), block, k[:, :, :end], beta=0, alpha=hd**-0.5)
-        if n > 1:
-            scores.view(B * K, G, n, end)[..., end - n :] += q.new_full((n, n), float("-inf")).triu(1)
-        elif S == 1 and mask is not None:
-            scores.view(B, K, G, end).add_(mask)
+        scores = torch.baddbmm(_ANY.type_as(q), block, k[:, :, :end], beta=0, alpha=hd**-0.5)
+        scores.view(B * K, G, n, end)[..., end - n :] += q.new_full((n, n), float("-inf")).triu(1)
         out = torch.bmm(scores.softmax(-1), v[:, :end])  # the kernel computes softmax in float32
         y[:, first : first + n] = out.view(B, K, G, n, hd).permute(0, 3, 1, 2, 4)
     return y

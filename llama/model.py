@@ -56,7 +56,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], None, self.eps).type_as(x) * self.weight
+        return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight  # the weight apart: it multiplies what was cast
 
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> torch.Tensor:
@@ -79,8 +79,9 @@ def rotate_(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
     """Turn adjacent pairs of x (..., heads, hd) in place, in float32, by freqs: cosines and sines, (..., 1, hd/2, 2)."""
     if x.device.type == "mps" or torch.compiler.is_compiling():  # the compiler fuses no complex numbers
         return rotate_plainly_(x, freqs)
-    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * torch.view_as_complex(freqs)
-    return x.copy_(torch.view_as_real(turned).flatten(-2))
+    y = x.float()  # x itself where it is float32
+    torch.view_as_complex(y.view(*x.shape[:-1], -1, 2)).mul_(torch.view_as_complex(freqs))
+    return x if y is x else x.copy_(y)
 
 
 def rotate_plainly_(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:

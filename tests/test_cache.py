@@ -2,7 +2,7 @@
 
 import torch
 
-from llama.cache import Batch, KVCache, Span, read, write
+from llama.cache import Batch, KVCache, Span, chunked, read, write
 
 
 def test_equal_neighbours_share_a_span() -> None:
@@ -37,3 +37,19 @@ def test_write_and_read() -> None:
     assert torch.equal(cache.data[1, 0, 2, :, 3], k[2])
     assert cache.data[0].count_nonzero() == 0 and cache.data[1].count_nonzero() == 2 * k.numel()
     assert keys.data_ptr() == cache.data[1, 0, 1].data_ptr()  # a view, not a copy
+
+
+def test_a_step_at_one_position_needs_no_mask_and_is_written_as_any_other() -> None:
+    rows, positions, kv = torch.arange(2), torch.tensor([3, 3]), torch.randn(2, 2, 2, 4)
+    even, ragged = (Batch.step(rows, positions, 4, ragged) for ragged in (False, True))
+    assert even.masks(torch.float32) == [None] and (ragged.masks(torch.float32)[0] == 0).all()
+    caches = [KVCache(1, 3, 2, 5, 4, torch.float32, torch.device("cpu")) for _ in range(2)]
+    for cache, batch in zip(caches, (even, ragged), strict=True):
+        write(cache.layers[0], batch, kv)
+    assert torch.equal(caches[0].data, caches[1].data) and caches[0].data.count_nonzero() == kv.numel()
+
+
+def test_chunks_hold_all_pieces_in_order() -> None:
+    assert list(chunked([3, 5, 1], 4)) == [[(0, 0, 3), (1, 0, 1)], [(1, 1, 4)], [(2, 0, 1)]]
+    assert list(chunked([9], 4)) == [[(0, 0, 4)], [(0, 4, 4)], [(0, 8, 1)]]
+    assert list(chunked([2, 2], 4)) == [[(0, 0, 2), (1, 0, 2)]]

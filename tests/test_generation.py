@@ -118,6 +118,17 @@ def test_equal_length_sampling_draws_as_the_reference_does(llama: Llama, small: 
     assert got == [r[: r.index(2)] if 2 in r else r for r in expected]
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 16])
+def test_a_prefill_in_chunks_gives_the_same(llama: Llama, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """Chunks end inside of prompts and between them; ids, and log probabilities of prompts and answers."""
+    want = llama.generate(RAGGED, 6, temperature=0, logprobs=True, echo=True)
+    monkeypatch.setattr(generation, "PREFILL_CHUNK", chunk)
+    got = llama.generate(RAGGED, 6, temperature=0, logprobs=True, echo=True)
+    assert got[0] == want[0]
+    for mine, whole in zip(got[1], want[1], strict=True):
+        assert mine == pytest.approx(whole, abs=1e-4)
+
+
 def count_work(llama: Llama) -> tuple[list[int], list[int], list]:
     """Hooks: ids through every linear layer of a block, ids through the output head; remove them by the handles."""
     linear: list[int] = []

@@ -1,0 +1,80 @@
+"""What speed.py measures: this library, and what users would pick instead. Each runs in a process of its own (worker.py).
+
+A peer is a class that takes a `Job`, loads the model, and answers `generate`. Each has its own file, so that a process
+imports no more than its own libraries: their memory counts.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+WINDOW = 4096  # positions of Llama 2, and the most that a workload may need
+MOST_ROWS = 8
+GGUF_TYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is to load. It travels as JSON, so paths are strings."""
+
+    peer: str  # a key of PEERS, or "key:variant"
+    ckpt: str  # a folder in Meta's layout, in one shard
+    tokenizer: str
+    converted: str  # how the paths of what convert.py writes begin
+    dtype: str  # as torch names it
+    device: str
+    threads: int
+
+    @property
+    def variant(self) -> str:
+        return self.peer.partition(":")[2]
+
+    @property
+    def hf(self) -> str:
+        """The folder for transformers."""
+        return f"{self.converted}-{self.dtype}-hf"
+
+    @property
+    def gguf(self) -> str:
+        """The file for llama.cpp."""
+        return f"{self.converted}-{self.variant or GGUF_TYPES[self.dtype]}.gguf"
+
+
+class Answer(NamedTuple):
+    """Seconds until the first new id of every row was there; seconds from then to the last one; the new ids."""
+
+    first: float
+    rest: float
+    ids: list[list[int]]
+
+
+class Peer(Protocol):
+    def __init__(self, job: Job) -> None: ...
+
+    def generate(self, prompts: list[list[int]], new: int) -> Answer:
+        """Continue each prompt greedily by exactly `new` ids: no id ends it. Loading and allocating are not timed."""
+        ...
+
+
+class Entry(NamedTuple):
+    module: str
+    name: str
+    variants: set[str]
+
+
+PEERS = {
+    "ours": Entry("peers.ours", "Ours", {"compile"}),
+    "transformers": Entry("peers.hugging_face", "Transformers", set()),
+    "llama.cpp": Entry("peers.llamacpp", "LlamaCpp", {"Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"}),
+    "reference": Entry("peers.reference", "Reference", set()),
+}
+
+
+def find(peer: str) -> type[Peer]:
+    entry = PEERS[peer.partition(":")[0]]
+    return getattr(importlib.import_module(entry.module), entry.name)
+
+
+def names() -> list[str]:
+    """All that can be measured."""
+    return [name for peer, entry in PEERS.items() for name in (peer, *(f"{peer}:{v}" for v in sorted(entry.variants)))]

@@ -1,0 +1,157 @@
+"""A checkpoint in Meta's layout, written anew as transformers and as llama.cpp want it: the same weights, once.
+
+    python -m peers.convert '{"peer": "llama.cpp:Q8_0", ...}'    # a peers.Job; started by speed.py
+
+Reports {"bytes": of all weights that a decode step reads}: all but the embedding.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from common import report
+
+from llama import ModelArgs
+from peers import GGUF_TYPES, Job
+
+NAMES = {  # Meta's: transformers', llama.cpp's
+    "tok_embeddings": ("model.embed_tokens", "token_embd"),
+    "attention.wq": ("self_attn.q_proj", "attn_q"),
+    "attention.wk": ("self_attn.k_proj", "attn_k"),
+    "attention.wv": ("self_attn.v_proj", "attn_v"),
+    "attention.wo": ("self_attn.o_proj", "attn_output"),
+    "feed_forward.w1": ("mlp.gate_proj", "ffn_gate"),
+    "feed_forward.w2": ("mlp.down_proj", "ffn_down"),
+    "feed_forward.w3": ("mlp.up_proj", "ffn_up"),
+    "attention_norm": ("input_layernorm", "attn_norm"),
+    "ffn_norm": ("post_attention_layernorm", "ffn_norm"),
+    "norm": ("model.norm", "output_norm"),
+    "output": ("lm_head", "output"),
+}
+Weights = dict[str, torch.Tensor]
+
+
+def renamed(name: str, column: int) -> str:
+    """Meta's name of a weight as transformers (0) or llama.cpp (1) has it."""
+    parts = name.removesuffix(".weight").split(".")
+    layer = ""
+    if parts[0] == "layers":
+        layer, parts = ("model.layers.", "blk.")[column] + parts[1] + ".", parts[2:]
+    return f"{layer}{NAMES['.'.join(parts)][column]}.weight"
+
+
+def halves(w: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """Rows of wq or wk (heads * hd, dim) from adjacent pairs, as Meta turns them, to two halves, as transformers does."""
+    return w.view(n_heads, -1, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+
+
+def write_hf(weights: Weights, args: ModelArgs, dtype: torch.dtype, folder: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.dim,
+        intermediate_size=len(weights["layers.0.feed_forward.w1.weight"]),
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.kv_heads,
+        max_position_embeddings=args.max_seq_len,
+        rms_norm_eps=args.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
+        dtype=dtype,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    turned = {"wq": args.n_heads, "wk": args.kv_heads}
+    state = {}
+    for name, w in weights.items():
+        n_heads = turned.get(name.split(".")[-2])
+        state[renamed(name, 0)] = (halves(w, n_heads) if n_heads else w).to(dtype)
+    model.load_state_dict(state, assign=True)
+    model.save_pretrained(folder, max_shard_size="2GB")
+
+
+def write_gguf(weights: Weights, args: ModelArgs, dtype: torch.dtype, path: Path) -> None:
+    """llama.cpp turns adjacent pairs, as Meta does: no row moves. It gets ids alone, and so no vocabulary but its size."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(args.max_seq_len)
+    writer.add_embedding_length(args.dim)
+    writer.add_block_count(args.n_layers)
+    writer.add_feed_forward_length(len(weights["layers.0.feed_forward.w1.weight"]))
+    writer.add_head_count(args.n_heads)
+    writer.add_head_count_kv(args.kv_heads)
+    writer.add_rope_dimension_count(args.head_dim)
+    writer.add_rope_freq_base(args.rope_theta)
+    writer.add_layer_norm_rms_eps(args.norm_eps)
+    writer.add_vocab_size(args.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    stored = {name: w.to(dtype if w.ndim == 2 else torch.float32).contiguous() for name, w in weights.items()}
+    for name, w in stored.items():
+        kind = gguf.GGMLQuantizationType[GGUF_TYPES[str(w.dtype).removeprefix("torch.")]]
+        raw = w.view(torch.uint8).numpy()
+        writer.add_tensor_info(renamed(name, 1), raw.shape, raw.dtype, raw.nbytes, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for w in stored.values():
+        writer.write_tensor_data(w.view(torch.uint8).numpy())
+    writer.close()
+
+
+def quantize(source: str, path: Path, type_: str, threads: int) -> None:
+    """By llama.cpp itself, as its users have it."""
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.nthread, params.ftype = threads, getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{type_}")
+    if llama_cpp.llama_model_quantize(source.encode(), str(path).encode(), params):
+        raise SystemExit(f"llama.cpp does not quantize {source} to {type_}")
+
+
+def convert(job: Job, weights: Weights, args: ModelArgs) -> None:
+    """Write what the job's peer reads, unless it is there. A part that an interrupted run left is not taken for the whole."""
+    dtype, part = getattr(torch, job.dtype), Path(f"{job.converted}.part")
+    if job.peer == "transformers" and not Path(job.hf).exists():
+        shutil.rmtree(part, ignore_errors=True)
+        write_hf(weights, args, dtype, part)
+        os.replace(part, job.hf)
+    if job.peer.startswith("llama.cpp") and not Path(job.gguf).exists():
+        plain = Job(**vars(job) | {"peer": "llama.cpp"}).gguf
+        if not Path(plain).exists():
+            write_gguf(weights, args, dtype, part)
+            os.replace(part, plain)
+        if plain != job.gguf:
+            quantize(plain, part, job.variant, job.threads)
+            os.replace(part, job.gguf)
+
+
+def step_bytes(job: Job, weights: Weights) -> int:
+    if job.peer.startswith("llama.cpp"):
+        import gguf
+
+        return sum(int(t.n_bytes) for t in gguf.GGUFReader(job.gguf).tensors if t.name != "token_embd.weight")
+    width = getattr(torch, job.dtype).itemsize
+    return sum(w.numel() * width for name, w in weights.items() if not name.startswith("tok_embeddings"))
+
+
+def main() -> None:
+    job = Job(**json.loads(sys.argv[1]))
+    shards = sorted(Path(job.ckpt).glob("*.pth"))
+    if len(shards) != 1:
+        raise SystemExit(f"{job.ckpt} has {len(shards)} shards; the benchmark measures checkpoints of one")
+    stored = torch.load(shards[0], map_location="cpu", weights_only=True, mmap=True)
+    weights = {name: w for name, w in stored.items() if name != "rope.freqs"}
+    params = json.loads(Path(job.ckpt, "params.json").read_text())
+    vocab_size = len(weights["tok_embeddings.weight"])
+    args = ModelArgs(**params | {"vocab_size": vocab_size, "max_seq_len": 4096})
+    convert(job, weights, args)
+    report(bytes=step_bytes(job, weights))
+
+
+if __name__ == "__main__":
+    main()

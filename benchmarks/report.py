@@ -1,0 +1,120 @@
+"""The table and the plot of what speed.py measured.
+
+python benchmarks/report.py benchmarks/results/speed-cpu.json [--plot FILE.svg]
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+Results = dict[str, Any]
+
+
+def medians(results: Results, peer: str) -> dict[str, float]:
+    """Seconds of each workload."""
+    runs: dict[str, list[float]] = {workload["name"]: [] for workload in results["workloads"]}
+    for record in results["runs"]:
+        if record["peer"] == peer:
+            runs[record["workload"]].append(record["seconds"])
+    return {name: statistics.median(seconds) for name, seconds in runs.items()}
+
+
+def reading(results: Results, peer: str) -> tuple[float, float]:
+    """Bytes of weights that the steps of one row read per second, and their share of the bandwidth read just before."""
+    size = results["step_bytes"][peer]
+    runs = [r for r in results["runs"] if (r["peer"], r["workload"]) == (peer, "decode-1")]
+    shares = [size / r["seconds"] / r["bandwidth"] for r in runs]
+    return size / statistics.median(r["seconds"] for r in runs), statistics.median(shares)
+
+
+def table(results: Results) -> list[str]:
+    """Its first peer is ours; beside each figure of another stands how many times better ours is."""
+    peers = list(results["load"])
+    seconds = {peer: medians(results, peer) for peer in peers}
+    rows: list[list[str]] = [["", *(f"{peer}{'':8}" for peer in peers)]]
+
+    def add(label: str, values: list[float], format_: str, more_is_better: bool = False) -> None:
+        ratios = [values[0] / v if more_is_better else v / values[0] for v in values[1:]]
+        beside = ["", *(f"{ratio:.2f}x" for ratio in ratios)]
+        rows.append([label, *(f"{v:{format_}}{ratio:>8}" for v, ratio in zip(values, beside, strict=True))])
+
+    def note(label: str, cells: list[str]) -> None:
+        rows.append([f"  {label}", *(f"{cell}{'':8}" for cell in cells)])
+
+    for name, n in ((w["name"], w["ids"]) for w in results["workloads"]):
+        if n:
+            add(f"{name}, ids/s", [n / seconds[peer][name] for peer in peers], ",.1f", more_is_better=True)
+        else:
+            add(f"{name}, s", [seconds[peer][name] for peer in peers], ".2f")
+        if name == "decode-1":
+            read = [reading(results, peer) for peer in peers]
+            note("weights read, GB/s", [f"{speed / 1e9:,.1f}" for speed, _ in read])
+            note("of the bandwidth", [f"{share:.0%}" for _, share in read])
+        if name.startswith("decode-") and name != "decode-1" and "decode-1" in seconds[peers[0]]:
+            note("of one row's ids/s", [f"{n * s['decode-1'] / s[name]:.2f}x" for s in seconds.values()])
+        if name.startswith("context-") and name != "context-128" and "context-128" in seconds[peers[0]]:
+            note("of context-128's time", [f"{s[name] / s['context-128']:.2f}x" for s in seconds.values()])
+    for label, key, unit in (("load, s", "seconds", 1.0), ("peak memory, GB", "peak", 1e9)):
+        add(label, [statistics.median(load[key] for load in results["load"][peer]) / unit for peer in peers], ".2f")
+    note("first ids as ours", [f"{results['agreement'][peer]['first']:.0%}" for peer in peers])
+    return [title(results), *(f"{label:24}" + "".join(f"{cell:>20}" for cell in cells).rstrip() for label, *cells in rows)]
+
+
+def title(results: Results) -> str:
+    n_runs = 1 + max(record["run"] for record in results["runs"])
+    read = [r["bandwidth"] for r in results["runs"] if r["bandwidth"]]
+    memory = f"; memory: {statistics.median(read) / 1e9:,.1f} GB/s" if read else ""
+    threads = f"{results['threads']} threads on " if results["device"] == "cpu" else ""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return (
+        f"{results['model']}, {results['bytes'] / 1e9:.2f} GB in {results['dtype']}; {threads}{results['machine']}{memory}\n"
+        f"{versions}; medians of {n_runs}; x: how many times better ours is\n"
+    )
+
+
+def plot(results: Results, path: Path) -> None:
+    """Bars of speed, workload by workload, where the fastest peer of others is 1."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    grey = "#808a94"  # readable on white and on black
+    pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "speed", "font.size": 9, "text.color": grey})
+    peers, names = list(results["load"]), [w["name"] for w in results["workloads"]]
+    seconds = {peer: medians(results, peer) for peer in peers}
+    others = [peer for peer in peers if not peer.startswith("ours")] or peers
+    colors = ["#2f81f7", "#e0823d", "#8b949e", "#3fa45b", "#a371f7"]
+    figure, axes = pyplot.subplots(figsize=(8, 2.8))
+    width = 0.8 / len(peers)
+    for i, peer in enumerate(peers):
+        speeds = [min(seconds[other][name] for other in others) / seconds[peer][name] for name in names]
+        places = [x + (i - (len(peers) - 1) / 2) * width for x in range(len(names))]
+        bars = axes.bar(places, speeds, width * 0.92, color=colors[i % len(colors)], label=peer)
+        if i == 0:
+            axes.bar_label(bars, [f"{speed:.2f}" for speed in speeds], padding=1, color=grey, fontsize=8)
+    axes.axhline(1, color=grey, linewidth=0.6)
+    axes.set_xticks(range(len(names)), names, color=grey)
+    axes.tick_params(colors=grey, length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_ylabel("speed, fastest other = 1", color=grey)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(peers), frameon=False, labelcolor=grey)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, transparent=True, bbox_inches="tight", metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--plot", type=Path)
+    a = parser.parse_args()
+    results = json.loads(a.results.read_text())
+    print("\n".join(table(results)))
+    if a.plot:
+        plot(results, a.plot)
+
+
+if __name__ == "__main__":
+    main()
