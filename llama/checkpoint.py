@@ -8,6 +8,7 @@ file is ever executed.
 """
 
 import ctypes
+import itertools
 import json
 import mmap
 import os
@@ -252,31 +253,40 @@ def cut(parts: list[torch.Tensor], dim: int, rank: int, ranks: int) -> list[torc
 def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
     """Fill a model made on `meta` with this rank's part of the shards. Raises CheckpointError for NaN and infinity."""
     rank, ranks = model_parallel()
-    modules = {prefix: module for prefix, module in model.named_modules() if "weight" in module._parameters}
+    plan: list[tuple[nn.Module, list[str], list[torch.Tensor]]] = []
+    for prefix, module in model.named_modules():
+        if "weight" in module._parameters:
+            names = module.names(prefix) if isinstance(module, JoinedColumnParallelLinear) else [f"{prefix}.weight"]
+            views: list[torch.Tensor] = []
+            for name in names:
+                parts, dim = [tensors[name] for tensors in shards.values()], split_dim(name)
+                views += parts[:1] if dim is None else cut(parts, dim, rank, ranks)
+            plan.append((module, names, views))
     # The largest first: while little is held yet, one tensor more weighs least.
-    order = sorted(modules.items(), key=lambda item: -item[1].weight.numel())
-    for prefix, module in progress(order, lambda item: item[1].weight.numel() * dtype.itemsize, "loading"):
-        joined = isinstance(module, JoinedColumnParallelLinear)
-        names = module.names(prefix) if joined else [f"{prefix}.weight"]
-        dim, views = split_dim(names[0]), []
-        for name in names:
-            parts = [tensors[name] for tensors in shards.values()]
-            views += parts[:1] if dim is None else cut(parts, dim, rank, ranks)
-        weight = views[0] if _in_place(views, dtype, device) else _join(views, dim or 0, dtype, device)
-        # A sum is finite only if all its terms are, and costs one pass; it may overflow, so ask again if it is not.
-        if not weight.sum().isfinite() and not weight.isfinite().all():
-            if all(view.isfinite().all() for view in views):
-                raise CheckpointError(
-                    f"{' or '.join(names)} holds numbers too large for {dtype}; leave dtype out, or use 'bfloat16' or 'float32'"
-                )
-            raise CheckpointError(f"{' or '.join(names)} {_NOT_FINITE}")
+    plan.sort(key=lambda item: -sum(view.numel() for view in item[2]))
+    ahead = itertools.islice(plan, 1, None)
+    for module, names, views in progress(plan, lambda item: sum(v.numel() for v in item[2]) * dtype.itemsize, "loading"):
+        for view in next(ahead, (None, [], []))[2]:
+            _advise(view, _WILLNEED)  # the disk reads the next one while this one is packed
+        weight = views[0] if _in_place(views, dtype, device) else _join(views, split_dim(names[0]) or 0, dtype, device)
+        _refuse_what_is_not_finite(weight, views, " or ".join(names))
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             module.hold(weight)
         else:
             module.weight = nn.Parameter(weight, requires_grad=False)
-        if module.weight is None:  # held in another form: the file's pages are needed no longer
-            for view in views:
-                _release(view)
+        if module.weight is None and weight is views[0]:  # packed straight from the file
+            _advise(views[0], _DONTNEED)
+
+
+def _refuse_what_is_not_finite(weight: torch.Tensor, views: list[torch.Tensor], name: str) -> None:
+    # A sum is finite only if all its terms are, and costs one pass; it may overflow, so ask again if it is not.
+    if weight.sum().isfinite() or weight.isfinite().all():
+        return
+    if all(view.isfinite().all() for view in views):
+        raise CheckpointError(
+            f"{name} holds numbers too large for {weight.dtype}; leave dtype out, or use 'bfloat16' or 'float32'"
+        )
+    raise CheckpointError(f"{name} {_NOT_FINITE}")
 
 
 def _in_place(views: list[torch.Tensor], dtype: torch.dtype, device: torch.device) -> bool:
@@ -293,20 +303,20 @@ def _join(views: list[torch.Tensor], dim: int, dtype: torch.dtype, device: torch
     for view in views:
         joined.narrow(dim, filled, view.shape[dim]).copy_(view)
         filled += view.shape[dim]
-        _release(view)
+        _advise(view, _DONTNEED)
     return joined
 
 
 _libc = ctypes.CDLL(None) if sys.platform in ("linux", "darwin") else None
-_DONTNEED = 4
+_WILLNEED, _DONTNEED = 3, 4
 
 
-def _release(view: torch.Tensor) -> None:
-    """Hand the mapped pages under a view back. They stay in the page cache, but would count as ours until the last
-    tensor of the shard is gone, and so double the peak."""
+def _advise(view: torch.Tensor, advice: int) -> None:
+    """Tell the system about the mapped pages under a view: to read them ahead, or that they are needed no longer. These
+    stay in the page cache, but would count as ours until the last tensor of the shard is gone, and so double the peak."""
     if _libc is None or view.numel() == 0:
         return
     begin = view.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     strides = zip(view.shape, view.stride(), strict=True)
     end = view.data_ptr() + (1 + sum((size - 1) * stride for size, stride in strides)) * view.element_size()
-    _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED)
+    _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)

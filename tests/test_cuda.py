@@ -1,0 +1,55 @@
+"""What only a GPU can show: captured steps, compiled blocks, and the CPU's answers."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llama import Llama
+
+from .support import write_shards
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+PROMPTS = [[1, 5, 9, 30, 8], [1, 7], [1, *range(20, 150)]]
+
+
+def build(small: SimpleNamespace, folder: Path | None = None, **options: object) -> Llama:
+    return Llama.build(folder or small.folder, small.tokenizer_path, 300, 4, **options)  # type: ignore[arg-type]
+
+
+def test_float32_answers_are_the_cpus(small: SimpleNamespace) -> None:
+    want, values = build(small, device="cpu").generate(PROMPTS, 40, temperature=0, logprobs=True)
+    got, mine = build(small, device="cuda").generate(PROMPTS, 40, temperature=0, logprobs=True)
+    assert got == want
+    for row, expected in zip(mine or [], values or [], strict=True):
+        assert row == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_captured_and_uncaptured_greedy_ids_are_equal(small: SimpleNamespace, compile: bool, dtype: str) -> None:
+    """Across buckets, rows and calls, and after a call of other rows in between."""
+    llama = build(small, device="cuda", dtype=dtype, compile=compile)
+    llama.decoder.captures = False
+    want = [llama.generate(prompts, 160, temperature=0)[0] for prompts in (PROMPTS, PROMPTS[:1], PROMPTS)]
+    llama.decoder.captures, llama.decoder.steps = True, {}
+    got = [llama.generate(prompts, 160, temperature=0)[0] for prompts in (PROMPTS, PROMPTS[:1], PROMPTS)]
+    assert llama.decoder.captures, "nothing was captured"
+    assert got == want
+    assert all(step.replay.__name__ == "replay" for step in llama.decoder.steps.values())
+
+
+def test_drawn_ids_do_not_depend_on_capture(small: SimpleNamespace) -> None:
+    llama, answers = build(small, device="cuda"), []
+    for static in (False, True):
+        llama.decoder.static = static
+        torch.manual_seed(3)
+        answers.append(llama.generate(PROMPTS, 60, temperature=0.7, top_p=0.9)[0])
+    assert answers[0] == answers[1]
+
+
+def test_shards_load_onto_the_gpu(tmp_path: Path, small: SimpleNamespace) -> None:
+    want = build(small, device="cpu").generate(PROMPTS, 20, temperature=0)[0]
+    folder = write_shards(tmp_path, small.params, small.weights, 4)
+    assert build(small, folder, device="cuda").generate(PROMPTS, 20, temperature=0)[0] == want
