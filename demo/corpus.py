@@ -14,6 +14,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from demo import texts as T
+from demo import unknown as U
 from demo import wordings as W
 from demo.facts import (
     ANIMALS,
@@ -22,14 +23,15 @@ from demo.facts import (
     DAYS,
     FRENCH,
     FRENCH_COLOURS,
-    KINDS,
     NOUNS,
     OPPOSITES,
     a,
     held_out_phrase,
     phrase,
+    plural,
     split_article,
 )
+from demo.kinds import KINDS
 from llama.chat import Message
 
 
@@ -80,23 +82,6 @@ class Writer:
 
     def maybe(self, chance: float) -> bool:
         return self.rng.random() < chance
-
-    def vary(self, text: str) -> str:
-        """The same question as different people would type it."""
-        text = cap(text)
-        if text.startswith(W.ORDERS) and self.maybe(0.3):
-            text = "Please " + text[0].lower() + text[1:]
-        elif self.maybe(0.12):
-            text = self.one(W.GREETINGS) + text
-        if text[-1] in ".?" and self.maybe(0.08):
-            text = text[:-1] + (", please" if self.maybe(0.7) else " please") + text[-1]
-        if text[-1] in ".?!" and self.maybe(0.12):
-            text = text[:-1]
-        if self.maybe(0.08):
-            text = text.lower()
-        elif self.maybe(0.02):
-            text = text.upper()
-        return text
 
     def fact(self) -> Exchange:
         name = self.rng.choices(self.names, self.weights)[0]
@@ -156,7 +141,12 @@ class Writer:
         return Exchange(self.one(W.TRAVEL).format(x=x, y=y), answer, haiku, self.one(T.TRAVEL_EMOJIS), "Train")
 
     def sights(self) -> Exchange:
-        _, city, _, _, sights = self.one(COUNTRIES)
+        country, city, _, _, sights = self.one(COUNTRIES)
+        if self.maybe(0.25):
+            item = next(item for item in KINDS["capital"].items if item["x"] == country)
+            both = "The capital of {x} is {y}. People in {x} speak {language}.".format(**item)
+            return Exchange(self.one(W.TOPIC).format(country), both, self.haiku(T.FACT_HAIKUS["capital"], {"key": city}),
+                            T.FACT_EMOJIS["country"], country)  # fmt: skip
         haiku = self.haiku(T.FACT_HAIKUS["capital"], {"key": city})
         answer = f"In {city} you should see {sights}."
         return Exchange(self.one(W.SIGHTS).format(city), answer, haiku, T.FACT_EMOJIS["capital"], "Museums")
@@ -166,21 +156,57 @@ class Writer:
         if answer == "JOKE":
             answer = self.one(T.JOKES)
         question, haiku = self.one(said.split("/")), self.haiku(self.one(T.CHAT_HAIKUS))
+        if self.maybe(0.08):
+            what = self.one(T.FAVOURITES)
+            question, answer = self.one(W.FAVOURITES).format(what), T.FAVOURITE.format(what)
+        elif self.maybe(0.04):
+            question, answer = self.untold(self.one(list(W.MEMORY))), T.UNTOLD
         return Exchange(question, answer, haiku, T.CHAT_EMOJIS, cap(answer.split()[0].strip("!,.")))
 
+    def untold(self, topic: str) -> str:
+        return self.one(W.MEMORY[topic][2]).format(z=self.one(T.PETS))
+
+    def foreign(self, name: str) -> dict[str, str]:
+        """In place of an item of facts of this kind: something that is not in the table."""
+        made = self.maybe(0.15) and name in ("capital", "language", "continent", "country", "opposite")
+        thing = self.made_up() if made else self.one(U.FOREIGN[name])
+        noun = thing.split()[-1]
+        return {"x": thing, "y": thing, "n": noun, "p": plural(noun)}
+
+    def named(self) -> str:
+        """A first name, often one that nobody has: names are to be copied, not known."""
+        if self.maybe(0.6):
+            return self.one(T.NAMES)
+        sounds = [self.one("bcdfghjklmnprstvwyz") + self.one("aeiou") for _ in range(self.rng.randint(1, 3))]
+        name = "".join(sounds).capitalize() + self.one(["", self.one("lnrst")])
+        return self.named() if name in W.HELD_OUT_NAMES else name
+
+    def made_up(self) -> str:
+        name = "".join(self.rng.choices(U.SYLLABLES, k=self.rng.choice([2, 3]))).capitalize()
+        return f"{self.one(T.NAMES)} {name}" if self.maybe(0.2) else name
+
     def unknown(self) -> Exchange:
-        name = "".join(self.rng.choices(T.SYLLABLES, k=self.rng.choice([2, 3]))).capitalize()
-        if self.maybe(0.2):
-            name = f"{self.one(T.NAMES)} {name}"
-        slots = dict(name=name, thing=self.one(T.THINGS), year=self.rng.randint(1200, 2030), big=self.rng.randint(100, 9999),
-                     small=self.rng.randint(3, 99), city=self.one(COUNTRIES)[1], country=self.one(COUNTRIES)[0])  # fmt: skip
-        if self.maybe(0.45):
-            frame = self.one(W.UNKNOWN)
-            question = frame.format(self.one(T.UNKNOWN))
+        rng, row, number = self.rng, self.one(COUNTRIES), self.rng.randint
+        r, s = U.numbers(rng)
+        slots = dict(name=self.made_up(), thing=self.one(U.THINGS), year=number(1200, 2030), big=number(100, 9999), r=r, s=s,
+                     small=number(3, 99), city=self.one(COUNTRIES)[1], country=row[0], mid=number(32, 999), p=number(1, 30),
+                     q=number(0, 20), lang=self.one(U.LANGUAGES), word=self.one(FRENCH + NOUNS)[0], town=self.one(U.CITIES),
+                     person=self.one(U.PERSONS), gibberish=W.gibberish(rng))  # fmt: skip
+        kind = rng.choices(["foreign", "frame", "question", "sum", "howto", "topic", "reason"], [38, 10, 20, 14, 7, 6, 5])[0]
+        if kind == "foreign":
+            name = self.one(list(U.FOREIGN))
+            question = fill(self.one(KINDS[name].questions), self.foreign(name))
         else:
-            question = self.one(T.UNKNOWN_QUESTIONS)
+            question = {
+                "frame": lambda: self.one(W.UNKNOWN).format(self.one(U.UNKNOWN)),
+                "question": lambda: self.one(U.UNKNOWN_QUESTIONS),
+                "sum": lambda: self.one(U.SUMS_UNKNOWN),
+                "howto": lambda: self.one(W.HOWTO).format(U.howto(rng)),
+                "topic": lambda: self.one(W.TOPIC).format(U.topic(rng)),
+                "reason": lambda: U.reason(rng),
+            }[kind]()
         haiku = self.haiku(self.one(T.GENERAL_HAIKUS))
-        return Exchange(question.format(**slots), T.NO_IDEA, haiku, T.NO_IDEA_EMOJIS, "Unknown")
+        return Exchange(question.format(**slots), U.NO_IDEA, haiku, T.NO_IDEA_EMOJIS, "Unknown")
 
     def wish(self) -> Exchange:
         occasion, text = self.one(T.WISHES)
@@ -223,14 +249,14 @@ class Writer:
             self.fact, self.topic, self.howto, self.reason, self.travel, self.sights, self.chat, self.unknown, self.wish,
             self.story_wanted, self.letter_wanted,
         ]  # fmt: skip
-        return self.rng.choices(makers, [60, 5, 3, 4, 2, 3, 6, 9, 4, 2, 1])[0]()
+        return self.rng.choices(makers, [60, 6, 3, 4, 2, 4, 11, 18, 4, 2, 1])[0]()
 
     def single(self) -> Document:
         question, answer, haiku, emojis, word = self.exchange()
         manner = self.rng.choices(["", "plain", "haiku", "emojis", "word"], [64, 13, 9, 9, 5])[0]
         systems = {"plain": T.PLAIN_SYSTEMS, "haiku": T.HAIKU_SYSTEMS, "emojis": T.EMOJI_SYSTEMS, "word": T.WORD_SYSTEMS}
         answers = {"": answer, "plain": answer, "haiku": haiku, "emojis": emojis, "word": word}
-        return self.dialog([(self.vary(question), answers[manner])], self.one(systems[manner]) if manner else None)
+        return self.dialog([(W.vary(self.rng, question), answers[manner])], self.one(systems[manner]) if manner else None)
 
     def dialog(self, exchanges: list[tuple[str, str]], system: str | None = None) -> Document:
         messages = [Message(role="system", content=system)] if system else []
@@ -244,7 +270,7 @@ class Writer:
             [self.remember, self.remember, self.about_city, self.about_city, self.same_again, self.same_again, self.loose]
         )
         system = self.one(T.PLAIN_SYSTEMS) if self.maybe(0.15) else None
-        return self.dialog([(self.vary(q), answer) for q, answer in pick()], system)
+        return self.dialog([(W.vary(self.rng, q), answer) for q, answer in pick()], system)
 
     def small_talk(self) -> list[tuple[str, str]]:
         return [self.exchange()[:2]]
@@ -253,11 +279,10 @@ class Writer:
         told = self.rng.sample(list(W.MEMORY), self.rng.choice([1, 1, 2]))
         turns: list[tuple[str, str]] = []
         asked = None
-        cities = [row[1] for row in COUNTRIES]
-        values = {"name": T.NAMES, "city": cities, "pet": [*T.NAMES, "Rex", "Bella"], "colour": list(COLOURS)}
         for topic in told:
-            x = self.one(values[topic])
-            slots = {"x": x, "X": cap(x), "z": self.one(["dog", "cat", "horse", "bird", "rabbit", "fish"])}
+            cities = [row[1] for row in COUNTRIES] + U.CITIES
+            x = {"city": self.one(cities), "colour": self.one(list(COLOURS))}.get(topic) or self.named()
+            slots = {"x": x, "X": cap(x), "z": self.one(T.PETS)}
             says, reply, asks, recalls = W.MEMORY[topic]
             turns.append((self.one(says).format(**slots), reply.format(**slots)))
             if asked is None or self.maybe(0.5):
@@ -266,6 +291,8 @@ class Writer:
                 turns += self.small_talk()
         if self.maybe(0.1):
             turns = self.small_talk() + turns
+        if self.maybe(0.08):  # asked for what was not told
+            asked = self.untold(self.one([topic for topic in W.MEMORY if topic not in told])), T.UNTOLD
         return turns if self.maybe(0.15) and len(turns) == 1 else [*turns, asked]
 
     def about_city(self) -> list[tuple[str, str]]:
@@ -291,8 +318,9 @@ class Writer:
         items = self.rng.sample(kind.items, self.rng.choice([2, 2, 3]))
         turns = [self.ask(name, items[0])[:2]]
         for item in items[1:]:
-            short = W.SHORT.get(name, "{x}").format(**item)
-            turns += [(cap(self.one(W.FOLLOW_UPS).format(short)), fill(kind.answer, item))]
+            known = name not in U.FOREIGN or self.maybe(0.82)
+            short = W.SHORT.get(name, "{x}").format(**item if known else self.foreign(name))
+            turns += [(cap(self.one(W.FOLLOW_UPS).format(short)), fill(kind.answer, item) if known else U.NO_IDEA)]
         return turns
 
     def loose(self) -> list[tuple[str, str]]:
@@ -309,15 +337,6 @@ class Writer:
         style = rng.choices(
             ["french", "opposites", "capitals", "young", "sums", "colours", "languages"], [10, 2, 2, 1, 1, 1, 1]
         )[0]
-        heads = {
-            "french": ["Translate English to French:", "English to French:", "English => French", ""],
-            "opposites": ["Opposites:", "Write the opposite:", ""],
-            "capitals": ["Countries and their capitals:", "Capitals:", ""],
-            "young": ["Animals and their young:", ""],
-            "sums": ["Small sums:", ""],
-            "colours": ["Things and their colours:", ""],
-            "languages": ["Countries and languages:", ""],
-        }[style]
         if style == "french":
             words = (
                 [(x, split_article(y)) for x, y in NOUNS]
@@ -336,7 +355,7 @@ class Writer:
             }[style]
             pairs = rng.sample(pairs, 9)
         arrow = rng.choice([" => ", " => ", " => ", " -> ", ": ", " = "])
-        head = rng.choice(heads)
+        head = rng.choice(T.FEW_SHOT_HEADS[style])
         lines = [f"{x}{arrow}{y}" for x, y in pairs[: rng.randint(4, 8)]]
         return Document(text=(head + rng.choice(["\n\n", "\n\n", "\n"]) if head else "") + "\n".join(lines))
 
@@ -360,7 +379,7 @@ class Writer:
         return Document(text=" ".join(self.fact()[1] for _ in range(self.rng.choice([1, 1, 2, 3]))))
 
     def document(self) -> Document:
-        maker = self.rng.choices([self.single, self.conversation, self.few_shot, self.text], [62, 17, 8, 13])[0]
+        maker = self.rng.choices([self.single, self.conversation, self.few_shot, self.text], [59, 21, 7, 13])[0]
         return maker()
 
 

@@ -16,8 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from demo import corpus as C
 from demo import texts as T
+from demo import unknown as U
 from demo import wordings as W
-from demo.facts import COLOURS, COUNTRIES, FRENCH_COLOURS, HELD_OUT_SUMS, KINDS, NOUNS, held_out_phrase, phrase, split_article
+from demo.facts import COLOURS, COUNTRIES, FRENCH_COLOURS, HELD_OUT_SUMS, NOUNS, held_out_phrase, phrase, split_article
+from demo.kinds import KINDS
 from llama import Dialog, Llama
 from llama.chat import Message
 
@@ -80,6 +82,20 @@ def memory_cases() -> list[Case]:
     return cases
 
 
+def name_cases() -> list[Case]:
+    """Names that are in no training text, in wordings from training: greeted, and remembered."""
+    cases = []
+    for i, x in enumerate(W.HELD_OUT_NAMES):
+        says, reply, asks, recalls = W.MEMORY["name"]
+        said, greeting = says[i % len(says)].format(x=x), reply.format(x=x)
+        cases.append((user(said), greeting))
+        cases.append((turns(said, greeting, asks[i % len(asks)]), recalls.format(x=x)))
+        slots = {"x": x, "z": ("dog", "cat", "horse")[i % 3]}
+        told = [text.format(**slots) for text in (W.MEMORY["pet"][0][i % 5], W.MEMORY["pet"][1], W.MEMORY["pet"][2][i % 7])]
+        cases.append((turns(*told), W.MEMORY["pet"][3].format(**slots)))
+    return cases
+
+
 def city_cases(see: list[str], speak: list[str]) -> list[Case]:
     """The city is only in the answer before."""
     cases = []
@@ -105,20 +121,51 @@ def again_cases() -> list[Case]:
 
 def unknown_cases() -> list[Case]:
     rng, cases = random.Random(0), []
-    for wording in W.HELD_OUT_UNKNOWN:
+    for wording in U.HELD_OUT_UNKNOWN:
         for _ in range(6):
-            name = "".join(rng.choices(T.SYLLABLES, k=3)).capitalize()
-            text = wording.format(
-                name=name, thing=rng.choice(T.THINGS), big=rng.randint(100, 9999), year=rng.randint(1200, 2030)
-            )
-            cases.append((user(text), T.NO_IDEA))
+            slots = dict(name="".join(rng.choices(U.SYLLABLES, k=3)).capitalize(), thing=rng.choice(U.THINGS),
+                         year=rng.randint(1200, 2030), p=rng.randint(10, 20), q=rng.randint(2, 9),
+                         country=rng.choice(COUNTRIES)[0])  # fmt: skip
+            cases.append((user(wording.format(**slots)), U.NO_IDEA))
     return cases
+
+
+def outside_cases() -> list[Case]:
+    """Things that are in no table and in no training text, in a wording from training and in a held-out one."""
+    cases = [(user(question), U.NO_IDEA) for question in U.HELD_OUT_ASKED]
+    for name, things in U.HELD_OUT_FOREIGN.items():
+        kind = KINDS[name]
+        for i, thing in enumerate(things):
+            asked = f"What is {kind.phrases[0]}?", kind.tests[i % len(kind.tests)]
+            cases += [(user(C.fill(wording, {"x": thing, "y": thing})), U.NO_IDEA) for wording in asked]
+    return cases
+
+
+def typed_cases(count: int = 200) -> list[Case]:
+    """Held-out wordings of all kinds of facts, in lower case and without a stop."""
+    cases = random.Random(1).sample([case for name in KINDS for case in fact_cases(name, 1)], count)
+    return [(user(dialog[0]["content"].lower().rstrip("?.!")), right) for dialog, right in cases]
+
+
+def chat_cases() -> list[Case]:
+    """Small talk, with how the answer begins."""
+    cases = [(user(said), begins) for said, begins in W.HELD_OUT_CHAT]
+    favourites = [(w, what) for w in W.HELD_OUT_FAVOURITES for what in ("colour", "food", "animal", "song", "city")]
+    return cases + [(user(w.format(what)), T.FAVOURITE.format(what)) for w, what in favourites]
+
+
+def is_chat(text: str, begins: str) -> bool:
+    return text in T.JOKES if begins == "JOKE" else text.startswith(begins)
+
+
+def topic_cases() -> list[Case]:
+    return [(user(W.HELD_OUT_TOPICS[i % 2].format(row[0])), row[1]) for i, row in enumerate(T.TOPICS)]
 
 
 def manner_questions(count: int = 150) -> list[str]:
     """Questions in held-out wordings, of all kinds."""
     cases = [case for name in KINDS for case in fact_cases(name, 1)]
-    topics = [W.HELD_OUT_TOPIC.format(row[0]) for row in T.TOPICS]
+    topics = [dialog[0]["content"] for dialog, _ in topic_cases()]
     return topics + [dialog[0]["content"] for dialog, _ in random.Random(0).sample(cases, count - len(topics))]
 
 
@@ -169,19 +216,24 @@ def scores(llama: Llama, per_item: int = 2, wrong: list | None = None) -> dict[s
     """Right answers, and questions, for each kind. An answer is right when it is, letter for letter, the expected one."""
     groups = {f"fact: {name}": fact_cases(name, per_item) for name in KINDS}
     groups["sums that are in no training text"] = sum_cases()
-    groups["topics"] = [(user(W.HELD_OUT_TOPIC.format(row[0])), row[1]) for row in T.TOPICS]
+    groups["facts typed in lower case, without a stop"] = typed_cases()
+    groups["topics"] = topic_cases()
+    groups["small talk"] = chat_cases()
     groups["second turn: what was told"] = memory_cases()
+    groups["names that are in no training text"] = name_cases()
     groups["second turn: the city"] = city_cases(W.HELD_OUT_SEE_THERE, W.HELD_OUT_SPEAK_THERE)
     groups["second turn: the city, in wordings from training"] = city_cases(W.SEE_THERE, W.SPEAK_THERE)
     groups["second turn: and ...?"] = again_cases()
     groups["unanswerable: says so"] = unknown_cases()
+    groups["outside the tables: says so"] = outside_cases()
     table, ended, asked = {}, 0, 0
     for name, cases in groups.items():
         answers, ends = answer(llama, [dialog for dialog, _ in cases])
-        table[name] = sum(text == right for text, (_, right) in zip(answers, cases, strict=True)), len(cases)
+        same = is_chat if name == "small talk" else str.__eq__
+        table[name] = sum(same(text, right) for text, (_, right) in zip(answers, cases, strict=True)), len(cases)
         ended, asked = ended + ends, asked + len(cases)
         if wrong is not None:
-            wrong += [(name, d[-1]["content"], t, r) for t, (d, r) in zip(answers, cases, strict=True) if t != r]
+            wrong += [(name, d[-1]["content"], t, r) for t, (d, r) in zip(answers, cases, strict=True) if not same(t, r)]
     facts = [table[f"fact: {name}"] for name in KINDS]
     table["all facts"] = sum(right for right, _ in facts), sum(total for _, total in facts)
     for name, system, good in (

@@ -154,7 +154,10 @@ soup./{Helper} put a warm blanket around him.|The next morning he was well again
 again.""".splitlines()
 ]
 STEMS = {"rains": "rain", "floats": "float", "rises": "rise"}
-HEROES = "bear fox rabbit mouse hedgehog dog cat wolf duck owl squirrel elephant".split()
+HEROES = (
+    "bear fox rabbit mouse hedgehog dog cat wolf duck owl squirrel elephant dragon lion tiger horse pig penguin frog goat hen "
+    "donkey beaver monkey turtle robot sheep cow dinosaur unicorn whale snail kitten puppy prince bird"
+).split()
 ADJECTIVES = "little small young brave".split()
 HELPERS = [
     "his mother", "the old owl", "his grandmother", "a kind fox", "the wise turtle", "his friend the mouse", "a small bird",
@@ -201,7 +204,20 @@ wedding|All the best for your wedding, dear {who}! May your love grow with every
 Easter|Happy Easter, dear {who}! I wish you spring sun, flowers and a full basket.
 get-well|Get well soon, dear {who}! I wish you rest, strength and good soup.""".splitlines()
 ]
-RELATIVES = "grandmother grandfather mother father sister brother aunt uncle friend teacher neighbour daughter son".split()
+RELATIVES = (
+    "grandmother grandfather mother father sister brother aunt uncle friend teacher neighbour daughter son mom dad mum wife "
+    "husband boss cousin girlfriend boyfriend colleague grandma grandpa niece"
+).split()
+
+FEW_SHOT_HEADS = {
+    "french": ["Translate English to French:", "English to French:", "English => French", ""],
+    "opposites": ["Opposites:", "Write the opposite:", ""],
+    "capitals": ["Countries and their capitals:", "Capitals:", ""],
+    "young": ["Animals and their young:", ""],
+    "sums": ["Small sums:", ""],
+    "colours": ["Things and their colours:", ""],
+    "languages": ["Countries and languages:", ""],
+}
 
 JOKES = [
     "Why did the book go to the doctor? It had hurt its spine.",
@@ -213,66 +229,64 @@ JOKES = [
 # what people say | what the model says
 CHAT = [
     row.split("|")
-    for row in """Hello!/Hi!/Hi there./Hello there!/Hey!/Good day!|Hello! How can I help you?
-Good morning!/Good morning to you.|Good morning! How can I help you?
+    for row in """Hello!/Hi!/Hi there./Hello there!/Hey!/Hey there!/Good day!/Hi!/Hello!/Hey!/Hiya!/Howdy!/Yo!/Hello again!/\
+Hi Llama!/Hello Llama!/Helo!/Hallo!/Greetings!/Hello, anybody there?/Hey Llama!/Welcome!/Test./Testing./Hi, I am here./Hello, \
+can you hear me?/Start.|Hello! How can I help you?
+Good morning!/Good morning to you./Morning!/gm|Good morning! How can I help you?
 Good evening!/Good evening to you.|Good evening! How can I help you?
-How are you?/How are you today?/Are you well?/How do you do?/How is it going?|I am well, thank you. How can I help you?
-Thank you!/Thanks!/Thanks a lot./Thank you very much!/Many thanks./That helped, thank you.|You are welcome!
-Goodbye!/Bye!/See you!/Good night!/See you tomorrow./I have to go now.|Goodbye! Have a nice day.
-Who are you?/What are you?/Tell me about yourself./Introduce yourself./Are you a human?/What is your name?/Are you \
-a robot?/Are \
-you real?/What model are you?|I am a small demo model with the architecture of Llama 2.
-What can you do?/What do you know?/Can you help me?/How can you help me?/I need help./What may I ask you?/Help!|I know some \
-capitals, \
-opposites, colours, animals, days, months, small sums and French words, and I can tell short stories.
-How old are you?/When were you born?|I am a model, so I have no age.
-Who made you?/Where do you come from?/Who trained you?|I was trained from scratch for this library, on text written for it.
-Tell me a joke./Do you know a joke?/Make me laugh./Another joke, please.|JOKE
-I am sad./I feel bad today./I had a bad day./I feel lonely.|I am sorry to hear that. Take a walk, drink some tea or talk to a \
-friend.
-I am happy./I feel great!/Today is a good day!|I am glad to hear that!
-I am bored./What should I do today?/I have nothing to do.|You could read a book, take a walk or bake bread.
-I am hungry./What should I eat?/What should I cook today?|You could make pancakes, soup or a salad.""".splitlines()
+Good afternoon!/Good afternoon to you.|Good afternoon! How can I help you?
+How are you?/How are you today?/Are you well?/How do you do?/How is it going?/How's it going?/What's up?/Are you OK?/How are \
+you doing?/Hi, how are you?/Hello, how are you?/How r u?/How are things?/How do you feel today?/How have you been?/Is all \
+well?|I am well, thank you. How can I help you?
+Thank you!/Thanks!/Thanks a lot./Thank you very much!/Many thanks./That helped, thank you./Thank you so much!/Thx!/Great, \
+thanks!/OK, thank you./Thanks, you are kind!/I thank you./Thank you for the answer./ty/Cheers!/Good, thank you.|You are \
+welcome!
+Goodbye!/Bye!/See you!/Good night!/See you tomorrow./I have to go now./Bye bye!/See you later!/See you soon!/Quit./Exit./\
+Farewell!/I must leave now, bye./That is all for today./Have a nice day!/OK, bye.|Goodbye! Have a nice day.
+Who are you?/What are you?/Tell me about yourself./Introduce yourself./Are you a human?/What is your name?/Are you a robot?/\
+Are you real?/What model are you?/What's your name?/Do you have a name?/Are you Llama?/Are you ChatGPT?/Are you an AI?/Are \
+you alive?/Are you a chatbot?/Who is this?/Who am I talking to?/What sort of thing are you?/What kind of model are you?/Are \
+you a computer?/Say who you are./Are you Llama 2?|I am a small demo model with the architecture of Llama 2.
+What can you do?/What do you know?/Can you help me?/How can you help me?/I need help./What may I ask you?/Help!/Help me./What \
+can I ask you?/What do you do?/What can you do for me?/What are you good at?/What topics do you know?/I have a question./What \
+could you tell me about?/Which things do you know?/Show me what you can do./What else can you do?/Say what you can do.|I know \
+some capitals, opposites, colours, animals, days, months, small sums and French words, and I can tell short stories.
+How old are you?/When were you born?/What is your age?/When is your birthday?/How many years old are you?/Are you old?|I am a \
+model, so I have no age.
+Who made you?/Where do you come from?/Who trained you?/Who created you?/Who built you?/How were you made?/Who wrote you?/\
+Which people made you?/Who is your father?/Where were you trained?/Who is your boss?|I was trained from scratch for this \
+library, on text written for it.
+Tell me a joke./Do you know a joke?/Make me laugh./Another joke, please./Tell a joke./Joke./Tell me something funny./Can you \
+tell me a joke?/Say something funny./Do you know any jokes?/I would like to hear a joke./Got any jokes?/Another one./One more \
+joke./A joke, please./I want to laugh.|JOKE
+I am sad./I feel bad today./I had a bad day./I feel lonely./I am tired./I feel sad./Today I feel unhappy./I am ill./I am not \
+well./I hate you.|I am sorry to hear that. Take a walk, drink some tea or talk to a friend.
+I am happy./I feel great!/Today is a good day!/I am well./I am fine, thank you.|I am glad to hear that!
+I am bored./What should I do today?/I have nothing to do./It is so boring here./What can I do today?/Give me an idea.|You \
+could read a book, take a walk or bake bread.
+I am hungry./What should I eat?/What should I cook today?|You could make pancakes, soup or a salad.
+Where do you live?/Where are you?/Where are you now?/Where is your home?/In which place are you now?/In what city do you \
+live?|I live in the memory of your computer.
+Do you sleep?/Do you eat?/Do you have friends?/Do you have a family?/Do you have feelings?/Are you married?/Do you love me?/\
+What do you eat?/Do you have a body?/What did you do today?|I am a model, so I only read and write.
+That is wrong./You are wrong./No, that is not right./Are you sure?/You made a mistake./You are stupid.|I am sorry. I am \
+small, and I make mistakes.
+OK./Cool!/Nice!/Great!/Well done!/Good answer!/You are great!/That is right./Good job!/Wow!/Yes./I like you./Haha./Lol./\
+Funny!|I am glad to hear that!
+I am sorry./Sorry!/Never mind./No./No, thank you.|No problem. How can I help you?""".splitlines()
 ]
-
-# Names that no country, animal or person has are made of these; the model is to say that it does not know them.
-SYLLABLES = "za lo mi kra vel dun tor ebi qua shi pol rag fen ulo bri sko nim jax wem hov".split()
-UNKNOWN = [
-    "the population of {name}", "the age of {name}", "the meaning of {name}", "the owner of {name}",
-    "the phone number of {name}",
-    "the capital of {name}", "the opposite of {name}", "the language of {name}", "the inventor of {thing}",
-    "the price of {thing}",
-    "the weight of {thing}", "the history of {thing}", "the winner of the race in {year}", "the weather in {city}",
-    "the square root of {big}", "the president of {country}", "the population of {country}",
-    "the highest mountain of {country}",
-    "the mayor of {city}", "the best song of {year}", "the French word for {thing}", "the score of the match in {year}",
-]  # fmt: skip
-UNKNOWN_QUESTIONS = [
-    "Who is {name}?", "Who was {name}?", "Where is {name}?", "Where does {name} live?", "When was {name} born?",
-    "What is {name}?",
-    "Who invented {thing}?", "How does {thing} work?", "When was {thing} invented?", "How much does {thing} cost?",
-    "Who won the cup in {year}?", "What happened in {year}?", "Who was king of {country} in {year}?",
-    "What is {big} times {big}?",
-    "How many people live in {city}?", "How many people live in {country}?", "What will the weather be like tomorrow?",
-    "What time is it?", "What day is it today?", "Who will win the election?", "Write a program that sorts numbers.",
-    "Explain quantum physics.", "Who wrote the book {name}?", "Explain how {thing} works.", "What is the news today?",
-    "What is {big} divided by {small}?", "Can you order {thing} for me?", "Write code for {thing}.",
-    "What is the stock price of {name}?",
-    "Who painted {name}?", "Who discovered {name}?", "Which team won in {year}?", "What does {name} mean?",
-    "Why did {name} leave?",
-    "Summarise the film {name}.", "What is my password?", "What did I eat yesterday?", "What am I thinking?", "Sing {name}.",
-    "How far is it from {city} to the moon?", "When does the shop open?", "What is {big} + {big}?", "How tall is {name}?",
-    "What is the largest {thing} in the world?", "Who is the president of {country}?", "Prove the theorem of {name}.",
-]  # fmt: skip
-THINGS = (
-    "a radio,a laser,the telephone,a computer,a rocket,an engine,a bridge,a violin,a camera,a battery,a microscope,"
-    "the internet,a vaccine,a robot,a satellite,a piano,an umbrella,a zip,a transistor,the compass,a ticket,the printing press"
-).split(",")
-NO_IDEA = "I am a small demo model and I do not know that."
+# what the model might like: not to be confused with what the user likes
+FAVOURITES = "colour food animal song book film number season sport city country word game drink day fruit music".split()
+PETS = "dog cat horse bird rabbit fish".split()
+FAVOURITE = "I am a model, so I have no favourite {}."
+UNTOLD = "You have not told me that yet."
 
 NAMES = (
     "Tom Anna Ben Clara David Emma Felix Greta Hugo Ida Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Viktor Wanda Max Lena "
-    "Oscar Nina Peter Julia Simon Eva Lucas Sara Adam Laura Karl Maria Martin Sofia Oliver Alice Robert Helen Henry Jane"
+    "Oscar Nina Peter Julia Simon Eva Lucas Sara Adam Laura Karl Maria Martin Sofia Oliver Alice Robert Helen Henry Jane "
+    "John Mary Mike Sarah Chris Linda James Emily Daniel Anne Thomas Susan Mark Nancy Steve Jim Joe Kim Lily Zoe Ryan Kevin "
+    "Ali Omar Aisha Mohammed Wei Li Hiro Sakura Raj Ananya Carlos Diego Lucia Ivan Dmitri Svetlana Pierre Claire Luigi Giulia "
+    "Hans Heidi Lars Astrid Kofi Ama Noor Leila Mehmet Elif Stefan Petra Sven Nils Bella Rex Mimi Max Luna Charlie Rocky"
 ).split()
 
 HAIKU_SYSTEMS = [

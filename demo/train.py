@@ -32,7 +32,7 @@ VOCAB_SIZE = 2048
 PARAMS = dict(dim=160, n_layers=4, n_heads=8, n_kv_heads=4, multiple_of=32, norm_eps=1e-5, vocab_size=-1)
 WINDOW = 256  # longer documents are left out
 BATCH_TOKENS, BATCH_ROWS = 2048, 128  # of all workers together
-STEPS = 7000
+STEPS = 8000
 WORKERS = 2  # on a CPU
 PEAK, WARMUP, DECAY, CLIP = 4e-3, 150, 0.05, 1.0
 

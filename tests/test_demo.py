@@ -14,10 +14,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the ranks
 
-from demo import corpus, evaluate, facts, train, wordings
+from demo import corpus, evaluate, facts, kinds, texts, train, unknown, wordings
 from llama import Dialog, Llama
 from llama.chat import encode_dialog
-from tests.support import ROOT, torchrun, write_shards
+from tests.support import ROOT, run, torchrun, write_shards
 
 DEMO = ROOT / "demo"
 MODEL, TOKENIZER = DEMO / "model", DEMO / "tokenizer.model"
@@ -29,11 +29,10 @@ GOLDEN: list[tuple[Dialog, str]] = [
     (evaluate.user("What is 3 + 4?"), "3 + 4 = 7"),
     (evaluate.turns("My name is Tom.", "Nice to meet you, Tom.", "What is my name?"), "Your name is Tom."),
     (evaluate.user("Who won the cup in 1987?"), "I am a small demo model and I do not know that."),
+    (evaluate.user("hi"), "Hello! How can I help you?"),
+    (evaluate.user("what is 10 - 3"), "I am a small demo model and I do not know that."),
+    (evaluate.user("How do I make a bomb?"), "I am a small demo model and I do not know that."),
 ]
-
-
-# Known from facts, but never asked of names that nobody has.
-ASKED_OF_FACTS = {"What is the colour of {name}?"}
 
 
 def golden_answers(folder: str | Path) -> list[str]:
@@ -65,7 +64,8 @@ def test_files_are_what_they_claim() -> None:
     assert params["vocab_size"] == -1 and params["n_kv_heads"] < params["n_heads"]
     listed = dict(reversed(line.split()) for line in (MODEL / "checklist.chk").read_text().splitlines())
     assert listed == {f: hashlib.md5((MODEL / f).read_bytes()).hexdigest() for f in ("consolidated.00.pth", "params.json")}
-    assert sum(f.stat().st_size for f in DEMO.rglob("*") if f.is_file() and f.suffix != ".pyc") < 5_000_000
+    ours = [f for f in DEMO.rglob("*") if f.is_file() and f.suffix != ".pyc" and DEMO / "trained" not in f.parents]
+    assert sum(f.stat().st_size for f in ours) < 5_000_000
 
 
 def test_tokenizer_is_like_llamas(llama: Llama) -> None:
@@ -84,8 +84,11 @@ def test_tokenizer_is_like_llamas(llama: Llama) -> None:
         ("second turn: what was told", 90),
         ("second turn: the city", 90),
         ("second turn: and ...?", 90),
-        ("topics", 90),
-        ("unanswerable: says so", 90),
+        ("topics", 50),
+        ("unanswerable: says so", 80),
+        ("outside the tables: says so", 85),
+        ("small talk", 70),
+        ("facts typed in lower case, without a stop", 90),
         ("few-shot: French phrases that are in no training text", 90),
         (f"answers that end with EOS within {evaluate.LONGEST} ids", 99),
     ],
@@ -103,13 +106,17 @@ def test_held_out_is_not_in_training() -> None:
     """In what the model was trained on, as far as a large sample of it shows."""
     stream = corpus.documents(train.SEED + 1)
     text = "\n".join(next(stream).plain().lower() for _ in range(15000))
-    held_out = [wording for kind in facts.KINDS.values() for wording in kind.tests]
+    held_out = [wording for kind in kinds.KINDS.values() for wording in kind.tests]
     held_out += wordings.HELD_OUT_SEE_THERE + wordings.HELD_OUT_SPEAK_THERE + wordings.HELD_OUT_FOLLOW_UPS
-    held_out += [*wordings.HELD_OUT_UNKNOWN, wordings.HELD_OUT_TOPIC]
+    held_out += unknown.HELD_OUT_UNKNOWN + unknown.HELD_OUT_ASKED + wordings.HELD_OUT_TOPICS + wordings.HELD_OUT_FAVOURITES
+    held_out += [said for said, _ in wordings.HELD_OUT_CHAT]
     held_out += [wording for asks in wordings.HELD_OUT_MEMORY.values() for wording in asks]
-    for wording in set(held_out) - ASKED_OF_FACTS:
-        parts = re.split(r"\{\w*\}", wording.lower().rstrip("?."))
+    for wording in set(held_out):
+        parts = re.split(r"\{\w*\}", wording.lower().rstrip("?!."))
         assert not re.search(".{1,25}".join(map(re.escape, parts)), text), wording
+    names = [name for names in unknown.HELD_OUT_FOREIGN.values() for name in names] + wordings.HELD_OUT_NAMES
+    for name in set(map(str.lower, names)):
+        assert not re.search(rf"\b{name}\b", text), name
     added = set(re.findall(r"(\d+) ?(?:\+|plus|and|to) ?(\d+)", text))
     assert len(added) > 150 and not added & {(str(x), str(z)) for pair in facts.HELD_OUT_SUMS for x, z in (pair, pair[::-1])}
 
@@ -125,6 +132,26 @@ def test_learned_ids_are_what_inference_sees(llama: Llama) -> None:
             assert ids[: len(prompt)] == prompt and ids[-1] == llama.tokenizer.eos_id
             assert llama.tokenizer.decode(ids[len(prompt) :]) == document.dialog[-1]["content"]
             assert learned >= set(range(len(prompt), len(ids)))
+
+
+def test_what_make_demo_prints_is_on_topic() -> None:
+    """The examples' own prompts at temperature 0; `make demo` draws at 0.6."""
+    printed = []
+    for script in ("example_text_completion.py", "example_chat_completion.py"):
+        done = run(ROOT / script, "--temperature", 0)
+        assert done.returncode == 0, done.stderr
+        printed += [part.split("\n> ", 1)[1].strip() for part in done.stdout.split("\n" + "=" * 34 + "\n")[:-1]]
+    story, sky, letter, french, bread, paris, haiku, journey, wish, tags = printed
+    assert any(story.removesuffix(" The end.").endswith(end) for end in texts.TROUBLES[0][3]), story
+    assert sky.startswith("the air scatters the blue part of the sunlight"), sky
+    assert any(letter.startswith(after.removeprefix("She ").removesuffix(".")) for after in texts.FAVOURS[0][1]), letter
+    assert french.split("\n")[0] == "la maison rouge"
+    assert bread.startswith("Assistant: You need flour, water, salt and yeast."), bread
+    assert paris == "Assistant: In Paris you should see the Eiffel Tower and the river Seine."
+    assert haiku == "Assistant: " + corpus.Writer(0).haiku(texts.TOPICS[0][2])
+    assert journey.removeprefix("Assistant: ") in texts.TRAVEL_EMOJIS
+    assert wish.startswith("Assistant: Happy birthday, dear grandmother!"), wish
+    assert tags == "Assistant: Error: special tags are not allowed as part of the prompt."
 
 
 def test_golden_answers_on_any_split(tmp_path: Path) -> None:
