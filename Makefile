@@ -1,10 +1,11 @@
 # make test    set up .venv if need be, then lint, types and all tests
 # make demo    set up .venv if need be, then both examples
 # make grid    every number of shards on every number of ranks (1 to 8), about two minutes
+# make bench   this library beside transformers and llama.cpp, about a quarter of an hour; installs both
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test demo grid
+.PHONY: setup test demo grid bench
 
 setup: .venv/installed
 
@@ -25,3 +26,7 @@ demo: setup
 
 grid: setup
 	$(BIN)/python -m pytest -m "grid or not grid" tests/test_ranks.py -rP
+
+bench: setup
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[bench]'
+	$(BIN)/python benchmarks/speed.py

@@ -96,7 +96,7 @@ def plot(results: Results, path: Path) -> None:
         if i == 0:
             axes.bar_label(bars, [f"{speed:.2f}" for speed in speeds], padding=1, color=grey, fontsize=8)
     axes.axhline(1, color=grey, linewidth=0.6)
-    axes.set_xticks(range(len(names)), names, color=grey)
+    axes.set_xticks(range(len(names)), [name.replace("-", "\n") for name in names], color=grey)
     axes.tick_params(colors=grey, length=0)
     axes.spines[:].set_visible(False)
     axes.set_ylabel("speed, fastest other = 1", color=grey)
