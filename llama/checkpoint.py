@@ -2,9 +2,9 @@
 
 A checkpoint of n shards is loaded on m ranks, whatever n and m: of each matrix, rank r takes the r-th of m equal parts
 of the n stored parts joined. Shards are memory-mapped. Where a rank's part is a stored tensor as it is, the mapped file
-is the weight; else its views are joined tensor by tensor, so that a rank holds its own weights and one tensor more at
-most. All is checked before anything is allocated, but the numbers, which are checked as they are read. Nothing in a
-file is ever executed.
+is the weight; else its views are joined, or packed for the kernel, tensor by tensor, so that a rank holds its own
+weights and one tensor more at most. All is checked before anything is allocated, but the numbers, which are checked as
+they are read. Nothing in a file is ever executed.
 """
 
 import ctypes
@@ -276,6 +276,7 @@ def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device:
             module.weight = nn.Parameter(weight, requires_grad=False)
         if module.weight is None and weight is views[0]:  # packed straight from the file
             _advise(views[0], _DONTNEED)
+        del weight  # before the next one is made
 
 
 def _refuse_what_is_not_finite(weight: torch.Tensor, views: list[torch.Tensor], name: str) -> None:

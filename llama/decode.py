@@ -2,8 +2,8 @@
 
 On CUDA a step is captured once as a graph and then replayed: the same kernels on the same memory, with one launch. So a
 captured step has static shapes, rows by a bucket of cache slots, and keeps its inputs and its output where they are;
-positions are numbers on the device, and a mask hides the slots beyond them. Buckets double, so that a short context does
-not read the whole cache. `Step.run` is what is captured; it runs on any device, which is how the tests see it.
+positions are numbers on the device, and a mask hides the slots beyond them. Buckets double, so that a step reads at most
+twice the slots it needs. `Step.run` is what is captured; it runs on any device, which is how the tests see it.
 """
 
 import sys
@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from .cache import Batch, KVCache
+from .errors import DeviceError
 from .model import Transformer
 from .runtime import global_rank
 
 SMALLEST_BUCKET = 128
+MOST_STEPS = 64  # kept at a time: each has its own memory for what it computes
 
 
 def bucket(end: int, window: int) -> int:
@@ -38,17 +40,17 @@ class Step:
     def run(self) -> None:
         self.logits = self.model.logits(self.model.hidden(self.ids, self.batch, compiled=True))
 
-    def capture(self, pool: Any) -> None:
-        """Make `replay` a CUDA graph of `run`. What it computes on the way is what the first replay computes again."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries allocate their workspaces, the compiler compiles
-            for _ in range(3):
-                self.run()
-        torch.cuda.current_stream().wait_stream(stream)
+    def capture(self, stream: torch.cuda.Stream, pool: Any) -> None:
+        """Make `replay` a CUDA graph of `run`, which has run before: libraries have their workspaces, code is compiled."""
+        before = torch.cuda.current_stream()
+        stream.wait_stream(before)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            self.run()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                self.run()
+        finally:
+            torch.cuda.set_stream(before)  # a capture that fails does not
+        before.wait_stream(stream)
         self.replay = graph.replay
 
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -65,9 +67,11 @@ class Decoder:
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
-        self.static = self.captures = model.device.type == "cuda"
+        self.static: bool | None = None  # None: on CUDA
+        self.captures = True
         self.steps: dict[tuple[int, int], Step] = {}
-        self.cache: KVCache | None = None  # whose memory the steps look at
+        self.memory: tuple[KVCache | None, int] | None = None  # what the steps look at
+        self.stream: torch.cuda.Stream | None = None
         self.pool: Any = None
 
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, end: int, ragged: bool) -> torch.Tensor:
@@ -76,27 +80,42 @@ class Decoder:
         ragged=False: all positions are end - 1.
         """
         model, n_rows = self.model, len(ids)
-        if not self.static:
+        if not (model.device.type == "cuda" if self.static is None else self.static):
             rows = torch.arange(n_rows, device=ids.device)
             return model.logits(model.hidden(ids, Batch.step(rows, positions, end, ragged)))
-        if self.cache is not model.cache:
-            self.steps, self.cache = {}, model.cache
+        memory = model.ready_cache(), model.norm.weight.data_ptr()
+        if memory != self.memory:
+            self.steps, self.stream, self.pool, self.memory = {}, None, None, memory
         key = n_rows, bucket(end, model.params.max_seq_len)
-        if key not in self.steps:
-            self.steps[key] = self._make(*key, ids, positions)
-        return self.steps[key](ids, positions)
+        step = self.steps.pop(key, None) or self._make(*key, ids, positions)
+        self.steps[key] = step  # the last used is the last
+        if len(self.steps) > MOST_STEPS:
+            del self.steps[next(iter(self.steps))]
+        return step(ids, positions)
 
     def _make(self, n_rows: int, end: int, ids: torch.Tensor, positions: torch.Tensor) -> Step:
         step = Step(self.model, n_rows, end)
-        if self.captures:
-            step.ids.copy_(ids)  # the warm-up writes keys and values: the right ones
-            step.positions.copy_(positions)
-            try:
-                self.pool = self.pool or torch.cuda.graph_pool_handle()
-                step.capture(self.pool)
-            except RuntimeError as e:
-                self.captures = False
-                if global_rank() == 0:
-                    reason = str(e).split("\n")[0]
-                    print(f"no CUDA graphs, each step is launched kernel by kernel: {reason}", file=sys.stderr)
+        step.ids.copy_(ids)  # the first run writes keys and values: the right ones
+        step.positions.copy_(positions)
+        try:
+            with self.model.compiling():
+                step.run()
+        except Exception as e:
+            if self.model.compiled is None:
+                raise
+            raise DeviceError(f"torch.compile failed; leave compile=True out ({' '.join(str(e).split()):.200})") from e
+        if self.captures and self.model.device.type == "cuda":
+            with torch.cuda.device(self.model.device):
+                self._capture(step)
         return step
+
+    def _capture(self, step: Step) -> None:
+        self.stream = self.stream or torch.cuda.Stream()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        try:
+            step.capture(self.stream, self.pool)
+        except RuntimeError as e:  # ranks need not agree on it: captured or not, they launch the same collectives
+            self.captures, self.pool = False, None
+            if global_rank() == 0:
+                reason = str(e).split("\n")[0]
+                print(f"no CUDA graphs, each step is launched kernel by kernel: {reason}", file=sys.stderr)

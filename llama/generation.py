@@ -170,10 +170,7 @@ class Llama:
         if not any(left) and not scored:
             return
 
-        if self.model.cache is None:
-            self.model.allocate()
-        cache = self.model.cache
-        assert cache is not None
+        cache = self.model.ready_cache()
         cache.turn = turn = object()
         hidden, scores = self._prefill(prompts, scored)
         if scored:

@@ -5,6 +5,7 @@ and `F.linear`, it gets None.
 """
 
 import torch
+import torch.nn.functional as F
 
 SMALLEST = 1 << 19  # bytes; calling oneDNN costs more than F.linear, and below this more than it saves
 
@@ -16,10 +17,16 @@ class Packed:
         self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.requires_grad and torch.is_grad_enabled():  # which the kernel has no derivative for
+            return F.linear(x, self.dense())
         return torch.ops.mkldnn._linear_pointwise(x, self.blocks, None, "none", [], "")
 
     def dense(self) -> torch.Tensor:
         return self.blocks.to_dense()
+
+    def __reduce__(self) -> tuple[type["Packed"], tuple[torch.Tensor]]:
+        """Copied and pickled as the weight: the blocks are this machine's."""
+        return Packed, (self.dense(),)
 
 
 def pack(weight: torch.Tensor) -> Packed | None:

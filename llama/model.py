@@ -5,6 +5,7 @@ Shapes are written with N ids, B rows of S ids, H query heads and K key/value he
 The model knows nothing of text, sampling or files.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -225,6 +226,13 @@ class Transformer(nn.Module):
         )
         return self.cache
 
+    def ready_cache(self) -> KVCache:
+        """The cache, made anew where there is none or the weights have gone to another device or dtype."""
+        cache = self.cache
+        if cache is None or cache.data.device != self.device or cache.data.dtype != self.dtype:
+            return self.allocate()
+        return cache
+
     def _angles(self, positions: torch.Tensor) -> torch.Tensor:
         """Cosines and sines at positions (N,), (N, 1, hd/2, 2)."""
         if self.rope is None or self.rope.device != self.device:
@@ -238,15 +246,21 @@ class Transformer(nn.Module):
         """Have torch.compile fuse the small kernels of a block, for forwards that ask for it: one code for all layers."""
         self.compiled = torch.compile(TransformerBlock.__call__, fullgraph=True, dynamic=False, **options)
 
+    def compiling(self) -> contextlib.AbstractContextManager[Any]:
+        """For the first forward of a shape: torch.compile by itself gives up after eight shapes."""
+        if self.compiled is None:
+            return contextlib.nullcontext()
+        config = torch._dynamo.config
+        limits = ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit", "accumulated_cache_size_limit")
+        return config.patch({name: 1 << 14 for name in limits if hasattr(config, name)})
+
     def hidden(self, tokens: torch.Tensor, batch: Batch, keep: bool = True, compiled: bool = False) -> torch.Tensor:
         """ids (N,) -> the last layer's normed output (N, dim). Their keys and values go into the cache.
 
         keep=False: for whole sequences that nothing will follow (training): no cache is needed, nor its limit of rows.
         compiled=True: by the compiled block, if there is one, which is compiled anew for each shape.
         """
-        cache = self.cache if keep else None
-        if keep and (cache is None or cache.data.device != self.device or cache.data.dtype != self.dtype):
-            cache = self.allocate()
+        cache = self.ready_cache() if keep else None
         where = Where(batch, self._angles(batch.positions), batch.masks(self.dtype))
         h = self.tok_embeddings(tokens)
         block = self.compiled if compiled and self.compiled else TransformerBlock.__call__
@@ -259,7 +273,10 @@ class Transformer(nn.Module):
         return self.output(hidden).float()
 
     def forward(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
-        """ids (B, S) of the cache's rows 0..B, at positions start_pos..start_pos + S -> float32 logits (B, S, vocab)."""
+        """ids (B, S) of the cache's rows 0..B, at positions start_pos..start_pos + S -> float32 logits (B, S, vocab).
+
+        Differentiable at start_pos 0; what an earlier call left in the cache is a constant.
+        """
         if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise InputError(f"tokens is {tuple(tokens.shape)} of {tokens.dtype}; it must be ids (B, S) of int64")
         B, S = tokens.shape

@@ -49,6 +49,26 @@ class _ParallelLinear(nn.Module):
         self.packed = pack(weight)
         self.weight = None if self.packed else nn.Parameter(weight, requires_grad=False)
 
+    def _unpack(self) -> bool:
+        """Hold the weight as it was; says whether it was packed."""
+        if self.packed is None:
+            return False
+        self.weight, self.packed = nn.Parameter(self.packed.dense(), requires_grad=False), None
+        return True
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        was_packed = self._unpack()  # `to` another dtype or device
+        super()._apply(fn, recurse)
+        if was_packed and self.weight is not None:
+            self.hold(self.weight.detach())
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        was_packed = self._unpack()
+        super()._load_from_state_dict(*args)
+        if was_packed and self.weight is not None:
+            self.hold(self.weight.detach())
+
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out), this rank's part of the product."""
         return self.packed(x) if self.packed else F.linear(x, self.weight)  # type: ignore[arg-type]

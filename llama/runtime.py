@@ -210,7 +210,7 @@ def fetch(*tensors: torch.Tensor) -> Callable[[], list[list[Any]]]:
         return lambda: [tensor.tolist() for tensor in tensors]
     copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
     arrived = torch.cuda.Event()
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(tensors[0].device))
 
     def wait() -> list[list[Any]]:
         arrived.synchronize()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from llama import Llama, runtime
+from llama import Llama, decode, runtime
 from llama.cache import Batch
 from llama.decode import Step, bucket
 from llama.errors import DeviceError
@@ -31,13 +31,23 @@ def test_static_steps_and_late_reading_give_the_same_ids(
         return llama.generate(prompts, 58, temperature=temperature, logprobs=True)
 
     want = answer()
+    run = Step.run
+
+    def into_the_same_memory(step: Step) -> None:
+        fixed = step.logits
+        run(step)
+        step.logits = step.logits if fixed is None else fixed.copy_(step.logits)
+
+    monkeypatch.setattr(Step, "run", into_the_same_memory)
     monkeypatch.setattr(llama.decoder, "static", True)
     monkeypatch.setattr(runtime, "runs_ahead", lambda device: True)
+    llama.decoder.steps.clear()
     got = answer()
     assert got[0] == want[0]
     for row, expected in zip(got[1], want[1], strict=True):
         torch.testing.assert_close(row, expected, atol=1e-4, rtol=0)
-    assert (len(prompts), 64) in llama.decoder.steps
+    assert llama.decoder.steps.keys() == {(len(prompts), 64)}
+    llama.decoder.steps.clear()
 
 
 def test_a_recorded_step_replays_at_other_positions(llama: Llama) -> None:
@@ -88,6 +98,57 @@ def test_a_compiled_block_serves_all_layers(small: SimpleNamespace) -> None:
     assert len(graphs) == 1
     llama.generate(PROMPTS[:1], 3, temperature=0)
     assert len(graphs) == 2
+
+
+def test_any_number_of_shapes_is_compiled_and_a_failing_compiler_is_named(small: SimpleNamespace) -> None:
+    """torch.compile by itself stops after eight."""
+    torch._dynamo.reset()
+    llama = Llama.build(small.folder, small.tokenizer_path, 64, 12, device="cpu")
+    llama.decoder.static = True
+    llama.model.compile(backend="eager")
+    for rows in range(1, 13):
+        llama.generate([[1, 5]] * rows, 2, temperature=0)
+
+    def fails(graph: object, inputs: object) -> None:
+        raise OSError("no compiler here")
+
+    llama.model.compile(backend=fails)
+    llama.decoder.steps.clear()
+    with pytest.raises(DeviceError, match=r"torch.compile failed; leave compile=True out \(.*no compiler here"):
+        llama.generate([[1, 5]], 3, temperature=0)
+
+
+def test_only_the_steps_last_used_are_kept(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "MOST_STEPS", 2)
+    monkeypatch.setattr(llama.decoder, "static", True)
+    llama.decoder.steps.clear()
+    for rows in (1, 2, 1, 3):
+        llama.generate([[1, 5]] * rows, 2, temperature=0)
+    assert [rows for rows, _ in llama.decoder.steps] == [1, 3]
+
+
+def test_a_capture_that_fails_is_told_and_the_ids_are_the_same(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    want = llama.generate(PROMPTS, 8, temperature=0)
+    decoder = decode.Decoder(llama.model)
+    monkeypatch.setattr(llama, "decoder", decoder)
+    step = Step(llama.model, 1, 64)
+    monkeypatch.setattr(step, "capture", lambda stream, pool: (_ for _ in ()).throw(RuntimeError("not permitted\nmore")))
+    decoder.stream = decoder.pool = object()  # type: ignore[assignment]
+    decoder._capture(step)
+    assert "no CUDA graphs, each step is launched kernel by kernel: not permitted\n" in capsys.readouterr().err
+    assert decoder.captures is False and decoder.pool is None
+    decoder.static = True
+    assert llama.generate(PROMPTS, 8, temperature=0) == want
+
+
+def test_a_model_that_changed_its_dtype_answers_at_once(small: SimpleNamespace) -> None:
+    """Its cache is made anew, which is not another call's doing."""
+    llama = Llama.build(small.folder, small.tokenizer_path, 64, 4, device="cpu")
+    llama.model.bfloat16()
+    assert len(llama.generate([[1, 5]], 4, temperature=0)[0][0]) <= 4
+    assert llama.model.cache is not None and llama.model.cache.data.dtype == torch.bfloat16
 
 
 def test_compile_is_for_cuda(small: SimpleNamespace) -> None:

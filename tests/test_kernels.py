@@ -1,5 +1,7 @@
 """How weights are held: the packed form multiplies as the plain one does, and gives the weight back."""
 
+import copy
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +30,16 @@ def test_packed_products_are_those_of_the_weight(n: int) -> None:
     assert torch.equal(packed.dense(), weight)
 
 
+@packs
+def test_gradients_pass_through_a_packed_weight() -> None:
+    """To what was put in: soft prompts and adapters are trained so."""
+    weight, x = torch.randn(1100, 320).bfloat16(), torch.randn(2, 320).bfloat16().requires_grad_()
+    packed = kernels.pack(weight)
+    assert packed
+    (gradient,) = torch.autograd.grad(packed(x).float().sum(), x)
+    torch.testing.assert_close(gradient.float(), weight.float().sum(0).expand(2, -1), atol=0.5, rtol=0.02)
+
+
 def test_what_is_not_packed() -> None:
     """Other dtypes keep their digits, and a small weight is faster as it is."""
     assert kernels.pack(torch.randn(1100, 320)) is None
@@ -49,6 +61,14 @@ def test_a_packed_model_gives_the_plain_twins_logits(
     assert all(torch.equal(w, weights[name]) for name, w in model.state_dict().items())
 
     ids = torch.randint(3, 384, (3, 20), generator=torch.Generator().manual_seed(3))
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(again.forward(ids, 0), model.forward(ids, 0))
+    doubled = {name: 2 * w for name, w in model.state_dict().items()}
+    again.load_state_dict(doubled)
+    assert again.output.packed and all(torch.equal(w, doubled[name]) for name, w in again.state_dict().items())
+    assert again.float().output.packed is None and again.forward(ids, 0).isfinite().all()
+    assert len(list(again.parameters())) == 2 + 1 + 6 * 2  # all are plain again
+
     exact = {name: w.float() for name, w in weights.items()}
     want = torch.stack([plain_logits(small.params, exact, row.tolist()) for row in ids])
     for rows, start in ((3, 12), (1, 1)):
