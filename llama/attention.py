@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 BLOCK = 128  # ids whose scores stand in memory at once
+_ANY = torch.empty(1, 1, 1, dtype=torch.float32, device="cpu")  # what baddbmm does not add
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -38,7 +39,7 @@ def attend_in_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: to
     B, S, K, G, hd = q.shape
     k, v = k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)  # (B * K, hd, L), (B * K, L, hd)
     if S == 1:
-        scores = torch.baddbmm(q.new_empty(1, 1, 1), q.reshape(B * K, G, hd), k, beta=0, alpha=hd**-0.5)
+        scores = torch.baddbmm(_ANY.to(q.dtype), q.reshape(B * K, G, hd), k, beta=0, alpha=hd**-0.5)
         if mask is not None:
             scores.view(B, K, G, -1).add_(mask)
         return torch.bmm(scores.softmax(-1), v).view(B, 1, K, G, hd)
@@ -47,7 +48,7 @@ def attend_in_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: to
         n = min(BLOCK, S - first)
         end = v.shape[1] - S + first + n
         block = q[:, first : first + n].permute(0, 2, 3, 1, 4).reshape(B * K, G * n, hd)
-        scores = torch.baddbmm(q.new_empty(1, 1, 1), block, k[:, :, :end], beta=0, alpha=hd**-0.5)
+        scores = torch.baddbmm(_ANY.to(q.dtype), block, k[:, :, :end], beta=0, alpha=hd**-0.5)
         scores.view(B * K, G, n, end)[..., end - n :] += q.new_full((n, n), float("-inf")).triu(1)
         out = torch.bmm(scores.softmax(-1), v[:, :end])
         y[:, first : first + n] = out.view(B, K, G, n, hd).permute(0, 3, 1, 2, 4)

@@ -57,7 +57,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight  # the weight apart: it multiplies what was cast
+        weight = self.weight
+        return F.rms_norm(x, weight.shape, None, self.eps) * weight  # the weight apart: it multiplies what was cast
 
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> torch.Tensor:

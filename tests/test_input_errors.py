@@ -86,11 +86,6 @@ CODE = replace(SEVEN_B, vocab_size=32016)  # which 32 ranks do not divide
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
-def fits(free: int, args: ModelArgs, ranks: int = 1, dtype: torch.dtype = FP32) -> bool:
-    needed = (part(args, ranks, dtype) for part in (memory.weight_bytes, memory.cache_bytes, memory.working_bytes))
-    return sum(needed) <= free
-
-
 @pytest.mark.parametrize(
     "args, dtype, ranks, free, advised",
     [
@@ -139,7 +134,8 @@ def test_each_advice_of_the_preflight_fits_and_nothing_larger(
             preflight(ranks=value)
             smaller = [r for r in range(ranks + 1, value) if args.kv_heads % r == 0]
             assert ranks < value and args.vocab_size % value == args.kv_heads % value == 0
-            assert not any(fits(free, args, r, dtype) for r in smaller)
+            parts = memory.weight_bytes, memory.cache_bytes, memory.working_bytes
+            assert not any(sum(part(args, r, dtype) for part in parts) <= free for r in smaller)
         else:
             assert way == "", way
             continue
