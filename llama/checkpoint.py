@@ -253,23 +253,24 @@ def cut(parts: list[torch.Tensor], dim: int, rank: int, ranks: int) -> list[torc
 def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
     """Fill a model made on `meta` with this rank's part of the shards. Raises CheckpointError for NaN and infinity."""
     rank, ranks = model_parallel()
-    plan: list[tuple[nn.Module, list[str], list[torch.Tensor]]] = []
+    plan: list[tuple[nn.Module, list[tuple[str, torch.Tensor]]]] = []  # each weight, and the stored pieces it is made of
     for prefix, module in model.named_modules():
         if "weight" in module._parameters:
             names = module.names(prefix) if isinstance(module, JoinedColumnParallelLinear) else [f"{prefix}.weight"]
-            views: list[torch.Tensor] = []
+            pieces = []
             for name in names:
                 parts, dim = [tensors[name] for tensors in shards.values()], split_dim(name)
-                views += parts[:1] if dim is None else cut(parts, dim, rank, ranks)
-            plan.append((module, names, views))
+                pieces += [(name, view) for view in (parts[:1] if dim is None else cut(parts, dim, rank, ranks))]
+            plan.append((module, pieces))
     # The largest first: while little is held yet, one tensor more weighs least.
-    plan.sort(key=lambda item: -sum(view.numel() for view in item[2]))
+    plan.sort(key=lambda item: -sum(view.numel() for _, view in item[1]))
     ahead = itertools.islice(plan, 1, None)
-    for module, names, views in progress(plan, lambda item: sum(v.numel() for v in item[2]) * dtype.itemsize, "loading"):
-        for view in next(ahead, (None, [], []))[2]:
+    for module, pieces in progress(plan, lambda item: sum(v.numel() for _, v in item[1]) * dtype.itemsize, "loading"):
+        for _, view in next(ahead, (None, []))[1]:
             _advise(view, _WILLNEED)  # the disk reads the next one while this one is packed
-        weight = views[0] if _in_place(views, dtype, device) else _join(views, split_dim(names[0]) or 0, dtype, device)
-        _refuse_what_is_not_finite(weight, views, " or ".join(names))
+        views, dim = [view for _, view in pieces], split_dim(pieces[0][0])
+        weight = views[0] if _in_place(views, dtype, device) else _join(views, dim or 0, dtype, device)
+        _refuse_what_is_not_finite(weight, pieces)
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             module.hold(weight)
         else:
@@ -279,15 +280,15 @@ def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device:
         del weight  # before the next one is made
 
 
-def _refuse_what_is_not_finite(weight: torch.Tensor, views: list[torch.Tensor], name: str) -> None:
+def _refuse_what_is_not_finite(weight: torch.Tensor, pieces: list[tuple[str, torch.Tensor]]) -> None:
     # A sum is finite only if all its terms are, and costs one pass; it may overflow, so ask again if it is not.
     if weight.sum().isfinite() or weight.isfinite().all():
         return
-    if all(view.isfinite().all() for view in views):
-        raise CheckpointError(
-            f"{name} holds numbers too large for {weight.dtype}; leave dtype out, or use 'bfloat16' or 'float32'"
-        )
-    raise CheckpointError(f"{name} {_NOT_FINITE}")
+    for name, view in pieces:
+        if not view.isfinite().all():
+            raise CheckpointError(f"{name} {_NOT_FINITE}")
+    name = next(name for name, view in pieces if not view.to(weight.dtype).isfinite().all())
+    raise CheckpointError(f"{name} holds numbers too large for {weight.dtype}; leave dtype out, or use 'bfloat16' or 'float32'")
 
 
 def _in_place(views: list[torch.Tensor], dtype: torch.dtype, device: torch.device) -> bool:

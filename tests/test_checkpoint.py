@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import Llama
+from llama import CheckpointError, Llama
 
 from .support import random_weights, run, write_shards
 
@@ -74,3 +74,14 @@ def test_the_stored_dtype_or_the_one_asked_for(
     want = getattr(torch, asked) if asked else stored
     for name, weight in llama.model.state_dict().items():
         assert weight.dtype == want and torch.equal(weight, weights[name].to(want))
+
+
+@pytest.mark.parametrize("value, dtype, says", [(float("nan"), None, "holds NaN"), (1e6, "float16", "holds numbers too large")])
+def test_of_weights_multiplied_as_one_the_damaged_is_named(
+    tmp_path: Path, small: SimpleNamespace, tokenizer_path: Path, value: float, dtype: str | None, says: str
+) -> None:
+    name = "layers.1.feed_forward.w3.weight"
+    weights = small.weights | {name: small.weights[name].clone()}
+    weights[name][-1, -1] = value
+    with pytest.raises(CheckpointError, match=rf"^layers\.1\.feed_forward\.w3\.weight {says}"):
+        Llama.build(write_shards(tmp_path, small.params, weights, 2), tokenizer_path, 16, 2, device="cpu", dtype=dtype)
