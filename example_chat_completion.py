@@ -20,12 +20,13 @@ def main(
     device: str | None = None,
     dtype: str | None = None,
     compile: bool = False,
+    quantize: str | None = None,
 ) -> None:
     """Print the model's answers to six dialogs, one of which it must refuse.
 
     ckpt_dir: a folder with consolidated.NN.pth and params.json; tokenizer_path: tokenizer.model; without both, the
     bundled demo model. max_seq_len: positions per dialog, answer included. device: cpu, cuda or mps; dtype: bfloat16,
-    float16 or float32. compile: on CUDA, faster steps after a slower start.
+    float16 or float32. compile: on CUDA, faster steps after a slower start. quantize: int8 or int4.
     """
     ckpt_dir, tokenizer_path = given_or_demo(ckpt_dir, tokenizer_path)
     generator = Llama.build(
@@ -36,6 +37,7 @@ def main(
         device=device,
         dtype=dtype,
         compile=compile,
+        quantize=quantize,
     )
     dialogs: list[Dialog] = [
         [{"role": "user", "content": "What do I need to bake bread?"}],

@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import nn
 from .errors import CheckpointError, kind, path_to, read_file, what_is_it
 from .model import ModelArgs, Transformer
 from .parallel import ColumnParallelLinear, JoinedColumnParallelLinear, RowParallelLinear
+from .quantize import HEAD, Quantized, check_width, quantize
 from .runtime import model_parallel, progress
 
 # The dimension along which shards, and ranks, split a weight; None: the same in every shard.
@@ -36,6 +38,7 @@ SPLIT: dict[str, int | None] = {
 }  # fmt: skip
 NOT_WEIGHTS = {"rope.freqs"}  # in Meta's files, but computed here
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+QUANTIZED_AT_ONCE = 1 << 24  # weights joined from several shards at a time
 
 _NOT_FINITE = "holds NaN or infinity: the shards are damaged; compare with checklist.chk, fetch them again"
 _OTHER_MODEL = "params.json and the shards are not of one model; fetch them again"
@@ -226,6 +229,13 @@ def _check(model: Transformer, shards: Shards) -> None:
             raise CheckpointError(f"{file} holds the same numbers as {rows[row]}: a copy under another name; fetch it again")
 
 
+def check_widths(model: Transformer, kind: str) -> None:
+    """Raise DeviceError where this rank's part of a matrix cannot be quantized."""
+    for name, module in model.named_modules():
+        if isinstance(module, RowParallelLinear):
+            check_width(name, module.in_features, kind, module.ranks)
+
+
 def _why_not(name: str, tensor: torch.Tensor, whole: tuple[int, ...], n: int) -> str:
     if name == "tok_embeddings.weight" and tensor.ndim == 2 and tensor.shape[1] and whole[1] % tensor.shape[1] == 0:
         if tensor.shape[0] != whole[0]:
@@ -250,27 +260,32 @@ def cut(parts: list[torch.Tensor], dim: int, rank: int, ranks: int) -> list[torc
     return views
 
 
-def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
-    """Fill a model made on `meta` with this rank's part of the shards. Raises CheckpointError for NaN and infinity."""
-    rank, ranks = model_parallel()
-    plan: list[tuple[nn.Module, list[tuple[str, torch.Tensor]]]] = []  # each weight, and the stored pieces it is made of
+def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device: torch.device, kind: str | None = None) -> None:
+    """Fill a model made on `meta` with this rank's part of the shards, its matrices quantized if `kind` is given.
+
+    Raises CheckpointError for NaN and infinity.
+    """
+    plan: list[tuple[nn.Module, list[str], list[torch.Tensor]]] = []  # each weight, its names, and what it is read from
     for prefix, module in model.named_modules():
         if "weight" in module._parameters:
             names = module.names(prefix) if isinstance(module, JoinedColumnParallelLinear) else [f"{prefix}.weight"]
-            pieces = []
-            for name in names:
-                parts, dim = [tensors[name] for tensors in shards.values()], split_dim(name)
-                pieces += [(name, view) for view in (parts[:1] if dim is None else cut(parts, dim, rank, ranks))]
-            plan.append((module, pieces))
+            as_a_whole = kind is not None and isinstance(module, RowParallelLinear)  # scales are those of whole rows
+            views = [v for name in names for v in (_all_of(name, shards) if as_a_whole else _part_of(name, shards))]
+            plan.append((module, names, views))
     # The largest first: while little is held yet, one tensor more weighs least.
-    plan.sort(key=lambda item: -sum(view.numel() for _, view in item[1]))
+    plan.sort(key=lambda item: -sum(view.numel() for view in item[2]))
     ahead = itertools.islice(plan, 1, None)
-    for module, pieces in progress(plan, lambda item: sum(v.numel() for _, v in item[1]) * dtype.itemsize, "loading"):
-        for _, view in next(ahead, (None, []))[1]:
+    for module, names, views in progress(plan, lambda item: sum(v.nbytes for v in item[2]), "loading"):
+        for view in next(ahead, (None, [], []))[2]:
             _advise(view, _WILLNEED)  # the disk reads the next one while this one is packed
-        views, dim = [view for _, view in pieces], split_dim(pieces[0][0])
-        weight = views[0] if _in_place(views, dtype, device) else _join(views, dim or 0, dtype, device)
-        _refuse_what_is_not_finite(weight, pieces)
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and kind is not None:
+            own = HEAD if names == ["output.weight"] else kind
+            module.hold(Quantized.cat([q for name in names for q in _quantized(name, shards, own, dtype, device)]))
+            for view in views:
+                _advise(view, _DONTNEED)
+            continue
+        weight = views[0] if _in_place(views, dtype, device) else _join(views, split_dim(names[0]) or 0, dtype, device)
+        _refuse_what_is_not_finite(weight, names, shards)
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             module.hold(weight)
         else:
@@ -280,14 +295,40 @@ def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device:
         del weight  # before the next one is made
 
 
-def _refuse_what_is_not_finite(weight: torch.Tensor, pieces: list[tuple[str, torch.Tensor]]) -> None:
+def _all_of(name: str, shards: Shards) -> list[torch.Tensor]:
+    parts = [tensors[name] for tensors in shards.values()]
+    return parts[:1] if split_dim(name) is None else parts
+
+
+def _part_of(name: str, shards: Shards) -> list[torch.Tensor]:
+    """Views of what this rank takes of a stored weight."""
+    parts, dim = _all_of(name, shards), split_dim(name)
+    return parts if dim is None else cut(parts, dim, *model_parallel())
+
+
+def _quantized(name: str, shards: Shards, kind: str, dtype: torch.dtype, device: torch.device) -> Iterator[Quantized]:
+    """This rank's part of a stored weight, block by block of its rows."""
+    rank, ranks = model_parallel()
+    by_columns = split_dim(name) == 1
+    for views in [_all_of(name, shards)] if by_columns else [[view] for view in _part_of(name, shards)]:
+        width = sum(view.shape[1] for view in views)
+        step = max(1, QUANTIZED_AT_ONCE // width)
+        for i in range(0, views[0].shape[0], step):
+            rows = [view[i : i + step].to(device) for view in views]
+            block = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+            _refuse_what_is_not_finite(block, [name], shards)
+            found = quantize(block, kind, dtype)
+            yield found.columns(width * rank // ranks, width * (rank + 1) // ranks) if by_columns else found
+
+
+def _refuse_what_is_not_finite(weight: torch.Tensor, names: list[str], shards: Shards) -> None:
     # A sum is finite only if all its terms are, and costs one pass; it may overflow, so ask again if it is not.
     if weight.sum().isfinite() or weight.isfinite().all():
         return
-    for name, view in pieces:
-        if not view.isfinite().all():
+    for name in names:
+        if not all(view.isfinite().all() for view in _all_of(name, shards)):
             raise CheckpointError(f"{name} {_NOT_FINITE}")
-    name = next(name for name, view in pieces if not view.to(weight.dtype).isfinite().all())
+    name = next(n for n in names if not all(v.to(weight.dtype).isfinite().all() for v in _all_of(n, shards)))
     raise CheckpointError(f"{name} holds numbers too large for {weight.dtype}; leave dtype out, or use 'bfloat16' or 'float32'")
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypedDict
 
 import torch
 
-from . import checkpoint, memory, runtime
+from . import checkpoint, kernels, memory, runtime
 from .cache import Batch, chunked
 from .chat import (
     B_INST,
@@ -32,6 +32,7 @@ from .decode import Decoder
 from .errors import CheckpointError, DeviceError, InputError, kind
 from .memory import LOGPROB_CHUNK, PREFILL_CHUNK
 from .model import ModelArgs, Transformer
+from .quantize import KINDS
 from .sampling import logprobs_of, next_ids, sample_top_p
 from .tokenizer import Tokenizer, check_text
 
@@ -71,6 +72,7 @@ class Llama:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         compile: bool = False,
+        quantize: str | None = None,
     ) -> "Llama":
         """Load a checkpoint of Meta's, in any number of shards, on any number of ranks that divides its key/value heads.
 
@@ -78,6 +80,7 @@ class Llama:
         model_parallel_size: ranks that share one model; default WORLD_SIZE, or 1 in plain python.
         seed: of torch's default generator. device: default CUDA, else MPS, else CPU. dtype: default the stored one.
         compile: on CUDA, have torch.compile fuse a decode step's small kernels; the first steps of each size take seconds.
+        quantize: "int8" or "int4", of the matrices, while they are read; `dtype` is then that of all else.
         Raises LlamaError (CheckpointError, DeviceError, InputError) before any weight is loaded; only numbers that are
         not finite are found while loading. On the CPU the weights may be the mapped file: replace it, never overwrite it.
         """
@@ -86,6 +89,8 @@ class Llama:
                 raise InputError(f"{name} is {kind(value)}; it must be a whole number from 1 to {2**31 - 1:,}")
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
             raise InputError(f"seed is {kind(seed)}; it must be a whole number from -2**63 to 2**64 - 1")
+        if quantize is not None and (not isinstance(quantize, str) or quantize not in KINDS):
+            raise InputError(f"quantize is {kind(quantize)}; use {' or '.join(map(repr, KINDS))}, or leave it out")
         wanted = _dtype(dtype)
         where = runtime.start(device, model_parallel_size)
         if compile and where.type != "cuda":
@@ -97,12 +102,15 @@ class Llama:
             shards = checkpoint.open_shards(ckpt_dir)
             model = checkpoint.build_on_meta(params, shards, max_seq_len, max_batch_size, tokenizer.n_words)
             stored = next(iter(shards.values()))["tok_embeddings.weight"].dtype
-            free = runtime.free_memory(where)
-            memory.preflight(model.params, runtime.model_parallel()[1], wanted or stored, where, free)
+            ranks = runtime.model_parallel()[1]
+            if quantize is not None:
+                kernels.check(quantize, where, wanted or stored)
+                checkpoint.check_widths(model, quantize)
+            memory.preflight(model.params, ranks, wanted or stored, where, runtime.free_memory(where), quantize)
             return tokenizer, shards, model, wanted or stored
 
         tokenizer, shards, model, dtype = runtime.together(plan)
-        runtime.together(lambda: checkpoint.load_weights(model, shards, dtype, where))
+        runtime.together(lambda: checkpoint.load_weights(model, shards, dtype, where, quantize))
         runtime.together(model.allocate)
         if compile:
             model.compile()

@@ -2,37 +2,233 @@
 
 A parallel layer gives its weight to `pack` once, when it is loaded. Where there is nothing better than the weight itself
 and `F.linear`, it gets None.
+
+    weight      device                form
+    bfloat16    CPU with AVX-512      Packed: in blocks, for oneDNN's kernel
+    int8        CPU with VNNI         Int8Rows: the same; rows of x become 8 bit numbers too
+                others                Int8: as it is
+    int4        CPU                   Int4: for PyTorch's kernel; unpacked to multiply many rows
+                CUDA                  Int4Cuda: for PyTorch's kernel
 """
+
+import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from .errors import DeviceError
+from .quantize import GROUP, Quantized
+
 SMALLEST = 1 << 19  # bytes; calling oneDNN costs more than F.linear, and below this more than it saves
+FEW = 96  # rows up to which reading small numbers anew for each is faster than unpacking them once
+UNPACKED = 1 << 21  # weights unpacked at a time: they stay in a cache until they are multiplied
 
 
-class Packed:
-    """bfloat16 on the CPU, reordered once into the blocks that oneDNN's kernel reads."""
+class Kernel:
+    """A weight (out, in) in a form of its own, which multiplies x (..., in) to (..., out)."""
 
+    kind: str | None = None  # of quantization
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.requires_grad and torch.is_grad_enabled():  # which the kernels have no derivative for
+            return F.linear(x, self.dense())
+        return self.multiply(x) if x.ndim == 2 else self.multiply(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """x (N, in) -> (N, out)."""
+        raise NotImplementedError
+
+    def held(self) -> torch.Tensor | Quantized:
+        """What `pack` was given."""
+        raise NotImplementedError
+
+    def dense(self) -> torch.Tensor:
+        held = self.held()
+        return held.dense() if isinstance(held, Quantized) else held
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled as what it was made from: the form is this machine's."""
+        return pack, (self.held(),)
+
+
+class Packed(Kernel):
     def __init__(self, weight: torch.Tensor) -> None:
         self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if x.requires_grad and torch.is_grad_enabled():  # which the kernel has no derivative for
-            return F.linear(x, self.dense())
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.blocks, None, "none", [], "")
 
-    def dense(self) -> torch.Tensor:
+    def held(self) -> torch.Tensor:
         return self.blocks.to_dense()
 
-    def __reduce__(self) -> tuple[type["Packed"], tuple[torch.Tensor]]:
-        """Copied and pickled as the weight: the blocks are this machine's."""
-        return Packed, (self.dense(),)
+
+class Int8(Kernel):
+    """x @ q, times a scale for each output. Compiled, or by the CPU's kernel for few rows, it reads 8 bit numbers only."""
+
+    kind = "int8"
+
+    def __init__(self, weight: Quantized) -> None:
+        self.weight, self.scale = weight, weight.scale.flatten().to(weight.dtype)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == "cpu" and len(x) <= FEW:
+            return torch.ops.aten._weight_int8pack_mm(x, self.weight.q, self.scale)
+        return F.linear(x, self.weight.q.to(x.dtype)) * self.scale
+
+    def held(self) -> Quantized:
+        return self.weight
 
 
-def pack(weight: torch.Tensor) -> Packed | None:
+class Int8Rows(Kernel):
+    """Each row of x becomes whole numbers -127..127, too, so that 8 bit numbers are multiplied and summed exactly."""
+
+    kind = "int8"
+
+    def __init__(self, weight: Quantized) -> None:
+        self.blocks = torch.ops.onednn.qlinear_prepack(weight.q, None)
+        self.scale, self.dtype = weight.scale.flatten(), weight.dtype
+        self.zero = torch.zeros(len(self.scale), dtype=torch.int64)
+        self.out = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 1:  # its scale can be the kernel's: this saves three small kernels
+            scale = max(x.abs().max().item() / 127, 1e-30)
+            return self._product(x.float() * (1 / scale), scale).to(self.dtype)
+        # A scale of x's own dtype multiplies ten times faster. It is rounded, so 126 instead of 127.
+        scales = (x.abs().amax(1, keepdim=True) / 126).clamp_(min=torch.finfo(x.dtype).tiny)
+        return self._product(x.float() / scales.float(), 1.0).mul_(scales).to(self.dtype)
+
+    def _product(self, rows: torch.Tensor, scale: float) -> torch.Tensor:
+        # Unsigned with a zero point of 128: signed rows take a slow path. Cutting after + 128.5 is rounding.
+        weight = self.blocks, self.scale, self.zero
+        unsigned = rows.add_(128.5).to(torch.uint8)
+        return torch.ops.onednn.qlinear_pointwise(unsigned, scale, 128, *weight, None, 1.0, 0, self.out, "none", [], "")
+
+    def held(self) -> Quantized:
+        q = self.blocks.to_dense().t().contiguous()
+        return Quantized("int8", q, self.scale.unsqueeze(1), None, q.shape[1], self.dtype)
+
+
+class _Int4(Kernel):
+    """Groups of inputs with a scale and a zero each, (groups, out, 2)."""
+
+    kind = "int4"
+
+    def __init__(self, weight: Quantized, multiple: int) -> None:
+        self.in_features, self.out_features = weight.in_features, len(weight.q)
+        q = F.pad(weight.q, (0, 0, 0, -len(weight.q) % multiple))
+        assert weight.zero is not None
+        scales = torch.stack((weight.scale, weight.zero), dim=-1).transpose(0, 1).to(weight.dtype)
+        self.scales = F.pad(scales, (0, 0, 0, len(q) - self.out_features)).contiguous()
+        step = max(1, UNPACKED // q.shape[1] // multiple) * multiple
+        self.blocks = torch.cat([self._pack(q[i : i + step]) for i in range(0, len(q), step)])
+
+    def _pack(self, q: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _product(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """x and the product with the widths that the kernel needs."""
+        extra = GROUP * len(self.scales) - self.in_features
+        return self._product(F.pad(x, (0, extra)) if extra else x, self.scales)[:, : self.out_features]
+
+    def held(self) -> Quantized:
+        """The numbers as the kernel sees them: what it makes of unit rows, with scales of 1 and zeros of 0."""
+        ones = torch.zeros_like(self.scales, dtype=torch.bfloat16)
+        ones[..., 0] = 1
+        width = GROUP * len(self.scales)
+        q = []
+        for i in range(0, width, GROUP):
+            unit = ones.new_zeros(GROUP, width)
+            unit[:, i : i + GROUP].fill_diagonal_(1)
+            q.append(self._product(unit, ones)[:, : self.out_features].to(torch.int8))
+        scale, zero = self.scales[:, : self.out_features].transpose(0, 1).bfloat16().unbind(-1)
+        return Quantized("int4", torch.cat(q).t().contiguous(), scale, zero, self.in_features, self.scales.dtype)
+
+
+class Int4(_Int4):
+    def __init__(self, weight: Quantized) -> None:
+        super().__init__(weight, 64)
+
+    def _pack(self, q: torch.Tensor) -> torch.Tensor:
+        return _pack_int4(q)
+
+    def _product(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        if not _unpackable() or (len(x) <= FEW and x.dtype == torch.bfloat16):  # in float32 the kernel is ten times slower
+            return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.blocks, GROUP, scales)
+        n, K = len(self.blocks), x.shape[1]
+        step = min(n, max(64, UNPACKED // K // 64 * 64))
+        y, buffer = x.new_empty(len(x), n), x.new_empty(K * step)
+        scale, zero = scales.permute(2, 0, 1).contiguous().unsqueeze(2)  # (groups, 1, out)
+        for i in range(0, n, step):
+            out = slice(i, min(i + step, n))
+            q = _unpack_int4(self.blocks[out], buffer).view(-1, GROUP, out.stop - i)
+            y[:, out] = x @ torch.addcmul(zero[..., out], q, scale[..., out], out=q).flatten(0, 1)
+        return y
+
+
+def _pack_int4(q: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int() + 8, 1)
+
+
+def _unpack_int4(blocks: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """The weights (out, in) that PyTorch packed for AVX-512, as (in, out), in the buffer: 64 outputs by all inputs are a
+    block, where a byte holds outputs n and n + 32 of an input."""
+    pairs = blocks.view(-1, 2 * blocks.shape[1], 32).permute(1, 0, 2)  # (in, out / 64, 32)
+    q = buffer[: 2 * pairs.numel()].view(*pairs.shape[:2], 2, 32)
+    q[:, :, 0], q[:, :, 1] = (pairs & 15).view(torch.int8) - 8, (pairs >> 4).view(torch.int8) - 8
+    return q.flatten(1)
+
+
+@functools.cache
+def _unpackable() -> bool:
+    """Whether this machine's PyTorch packs as `_unpack_int4` expects; the blocks are no public format."""
+    q = (torch.arange(128 * 64).view(128, 64) * 2654435761 >> 7) % 16 - 8
+    blocks = _pack_int4(q.to(torch.int8))
+    return blocks.shape == (128, 32) and torch.equal(_unpack_int4(blocks, torch.empty(128 * 64)).t(), q.float())
+
+
+class Int4Cuda(_Int4):
+    def __init__(self, weight: Quantized) -> None:
+        super().__init__(weight, 8)
+
+    def _pack(self, q: torch.Tensor) -> torch.Tensor:
+        unsigned = (q + 8).to(torch.uint8)
+        tiles = next(n for n in (8, 4, 2) if q.shape[1] % (16 * n) == 0)
+        return torch.ops.aten._convert_weight_to_int4pack(unsigned[:, ::2] << 4 | unsigned[:, 1::2], tiles)
+
+    def _product(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten._weight_int4pack_mm(x.contiguous(), self.blocks, GROUP, scales)
+
+
+def pack(weight: torch.Tensor | Quantized) -> Kernel | None:
     """The form that multiplies (..., in) to (..., out) fastest, for a weight (out, in); None: the weight as it is."""
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or weight.nbytes < SMALLEST:
+    on_cpu, dtype = weight.device.type == "cpu", weight.dtype
+    if isinstance(weight, Quantized):
+        check(weight.kind, weight.device, dtype)
+        if weight.kind == "int4":
+            return Int4(weight) if on_cpu else Int4Cuda(weight)
+        vnni = on_cpu and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+        return Int8Rows(weight) if vnni else Int8(weight)
+    if not on_cpu or dtype != torch.bfloat16 or weight.nbytes < SMALLEST:
         return None
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return None
     return Packed(weight)
+
+
+def check(kind: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise DeviceError where there is no kernel for weights of this kind."""
+    if kind == "int4" and device.type == "mps":
+        raise DeviceError("quantize='int4' has no kernel on mps; use quantize='int8', or device='cpu'")
+    if kind == "int4" and device.type == "cuda":
+        if dtype != torch.bfloat16:
+            raise DeviceError(f"quantize='int4' on CUDA multiplies bfloat16 only, and dtype is {dtype}; use dtype='bfloat16'")
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise DeviceError(
+                f"quantize='int4' needs a GPU of compute capability 8.0, and {device} has {major}.{minor}; use quantize='int8'"
+            )

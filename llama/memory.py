@@ -4,20 +4,22 @@ import torch
 
 from .errors import DeviceError
 from .model import ModelArgs, ffn_width
+from .quantize import HEAD, KINDS, bytes_per_weight
 
 PREFILL_CHUNK = 2048  # ids of prompts in one forward: enough to fill any machine; bounds what activations take
 LOGPROB_CHUNK = 512  # positions whose logits stand in memory at once
 SMALLEST_WINDOW = 16  # a shorter max_seq_len is no advice
 
 
-def weight_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype) -> int:
-    """One rank's share of the weights: matrices are split, norms are on every rank."""
+def weight_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype, kind: str | None = None) -> int:
+    """One rank's share of the weights: matrices are split, norms are on every rank. `kind`: of quantization."""
     kv_width = args.kv_heads * args.head_dim
     width = ffn_width(4 * args.dim, args.multiple_of, args.ffn_dim_multiplier)
     layer = 2 * args.dim * args.dim + 2 * args.dim * kv_width + 3 * args.dim * width
-    split = 2 * args.vocab_size * args.dim + args.n_layers * layer
-    norms = (2 * args.n_layers + 1) * args.dim
-    return (split // ranks + norms) * dtype.itemsize
+    embedding = args.vocab_size * args.dim
+    matrices = args.n_layers * layer * bytes_per_weight(kind, dtype) + embedding * bytes_per_weight(kind and HEAD, dtype)
+    norms = (2 * args.n_layers + 1) * args.dim * dtype.itemsize
+    return int(embedding * dtype.itemsize + matrices) // ranks + norms
 
 
 def cache_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype) -> int:
@@ -33,15 +35,17 @@ def working_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype) -> int:
     return activations + 3 * LOGPROB_CHUNK * args.vocab_size * 4
 
 
-def preflight(args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.device, free: int | None) -> None:
+def preflight(
+    args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.device, free: int | None, kind: str | None = None
+) -> None:
     """Raise DeviceError if all this exceeds the `free` bytes, saying which single change would make it fit."""
 
-    def need(args: ModelArgs = args, ranks: int = ranks, dtype: torch.dtype = dtype) -> int:
-        return weight_bytes(args, ranks, dtype) + cache_bytes(args, ranks, dtype) + working_bytes(args, ranks, dtype)
+    def need(ranks: int = ranks, dtype: torch.dtype = dtype, kind: str | None = kind) -> int:
+        return weight_bytes(args, ranks, dtype, kind) + cache_bytes(args, ranks, dtype) + working_bytes(args, ranks, dtype)
 
     if free is None or need() <= free:
         return
-    weights, cache = weight_bytes(args, ranks, dtype), cache_bytes(args, ranks, dtype)
+    weights, cache = weight_bytes(args, ranks, dtype, kind), cache_bytes(args, ranks, dtype)
     room, ways = max(free - weights - working_bytes(args, ranks, dtype), 0), []
     window = room * args.max_seq_len // cache
     rows = room * args.max_batch_size // cache
@@ -54,14 +58,19 @@ def preflight(args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.dev
         ways.append(f"max_batch_size=1 with max_seq_len={window_of_one}")
     if dtype.itemsize > 2 and need(dtype=torch.bfloat16) <= free:
         ways.append(f"dtype='bfloat16' ({_gb(need(dtype=torch.bfloat16))})")
+    for smaller in list(KINDS)[list(KINDS).index(kind) + 1 if kind else 0 :]:
+        if need(kind=smaller) <= free:
+            ways.append(f"quantize='{smaller}' ({_gb(need(kind=smaller))})")
+            break
     width = ffn_width(4 * args.dim, args.multiple_of, args.ffn_dim_multiplier)
     for more in range(ranks + 1, args.kv_heads + 1):
         if not (args.kv_heads % more or args.vocab_size % more or width % more) and need(ranks=more) <= free:
             where = "on machines of their own" if device.type == "cpu" else "with a GPU each"
             ways.append(f"{more} ranks {where} ({_gb(need(ranks=more))} each)")
             break
+    held_as = kind or str(dtype).removeprefix("torch.")
     raise DeviceError(
-        f"the model does not fit on {device}: {_gb(weights)} of weights ({str(dtype).removeprefix('torch.')}) and {_gb(cache)} "
+        f"the model does not fit on {device}: {_gb(weights)} of weights ({held_as}) and {_gb(cache)} "
         f"of cache (max_seq_len={args.max_seq_len}, max_batch_size={args.max_batch_size}) on each of {ranks} rank(s), with "
         f"{_gb(working_bytes(args, ranks, dtype))} to compute in, make {_gb(need())}, but {_gb(free)} are free. "
         + (f"It fits with {', or '.join(ways)}." if ways else "No change of length, rows, dtype or ranks makes it fit here.")

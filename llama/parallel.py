@@ -21,7 +21,8 @@ from fairscale.nn.model_parallel.mappings import (
 from torch import nn
 
 from .errors import DeviceError
-from .kernels import Packed, pack
+from .kernels import Kernel, pack
+from .quantize import Quantized, quantize
 from .runtime import model_parallel
 
 
@@ -42,39 +43,39 @@ def _weight(rows: int, columns: int) -> nn.Parameter:
 
 class _ParallelLinear(nn.Module):
     weight: nn.Parameter | None
-    packed: Packed | None = None
+    packed: Kernel | None = None
 
-    def hold(self, weight: torch.Tensor) -> None:
+    def hold(self, weight: torch.Tensor | Quantized) -> None:
         """Take this rank's weight, for inference, in the form that multiplies fastest."""
         self.packed = pack(weight)
-        self.weight = None if self.packed else nn.Parameter(weight, requires_grad=False)
+        self.weight = nn.Parameter(weight, requires_grad=False) if self.packed is None else None  # type: ignore[arg-type]
 
-    def _unpack(self) -> bool:
-        """Hold the weight as it was; says whether it was packed."""
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:  # `to` another dtype or device
         if self.packed is None:
-            return False
-        self.weight, self.packed = nn.Parameter(self.packed.dense(), requires_grad=False), None
-        return True
-
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        was_packed = self._unpack()  # `to` another dtype or device
-        super()._apply(fn, recurse)
-        if was_packed and self.weight is not None:
-            self.hold(self.weight.detach())
+            return super()._apply(fn, recurse)
+        held = self.packed.held()
+        if isinstance(held, Quantized):
+            like = fn(torch.empty(0, dtype=held.dtype, device=held.device))
+            self.hold(held.to(like.device, like.dtype))
+        else:
+            self.hold(fn(held))
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        was_packed = self._unpack()
+        packed = self.packed
+        if packed is not None:
+            self.weight, self.packed = nn.Parameter(packed.dense(), requires_grad=False), None
         super()._load_from_state_dict(*args)
-        if was_packed and self.weight is not None:
-            self.hold(self.weight.detach())
+        if packed is not None and self.weight is not None:
+            weight = self.weight.detach()
+            self.hold(quantize(weight, packed.kind) if packed.kind else weight)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out), this rank's part of the product."""
         return self.packed(x) if self.packed else F.linear(x, self.weight)  # type: ignore[arg-type]
 
     def dense(self) -> torch.Tensor:
-        """This rank's weight (out, in), as it was before it was packed."""
+        """This rank's weight (out, in), as it was before it was packed; a quantized one as what it stands for."""
         return self.packed.dense() if self.packed else self.weight  # type: ignore[return-value]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

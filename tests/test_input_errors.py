@@ -83,6 +83,7 @@ def test_ranks_announced_by_halves(monkeypatch: pytest.MonkeyPatch, small: Simpl
 
 SEVEN_B = ModelArgs(vocab_size=32000, max_seq_len=4096, max_batch_size=8)
 CODE = replace(SEVEN_B, vocab_size=32016)  # which 32 ranks do not divide
+SHORT = replace(SEVEN_B, max_seq_len=16)
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
@@ -91,13 +92,14 @@ BF16, FP32 = torch.bfloat16, torch.float32
     [
         (SEVEN_B, BF16, 1, 20 * 10**9, {"max_seq_len", "max_batch_size", "ranks"}),
         (SEVEN_B, BF16, 1, 14 * 10**9, {"max_seq_len", "ranks"}),
+        (SHORT, BF16, 1, 7 * 10**9, {"int8", "ranks"}),
         (SEVEN_B, BF16, 1, 13_490_000_000, {"max_batch_size=1 with max_seq_len", "ranks"}),
-        (SEVEN_B, FP32, 1, 40 * 10**9, {"max_seq_len", "max_batch_size", "dtype", "ranks"}),
+        (SEVEN_B, FP32, 1, 40 * 10**9, {"max_seq_len", "max_batch_size", "dtype", "int4", "ranks"}),
         (SEVEN_B, FP32, 2, 17 * 10**9, {"max_seq_len", "max_batch_size", "dtype", "ranks"}),
         (SEVEN_B, FP32, 1, 16 * 10**9, {"ranks"}),
-        (SEVEN_B, FP32, 16, 25 * 10**8, {"max_seq_len", "max_batch_size", "dtype", "ranks"}),
-        (SEVEN_B, BF16, 32, 7 * 10**8, {"max_seq_len", "max_batch_size"}),
-        (CODE, FP32, 16, 25 * 10**8, {"max_seq_len", "max_batch_size", "dtype"}),
+        (SEVEN_B, FP32, 16, 25 * 10**8, {"max_seq_len", "max_batch_size", "dtype", "int4", "ranks"}),
+        (SEVEN_B, BF16, 32, 7 * 10**8, {"max_seq_len", "max_batch_size", "int4"}),
+        (CODE, FP32, 16, 25 * 10**8, {"max_seq_len", "max_batch_size", "dtype", "int4"}),
         (SEVEN_B, FP32, 1, 10**6, set()),
     ],
 )
@@ -106,10 +108,10 @@ def test_each_advice_of_the_preflight_fits_and_nothing_larger(
 ) -> None:
     free += memory.working_bytes(args, ranks, dtype)
 
-    def preflight(args: ModelArgs = args, ranks: int = ranks, dtype: torch.dtype = dtype) -> None:
-        memory.preflight(args, ranks, dtype, torch.device("cpu"), free)
+    def preflight(args: ModelArgs = args, ranks: int = ranks, dtype: torch.dtype = dtype, kind: str | None = None) -> None:
+        memory.preflight(args, ranks, dtype, torch.device("cpu"), free, kind)
 
-    with pytest.raises(DeviceError, match="max_seq_len=4096, max_batch_size=8") as caught:
+    with pytest.raises(DeviceError, match=rf"max_seq_len={args.max_seq_len}, max_batch_size=8") as caught:
         preflight()
     facts, _, advice = str(caught.value).partition("It fits with ")
     assert f"{memory._gb(free)} are free" in facts and f"{ranks} rank(s)" in facts
@@ -129,6 +131,12 @@ def test_each_advice_of_the_preflight_fits_and_nothing_larger(
         elif re.fullmatch(r"dtype='bfloat16' \(\d+\.\d\d GB\)", way):
             name = "dtype"
             preflight(dtype=BF16)
+        elif match := re.fullmatch(r"quantize='(int8|int4)' \(\d+\.\d\d GB\)", way):
+            name = match[1]
+            preflight(kind=name)
+            if name == "int4":
+                with pytest.raises(DeviceError):
+                    preflight(kind="int8")
         elif match := re.fullmatch(r"(\d+) ranks on machines of their own \(\d+\.\d\d GB each\)", way):
             name, value = "ranks", int(match[1])
             preflight(ranks=value)

@@ -21,7 +21,7 @@ NAMES = {
 }
 SIGNATURES = {
     Llama.build: "ckpt_dir, tokenizer_path, max_seq_len=512, max_batch_size=8, model_parallel_size=None, seed=1, "
-    "*, device=None, dtype=None, compile=False",
+    "*, device=None, dtype=None, compile=False, quantize=None",
     Llama.__init__: "self, model, tokenizer",
     Llama.generate: "self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, logprobs=False, echo=False",
     Llama.text_completion: "self, prompts, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False, echo=False",
@@ -39,7 +39,7 @@ SIGNATURES = {
     llama.sampling.sample_top_p: "probs, p",
 }
 # A file imports only from files above it.
-ROOMS = """errors runtime demo kernels parallel cache attention model decode memory tokenizer chat sampling checkpoint
+ROOMS = """errors runtime demo quantize kernels parallel cache attention model decode memory tokenizer chat sampling checkpoint
 generation __init__""".split()
 
 

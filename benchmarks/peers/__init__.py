@@ -63,7 +63,7 @@ class Entry(NamedTuple):
 
 
 PEERS = {
-    "ours": Entry("peers.ours", "Ours", {"compile"}),
+    "ours": Entry("peers.ours", "Ours", {"compile", "int8", "int4"}),
     "transformers": Entry("peers.hugging_face", "Transformers", set()),
     "llama.cpp": Entry("peers.llamacpp", "LlamaCpp", {"Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"}),
     "reference": Entry("peers.reference", "Reference", set()),

@@ -15,6 +15,7 @@ import torch
 from common import report
 
 from llama import ModelArgs
+from llama.quantize import HEAD, KINDS, bytes_per_weight
 from peers import GGUF_TYPES, Job
 
 NAMES = {  # Meta's: transformers', llama.cpp's
@@ -135,8 +136,13 @@ def step_bytes(job: Job, weights: Weights) -> int:
         import gguf
 
         return sum(int(t.n_bytes) for t in gguf.GGUFReader(job.gguf).tensors if t.name != "token_embd.weight")
-    width = getattr(torch, job.dtype).itemsize
-    return sum(w.numel() * width for name, w in weights.items() if not name.startswith("tok_embeddings"))
+    dtype, kind = getattr(torch, job.dtype), job.variant if job.variant in KINDS else None
+
+    def size(name: str, weight: torch.Tensor) -> float:
+        of_its_own = kind and HEAD if name.startswith("output") else None if weight.ndim == 1 else kind
+        return weight.numel() * bytes_per_weight(of_its_own, dtype)
+
+    return round(sum(size(name, w) for name, w in weights.items() if not name.startswith("tok_embeddings")))
 
 
 def main() -> None:

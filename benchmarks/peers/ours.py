@@ -11,7 +11,7 @@ from peers import MOST_ROWS, WINDOW, Answer, Job
 class Ours:
     def __init__(self, job: Job) -> None:
         torch.set_num_threads(job.threads)
-        options = {"compile": True} if job.variant == "compile" else {}
+        options = {"compile": True} if job.variant == "compile" else {"quantize": job.variant or None}
         self.llama = Llama.build(job.ckpt, job.tokenizer, 512, 1, device=job.device, dtype=job.dtype, **options)
         self.llama.tokenizer.eos_id = -2  # nothing ends a row
 
