@@ -1,32 +1,23 @@
-"""Meta's checkpoints: find, check, reshard, load.
+"""Meta's checkpoints: find them, and check them before anything is allocated.
 
-A checkpoint of n shards is loaded on m ranks, whatever n and m: of each matrix, rank r takes the r-th of m equal parts
-of the n stored parts joined. Shards are memory-mapped. Where a rank's part is a stored tensor as it is, the mapped file
-is the weight; else its views are joined, or packed for the kernel, tensor by tensor, so that a rank holds its own
-weights and one tensor more at most. All is checked before anything is allocated, but the numbers, which are checked as
-they are read. Nothing in a file is ever executed.
+Shards are memory-mapped: names and shapes are read, and only of the small tensors the numbers (loading.py checks the
+others as it reads them). Nothing in a file is ever executed.
 """
 
-import ctypes
-import itertools
 import json
-import mmap
 import os
 import pickle
 import re
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .errors import CheckpointError, kind, path_to, read_file, what_is_it
 from .model import ModelArgs, Transformer
-from .parallel import ColumnParallelLinear, JoinedColumnParallelLinear, RowParallelLinear
-from .quantize import HEAD, Quantized, check_width, quantize
-from .runtime import model_parallel, progress
+from .quantize import KINDS
+from .runtime import model_parallel
 
 # The dimension along which shards, and ranks, split a weight; None: the same in every shard.
 SPLIT: dict[str, int | None] = {
@@ -38,9 +29,8 @@ SPLIT: dict[str, int | None] = {
 }  # fmt: skip
 NOT_WEIGHTS = {"rope.freqs"}  # in Meta's files, but computed here
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-QUANTIZED_AT_ONCE = 1 << 24  # weights joined from several shards at a time
 
-_NOT_FINITE = "holds NaN or infinity: the shards are damaged; compare with checklist.chk, fetch them again"
+NOT_FINITE = "holds NaN or infinity: the shards are damaged; compare with checklist.chk, fetch them again"
 _OTHER_MODEL = "params.json and the shards are not of one model; fetch them again"
 _MADE_BY = {"wk": "n_heads, n_kv_heads", "w1": "multiple_of, ffn_dim_multiplier", "norm": "dim"}  # key of a wrong shape
 
@@ -104,6 +94,9 @@ def _what_instead(folder: Path) -> str:
     names = _names(folder)
     if not names:
         return "the folder is empty"
+    for kind_ in KINDS:
+        if f"{kind_}.safetensors" in names:
+            return f"it holds quantized weights: build with quantize={kind_!r}"
     if any(n == "config.json" or n.endswith(".safetensors") or n.startswith("pytorch_model") for n in names):
         return (
             "the folder is in Hugging Face layout; this library reads Meta's own files "
@@ -164,9 +157,14 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def build_on_meta(
-    params: dict[str, Any], shards: Shards, max_seq_len: int, max_batch_size: int, vocab_size: int
+    params: dict[str, Any],
+    shards: Shards,
+    max_seq_len: int,
+    max_batch_size: int,
+    vocab_size: int,
+    check: Callable[[Transformer, Shards], None],
 ) -> Transformer:
-    """The Transformer of params.json, without memory, after checking that the shards hold its tensors and no others."""
+    """The Transformer of params.json, without memory, after `check`ing that the shards hold it."""
     args = ModelArgs(**{**params, "vocab_size": vocab_size}, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     stored = {name for tensors in shards.values() for name in tensors}
     layers = len({n.split(".")[1] for n in stored if n.startswith("layers.")})
@@ -182,20 +180,25 @@ def build_on_meta(
             model = Transformer(args)
     except (RuntimeError, OverflowError) as e:
         raise CheckpointError(f"params.json describes tensors larger than any memory: {params}") from e
-    _check(model, shards)
+    check(model, shards)
     return model
 
 
-def _check(model: Transformer, shards: Shards) -> None:
-    n, ranks = len(shards), model_parallel()[1]
-    expected = {}
+def expected_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
+    """By Meta's names, of the weights whole."""
+    ranks, expected = model_parallel()[1], {}
     # The last norm first, whose shape says whether `dim` is right, and so whether there are as many shards as there must be.
     for name, weight in sorted(model.state_dict().items(), key=lambda item: item[0] != "norm.weight"):
         shape, dim = list(weight.shape), split_dim(name)
         if dim is not None:
             shape[dim] *= ranks
         expected[name] = tuple(shape)
+    return expected
 
+
+def check(model: Transformer, shards: Shards) -> None:
+    """Raise CheckpointError unless the shards hold a model's tensors, and no others, and are of one model."""
+    n, expected = len(shards), expected_shapes(model)
     for file, tensors in shards.items():
         for verb, names in (
             ("lacks", expected.keys() - tensors.keys()),
@@ -220,20 +223,13 @@ def _check(model: Transformer, shards: Shards) -> None:
         for name in expected:
             if split_dim(name) is None:
                 if not tensors[name].isfinite().all():
-                    raise CheckpointError(f"{file}: {name} {_NOT_FINITE}")
+                    raise CheckpointError(f"{file}: {name} {NOT_FINITE}")
                 # Meta's are equal; derived files may differ by rounding, those of another model by far more.
                 if not torch.allclose(reference[name].float(), tensors[name].float(), rtol=0.05, atol=0.02):
                     raise CheckpointError(f"{name} differs between {first} and {file}: they are shards of different models")
         row = tuple(tensors["layers.0.attention.wq.weight"][0].tolist())
         if rows.setdefault(row, file) != file and len(set(row)) > 1:
             raise CheckpointError(f"{file} holds the same numbers as {rows[row]}: a copy under another name; fetch it again")
-
-
-def check_widths(model: Transformer, kind: str) -> None:
-    """Raise DeviceError where this rank's part of a matrix cannot be quantized."""
-    for name, module in model.named_modules():
-        if isinstance(module, RowParallelLinear):
-            check_width(name, module.in_features, kind, module.ranks)
 
 
 def _why_not(name: str, tensor: torch.Tensor, whole: tuple[int, ...], n: int) -> str:
@@ -243,123 +239,3 @@ def _why_not(name: str, tensor: torch.Tensor, whole: tuple[int, ...], n: int) ->
         return f"one of {whole[1] // tensor.shape[1]} parts of {whole}, but there are {n} shards: some are missing, or too many"
     hint = next((f" (see {keys})" for part, keys in _MADE_BY.items() if part in name), "")
     return f"where params.json{hint} makes {whole} in {n} shard(s): {_OTHER_MODEL}"
-
-
-def cut(parts: list[torch.Tensor], dim: int, rank: int, ranks: int) -> list[torch.Tensor]:
-    """Views that, joined along `dim`, are the rank-th of `ranks` equal parts of the joined `parts`.
-
-    3 parts of 4 rows, 2 ranks: rank 0 takes rows 0..6, which is part 0 whole and rows 0..2 of part 1.
-    """
-    width = parts[0].shape[dim]
-    first, last = (width * len(parts) * r // ranks for r in (rank, rank + 1))
-    views = []
-    for i, part in enumerate(parts):
-        begin, end = max(first - i * width, 0), min(last - i * width, width)
-        if begin < end:
-            views.append(part.narrow(dim, begin, end - begin))
-    return views
-
-
-def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device: torch.device, kind: str | None = None) -> None:
-    """Fill a model made on `meta` with this rank's part of the shards, its matrices quantized if `kind` is given.
-
-    Raises CheckpointError for NaN and infinity.
-    """
-    plan: list[tuple[nn.Module, list[str], list[torch.Tensor]]] = []  # each weight, its names, and what it is read from
-    for prefix, module in model.named_modules():
-        if "weight" in module._parameters:
-            names = module.names(prefix) if isinstance(module, JoinedColumnParallelLinear) else [f"{prefix}.weight"]
-            as_a_whole = kind is not None and isinstance(module, RowParallelLinear)  # scales are those of whole rows
-            views = [v for name in names for v in (_all_of(name, shards) if as_a_whole else _part_of(name, shards))]
-            plan.append((module, names, views))
-    # The largest first: while little is held yet, one tensor more weighs least.
-    plan.sort(key=lambda item: -sum(view.numel() for view in item[2]))
-    ahead = itertools.islice(plan, 1, None)
-    for module, names, views in progress(plan, lambda item: sum(v.nbytes for v in item[2]), "loading"):
-        for view in next(ahead, (None, [], []))[2]:
-            _advise(view, _WILLNEED)  # the disk reads the next one while this one is packed
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and kind is not None:
-            own = HEAD if names == ["output.weight"] else kind
-            module.hold(Quantized.cat([q for name in names for q in _quantized(name, shards, own, dtype, device)]))
-            for view in views:
-                _advise(view, _DONTNEED)
-            continue
-        weight = views[0] if _in_place(views, dtype, device) else _join(views, split_dim(names[0]) or 0, dtype, device)
-        _refuse_what_is_not_finite(weight, names, shards)
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-            module.hold(weight)
-        else:
-            module.weight = nn.Parameter(weight, requires_grad=False)
-        if module.weight is None and weight is views[0]:  # packed straight from the file
-            _advise(views[0], _DONTNEED)
-        del weight  # before the next one is made
-
-
-def _all_of(name: str, shards: Shards) -> list[torch.Tensor]:
-    parts = [tensors[name] for tensors in shards.values()]
-    return parts[:1] if split_dim(name) is None else parts
-
-
-def _part_of(name: str, shards: Shards) -> list[torch.Tensor]:
-    """Views of what this rank takes of a stored weight."""
-    parts, dim = _all_of(name, shards), split_dim(name)
-    return parts if dim is None else cut(parts, dim, *model_parallel())
-
-
-def _quantized(name: str, shards: Shards, kind: str, dtype: torch.dtype, device: torch.device) -> Iterator[Quantized]:
-    """This rank's part of a stored weight, block by block of its rows."""
-    rank, ranks = model_parallel()
-    by_columns = split_dim(name) == 1
-    for views in [_all_of(name, shards)] if by_columns else [[view] for view in _part_of(name, shards)]:
-        width = sum(view.shape[1] for view in views)
-        step = max(1, QUANTIZED_AT_ONCE // width)
-        for i in range(0, views[0].shape[0], step):
-            rows = [view[i : i + step].to(device) for view in views]
-            block = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
-            _refuse_what_is_not_finite(block, [name], shards)
-            found = quantize(block, kind, dtype)
-            yield found.columns(width * rank // ranks, width * (rank + 1) // ranks) if by_columns else found
-
-
-def _refuse_what_is_not_finite(weight: torch.Tensor, names: list[str], shards: Shards) -> None:
-    # A sum is finite only if all its terms are, and costs one pass; it may overflow, so ask again if it is not.
-    if weight.sum().isfinite() or weight.isfinite().all():
-        return
-    for name in names:
-        if not all(view.isfinite().all() for view in _all_of(name, shards)):
-            raise CheckpointError(f"{name} {_NOT_FINITE}")
-    name = next(n for n in names if not all(v.to(weight.dtype).isfinite().all() for v in _all_of(n, shards)))
-    raise CheckpointError(f"{name} holds numbers too large for {weight.dtype}; leave dtype out, or use 'bfloat16' or 'float32'")
-
-
-def _in_place(views: list[torch.Tensor], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the mapped file can itself be the weight: no copy, and one copy in memory for all who map it."""
-    first = views[0]
-    aligned = first.data_ptr() % 64 == 0  # as torch.save writes them
-    return len(views) == 1 and first.is_contiguous() and aligned and first.dtype == dtype and device.type == "cpu"
-
-
-def _join(views: list[torch.Tensor], dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    shape = list(views[0].shape)
-    shape[dim] = sum(view.shape[dim] for view in views)
-    joined, filled = torch.empty(shape, dtype=dtype, device=device), 0
-    for view in views:
-        joined.narrow(dim, filled, view.shape[dim]).copy_(view)
-        filled += view.shape[dim]
-        _advise(view, _DONTNEED)
-    return joined
-
-
-_libc = ctypes.CDLL(None) if sys.platform in ("linux", "darwin") else None
-_WILLNEED, _DONTNEED = 3, 4
-
-
-def _advise(view: torch.Tensor, advice: int) -> None:
-    """Tell the system about the mapped pages under a view: to read them ahead, or that they are needed no longer. These
-    stay in the page cache, but would count as ours until the last tensor of the shard is gone, and so double the peak."""
-    if _libc is None or view.numel() == 0:
-        return
-    begin = view.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    strides = zip(view.shape, view.stride(), strict=True)
-    end = view.data_ptr() + (1 + sum((size - 1) * stride for size, stride in strides)) * view.element_size()
-    _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)

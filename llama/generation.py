@@ -12,7 +12,7 @@ from typing import NamedTuple, TypedDict
 
 import torch
 
-from . import checkpoint, kernels, memory, runtime
+from . import checkpoint, kernels, loading, memory, runtime, saved
 from .cache import Batch, chunked
 from .chat import (
     B_INST,
@@ -99,18 +99,20 @@ class Llama:
         def plan() -> tuple[Tokenizer, checkpoint.Shards, Transformer, torch.dtype]:
             params = checkpoint.read_params(ckpt_dir)
             tokenizer = Tokenizer(tokenizer_path)
-            shards = checkpoint.open_shards(ckpt_dir)
-            model = checkpoint.build_on_meta(params, shards, max_seq_len, max_batch_size, tokenizer.n_words)
+            quantized = saved.open_saved(ckpt_dir, quantize) if quantize else None
+            shards = quantized or checkpoint.open_shards(ckpt_dir)
+            check = saved.check if quantized else checkpoint.check
+            model = checkpoint.build_on_meta(params, shards, max_seq_len, max_batch_size, tokenizer.n_words, check)
             stored = next(iter(shards.values()))["tok_embeddings.weight"].dtype
             ranks = runtime.model_parallel()[1]
             if quantize is not None:
                 kernels.check(quantize, where, wanted or stored)
-                checkpoint.check_widths(model, quantize)
+                loading.check_widths(model, quantize)
             memory.preflight(model.params, ranks, wanted or stored, where, runtime.free_memory(where), quantize)
             return tokenizer, shards, model, wanted or stored
 
         tokenizer, shards, model, dtype = runtime.together(plan)
-        runtime.together(lambda: checkpoint.load_weights(model, shards, dtype, where, quantize))
+        runtime.together(lambda: loading.load_weights(model, shards, dtype, where, quantize))
         runtime.together(model.allocate)
         if compile:
             model.compile()

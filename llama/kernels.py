@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .errors import DeviceError
-from .quantize import GROUP, Quantized
+from .quantize import Quantized
 
 SMALLEST = 1 << 19  # bytes; calling oneDNN costs more than F.linear, and below this more than it saves
 FEW = 96  # rows up to which reading small numbers anew for each is faster than unpacking them once
@@ -72,7 +72,8 @@ class Int8(Kernel):
         self.weight, self.scale = weight, weight.scale.flatten().to(weight.dtype)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type == "cpu" and len(x) <= FEW:
+        # The CPU's kernel reads beyond the end of widths that are no multiple of 16.
+        if x.device.type == "cpu" and len(x) <= FEW and not any(size % 32 for size in self.weight.q.shape):
             return torch.ops.aten._weight_int8pack_mm(x, self.weight.q, self.scale)
         return F.linear(x, self.weight.q.to(x.dtype)) * self.scale
 
@@ -86,7 +87,7 @@ class Int8Rows(Kernel):
     kind = "int8"
 
     def __init__(self, weight: Quantized) -> None:
-        self.blocks = torch.ops.onednn.qlinear_prepack(weight.q, None)
+        self.blocks = torch.ops.onednn.qlinear_prepack(weight.q.contiguous(), None)  # else it is misread
         self.scale, self.dtype = weight.scale.flatten(), weight.dtype
         self.zero = torch.zeros(len(self.scale), dtype=torch.int64)
         self.out = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
@@ -116,7 +117,7 @@ class _Int4(Kernel):
     kind = "int4"
 
     def __init__(self, weight: Quantized, multiple: int) -> None:
-        self.in_features, self.out_features = weight.in_features, len(weight.q)
+        self.in_features, self.out_features, self.group = weight.in_features, len(weight.q), weight.group
         q = F.pad(weight.q, (0, 0, 0, -len(weight.q) % multiple))
         assert weight.zero is not None
         scales = torch.stack((weight.scale, weight.zero), dim=-1).transpose(0, 1).to(weight.dtype)
@@ -131,19 +132,20 @@ class _Int4(Kernel):
         raise NotImplementedError
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """x and the product with the widths that the kernel needs."""
-        extra = GROUP * len(self.scales) - self.in_features
-        return self._product(F.pad(x, (0, extra)) if extra else x, self.scales)[:, : self.out_features]
+        """By the widths that the kernel needs."""
+        more_in = self.group * len(self.scales) - self.in_features
+        y = self._product(F.pad(x, (0, more_in)) if more_in else x, self.scales)
+        return y if y.shape[1] == self.out_features else y[:, : self.out_features]
 
     def held(self) -> Quantized:
         """The numbers as the kernel sees them: what it makes of unit rows, with scales of 1 and zeros of 0."""
         ones = torch.zeros_like(self.scales, dtype=torch.bfloat16)
         ones[..., 0] = 1
-        width = GROUP * len(self.scales)
+        width = self.group * len(self.scales)
         q = []
-        for i in range(0, width, GROUP):
-            unit = ones.new_zeros(GROUP, width)
-            unit[:, i : i + GROUP].fill_diagonal_(1)
+        for i in range(0, width, self.group):
+            unit = ones.new_zeros(self.group, width)
+            unit[:, i : i + self.group].fill_diagonal_(1)
             q.append(self._product(unit, ones)[:, : self.out_features].to(torch.int8))
         scale, zero = self.scales[:, : self.out_features].transpose(0, 1).bfloat16().unbind(-1)
         return Quantized("int4", torch.cat(q).t().contiguous(), scale, zero, self.in_features, self.scales.dtype)
@@ -158,15 +160,16 @@ class Int4(_Int4):
 
     def _product(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         if not _unpackable() or (len(x) <= FEW and x.dtype == torch.bfloat16):  # in float32 the kernel is ten times slower
-            return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.blocks, GROUP, scales)
+            return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.blocks, self.group, scales)
         n, K = len(self.blocks), x.shape[1]
         step = min(n, max(64, UNPACKED // K // 64 * 64))
         y, buffer = x.new_empty(len(x), n), x.new_empty(K * step)
         scale, zero = scales.permute(2, 0, 1).contiguous().unsqueeze(2)  # (groups, 1, out)
         for i in range(0, n, step):
             out = slice(i, min(i + step, n))
-            q = _unpack_int4(self.blocks[out], buffer).view(-1, GROUP, out.stop - i)
-            y[:, out] = x @ torch.addcmul(zero[..., out], q, scale[..., out], out=q).flatten(0, 1)
+            q = _unpack_int4(self.blocks[out], buffer).view(-1, self.group, out.stop - i)
+            weight = torch.addcmul(zero[..., out], q, scale[..., out], out=q).flatten(0, 1)
+            torch.mm(x, weight, out=y[:, out])
         return y
 
 
@@ -201,7 +204,7 @@ class Int4Cuda(_Int4):
         return torch.ops.aten._convert_weight_to_int4pack(unsigned[:, ::2] << 4 | unsigned[:, 1::2], tiles)
 
     def _product(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten._weight_int4pack_mm(x.contiguous(), self.blocks, GROUP, scales)
+        return torch.ops.aten._weight_int4pack_mm(x.contiguous(), self.blocks, self.group, scales)
 
 
 def pack(weight: torch.Tensor | Quantized) -> Kernel | None:

@@ -6,7 +6,7 @@ A weight (out, in) becomes small whole numbers q. Each group of neighbouring inp
     weight[o, i] = q[o, i] * scale[o, i // group] + zero[o, i // group]
 
     int8    q -127..127; one group: the whole row; scale in float32, no zero
-    int4    q -8..7; groups of 32 inputs; scale and zero in bfloat16
+    int4    q -8..7; groups of 64 inputs, or 32 in narrow rows; scale and zero in bfloat16
 
 Both are read off whole rows of the weight as it was trained. So they need no text, and are the same whatever the number
 of shards and ranks: a rank holds its part of what one rank would hold.
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from .errors import DeviceError
 
 HEAD = "int8"  # the output layer's kind, in both: in 4 bit it would lose a quarter more, to save 4% of the time
-GROUP = 32  # inputs that share a scale in int4: 0.625 bytes a weight in all
+WIDE = 1024  # inputs of a row that has groups of 64: 0.5625 bytes a weight in all, and 10% faster than by 32
 RANGES = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9)  # of a group's range: what int4 tries, as rounding most loses what lies between
 BLOCK = 1 << 20  # weights quantized at a time: what is computed on the way stays in a cache
 
@@ -52,14 +52,18 @@ class Quantized:
         zero = None if self.zero is None else self.zero.to(device)
         return replace(self, q=self.q.to(device), scale=self.scale.to(device), zero=zero, dtype=dtype)
 
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return self.q.shape[1] // self.scale.shape[1]
+
     def columns(self, first: int, last: int) -> "Quantized":
-        """The inputs first..last alone. In int4 they are whole groups."""
-        if self.scale.shape[1] == 1 and self.zero is None:
-            return replace(self, q=self.q[:, first:last], in_features=last - first)
-        groups = slice(first // GROUP, -(-last // GROUP))
-        zero = None if self.zero is None else self.zero[:, groups]
-        q = self.q[:, first : -(-last // GROUP) * GROUP]
-        return replace(self, q=q, scale=self.scale[:, groups], zero=zero, in_features=last - first)
+        """The inputs first..last alone: of one group, or whole groups."""
+        if self.zero is None:
+            return replace(self, q=self.q[:, first:last].contiguous(), in_features=last - first)
+        begin, end = first // self.group, -(-last // self.group)
+        q = self.q[:, begin * self.group : end * self.group].contiguous()
+        return replace(self, q=q, scale=self.scale[:, begin:end], zero=self.zero[:, begin:end], in_features=last - first)
 
     @staticmethod
     def cat(parts: "list[Quantized]") -> "Quantized":
@@ -70,13 +74,19 @@ class Quantized:
         return replace(parts[0], q=torch.cat([p.q for p in parts]), scale=torch.cat([p.scale for p in parts]), zero=zero)
 
 
+def group_of(in_features: int) -> int:
+    """Inputs that share a scale in int4."""
+    return 64 if in_features >= WIDE and in_features % 64 == 0 else 32
+
+
 def _int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     scale = (rows.abs().amax(1, keepdim=True) / 127).clamp_(min=1e-30)
     return (rows / scale).round_().to(torch.int8), scale, None
 
 
 def _int4(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    groups = F.pad(rows, (0, -rows.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    group = group_of(rows.shape[1])
+    groups = F.pad(rows, (0, -rows.shape[1] % group)).unflatten(1, (-1, group))
     low, high = groups.aminmax(dim=-1, keepdim=True)
 
     def within(part: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -99,9 +109,20 @@ KINDS: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torc
 }
 
 
+def to_nibbles(q: torch.Tensor) -> torch.Tensor:
+    """Whole numbers -8..7, int8 (out, in) -> uint8 (out, in / 2): inputs 2i and 2i + 1 in the low and the high half."""
+    return (q[:, ::2] & 15 | q[:, 1::2] << 4).view(torch.uint8)
+
+
+def from_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """`to_nibbles`, undone."""
+    signed = packed.view(torch.int8)
+    return torch.stack((signed << 4 >> 4, signed >> 4), dim=-1).flatten(1)
+
+
 def bytes_per_weight(kind: str | None, dtype: torch.dtype) -> float:
-    """Of a matrix; int8's one scale a row is not counted."""
-    return {None: float(dtype.itemsize), "int8": 1.0, "int4": 0.5 + 2 * dtype.itemsize / GROUP}[kind]
+    """Of a wide matrix; int8's one scale a row is not counted."""
+    return {None: float(dtype.itemsize), "int8": 1.0, "int4": 0.5 + 2 * dtype.itemsize / 64}[kind]
 
 
 def quantize(weight: torch.Tensor, kind: str, dtype: torch.dtype | None = None) -> Quantized:
@@ -113,9 +134,10 @@ def quantize(weight: torch.Tensor, kind: str, dtype: torch.dtype | None = None) 
 
 def check_width(name: str, in_features: int, kind: str, ranks: int) -> None:
     """Raise DeviceError where the ranks' parts of a row are not whole groups."""
-    if kind == "int4" and ranks > 1 and in_features // ranks % GROUP:
-        fitting = [r for r in range(1, ranks) if in_features % r == 0 and (r == 1 or in_features // r % GROUP == 0)]
+    group = group_of(in_features)
+    if kind == "int4" and ranks > 1 and in_features // ranks % group:
+        fitting = [r for r in range(1, ranks) if in_features % r == 0 and (r == 1 or in_features // r % group == 0)]
         raise DeviceError(
             f"quantize='int4' on {ranks} ranks: {name} has {in_features} inputs, {in_features // ranks} on each, which is no "
-            f"multiple of the {GROUP} that share a scale; use quantize='int8', or {' or '.join(map(str, fitting))} rank(s)"
+            f"multiple of the {group} that share a scale; use quantize='int8', or {' or '.join(map(str, fitting))} rank(s)"
         )

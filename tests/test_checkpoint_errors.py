@@ -19,7 +19,7 @@ import pytest
 import sentencepiece
 import torch
 
-from llama import CheckpointError, Llama, LlamaError, Tokenizer, checkpoint
+from llama import CheckpointError, Llama, LlamaError, Tokenizer, checkpoint, loading
 
 from .support import TEXT, random_weights, train_tokenizer, write_shards
 
@@ -48,7 +48,7 @@ def refuse(small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     def build(folder: Any, *parts: str, reads: bool = False, **arguments: Any) -> None:
         if not reads:
-            monkeypatch.setattr(checkpoint, "load_weights", lambda *_: pytest.fail("weights were read"))
+            monkeypatch.setattr(loading, "load_weights", lambda *_: pytest.fail("weights were read"))
         beside = tmp_path / "model" / TOKENIZER
         arguments = {"tokenizer_path": beside if os.path.lexists(beside) else small.tokenizer_path} | arguments
         with pytest.raises(CheckpointError) as caught:

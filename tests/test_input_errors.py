@@ -12,7 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from llama import DeviceError, InputError, Llama, LlamaError, ModelArgs, Tokenizer, Transformer, checkpoint, memory, runtime
+from llama import (
+    DeviceError,
+    InputError,
+    Llama,
+    LlamaError,
+    ModelArgs,
+    Tokenizer,
+    Transformer,
+    checkpoint,
+    loading,
+    memory,
+    runtime,
+)
 from llama import model as llama_model
 from llama import parallel as llama_parallel
 
@@ -175,7 +187,7 @@ def test_what_does_not_fit_is_refused_before_any_work(small: SimpleNamespace, mo
     working = memory.working_bytes(ModelArgs(**{**small.params, "vocab_size": 384}), 1, torch.float32)
     monkeypatch.setattr(runtime, "free_memory", lambda _: 591_500 + 2 * 64 * 512 + working)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "load_weights", lambda *_: pytest.fail("weights were read"))
+        patch.setattr(loading, "load_weights", lambda *_: pytest.fail("weights were read"))
         patch.setattr(Transformer, "allocate", lambda *_: pytest.fail("a cache was made"))
         facts = ("0.591 MB of weights (float32)", "0.131 MB of cache", f"{memory._gb(working)} to compute in")
         refused(build, DeviceError, *facts, "max_seq_len=32,", "max_batch_size=2,", "dtype='bfloat16'")

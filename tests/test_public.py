@@ -40,7 +40,7 @@ SIGNATURES = {
 }
 # A file imports only from files above it.
 ROOMS = """errors runtime demo quantize kernels parallel cache attention model decode memory tokenizer chat sampling checkpoint
-generation __init__""".split()
+loading saved generation __init__""".split()
 
 
 @pytest.mark.parametrize("module", NAMES)

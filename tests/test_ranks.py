@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama.checkpoint import cut
+from llama.loading import cut
 
 from .support import random_weights, run, torchrun, write_shards
 

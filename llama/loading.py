@@ -1,0 +1,174 @@
+"""Filling a model with this rank's part of a checkpoint, tensor by tensor.
+
+n shards are loaded on m ranks, whatever n and m: of each matrix, rank r takes the r-th of m equal parts of the n stored
+parts joined. Where that is a stored tensor as it is, the mapped file is the weight; else its views are joined, quantized
+or packed for the kernel, so that a rank holds its own weights and one tensor more at most. Numbers that are not finite
+are found here, as they are read.
+"""
+
+import ctypes
+import itertools
+import mmap
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .checkpoint import NOT_FINITE, Shards, split_dim
+from .errors import CheckpointError
+from .model import Transformer
+from .parallel import ColumnParallelLinear, JoinedColumnParallelLinear, RowParallelLinear
+from .quantize import HEAD, Quantized, check_width, from_nibbles, quantize
+from .runtime import model_parallel, progress
+
+QUANTIZED_AT_ONCE = 1 << 24  # weights joined from several shards at a time
+
+
+def check_widths(model: Transformer, kind: str) -> None:
+    """Raise DeviceError where this rank's part of a matrix cannot be quantized."""
+    for name, module in model.named_modules():
+        if isinstance(module, RowParallelLinear):
+            check_width(name, module.in_features, kind, module.ranks)
+
+
+def cut(parts: list[torch.Tensor], dim: int, rank: int, ranks: int) -> list[torch.Tensor]:
+    """Views that, joined along `dim`, are the rank-th of `ranks` equal parts of the joined `parts`.
+
+    3 parts of 4 rows, 2 ranks: rank 0 takes rows 0..6, which is part 0 whole and rows 0..2 of part 1.
+    """
+    width = parts[0].shape[dim]
+    first, last = (width * len(parts) * r // ranks for r in (rank, rank + 1))
+    views = []
+    for i, part in enumerate(parts):
+        begin, end = max(first - i * width, 0), min(last - i * width, width)
+        if begin < end:
+            views.append(part.narrow(dim, begin, end - begin))
+    return views
+
+
+def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device: torch.device, kind: str | None = None) -> None:
+    """Fill a model made on `meta` with this rank's part of the shards, its matrices quantized if `kind` is given.
+
+    Raises CheckpointError for NaN and infinity.
+    """
+    plan: list[tuple[nn.Module, list[str], list[torch.Tensor]]] = []  # each weight, its names, and what it is read from
+    for prefix, module in model.named_modules():
+        if "weight" in module._parameters:
+            names = module.names(prefix) if isinstance(module, JoinedColumnParallelLinear) else [f"{prefix}.weight"]
+            as_a_whole = kind is not None and isinstance(module, RowParallelLinear)  # scales are those of whole rows
+            views = [v for name in names for v in (all_of(name, shards) if as_a_whole else _part_of(name, shards))]
+            plan.append((module, names, views))
+    # The largest first: while little is held yet, one tensor more weighs least.
+    plan.sort(key=lambda item: -sum(view.numel() for view in item[2]))
+    ahead = itertools.islice(plan, 1, None)
+    for module, names, views in progress(plan, lambda item: sum(v.nbytes for v in item[2]), "loading"):
+        for view in next(ahead, (None, [], []))[2]:
+            _advise(view, _WILLNEED)  # the disk reads the next one while this one is packed
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and kind is not None:
+            own, held = HEAD if names == ["output.weight"] else kind, next(iter(shards.values()))
+            if f"{names[0]}.scale" in held:
+                parts = [_saved(name, held, own, module.in_features, dtype).to(device, dtype) for name in names]
+            else:
+                parts = [part for name in names for part in quantized(name, shards, own, dtype, device)]
+            module.hold(Quantized.cat(parts))
+            for view in views:
+                _advise(view, _DONTNEED)
+            continue
+        weight = views[0] if _in_place(views, dtype, device) else _join(views, split_dim(names[0]) or 0, dtype, device)
+        _refuse_what_is_not_finite(weight, names, shards)
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            module.hold(weight)
+        else:
+            module.weight = nn.Parameter(weight, requires_grad=False)
+        if module.weight is None and weight is views[0]:  # packed straight from the file
+            _advise(views[0], _DONTNEED)
+        del weight  # before the next one is made
+
+
+def all_of(name: str, shards: Shards) -> list[torch.Tensor]:
+    """A stored weight: the shards' parts of it."""
+    parts = [tensors[name] for tensors in shards.values()]
+    return parts[:1] if split_dim(name) is None else parts
+
+
+def _part_of(name: str, shards: Shards) -> list[torch.Tensor]:
+    """Views of what this rank takes of a stored weight."""
+    parts, dim = all_of(name, shards), split_dim(name)
+    return parts if dim is None else cut(parts, dim, *model_parallel())
+
+
+def quantized(name: str, shards: Shards, kind: str, dtype: torch.dtype, device: torch.device) -> Iterator[Quantized]:
+    """This rank's part of a stored weight, block by block of its rows."""
+    rank, ranks = model_parallel()
+    by_columns = split_dim(name) == 1
+    for views in [all_of(name, shards)] if by_columns else [[view] for view in _part_of(name, shards)]:
+        width = sum(view.shape[1] for view in views)
+        step = max(1, QUANTIZED_AT_ONCE // width)
+        for i in range(0, views[0].shape[0], step):
+            rows = [view[i : i + step].to(device) for view in views]
+            block = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+            _refuse_what_is_not_finite(block, [name], shards)
+            found = quantize(block, kind, dtype)
+            yield found.columns(width * rank // ranks, width * (rank + 1) // ranks) if by_columns else found
+
+
+def _saved(name: str, tensors: dict[str, torch.Tensor], kind: str, in_features: int, dtype: torch.dtype) -> Quantized:
+    """This rank's part of a weight that is stored quantized (saved.py)."""
+    rank, ranks = model_parallel()
+    q, scale, zero = (tensors.get(name + suffix) for suffix in ("", ".scale", ".zero"))
+    assert q is not None and scale is not None
+    if split_dim(name) == 0:
+        rows = slice(len(q) * rank // ranks, len(q) * (rank + 1) // ranks)
+        q, scale, zero = q[rows], scale[rows], None if zero is None else zero[rows]
+    for part, numbers in (("scale", scale), ("zero", zero)):
+        if numbers is not None and not numbers.isfinite().all():
+            raise CheckpointError(f"{name}.{part} holds NaN or infinity: the file of quantized weights is damaged; delete it")
+    found = Quantized(kind, q if zero is None else from_nibbles(q), scale, zero, in_features, dtype)
+    if split_dim(name) == 0:
+        return found
+    return found.columns(in_features * rank // ranks, in_features * (rank + 1) // ranks)
+
+
+def _refuse_what_is_not_finite(weight: torch.Tensor, names: list[str], shards: Shards) -> None:
+    # A sum is finite only if all its terms are, and costs one pass; it may overflow, so ask again if it is not.
+    if weight.sum().isfinite() or weight.isfinite().all():
+        return
+    for name in names:
+        if not all(view.isfinite().all() for view in all_of(name, shards)):
+            raise CheckpointError(f"{name} {NOT_FINITE}")
+    name = next(n for n in names if not all(v.to(weight.dtype).isfinite().all() for v in all_of(n, shards)))
+    raise CheckpointError(f"{name} holds numbers too large for {weight.dtype}; leave dtype out, or use 'bfloat16' or 'float32'")
+
+
+def _in_place(views: list[torch.Tensor], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the mapped file can itself be the weight: no copy, and one copy in memory for all who map it."""
+    first = views[0]
+    aligned = first.data_ptr() % 64 == 0  # as torch.save writes them
+    return len(views) == 1 and first.is_contiguous() and aligned and first.dtype == dtype and device.type == "cpu"
+
+
+def _join(views: list[torch.Tensor], dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    shape = list(views[0].shape)
+    shape[dim] = sum(view.shape[dim] for view in views)
+    joined, filled = torch.empty(shape, dtype=dtype, device=device), 0
+    for view in views:
+        joined.narrow(dim, filled, view.shape[dim]).copy_(view)
+        filled += view.shape[dim]
+        _advise(view, _DONTNEED)
+    return joined
+
+
+_libc = ctypes.CDLL(None) if sys.platform in ("linux", "darwin") else None
+_WILLNEED, _DONTNEED = 3, 4
+
+
+def _advise(view: torch.Tensor, advice: int) -> None:
+    """Tell the system about the mapped pages under a view: to read them ahead, or that they are needed no longer. These
+    stay in the page cache, but would count as ours until the last tensor of the shard is gone, and so double the peak."""
+    if _libc is None or view.numel() == 0:
+        return
+    begin = view.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    strides = zip(view.shape, view.stride(), strict=True)
+    end = view.data_ptr() + (1 + sum((size - 1) * stride for size, stride in strides)) * view.element_size()
+    _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)

@@ -1,0 +1,171 @@
+"""Quantized weights in a file beside the model, `int8.safetensors` or `int4.safetensors`: half or a third of the shards.
+
+`save` writes it once, in one process, tensor by tensor; `Llama.build(..., quantize=...)` then maps it and is spared the
+quantizing. It holds the whole model, so it serves any number of ranks, and the shards may be gone. In the safetensors
+format it has, by Meta's names, embedding and norms as they were stored, and for every other weight
+
+    NAME.weight          int8 (out, in); in 4 bit uint8 (out, in / 2), inputs 2i and 2i + 1 in the low and the high half
+    NAME.weight.scale    (out, groups)
+    NAME.weight.zero     (out, groups), in 4 bit
+
+which mean what quantize.py says. Its header names the shards it was made from, by the checksums inside them.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import checkpoint, loading
+from .checkpoint import Shards, expected_shapes
+from .errors import CheckpointError, DeviceError, InputError, kind
+from .model import Transformer
+from .quantize import HEAD, KINDS, Quantized, group_of, to_nibbles
+from .runtime import model_parallel, progress
+
+VERSION = "1"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # what a file holds
+
+
+def path_of(ckpt_dir: str | os.PathLike[str], wanted: str) -> Path:
+    return Path(ckpt_dir) / f"{wanted}.safetensors"
+
+
+def fingerprint(ckpt_dir: str | os.PathLike[str]) -> str | None:
+    """Of the shards' contents, by the checksums that they hold of each tensor; None where there are none."""
+    digest, paths = hashlib.sha256(), sorted(Path(ckpt_dir).glob("consolidated.[0-9][0-9].pth"))
+    for path in paths:
+        with zipfile.ZipFile(path) as archive:
+            records = [(i.filename.partition("/")[2], i.file_size, i.CRC) for i in archive.infolist()]
+        digest.update(repr((path.name, sorted(records))).encode())
+    return digest.hexdigest() if paths else None
+
+
+def layout(model: Transformer, stored: torch.dtype, wanted: str) -> Layout:
+    """What the file of a model must hold."""
+    found: Layout = {}
+    for name, shape in expected_shapes(model).items():
+        if len(shape) == 1 or name == "tok_embeddings.weight":
+            found[name] = stored, shape
+        elif wanted == "int8" or (name == "output.weight" and HEAD == "int8"):
+            found[name], found[f"{name}.scale"] = (torch.int8, shape), (torch.float32, (shape[0], 1))
+        else:
+            groups = -(-shape[1] // group_of(shape[1]))
+            found[name] = torch.uint8, (shape[0], groups * group_of(shape[1]) // 2)
+            found[f"{name}.scale"] = found[f"{name}.zero"] = torch.bfloat16, (shape[0], groups)
+    return dict(sorted(found.items(), key=lambda item: (-item[1][0].itemsize, item[0])))  # so that each is aligned
+
+
+def open_saved(ckpt_dir: str | os.PathLike[str], wanted: str) -> Shards | None:
+    """The file beside a model, mapped, as one shard; None if there is none. Raises CheckpointError unless it was made from
+    the shards beside it, where there are any."""
+    path = path_of(ckpt_dir, wanted)
+    if not path.is_file():
+        return None
+    again = f"make it again with saved.save(..., {wanted!r}), or delete it"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            header: Any = json.loads(f.read(length)) if length < min(size, 1 << 26) else None
+        about = header.pop("__metadata__")
+        mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
+        tensors = {name: _view(mapped, entry) for name, entry in header.items()}
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as e:
+        raise CheckpointError(f"{path}: cut off, damaged, or not written by this library; {again}") from e
+    if about.get("version") != VERSION or about.get("kind") != wanted:
+        raise CheckpointError(f"{path}: of version {about.get('version')}, {about.get('kind')}; {again}")
+    beside = fingerprint(ckpt_dir)
+    if beside not in (None, about.get("source")):
+        raise CheckpointError(f"{path}: made from other weights than the shards beside it; {again}")
+    return {path.name: tensors}
+
+
+def _view(mapped: torch.Tensor, entry: dict[str, Any]) -> torch.Tensor:
+    first, last = entry["data_offsets"]
+    if not 0 <= first <= last <= len(mapped):
+        raise ValueError("offsets beyond the file's end")
+    return mapped[first:last].view(DTYPES[entry["dtype"]]).view(entry["shape"])
+
+
+def check(model: Transformer, shards: Shards) -> None:
+    """Raise CheckpointError unless an opened file holds a model's tensors and no others."""
+    ((file, tensors),) = shards.items()
+    stored = tensors["tok_embeddings.weight"].dtype if "tok_embeddings.weight" in tensors else torch.float32
+    expected = layout(model, stored, file.partition(".")[0])
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    if wrong or stored not in checkpoint.DTYPES:
+        name = wrong[0] if wrong else "tok_embeddings.weight"
+        raise CheckpointError(
+            f"{file}: {name} is {found.get(name, 'missing')}, where params.json makes {expected.get(name, 'none')}: "
+            "the file was made from another model, or is damaged; make it again, or delete it"
+        )
+
+
+def save(ckpt_dir: str | os.PathLike[str], wanted: str) -> Path:
+    """Quantize the checkpoint of a folder ("int8" or "int4") into a file there, in place of the one before; its path."""
+    if not isinstance(wanted, str) or wanted not in KINDS:
+        raise InputError(f"the weights are to be saved as {kind(wanted)}; use {' or '.join(map(repr, KINDS))}")
+    if model_parallel()[1] > 1:
+        raise DeviceError("saving quantized weights is work for one process: run it without torchrun")
+    params, shards = checkpoint.read_params(ckpt_dir), checkpoint.open_shards(ckpt_dir)
+    embedding = next(iter(shards.values())).get("tok_embeddings.weight")
+    words = embedding.shape[0] if embedding is not None and embedding.ndim == 2 else 1
+    model = checkpoint.build_on_meta(params, shards, 1, 1, words, checkpoint.check)
+    parts = layout(model, next(iter(shards.values()))["tok_embeddings.weight"].dtype, wanted)
+
+    sizes = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in parts.items()}
+    ends = dict(zip(parts, itertools.accumulate(sizes.values()), strict=True))
+    header: dict[str, Any] = {"__metadata__": {"version": VERSION, "kind": wanted, "source": fingerprint(ckpt_dir)}}
+    for name, (dtype, shape) in parts.items():
+        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": (ends[name] - sizes[name], ends[name])}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)  # so that all that follows is aligned
+    begin = 8 + len(text)
+
+    path = path_of(ckpt_dir, wanted)
+    part = path.with_suffix(".part")
+    names = [name for name in parts if not name.endswith((".scale", ".zero"))]
+    try:
+        size, free = begin + sum(sizes.values()), shutil.disk_usage(path.parent).free
+        if free < size:
+            raise CheckpointError(f"{path} would take {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there")
+        with part.open("wb") as f:
+            f.write(len(text).to_bytes(8, "little") + text)
+            for name in progress(names, lambda name: sizes[name], "saving"):
+                for full_name, tensor in _written(name, shards, wanted):
+                    f.seek(begin + ends[full_name] - sizes[full_name])
+                    f.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+        os.replace(part, path)
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be written: {e.strerror}") from e
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+    return path
+
+
+def _written(name: str, shards: Shards, wanted: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """What stands in the file for a stored weight."""
+    whole = loading.all_of(name, shards)
+    if whole[0].ndim == 1 or name == "tok_embeddings.weight":
+        yield name, torch.cat(whole, dim=checkpoint.split_dim(name) or 0).contiguous()
+        return
+    kind = HEAD if name == "output.weight" else wanted
+    found = Quantized.cat(list(loading.quantized(name, shards, kind, whole[0].dtype, torch.device("cpu"))))
+    yield name, found.q.contiguous() if found.zero is None else to_nibbles(found.q)
+    yield f"{name}.scale", found.scale.contiguous()
+    if found.zero is not None:
+        yield f"{name}.zero", found.zero.contiguous()

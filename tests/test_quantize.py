@@ -1,0 +1,368 @@
+"""8 and 4 bit weights: each kernel multiplies as the numbers it holds say, wherever they come from."""
+
+import copy
+import dataclasses
+import itertools
+import json
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from llama import CheckpointError, DeviceError, InputError, Llama, kernels, loading, memory, saved
+from llama.checkpoint import open_shards
+from llama.parallel import ColumnParallelLinear, RowParallelLinear
+from llama.quantize import Quantized, check_width, from_nibbles, quantize, to_nibbles
+
+from .support import ROOT, random_weights, run, torchrun, write_shards
+
+DEMO, DEMO_TOKENIZER = ROOT / "demo/model", ROOT / "demo/tokenizer.model"
+DTYPES = torch.float32, torch.bfloat16, torch.float16
+SHAPES = (384, 192), (344, 172), (64, 1088), (20, 7)  # the second and the last: no multiple of what kernels need
+vnni = pytest.mark.skipif(not (torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()), reason="no VNNI")
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """With rows of very different size, as trained ones are."""
+    g = torch.Generator().manual_seed(shape[0])
+    return (torch.randn(shape, generator=g) * torch.rand(shape[0], 1, generator=g)).to(dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_quantized_weights_stay_near(shape: tuple[int, int]) -> None:
+    weight = random(*shape)
+    eight, four = quantize(weight, "int8"), quantize(weight, "int4")
+    assert eight.q.abs().max() == 127 and (eight.dense() - weight).abs().le(eight.scale * 0.501).all()
+    # Plainly, between the least and the greatest of a group; trying narrower ranges may only help.
+    group = torch.nn.functional.pad(weight, (0, -shape[1] % four.group)).unflatten(1, (-1, four.group))
+    low, high = group.amin(-1, keepdim=True), group.amax(-1, keepdim=True)
+    step = (high - low) / 15
+    plain = ((group - low) / step.clamp(min=1e-9)).round() * step + low
+    error = (four.dense() - weight).square().sum()
+    assert error < 1.01 * (plain - group).square().sum()
+    assert four.q.min() == -8 and four.q.max() == 7
+    assert torch.equal(from_nibbles(to_nibbles(four.q)), four.q)
+
+
+def test_weights_of_zero_stay_zero() -> None:
+    for kind in ("int8", "int4"):
+        held = quantize(torch.zeros(64, 64), kind)
+        kernel = kernels.pack(held)
+        assert (
+            kernel and not held.dense().any() and not kernel(torch.ones(2, 64)).any() and not kernel(torch.zeros(1, 64)).any()
+        )
+
+
+FORMS = {"Int8": ("int8", kernels.Int8), "Int8Rows": ("int8", kernels.Int8Rows), "Int4": ("int4", kernels.Int4)}
+
+
+@pytest.mark.parametrize("n", [1, 3, 130])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("form", [pytest.param(f, marks=vnni if f == "Int8Rows" else ()) for f in FORMS])
+def test_products_are_those_of_the_numbers_held(form: str, shape: tuple[int, int], dtype: torch.dtype, n: int) -> None:
+    kind, make = FORMS[form]
+    held = quantize(random(*shape, dtype=dtype), kind)
+    kernel, x = make(held), random(n, shape[1]).to(dtype)
+    if form == "Int8Rows":  # the rows in 8 bit as well, to the digit
+        scale = x.float().abs().amax(1, keepdim=True) / 127 if n == 1 else (x.abs().amax(1, keepdim=True) / 126).float()
+        rows = (x.float() / scale).add(0.5).floor() * scale
+        assert (rows - x.float()).abs().le(scale * 0.501).all()
+    else:
+        rows = x.float()
+    want = rows.double() @ dataclasses.replace(held, dtype=torch.float64).dense().T
+    got = kernel(x)
+    assert got.dtype == dtype
+    tolerance = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
+    assert kernel(x.view(1, n, -1)).shape == (1, n, shape[0])
+
+    for again in (kernel, copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel))):
+        back = again.held()
+        for field in dataclasses.fields(Quantized):
+            a, b = getattr(held, field.name), getattr(back, field.name)
+            assert (
+                torch.equal(a, b) if isinstance(a, torch.Tensor) and dtype != torch.float16 else field.name != "q" or a.equal(b)
+            )
+
+
+def test_many_rows_are_multiplied_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """int4's two ways, where blocks end within the weight; and the one that is left where blocks cannot be read."""
+    kernel, x = kernels.Int4(quantize(random(200, 192, dtype=torch.bfloat16), "int4")), random(7, 192, dtype=torch.bfloat16)
+    few = kernel(x)
+    monkeypatch.setattr(kernels, "FEW", 0)
+    monkeypatch.setattr(kernels, "UNPACKED", 192 * 64)
+    torch.testing.assert_close(kernel(x), few, atol=0.05, rtol=0.02)
+    assert not torch.equal(kernel(x), few) or not kernels._unpackable()
+    monkeypatch.setattr(kernels, "_unpackable", lambda: False)
+    assert torch.equal(kernel(x), few)
+
+
+def layers_of(llama: Llama) -> dict[str, Any]:
+    return {n: m for n, m in llama.model.named_modules() if isinstance(m, (ColumnParallelLinear, RowParallelLinear))}
+
+
+@pytest.mark.parametrize("kind, bound", [("int8", 0.15), ("int4", 1.2)])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_quantized_model_answers_nearly_as_the_plain_one(
+    small: SimpleNamespace, shared_llama: Llama, tmp_path: Path, kind: str, bound: float, dtype: str | None
+) -> None:
+    """Logits, prefilled and step by step; they span +-4. From any number of shards the same to the digit."""
+    ids = torch.randint(3, 384, (3, 20), generator=torch.Generator().manual_seed(3))
+    want, found = shared_llama.model.forward(ids, 0), []
+    for n in (1, 2, 4):
+        folder = write_shards(tmp_path / str(n), small.params, small.weights, n)
+        llama = Llama.build(folder, small.tokenizer_path, 64, 3, device="cpu", dtype=dtype, quantize=kind)
+        model = llama.model
+        assert all(m.packed.kind == ("int8" if n == "output" else kind) for n, m in layers_of(llama).items())
+        steps = [model.forward(ids[:, :12], 0), *(model.forward(ids[:, i : i + 1], i) for i in range(12, 20))]
+        torch.testing.assert_close(torch.cat(steps, 1), want, atol=bound, rtol=0)
+        found.append((model.forward(ids, 0), llama))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][0], found[2][0])
+
+    llama = found[0][1]
+    again = copy.deepcopy(llama.model)
+    assert torch.equal(again.forward(ids, 0), found[0][0])
+    again.load_state_dict(shared_llama.model.state_dict())  # quantized anew
+    assert again.output.packed.kind == "int8"
+    torch.testing.assert_close(again.forward(ids, 0), found[0][0], atol=0 if dtype is None else bound, rtol=0)
+    again.float()
+    assert again.dtype == torch.float32 and again.layers[0].attention.wo.packed.kind == kind
+    torch.testing.assert_close(again.forward(ids, 0), found[0][0], atol=bound, rtol=0)
+    weights = llama.model.state_dict()
+    assert weights.keys() == small.weights.keys()
+    torch.testing.assert_close(weights["output.weight"].float(), small.weights["output.weight"], atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_rank_holds_its_part_of_what_one_rank_holds(
+    small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Read from 1 and 4 shards, and from the saved file."""
+
+    def part(name: str, shards: Any, rank: int, ranks: int) -> Quantized:
+        monkeypatch.setattr(loading, "model_parallel", lambda: (rank, ranks))
+        found = Quantized.cat(list(loading.quantized(name, shards, kind, torch.float32, torch.device("cpu"))))
+        (file,) = opened.values()
+        width = small.weights[name].shape[1]
+        again = loading._saved(name, file, kind, width, torch.float32)
+        assert torch.equal(again.q, found.q) and torch.equal(again.dense(), found.dense())
+        return found
+
+    folders = [write_shards(tmp_path / str(n), small.params, small.weights, n) for n in (1, 4)]
+    saved.save(folders[1], kind)
+    opened = saved.open_saved(folders[1], kind)
+    assert opened
+    for folder, name in itertools.product(folders, ("layers.1.attention.wo.weight", "layers.1.feed_forward.w1.weight")):
+        whole = part(name, open_shards(folder), 0, 1)
+        for ranks in (2,):
+            parts = [part(name, open_shards(folder), rank, ranks) for rank in range(ranks)]
+            dim = 1 if "wo" in name else 0
+            assert torch.equal(torch.cat([p.q for p in parts], dim), whole.q)
+            assert torch.equal(torch.cat([p.dense() for p in parts], dim), whole.dense())
+
+
+def test_the_demo_models_answers_in_8_bit_are_the_same_from_any_shards_on_1_and_2_ranks(tmp_path: Path) -> None:
+    """From the saved file, too; and they are float32's."""
+    params = json.loads((DEMO / "params.json").read_text())
+    weights = torch.load(DEMO / "consolidated.00.pth", weights_only=True)
+    folders = [write_shards(tmp_path / f"{n}", params, weights, n) for n in (1, 2, 4)]
+    kept = write_shards(tmp_path / "kept", params, weights, 2)
+    saved.save(kept, "int8")
+    for shard in kept.glob("*.pth"):
+        shard.unlink()
+    worker, out, answers = Path(__file__).with_name("quantized_worker.py"), tmp_path / "out.json", []
+    for ranks, kind in ((1, "int8"), (2, "int8"), (1, "")):
+        where = [worker, out, kind, DEMO_TOKENIZER, *folders, *[kept] * bool(kind)]
+        done = torchrun(ranks, *where) if ranks > 1 else run(*where)
+        assert done.returncode == 0, done.stderr
+        answers += json.loads(out.read_text())
+    assert all(answer == answers[0] for answer in answers) and len(answers) == 4 + 4 + 3
+    assert "Paris" in answers[0][0]
+
+
+@pytest.mark.parametrize("kind, most", [("int8", 1e-3), ("int4", 0.03)])
+def test_quality_on_the_demo_model(kind: str, most: float) -> None:
+    """Mean KL divergence from float32 of the next id, over its own answers; benchmarks/quality.py has the whole table."""
+    plain = Llama.build(DEMO, DEMO_TOKENIZER, 128, 1, device="cpu", dtype="float32")
+    other = Llama.build(DEMO, DEMO_TOKENIZER, 128, 1, device="cpu", dtype="float32", quantize=kind)
+    questions = ["What is the capital of France?", "What is 3 + 4?", "Tell me about the sea.", "What do I need to bake bread?"]
+    total = torch.zeros(2)
+    for question in questions:
+        answer = plain.chat_completion([[{"role": "user", "content": question}]], temperature=0)[0]["generation"]["content"]
+        tokenizer = plain.tokenizer
+        start = tokenizer.encode(f"[INST] {question} [/INST]", bos=True, eos=False)
+        ids = torch.tensor([start + tokenizer.encode(answer, bos=False, eos=True)])
+        p, q = (llama.model.forward(ids, 0)[0, len(start) - 1 :].log_softmax(-1) for llama in (plain, other))
+        total += torch.tensor([(p.exp() * (p - q)).sum().item(), len(p)])
+    assert 0 < total[0] / total[1] < most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_the_bytes_counted_are_those_held(tmp_path: Path, tokenizer_path: Path, kind: str, dtype: torch.dtype) -> None:
+    params = dict(dim=1024, n_layers=1, n_heads=8, multiple_of=1024, norm_eps=1e-5, vocab_size=-1)
+    folder = write_shards(tmp_path, params, random_weights(params, 384, 3072))
+    llama = Llama.build(folder, tokenizer_path, 16, 1, device="cpu", dtype=dtype, quantize=kind)
+    held = sum(p.nbytes for p in llama.model.parameters())
+    for layer in layers_of(llama).values():
+        kernel = layer.packed
+        weight = kernel.held()
+        scales = kernel.scales.nbytes if kernel.kind == "int4" else weight.scale.nbytes
+        held += scales + (weight.q.numel() // 2 if kernel.kind == "int4" else weight.q.numel())
+    assert memory.weight_bytes(llama.model.params, 1, dtype, kind) == pytest.approx(held, rel=0.01)
+
+
+# --- what cannot be --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", ["int3", "", 8, True, ["int8"], "INT8"])
+def test_other_kinds_are_refused(bad: Any) -> None:
+    with pytest.raises(InputError, match=r"quantize is .*use 'int8' or 'int4'"):
+        Llama.build("nowhere", "nowhere", quantize=bad)
+    with pytest.raises(InputError, match=r"use 'int8' or 'int4'"):
+        saved.save("nowhere", bad)
+
+
+def test_what_has_no_kernel_says_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DeviceError, match=r"no kernel on mps; use quantize='int8'"):
+        kernels.check("int4", torch.device("mps"), torch.float32)
+    with pytest.raises(DeviceError, match=r"dtype is torch.float16; use dtype='bfloat16'"):
+        kernels.check("int4", torch.device("cuda"), torch.float16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(DeviceError, match=r"capability 8.0, and cuda has 7.5; use quantize='int8'"):
+        kernels.check("int4", torch.device("cuda"), torch.bfloat16)
+    for kind, device in (("int8", "cuda"), ("int8", "mps"), ("int4", "cpu")):
+        kernels.check(kind, torch.device(device), torch.float16)
+    with pytest.raises(
+        DeviceError, match=r"11008 inputs, 1376 on each.* 64 that share.*use quantize='int8', or 1 or 2 or 4 rank"
+    ):
+        check_width("layers.0.feed_forward.w2", 11008, "int4", 8)
+    check_width("layers.0.feed_forward.w2", 11008, "int4", 4)
+    check_width("layers.0.feed_forward.w2", 11008, "int8", 8)
+
+
+# --- the saved file --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(small: SimpleNamespace, tmp_path: Path) -> Path:
+    """A folder of two shards, and int4.safetensors."""
+    folder = write_shards(tmp_path / "kept", small.params, small.weights, 2)
+    assert saved.save(folder, "int4") == folder / "int4.safetensors"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "consolidated.00.pth", "consolidated.01.pth", "int4.safetensors", "params.json",
+    ]  # fmt: skip
+    return folder
+
+
+def build(folder: Path, small: SimpleNamespace, **options: Any) -> Llama:
+    return Llama.build(folder, small.tokenizer_path, 32, 2, device="cpu", **{"quantize": "int4"} | options)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_saved_file_answers_as_the_shards_it_was_made_from(
+    kept: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, dtype: str | None
+) -> None:
+    ids = torch.arange(3, 63).view(2, 30)
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "quantize", lambda *_: pytest.fail("quantized again"))
+        from_file = build(kept, small, dtype=dtype).model.forward(ids, 0)
+        for shard in kept.glob("*.pth"):
+            shard.rename(shard.with_suffix(".away"))
+        alone = build(kept, small, dtype=dtype).model.forward(ids, 0)
+    with pytest.raises(CheckpointError, match=r"it holds quantized weights: build with quantize='int4'"):
+        build(kept, small, quantize=None)
+    for away in kept.glob("*.away"):
+        away.rename(away.with_suffix(".pth"))
+    (kept / "int4.safetensors").unlink()
+    assert torch.equal(build(kept, small, dtype=dtype).model.forward(ids, 0), from_file) and torch.equal(alone, from_file)
+
+
+def test_the_file_is_one_that_others_can_read(kept: Path) -> None:
+    """safetensors: length, JSON, numbers without holes, each aligned."""
+    data = (kept / "int4.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    about = header.pop("__metadata__")
+    assert about["kind"] == "int4" and len(about["source"]) == 64 and all(isinstance(v, str) for v in about.values())
+    spans = sorted(tuple(entry["data_offsets"]) for entry in header.values())
+    assert spans[0][0] == 0 and spans[-1][1] == len(data) - 8 - length
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(spans)) and (8 + length) % 64 == 0
+
+
+def test_a_file_made_from_other_weights_is_refused(kept: Path, small: SimpleNamespace, tmp_path: Path) -> None:
+    other = {name: w.clone() for name, w in small.weights.items()}
+    other["layers.1.feed_forward.w2.weight"][0, 0] += 1
+    folder = write_shards(tmp_path / "other", small.params, other, 2)
+    (folder / "int4.safetensors").write_bytes((kept / "int4.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"int4.safetensors: made from other weights than the shards beside it"):
+        build(folder, small)
+    build(folder, small, quantize="int8")  # which has no file: from the shards
+    for shard in folder.glob("*.pth"):
+        shard.unlink()
+    (folder / "params.json").write_text(json.dumps(small.params | {"n_layers": 1}))
+    with pytest.raises(CheckpointError, match=r"n_layers=1, but the shards hold 2"):
+        build(folder, small)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "header", "kind", "offsets", "dtype", "missing", "nan", "other", "deep"])
+def test_a_damaged_file_is_refused(kept: Path, small: SimpleNamespace, damage: str) -> None:
+    path = kept / "int4.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header, rest = json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
+    name = "layers.0.attention.wo.weight"
+    if damage == "kind":
+        header["__metadata__"]["kind"] = "int8"
+    elif damage == "offsets":
+        header[name]["data_offsets"] = [0, 1 << 40]
+    elif damage == "dtype":
+        header[name]["dtype"] = "I8"
+    elif damage == "missing":
+        del header[name + ".zero"]
+    elif damage == "other":
+        header["other"] = header[name]
+    elif damage == "nan":
+        first, last = header[name + ".scale"]["data_offsets"]
+        rest[first:last] = b"\xff" * (last - first)
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    whole = len(text).to_bytes(8, "little") + text + bytes(rest)
+    kinds = {
+        "cut": data[:-40],
+        "empty": b"",
+        "header": b"\xff" * len(data),
+        "deep": (10**5).to_bytes(8, "little") + b"[" * 10**5,
+    }
+    path.write_bytes(kinds.get(damage, whole))
+    with pytest.raises(CheckpointError, match=r"int4.safetensors|wo.weight.scale holds NaN"):
+        build(kept, small)
+
+
+def test_saving_leaves_nothing_half_done(small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_shards(tmp_path, small.params, small.weights)
+    usage = saved.shutil.disk_usage(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(saved.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        with pytest.raises(CheckpointError, match=r"would take 0\.00 GB, but 0\.00 GB are free"):
+            saved.save(folder, "int8")
+
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "quantize", full)
+        with pytest.raises(CheckpointError, match=r"cannot be written: No space left on device"):
+            saved.save(folder, "int8")
+    assert sorted(p.name for p in folder.iterdir()) == ["consolidated.00.pth", "params.json"]
+    other = {name: w.clone() for name, w in small.weights.items()}
+    other["output.weight"][3, 3] = float("nan")
+    write_shards(folder, small.params, other)
+    with pytest.raises(CheckpointError, match=r"output.weight holds NaN"):
+        saved.save(folder, "int8")
+    with pytest.raises(CheckpointError, match=r"output.weight holds NaN"):
+        build(folder, small)
