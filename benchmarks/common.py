@@ -12,30 +12,35 @@ import sentencepiece
 import torch
 
 from llama import ModelArgs, Transformer
+from llama.checkpoint import split_dim
 
 ROOT = Path(__file__).parents[1]
-SHAPES = {  # params.json of TinyLlama 1.1B and Llama 2 7B, and of a model that measures nothing but the benchmark itself
+SHAPES = {  # params.json of TinyLlama 1.1B, Llama 2 7B and 13B, and of a model that measures nothing but the benchmark itself
     "1.1B": dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, multiple_of=256, norm_eps=1e-5, vocab_size=-1),
     "7B": dict(dim=4096, n_layers=32, n_heads=32, multiple_of=256, norm_eps=1e-5, vocab_size=-1),
+    "13B": dict(dim=5120, n_layers=40, n_heads=40, multiple_of=256, norm_eps=1e-5, vocab_size=-1),
     "tiny": dict(dim=256, n_layers=4, n_heads=8, n_kv_heads=4, multiple_of=256, norm_eps=1e-5, vocab_size=-1),
 }
 VOCAB = 32000
 
 
-def checkpoint(folder: Path, shape: str) -> Path:
-    """Random bfloat16 weights in one shard, written once; returns the folder."""
-    path = folder / shape
+def checkpoint(folder: Path, shape: str, shards: int = 1) -> Path:
+    """Random bfloat16 weights, written once, shard by shard; returns the folder."""
+    path = folder / (shape if shards == 1 else f"{shape}-{shards}")
     if not (path / "params.json").exists():
         path.mkdir(parents=True, exist_ok=True)
         with torch.device("meta"):
             model = Transformer(ModelArgs(**{**SHAPES[shape], "vocab_size": VOCAB}))
-        g = torch.Generator().manual_seed(0)
-        tensors = {}
-        for name, p in model.state_dict().items():
-            tensors[name] = torch.ones(p.shape, dtype=torch.bfloat16)
-            if p.ndim == 2:
-                tensors[name].normal_(std=p.shape[1] ** -0.5, generator=g)
-        torch.save(tensors, path / "consolidated.00.pth")
+        for shard in range(shards):
+            g = torch.Generator().manual_seed(shard)
+            tensors = {}
+            for name, p in model.state_dict().items():
+                dim = split_dim(name)
+                part = [size // shards if d == dim else size for d, size in enumerate(p.shape)]
+                tensors[name] = torch.ones(part, dtype=torch.bfloat16)
+                if p.ndim == 2:
+                    tensors[name].normal_(std=p.shape[1] ** -0.5, generator=g)
+            torch.save(tensors, path / f"consolidated.{shard:02d}.pth")
         (path / "params.json").write_text(json.dumps(SHAPES[shape]))
     return path
 
@@ -78,7 +83,7 @@ def environment(threads: int) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": str(threads)}
 
 
-def report(**figures: float) -> None:
+def report(**figures: object) -> None:
     """Print for `fresh`, in one write, so that ranks do not interleave."""
     os.write(2, (json.dumps(figures) + "\n").encode())
 
