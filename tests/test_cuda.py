@@ -31,20 +31,20 @@ def test_float32_answers_are_the_cpus(small: SimpleNamespace) -> None:
 def test_captured_and_uncaptured_greedy_ids_are_equal(small: SimpleNamespace, compile: bool, dtype: str) -> None:
     """Across buckets, rows and calls, and after a call of other rows in between."""
     llama = build(small, device="cuda", dtype=dtype, compile=compile)
-    llama.decoder.captures = False
+    llama.engine.decoder.captures = False
     want = [llama.generate(prompts, 160, temperature=0)[0] for prompts in (PROMPTS, PROMPTS[:1], PROMPTS)]
-    llama.decoder.captures = True
-    llama.decoder.steps.clear()
+    llama.engine.decoder.captures = True
+    llama.engine.decoder.steps.clear()
     got = [llama.generate(prompts, 160, temperature=0)[0] for prompts in (PROMPTS, PROMPTS[:1], PROMPTS)]
-    assert llama.decoder.captures, "nothing was captured"
+    assert llama.engine.decoder.captures, "nothing was captured"
     assert got == want
-    assert all(step.replay.__name__ == "replay" for step in llama.decoder.steps.values())
+    assert all(step.replay.__name__ == "replay" for step in llama.engine.decoder.steps.values())
 
 
 def test_drawn_ids_do_not_depend_on_capture(small: SimpleNamespace) -> None:
     llama, answers = build(small, device="cuda"), []
     for static in (False, None):
-        llama.decoder.static = static
+        llama.engine.decoder.static = static
         torch.manual_seed(3)
         answers.append(llama.generate(PROMPTS, 60, temperature=0.7, top_p=0.9)[0])
     assert answers[0] == answers[1]

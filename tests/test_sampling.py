@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llama.sampling import logprobs_of, next_ids, sample_top_p
+from llama.sampling import Sampling, logprobs_of, next_ids, sample_top_p
 
 
 def nucleus(probs: list[float], p: float) -> set[int]:
@@ -41,9 +41,9 @@ def test_same_generator_state_same_draws_as_multinomial() -> None:
 
 def test_temperature() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert next_ids(logits, 0, 0.9).tolist() == [1]
+    assert next_ids(logits, Sampling(0)).tolist() == [1]
     torch.manual_seed(0)
-    cold, hot = (torch.cat([next_ids(logits, t, 1.0) for _ in range(300)]).unique() for t in (0.05, 5.0))
+    cold, hot = (torch.cat([next_ids(logits, Sampling(t, 1.0)) for _ in range(300)]).unique() for t in (0.05, 5.0))
     assert cold.tolist() == [1] and hot.tolist() == [0, 1, 2]
 
 
