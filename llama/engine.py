@@ -144,8 +144,8 @@ class Run:
             self.rows.admit(slots, requests, self.model.logits(hidden))
             if self.reuse:
                 self.turn.ids = list(requests[0].prompt)
-            for (_, row), values in zip(entering, scores, strict=self.scored):
-                yield from (Token(row, id_, value) for id_, value in zip(self.requests[row].prompt, values, strict=True))
+            for (_, row), values in zip(entering, scores, strict=True):
+                yield from (Token(row, id_, value) for id_, value in zip(self.requests[row].prompt, values, strict=False))
         for slot, row in newcomers:
             self.live[slot] = row
             self.ended(slot)
@@ -244,7 +244,7 @@ class Engine:
                 scores += self._score(hidden, packed[first + 1 :])
             first += ends[-1]
         starts = itertools.accumulate(lengths, initial=0)
-        each = [[0.0, *scores[i + 1 : i + n]] for i, n in zip(starts, lengths, strict=False)] if scored else []
+        each = [[0.0, *scores[i + 1 : i + n]] if scored else [] for i, n in zip(starts, lengths, strict=False)]
         return torch.cat(last_hidden), each
 
     @torch.inference_mode()

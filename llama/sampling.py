@@ -39,6 +39,7 @@ class Sampling:
             object.__setattr__(self, name, float(value))  # NumPy's are welcome
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, numbers.Integral) or int(self.top_k) < 0:
             raise InputError(f"top_k is {kind(self.top_k)}; it must be a whole number, 0 (all ids) or more")
+        object.__setattr__(self, "top_k", min(int(self.top_k), 2**31))  # more than any vocabulary, and a number for torch
 
     @property
     def greedy(self) -> bool:
