@@ -38,8 +38,8 @@ class Text:
         self.held = ""
 
     def begin(self, ids: list[int]) -> str:
-        """The text of ids that stand before the answer, in which no stop is sought."""
-        return "".join(map(self.ids.push, ids)) + self.ids.end()
+        """The text of a prompt that stands before the answer; no stop is sought in it."""
+        return self.ids.begin(ids)
 
     def push(self, id_: int) -> str:
         """What the id releases: "" where all is held back."""

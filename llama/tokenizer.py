@@ -59,6 +59,14 @@ class Detokenizer:
         self.prefix = ""  # the text of these
         self.bytes = b""
 
+    def begin(self, ids: list[int]) -> str:
+        """The text of ids that stand before, whose last character is whole, all at once."""
+        text = self.sp_model.decode(ids)
+        self.before = list(ids)
+        if text:
+            self._begun()
+        return text
+
     def push(self, id_: int) -> str:
         """What is certain now."""
         if self.sp_model.is_byte(id_):

@@ -54,8 +54,16 @@ def test_joined_pieces_are_the_decoded_whole(any_tokenizer: Tokenizer) -> None:
         random_ids(any_tokenizer, draw) for _ in range(300)
     ]:
         assert "".join(pieces(any_tokenizer, ids)) == any_tokenizer.decode(ids), ids
-        text = Text(any_tokenizer)
-        assert text.begin(ids[:9]) == any_tokenizer.decode(ids[:9])
+
+
+def test_an_echoed_prompt_stands_before_the_answer(any_tokenizer: Tokenizer) -> None:
+    """The answer's first piece keeps its space, unless the prompt has no text."""
+    draw = random.Random(3)
+    for prompt in TEXTS:
+        before, ids = any_tokenizer.encode(prompt, bos=True, eos=False), random_ids(any_tokenizer, draw)
+        text = Text(any_tokenizer, [prompt[-2:] + "?"])
+        whole = [text.begin(before), *(text.push(id_) for id_ in ids), text.end()]
+        assert "".join(whole) == any_tokenizer.decode(before + ids)
 
 
 def test_each_piece_begins_where_a_character_does(any_tokenizer: Tokenizer) -> None:
