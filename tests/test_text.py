@@ -93,6 +93,8 @@ def test_waiting_has_an_end(tokenizer: Tokenizer) -> None:
     for _ in range(2000):
         text.push(tokenizer.sp_model.encode("sea")[0])
     assert len(text.held) < 10 and len(text.ids.before) == 1
+    text = Text(tokenizer)
+    assert {text.push(tokenizer.bos_id) for _ in range(99)} == {""} and text.ids.before == []
 
 
 def cut(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...]) -> str:
