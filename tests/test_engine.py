@@ -270,7 +270,9 @@ def test_a_failed_call_leaves_no_trace(
     if late:
         request.getfixturevalue("as_on_cuda")
     for call, at in ((batch, 3), (stream, 1), (stream, 2)):
-        llama.model.allocate()  # no right keys and values from before
+        cache = llama.model.ready_cache()
+        cache.turn = None
+        cache.data.zero_()  # no right keys and values from before
         if where == "consumer":
             with pytest.raises(Fault):
                 for _ in llama.text_completion_stream("Once upon a time", 0, max_gen_len=12, reuse=True):
