@@ -1,6 +1,7 @@
 """The loop: any number of prompts, each answer as if alone, what it costs, what it leaves behind."""
 
 import itertools
+import random
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,6 @@ from llama.engine import Request
 
 GREEDY = Sampling(0)
 PROMPTS = [[1, *range(7 * i + 5, 7 * i + 6 + i % 5)] for i in range(20)]  # 2 to 6 ids
-LENGTHS = [2, 20, 3, 5, 2, 11, 4, 7, 2, 13, 2, 3, 20, 2, 6, 2, 9, 2, 4, 16]
 
 
 def counted(llama: Llama) -> tuple[list[int], Callable[[], None]]:
@@ -81,30 +81,30 @@ def test_any_number_of_prompts_answers_as_each_alone(
     assert llama.generate(prompts, 14, temperature=0, echo=True)[0] == echoed
 
 
-def test_a_free_slot_is_taken_at_once(llama: Llama, rows: Callable) -> None:
-    """Steps and forwards counted; fixed waves of 3 would take as many steps as the longest of each has ids."""
-    rows(3)
+def test_a_free_slot_is_taken_at_once(llama: Llama) -> None:
+    """64 prompts, answers of 4 to 40 ids, 6 rows: steps and forwards counted, against an account of it on paper, and
+    against fixed waves, which take as many steps as the longest answer of each has ids."""
+    lengths = [round(4 * 10 ** (i / 63)) for i in range(64)]
+    random.Random(0).shuffle(lengths)
+    requests = [Request(PROMPTS[i % 20] + [200], n) for i, n in enumerate(lengths)]
     forwards, stop = counted(llama)
-    requests = [Request(p, n) for p, n in zip(PROMPTS, LENGTHS, strict=True)]
     order = [token.row for token in llama.engine.run(requests, GREEDY, eos_id=-1)]
     stop()
-    assert [order.count(row) for row in range(20)] == LENGTHS == [r.made for r in requests]
+    assert [order.count(row) for row in range(64)] == lengths == [r.made for r in requests]
     assert {r.finish_reason for r in requests} == {"length"}
 
-    left, waiting, steps, prefills = [0, 0, 0], list(range(20)), 0, []
-    while any(left) or waiting:  # a plain account of it
-        entering = [slot for slot in range(3) if not left[slot] and waiting]
-        if entering:
-            taken = [waiting.pop(0) for _ in entering[: len(waiting)]]
-            prefills.append(sum(len(PROMPTS[row]) for row in taken))
-            for slot, row in zip(entering, taken, strict=False):
-                left[slot] = LENGTHS[row]
+    left, waiting, expected = [0] * 6, list(range(64)), []
+    while any(left) or waiting:
+        free = [slot for slot in range(6) if not left[slot]][: len(waiting)]
+        entering, waiting = waiting[: len(free)], waiting[len(free) :]
+        for slot, row in zip(free, entering, strict=True):
+            left[slot] = lengths[row]
+        expected += [sum(len(requests[row].prompt) for row in entering)] * bool(entering)
         left = [max(n - 1, 0) for n in left]
-        steps += any(left)
-    assert forwards.count(3) - prefills.count(3) == steps and len(forwards) == steps + len(prefills)
-    assert sorted(n for n in forwards if n != 3) == sorted(n for n in prefills if n != 3)
-    waves = sum(max(LENGTHS[i : i + 3]) - 1 for i in range(0, 20, 3))
-    assert steps < waves / 1.4, (steps, waves)
+        expected += [6] * any(left)
+    assert forwards == expected
+    waves = sum(max(lengths[i : i + 6]) for i in range(0, 64, 6))  # forwards: the prompts' one gives the first id
+    assert waves / len(forwards) > 1.5, (waves, len(forwards))
 
 
 def test_a_long_batch_shows_how_many_are_answered(llama: Llama, rows: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
