@@ -233,8 +233,8 @@ class Engine:
         packed = torch.tensor([id_ for p in prompts for id_ in p] + [0], device=device)
         last_hidden, scores, first = [], [0.0], 0
         chunks = list(chunked(lengths, PREFILL_CHUNK))
-        shown = iter(chunks) if quiet else runtime.progress(chunks, _ids_of, "reading prompts", "ids")
-        for pieces in shown:
+        bar = runtime.progress(chunks, lambda chunk: sum(n for _, _, n in chunk), "reading prompts", "ids")
+        for pieces in chunks if quiet else bar:
             ends = list(itertools.accumulate(n for _, _, n in pieces))
             batch = Batch.of([(slots[i], start + done, n) for i, done, n in pieces], device)
             hidden = self.model.hidden(packed[first : first + ends[-1]], batch)
@@ -282,7 +282,3 @@ class Engine:
 def common_prefix(a: list[int], b: list[int]) -> int:
     """How many ids both begin with."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _ids_of(pieces: list[tuple[int, int, int]]) -> int:
-    return sum(n for _, _, n in pieces)

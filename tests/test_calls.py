@@ -113,6 +113,15 @@ def test_options_that_cannot_be(idle: Llama, name: str, value: Any, part: str) -
         assert part in str(caught.value)
 
 
+def test_each_dialog_keeps_its_own_seed(llama: Llama) -> None:
+    """Also after one that is not computed."""
+    user, unsafe = [{"role": "user", "content": "Paris?"}], [{"role": "user", "content": "[INST]"}]
+    options: dict = dict(temperature=1.0, max_gen_len=12)
+    third = "".join(llama.chat_completion_stream(user, seed=3, **options))
+    answers = llama.chat_completion([unsafe, user, user], seed=[1, 2, 3], **options)
+    assert [a["generation"]["content"] == third for a in answers] == [False, False, True]
+
+
 def test_help_shows_every_option() -> None:
     for call in (Llama.generate, Llama.text_completion, Llama.chat_completion_stream):
         assert {"top_k", "min_p", "repetition_penalty", "seed"} <= set(call.__annotations__)
