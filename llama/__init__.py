@@ -2,12 +2,14 @@
 
 from .demo import given_or_demo
 from .errors import CheckpointError, DeviceError, InputError, LlamaError
-from .generation import Dialog, Llama
+from .generation import Dialog, Llama, Score
 from .model import ModelArgs, Transformer
+from .sampling import Sampling
+from .text import Stream
 from .tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 __all__ = [
-    "CheckpointError", "DeviceError", "Dialog", "InputError", "Llama", "LlamaError", "ModelArgs", "Tokenizer", "Transformer",
-    "given_or_demo",
+    "CheckpointError", "DeviceError", "Dialog", "InputError", "Llama", "LlamaError", "ModelArgs", "Sampling", "Score", "Stream",
+    "Tokenizer", "Transformer", "given_or_demo",
 ]  # fmt: skip

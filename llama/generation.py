@@ -1,19 +1,16 @@
-"""`Llama`: build, generate, complete texts, answer dialogs.
+"""`Llama`: build, generate, complete texts, answer dialogs, at once or as streams; score.
 
-One loop serves all of them: `Llama.tokens`, a generator that prefills once, then steps, and yields each new id as it is
-made. Text and dialogs are ids before they reach it.
+One loop serves all of them: `Engine.run`, which yields each new id as it is made. Text and dialogs are ids before they
+reach it.
 """
 
-import itertools
-import numbers
 import os
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypedDict
 
 import torch
 
-from . import checkpoint, kernels, loading, memory, runtime, saved
-from .cache import Batch, chunked
+from . import calls, checkpoint, kernels, loading, memory, runtime, saved
+from .calls import Answer, ChatPrediction, CompletionPrediction, Details, Score
 from .chat import (
     B_INST,
     B_SYS,
@@ -28,37 +25,30 @@ from .chat import (
     encode_dialog,
     is_unsafe,
 )
-from .decode import Decoder
+from .engine import Engine, Request, Token, common_prefix
 from .errors import CheckpointError, DeviceError, InputError, kind
-from .memory import LOGPROB_CHUNK, PREFILL_CHUNK
 from .model import ModelArgs, Transformer
 from .quantize import KINDS
-from .sampling import logprobs_of, next_ids, sample_top_p
+from .sampling import Sampling, sample_top_p
+from .text import Stream, Text, check_stops, pieces
 from .tokenizer import Tokenizer, check_text
 
 
-class CompletionPrediction(TypedDict, total=False):
-    generation: str
-    tokens: list[str]  # with logprobs=True
-    logprobs: list[float]  # with logprobs=True
-
-
-class ChatPrediction(TypedDict, total=False):
-    generation: Message
-    tokens: list[str]  # with logprobs=True
-    logprobs: list[float]  # with logprobs=True
-
-
-class Token(NamedTuple):
-    """One id of one row, and its log probability where asked for."""
-
-    row: int
-    id: int
-    logprob: float | None
-
-
 class Llama:
-    """A model and its tokenizer. It has one cache, and so serves one call at a time, from one thread."""
+    """A model and its tokenizer. It has one cache, and so serves one call at a time, from one thread.
+
+    What the calls for ids, texts, dialogs and streams have in common, each off by default:
+
+    top_k, min_p, repetition_penalty: see `Sampling`.
+    seed: the answer then depends on prompt, options and this number alone, whatever ran before or runs beside it. A list
+    gives each prompt its own, as for several answers to one. None: all draw from torch's default generator.
+    stop: one string or several, before which an answer's text ends. Lists of ids and log probabilities go on to the id
+    that made a stop string complete. Calls for ids have none: it is text that they end.
+    details: whether a result says why it ended, "finish_reason" ("stop": EOS or a stop string; "length": max_gen_len or
+    the window), and how many ids the prompt and the answer (without EOS) have.
+
+    Prompts may be any number: max_batch_size of them run at a time, and where one ends the next takes its place.
+    """
 
     @staticmethod
     def build(
@@ -127,7 +117,7 @@ class Llama:
             )
         self.model = model
         self.tokenizer = tokenizer
-        self.decoder = Decoder(model)
+        self.engine = Engine(model)
 
     def generate(
         self,
@@ -137,21 +127,21 @@ class Llama:
         top_p: float = 0.9,
         logprobs: bool = False,
         echo: bool = False,
+        *,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | Sequence[int] | None = None,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """New ids for each prompt, and their log probabilities or None.
 
         Row i gets at most min(max_gen_len, max_seq_len - its length) ids, and ends before EOS. temperature 0 takes the
-        likeliest id, else ids are drawn by top-p. logprobs: log_softmax of the raw logits at each id. echo: the prompt's
-        ids come first, the very first with 0.0. Raises InputError, naming the row, before any work.
+        likeliest id, else ids are drawn: see `Sampling`. logprobs: log_softmax of the raw logits at each id. echo: the
+        prompt's ids come first, the very first with 0.0. Raises InputError, naming the row, before any work.
         """
-        stream = self.tokens(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo)
-        ids: list[list[int]] = [[] for _ in prompt_tokens]
-        values: list[list[float]] = [[] for _ in prompt_tokens]
-        for token in stream:
-            ids[token.row].append(token.id)
-            if token.logprob is not None:
-                values[token.row].append(token.logprob)
-        return ids, values if logprobs else None
+        sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
+        answers = self._answers(self._requests(prompt_tokens, max_gen_len, seed), sampling, logprobs, echo)
+        return [a.ids for a in answers], [a.logprobs for a in answers] if logprobs else None
 
     def tokens(
         self,
@@ -161,91 +151,17 @@ class Llama:
         top_p: float = 0.9,
         logprobs: bool = False,
         echo: bool = False,
+        *,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | Sequence[int] | None = None,
     ) -> Iterator[Token]:
         """`generate`, id by id as they are made: rows take turns, each in its own order. EOS is not yielded."""
-        self._check_prompts(prompts)
-        _check_sampling(max_gen_len, temperature, top_p)
-        ids = [[int(id_) for id_ in prompt] for prompt in prompts]  # NumPy's are welcome
-        return self._loop(ids, int(max_gen_len), float(temperature), float(top_p), logprobs, echo)
-
-    @torch.inference_mode()
-    def _loop(
-        self, prompts: list[list[int]], max_gen_len: int, temperature: float, top_p: float, logprobs: bool, echo: bool
-    ) -> Iterator[Token]:
-        window, device, B = self.model.params.max_seq_len, self.model.device, len(prompts)
-        left = [min(max_gen_len, window - len(p)) for p in prompts]  # ids each row may still get
-        scored = echo and logprobs and bool(prompts)  # the prompts' own ids have log probabilities to be computed
-        if echo and not scored:
-            yield from (Token(row, id_, None) for row, prompt in enumerate(prompts) for id_ in prompt)
-        if not any(left) and not scored:
-            return
-
-        cache = self.model.ready_cache()
-        cache.turn = turn = object()
-        hidden, scores = self._prefill(prompts, scored)
-        if scored:
-            for row, prompt in enumerate(prompts):
-                yield from (Token(row, id_, score) for id_, score in zip(prompt, scores[row], strict=True))
-
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        # A row that is done steps on with the rest, as the rows of a batch share their draws, but stays where it ended.
-        last = lengths + torch.tensor(left, device=device) - 1
-        positions = torch.minimum(lengths, last)  # of the ids to come
-        longest, steps, ragged = max(len(p) for p in prompts), max(left), len({len(p) for p in prompts}) > 1
-        live = {row for row in range(B) if left[row]}
-        logits = self.model.logits(hidden)
-        for step in range(steps):
-            ids = runtime.from_rank0(next_ids(logits, temperature, top_p))
-            fetched = runtime.fetch(ids, logprobs_of(logits, ids)) if logprobs else runtime.fetch(ids)
-
-            end = min(longest + step + 1, window)
-            ahead = step + 1 < steps and runtime.runs_ahead(device)
-            if ahead:  # the device goes on while the host reads: whether all rows are done is known a step late
-                logits = self.decoder(ids, positions, end, ragged)
-            new, *values = fetched()
-            for row, id_ in enumerate(new):
-                if row not in live:
-                    continue
-                if id_ == self.tokenizer.eos_id:
-                    live.remove(row)
-                    continue
-                yield Token(row, id_, values[0][row] if values else None)
-                left[row] -= 1
-                if left[row] == 0:
-                    live.remove(row)
-            if not live:
-                return
-            if self.model.cache is not cache or cache.turn is not turn:
-                raise InputError("another call has used this model's cache since: end a stream before the next call")
-            if not ahead:
-                logits = self.decoder(ids, positions, end, ragged)
-            positions = torch.minimum(positions + 1, last)
-
-    def _prefill(self, prompts: list[list[int]], scored: bool) -> tuple[torch.Tensor, list[list[float]]]:
-        """Each prompt through the model once: the hidden state of each one's last id, (B, dim), and, if asked for, the log
-        probabilities of each one's ids, each read off the position before it; 0.0 for the first."""
-        lengths, device = [len(p) for p in prompts], self.model.device
-        packed = torch.tensor([id_ for p in prompts for id_ in p] + [0], device=device)
-        last_hidden, scores, first = [], [0.0], 0
-        chunks = list(chunked(lengths, PREFILL_CHUNK))
-        for pieces in runtime.progress(chunks, lambda chunk: sum(n for _, _, n in chunk), "reading prompts", "ids"):
-            ends = list(itertools.accumulate(n for _, _, n in pieces))
-            hidden = self.model.hidden(packed[first : first + ends[-1]], Batch.of(pieces, device))
-            final = [end - 1 for end, (row, start, n) in zip(ends, pieces, strict=True) if start + n == lengths[row]]
-            last_hidden.append(hidden[torch.tensor(final, dtype=torch.int64, device=device)])
-            if scored:
-                scores += self._score(hidden, packed[first + 1 :])
-            first += ends[-1]
-        starts = itertools.accumulate(lengths, initial=0)
-        return torch.cat(last_hidden), [[0.0, *scores[i + 1 : i + n]] for i, n in zip(starts, lengths, strict=False)]
-
-    def _score(self, hidden: torch.Tensor, following: torch.Tensor) -> list[float]:
-        """Log probabilities, at positions whose hidden states (N, dim) are given, of the ids that follow."""
-        values: list[float] = []
-        for i in range(0, len(hidden), LOGPROB_CHUNK):
-            logits = self.model.logits(hidden[i : i + LOGPROB_CHUNK])
-            values += logprobs_of(logits, following[i : i + len(logits)]).tolist()
-        return values
+        sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
+        return self.engine.run(
+            self._requests(prompts, max_gen_len, seed), sampling, self.tokenizer.eos_id, logprobs=logprobs, echo=echo
+        )
 
     def text_completion(
         self,
@@ -255,22 +171,24 @@ class Llama:
         max_gen_len: int | None = None,
         logprobs: bool = False,
         echo: bool = False,
+        *,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] = (),
+        details: bool = False,
     ) -> list[CompletionPrediction]:
-        """Continue each text. max_gen_len defaults to what the window holds. See `generate` for the rest.
+        """Continue each text. max_gen_len defaults to what the window holds. See `generate` and `Llama` for the rest.
 
-        Each result has "generation"; with logprobs=True also "tokens" (each id decoded by itself) and "logprobs".
+        Each result has "generation"; with logprobs=True also "tokens" (each id decoded by itself) and "logprobs"; with
+        details=True also "finish_reason", "prompt_tokens" and "new_tokens".
         """
-        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
-            raise InputError(f"prompts is {kind(prompts)}; it must be a list of texts, as in [text]")
-        for row, prompt in enumerate(prompts):
-            check_text(prompt, f"prompt {row}")
+        calls.check_texts(prompts, "prompts")
+        sampling, stops = Sampling(temperature, top_p, top_k, min_p, repetition_penalty), check_stops(stop)
         encoded = [self.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
-        ids, values = self.generate(encoded, self._gen_len(max_gen_len), temperature, top_p, logprobs, echo)
-        predictions: list[CompletionPrediction] = [{"generation": self.tokenizer.decode(row)} for row in ids]
-        if values is not None:
-            for i, prediction in enumerate(predictions):
-                prediction["tokens"], prediction["logprobs"] = self._pieces(ids[i]), values[i]
-        return predictions
+        answers = self._answers(self._requests(encoded, self._gen_len(max_gen_len), seed), sampling, logprobs, echo, stops)
+        return [{"generation": a.text, **self._details(a, logprobs, details)} for a in answers]
 
     def chat_completion(
         self,
@@ -279,31 +197,147 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
+        *,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] = (),
+        details: bool = False,
     ) -> list[ChatPrediction]:
-        """Answer each dialog, as the assistant. max_gen_len defaults to what the window holds.
+        """Answer each dialog, as the assistant. max_gen_len defaults to what the window holds. See `Llama` for the rest.
 
         A dialog that holds a special tag of the format is answered with UNSAFE_ERROR, and computed no further.
-        Each result has "generation", a message; with logprobs=True also "tokens" and "logprobs".
+        Each result has "generation", a message, and what `text_completion` adds.
         """
         if isinstance(dialogs, (str, bytes, dict)) or not isinstance(dialogs, Sequence):
             raise InputError(f"dialogs is {kind(dialogs)}; it must be a list of dialogs, as in [dialog]")
         for row, dialog in enumerate(dialogs):
             check_dialog(dialog, f"dialog {row}")
+        sampling, stops = Sampling(temperature, top_p, top_k, min_p, repetition_penalty), check_stops(stop)
+        seeds = calls.seeds_of(seed, len(dialogs))
         safe = [row for row, dialog in enumerate(dialogs) if not is_unsafe(dialog)]
         encoded = [encode_dialog(self.tokenizer, dialogs[row]) for row in safe]
-        self._check_prompts(encoded, [f"dialog {row}" for row in safe])
-        ids, values = self.generate(encoded, self._gen_len(max_gen_len), temperature, top_p, logprobs)
+        requests = self._requests(
+            encoded, self._gen_len(max_gen_len), seeds and [seeds[row] for row in safe], [f"dialog {row}" for row in safe]
+        )
 
-        unsafe: Message = {"role": "assistant", "content": UNSAFE_ERROR}
-        predictions: list[ChatPrediction] = [{"generation": unsafe} for _ in dialogs]
+        answers = [Answer(Request([], 0, finish_reason="stop"), text=UNSAFE_ERROR) for _ in dialogs]
+        for row, answer in zip(safe, self._answers(requests, sampling, logprobs, False, stops), strict=True):
+            answers[row] = answer
+        return [
+            {"generation": {"role": "assistant", "content": a.text}, **self._details(a, logprobs, details)} for a in answers
+        ]
+
+    def text_completion_stream(
+        self,
+        prompt: str,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        *,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        reuse: bool = False,
+    ) -> Stream:
+        """Continue one text, and yield the continuation piece by piece: see `Stream`.
+
+        reuse: keys and values that the last stream with `reuse` left in the cache serve for the ids that both prompts
+        begin with; any other use of the cache forgets them. Raises InputError at the call, not at the first piece.
+        """
+        check_text(prompt, "the prompt")
+        sampling, stops = Sampling(temperature, top_p, top_k, min_p, repetition_penalty), check_stops(stop)
+        encoded = self.tokenizer.encode(prompt, bos=True, eos=False)
+        return self._stream(encoded, "the prompt", max_gen_len, sampling, seed, stops, reuse)
+
+    def chat_completion_stream(
+        self,
+        dialog: Dialog,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        *,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        reuse: bool = False,
+    ) -> Stream:
+        """Answer one dialog, and yield the answer piece by piece: see `text_completion_stream`.
+
+        With `reuse` a dialog's next turn computes only what is new in it. UNSAFE_ERROR is a stream of one piece.
+        """
+        check_dialog(dialog, "the dialog")
+        sampling, stops = Sampling(temperature, top_p, top_k, min_p, repetition_penalty), check_stops(stop)
+        if is_unsafe(dialog):
+            calls.seeds_of(seed, 1)
+            return Stream(Request([], 0, finish_reason="stop"), (piece for piece in [UNSAFE_ERROR]))
+        encoded = encode_dialog(self.tokenizer, dialog)
+        return self._stream(encoded, "the dialog", max_gen_len, sampling, seed, stops, reuse)
+
+    def score(self, prompts: list[str], continuations: list[str]) -> list[Score]:
+        """The log probability of each continuation after its prompt, in one pass; nothing is generated.
+
+        Any number of pairs. A continuation's ids are those of prompt + continuation, from the first on that the prompt
+        alone has not: where the tokenizer joins letters over the border, the joined piece counts.
+        """
+        calls.check_texts(prompts, "prompts")
+        calls.check_texts(continuations, "continuations")
+        if len(prompts) != len(continuations):
+            raise InputError(f"{len(prompts)} prompts, but {len(continuations)} continuations; give one to each")
+        whole = [self.tokenizer.encode(p + c, bos=True, eos=False) for p, c in zip(prompts, continuations, strict=True)]
+        self._check_prompts(whole, [f"prompt {row} with its continuation" for row in range(len(whole))])
+        starts = [common_prefix(w, self.tokenizer.encode(p, bos=True, eos=False)) for w, p in zip(whole, prompts, strict=True)]
+        for row, (ids, start) in enumerate(zip(whole, starts, strict=True)):
+            if start == len(ids):
+                raise InputError(
+                    f"continuation {row} is {kind(continuations[row])}, which adds no id to its prompt; give some text"
+                )
+        values = self.engine.score(whole, starts)
+        return [Score(self._pieces(w[i:]), v) for w, i, v in zip(whole, starts, values, strict=True)]
+
+    def _answers(
+        self, requests: list[Request], sampling: Sampling, logprobs: bool, echo: bool, stops: Sequence[str] | None = None
+    ) -> list[Answer]:
+        """All that the loop yields, row by row; text only where there are stops, be it none."""
+        answers = [Answer(request) for request in requests]
+        texts = [Text(self.tokenizer, stops) for _ in requests] if stops is not None else []
+        if echo:
+            for answer, text in zip(answers, texts, strict=False):
+                answer.text = text.begin(answer.request.prompt)
+        for row, id_, logprob in self.engine.run(requests, sampling, self.tokenizer.eos_id, logprobs, echo):
+            answer = answers[row]
+            answer.ids.append(id_)
+            if logprob is not None:
+                answer.logprobs.append(logprob)
+            if texts and answer.request.made:  # else it is the prompt's own
+                answer.text += texts[row].push(id_)
+                if texts[row].stopped:
+                    answer.request.finish_reason = "stop"
+        for answer, text in zip(answers, texts, strict=False):
+            answer.text += text.end()
+        return answers
+
+    def _stream(
+        self, ids: list[int], name: str, max_gen_len: int | None, sampling: Sampling, seed: int | None, stops: Sequence[str],
+        reuse: bool,
+    ) -> Stream:  # fmt: skip
+        (request,) = self._requests([ids], self._gen_len(max_gen_len), seed, [name])
+        tokens = self.engine.run([request], sampling, self.tokenizer.eos_id, reuse=reuse)
+        return Stream(request, pieces(request, tokens, Text(self.tokenizer, stops)))
+
+    def _details(self, answer: Answer, logprobs: bool, details: bool) -> Details:
+        found: Details = {}
         if logprobs:
-            for prediction in predictions:
-                prediction["tokens"], prediction["logprobs"] = [], []
-        for i, row in enumerate(safe):
-            predictions[row]["generation"] = {"role": "assistant", "content": self.tokenizer.decode(ids[i])}
-            if values is not None:
-                predictions[row]["tokens"], predictions[row]["logprobs"] = self._pieces(ids[i]), values[i]
-        return predictions
+            found["tokens"], found["logprobs"] = self._pieces(answer.ids), answer.logprobs
+        if details:
+            found["finish_reason"] = answer.request.finish_reason
+            found["prompt_tokens"], found["new_tokens"] = len(answer.request.prompt), answer.request.made
+        return found
 
     def _pieces(self, ids: list[int]) -> list[str]:
         return [self.tokenizer.decode([id_]) for id_ in ids]
@@ -312,36 +346,13 @@ class Llama:
         return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
 
     def _check_prompts(self, prompts: list[list[int]], names: list[str] | None = None) -> None:
-        args, n_words = self.model.params, self.tokenizer.n_words
-        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
-            raise InputError(f"prompt_tokens is {kind(prompts)}; it must be a list of lists of token ids")
-        if len(prompts) > args.max_batch_size:
-            raise InputError(
-                f"{len(prompts)} prompts, but the model was built for max_batch_size={args.max_batch_size}; "
-                "give fewer at a time, or build with a larger max_batch_size"
-            )
-        for name, prompt in zip(names or [f"prompt {row}" for row in range(len(prompts))], prompts, strict=True):
-            if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
-                raise InputError(f"{name} is {kind(prompt)}; it must be a list of token ids")
-            if not prompt:
-                raise InputError(f"{name} holds no ids; begin it with BOS ({self.tokenizer.bos_id})")
-            for id_ in prompt:
-                if isinstance(id_, bool) or not isinstance(id_, numbers.Integral) or not 0 <= int(id_) < n_words:
-                    raise InputError(f"{name}: {kind(id_)} is no token id; ids are whole numbers from 0 to {n_words - 1}")
-            if len(prompt) > args.max_seq_len:
-                raise InputError(
-                    f"{name} has {len(prompt)} ids, but the window holds max_seq_len={args.max_seq_len}; "
-                    "shorten it, or build with a larger max_seq_len"
-                )
+        calls.check_prompts(prompts, names, self.tokenizer, self.model.params.max_seq_len)
 
-
-def _check_sampling(max_gen_len: int, temperature: float, top_p: float) -> None:
-    if isinstance(max_gen_len, bool) or not isinstance(max_gen_len, numbers.Integral) or int(max_gen_len) < 0:
-        raise InputError(f"max_gen_len is {kind(max_gen_len)}; it must be a whole number, 0 or more")
-    for name, value, most in (("temperature", temperature, 1e30), ("top_p", top_p, 1.0)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= most:
-            limit = "from 0 (the likeliest id) to 1e30" if name == "temperature" else "from 0 to 1"
-            raise InputError(f"{name} is {kind(value)}; it must be a number, {limit}")
+    def _requests(
+        self, prompts: list[list[int]], max_gen_len: int, seed: int | Sequence[int] | None, names: list[str] | None = None
+    ) -> list[Request]:
+        self._check_prompts(prompts, names)
+        return calls.requests_of(prompts, max_gen_len, seed, self.model.params.max_seq_len)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -355,5 +366,5 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 __all__ = [
     "B_INST", "B_SYS", "E_INST", "E_SYS", "SPECIAL_TAGS", "UNSAFE_ERROR", "ChatPrediction", "CompletionPrediction", "Dialog",
-    "Llama", "Message", "ModelArgs", "Role", "Token", "Tokenizer", "Transformer", "sample_top_p",
+    "Llama", "Message", "ModelArgs", "Role", "Sampling", "Score", "Stream", "Token", "Tokenizer", "Transformer", "sample_top_p",
 ]  # fmt: skip

@@ -64,7 +64,7 @@ def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device:
     ahead = itertools.islice(plan, 1, None)
     for module, names, views in progress(plan, lambda item: sum(v.nbytes for v in item[2]), "loading"):
         for view in next(ahead, (None, [], []))[2]:
-            _advise(view, _WILLNEED)  # the disk reads the next one while this one is packed
+            advise(view, WILLNEED)  # the disk reads the next one while this one is packed
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and kind is not None:
             own, held = HEAD if names == ["output.weight"] else kind, next(iter(shards.values()))
             if f"{names[0]}.scale" in held:
@@ -73,7 +73,7 @@ def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device:
                 parts = [part for name in names for part in quantized(name, shards, own, dtype, device)]
             module.hold(Quantized.cat(parts))
             for view in views:
-                _advise(view, _DONTNEED)
+                advise(view, DONTNEED)
             continue
         weight = views[0] if _in_place(views, dtype, device) else _join(views, split_dim(names[0]) or 0, dtype, device)
         _refuse_what_is_not_finite(weight, names, shards)
@@ -82,7 +82,7 @@ def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device:
         else:
             module.weight = nn.Parameter(weight, requires_grad=False)
         if module.weight is None and weight is views[0]:  # packed straight from the file
-            _advise(views[0], _DONTNEED)
+            advise(views[0], DONTNEED)
         del weight  # before the next one is made
 
 
@@ -155,15 +155,15 @@ def _join(views: list[torch.Tensor], dim: int, dtype: torch.dtype, device: torch
     for view in views:
         joined.narrow(dim, filled, view.shape[dim]).copy_(view)
         filled += view.shape[dim]
-        _advise(view, _DONTNEED)
+        advise(view, DONTNEED)
     return joined
 
 
 _libc = ctypes.CDLL(None) if sys.platform in ("linux", "darwin") else None
-_WILLNEED, _DONTNEED = 3, 4
+WILLNEED, DONTNEED = 3, 4
 
 
-def _advise(view: torch.Tensor, advice: int) -> None:
+def advise(view: torch.Tensor, advice: int) -> None:
     """Tell the system about the mapped pages under a view: to read them ahead, or that they are needed no longer. These
     stay in the page cache, but would count as ours until the last tensor of the shard is gone, and so double the peak."""
     if _libc is None or view.numel() == 0:

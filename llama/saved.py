@@ -148,6 +148,8 @@ def save(ckpt_dir: str | os.PathLike[str], wanted: str) -> Path:
                 for full_name, tensor in _written(name, shards, wanted):
                     f.seek(begin + ends[full_name] - sizes[full_name])
                     f.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+                for view in loading.all_of(name, shards):
+                    loading.advise(view, loading.DONTNEED)
         os.replace(part, path)
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be written: {e.strerror}") from e

@@ -1,5 +1,6 @@
 """Text to ids and back, by SentencePiece."""
 
+import codecs
 import os
 from collections.abc import Iterable
 from operator import index
@@ -43,6 +44,63 @@ class Tokenizer:
             if not 0 <= i < self.n_words:
                 raise InputError(f"token id {kind(i)} is out of range: this tokenizer has the ids 0 to {self.n_words - 1}")
         return self.sp_model.decode(ids)
+
+
+class Detokenizer:
+    """The text of one row's ids as they come; joined it is `Tokenizer.decode` of them all, at the same work for each id.
+
+    SentencePiece drops the space that the first piece begins with, and reads a run of byte pieces as UTF-8, with one
+    replacement character for each byte of none. So bytes wait until their character is whole, or cannot be any more.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.sp_model = tokenizer.sp_model
+        self.before: list[int] = []  # ids so far, while they have no text; then the unknown piece, which has some
+        self.prefix = ""  # the text of these
+        self.bytes = b""
+
+    def begin(self, ids: list[int]) -> str:
+        """The text of ids that stand before, whose last character is whole, all at once."""
+        text = self.sp_model.decode(ids)
+        self.before = list(ids)
+        if text:
+            self._begun()
+        return text
+
+    def push(self, id_: int) -> str:
+        """What is certain now."""
+        if self.sp_model.is_byte(id_):
+            self.bytes += bytes.fromhex(self.sp_model.id_to_piece(id_)[3:-1])  # <0xF0>
+            return self._characters(final=False)
+        run = self._characters(final=True)
+        if self.sp_model.is_control(id_):
+            return run
+        text = self.sp_model.decode([*self.before, id_])[len(self.prefix) :]
+        if text:
+            self._begun()
+        elif not self.prefix:
+            self.before.append(id_)
+        return run + text
+
+    def end(self) -> str:
+        """What waited."""
+        return self._characters(final=True)
+
+    def _begun(self) -> None:
+        self.before = [self.sp_model.unk_id()]
+        self.prefix = self.sp_model.decode(self.before)
+
+    def _characters(self, final: bool) -> str:
+        text, n = "", 1
+        while self.bytes and n:
+            try:
+                chars, n = codecs.utf_8_decode(self.bytes, "strict", final)
+            except UnicodeDecodeError as e:
+                chars, n = self.bytes[: e.start].decode() + "\ufffd", e.start + 1
+            text, self.bytes = text + chars, self.bytes[n:]
+        if text:
+            self._begun()
+        return text
 
 
 def check_text(text: str, name: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from llama import Llama, Tokenizer
 
 from .fault_server import FILES, SHARD, Downloader, FaultServer, files_of
-from .support import random_weights, train_tokenizer, write_shards
+from .support import ROOT, random_weights, train_tokenizer, write_shards
 
 SMALL = dict(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, multiple_of=32, norm_eps=1e-5, vocab_size=-1)
 SMALL_HIDDEN, VOCAB = 192, 384
@@ -62,3 +62,12 @@ def nearly(download: Downloader) -> Downloader:
     for path in set(files_of("7B")) - {SHARD}:
         download.put(path, FILES[path])
     return download
+
+
+@pytest.fixture(scope="session")
+def llama2_tokenizer() -> Tokenizer:
+    """Llama 2's own, where download.sh left it, or where tests of others' data keep it."""
+    for path in (ROOT / "tokenizer.model", ROOT.parent / "shared" / "fixtures" / "llama2" / "tokenizer.model"):
+        if path.exists():
+            return Tokenizer(path)
+    pytest.skip("Llama 2's tokenizer is not here")

@@ -39,15 +39,15 @@ def test_static_steps_and_late_reading_give_the_same_ids(
         step.logits = step.logits if fixed is None else fixed.copy_(step.logits)
 
     monkeypatch.setattr(Step, "run", into_the_same_memory)
-    monkeypatch.setattr(llama.decoder, "static", True)
+    monkeypatch.setattr(llama.engine.decoder, "static", True)
     monkeypatch.setattr(runtime, "runs_ahead", lambda device: True)
-    llama.decoder.steps.clear()
+    llama.engine.decoder.steps.clear()
     got = answer()
     assert got[0] == want[0]
     for row, expected in zip(got[1], want[1], strict=True):
         torch.testing.assert_close(row, expected, atol=1e-4, rtol=0)
-    assert llama.decoder.steps.keys() == {(len(prompts), 64)}
-    llama.decoder.steps.clear()
+    assert llama.engine.decoder.steps.keys() == {(len(prompts), 64)}
+    llama.engine.decoder.steps.clear()
 
 
 def test_a_recorded_step_replays_at_other_positions(llama: Llama) -> None:
@@ -78,12 +78,12 @@ def test_a_recorded_step_replays_at_other_positions(llama: Llama) -> None:
 
 def test_a_new_cache_makes_new_steps(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """A captured step holds the addresses of the cache it was captured with."""
-    monkeypatch.setattr(llama.decoder, "static", True)
+    monkeypatch.setattr(llama.engine.decoder, "static", True)
     want = llama.generate([[1, 5]], 8, temperature=0)
-    (first,) = llama.decoder.steps.values()
-    assert llama.generate([[1, 5]], 8, temperature=0) == want and [*llama.decoder.steps.values()] == [first]
+    (first,) = llama.engine.decoder.steps.values()
+    assert llama.generate([[1, 5]], 8, temperature=0) == want and [*llama.engine.decoder.steps.values()] == [first]
     llama.model.allocate()
-    assert llama.generate([[1, 5]], 8, temperature=0) == want and [*llama.decoder.steps.values()] != [first]
+    assert llama.generate([[1, 5]], 8, temperature=0) == want and [*llama.engine.decoder.steps.values()] != [first]
 
 
 def test_a_compiled_block_serves_all_layers(small: SimpleNamespace) -> None:
@@ -92,7 +92,7 @@ def test_a_compiled_block_serves_all_layers(small: SimpleNamespace) -> None:
     want = llama.generate(PROMPTS, 20, temperature=0)
     torch._dynamo.reset()
     graphs = []
-    llama.decoder.static = True
+    llama.engine.decoder.static = True
     llama.model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph)
     assert llama.generate(PROMPTS, 20, temperature=0) == want
     assert len(graphs) == 1
@@ -104,7 +104,7 @@ def test_any_number_of_shapes_is_compiled_and_a_failing_compiler_is_named(small:
     """torch.compile by itself stops after eight."""
     torch._dynamo.reset()
     llama = Llama.build(small.folder, small.tokenizer_path, 64, 12, device="cpu")
-    llama.decoder.static = True
+    llama.engine.decoder.static = True
     llama.model.compile(backend="eager")
     for rows in range(1, 13):
         llama.generate([[1, 5]] * rows, 2, temperature=0)
@@ -113,18 +113,18 @@ def test_any_number_of_shapes_is_compiled_and_a_failing_compiler_is_named(small:
         raise OSError("no compiler here")
 
     llama.model.compile(backend=fails)
-    llama.decoder.steps.clear()
+    llama.engine.decoder.steps.clear()
     with pytest.raises(DeviceError, match=r"torch.compile failed; leave compile=True out \(.*no compiler here"):
         llama.generate([[1, 5]], 3, temperature=0)
 
 
 def test_only_the_steps_last_used_are_kept(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "MOST_STEPS", 2)
-    monkeypatch.setattr(llama.decoder, "static", True)
-    llama.decoder.steps.clear()
+    monkeypatch.setattr(llama.engine.decoder, "static", True)
+    llama.engine.decoder.steps.clear()
     for rows in (1, 2, 1, 3):
         llama.generate([[1, 5]] * rows, 2, temperature=0)
-    assert [rows for rows, _ in llama.decoder.steps] == [1, 3]
+    assert [rows for rows, _ in llama.engine.decoder.steps] == [1, 3]
 
 
 def test_a_capture_that_fails_is_told_and_the_ids_are_the_same(
@@ -132,7 +132,7 @@ def test_a_capture_that_fails_is_told_and_the_ids_are_the_same(
 ) -> None:
     want = llama.generate(PROMPTS, 8, temperature=0)
     decoder = decode.Decoder(llama.model)
-    monkeypatch.setattr(llama, "decoder", decoder)
+    monkeypatch.setattr(llama.engine, "decoder", decoder)
     step = Step(llama.model, 1, 64)
     monkeypatch.setattr(step, "capture", lambda stream, pool: (_ for _ in ()).throw(RuntimeError("not permitted\nmore")))
     decoder.stream = decoder.pool = object()  # type: ignore[assignment]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import InputError, Llama, generation
+from llama import InputError, Llama, engine
 from llama.chat import UNSAFE_ERROR
 from llama.parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 
@@ -46,7 +46,7 @@ def test_logprobs_equal_log_softmax_of_a_fresh_full_forward(
     llama: Llama, small: SimpleNamespace, echo: bool, max_gen_len: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ragged rows, one of which fills the window with its prompt, and others by their answers."""
-    monkeypatch.setattr(generation, "LOGPROB_CHUNK", 7)  # prompts lie across the borders of chunks
+    monkeypatch.setattr(engine, "LOGPROB_CHUNK", 7)  # prompts lie across the borders of chunks
     for prompts in (RAGGED, RAGGED[4:], RAGGED[4:] * 2):
         ids, values = llama.generate(prompts, max_gen_len, temperature=0, logprobs=True, echo=echo)
         assert values is not None
@@ -122,7 +122,7 @@ def test_equal_length_sampling_draws_as_the_reference_does(llama: Llama, small: 
 def test_a_prefill_in_chunks_gives_the_same(llama: Llama, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """Chunks end inside of prompts and between them; ids, and log probabilities of prompts and answers."""
     want = llama.generate(RAGGED, 6, temperature=0, logprobs=True, echo=True)
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(engine, "PREFILL_CHUNK", chunk)
     got = llama.generate(RAGGED, 6, temperature=0, logprobs=True, echo=True)
     assert got[0] == want[0]
     for mine, whole in zip(got[1], want[1], strict=True):

@@ -19,13 +19,26 @@ NAMES = {
     "FeedForward TransformerBlock Transformer",
     "llama.tokenizer": "Tokenizer",
 }
+OPTIONS = "*, top_k=0, min_p=0.0, repetition_penalty=1.0, seed=None"
 SIGNATURES = {
     Llama.build: "ckpt_dir, tokenizer_path, max_seq_len=512, max_batch_size=8, model_parallel_size=None, seed=1, "
     "*, device=None, dtype=None, compile=False, quantize=None",
     Llama.__init__: "self, model, tokenizer",
-    Llama.generate: "self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, logprobs=False, echo=False",
-    Llama.text_completion: "self, prompts, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False, echo=False",
-    Llama.chat_completion: "self, dialogs, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False",
+    Llama.generate: "self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, logprobs=False, echo=False, " + OPTIONS,
+    Llama.tokens: "self, prompts, max_gen_len, temperature=0.6, top_p=0.9, logprobs=False, echo=False, " + OPTIONS,
+    Llama.text_completion: "self, prompts, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False, echo=False, "
+    + OPTIONS
+    + ", stop=(), details=False",
+    Llama.chat_completion: "self, dialogs, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False, "
+    + OPTIONS
+    + ", stop=(), details=False",
+    Llama.text_completion_stream: "self, prompt, temperature=0.6, top_p=0.9, max_gen_len=None, "
+    + OPTIONS
+    + ", stop=(), reuse=False",
+    Llama.chat_completion_stream: "self, dialog, temperature=0.6, top_p=0.9, max_gen_len=None, "
+    + OPTIONS
+    + ", stop=(), reuse=False",
+    Llama.score: "self, prompts, continuations",
     Transformer.__init__: "self, params",
     Transformer.forward: "self, tokens, start_pos",
     Tokenizer.__init__: "self, model_path",
@@ -39,8 +52,8 @@ SIGNATURES = {
     llama.sampling.sample_top_p: "probs, p",
 }
 # A file imports only from files above it.
-ROOMS = """errors runtime demo quantize kernels parallel cache attention model decode memory tokenizer chat sampling checkpoint
-loading saved generation __init__""".split()
+ROOMS = """errors runtime demo quantize kernels parallel cache attention model decode memory tokenizer chat sampling engine text
+calls checkpoint loading saved generation __init__""".split()
 
 
 @pytest.mark.parametrize("module", NAMES)

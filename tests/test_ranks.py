@@ -39,6 +39,7 @@ def _path() -> str:
 
 def same(got: dict, want: dict) -> None:
     assert got["ids"] == want["ids"] and got["sampled"] == want["sampled"]
+    assert "drawn" not in got or got["drawn"] == want["drawn"]
     torch.testing.assert_close(got["logits"], want["logits"], atol=1e-4, rtol=0)
     for a, b in zip(got["logprobs"], want["logprobs"], strict=True):
         assert a == pytest.approx(b, abs=1e-4)

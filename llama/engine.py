@@ -1,0 +1,284 @@
+"""The one loop: prompts of ids in, new ids out, one by one.
+
+Rows of the cache are slots. Each prompt waits for a slot, goes through the model once, then steps together with the rest;
+when it ends, the next one takes its slot between two steps. An idle slot steps on, since the rows of a batch share their
+draws, but stays where its row ended. Of text the loop knows nothing.
+
+    slot 0   a a a a A A A A A | d d D D D      lower case: the prompt's ids, packed with those of others into one forward
+    slot 1   b b B B B B B B B   B B B B B      upper case: new ids, one a step; a's last step is followed by d's prefill
+"""
+
+import collections
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from . import runtime
+from .cache import Batch, chunked
+from .decode import Decoder
+from .errors import InputError
+from .memory import LOGPROB_CHUNK, PREFILL_CHUNK
+from .model import Transformer
+from .sampling import Sampling, logprobs_of, next_ids, penalize, seeded_noise
+
+FinishReason = Literal["stop", "length"]
+
+
+class Token(NamedTuple):
+    """One id of one prompt, and its log probability where asked for."""
+
+    row: int
+    id: int
+    logprob: float | None
+
+
+@dataclass
+class Request:
+    """One prompt: what is asked of it, and what has come of it so far."""
+
+    prompt: list[int]
+    most: int  # new ids at most
+    seed: int | None = None
+    made: int = 0  # new ids, without EOS
+    finish_reason: FinishReason | None = None  # set by the loop; or by its consumer, who thereby ends the row
+
+
+class Turn:
+    """A call that has the cache, and the ids whose keys and values it knows to stand in row 0."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+
+
+class Rows:
+    """What the device holds of the rows 0..B: their next logits, where the ids to come will stand, what draws need."""
+
+    def __init__(self, n: int, model: Transformer, sampling: Sampling, seeded: bool) -> None:
+        vocab, device = model.vocab_size, model.device
+        self.sampling = sampling
+        self.logits = torch.zeros(n, vocab, device=device)
+        self.positions = self.last = torch.zeros(n, dtype=torch.int64, device=device)
+        self.seeds = torch.zeros_like(self.positions) if seeded and not sampling.greedy else None
+        self.seen = torch.zeros(n, vocab, dtype=torch.bool, device=device) if sampling.repetition_penalty != 1 else None
+
+    def admit(self, slots: list[int], requests: list[Request], logits: torch.Tensor) -> None:
+        """Put prompts that have gone through the model into slots, by the logits after each, (len(slots), vocab)."""
+        index = torch.tensor(slots, device=logits.device)
+
+        def put(rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            return rows.index_copy(0, index, values.to(rows.device))
+
+        lengths = torch.tensor([len(r.prompt) for r in requests])
+        last = lengths + torch.tensor([r.most for r in requests]) - 1
+        self.logits = put(self.logits, logits)
+        self.last = put(self.last, last)
+        self.positions = put(self.positions, torch.minimum(lengths, last))
+        if self.seeds is not None:
+            self.seeds = put(self.seeds, torch.tensor([r.seed for r in requests], dtype=torch.int64))
+        if self.seen is not None:
+            seen = torch.zeros(len(requests), self.seen.shape[1], dtype=torch.bool)
+            for row, request in zip(seen, requests, strict=True):
+                row[request.prompt] = True
+            self.seen = put(self.seen, seen)
+
+    def choose(self) -> torch.Tensor:
+        """The next ids (B,), the same on all ranks."""
+        logits, noise = self.logits, None
+        if self.seen is not None:
+            logits = penalize(logits, self.seen, self.sampling.repetition_penalty)
+        if self.seeds is not None:
+            noise = seeded_noise(self.seeds, self.positions, logits.shape[1])
+        ids = runtime.from_rank0(next_ids(logits, self.sampling, noise))
+        if self.seen is not None:
+            self.seen.scatter_(1, ids.unsqueeze(1), True)
+        return ids
+
+    def advance(self) -> None:
+        self.positions = torch.minimum(self.positions + 1, self.last)
+
+
+class Run:
+    """One call on its way: who waits, who steps in which slot, and what to do next."""
+
+    def __init__(
+        self,
+        engine: "Engine",
+        requests: list[Request],
+        sampling: Sampling,
+        eos_id: int,
+        logprobs: bool,
+        scored: bool,
+        reuse: bool,
+    ) -> None:
+        self.engine, self.model, self.requests, self.eos_id = engine, engine.model, requests, eos_id
+        self.logprobs, self.scored, self.reuse = logprobs, scored, reuse
+        self.cache = self.model.ready_cache()
+        kept = self.cache.turn.ids if reuse and isinstance(self.cache.turn, Turn) else []
+        self.cache.turn = self.turn = Turn()
+        self.turn.ids = kept[: common_prefix(kept, requests[0].prompt[:-1])]  # the last id is computed: it has the logits
+        self.n_slots = min(len(requests), self.model.params.max_batch_size)
+        self.rows = Rows(self.n_slots, self.model, sampling, requests[0].seed is not None)
+        self.waiting = collections.deque(range(len(requests)))
+        self.live: dict[int, int] = {}  # slot: row
+        self.many = len(requests) > self.n_slots
+        self.bar = runtime.progress(requests if self.many else [], lambda _: 1, "answering", "prompts")
+        next(self.bar, None)
+
+    def check(self) -> None:
+        """After each yield, before the cache is used: its consumer may have made another call."""
+        if self.model.cache is not self.cache or self.cache.turn is not self.turn:
+            raise InputError("another call has used this model's cache since: end a stream before the next call")
+
+    def admit(self) -> Iterator[Token]:
+        """Give free slots to those who wait, all of them through the model in one pass."""
+        free = [slot for slot in range(self.n_slots) if slot not in self.live]
+        newcomers = [(slot, self.waiting.popleft()) for slot in free[: len(self.waiting)]]
+        entering = [(slot, row) for slot, row in newcomers if self.scored or not self.requests[row].finish_reason]
+        if entering:
+            self.check()
+            slots, requests = [slot for slot, _ in entering], [self.requests[row] for _, row in entering]
+            hidden, scores = self.engine.prefill(slots, requests, len(self.turn.ids), self.scored, quiet=self.many)
+            self.rows.admit(slots, requests, self.model.logits(hidden))
+            if self.reuse:
+                self.turn.ids = list(requests[0].prompt)
+            for (_, row), values in zip(entering, scores, strict=True):
+                yield from (Token(row, id_, value) for id_, value in zip(self.requests[row].prompt, values, strict=False))
+        for slot, row in newcomers:
+            self.live[slot] = row
+            self.ended(slot)
+
+    def ended(self, slot: int) -> None:
+        """Free the slot if its row has come to an end."""
+        if self.requests[self.live[slot]].finish_reason:
+            del self.live[slot]
+            next(self.bar, None)
+
+    def step(self) -> Iterator[Token]:
+        """One id for each row, and the logits for the next."""
+        self.check()
+        rows, live = self.rows, [self.requests[row] for row in self.live.values()]
+        at = {len(r.prompt) + r.made for r in live}  # where the ids to come will stand
+        ids = rows.choose()
+        fetched = runtime.fetch(ids, logprobs_of(rows.logits, ids)) if self.logprobs else runtime.fetch(ids)
+
+        ahead = runtime.runs_ahead(ids.device) and any(r.made + 1 < r.most for r in live)
+        if ahead:  # the device goes on while the host reads: which rows have ended is known a step late
+            rows.logits = self.engine.decoder(ids, rows.positions, max(at) + 1, len(at) > 1)
+        drawn, *values = fetched()
+        for slot, row in sorted(self.live.items()):
+            request = self.requests[row]
+            if drawn[slot] == self.eos_id:
+                request.finish_reason = "stop"
+            else:
+                request.made += 1
+                yield Token(row, drawn[slot], values[0][slot] if values else None)
+                if request.made == request.most and not request.finish_reason:
+                    request.finish_reason = "length"
+            self.ended(slot)
+        if self.live and not ahead:
+            self.check()
+            rows.logits = self.engine.decoder(ids, rows.positions, max(at) + 1, len(at) > 1)
+        if self.live and self.reuse:
+            self.turn.ids.append(drawn[0])
+        rows.advance()
+
+
+class Engine:
+    """A model and its decode steps. One call at a time has the cache."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        self.decoder = Decoder(model)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        requests: list[Request],
+        sampling: Sampling,
+        eos_id: int,
+        logprobs: bool = False,
+        echo: bool = False,
+        reuse: bool = False,
+    ) -> Iterator[Token]:
+        """Yield each prompt's new ids as they are made; with echo its own ids first. EOS is not yielded.
+
+        All requests have a seed, or none. reuse: of a single request, those first ids are not computed again whose keys
+        and values the run before left, if that had `reuse` too.
+        """
+        for request in requests:
+            if request.most == 0:
+                request.finish_reason = "length"
+        scored = echo and logprobs  # the prompts' own ids have log probabilities to be computed
+        if echo and not scored:
+            yield from (Token(row, id_, None) for row, request in enumerate(requests) for id_ in request.prompt)
+        if not requests or (not scored and all(r.finish_reason for r in requests)):
+            return
+        run = Run(self, requests, sampling, eos_id, logprobs, scored, reuse)
+        while run.waiting or run.live:
+            if run.waiting and len(run.live) < run.n_slots:
+                yield from run.admit()
+            if run.live:
+                yield from run.step()
+
+    def prefill(
+        self, slots: list[int], requests: list[Request], start: int, scored: bool, quiet: bool
+    ) -> tuple[torch.Tensor, list[list[float]]]:
+        """Each prompt, from its id `start` on, through the model once: the hidden state of each one's last id, (B, dim),
+        and, if asked for, the log probabilities of each one's ids, each read off the position before it; 0.0 for the first."""
+        prompts, device = [request.prompt[start:] for request in requests], self.model.device
+        lengths = [len(p) for p in prompts]
+        packed = torch.tensor([id_ for p in prompts for id_ in p] + [0], device=device)
+        last_hidden, scores, first = [], [0.0], 0
+        chunks = list(chunked(lengths, PREFILL_CHUNK))
+        bar = runtime.progress(chunks, lambda chunk: sum(n for _, _, n in chunk), "reading prompts", "ids")
+        for pieces in chunks if quiet else bar:
+            ends = list(itertools.accumulate(n for _, _, n in pieces))
+            batch = Batch.of([(slots[i], start + done, n) for i, done, n in pieces], device)
+            hidden = self.model.hidden(packed[first : first + ends[-1]], batch)
+            final = [end - 1 for end, (i, done, n) in zip(ends, pieces, strict=True) if done + n == lengths[i]]
+            last_hidden.append(hidden[torch.tensor(final, dtype=torch.int64, device=device)])
+            if scored:
+                scores += self._score(hidden, packed[first + 1 :])
+            first += ends[-1]
+        starts = itertools.accumulate(lengths, initial=0)
+        each = [[0.0, *scores[i + 1 : i + n]] if scored else [] for i, n in zip(starts, lengths, strict=False)]
+        return torch.cat(last_hidden), each
+
+    @torch.inference_mode()
+    def score(self, sequences: list[list[int]], starts: list[int]) -> list[list[float]]:
+        """The log probabilities of each sequence's ids from its start, 1 or more, on. The cache is neither needed nor
+        touched: whole sequences are packed side by side, PREFILL_CHUNK ids or one sequence at a time."""
+        packs: list[list[int]] = []
+        room = 0
+        for i, sequence in enumerate(sequences):
+            if len(sequence) > room:
+                packs, room = [*packs, []], PREFILL_CHUNK
+            packs[-1].append(i)
+            room -= len(sequence)
+        values: list[list[float]] = []
+        device = self.model.device
+        for pack in runtime.progress(packs, lambda pack: sum(len(sequences[i]) for i in pack), "scoring", "ids"):
+            ids = torch.tensor([id_ for i in pack for id_ in sequences[i]], device=device)
+            batch = Batch.of([(row, 0, len(sequences[i])) for row, i in enumerate(pack)], device)
+            offsets = itertools.accumulate((len(sequences[i]) for i in pack), initial=0)
+            wanted = [[first + n for n in range(starts[i], len(sequences[i]))] for i, first in zip(pack, offsets, strict=False)]
+            at = torch.tensor([n for places in wanted for n in places], device=device)
+            scores = iter(self._score(self.model.hidden(ids, batch, keep=False)[at - 1], ids[at]))
+            values += [list(itertools.islice(scores, len(places))) for places in wanted]
+        return values
+
+    def _score(self, hidden: torch.Tensor, following: torch.Tensor) -> list[float]:
+        """Log probabilities, at positions whose hidden states (N, dim) are given, of the ids that follow."""
+        values: list[float] = []
+        for i in range(0, len(hidden), LOGPROB_CHUNK):
+            logits = self.model.logits(hidden[i : i + LOGPROB_CHUNK])
+            values += logprobs_of(logits, following[i : i + len(logits)]).tolist()
+        return values
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many ids both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,0 +1,129 @@
+"""Scores, and the options that all calls share: what they may be, and one error for what they may not."""
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llama import InputError, Llama, Tokenizer, engine
+
+from .support import plain_logits
+
+PROMPTS = ["Once upon", "The capital of France is", "", "one, two, three, ", "sea"]
+CONTINUATIONS = [" a time there was", " Paris.", "good morning", "four", " shells by the sea shore and he counts them all"]
+
+
+def test_a_score_is_the_echoed_log_probabilities(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks of any size; far more pairs than rows; in order; and a stream that has the cache goes on."""
+    want = []
+    for prompt, continuation in zip(PROMPTS, CONTINUATIONS, strict=True):
+        whole = llama.tokenizer.encode(prompt + continuation, bos=True, eos=False)
+        start = len(llama.tokenizer.encode(prompt, bos=True, eos=False))
+        (echoed,) = llama.text_completion([prompt + continuation], 0, max_gen_len=0, logprobs=True, echo=True)
+        start -= whole[:start] != llama.tokenizer.encode(prompt, bos=True, eos=False)
+        want.append((echoed["tokens"][start:], echoed["logprobs"][start:]))
+    expected = llama.text_completion(["a time"], 0, max_gen_len=9)[0]["generation"]
+    stream = llama.text_completion_stream("a time", 0, max_gen_len=9)
+    seen = next(stream)
+    for chunk in (7, 30, 2048):
+        monkeypatch.setattr(engine, "PREFILL_CHUNK", chunk)
+        for score, (tokens, values) in zip(llama.score(PROMPTS * 4, CONTINUATIONS * 4), want * 4, strict=True):
+            assert score.tokens == tokens and score.logprobs == pytest.approx(values, abs=1e-4)
+            assert score.total == pytest.approx(sum(values), abs=1e-3) and score.mean == score.total / len(values)
+    assert seen + "".join(stream) == expected
+    assert llama.score([], []) == []
+
+
+def test_one_pass_over_the_packed_ids(llama: Llama) -> None:
+    forwards: list[int] = []
+    handle = llama.model.tok_embeddings.register_forward_hook(lambda m, args, y: forwards.append(args[0].numel()))
+    llama.score(PROMPTS, CONTINUATIONS)
+    handle.remove()
+    encode = llama.tokenizer.encode
+    assert forwards == [sum(len(encode(p + c, bos=True, eos=False)) for p, c in zip(PROMPTS, CONTINUATIONS, strict=True))]
+
+
+def test_a_piece_over_the_border_counts_from_its_first_id(llama: Llama, small: SimpleNamespace) -> None:
+    """ "capit" + "al": the ids of the whole are not the prompt's and more."""
+    tokenizer: Tokenizer = llama.tokenizer
+    prompt, whole = "The capit", "The capital"
+    before, ids = (tokenizer.encode(text, bos=True, eos=False) for text in (prompt, whole))
+    start = next(i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b)
+    assert start < len(before)
+    (score,) = llama.score([prompt], ["al"])
+    assert score.tokens == [tokenizer.decode([i]) for i in ids[start:]]
+    table = plain_logits(small.params, small.weights, ids).log_softmax(-1)
+    assert score.logprobs == pytest.approx([table[i - 1, ids[i]].item() for i in range(start, len(ids))], abs=1e-4)
+
+
+@pytest.fixture
+def idle(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Llama:
+    """A model that must not run."""
+    monkeypatch.setattr(llama.model, "hidden", lambda *_: pytest.fail("the model ran"))
+    return llama
+
+
+@pytest.mark.parametrize(
+    "prompts, continuations, part",
+    [
+        ("a", ["b"], "prompts is 'a' (str); it must be a list of texts"),
+        (["a"], "b", "continuations is 'b' (str); it must be a list of texts"),
+        (["a", 5], ["b", "c"], "prompt 1 is 5 (int); it must be a string"),
+        (["a"], ["b\ud800"], "continuation 0 holds a lone surrogate"),
+        (["a"], ["b", "c"], "1 prompts, but 2 continuations; give one to each"),
+        (["a", "b"], ["c", ""], "continuation 1 is '' (str), which adds no id to its prompt"),
+        (["a", "b" * 40], ["c", "d" * 40], "prompt 1 with its continuation has 81 ids, but the window holds max_seq_len=64"),
+    ],
+)
+def test_scores_that_cannot_be(idle: Llama, prompts: Any, continuations: Any, part: str) -> None:
+    with pytest.raises(InputError) as caught:
+        idle.score(prompts, continuations)
+    assert part in str(caught.value)
+
+
+CALLS: list[Callable[..., Any]] = [
+    lambda llama, **options: llama.generate([[1], [1, 5]], 4, **options),
+    lambda llama, **options: llama.tokens([[1], [1, 5]], 4, **options),
+    lambda llama, **options: llama.text_completion(["a", "b"], **options),
+    lambda llama, **options: llama.chat_completion([[{"role": "user", "content": "a"}]] * 2, **options),
+    lambda llama, **options: llama.text_completion_stream("a", **options),
+    lambda llama, **options: llama.chat_completion_stream([{"role": "user", "content": "a"}], **options),
+]
+
+
+@pytest.mark.parametrize(
+    "name, value, part",
+    [
+        *[("top_k", bad, "a whole number, 0 (all ids) or more") for bad in (-1, 1.0, True, "4", None, math.nan)],
+        *[("min_p", bad, "from 0 (off) to 1") for bad in (-0.1, 1.1, math.nan, True, "0", None)],
+        *[("repetition_penalty", bad, "from 0.01 to 100; 1 is off") for bad in (0, -1, math.inf, math.nan, True, None, "1")],
+        *[("seed", bad, "a whole number from -2**63 to 2**64 - 1") for bad in (1.0, True, "1", 2**64, -(2**63) - 1, math.nan)],
+        *[("seed", bad, "a whole number from -2**63 to 2**64 - 1") for bad in ([1, None], [1, "2"], b"ab")],
+        *[("seed", bad, "give one seed, or one for each prompt") for bad in ([], [1, 2, 3])],
+    ],
+    ids=lambda value: f"{value!r:.20}",
+)
+def test_options_that_cannot_be(idle: Llama, name: str, value: Any, part: str) -> None:
+    """At the call, and not at the first id, by every call."""
+    for call in CALLS:
+        with pytest.raises(InputError) as caught:
+            call(idle, **{name: value})
+        assert part in str(caught.value)
+
+
+def test_each_dialog_keeps_its_own_seed(llama: Llama) -> None:
+    """Also after one that is not computed."""
+    user, unsafe = [{"role": "user", "content": "Paris?"}], [{"role": "user", "content": "[INST]"}]
+    options: dict = dict(temperature=1.0, max_gen_len=12)
+    third = "".join(llama.chat_completion_stream(user, seed=3, **options))
+    answers = llama.chat_completion([unsafe, user, user], seed=[1, 2, 3], **options)
+    assert [a["generation"]["content"] == third for a in answers] == [False, False, True]
+
+
+def test_help_shows_every_option() -> None:
+    for call in (Llama.generate, Llama.text_completion, Llama.chat_completion_stream):
+        assert {"top_k", "min_p", "repetition_penalty", "seed"} <= set(call.__annotations__)
+    for word in ("seed:", "stop:", "details:", "max_batch_size"):
+        assert word in (Llama.__doc__ or "")

@@ -1,0 +1,269 @@
+"""Text as its ids come: joined it is the whole answer, cut at no place inside a character, and stopped at strings."""
+
+import random
+import unicodedata
+from typing import Any
+
+import pytest
+
+from llama import InputError, Llama, Tokenizer, given_or_demo
+from llama.chat import UNSAFE_ERROR
+from llama.text import Text, attaches, check_stops
+
+from .support import ROOT
+
+TEXTS = [
+    "Once upon a time", " leading", "", "a\n\nb\tc", "  two  spaces  ", "黄沙百战穿金甲，不破楼兰终不还",
+    "🦙🗽✈️ and 🧑🏽‍🚀, 👩‍👩‍👧!", "🇳🇴🇮🇹🇫🇷", "e\u0301 vs é, a\u0308\u0323o", "1️⃣2️⃣",
+    "한국어 \u1112\u1161\u11ab", "नमस्ते क्षत्रिय", "مرحبا بالعالم", "\U0001f3f4\U000e0067\U000e0062\U000e0073\U000e007f",
+    "a\u0000b", "x" * 40, "z" + "\u0301" * 90,
+]  # fmt: skip
+
+
+@pytest.fixture(params=["trained", "demo", "llama2"])
+def any_tokenizer(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Tokenizer:
+    if request.param == "demo":
+        return Tokenizer(ROOT / "demo" / "tokenizer.model")
+    return tokenizer if request.param == "trained" else request.getfixturevalue("llama2_tokenizer")
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...] = ()) -> list[str]:
+    text = Text(tokenizer, stops)
+    return [*(text.push(id_) for id_ in ids), text.end()]
+
+
+def random_ids(tokenizer: Tokenizer, draw: random.Random) -> list[int]:
+    """Ids of all kinds, valid and broken runs of bytes, control pieces, spaces that lead."""
+    sp = tokenizer.sp_model
+    bytes_ = [i for i in range(tokenizer.n_words) if sp.is_byte(i)]
+    space, whole = sp.piece_to_id("▁"), [i for t in TEXTS for i in sp.encode(t)]
+    ids: list[int] = []
+    while len(ids) < 40:
+        kind = draw.randrange(6)
+        start = draw.randrange(len(whole))
+        ids += [
+            [draw.randrange(tokenizer.n_words)], [draw.choice(bytes_)], whole[start : start + draw.randrange(6)],
+            [space], [draw.choice((0, 1, 2))], [bytes_[n] for n in "上🦙é".encode()[: draw.randrange(1, 10)]],
+        ][kind]  # fmt: skip
+    return ids[draw.randrange(4) :]
+
+
+def test_joined_pieces_are_the_decoded_whole(any_tokenizer: Tokenizer) -> None:
+    draw = random.Random(1)
+    for ids in [any_tokenizer.encode(t, bos=True, eos=True) for t in TEXTS] + [
+        random_ids(any_tokenizer, draw) for _ in range(300)
+    ]:
+        assert "".join(pieces(any_tokenizer, ids)) == any_tokenizer.decode(ids), ids
+
+
+def test_an_echoed_prompt_stands_before_the_answer(any_tokenizer: Tokenizer) -> None:
+    """The answer's first piece keeps its space, unless the prompt has no text."""
+    draw = random.Random(3)
+    for prompt in TEXTS:
+        before, ids = any_tokenizer.encode(prompt, bos=True, eos=False), random_ids(any_tokenizer, draw)
+        text = Text(any_tokenizer, [prompt[-2:] + "?"])
+        whole = [text.begin(before), *(text.push(id_) for id_ in ids), text.end()]
+        assert "".join(whole) == any_tokenizer.decode(before + ids)
+
+
+def test_each_piece_begins_where_a_character_does(any_tokenizer: Tokenizer) -> None:
+    for text in TEXTS[:-1]:
+        ids = any_tokenizer.encode(text, bos=False, eos=False)
+        before = ""
+        for piece in pieces(any_tokenizer, ids):
+            assert "\ufffd" not in piece
+            assert not piece or not attaches(piece[0], before), (text, piece)
+            assert not piece or not (unicodedata.combining(piece[0]) or piece[0] in "\u200d\ufe0f\u20e3"), (text, piece)
+            before += piece
+        assert before == text or text.startswith(" ")
+
+
+def test_what_belongs_to_one_character_comes_in_one_piece(any_tokenizer: Tokenizer) -> None:
+    for whole in ("🧑🏽‍🚀", "👩‍👩‍👧", "🇳🇴", "e\u0301", "a\u0308\u0323", "1️⃣", "क्ष", "\u1112\u1161\u11ab"):
+        got = pieces(any_tokenizer, any_tokenizer.encode(f"go {whole} on", bos=False, eos=False))
+        assert any(whole in piece for piece in got), (whole, got)
+
+
+def test_waiting_has_an_end(tokenizer: Tokenizer) -> None:
+    """A letter with marks without end is let go, and a long answer costs the same work for each id."""
+    ids = tokenizer.encode("z" + "\u0301" * 500, bos=False, eos=False)
+    text = Text(tokenizer, ["\n\n"])
+    assert max(len(text.held) for id_ in ids if text.push(id_) is not None) <= 66
+    text = Text(tokenizer, ["\n\n"])
+    for _ in range(2000):
+        text.push(tokenizer.sp_model.encode("sea")[0])
+    assert len(text.held) < 10 and len(text.ids.before) == 1
+    text = Text(tokenizer)
+    assert {text.push(tokenizer.bos_id) for _ in range(99)} == {""} and text.ids.before == []
+
+
+def cut(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...]) -> str:
+    """The definition: all the text, up to the stop string that is complete first, of several the longest."""
+    text = tokenizer.decode(ids)
+    found = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
+    return text[: min(found)[1]] if found else text
+
+
+def test_stops_are_found_across_tokens_and_no_part_of_them_is_let_out(any_tokenizer: Tokenizer) -> None:
+    """Stop strings cut from the very text, from near it, and beginnings of each other."""
+    draw, stopped = random.Random(2), 0
+    for _ in range(400):
+        ids = random_ids(any_tokenizer, draw)
+        text = any_tokenizer.decode(ids)
+        at = draw.randrange(len(text))
+        stop = text[at : at + draw.randrange(1, 7)]
+        stops = (stop, stop + "?", text[max(at - 2, 0) : at + 1] + "!", text[-3:])[draw.randrange(2) :]
+        want, seen = cut(any_tokenizer, ids, stops), ""
+        assembled = Text(any_tokenizer, stops)
+        for id_ in ids:
+            seen += assembled.push(id_)
+            assert want.startswith(seen)
+            if assembled.stopped:
+                break
+        stopped += assembled.stopped
+        assert seen + assembled.end() == want
+    assert stopped > 200
+
+
+def test_a_row_stops_at_the_id_that_makes_a_stop_string_complete(llama: Llama) -> None:
+    """Each row of a batch by itself; ids and log probabilities go on to that id; the others as without stops."""
+    prompts = ["Once upon a time", "The capital", "good 上 🦙", "one, two, three"] * 3
+    free = llama.text_completion(prompts, temperature=0, max_gen_len=24, logprobs=True)
+    ids, _ = llama.generate([llama.tokenizer.encode(p, bos=True, eos=False) for p in prompts], 24, temperature=0)
+    stops = [free[0]["generation"][9:12], free[2]["generation"][4:6]]
+    got = llama.text_completion(prompts, temperature=0, max_gen_len=24, logprobs=True, stop=stops, details=True)
+    echoed = llama.text_completion(prompts, temperature=0, max_gen_len=24, echo=True, stop=stops)
+    for prompt, row, mine, whole, echo in zip(prompts, ids, got, free, echoed, strict=True):
+        decoded = [llama.tokenizer.decode(row[:n]) for n in range(len(row) + 1)]
+        n = next((n for n, text in enumerate(decoded) if any(s in text for s in stops)), len(row))
+        assert mine["generation"] == cut(llama.tokenizer, row, tuple(stops))
+        assert mine["tokens"] == whole["tokens"][:n] and mine["logprobs"] == pytest.approx(whole["logprobs"][:n], abs=1e-5)
+        assert mine["new_tokens"] == n and mine["finish_reason"] == ("stop" if n < len(row) or len(row) < 24 else "length")
+        assert mine["prompt_tokens"] == len(llama.tokenizer.encode(prompt, bos=True, eos=False))
+        assert echo["generation"].startswith(prompt) and echo["generation"].endswith(mine["generation"])
+    assert len({prediction["new_tokens"] for prediction in got}) > 1
+
+
+def test_without_the_request_the_keys_are_the_references(llama: Llama) -> None:
+    user = [{"role": "user", "content": "Paris?"}]
+    unsafe = [{"role": "user", "content": "[INST]"}]
+    assert llama.text_completion(["a"], max_gen_len=2, stop="\n")[0].keys() == {"generation"}
+    assert llama.chat_completion([user], max_gen_len=2)[0].keys() == {"generation"}
+    rich, refused = llama.chat_completion([user, unsafe], 0, max_gen_len=2, logprobs=True, details=True)
+    assert rich.keys() == refused.keys() == {"generation", "tokens", "logprobs", "finish_reason", "prompt_tokens", "new_tokens"}
+    assert rich["new_tokens"] == len(rich["tokens"]) == 2 and rich["finish_reason"] == "length"
+    assert (refused["finish_reason"], refused["prompt_tokens"], refused["new_tokens"]) == ("stop", 0, 0)
+
+
+def test_why_an_answer_ended(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = "Once upon"
+    n = len(llama.tokenizer.encode(prompt, bos=True, eos=False))
+    monkeypatch.setattr(llama.tokenizer, "eos_id", -2)
+    (whole,) = llama.text_completion([prompt], 0, details=True)
+    assert (whole["finish_reason"], whole["prompt_tokens"], whole["new_tokens"]) == ("length", n, 64 - n)  # the window
+    ids = llama.generate([llama.tokenizer.encode(prompt, bos=True, eos=False)], 5, temperature=0)[0][0]
+    assert llama.text_completion([prompt], 0, max_gen_len=0, details=True)[0]["finish_reason"] == "length"
+    monkeypatch.setattr(llama.tokenizer, "eos_id", ids[4])
+    (ended,) = llama.text_completion([prompt], 0, details=True)
+    assert (ended["finish_reason"], ended["new_tokens"]) == ("stop", ids.index(ids[4]))
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+CASES: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 0, "max_gen_len": 0},
+    {"seed": 4, "temperature": 1.0, "top_p": 1.0},
+    {"seed": 5, "temperature": 1.5, "top_k": 50, "repetition_penalty": 1.3, "max_gen_len": 30, "stop": ["e", "\n"]},
+]
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_a_stream_is_the_batch_answer_in_pieces(llama: Llama, options: dict) -> None:
+    """Random weights: broken bytes, characters of many ids, anything."""
+    for prompt in ("Once upon a time", "good 上 🦙", ""):
+        (want,) = llama.text_completion([prompt], details=True, **options)
+        stream = llama.text_completion_stream(prompt, **options)
+        assert stream.new_tokens == 0
+        got = list(stream)
+        assert "" not in got and "".join(got) == want["generation"]
+        assert [stream.finish_reason, stream.prompt_tokens, stream.new_tokens] == [
+            want[k] for k in ("finish_reason", "prompt_tokens", "new_tokens")
+        ]
+    dialog = [{"role": "user", "content": "Paris?"}]
+    (answer,) = llama.chat_completion([dialog], **options)
+    assert "".join(llama.chat_completion_stream(dialog, **options)) == answer["generation"]["content"]
+
+
+@pytest.fixture(scope="module")
+def demo() -> Llama:
+    return Llama.build(*given_or_demo(), max_seq_len=256, max_batch_size=2, device="cpu", dtype="float32")
+
+
+def test_emojis_of_byte_pieces_come_whole(demo: Llama) -> None:
+    dialog = [
+        {"role": "system", "content": "Always answer with emojis"},
+        {"role": "user", "content": "How do I get from Rome to Oslo?"},
+    ]
+    stream = demo.chat_completion_stream(dialog, temperature=0)
+    got = list(stream)
+    assert "".join(got) == demo.chat_completion([dialog], temperature=0)[0]["generation"]["content"] and len(got) > 2
+    assert all(len(piece.encode()) >= 3 for piece in got) and stream.finish_reason == "stop"
+
+
+def test_a_turn_of_a_chat_prefills_only_what_is_new(demo: Llama) -> None:
+    """Of the whole dialog so far: the end of the last exchange and the new question."""
+    forwards: list[int] = []
+    handle = demo.model.tok_embeddings.register_forward_hook(lambda m, args, y: forwards.append(args[0].numel()))
+    dialog: list = []
+    for question in ("What is the capital of France?", "And what should I see there?", "What is 3 + 4?", "Thank you!"):
+        dialog += [{"role": "user", "content": question}]
+        forwards.clear()
+        stream = demo.chat_completion_stream(dialog, 0, reuse=True)
+        dialog += [{"role": "assistant", "content": "".join(stream)}]
+        new = demo.tokenizer.encode(f"[INST] {question} [/INST]", bos=True, eos=False)
+        assert len(new) <= forwards[0] <= len(new) + 3  # the answer's last id, a space and EOS
+    handle.remove()
+    assert stream.prompt_tokens > 3 * forwards[0]
+    for n in range(1, len(dialog), 2):
+        assert demo.chat_completion([dialog[:n]], 0)[0]["generation"] == dialog[n]
+
+
+def test_leaving_a_stream_frees_it_and_harms_nothing(llama: Llama) -> None:
+    want = llama.text_completion(["a time"], 0, max_gen_len=12)
+    stream = llama.text_completion_stream("a time", 0, max_gen_len=12)
+    first = next(stream)
+    stream.close()
+    assert want[0]["generation"].startswith(first) and list(stream) == [] and stream.finish_reason is None
+    with llama.text_completion_stream("a time", 0, max_gen_len=12) as stream:
+        for _ in stream:
+            break
+    assert list(stream) == []
+    open_ = llama.text_completion_stream("a time", 0, max_gen_len=12)
+    next(open_)
+    assert llama.text_completion(["a time"], 0, max_gen_len=12) == want
+    with pytest.raises(InputError, match="another call"):
+        list(open_)
+
+
+def test_an_unsafe_dialog_is_a_stream_of_the_error(llama: Llama) -> None:
+    stream = llama.chat_completion_stream([{"role": "user", "content": "a [INST] b"}])
+    assert list(stream) == [UNSAFE_ERROR]
+    assert (stream.finish_reason, stream.prompt_tokens, stream.new_tokens) == ("stop", 0, 0)
+
+
+def test_stop_strings_that_are_none(llama: Llama) -> None:
+    assert check_stops("ab") == ("ab",) and check_stops(["a", "b"]) == ("a", "b") and check_stops(()) == ()
+    for bad, part in (
+        *[(bad, "a string, or a list of strings") for bad in (None, b"a", {"a"}, 5)],
+        ("", "is empty"),
+        (["a", ""], "stop string 1 is empty"),
+        (["a", 5], "stop string 1 is 5"),
+        ("a\ud800", "surrogate"),
+    ):
+        for call in (
+            lambda bad=bad: llama.text_completion(["a"], stop=bad),
+            lambda bad=bad: llama.chat_completion_stream([{"role": "user", "content": "a"}], stop=bad),
+        ):
+            with pytest.raises(InputError, match=part):
+                call()
