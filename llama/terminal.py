@@ -1,0 +1,120 @@
+"""The terminal: lines that a person types, text that they read, and Ctrl-C.
+
+Rank 0 alone reads and is heard. Ctrl-C is a wish, asked for between two pieces of an answer, and so never stops a step
+halfway; at the prompt it takes back what was typed. It reaches the program in one of two ways:
+
+    a terminal of our own    as SIGINT
+    somebody else's          as a byte. torchrun gives each rank a session of its own and keeps the terminal: the signal
+                             would end torchrun, and with it every rank. So the key is taken from the terminal, and is
+                             read like any other; Ctrl-\\ still ends torchrun.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import sys
+from types import TracebackType
+from typing import Any
+
+from .runtime import global_rank
+
+with contextlib.suppress(ImportError):  # Windows has none: lines without editing
+    import readline
+
+INTERRUPT = b"\x03"
+
+
+class Terminal:
+    """Rank 0's standard input and output, be they a terminal, files or pipes. On other ranks nothing is read or written."""
+
+    def __init__(self) -> None:
+        self.first = global_rank() == 0
+        self.keyboard = sys.stdin.isatty()
+        self.prompt = "> " if self.keyboard and sys.stdout.isatty() else ""
+        self.reading = self.wish = self.closed = False
+        self.typed: list[str] = []  # whole lines typed while an answer came
+        self.borrowed: list[Any] | None = None  # somebody else's terminal: how it was set before
+
+    def __enter__(self) -> "Terminal":
+        if not self.first:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 hears it for all
+            return self
+        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # what is no text is said later, by line
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+        if self.keyboard:
+            signal.signal(signal.SIGINT, self._interrupt)
+            self._borrow()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.borrowed is not None:
+            import termios
+
+            termios.tcsetattr(0, termios.TCSADRAIN, self.borrowed)
+
+    def _borrow(self) -> None:
+        """Have Ctrl-C come as a byte that ends a line, if the terminal is not ours."""
+        try:
+            os.tcgetpgrp(0)
+        except OSError:
+            import termios
+
+            self.borrowed = termios.tcgetattr(0)
+            ours = termios.tcgetattr(0)
+            nothing = os.fpathconf(0, "PC_VDISABLE").to_bytes(1, "little")
+            ours[6][termios.VINTR] = ours[6][termios.VSUSP] = nothing  # stopped, torchrun would leave the ranks running
+            ours[6][termios.VEOL] = INTERRUPT
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # torchrun ends: give it back
+            termios.tcsetattr(0, termios.TCSADRAIN, ours)
+            if "readline" in globals():
+                readline.parse_and_bind(r'"\C-c": "\C-e\C-u\C-m"')
+
+    def _interrupt(self, *_: object) -> None:
+        if self.reading:
+            raise KeyboardInterrupt
+        self.wish = True
+
+    def read(self) -> str | None:
+        """The next line; None at the end of the input, or once nobody reads the output any more."""
+        self.wish = False
+        if self.closed:
+            return None
+        if self.typed:
+            return self.typed.pop(0)
+        self.reading = True
+        try:
+            return input(self.prompt)
+        except EOFError:
+            self.write("\n" if self.prompt else "")
+            return None
+        except KeyboardInterrupt:
+            if not self.keyboard:
+                raise
+            self.write("\n")
+            return ""
+        finally:
+            self.reading = False
+
+    def interrupted(self) -> bool:
+        """Whether the person wants the answer to end."""
+        while self.borrowed and not self.wish and select.select([0], [], [], 0)[0]:
+            line = os.read(0, 4096)  # a whole line: the terminal gathers them
+            self.wish = line.endswith(INTERRUPT) or not line
+            # As the signal does, the key takes back what was typed before it.
+            self.typed = [] if self.wish else [*self.typed, line.decode(errors="surrogateescape").removesuffix("\n")]
+        return self.wish or self.closed
+
+    def write(self, text: str) -> None:
+        if self.closed:
+            return
+        try:
+            print(text, end="", flush=True)
+        except BrokenPipeError:  # nobody reads on, which is no failure
+            self.closed = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def note(self, text: str) -> None:
+        """A remark, which is no part of the answers."""
+        if self.first:
+            print(text, file=sys.stderr, flush=True)
