@@ -5,11 +5,10 @@ halfway; at the prompt it takes back what was typed. It reaches the program in o
 
     a terminal of our own    as SIGINT
     somebody else's          as a byte. torchrun gives each rank a session of its own and keeps the terminal: the signal
-                             would end torchrun, and with it every rank. So the key is taken from the terminal, and is
+                             would end torchrun, and with it every rank. So the key is taken from the terminal and
                              read like any other; Ctrl-\\ still ends torchrun.
 """
 
-import contextlib
 import os
 import select
 import signal
@@ -19,8 +18,10 @@ from typing import Any
 
 from .runtime import global_rank
 
-with contextlib.suppress(ImportError):  # Windows has none: lines without editing
+try:
     import readline
+except ImportError:  # on Windows: lines without editing
+    readline = None  # type: ignore[assignment]
 
 INTERRUPT = b"\x03"
 
@@ -44,7 +45,8 @@ class Terminal:
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
         if self.keyboard:
             signal.signal(signal.SIGINT, self._interrupt)
-            self._borrow()
+            if os.name == "posix":
+                self._borrow()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -65,9 +67,10 @@ class Terminal:
             nothing = os.fpathconf(0, "PC_VDISABLE").to_bytes(1, "little")
             ours[6][termios.VINTR] = ours[6][termios.VSUSP] = nothing  # stopped, torchrun would leave the ranks running
             ours[6][termios.VEOL] = INTERRUPT
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # torchrun ends: give it back
+            for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):  # from torchrun, which ends
+                signal.signal(ending, lambda number, _: sys.exit(128 + number))  # by way of __exit__
             termios.tcsetattr(0, termios.TCSADRAIN, ours)
-            if "readline" in globals():
+            if "GNU" in (getattr(readline, "__doc__", None) or ""):
                 readline.parse_and_bind(r'"\C-c": "\C-e\C-u\C-m"')
 
     def _interrupt(self, *_: object) -> None:

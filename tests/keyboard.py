@@ -5,6 +5,7 @@ import pty
 import select
 import subprocess
 import sys
+import termios
 import time
 
 from .support import environment
@@ -40,6 +41,10 @@ class Person:
 
     def types(self, text: str) -> None:
         os.write(self.screen, text.encode())
+
+    def settings(self) -> list:
+        """How the terminal is set: Ctrl-C's key and the like."""
+        return termios.tcgetattr(self.screen)
 
     def waits_for_the_end(self) -> int:
         return self.process.wait(90)

@@ -72,6 +72,7 @@ def test_a_chat_in_a_terminal(start: tuple, talker: tuple, llama: Llama, tmp_pat
     from .keyboard import Person
 
     person = Person(*start, "chat", *talker)
+    settings = person.settings()
     person.sees("Ctrl-D leaves")
     person.sees("\n> ")
     person.types("never sent\x03")
@@ -99,6 +100,7 @@ def test_a_chat_in_a_terminal(start: tuple, talker: tuple, llama: Llama, tmp_pat
     person.sees(f"{UNSAFE_ERROR}\n> ")
     person.types("\x04")
     assert person.waits_for_the_end() == 0
+    assert person.settings() == settings
 
 
 ALONE_OVER_LUNCH = """
