@@ -84,9 +84,10 @@ class Terminal:
         if self.closed:
             return None
         if self.typed:
+            self.write(f"{self.prompt}{self.typed[0]}\n")
             return self.typed.pop(0)
-        self.reading = True
         try:
+            self.reading = True
             return input(self.prompt)
         except EOFError:
             self.write("\n" if self.prompt else "")
@@ -102,10 +103,10 @@ class Terminal:
     def interrupted(self) -> bool:
         """Whether the person wants the answer to end."""
         while self.borrowed and not self.wish and select.select([0], [], [], 0)[0]:
-            line = os.read(0, 4096)  # a whole line: the terminal gathers them
-            self.wish = line.endswith(INTERRUPT) or not line
-            # As the signal does, the key takes back what was typed before it.
-            self.typed = [] if self.wish else [*self.typed, line.decode(errors="surrogateescape").removesuffix("\n")]
+            text = os.read(0, 4096)  # a whole line: the terminal gathers them; or what was pasted in the prompt, by returns
+            self.wish = INTERRUPT in text or not text
+            lines = text.decode(errors="surrogateescape").replace("\r", "\n").removesuffix("\n").split("\n")
+            self.typed = [] if self.wish else [*self.typed, *lines]  # as the signal, the key takes back what was typed
         return self.wish or self.closed
 
     def write(self, text: str) -> None:
