@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,7 +76,10 @@ def test_a_chat_in_a_terminal(start: tuple, talker: tuple, llama: Llama, tmp_pat
     settings = person.settings()
     person.sees("Ctrl-D leaves")
     person.sees("\n> ")
-    person.types("never sent\x03")
+    person.types("never sent")
+    person.sees("never sent")
+    time.sleep(0.2)  # between a key and its wait for the next, readline would keep the signal until then
+    person.types("\x03")
     person.sees("\n> ")
     person.types("seven?\n")
     person.sees(answer(llama, "seven?", most=20))
