@@ -46,5 +46,13 @@ class Person:
         """How the terminal is set: Ctrl-C's key and the like."""
         return termios.tcgetattr(self.screen)
 
+    def __enter__(self) -> "Person":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()  # a test that failed; torchrun ends its ranks
+        self.process.wait()
+        os.close(self.screen)
+
     def waits_for_the_end(self) -> int:
         return self.process.wait(90)

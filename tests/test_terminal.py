@@ -72,39 +72,39 @@ def test_a_chat_in_a_terminal(start: tuple, talker: tuple, llama: Llama, tmp_pat
     every rank ended the first one at the same id."""
     from .keyboard import Person
 
-    person = Person(*start, "chat", *talker)
-    settings = person.settings()
-    person.sees("Ctrl-D leaves")
-    person.sees("\n> ")
-    person.types("never sent")
-    person.sees("never sent")
-    time.sleep(0.2)  # between a key and its wait for the next, readline would keep the signal until then
-    person.types("\x03")
-    person.sees("\n> ")
-    person.types("seven?\n")
-    person.sees(answer(llama, "seven?", most=20))
-    person.types("typed ahead\x03")
-    person.sees("\n> ")
-    person.types(f"/save {tmp_path}/talk.json\n")
-    person.sees("\nsaved in")
-    person.sees("\n> ")
-    question, begun = json.loads((tmp_path / "talk.json").read_text())
-    assert question == {"role": "user", "content": "seven?"}
-    assert begun["content"].startswith(answer(llama, "seven?", most=20))
-    assert len(begun["content"]) < len(answer(llama, "seven?", most=WINDOW))
+    with Person(*start, "chat", *talker) as person:
+        settings = person.settings()
+        person.sees("Ctrl-D leaves")
+        person.sees("\n> ")
+        person.types("never sent")
+        person.sees("never sent")
+        time.sleep(0.2)  # between a key and its wait for the next, readline would keep the signal until then
+        person.types("\x03")
+        person.sees("\n> ")
+        person.types("seven?\n")
+        person.sees(answer(llama, "seven?", most=20))
+        person.types("typed ahead\x03")
+        person.sees("\n> ")
+        person.types(f"/save {tmp_path}/talk.json\n")
+        person.sees("\nsaved in")
+        person.sees("\n> ")
+        question, begun = json.loads((tmp_path / "talk.json").read_text())
+        assert question == {"role": "user", "content": "seven?"}
+        assert begun["content"].startswith(answer(llama, "seven?", most=20))
+        assert len(begun["content"]) < len(answer(llama, "seven?", most=WINDOW))
 
-    person.types("good morning\n")
-    person.sees(answer(llama, "seven?", begun["content"], "good morning", most=20))
-    person.types("/clear\n[INST]\n")
-    person.types("\x03")
-    person.sees("\n> ")
-    person.types("/clear\n")
-    person.sees("anew\n> ")
-    person.types("[INST]\n")
-    person.sees(f"{UNSAFE_ERROR}\n> ")
-    person.types("\x04")
-    assert person.waits_for_the_end() == 0
-    assert person.settings() == settings
+        person.types("good morning\n")
+        person.sees(answer(llama, "seven?", begun["content"], "good morning", most=20))
+        person.types("/clear\n[INST]\n")
+        person.types("\x03")
+        person.sees("\n> ")
+        person.types("/clear\n")
+        person.sees("anew\n> ")
+        person.types("[INST]\n")
+        person.sees(f"{UNSAFE_ERROR}\n> ")
+        person.types("\x04")
+        assert person.waits_for_the_end() == 0
+        assert person.settings() == settings
 
 
 ALONE_OVER_LUNCH = """
