@@ -6,7 +6,6 @@ import select
 import subprocess
 import sys
 import termios
-import time
 
 from .support import environment
 
@@ -26,12 +25,14 @@ class Person:
         os.close(theirs)
         self.unread = ""
 
-    def sees(self, text: str, seconds: float = 90) -> str:
-        """Wait for the text; what came before it."""
-        end = time.monotonic() + seconds
+    def sees(self, text: str, seconds: int = 90) -> str:
+        """Wait for the text; what came before it. The seconds are those that this process is running."""
+        waits = 0
         while text not in self.unread:
-            if not select.select([self.screen], [], [], max(0, end - time.monotonic()))[0]:
-                raise AssertionError(f"{text!r} did not come, but {self.unread!r}")
+            if not select.select([self.screen], [], [], 1)[0]:
+                waits += 1
+                assert waits < seconds, f"{text!r} did not come, but {self.unread!r}"
+                continue
             try:
                 self.unread += os.read(self.screen, 65536).decode(errors="replace").replace("\r\n", "\n")
             except OSError:  # the program has left
