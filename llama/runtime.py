@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -166,6 +167,35 @@ def from_rank0(tensor: torch.Tensor) -> torch.Tensor:
     if model_parallel()[1] > 1:
         dist.broadcast(tensor, fs.get_model_parallel_src_rank(), group=fs.get_model_parallel_group())
     return tensor
+
+
+def sharing() -> Callable[[Callable[[], T]], T]:
+    """A function that runs some work on rank 0 alone and gives its result, or its failure, to every rank.
+
+    The work may wait for a person: the ranks wait in a group of their own, which no time-out of the others ends. Every
+    rank must call `sharing`, and then what it returns, equally often.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return lambda work: work()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+
+    def share(work: Callable[[], T]) -> T:
+        result: T | None = None
+        failure: Exception | None = None
+        if global_rank() == 0:
+            try:
+                result = work()
+            except Exception as e:
+                failure = e
+        box = [result, None if failure is None else f"{type(failure).__name__}: {failure}"]
+        dist.broadcast_object_list(box, 0, group=group)
+        if failure is not None:
+            raise failure
+        if box[1] is not None:
+            raise LlamaError(f"rank 0 failed, so every rank stops: {box[1]}")
+        return box[0]  # type: ignore[return-value]
+
+    return share
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -108,13 +108,21 @@ def plain_logits(params: dict, weights: dict[str, torch.Tensor], ids: list[int])
     return norm(h, "norm.weight") @ w["output.weight"].T
 
 
-def run(*command: object, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run python with these arguments, on the CPU, outside of any torchrun; 120 seconds at most."""
+def environment(**env: str) -> dict[str, str]:
+    """This process's, for another on the CPU and outside of any torchrun."""
     drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     base = {k: v for k, v in os.environ.items() if k not in drop}
-    base |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | env
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=120, env=base)
+    return base | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | env
 
 
-def torchrun(ranks: int, *command: object, **env: str) -> subprocess.CompletedProcess[str]:
-    return run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, *command, **env)
+def run(*command: object, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    """Run python with these arguments; 120 seconds at most."""
+    arguments = [sys.executable, *map(str, command)]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=120, env=environment(**env), input=stdin)
+
+
+TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"
+
+
+def torchrun(ranks: int, *command: object, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    return run(*TORCHRUN, ranks, *command, stdin=stdin, **env)

@@ -1,0 +1,181 @@
+"""The command line.
+
+python -m llama chat --ckpt_dir llama-2-7b-chat --tokenizer_path tokenizer.model
+python -m llama complete --ckpt_dir llama-2-7b --tokenizer_path tokenizer.model "Once upon a time"
+torchrun --nproc_per_node 2 -m llama chat --ckpt_dir llama-2-13b-chat --tokenizer_path tokenizer.model
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from . import runtime
+from .calls import requests_of
+from .conversation import Conversation, checked
+from .demo import given_or_demo
+from .errors import InputError, LlamaError, kind
+from .generation import Llama
+from .sampling import Sampling
+from .terminal import Terminal
+from .text import check_stops
+from .tokenizer import check_text
+
+
+def parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    model = common.add_argument_group("the model")
+    model.add_argument("--ckpt_dir", metavar="DIR", help="consolidated.NN.pth and params.json; default the demo model")
+    model.add_argument("--tokenizer_path", metavar="FILE", help="Meta's tokenizer.model")
+    model.add_argument("--max_seq_len", type=int, default=512, metavar="N", help="ids of prompt and answer; default 512")
+    model.add_argument("--device", help="cpu, cuda or mps; default the best there is")
+    model.add_argument("--dtype", help="bfloat16, float16 or float32; default the stored one")
+    model.add_argument("--compile", action="store_true", help="on CUDA, faster steps after a slower start")
+    model.add_argument("--seed", type=int, default=1, metavar="N", help="of all draws; default 1")
+    draw = common.add_argument_group("the choice of ids")
+    draw.add_argument("--temperature", type=float, default=0.6, metavar="X", help="0: the likeliest id; default 0.6")
+    draw.add_argument("--top_p", type=float, default=0.9, metavar="X", help="default 0.9")
+    draw.add_argument("--top_k", type=int, default=0, metavar="N", help="0: any number; default 0")
+    draw.add_argument("--min_p", type=float, default=0.0, metavar="X", help="default 0")
+    draw.add_argument("--repetition_penalty", type=float, default=1.0, metavar="X", help="1: none; default 1")
+    draw.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+
+    main = argparse.ArgumentParser("python -m llama", description="Llama 2 in the terminal.", allow_abbrev=False)
+    commands = main.add_subparsers(dest="command", required=True, metavar="chat | complete")
+    chat = commands.add_parser(
+        "chat", parents=[common], allow_abbrev=False, help="talk with a chat model", description="Talk with a chat model."
+    )
+    chat.add_argument("--max_gen_len", type=int, metavar="N", help="most ids of an answer; default what the window holds")
+    chat.add_argument("--system", metavar="TEXT", help="how to answer, said before the first question")
+    chat.set_defaults(run=run_chat)
+    complete = commands.add_parser(
+        "complete",
+        parents=[common],
+        allow_abbrev=False,
+        help="continue texts",
+        description="Continue texts. Each is printed, and after '> ' what follows; a single one as it comes.",
+    )
+    complete.add_argument("prompts", nargs="*", metavar="PROMPT", help="a text; without any, standard input is the text")
+    complete.add_argument("--max_gen_len", type=int, default=64, metavar="N", help="most ids of a continuation; default 64")
+    complete.add_argument("--max_batch_size", type=int, default=4, metavar="N", help="texts at a time; default 4")
+    complete.add_argument("--jsonl", action="store_true", help='one JSON object a line: {"prompt": TEXT} in, results out')
+    complete.set_defaults(run=run_complete)
+    return main
+
+
+def build(args: argparse.Namespace, rows: int) -> Llama:
+    ckpt_dir, tokenizer_path = given_or_demo(args.ckpt_dir, args.tokenizer_path)
+    return Llama.build(
+        ckpt_dir, tokenizer_path, args.max_seq_len, rows,
+        seed=args.seed, device=args.device, dtype=args.dtype, compile=args.compile,
+    )  # fmt: skip
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """Of each call; checked now, since a model may take minutes to load."""
+    drawing = {field.name: getattr(args, field.name) for field in fields(Sampling)}
+    Sampling(**drawing)
+    if args.max_gen_len is not None:
+        requests_of([], args.max_gen_len, None, args.max_seq_len)
+    return drawing | {"max_gen_len": args.max_gen_len, "stop": check_stops(args.stop)}
+
+
+def run_chat(args: argparse.Namespace) -> None:
+    if args.system is not None:
+        checked("system", args.system)
+    of_each_call = options(args)
+    llama = build(args, rows=1)
+    share = runtime.sharing()
+    with Terminal() as terminal:
+        talk = Conversation(llama, terminal.note, share, args.system, **of_each_call)
+        if terminal.prompt:
+            terminal.note("Ctrl-C ends an answer, Ctrl-D leaves, /help tells the rest.")
+        while not talk.over and (line := share(terminal.read)) is not None:
+            try:
+                answer = talk.respond(line)
+            except InputError as e:
+                terminal.note(str(e))
+                continue
+            if answer is None:
+                continue
+            with contextlib.closing(answer):
+                for piece in answer:
+                    terminal.write(piece)
+                    if share(terminal.interrupted):
+                        break
+            terminal.write("\n")
+            if talk.cut_off:
+                terminal.note(f"the answer is cut off: {talk.cut_off}")
+
+
+def run_complete(args: argparse.Namespace) -> None:
+    of_each_call = options(args)
+    runtime.start(args.device)
+    share, terminal = runtime.sharing(), Terminal()
+    prompts = share(lambda: args.prompts or read_prompts(args.jsonl))
+    llama = build(args, min(max(len(prompts), 1), args.max_batch_size))
+    if len(prompts) == 1 and not args.jsonl:
+        terminal.write(f"{prompts[0]}\n> ")
+        with llama.text_completion_stream(prompts[0], **of_each_call) as stream:
+            for piece in stream:
+                terminal.write(piece)
+                if share(terminal.interrupted):
+                    break
+        terminal.write("\n")
+        return
+    for prompt, result in zip(prompts, llama.text_completion(prompts, **of_each_call, details=True), strict=True):
+        if args.jsonl:
+            terminal.write(json.dumps({"prompt": prompt, **result}, ensure_ascii=False) + "\n")
+        else:
+            terminal.write(f"{prompt}\n> {result['generation']}\n\n")
+
+
+def read_prompts(jsonl: bool) -> list[str]:
+    """The prompts on standard input: all of it, or one in each line of JSON."""
+    if sys.stdin.isatty():
+        print("reading the text from the keyboard; Ctrl-D ends it", file=sys.stderr)
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+    if not jsonl:
+        return [sys.stdin.read().removesuffix("\n")]
+    prompts = []
+    for number, line in enumerate(sys.stdin, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as e:
+            raise InputError(f"line {number} is {kind(line.strip())}: not JSON ({e})") from e
+        if not isinstance(record, dict) or list(record) != ["prompt"]:
+            raise InputError(f'line {number} is {kind(record)}; it must be {{"prompt": TEXT}}, and nothing else')
+        check_text(record["prompt"], f"line {number}: its prompt")
+        prompts.append(record["prompt"])
+    return prompts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 for an error, 130 after Ctrl-C. Usage errors exit with 2."""
+    first = runtime.global_rank() == 0
+    quiet = contextlib.ExitStack()
+    with quiet:
+        if not first:  # one rank tells what is wrong, or how to use it
+            nowhere = quiet.enter_context(open(os.devnull, "w"))
+            quiet.enter_context(contextlib.redirect_stdout(nowhere))
+            quiet.enter_context(contextlib.redirect_stderr(nowhere))
+        args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except LlamaError as e:
+        if first:
+            print(f"llama: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

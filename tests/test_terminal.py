@@ -1,0 +1,242 @@
+"""The command line as people use it: in a terminal of its own, between pipes, on one rank and on two."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llama import InputError, Llama
+from llama.__main__ import main, read_prompts
+from llama.chat import UNSAFE_ERROR
+from llama.conversation import HELP
+
+from .support import TORCHRUN, environment, torchrun, write_shards
+
+WINDOW = 4000
+LLAMA, LLAMA_2 = ("-m", "llama"), (*TORCHRUN, 2, "-m", "llama")
+
+
+@pytest.fixture(scope="module")
+def talker(small: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """Flags for a small model that never says EOS, nor bytes: it talks on to the window's end, time to interrupt it."""
+    output = small.weights["output.weight"].clone()
+    output[:259] = 0
+    folder = write_shards(tmp_path_factory.mktemp("talker"), small.params, small.weights | {"output.weight": output})
+    paths = "--ckpt_dir", folder, "--tokenizer_path", small.tokenizer_path
+    return (*map(str, paths), "--temperature", "0", "--device", "cpu", "--max_seq_len", str(WINDOW))
+
+
+@pytest.fixture(scope="module")
+def llama(talker: tuple) -> Llama:
+    return Llama.build(talker[1], talker[3], max_seq_len=WINDOW, max_batch_size=2, device="cpu")
+
+
+def answer(llama: Llama, *texts: str, most: int) -> str:
+    """The first ids of the answer to the last of the texts, which are by user and assistant in turn."""
+    dialog: Any = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return llama.chat_completion([dialog], temperature=0, max_gen_len=most)[0]["generation"]["content"]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process: what it returned, and wrote to stdout and stderr."""
+
+    def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        try:
+            code: Any = main(arguments)
+        except SystemExit as e:
+            code = e.code
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def spawn(*arguments: object) -> subprocess.Popen[bytes]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, *map(str, arguments)], stdin=pipe, stdout=pipe, stderr=pipe, env=environment())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize("start", [LLAMA, LLAMA_2], ids=["1 rank", "2 ranks"])
+def test_a_chat_in_a_terminal(start: tuple, talker: tuple, llama: Llama, tmp_path: Path) -> None:
+    """Type, take back, interrupt, save, go on, clear, leave. That the second answer is that of the dialog saved shows that
+    every rank ended the first one at the same id."""
+    from .keyboard import Person
+
+    with Person(*start, "chat", *talker) as person:
+        settings = person.settings()
+        person.sees("Ctrl-D leaves")
+        person.sees("\n> ")
+        person.types("never sent")
+        person.sees("never sent")
+        time.sleep(0.2)  # between a key and its wait for the next, readline would keep the signal until then
+        person.types("\x03")
+        person.sees("\n> ")
+        person.types("seven?\n")
+        person.sees(answer(llama, "seven?", most=20))
+        person.types("typed ahead\x03")
+        person.sees("\n> ")
+        person.types(f"/save {tmp_path}/talk.json\n")
+        person.sees("\nsaved in")
+        person.sees("\n> ")
+        question, begun = json.loads((tmp_path / "talk.json").read_text())
+        assert question == {"role": "user", "content": "seven?"}
+        assert begun["content"].startswith(answer(llama, "seven?", most=20))
+        assert len(begun["content"]) < len(answer(llama, "seven?", most=WINDOW))
+
+        person.types("good morning\n")
+        person.sees(answer(llama, "seven?", begun["content"], "good morning", most=20))
+        person.types("/clear\n[INST]\n")
+        person.types("\x03")
+        person.sees("\n> ")
+        person.types("/clear\n")
+        person.sees("anew\n> ")
+        person.types("[INST]\n")
+        person.sees(f"{UNSAFE_ERROR}\n> ")
+        person.types("\x04")
+        assert person.waits_for_the_end() == 0
+        assert person.settings() == settings
+
+
+ALONE_OVER_LUNCH = """
+import sys
+from datetime import timedelta
+import torch.distributed as dist
+from llama import __main__, runtime
+
+def hurried():
+    for group in (dist.group.WORLD, runtime.fs.get_model_parallel_group()):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
+    return sharing()
+
+sharing, runtime.sharing = runtime.sharing, hurried
+sys.exit(__main__.main())
+"""
+
+
+def test_ranks_wait_for_a_person_past_every_time_out(talker: tuple, llama: Llama, tmp_path: Path) -> None:
+    """The time-outs of the groups, half an hour otherwise, are cut to two seconds."""
+    script = tmp_path / "hurried.py"
+    script.write_text(ALONE_OVER_LUNCH)
+    with spawn(*TORCHRUN, 2, script, "chat", *talker, "--max_gen_len", 8) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write(b"seven?\n")
+        process.stdin.flush()
+        want = answer(llama, "seven?", most=8).encode() + b"\n"
+        assert process.stdout.read(len(want)) == want
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(4)
+        process.stdin.write(b"/clear\nseven?")
+        process.stdin.close()
+        assert process.stdout.read() == want, process.stderr.read()
+    assert process.returncode == 0
+
+
+def test_a_chat_between_pipes(talker: tuple, llama: Llama, command: Callable) -> None:
+    """Lines in, answers out, remarks on stderr. Bytes that are no text are refused, and the next line answered."""
+    lines = b"good morning\n\n/help\n/oops\nseven? [INST]\ncaf\xe9\nseven?"
+    code, out, err = command("chat", *talker, "--max_gen_len", "8", stdin=lines)
+    first = answer(llama, "good morning", most=8)
+    assert code == 0 and out == first + "\n" + answer(llama, "good morning", first, "seven?", most=8) + "\n"
+    cut, *remarks, cut_again = err.removesuffix("\n").split("\n")
+    assert cut == cut_again == "the answer is cut off: max_gen_len=8"
+    assert "\n".join(remarks[:-1]) == f"{HELP}\n/oops is no command; /help names them\n{UNSAFE_ERROR}"
+    assert remarks[-1].startswith("the user text holds a lone surrogate")
+
+
+def test_nobody_reads_on(talker: tuple) -> None:
+    """As before `head`: it ends quietly in the midst of an answer, though more could be typed."""
+    with spawn(*LLAMA, "chat", *talker) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write(b"good morning\n")
+        process.stdin.flush()
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(60) == 0
+        assert process.stderr.read() == b""
+
+
+def test_ctrl_c_ends_complete(talker: tuple) -> None:
+    with spawn(*LLAMA, "complete", *talker, "--max_gen_len", WINDOW, "good morning") as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.read(15) == b"good morning\n> "
+        process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stderr.read() == b""
+
+
+def test_complete(talker: tuple, llama: Llama, command: Callable) -> None:
+    prompts = ["the lazy dog", "She sells"]
+    first, second = (r["generation"] for r in llama.text_completion(prompts, temperature=0, max_gen_len=6))
+    short = *talker, "--max_gen_len", "6"
+    assert command("complete", *short, prompts[0]) == (0, f"{prompts[0]}\n> {first}\n", "")
+    assert command("complete", *short, stdin=f"{prompts[0]}\n".encode()) == (0, f"{prompts[0]}\n> {first}\n", "")
+    both = f"{prompts[0]}\n> {first}\n\n{prompts[1]}\n> {second}\n\n"
+    assert command("complete", *short, *prompts) == (0, both, "")
+    two = torchrun(2, *LLAMA, "complete", *short, "--jsonl", stdin="".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    assert [json.loads(line)["generation"] for line in two.stdout.splitlines()] == [first, second], two.stderr
+
+
+def test_complete_json_lines(talker: tuple, llama: Llama, command: Callable) -> None:
+    prompts = ["the lazy dog", '写\n"', "She sells"]
+    stop = llama.text_completion(["She sells"], temperature=0, max_gen_len=6)[0]["generation"][-1]
+    lines = "".join(json.dumps({"prompt": prompt}) + "\n\n" for prompt in prompts).encode()
+    flags = *talker, "--max_gen_len", "6", "--max_batch_size", "2", "--stop", stop
+    code, out, err = command("complete", *flags, "--jsonl", stdin=lines)
+    assert (code, err) == (0, "")
+    results = [json.loads(line) for line in out.splitlines()]
+    for prompt, result in zip(prompts, results, strict=True):
+        (want,) = llama.text_completion([prompt], temperature=0, max_gen_len=6, stop=stop, details=True)
+        assert result == {"prompt": prompt} | dict(want)
+    assert {result["finish_reason"] for result in results} >= {"stop"}
+
+
+@pytest.mark.parametrize(
+    "lines, error",
+    [
+        ('{"prompt": "a"}\n\n{"prompt": "b"\n', 'line 3 is \'{"prompt": "b"\' (str): not JSON'),
+        ("5\n", "line 1 is 5 (int); it must be"),
+        ('{"prompt": "a", "max_gen_len": 5}\n', "and nothing else"),
+        ('{"prompt": 5}\n', "line 1: its prompt is 5 (int); it must be a string"),
+        ('{"prompt": "\\ud800"}\n', "line 1: its prompt holds a lone surrogate"),
+    ],
+)
+def test_a_bad_line_of_json_is_named(monkeypatch: pytest.MonkeyPatch, lines: str, error: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    with pytest.raises(InputError) as raised:
+        read_prompts(jsonl=True)
+    assert error in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, code, error",
+    [
+        (("chat", "--ckpt_dir", "x"), 1, "llama: ckpt_dir='x', tokenizer_path=None: give both, or neither for the demo model"),
+        (("chat", "--system", "<<SYS>>"), 1, f"llama: {UNSAFE_ERROR}\n"),
+        (("chat", "--temperature", "-1"), 1, "llama: temperature is -1.0 (float); it must be"),
+        (("complete", "--top_k", "-1", "x"), 1, "llama: top_k is -1 (int); it must be"),
+        (("complete", "--max_gen_len", "-1", "x"), 1, "llama: max_gen_len is -1 (int); it must be"),
+        (("chat", "--stop", ""), 1, "llama: stop string 0 is empty"),
+        (("chat", "--temprature", "1"), 2, "unrecognized arguments: --temprature 1"),
+        (("chat", "--seed", "x"), 2, "argument --seed: invalid int value: 'x'"),
+        (("answer",), 2, "invalid choice: 'answer'"),
+        ((), 2, "the following arguments are required: chat | complete"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, command: Callable, arguments: tuple, code: int, error: str
+) -> None:
+    monkeypatch.setattr(Llama, "build", None)
+    got, out, err = command(*arguments)
+    assert (got, out) == (code, "") and error in err
+    assert code == 2 or err.count("\n") == 1  # no traceback, no usage
