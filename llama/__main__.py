@@ -3,6 +3,7 @@
 python -m llama chat --ckpt_dir llama-2-7b-chat --tokenizer_path tokenizer.model
 python -m llama complete --ckpt_dir llama-2-7b --tokenizer_path tokenizer.model "Once upon a time"
 torchrun --nproc_per_node 2 -m llama chat --ckpt_dir llama-2-13b-chat --tokenizer_path tokenizer.model
+python -m llama quantize --ckpt_dir llama-2-7b int8
 """
 
 import argparse
@@ -14,12 +15,13 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from . import runtime
+from . import runtime, saved
 from .calls import requests_of
 from .conversation import Conversation, checked
 from .demo import given_or_demo
 from .errors import InputError, LlamaError, kind
 from .generation import Llama
+from .quantize import KINDS
 from .sampling import Sampling
 from .terminal import Terminal
 from .text import check_stops
@@ -34,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--max_seq_len", type=int, default=512, metavar="N", help="ids of prompt and answer; default 512")
     model.add_argument("--device", help="cpu, cuda or mps; default the best there is")
     model.add_argument("--dtype", help="bfloat16, float16 or float32; default the stored one")
+    model.add_argument("--quantize", choices=KINDS, help="hold the matrices in 8 or 4 bit")
     model.add_argument("--compile", action="store_true", help="on CUDA, faster steps after a slower start")
     model.add_argument("--seed", type=int, default=1, metavar="N", help="of all draws; default 1")
     draw = common.add_argument_group("the choice of ids")
@@ -45,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     draw.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
 
     main = argparse.ArgumentParser("python -m llama", description="Llama 2 in the terminal.", allow_abbrev=False)
-    commands = main.add_subparsers(dest="command", required=True, metavar="chat | complete")
+    commands = main.add_subparsers(dest="command", required=True, metavar="chat | complete | quantize")
     chat = commands.add_parser(
         "chat", parents=[common], allow_abbrev=False, help="talk with a chat model", description="Talk with a chat model."
     )
@@ -64,6 +67,15 @@ def parser() -> argparse.ArgumentParser:
     complete.add_argument("--max_batch_size", type=int, default=4, metavar="N", help="texts at a time; default 4")
     complete.add_argument("--jsonl", action="store_true", help='one JSON object a line: {"prompt": TEXT} in, results out')
     complete.set_defaults(run=run_complete)
+    quantize = commands.add_parser(
+        "quantize",
+        allow_abbrev=False,
+        help="save a model's weights in 8 or 4 bit, beside it",
+        description="Quantize a model's weights once, into a file beside them that --quantize then reads.",
+    )
+    quantize.add_argument("--ckpt_dir", metavar="DIR", required=True, help="consolidated.NN.pth and params.json")
+    quantize.add_argument("kind", choices=KINDS)
+    quantize.set_defaults(run=run_quantize)
     return main
 
 
@@ -72,6 +84,7 @@ def build(args: argparse.Namespace, rows: int) -> Llama:
     return Llama.build(
         ckpt_dir, tokenizer_path, args.max_seq_len, rows,
         seed=args.seed, device=args.device, dtype=args.dtype, compile=args.compile,
+        quantize=args.quantize,
     )  # fmt: skip
 
 
@@ -132,6 +145,11 @@ def run_complete(args: argparse.Namespace) -> None:
             terminal.write(json.dumps({"prompt": prompt, **result}, ensure_ascii=False) + "\n")
         else:
             terminal.write(f"{prompt}\n> {result['generation']}\n\n")
+
+
+def run_quantize(args: argparse.Namespace) -> None:
+    path = saved.save(args.ckpt_dir, args.kind)
+    print(f"{path}: {path.stat().st_size / 1e9:.2f} GB")
 
 
 def read_prompts(jsonl: bool) -> list[str]:

@@ -73,7 +73,7 @@ def open_saved(ckpt_dir: str | os.PathLike[str], wanted: str) -> Shards | None:
     path = path_of(ckpt_dir, wanted)
     if not path.is_file():
         return None
-    again = f"make it again with saved.save(..., {wanted!r}), or delete it"
+    again = "make it again with `python -m llama quantize`, or delete it"
     try:
         size = path.stat().st_size
         with path.open("rb") as f:
@@ -110,7 +110,7 @@ def check(model: Transformer, shards: Shards) -> None:
         name = wrong[0] if wrong else "tok_embeddings.weight"
         raise CheckpointError(
             f"{file}: {name} is {found.get(name, 'missing')}, where params.json makes {expected.get(name, 'none')}: "
-            "the file was made from another model, or is damaged; make it again, or delete it"
+            "the file was made from another model, or is damaged; make it again with `python -m llama quantize`, or delete it"
         )
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from llama import CheckpointError, DeviceError, InputError, Llama, kernels, loading, memory, saved
+from llama.__main__ import main as command
 from llama.checkpoint import open_shards
 from llama.parallel import ColumnParallelLinear, RowParallelLinear
 from llama.quantize import Quantized, check_width, from_nibbles, quantize, to_nibbles
@@ -370,3 +371,15 @@ def test_saving_leaves_nothing_half_done(small: SimpleNamespace, tmp_path: Path,
         saved.save(folder, "int8")
     with pytest.raises(CheckpointError, match=r"output.weight holds NaN"):
         build(folder, small)
+
+
+def test_the_commands(small: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_shards(tmp_path, small.params, small.weights, 2)
+    assert command(["quantize", "--ckpt_dir", str(folder), "int8"]) == 0
+    assert capsys.readouterr().out == f"{folder / 'int8.safetensors'}: 0.00 GB\n"
+    model = ["--ckpt_dir", str(folder), "--tokenizer_path", str(small.tokenizer_path), "--device", "cpu", "--temperature", "0"]
+    assert command(["complete", *model, "--quantize", "int8", "--max_gen_len", "4", "The quick"]) == 0
+    want = build(folder, small, quantize="int8").text_completion(["The quick"], temperature=0, max_gen_len=4)
+    assert capsys.readouterr().out == f"The quick\n> {want[0]['generation']}\n"
+    assert command(["quantize", "--ckpt_dir", str(tmp_path / "nowhere"), "int8"]) == 1
+    assert "No such file" in capsys.readouterr().err
