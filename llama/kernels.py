@@ -95,20 +95,23 @@ class Int8Rows(Kernel):
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) == 1:  # its scale can be the kernel's: this saves three small kernels
             scale = max(x.abs().max().item() / 127, 1e-30)
-            return self._product(x.float() * (1 / scale), scale).to(self.dtype)
+            return self._product(torch.add(_HALF, x.float(), alpha=1 / scale), scale).to(self.dtype)
         # A scale of x's own dtype multiplies ten times faster. It is rounded, so 126 instead of 127.
         scales = (x.abs().amax(1, keepdim=True) / 126).clamp_(min=torch.finfo(x.dtype).tiny)
-        return self._product(x.float() / scales.float(), 1.0).mul_(scales).to(self.dtype)
+        return self._product((x.float() / scales.float()).add_(128.5), 1.0).mul_(scales).to(self.dtype)
 
-    def _product(self, rows: torch.Tensor, scale: float) -> torch.Tensor:
-        # Unsigned with a zero point of 128: signed rows take a slow path. Cutting after + 128.5 is rounding.
+    def _product(self, shifted: torch.Tensor, scale: float) -> torch.Tensor:
+        # Unsigned with a zero point of 128: signed rows take a slow path. Cutting what has 128.5 added is rounding.
         weight = self.blocks, self.scale, self.zero
-        unsigned = rows.add_(128.5).to(torch.uint8)
-        return torch.ops.onednn.qlinear_pointwise(unsigned, scale, 128, *weight, None, 1.0, 0, self.out, "none", [], "")
+        rows = shifted.to(torch.uint8)
+        return torch.ops.onednn.qlinear_pointwise(rows, scale, 128, *weight, None, 1.0, 0, self.out, "none", [], "")
 
     def held(self) -> Quantized:
         q = self.blocks.to_dense().t().contiguous()
         return Quantized("int8", q, self.scale.unsqueeze(1), None, q.shape[1], self.dtype)
+
+
+_HALF = torch.tensor(128.5, dtype=torch.float32, device="cpu")
 
 
 class _Int4(Kernel):
