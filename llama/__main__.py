@@ -21,6 +21,7 @@ from .conversation import Conversation, checked
 from .demo import given_or_demo
 from .errors import InputError, LlamaError, kind
 from .generation import Llama
+from .memory import gb
 from .quantize import KINDS
 from .sampling import Sampling
 from .terminal import Terminal
@@ -149,7 +150,7 @@ def run_complete(args: argparse.Namespace) -> None:
 
 def run_quantize(args: argparse.Namespace) -> None:
     path = saved.save(args.ckpt_dir, args.kind)
-    print(f"{path}: {path.stat().st_size / 1e9:.2f} GB")
+    print(f"{path}: {gb(path.stat().st_size)}")
 
 
 def read_prompts(jsonl: bool) -> list[str]:

@@ -57,25 +57,26 @@ def preflight(
     if not ways and window_of_one >= SMALLEST_WINDOW:
         ways.append(f"max_batch_size=1 with max_seq_len={window_of_one}")
     if dtype.itemsize > 2 and need(dtype=torch.bfloat16) <= free:
-        ways.append(f"dtype='bfloat16' ({_gb(need(dtype=torch.bfloat16))})")
+        ways.append(f"dtype='bfloat16' ({gb(need(dtype=torch.bfloat16))})")
     for smaller in list(KINDS)[list(KINDS).index(kind) + 1 if kind else 0 :]:
         if need(kind=smaller) <= free:
-            ways.append(f"quantize='{smaller}' ({_gb(need(kind=smaller))})")
+            ways.append(f"quantize='{smaller}' ({gb(need(kind=smaller))})")
             break
     width = ffn_width(4 * args.dim, args.multiple_of, args.ffn_dim_multiplier)
     for more in range(ranks + 1, args.kv_heads + 1):
         if not (args.kv_heads % more or args.vocab_size % more or width % more) and need(ranks=more) <= free:
             where = "on machines of their own" if device.type == "cpu" else "with a GPU each"
-            ways.append(f"{more} ranks {where} ({_gb(need(ranks=more))} each)")
+            ways.append(f"{more} ranks {where} ({gb(need(ranks=more))} each)")
             break
     held_as = kind or str(dtype).removeprefix("torch.")
     raise DeviceError(
-        f"the model does not fit on {device}: {_gb(weights)} of weights ({held_as}) and {_gb(cache)} "
+        f"the model does not fit on {device}: {gb(weights)} of weights ({held_as}) and {gb(cache)} "
         f"of cache (max_seq_len={args.max_seq_len}, max_batch_size={args.max_batch_size}) on each of {ranks} rank(s), with "
-        f"{_gb(working_bytes(args, ranks, dtype))} to compute in, make {_gb(need())}, but {_gb(free)} are free. "
+        f"{gb(working_bytes(args, ranks, dtype))} to compute in, make {gb(need())}, but {gb(free)} are free. "
         + (f"It fits with {', or '.join(ways)}." if ways else "No change of length, rows, dtype or ranks makes it fit here.")
     )
 
 
-def _gb(n: int) -> str:
+def gb(n: int) -> str:
+    """Bytes, to be read."""
     return f"{n / 1e9:.2f} GB" if n >= 1e7 else f"{n / 1e6:.3f} MB"

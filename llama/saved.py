@@ -28,6 +28,7 @@ import torch
 from . import checkpoint, loading
 from .checkpoint import Shards, expected_shapes
 from .errors import CheckpointError, DeviceError, InputError, kind
+from .memory import gb
 from .model import Transformer
 from .quantize import HEAD, KINDS, Quantized, group_of, to_nibbles
 from .runtime import model_parallel, progress
@@ -141,7 +142,7 @@ def save(ckpt_dir: str | os.PathLike[str], wanted: str) -> Path:
     try:
         size, free = begin + sum(sizes.values()), shutil.disk_usage(path.parent).free
         if free < size:
-            raise CheckpointError(f"{path} would take {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there")
+            raise CheckpointError(f"{path} would take {gb(size)}, but {gb(free)} are free there; make room")
         with part.open("wb") as f:
             f.write(len(text).to_bytes(8, "little") + text)
             for name in progress(names, lambda name: sizes[name], "saving"):

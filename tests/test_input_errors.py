@@ -126,7 +126,7 @@ def test_each_advice_of_the_preflight_fits_and_nothing_larger(
     with pytest.raises(DeviceError, match=rf"max_seq_len={args.max_seq_len}, max_batch_size=8") as caught:
         preflight()
     facts, _, advice = str(caught.value).partition("It fits with ")
-    assert f"{memory._gb(free)} are free" in facts and f"{ranks} rank(s)" in facts
+    assert f"{memory.gb(free)} are free" in facts and f"{ranks} rank(s)" in facts
     assert advice or "No change of length, rows, dtype or ranks" in facts
     found = set()
     for way in advice.rstrip(".").split(", or "):
@@ -189,7 +189,7 @@ def test_what_does_not_fit_is_refused_before_any_work(small: SimpleNamespace, mo
     with monkeypatch.context() as patch:
         patch.setattr(loading, "load_weights", lambda *_: pytest.fail("weights were read"))
         patch.setattr(Transformer, "allocate", lambda *_: pytest.fail("a cache was made"))
-        facts = ("0.591 MB of weights (float32)", "0.131 MB of cache", f"{memory._gb(working)} to compute in")
+        facts = ("0.591 MB of weights (float32)", "0.131 MB of cache", f"{memory.gb(working)} to compute in")
         refused(build, DeviceError, *facts, "max_seq_len=32,", "max_batch_size=2,", "dtype='bfloat16'")
     monkeypatch.setattr(runtime, "free_memory", lambda _: None)  # where the system does not tell
     assert build().model.params.max_batch_size == 4
