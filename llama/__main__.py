@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from . import runtime, saved
-from .calls import requests_of
+from . import calls, runtime, saved
 from .conversation import Conversation, checked
 from .demo import given_or_demo
 from .errors import InputError, LlamaError, kind
@@ -27,6 +26,8 @@ from .sampling import Sampling
 from .terminal import Terminal
 from .text import check_stops
 from .tokenizer import check_text
+
+WRITTEN_AFTER = 16  # texts for each one at a time
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
         description="Quantize a model's weights once, into a file beside them that --quantize then reads.",
     )
     quantize.add_argument("--ckpt_dir", metavar="DIR", required=True, help="consolidated.NN.pth and params.json")
-    quantize.add_argument("kind", choices=KINDS)
+    quantize.add_argument("kind", choices=KINDS, metavar="KIND", help="int8 or int4")
     quantize.set_defaults(run=run_quantize)
     return main
 
@@ -94,7 +95,7 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     drawing = {field.name: getattr(args, field.name) for field in fields(Sampling)}
     Sampling(**drawing)
     if args.max_gen_len is not None:
-        requests_of([], args.max_gen_len, None, args.max_seq_len)
+        calls.requests_of([], args.max_gen_len, None, args.max_seq_len)
     return drawing | {"max_gen_len": args.max_gen_len, "stop": check_stops(args.stop)}
 
 
@@ -130,22 +131,30 @@ def run_complete(args: argparse.Namespace) -> None:
     of_each_call = options(args)
     runtime.start(args.device)
     share, terminal = runtime.sharing(), Terminal()
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     prompts = share(lambda: args.prompts or read_prompts(args.jsonl))
+    calls.check_texts(prompts, "prompts")
     llama = build(args, min(max(len(prompts), 1), args.max_batch_size))
     if len(prompts) == 1 and not args.jsonl:
-        terminal.write(f"{prompts[0]}\n> ")
         with llama.text_completion_stream(prompts[0], **of_each_call) as stream:
+            terminal.write(f"{prompts[0]}\n> ")
             for piece in stream:
                 terminal.write(piece)
                 if share(terminal.interrupted):
                     break
         terminal.write("\n")
         return
-    for prompt, result in zip(prompts, llama.text_completion(prompts, **of_each_call, details=True), strict=True):
-        if args.jsonl:
-            terminal.write(json.dumps({"prompt": prompt, **result}, ensure_ascii=False) + "\n")
-        else:
-            terminal.write(f"{prompt}\n> {result['generation']}\n\n")
+    calls.check_prompts(
+        [llama.tokenizer.encode(p, bos=True, eos=False) for p in prompts], None, llama.tokenizer, args.max_seq_len
+    )
+    some = WRITTEN_AFTER * args.max_batch_size  # what is written is not lost when the program is stopped
+    for i in range(0, len(prompts), some):
+        results = llama.text_completion(prompts[i : i + some], **of_each_call, details=True)
+        for prompt, result in zip(prompts[i : i + some], results, strict=True):
+            if args.jsonl:
+                terminal.write(json.dumps({"prompt": prompt, **result}, ensure_ascii=False) + "\n")
+            else:
+                terminal.write(f"{prompt}\n> {result['generation']}\n\n")
 
 
 def run_quantize(args: argparse.Namespace) -> None:
@@ -157,9 +166,12 @@ def read_prompts(jsonl: bool) -> list[str]:
     """The prompts on standard input: all of it, or one in each line of JSON."""
     if sys.stdin.isatty():
         print("reading the text from the keyboard; Ctrl-D ends it", file=sys.stderr)
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+    sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # type: ignore[union-attr]
     if not jsonl:
-        return [sys.stdin.read().removesuffix("\n")]
+        text = sys.stdin.read().removesuffix("\n")
+        if not text:
+            raise InputError("standard input holds no text to continue; give one there, or as an argument")
+        return [text]
     prompts = []
     for number, line in enumerate(sys.stdin, 1):
         if not line.strip():
@@ -190,6 +202,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LlamaError as e:
         if first:
             print(f"llama: {e}", file=sys.stderr)
+        return 1
+    except OSError as e:  # the output cannot be written, say
+        if first:
+            print(f"llama: {e}", file=sys.stderr)
+        sys.stdout = open(os.devnull, "w")
         return 1
     except KeyboardInterrupt:
         return 130

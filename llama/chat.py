@@ -42,6 +42,8 @@ def check_dialog(dialog: Dialog, name: str) -> None:
     if isinstance(dialog, (str, bytes, dict)) or not isinstance(dialog, Sequence):
         raise InputError(f"{name} is {kind(dialog)}; give a list of dialogs, each a list of {{'role': ..., 'content': ...}}")
     for i, message in enumerate(dialog):
+        if isinstance(message, list) and message and isinstance(message[0], dict):
+            raise InputError(f"{name}, message {i} is a list: give one dialog here, not a list of dialogs")
         if not isinstance(message, dict):
             raise InputError(f"{name}, message {i} is {kind(message)}; it must be a dict with 'role' and 'content'")
         for key in ("role", "content"):

@@ -67,14 +67,14 @@ class Conversation:
         name, _, text = line.strip().partition(" ")
         if name.startswith("/"):
             return self._obey(name, text.strip())
-        return self._answer(self._fitting(checked("user", line))) if name else None
+        return self._answer(self._fitting(checked("user", line), self.exchanges)) if name else None
 
     def _obey(self, name: str, text: str) -> Generator[str, None, None] | None:
         if name == "/retry":
             if not self.exchanges:
                 raise InputError("nothing was asked yet")
-            question, _ = self.exchanges.pop()
-            return self._answer(self._fitting(question))
+            *earlier, (question, _) = self.exchanges
+            return self._answer(self._fitting(question, earlier))
         if name == "/system":
             self._set_system(text)
         elif name == "/clear":
@@ -125,11 +125,12 @@ class Conversation:
             full = stream.prompt_tokens + stream.new_tokens >= self.window
             self.cut_off = f"the window of {self.window} ids is full" if full else f"max_gen_len={self.max_gen_len}"
 
-    def _fitting(self, question: str) -> list[Message]:
-        """The dialog with this question, which leaves a quarter of the window, or max_gen_len, to the answer."""
+    def _fitting(self, question: str, earlier: list[tuple[str, str]]) -> list[Message]:
+        """The dialog with this question after these exchanges, less the oldest if need be: it leaves a quarter of the
+        window, or max_gen_len, to the answer."""
         room = min(self.window // 4, self.window if self.max_gen_len is None else self.max_gen_len)
-        for dropped in range(len(self.exchanges) + 1):
-            dialog = self._dialog(self.exchanges[dropped:], question)
+        for dropped in range(len(earlier) + 1):
+            dialog = self._dialog(earlier[dropped:], question)
             n_ids = len(encode_dialog(self.llama.tokenizer, dialog))
             if n_ids + room <= self.window:
                 break
@@ -138,8 +139,8 @@ class Conversation:
                 f"the question has {n_ids} ids, the system text included, but the window of {self.window} ids must hold an "
                 f"answer of {room} too: shorten it, or start with a larger --max_seq_len"
             )
+        self.exchanges = earlier[dropped:]
         if dropped:
-            del self.exchanges[:dropped]
             forgotten = "oldest exchange is" if dropped == 1 else f"{dropped} oldest exchanges are"
             self.note(f"the window of {self.window} ids is full: the {forgotten} forgotten")
         return dialog

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from . import calls, checkpoint, kernels, loading, memory, runtime, saved
+from . import calls, checkpoint, loading, memory, runtime, saved
 from .calls import Answer, ChatPrediction, CompletionPrediction, Details, Score
 from .chat import (
     B_INST,
@@ -95,9 +95,7 @@ class Llama:
             model = checkpoint.build_on_meta(params, shards, max_seq_len, max_batch_size, tokenizer.n_words, check)
             stored = next(iter(shards.values()))["tok_embeddings.weight"].dtype
             ranks = runtime.model_parallel()[1]
-            if quantize is not None:
-                kernels.check(quantize, where, wanted or stored)
-                loading.check_widths(model, quantize)
+            memory.check_quantized(model.params, ranks, wanted or stored, where, quantize)
             memory.preflight(model.params, ranks, wanted or stored, where, runtime.free_memory(where), quantize)
             return tokenizer, shards, model, wanted or stored
 

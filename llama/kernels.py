@@ -12,6 +12,7 @@ and `F.linear`, it gets None.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class Kernel:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.requires_grad and torch.is_grad_enabled():  # which the kernels have no derivative for
             return F.linear(x, self.dense())
+        x = x.contiguous()
         return self.multiply(x) if x.ndim == 2 else self.multiply(x.flatten(0, -2)).view(*x.shape[:-1], -1)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
@@ -75,14 +77,17 @@ class Int8(Kernel):
         # The CPU's kernel reads beyond the end of widths that are no multiple of 16.
         if x.device.type == "cpu" and len(x) <= FEW and not any(size % 32 for size in self.weight.q.shape):
             return torch.ops.aten._weight_int8pack_mm(x, self.weight.q, self.scale)
-        return F.linear(x, self.weight.q.to(x.dtype)) * self.scale
+        return F.linear(x, self.weight.q.to(x.dtype) * self.scale.unsqueeze(1))  # scaled last, float16 would overflow
 
     def held(self) -> Quantized:
         return self.weight
 
 
 class Int8Rows(Kernel):
-    """Each row of x becomes whole numbers -127..127, too, so that 8 bit numbers are multiplied and summed exactly."""
+    """Each row of x becomes whole numbers -126..126, too, so that 8 bit numbers are multiplied and summed exactly.
+
+    A row's scale is its largest number over 126, rounded to x's dtype: the same however many rows there are.
+    """
 
     kind = "int8"
 
@@ -92,26 +97,27 @@ class Int8Rows(Kernel):
         self.zero = torch.zeros(len(self.scale), dtype=torch.int64)
         self.out = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
 
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) == 1:  # its scale can be the kernel's: this saves three small kernels
-            scale = max(x.abs().max().item() / 127, 1e-30)
-            return self._product(torch.add(_HALF, x.float(), alpha=1 / scale), scale).to(self.dtype)
-        # A scale of x's own dtype multiplies ten times faster. It is rounded, so 126 instead of 127.
-        scales = (x.abs().amax(1, keepdim=True) / 126).clamp_(min=torch.finfo(x.dtype).tiny)
-        return self._product((x.float() / scales.float()).add_(128.5), 1.0).mul_(scales).to(self.dtype)
-
-    def _product(self, shifted: torch.Tensor, scale: float) -> torch.Tensor:
-        # Unsigned with a zero point of 128: signed rows take a slow path. Cutting what has 128.5 added is rounding.
+    def multiply(self, x: torch.Tensor, largest_of_all: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+        """`largest_of_all`: from the largest number of each row here, (N, 1), that of the whole row, where this is a part."""
+        if x.dtype == torch.float16:  # whose least numbers are too large for scales
+            x = x.float()
+        scales: torch.Tensor | float
+        divisor: torch.Tensor | float
+        if len(x) == 1 and largest_of_all is None:  # the same by a plain number, with three small kernels less
+            divisor = scales = max((x.abs().max() / 126).item(), 1e-30)
+        else:
+            largest = x.abs().amax(1, keepdim=True)
+            scales = ((largest_of_all(largest) if largest_of_all else largest) / 126).clamp_(min=1e-30)
+            divisor = scales.float()
+        # Unsigned with a zero point of 128: signed rows take a slow path. Cutting after + 128.5 is rounding.
+        rows = (x.float() / divisor).add_(128.5).to(torch.uint8)
         weight = self.blocks, self.scale, self.zero
-        rows = shifted.to(torch.uint8)
-        return torch.ops.onednn.qlinear_pointwise(rows, scale, 128, *weight, None, 1.0, 0, self.out, "none", [], "")
+        y = torch.ops.onednn.qlinear_pointwise(rows, 1.0, 128, *weight, None, 1.0, 0, self.out, "none", [], "")
+        return y.mul_(scales).to(self.dtype)  # scales of another dtype would take ten times as long
 
     def held(self) -> Quantized:
         q = self.blocks.to_dense().t().contiguous()
         return Quantized("int8", q, self.scale.unsqueeze(1), None, q.shape[1], self.dtype)
-
-
-_HALF = torch.tensor(128.5, dtype=torch.float32, device="cpu")
 
 
 class _Int4(Kernel):

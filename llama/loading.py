@@ -19,17 +19,10 @@ from .checkpoint import NOT_FINITE, Shards, split_dim
 from .errors import CheckpointError
 from .model import Transformer
 from .parallel import ColumnParallelLinear, JoinedColumnParallelLinear, RowParallelLinear
-from .quantize import HEAD, Quantized, check_width, from_nibbles, quantize
+from .quantize import HEAD, Quantized, from_nibbles, quantize
 from .runtime import model_parallel, progress
 
 QUANTIZED_AT_ONCE = 1 << 24  # weights joined from several shards at a time
-
-
-def check_widths(model: Transformer, kind: str) -> None:
-    """Raise DeviceError where this rank's part of a matrix cannot be quantized."""
-    for name, module in model.named_modules():
-        if isinstance(module, RowParallelLinear):
-            check_width(name, module.in_features, kind, module.ranks)
 
 
 def cut(parts: list[torch.Tensor], dim: int, rank: int, ranks: int) -> list[torch.Tensor]:
@@ -122,8 +115,8 @@ def _saved(name: str, tensors: dict[str, torch.Tensor], kind: str, in_features: 
         rows = slice(len(q) * rank // ranks, len(q) * (rank + 1) // ranks)
         q, scale, zero = q[rows], scale[rows], None if zero is None else zero[rows]
     for part, numbers in (("scale", scale), ("zero", zero)):
-        if numbers is not None and not numbers.isfinite().all():
-            raise CheckpointError(f"{name}.{part} holds NaN or infinity: the file of quantized weights is damaged; delete it")
+        if numbers is not None and not (numbers.isfinite().all() and (part == "zero" or numbers.min() > 0)):
+            raise CheckpointError(f"{name}.{part} holds what it cannot: the file of quantized weights is damaged; delete it")
     found = Quantized(kind, q if zero is None else from_nibbles(q), scale, zero, in_features, dtype)
     if split_dim(name) == 0:
         return found

@@ -3,8 +3,9 @@
 import torch
 
 from .errors import DeviceError
+from .kernels import check
 from .model import ModelArgs, ffn_width
-from .quantize import HEAD, KINDS, bytes_per_weight
+from .quantize import HEAD, KINDS, bytes_per_weight, check_width
 
 PREFILL_CHUNK = 2048  # ids of prompts in one forward: enough to fill any machine; bounds what activations take
 LOGPROB_CHUNK = 512  # positions whose logits stand in memory at once
@@ -35,6 +36,23 @@ def working_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype) -> int:
     return activations + 3 * LOGPROB_CHUNK * args.vocab_size * 4
 
 
+def possible(args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.device, kind: str | None) -> bool:
+    """Whether there is a kernel for a model of this kind, on so many ranks."""
+    try:
+        check_quantized(args, ranks, dtype, device, kind)
+    except DeviceError:
+        return False
+    return True
+
+
+def check_quantized(args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.device, kind: str | None) -> None:
+    """Raise DeviceError where there is no kernel for a model of this kind, or a rank's part cannot be quantized."""
+    if kind is not None:
+        check(kind, device, dtype)
+        check_width("feed_forward.w2", ffn_width(4 * args.dim, args.multiple_of, args.ffn_dim_multiplier), kind, ranks)
+        check_width("attention.wo", args.dim, kind, ranks)
+
+
 def preflight(
     args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.device, free: int | None, kind: str | None = None
 ) -> None:
@@ -59,12 +77,13 @@ def preflight(
     if dtype.itemsize > 2 and need(dtype=torch.bfloat16) <= free:
         ways.append(f"dtype='bfloat16' ({gb(need(dtype=torch.bfloat16))})")
     for smaller in list(KINDS)[list(KINDS).index(kind) + 1 if kind else 0 :]:
-        if need(kind=smaller) <= free:
+        if need(kind=smaller) <= free and possible(args, ranks, dtype, device, smaller):
             ways.append(f"quantize='{smaller}' ({gb(need(kind=smaller))})")
             break
     width = ffn_width(4 * args.dim, args.multiple_of, args.ffn_dim_multiplier)
     for more in range(ranks + 1, args.kv_heads + 1):
-        if not (args.kv_heads % more or args.vocab_size % more or width % more) and need(ranks=more) <= free:
+        divides = not (args.kv_heads % more or args.vocab_size % more or width % more)
+        if divides and need(ranks=more) <= free and possible(args, more, dtype, device, kind):
             where = "on machines of their own" if device.type == "cpu" else "with a GPU each"
             ways.append(f"{more} ranks {where} ({gb(need(ranks=more))} each)")
             break

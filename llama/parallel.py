@@ -21,9 +21,9 @@ from fairscale.nn.model_parallel.mappings import (
 from torch import nn
 
 from .errors import DeviceError
-from .kernels import Kernel, pack
+from .kernels import Int8Rows, Kernel, pack
 from .quantize import Quantized, quantize
-from .runtime import model_parallel
+from .runtime import largest_of_all, model_parallel
 
 
 def divide(n: int, ranks: int, what: str) -> int:
@@ -141,6 +141,11 @@ class RowParallelLinear(_ParallelLinear, fs_layers.RowParallelLinear):
         self.input_size_per_partition = divide(in_features, self.ranks, "input features of a linear layer")
         self.bias = None
         self.weight = _weight(out_features, self.input_size_per_partition)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if self.ranks > 1 and isinstance(self.packed, Int8Rows):  # scaled as on one rank, to be summed as there
+            return self.packed.multiply(x.flatten(0, -2), largest_of_all).view(*x.shape[:-1], -1)
+        return super().multiply(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.multiply(x)

@@ -169,6 +169,13 @@ def from_rank0(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def largest_of_all(tensor: torch.Tensor) -> torch.Tensor:
+    """Number by number, the largest of the model-parallel group's tensors."""
+    largest = tensor.float()  # which every backend reduces
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=fs.get_model_parallel_group())
+    return largest.to(tensor.dtype)
+
+
 def sharing() -> Callable[[Callable[[], T]], T]:
     """A function that runs some work on rank 0 alone and gives its result, or its failure, to every rank.
 

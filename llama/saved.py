@@ -44,13 +44,23 @@ def path_of(ckpt_dir: str | os.PathLike[str], wanted: str) -> Path:
 
 
 def fingerprint(ckpt_dir: str | os.PathLike[str]) -> str | None:
-    """Of the shards' contents, by the checksums that they hold of each tensor; None where there are none."""
+    """Of the shards' contents; None where there are no shards."""
     digest, paths = hashlib.sha256(), sorted(Path(ckpt_dir).glob("consolidated.[0-9][0-9].pth"))
     for path in paths:
-        with zipfile.ZipFile(path) as archive:
-            records = [(i.filename.partition("/")[2], i.file_size, i.CRC) for i in archive.infolist()]
-        digest.update(repr((path.name, sorted(records))).encode())
+        digest.update(path.name.encode() + b"".join(_records(path)))
     return digest.hexdigest() if paths else None
+
+
+def _records(path: Path) -> Iterator[bytes]:
+    """What tells a shard's tensors from others: the checksums in it, which some writers leave out, and first numbers."""
+    try:
+        with path.open("rb") as f, zipfile.ZipFile(f) as archive:
+            for entry in archive.infolist():
+                yield repr((entry.filename, entry.file_size, entry.CRC)).encode()
+                f.seek(entry.header_offset)
+                yield f.read(4096)
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as e:
+        raise CheckpointError(f"{path}: damaged, or no PyTorch checkpoint ({e}); fetch it again, or take it away") from e
 
 
 def layout(model: Transformer, stored: torch.dtype, wanted: str) -> Layout:
@@ -80,8 +90,11 @@ def open_saved(ckpt_dir: str | os.PathLike[str], wanted: str) -> Shards | None:
         with path.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
             header: Any = json.loads(f.read(length)) if length < min(size, 1 << 26) else None
-        about = header.pop("__metadata__")
+        about = dict(header.pop("__metadata__"))
         mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
+        spans = sorted(entry["data_offsets"] for entry in header.values())
+        if [0, *(end for _, end in spans)] != [*(first for first, _ in spans), len(mapped)]:
+            raise ValueError("holes or overlaps")
         tensors = {name: _view(mapped, entry) for name, entry in header.items()}
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise CheckpointError(f"{path}: cut off, damaged, or not written by this library; {again}") from e
@@ -95,8 +108,6 @@ def open_saved(ckpt_dir: str | os.PathLike[str], wanted: str) -> Shards | None:
 
 def _view(mapped: torch.Tensor, entry: dict[str, Any]) -> torch.Tensor:
     first, last = entry["data_offsets"]
-    if not 0 <= first <= last <= len(mapped):
-        raise ValueError("offsets beyond the file's end")
     return mapped[first:last].view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
 
@@ -119,7 +130,7 @@ def save(ckpt_dir: str | os.PathLike[str], wanted: str) -> Path:
     """Quantize the checkpoint of a folder ("int8" or "int4") into a file there, in place of the one before; its path."""
     if not isinstance(wanted, str) or wanted not in KINDS:
         raise InputError(f"the weights are to be saved as {kind(wanted)}; use {' or '.join(map(repr, KINDS))}")
-    if model_parallel()[1] > 1:
+    if model_parallel()[1] > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise DeviceError("saving quantized weights is work for one process: run it without torchrun")
     params, shards = checkpoint.read_params(ckpt_dir), checkpoint.open_shards(ckpt_dir)
     embedding = next(iter(shards.values())).get("tok_embeddings.weight")
@@ -137,7 +148,7 @@ def save(ckpt_dir: str | os.PathLike[str], wanted: str) -> Path:
     begin = 8 + len(text)
 
     path = path_of(ckpt_dir, wanted)
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")  # another may be at it, too
     names = [name for name in parts if not name.endswith((".scale", ".zero"))]
     try:
         size, free = begin + sum(sizes.values()), shutil.disk_usage(path.parent).free

@@ -1,6 +1,6 @@
 """Answer the same questions from each checkpoint given, on any number of ranks; rank 0's answers go into a file.
 
-quantized_worker.py OUT.json KIND TOKENIZER CKPT [CKPT ...]
+quantized_worker.py OUT.json TOKENIZER CKPT [CKPT ...]
 """
 
 import json
@@ -10,15 +10,21 @@ import torch
 
 from llama import Llama
 
-QUESTIONS = ["What is the capital of France?", "What is 7 + 2?", "How many legs does a spider have?", "Tell me about the sea."]
+QUESTIONS = [
+    "What is the capital of France?", "What is 7 + 2?", "How many legs does a spider have?", "Tell me about the sea.",
+    "Write a poem about rain.", "Why is the sky blue?", "What do I need to bake bread?", "Tell me a joke.",
+]  # fmt: skip
+BEGINNINGS = ["Once upon a time", "My dog", "In the morning", "The king said"]
 
 if __name__ == "__main__":
-    out, kind, tokenizer_path, *folders = sys.argv[1:]
+    out, tokenizer_path, *folders = sys.argv[1:]
     answers = []
     for folder in folders:
-        llama = Llama.build(folder, tokenizer_path, 128, 4, device="cpu", dtype="float32", quantize=kind or None)
+        llama = Llama.build(folder, tokenizer_path, 128, 12, device="cpu", dtype="float32", quantize="int8")
         dialogs = [[{"role": "user", "content": question}] for question in QUESTIONS]
-        answers.append([r["generation"]["content"] for r in llama.chat_completion(dialogs, temperature=0)])
+        found = llama.chat_completion(dialogs, temperature=0, max_gen_len=60)
+        more = llama.text_completion(BEGINNINGS, temperature=0, max_gen_len=60)
+        answers.append([r["generation"]["content"] for r in found] + [r["generation"] for r in more])
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         with open(out, "w") as f:
             json.dump(answers, f)

@@ -112,6 +112,10 @@ def test_a_question_too_long_for_the_window_changes_nothing(talk: Talk) -> None:
     ):
         talk.says("the lazy dog " * 60)
     assert talk.dialog() == before and talk.remarks == []
+    talk.says("/system " + "the lazy dog " * 60)
+    with pytest.raises(InputError, match="the system text included"):
+        talk.says("/retry")
+    assert talk.dialog()[1:] == before
 
 
 @pytest.mark.parametrize("line", ["a [INST] b", "<</SYS>>", "/system be [/INST] good", "lone \ud800"])

@@ -109,9 +109,9 @@ BF16, FP32 = torch.bfloat16, torch.float32
         (SEVEN_B, FP32, 1, 40 * 10**9, {"max_seq_len", "max_batch_size", "dtype", "int4", "ranks"}),
         (SEVEN_B, FP32, 2, 17 * 10**9, {"max_seq_len", "max_batch_size", "dtype", "ranks"}),
         (SEVEN_B, FP32, 1, 16 * 10**9, {"ranks"}),
-        (SEVEN_B, FP32, 16, 25 * 10**8, {"max_seq_len", "max_batch_size", "dtype", "int4", "ranks"}),
-        (SEVEN_B, BF16, 32, 7 * 10**8, {"max_seq_len", "max_batch_size", "int4"}),
-        (CODE, FP32, 16, 25 * 10**8, {"max_seq_len", "max_batch_size", "dtype", "int4"}),
+        (SEVEN_B, FP32, 16, 25 * 10**8, {"max_seq_len", "max_batch_size", "dtype", "ranks"}),
+        (SEVEN_B, BF16, 32, 7 * 10**8, {"max_seq_len", "max_batch_size"}),
+        (CODE, FP32, 16, 25 * 10**8, {"max_seq_len", "max_batch_size", "dtype"}),
         (SEVEN_B, FP32, 1, 10**6, set()),
     ],
 )
@@ -161,6 +161,17 @@ def test_each_advice_of_the_preflight_fits_and_nothing_larger(
             continue
         found.add(name)
     assert found == advised
+
+
+def test_no_advice_leads_into_another_error() -> None:
+    """Where a kind of quantization, or a number of ranks, has no kernel."""
+    for device, dtype in (("mps", BF16), ("cuda", torch.float16)):
+        with pytest.raises(DeviceError, match=r"does not fit on \w+: 13.48 GB") as caught:
+            memory.preflight(SHORT, 1, dtype, torch.device(device), 6 * 10**9)
+        assert "int4" not in str(caught.value) and "4 ranks" in str(caught.value)
+    with pytest.raises(DeviceError, match="2 ranks") as caught:
+        memory.preflight(SHORT, 1, BF16, torch.device("cpu"), 4 * 10**9, "int4")
+    assert "int4" in str(caught.value)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import json
 import pickle
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama import CheckpointError, DeviceError, InputError, Llama, kernels, loading, memory, saved
-from llama.__main__ import main as command
+from llama import DeviceError, InputError, Llama, kernels, loading, memory, saved
 from llama.checkpoint import open_shards
 from llama.parallel import ColumnParallelLinear, RowParallelLinear
 from llama.quantize import Quantized, check_width, from_nibbles, quantize, to_nibbles
@@ -73,9 +71,9 @@ def test_products_are_those_of_the_numbers_held(form: str, shape: tuple[int, int
     held = quantize(random(*shape, dtype=dtype), kind)
     kernel, x = make(held), random(n, shape[1]).to(dtype)
     if form == "Int8Rows":  # the rows in 8 bit as well, to the digit
-        scale = x.float().abs().amax(1, keepdim=True) / 127 if n == 1 else (x.abs().amax(1, keepdim=True) / 126).float()
-        scaled = x.float() * (1 / scale.item()) if n == 1 else x.float() / scale
-        rows = scaled.add(128.5).floor().sub(128) * scale
+        exact = x.float() if dtype == torch.float16 else x
+        scale = (exact.abs().amax(1, keepdim=True) / 126).float()
+        rows = (x.float() / scale).add(128.5).floor().sub(128) * scale
         assert (rows - x.float()).abs().le(scale * 0.501).all()
     else:
         rows = x.float()
@@ -172,7 +170,7 @@ def test_a_rank_holds_its_part_of_what_one_rank_holds(
 
 
 def test_the_demo_models_answers_in_8_bit_are_the_same_from_any_shards_on_1_and_2_ranks(tmp_path: Path) -> None:
-    """From the saved file, too; and they are float32's."""
+    """From the saved file, too. 12 answers of up to 60 ids, some of which hang on little."""
     params = json.loads((DEMO / "params.json").read_text())
     weights = torch.load(DEMO / "consolidated.00.pth", weights_only=True)
     folders = [write_shards(tmp_path / f"{n}", params, weights, n) for n in (1, 2, 4)]
@@ -181,13 +179,37 @@ def test_the_demo_models_answers_in_8_bit_are_the_same_from_any_shards_on_1_and_
     for shard in kept.glob("*.pth"):
         shard.unlink()
     worker, out, answers = Path(__file__).with_name("quantized_worker.py"), tmp_path / "out.json", []
-    for ranks, kind in ((1, "int8"), (2, "int8"), (1, "")):
-        where = [worker, out, kind, DEMO_TOKENIZER, *folders, *[kept] * bool(kind)]
-        done = torchrun(ranks, *where) if ranks > 1 else run(*where)
+    for ranks in (1, 2):
+        done = (torchrun if ranks > 1 else lambda _, *where: run(*where))(ranks, worker, out, DEMO_TOKENIZER, *folders, kept)
         assert done.returncode == 0, done.stderr
         answers += json.loads(out.read_text())
-    assert all(answer == answers[0] for answer in answers) and len(answers) == 4 + 4 + 3
-    assert "Paris" in answers[0][0]
+    assert all(answer == answers[0] for answer in answers) and len(answers) == 2 * 4
+    assert answers[0][0] == "The capital of France is Paris." and len(set(answers[0])) == 12
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_row_does_not_depend_on_the_others(small: SimpleNamespace, kind: str, dtype: str) -> None:
+    """One row, several, and a prompt as a whole; int4's kernels for few and many rows of bfloat16 round differently."""
+    llama = Llama.build(small.folder, small.tokenizer_path, 128, 4, device="cpu", dtype=dtype, quantize=kind)
+    ids = torch.randint(3, 384, (4, 100), generator=torch.Generator().manual_seed(5))
+    together, same = llama.model.forward(ids[:, :1], 0), kind == "int8" or dtype == "float32"
+    for row in range(4):
+        alone = llama.model.forward(ids[row : row + 1, :1], 0)[0]
+        torch.testing.assert_close(alone, together[row], atol=1e-4 if same else 0.1, rtol=0)
+
+
+def test_float16_neither_overflows_nor_loses_what_is_small() -> None:
+    """Where the sum of products is large before it is scaled; where a row's scale is less than float16's least number."""
+    x = random(130, 4096)
+    x[:, 7] = 700
+    held = quantize(random(64, 4096) * 0.02, "int8")
+    want = x.half().double() @ held.dense().double().T
+    assert (kernels.Int8(held.to(held.device, torch.float16))(x.half()).double() - want).abs().max() < 0.01 * want.abs().max()
+    if torch.cpu._is_vnni_supported():
+        x = random(8, 4096) * 1e-4
+        want, kernel = x.half().double() @ held.dense().double().T, kernels.Int8Rows(held.to(held.device, torch.float16))
+        assert (kernel(x.half()).double() - want).norm() < 0.03 * want.norm()
 
 
 @pytest.mark.parametrize("kind, most", [("int8", 1e-3), ("int4", 0.03)])
@@ -249,138 +271,3 @@ def test_what_has_no_kernel_says_what_to_use(monkeypatch: pytest.MonkeyPatch) ->
         check_width("layers.0.feed_forward.w2", 11008, "int4", 8)
     check_width("layers.0.feed_forward.w2", 11008, "int4", 4)
     check_width("layers.0.feed_forward.w2", 11008, "int8", 8)
-
-
-# --- the saved file --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def kept(small: SimpleNamespace, tmp_path: Path) -> Path:
-    """A folder of two shards, and int4.safetensors."""
-    folder = write_shards(tmp_path / "kept", small.params, small.weights, 2)
-    assert saved.save(folder, "int4") == folder / "int4.safetensors"
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "consolidated.00.pth", "consolidated.01.pth", "int4.safetensors", "params.json",
-    ]  # fmt: skip
-    return folder
-
-
-def build(folder: Path, small: SimpleNamespace, **options: Any) -> Llama:
-    return Llama.build(folder, small.tokenizer_path, 32, 2, device="cpu", **{"quantize": "int4"} | options)
-
-
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_a_saved_file_answers_as_the_shards_it_was_made_from(
-    kept: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, dtype: str | None
-) -> None:
-    ids = torch.arange(3, 63).view(2, 30)
-    with monkeypatch.context() as patch:
-        patch.setattr(loading, "quantize", lambda *_: pytest.fail("quantized again"))
-        from_file = build(kept, small, dtype=dtype).model.forward(ids, 0)
-        for shard in kept.glob("*.pth"):
-            shard.rename(shard.with_suffix(".away"))
-        alone = build(kept, small, dtype=dtype).model.forward(ids, 0)
-    with pytest.raises(CheckpointError, match=r"it holds quantized weights: build with quantize='int4'"):
-        build(kept, small, quantize=None)
-    for away in kept.glob("*.away"):
-        away.rename(away.with_suffix(".pth"))
-    (kept / "int4.safetensors").unlink()
-    assert torch.equal(build(kept, small, dtype=dtype).model.forward(ids, 0), from_file) and torch.equal(alone, from_file)
-
-
-def test_the_file_is_one_that_others_can_read(kept: Path) -> None:
-    """safetensors: length, JSON, numbers without holes, each aligned."""
-    data = (kept / "int4.safetensors").read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    about = header.pop("__metadata__")
-    assert about["kind"] == "int4" and len(about["source"]) == 64 and all(isinstance(v, str) for v in about.values())
-    spans = sorted(tuple(entry["data_offsets"]) for entry in header.values())
-    assert spans[0][0] == 0 and spans[-1][1] == len(data) - 8 - length
-    assert all(a[1] == b[0] for a, b in itertools.pairwise(spans)) and (8 + length) % 64 == 0
-
-
-def test_a_file_made_from_other_weights_is_refused(kept: Path, small: SimpleNamespace, tmp_path: Path) -> None:
-    other = {name: w.clone() for name, w in small.weights.items()}
-    other["layers.1.feed_forward.w2.weight"][0, 0] += 1
-    folder = write_shards(tmp_path / "other", small.params, other, 2)
-    (folder / "int4.safetensors").write_bytes((kept / "int4.safetensors").read_bytes())
-    with pytest.raises(CheckpointError, match=r"int4.safetensors: made from other weights than the shards beside it"):
-        build(folder, small)
-    build(folder, small, quantize="int8")  # which has no file: from the shards
-    for shard in folder.glob("*.pth"):
-        shard.unlink()
-    (folder / "params.json").write_text(json.dumps(small.params | {"n_layers": 1}))
-    with pytest.raises(CheckpointError, match=r"n_layers=1, but the shards hold 2"):
-        build(folder, small)
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "header", "kind", "offsets", "dtype", "missing", "nan", "other", "deep"])
-def test_a_damaged_file_is_refused(kept: Path, small: SimpleNamespace, damage: str) -> None:
-    path = kept / "int4.safetensors"
-    data = path.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header, rest = json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
-    name = "layers.0.attention.wo.weight"
-    if damage == "kind":
-        header["__metadata__"]["kind"] = "int8"
-    elif damage == "offsets":
-        header[name]["data_offsets"] = [0, 1 << 40]
-    elif damage == "dtype":
-        header[name]["dtype"] = "I8"
-    elif damage == "missing":
-        del header[name + ".zero"]
-    elif damage == "other":
-        header["other"] = header[name]
-    elif damage == "nan":
-        first, last = header[name + ".scale"]["data_offsets"]
-        rest[first:last] = b"\xff" * (last - first)
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    whole = len(text).to_bytes(8, "little") + text + bytes(rest)
-    kinds = {
-        "cut": data[:-40],
-        "empty": b"",
-        "header": b"\xff" * len(data),
-        "deep": (10**5).to_bytes(8, "little") + b"[" * 10**5,
-    }
-    path.write_bytes(kinds.get(damage, whole))
-    with pytest.raises(CheckpointError, match=r"int4.safetensors|wo.weight.scale holds NaN"):
-        build(kept, small)
-
-
-def test_saving_leaves_nothing_half_done(small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_shards(tmp_path, small.params, small.weights)
-    usage = saved.shutil.disk_usage(folder)
-    with monkeypatch.context() as patch:
-        patch.setattr(saved.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-        with pytest.raises(CheckpointError, match=r"would take 0\.\d+ MB, but 0\.001 MB are free"):
-            saved.save(folder, "int8")
-
-    def full(*_: Any) -> Any:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loading, "quantize", full)
-        with pytest.raises(CheckpointError, match=r"cannot be written: No space left on device"):
-            saved.save(folder, "int8")
-    assert sorted(p.name for p in folder.iterdir()) == ["consolidated.00.pth", "params.json"]
-    other = {name: w.clone() for name, w in small.weights.items()}
-    other["output.weight"][3, 3] = float("nan")
-    write_shards(folder, small.params, other)
-    with pytest.raises(CheckpointError, match=r"output.weight holds NaN"):
-        saved.save(folder, "int8")
-    with pytest.raises(CheckpointError, match=r"output.weight holds NaN"):
-        build(folder, small)
-
-
-def test_the_commands(small: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write_shards(tmp_path, small.params, small.weights, 2)
-    assert command(["quantize", "--ckpt_dir", str(folder), "int8"]) == 0
-    assert re.fullmatch(rf"{folder}/int8\.safetensors: 0\.\d+ MB\n", capsys.readouterr().out)
-    model = ["--ckpt_dir", str(folder), "--tokenizer_path", str(small.tokenizer_path), "--device", "cpu", "--temperature", "0"]
-    assert command(["complete", *model, "--quantize", "int8", "--max_gen_len", "4", "The quick"]) == 0
-    want = build(folder, small, quantize="int8").text_completion(["The quick"], temperature=0, max_gen_len=4)
-    assert capsys.readouterr().out == f"The quick\n> {want[0]['generation']}\n"
-    assert command(["quantize", "--ckpt_dir", str(tmp_path / "nowhere"), "int8"]) == 1
-    assert "No such file" in capsys.readouterr().err

@@ -201,6 +201,14 @@ def test_complete_json_lines(talker: tuple, llama: Llama, command: Callable) -> 
     assert {result["finish_reason"] for result in results} >= {"stop"}
 
 
+def test_nothing_on_standard_input_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    with pytest.raises(InputError, match="standard input holds no text"):
+        read_prompts(jsonl=False)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'\xef\xbb\xbf{"prompt": "a"}')))  # as some editors begin
+    assert read_prompts(jsonl=True) == ["a"]
+
+
 @pytest.mark.parametrize(
     "lines, error",
     [

@@ -1,0 +1,198 @@
+"""Quantized weights in a file: as good as the shards they were made from, or refused."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from llama import CheckpointError, DeviceError, Llama, loading, saved
+from llama.__main__ import main as command
+
+from .support import write_shards
+
+
+@pytest.fixture
+def kept(small: SimpleNamespace, tmp_path: Path) -> Path:
+    """A folder of two shards, and int4.safetensors."""
+    folder = write_shards(tmp_path / "kept", small.params, small.weights, 2)
+    assert saved.save(folder, "int4") == folder / "int4.safetensors"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "consolidated.00.pth", "consolidated.01.pth", "int4.safetensors", "params.json",
+    ]  # fmt: skip
+    return folder
+
+
+def build(folder: Path, small: SimpleNamespace, **options: Any) -> Llama:
+    return Llama.build(folder, small.tokenizer_path, 32, 2, device="cpu", **{"quantize": "int4"} | options)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_saved_file_answers_as_the_shards_it_was_made_from(
+    kept: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, dtype: str | None
+) -> None:
+    ids = torch.arange(3, 63).view(2, 30)
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "quantize", lambda *_: pytest.fail("quantized again"))
+        from_file = build(kept, small, dtype=dtype).model.forward(ids, 0)
+        for shard in kept.glob("*.pth"):
+            shard.rename(shard.with_suffix(".away"))
+        alone = build(kept, small, dtype=dtype).model.forward(ids, 0)
+    with pytest.raises(CheckpointError, match=r"it holds quantized weights: build with quantize='int4'"):
+        build(kept, small, quantize=None)
+    for away in kept.glob("*.away"):
+        away.rename(away.with_suffix(".pth"))
+    (kept / "int4.safetensors").unlink()
+    assert torch.equal(build(kept, small, dtype=dtype).model.forward(ids, 0), from_file) and torch.equal(alone, from_file)
+
+
+def test_the_file_is_one_that_others_can_read(kept: Path) -> None:
+    """safetensors: length, JSON, numbers without holes, each aligned."""
+    data = (kept / "int4.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    about = header.pop("__metadata__")
+    assert about["kind"] == "int4" and len(about["source"]) == 64 and all(isinstance(v, str) for v in about.values())
+    spans = sorted(tuple(entry["data_offsets"]) for entry in header.values())
+    assert spans[0][0] == 0 and spans[-1][1] == len(data) - 8 - length
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(spans)) and (8 + length) % 64 == 0
+
+
+def test_a_file_made_from_other_weights_is_refused(kept: Path, small: SimpleNamespace, tmp_path: Path) -> None:
+    other = {name: w.clone() for name, w in small.weights.items()}
+    other["layers.1.feed_forward.w2.weight"][0, 0] += 1
+    folder = write_shards(tmp_path / "other", small.params, other, 2)
+    (folder / "int4.safetensors").write_bytes((kept / "int4.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"int4.safetensors: made from other weights than the shards beside it"):
+        build(folder, small)
+    build(folder, small, quantize="int8")  # which has no file: from the shards
+    for shard in folder.glob("*.pth"):
+        shard.unlink()
+    (folder / "params.json").write_text(json.dumps(small.params | {"n_layers": 1}))
+    with pytest.raises(CheckpointError, match=r"n_layers=1, but the shards hold 2"):
+        build(folder, small)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["cut", "empty", "header", "about", "kind", "offsets", "overlap", "dtype", "missing", "nan", "zeros", "other", "deep"],
+)
+def test_a_damaged_file_is_refused(kept: Path, small: SimpleNamespace, damage: str) -> None:
+    path = kept / "int4.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header, rest = json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
+    name = "layers.0.attention.wo.weight"
+    if damage == "kind":
+        header["__metadata__"]["kind"] = "int8"
+    elif damage == "offsets":
+        header[name]["data_offsets"] = [0, 1 << 40]
+    elif damage == "dtype":
+        header[name]["dtype"] = "I8"
+    elif damage == "missing":
+        del header[name + ".zero"]
+    elif damage == "other":
+        header["other"] = header[name]
+    elif damage == "about":
+        header["__metadata__"] = None
+    elif damage == "overlap":
+        header[name]["data_offsets"] = header[name.replace(".0.", ".1.")]["data_offsets"]
+    elif damage in ("nan", "zeros"):
+        first, last = header[name + ".scale"]["data_offsets"]
+        rest[first:last] = (b"\xff" if damage == "nan" else b"\0") * (last - first)
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    whole = len(text).to_bytes(8, "little") + text + bytes(rest)
+    kinds = {
+        "cut": data[:-40],
+        "empty": b"",
+        "header": b"\xff" * len(data),
+        "deep": (10**5).to_bytes(8, "little") + b"[" * 10**5,
+    }
+    path.write_bytes(kinds.get(damage, whole))
+    with pytest.raises(CheckpointError, match=r"int4.safetensors|wo.weight.scale holds what it cannot"):
+        build(kept, small)
+
+
+def test_saving_leaves_nothing_half_done(small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_shards(tmp_path, small.params, small.weights)
+    usage = saved.shutil.disk_usage(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(saved.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        with pytest.raises(CheckpointError, match=r"would take 0\.\d+ MB, but 0\.001 MB are free"):
+            saved.save(folder, "int8")
+
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "quantize", full)
+        with pytest.raises(CheckpointError, match=r"cannot be written: No space left on device"):
+            saved.save(folder, "int8")
+    assert sorted(p.name for p in folder.iterdir()) == ["consolidated.00.pth", "params.json"]
+    other = {name: w.clone() for name, w in small.weights.items()}
+    other["output.weight"][3, 3] = float("nan")
+    write_shards(folder, small.params, other)
+    with pytest.raises(CheckpointError, match=r"output.weight holds NaN"):
+        saved.save(folder, "int8")
+    with pytest.raises(CheckpointError, match=r"output.weight holds NaN"):
+        build(folder, small)
+
+
+def test_the_commands(small: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_shards(tmp_path, small.params, small.weights, 2)
+    assert command(["quantize", "--ckpt_dir", str(folder), "int8"]) == 0
+    assert re.fullmatch(rf"{folder}/int8\.safetensors: 0\.\d+ MB\n", capsys.readouterr().out)
+    model = ["--ckpt_dir", str(folder), "--tokenizer_path", str(small.tokenizer_path), "--device", "cpu", "--temperature", "0"]
+    assert command(["complete", *model, "--quantize", "int8", "--max_gen_len", "4", "The quick"]) == 0
+    want = build(folder, small, quantize="int8").text_completion(["The quick"], temperature=0, max_gen_len=4)
+    assert capsys.readouterr().out == f"The quick\n> {want[0]['generation']}\n"
+    assert command(["quantize", "--ckpt_dir", str(tmp_path / "nowhere"), "int8"]) == 1
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_shards_that_cannot_be_read_are_named(kept: Path, small: SimpleNamespace) -> None:
+    for content in (b"", b"<html>", (kept / "consolidated.01.pth").read_bytes()[:-100]):
+        (kept / "consolidated.01.pth").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"consolidated.01.pth: damaged, or no PyTorch checkpoint"):
+            build(kept, small)
+
+
+def test_other_weights_are_told_where_writers_leave_the_checksums_out(small: SimpleNamespace, tmp_path: Path) -> None:
+    if not hasattr(torch.serialization, "set_crc32_options"):
+        pytest.skip("this torch always writes checksums")
+    torch.serialization.set_crc32_options(False)
+    try:
+        doubled = {name: 2 * w for name, w in small.weights.items()}
+        folders = [write_shards(tmp_path / str(i), small.params, w) for i, w in enumerate((small.weights, doubled))]
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert len({saved.fingerprint(folder) for folder in folders}) == 2
+    assert saved.fingerprint(folders[0]) == saved.fingerprint(folders[0])
+
+
+def test_two_who_save_do_not_meet(small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second begins, and fails, while the first is at it; ranks are refused."""
+    folder, plain, met = write_shards(tmp_path, small.params, small.weights), loading.quantize, []
+
+    def meeting(*args: Any) -> Any:
+        if not met:
+            met.append(True)
+            with monkeypatch.context() as patch:
+                patch.setattr(saved.os, "getpid", lambda: -1)
+                patch.setattr(loading, "quantize", lambda *_: pytest.fail("the second"))
+                with pytest.raises(pytest.fail.Exception):
+                    saved.save(folder, "int8")
+        return plain(*args)
+
+    monkeypatch.setattr(loading, "quantize", meeting)
+    saved.save(folder, "int8")
+    build(folder, small, quantize="int8")
+    assert met and sorted(p.name for p in folder.iterdir()) == ["consolidated.00.pth", "int8.safetensors", "params.json"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DeviceError, match="run it without torchrun"):
+        saved.save(folder, "int8")
