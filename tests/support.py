@@ -5,10 +5,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import sentencepiece
 import torch
+
+from llama import LlamaError
 
 ROOT = Path(__file__).parents[1]
 TEXT = """The quick brown fox jumps over the lazy dog near the river. Once upon a time there was a little bear.
@@ -126,3 +131,12 @@ TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"
 
 def torchrun(ranks: int, *command: object, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
     return run(*TORCHRUN, ranks, *command, stdin=stdin, **env)
+
+
+def refused(call: Callable[[], Any], error: type[LlamaError], *parts: str) -> None:
+    """The call must raise this error, with all the parts in a message of reasonable length."""
+    with pytest.raises(error) as caught:
+        call()
+    assert isinstance(caught.value, LlamaError) and isinstance(caught.value, AssertionError)
+    message = str(caught.value)
+    assert [part for part in parts if part not in message] == [] and len(message) < 700, message
