@@ -41,6 +41,10 @@ def global_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
 def start(device: str | torch.device | None = None, model_parallel_size: int | None = None) -> torch.device:
     """Choose this rank's device and make the model-parallel groups stand; returns the device.
 

@@ -31,7 +31,7 @@ from .errors import CheckpointError, DeviceError, InputError, kind
 from .memory import gb
 from .model import Transformer
 from .quantize import HEAD, KINDS, Quantized, group_of, to_nibbles
-from .runtime import model_parallel, progress
+from .runtime import progress, world_size
 
 VERSION = "1"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
@@ -130,7 +130,7 @@ def save(ckpt_dir: str | os.PathLike[str], wanted: str) -> Path:
     """Quantize the checkpoint of a folder ("int8" or "int4") into a file there, in place of the one before; its path."""
     if not isinstance(wanted, str) or wanted not in KINDS:
         raise InputError(f"the weights are to be saved as {kind(wanted)}; use {' or '.join(map(repr, KINDS))}")
-    if model_parallel()[1] > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if world_size() > 1:
         raise DeviceError("saving quantized weights is work for one process: run it without torchrun")
     params, shards = checkpoint.read_params(ckpt_dir), checkpoint.open_shards(ckpt_dir)
     embedding = next(iter(shards.values())).get("tok_embeddings.weight")
