@@ -66,7 +66,7 @@ class Packed(Kernel):
 
 
 class Int8(Kernel):
-    """x @ q, times a scale for each output. Compiled, or by the CPU's kernel for few rows, it reads 8 bit numbers only."""
+    """q as it is: multiplied by the CPU's kernel for few rows, else made a weight of x's dtype, which a compiler may fuse."""
 
     kind = "int8"
 

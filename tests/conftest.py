@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import Llama, Tokenizer
+from llama import Llama, Tokenizer, runtime
+from llama.decode import Step
 
 from .fault_server import FILES, SHARD, Downloader, FaultServer, files_of
 from .support import ROOT, random_weights, train_tokenizer, write_shards
@@ -42,6 +43,23 @@ def llama(shared_llama: Llama) -> Llama:
     """The small model; torch's generator is seeded anew for each test."""
     torch.manual_seed(1)
     return shared_llama
+
+
+@pytest.fixture
+def as_on_cuda(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Steps in static memory, over a bucket with a mask, each launched before the ids of the one before are read."""
+    run = Step.run
+
+    def into_the_same_memory(step: Step) -> None:
+        fixed = step.logits
+        run(step)
+        step.logits = step.logits if fixed is None else fixed.copy_(step.logits)
+
+    monkeypatch.setattr(Step, "run", into_the_same_memory)
+    monkeypatch.setattr(llama.engine.decoder, "static", True)
+    monkeypatch.setattr(runtime, "runs_ahead", lambda device: True)
+    yield
+    llama.engine.decoder.steps.clear()
 
 
 @pytest.fixture

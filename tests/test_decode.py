@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from llama import Llama, decode, runtime
+from llama import Llama, decode
 from llama.cache import Batch
 from llama.decode import Step, bucket
 from llama.errors import DeviceError
@@ -22,7 +22,7 @@ def test_buckets_double_and_end_with_the_window() -> None:
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1], [[1, 5], [1, 9]]])
 @pytest.mark.parametrize("temperature", [0, 0.8])
 def test_static_steps_and_late_reading_give_the_same_ids(
-    llama: Llama, monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]], temperature: float
+    llama: Llama, request: pytest.FixtureRequest, prompts: list[list[int]], temperature: float
 ) -> None:
     """As on CUDA: steps over a bucket with a mask, and each launched before the ids of the one before are read."""
 
@@ -31,23 +31,12 @@ def test_static_steps_and_late_reading_give_the_same_ids(
         return llama.generate(prompts, 58, temperature=temperature, logprobs=True)
 
     want = answer()
-    run = Step.run
-
-    def into_the_same_memory(step: Step) -> None:
-        fixed = step.logits
-        run(step)
-        step.logits = step.logits if fixed is None else fixed.copy_(step.logits)
-
-    monkeypatch.setattr(Step, "run", into_the_same_memory)
-    monkeypatch.setattr(llama.engine.decoder, "static", True)
-    monkeypatch.setattr(runtime, "runs_ahead", lambda device: True)
-    llama.engine.decoder.steps.clear()
+    request.getfixturevalue("as_on_cuda")
     got = answer()
     assert got[0] == want[0]
     for row, expected in zip(got[1], want[1], strict=True):
         torch.testing.assert_close(row, expected, atol=1e-4, rtol=0)
     assert llama.engine.decoder.steps.keys() == {(len(prompts), 64)}
-    llama.engine.decoder.steps.clear()
 
 
 def test_a_recorded_step_replays_at_other_positions(llama: Llama) -> None:

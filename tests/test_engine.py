@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from llama import InputError, Llama, Sampling, engine, runtime
-from llama.decode import Step
 from llama.engine import Request
 
 GREEDY = Sampling(0)
@@ -28,23 +27,6 @@ def counted(llama: Llama) -> tuple[list[int], Callable[[], None]]:
 def rows(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets how many rows run at a time, 6 at most."""
     return lambda n: monkeypatch.setattr(llama.model.params, "max_batch_size", n)
-
-
-@pytest.fixture
-def as_on_cuda(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Steps in static memory, over a bucket with a mask, each launched before the ids of the one before are read."""
-    run = Step.run
-
-    def into_the_same_memory(step: Step) -> None:
-        fixed = step.logits
-        run(step)
-        step.logits = step.logits if fixed is None else fixed.copy_(step.logits)
-
-    monkeypatch.setattr(Step, "run", into_the_same_memory)
-    monkeypatch.setattr(llama.engine.decoder, "static", True)
-    monkeypatch.setattr(runtime, "runs_ahead", lambda device: True)
-    yield
-    llama.engine.decoder.steps.clear()
 
 
 def alone(llama: Llama, prompts: list[list[int]], **options: Any) -> tuple[list, list]:
