@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from . import calls, runtime, saved
+from . import calls, ranks, runtime, saved
 from .conversation import Conversation, checked
 from .demo import given_or_demo
 from .errors import InputError, LlamaError, kind
@@ -95,7 +95,7 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     drawing = {field.name: getattr(args, field.name) for field in fields(Sampling)}
     Sampling(**drawing)
     if args.max_gen_len is not None:
-        calls.requests_of([], args.max_gen_len, None, args.max_seq_len)
+        calls.check_gen_len(args.max_gen_len)
     return drawing | {"max_gen_len": args.max_gen_len, "stop": check_stops(args.stop)}
 
 
@@ -104,12 +104,11 @@ def run_chat(args: argparse.Namespace) -> None:
         checked("system", args.system)
     of_each_call = options(args)
     llama = build(args, rows=1)
-    share = runtime.sharing()
     with Terminal() as terminal:
-        talk = Conversation(llama, terminal.note, share, args.system, **of_each_call)
+        talk = Conversation(llama, terminal.note, args.system, **of_each_call)
         if terminal.prompt:
             terminal.note("Ctrl-C ends an answer, Ctrl-D leaves, /help tells the rest.")
-        while not talk.over and (line := share(terminal.read)) is not None:
+        while not talk.over and (line := ranks.on_rank0(terminal.read)) is not None:
             try:
                 answer = talk.respond(line)
             except InputError as e:
@@ -120,7 +119,7 @@ def run_chat(args: argparse.Namespace) -> None:
             with contextlib.closing(answer):
                 for piece in answer:
                     terminal.write(piece)
-                    if share(terminal.interrupted):
+                    if ranks.on_rank0(terminal.interrupted):
                         break
             terminal.write("\n")
             if talk.cut_off:
@@ -130,9 +129,9 @@ def run_chat(args: argparse.Namespace) -> None:
 def run_complete(args: argparse.Namespace) -> None:
     of_each_call = options(args)
     runtime.start(args.device)
-    share, terminal = runtime.sharing(), Terminal()
+    terminal = Terminal()
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    prompts = share(lambda: args.prompts or read_prompts(args.jsonl))
+    prompts = ranks.on_rank0(lambda: args.prompts or read_prompts(args.jsonl))
     calls.check_texts(prompts, "prompts")
     llama = build(args, min(max(len(prompts), 1), args.max_batch_size))
     if len(prompts) == 1 and not args.jsonl:
@@ -140,13 +139,12 @@ def run_complete(args: argparse.Namespace) -> None:
             terminal.write(f"{prompts[0]}\n> ")
             for piece in stream:
                 terminal.write(piece)
-                if share(terminal.interrupted):
+                if ranks.on_rank0(terminal.interrupted):
                     break
         terminal.write("\n")
         return
-    calls.check_prompts(
-        [llama.tokenizer.encode(p, bos=True, eos=False) for p in prompts], None, llama.tokenizer, args.max_seq_len
-    )
+    encoded = [llama.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
+    calls.check_prompts(encoded, [f"prompt {row}" for row in range(len(prompts))], llama.tokenizer, args.max_seq_len)
     some = WRITTEN_AFTER * args.max_batch_size  # what is written is not lost when the program is stopped
     for i in range(0, len(prompts), some):
         results = llama.text_completion(prompts[i : i + some], **of_each_call, details=True)
@@ -189,7 +187,7 @@ def read_prompts(jsonl: bool) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for an error, 130 after Ctrl-C. Usage errors exit with 2."""
-    first = runtime.global_rank() == 0
+    first = ranks.global_rank() == 0
     quiet = contextlib.ExitStack()
     with quiet:
         if not first:  # one rank tells what is wrong, or how to use it

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
-from .chat import Message
-from .engine import FinishReason, Request
+from .chat import Dialog, Message, check_dialog, encode_dialog, is_unsafe
+from .engine import FinishReason, Request, common_prefix
 from .errors import InputError, kind
+from .sampling import Sampling
+from .text import check_stops
 from .tokenizer import Tokenizer, check_text
 
 
@@ -45,6 +47,23 @@ class Score:
         return self.total / len(self.logprobs)
 
 
+@dataclass(frozen=True)
+class Call:
+    """What is asked of the loop: the same on every rank."""
+
+    requests: list[Request]
+    sampling: Sampling
+    logprobs: bool = False
+    echo: bool = False
+    stops: Sequence[str] | None = None  # None: ids are wanted, no text
+    reuse: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("logprobs", "echo", "reuse"):
+            if getattr(self, name) not in (True, False):
+                raise InputError(f"{name} is {kind(getattr(self, name))}; it must be True or False")
+
+
 @dataclass
 class Answer:
     """What has come of one request, gathered."""
@@ -55,6 +74,12 @@ class Answer:
     text: str = ""
 
 
+def dealt(lengths: list[int], hands: int) -> list[list[int]]:
+    """Which rows each of so many replicas takes: the long ones divided evenly, each one's in order."""
+    by_length = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    return [sorted(by_length[hand::hands]) for hand in range(hands)]
+
+
 def check_texts(texts: list[str], name: str) -> None:
     """Raise InputError, with `name`, unless this is a list of texts that can be encoded."""
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
@@ -63,11 +88,9 @@ def check_texts(texts: list[str], name: str) -> None:
         check_text(text, f"{name.removesuffix('s')} {row}")
 
 
-def check_prompts(prompts: list[list[int]], names: list[str] | None, tokenizer: Tokenizer, window: int) -> None:
+def check_prompts(prompts: list[list[int]], names: list[str], tokenizer: Tokenizer, window: int) -> None:
     """Raise InputError, with the prompt's name, unless each is a list of the tokenizer's ids that fits into the window."""
-    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
-        raise InputError(f"prompt_tokens is {kind(prompts)}; it must be a list of lists of token ids")
-    for name, prompt in zip(names or [f"prompt {row}" for row in range(len(prompts))], prompts, strict=True):
+    for name, prompt in zip(names, prompts, strict=True):
         if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
             raise InputError(f"{name} is {kind(prompt)}; it must be a list of token ids")
         if not prompt:
@@ -83,15 +106,9 @@ def check_prompts(prompts: list[list[int]], names: list[str] | None, tokenizer: 
             )
 
 
-def requests_of(prompts: list[list[int]], max_gen_len: int, seed: int | Sequence[int] | None, window: int) -> list[Request]:
-    """Checked prompts, as the loop takes them."""
+def check_gen_len(max_gen_len: int) -> None:
     if isinstance(max_gen_len, bool) or not isinstance(max_gen_len, numbers.Integral) or int(max_gen_len) < 0:
         raise InputError(f"max_gen_len is {kind(max_gen_len)}; it must be a whole number, 0 or more")
-    seeds = seeds_of(seed, len(prompts)) or [None] * len(prompts)
-    return [
-        Request([int(id_) for id_ in prompt], min(int(max_gen_len), window - len(prompt)), seed)  # NumPy's are welcome
-        for prompt, seed in zip(prompts, seeds, strict=True)
-    ]
 
 
 def seeds_of(seed: int | Sequence[int] | None, rows: int) -> list[int] | None:
@@ -108,3 +125,106 @@ def seeds_of(seed: int | Sequence[int] | None, rows: int) -> list[int] | None:
         raise InputError(f"{len(seeds)} seeds, but {rows} prompts; give one seed, or one for each prompt")
     signed = [(int(value) + 2**63) % 2**64 - 2**63 for value in seeds]
     return signed if isinstance(seed, Sequence) else signed * rows
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A prompt's ids with its continuation's, of which those from `start` on are to be scored."""
+
+    ids: list[int]
+    start: int
+    name: str
+
+
+class Planner:
+    """Turns a call's arguments, all of them checked, into what is asked of the loop. Nothing is computed."""
+
+    def __init__(self, tokenizer: Tokenizer, window: int) -> None:
+        self.tokenizer, self.window = tokenizer, window
+
+    def ids(
+        self,
+        prompts: list[list[int]],
+        max_gen_len: int,
+        seed: int | Sequence[int] | None,
+        sampling: Sampling,
+        logprobs: bool = False,
+        echo: bool = False,
+    ) -> Call:
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+            raise InputError(f"prompt_tokens is {kind(prompts)}; it must be a list of lists of token ids")
+        names = [f"prompt {row}" for row in range(len(prompts))]
+        requests = self._requests(prompts, names, max_gen_len, seeds_of(seed, len(prompts)))
+        return Call(requests, sampling, logprobs, echo)
+
+    def texts(
+        self,
+        prompts: list[str],
+        max_gen_len: int | None,
+        seed: int | Sequence[int] | None,
+        sampling: Sampling,
+        stop: str | Sequence[str],
+        logprobs: bool = False,
+        echo: bool = False,
+        reuse: bool = False,
+    ) -> Call:
+        check_texts(prompts, "prompts")
+        names = [f"prompt {row}" for row in range(len(prompts))]
+        encoded = [self._encode(prompt) for prompt in prompts]
+        requests = self._requests(encoded, names, max_gen_len, seeds_of(seed, len(prompts)))
+        return Call(requests, sampling, logprobs, echo, check_stops(stop), reuse)
+
+    def dialogs(
+        self,
+        dialogs: list[Dialog],
+        max_gen_len: int | None,
+        seed: int | Sequence[int] | None,
+        sampling: Sampling,
+        stop: str | Sequence[str],
+        logprobs: bool = False,
+        reuse: bool = False,
+    ) -> Call:
+        """The request of a dialog that is not safe is over, and has no prompt."""
+        if isinstance(dialogs, (str, bytes, dict)) or not isinstance(dialogs, Sequence):
+            raise InputError(f"dialogs is {kind(dialogs)}; it must be a list of dialogs, as in [dialog]")
+        for row, dialog in enumerate(dialogs):
+            check_dialog(dialog, f"dialog {row}")
+        seeds, safe = seeds_of(seed, len(dialogs)), [row for row, dialog in enumerate(dialogs) if not is_unsafe(dialog)]
+        encoded = [encode_dialog(self.tokenizer, dialogs[row]) for row in safe]
+        names = [f"dialog {row}" for row in safe]
+        asked = self._requests(encoded, names, max_gen_len, seeds and [seeds[row] for row in safe])
+        requests = [Request([], 0, finish_reason="stop") for _ in dialogs]
+        for row, request in zip(safe, asked, strict=True):
+            requests[row] = request
+        return Call(requests, sampling, logprobs, False, check_stops(stop), reuse)
+
+    def scored(self, prompts: list[str], continuations: list[str]) -> list[Scored]:
+        check_texts(prompts, "prompts")
+        check_texts(continuations, "continuations")
+        if len(prompts) != len(continuations):
+            raise InputError(f"{len(prompts)} prompts, but {len(continuations)} continuations; give one to each")
+        found = []
+        for row, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+            ids = self._encode(prompt + continuation)
+            found.append(Scored(ids, common_prefix(ids, self._encode(prompt)), f"prompt {row} with its continuation"))
+        check_prompts([s.ids for s in found], [s.name for s in found], self.tokenizer, self.window)
+        for row, scored in enumerate(found):
+            if scored.start == len(scored.ids):
+                raise InputError(
+                    f"continuation {row} is {kind(continuations[row])}, which adds no id to its prompt; give some text"
+                )
+        return found
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, bos=True, eos=False)
+
+    def _requests(
+        self, prompts: list[list[int]], names: list[str], max_gen_len: int | None, seeds: list[int] | None
+    ) -> list[Request]:
+        check_prompts(prompts, names, self.tokenizer, self.window)
+        most = self.window - 1 if max_gen_len is None else max_gen_len
+        check_gen_len(most)
+        return [
+            Request([int(id_) for id_ in prompt], min(int(most), self.window - len(prompt)), seed, name)  # NumPy's are welcome
+            for prompt, name, seed in zip(prompts, names, seeds or [None] * len(prompts), strict=True)  # type: ignore[list-item]
+        ]

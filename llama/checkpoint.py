@@ -17,7 +17,7 @@ import torch
 from .errors import CheckpointError, kind, path_to, read_file, what_is_it
 from .model import ModelArgs, Transformer
 from .quantize import KINDS
-from .runtime import model_parallel
+from .ranks import model_parallel
 
 # The dimension along which shards, and ranks, split a weight; None: the same in every shard.
 SPLIT: dict[str, int | None] = {

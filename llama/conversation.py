@@ -11,6 +11,7 @@ from typing import Any
 from .chat import SPECIAL_TAGS, UNSAFE_ERROR, Message, encode_dialog, is_unsafe
 from .errors import InputError
 from .generation import Llama
+from .ranks import on_rank0
 from .tokenizer import check_text
 
 HELP = """/system TEXT  set the system text; without TEXT: show it; with -: take it away
@@ -26,20 +27,19 @@ class Conversation:
     """A dialog that grows by what is asked and answered.
 
     An answer counts as far as it was taken, also when it is ended early. When the window is full the oldest exchange is
-    forgotten, never the system text. On several ranks each holds the same conversation: `share` is runtime's.
+    forgotten, never the system text. On several ranks each holds the same conversation.
     """
 
     def __init__(
         self,
         llama: Llama,
         note: Callable[[str], None],
-        share: Callable[[Callable[[], Any]], Any],
         system: str | None = None,
         max_gen_len: int | None = None,
         stop: tuple[str, ...] = (),
         **sampling: Any,
     ) -> None:
-        self.llama, self.note, self.share = llama, note, share
+        self.llama, self.note = llama, note
         self.system = checked("system", system) if system else None
         self.exchanges: list[tuple[str, str]] = []
         self.over = False  # /exit was said
@@ -81,7 +81,7 @@ class Conversation:
             self.exchanges.clear()
             self.note("the conversation begins anew")
         elif name == "/save":
-            self.note(self.share(lambda: self._save(text)))
+            self.note(on_rank0(lambda: self._save(text)))
         elif name == "/help":
             self.note(HELP)
         elif name == "/exit":

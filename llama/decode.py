@@ -15,7 +15,7 @@ import torch
 from .cache import Batch, KVCache
 from .errors import DeviceError
 from .model import Transformer
-from .runtime import global_rank
+from .ranks import global_rank
 
 SMALLEST_BUCKET = 128
 MOST_STEPS = 64  # kept at a time: each has its own memory for what it computes

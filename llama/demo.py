@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from .errors import CheckpointError, InputError
-from .runtime import global_rank
+from .ranks import global_rank
 
 PLACES = (Path(__file__).with_name("_demo"), Path(__file__).parents[1] / "demo")  # installed; a clone
 

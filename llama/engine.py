@@ -10,16 +10,18 @@ draws, but stays where its row ended. Of text the loop knows nothing.
 
 import collections
 import itertools
+import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from . import runtime
+from . import ranks, runtime
 from .cache import Batch, chunked
 from .decode import Decoder
-from .errors import InputError
+from .errors import InputError, NumberError
 from .memory import LOGPROB_CHUNK, PREFILL_CHUNK
 from .model import Transformer
 from .sampling import Sampling, logprobs_of, next_ids, penalize, seeded_noise
@@ -42,6 +44,7 @@ class Request:
     prompt: list[int]
     most: int  # new ids at most
     seed: int | None = None
+    name: str = "the prompt"  # in errors
     made: int = 0  # new ids, without EOS
     finish_reason: FinishReason | None = None  # set by the loop; or by its consumer, who thereby ends the row
 
@@ -84,17 +87,20 @@ class Rows:
                 row[request.prompt] = True
             self.seen = put(self.seen, seen)
 
-    def choose(self) -> torch.Tensor:
-        """The next ids (B,), the same on all ranks."""
+    def choose(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next ids (B,), and a sum (B,) that is finite only if all logits of the row are; rank 0's, on all ranks."""
         logits, noise = self.logits, None
         if self.seen is not None:
             logits = penalize(logits, self.seen, self.sampling.repetition_penalty)
         if self.seeds is not None:
             noise = seeded_noise(self.seeds, self.positions, logits.shape[1])
-        ids = runtime.from_rank0(next_ids(logits, self.sampling, noise))
+        ids, total = next_ids(logits, self.sampling, noise), self.logits.sum(-1)
+        if ranks.model_parallel()[1] > 1:
+            drawn, total = ranks.from_rank0(torch.stack([ids.double(), total.double()])).unbind()
+            ids = drawn.long()
         if self.seen is not None:
             self.seen.scatter_(1, ids.unsqueeze(1), True)
-        return ids
+        return ids, total
 
     def advance(self) -> None:
         self.positions = torch.minimum(self.positions + 1, self.last)
@@ -120,34 +126,88 @@ class Run:
         self.cache.turn = self.turn = Turn()
         self.turn.ids = kept[: common_prefix(kept, requests[0].prompt[:-1])]  # the last id is computed: it has the logits
         self.n_slots = min(len(requests), self.model.params.max_batch_size)
-        self.rows = Rows(self.n_slots, self.model, sampling, requests[0].seed is not None)
+        self.rows = Rows(self.n_slots, self.model, sampling, any(r.seed is not None for r in requests))
         self.waiting = collections.deque(range(len(requests)))
         self.live: dict[int, int] = {}  # slot: row
+        self.drawn: list[list[Any]] = []  # by the last step: ids of the slots, sums, log probabilities
+        self.step: tuple[torch.Tensor, torch.Tensor, int, bool] | None = None  # that brings these into the cache
         self.many = len(requests) > self.n_slots
         self.bar = runtime.progress(requests if self.many else [], lambda _: 1, "answering", "prompts")
         next(self.bar, None)
 
     def check(self) -> None:
-        """After each yield, before the cache is used: its consumer may have made another call."""
+        """Before the cache is used: another call may have used it since."""
         if self.model.cache is not self.cache or self.cache.turn is not self.turn:
             raise InputError("another call has used this model's cache since: end a stream before the next call")
 
-    def admit(self) -> Iterator[Token]:
+    def next(self) -> list[Token]:
+        """One more id for each row, into `drawn`; those who wait take the slots that have become free. Returns the ids of
+        their prompts, with log probabilities, if these are asked for."""
+        self.check()
+        if self.live and self.drawn:
+            self.forward()
+            if self.reuse:
+                self.turn.ids.append(self.drawn[0][0])
+        self.drawn, self.step, own = [], None, []
+        if self.waiting and len(self.live) < self.n_slots:
+            own = self.admit()
+        if self.live:
+            self.choose()
+        return own
+
+    def admit(self) -> list[Token]:
         """Give free slots to those who wait, all of them through the model in one pass."""
         free = [slot for slot in range(self.n_slots) if slot not in self.live]
         newcomers = [(slot, self.waiting.popleft()) for slot in free[: len(self.waiting)]]
         entering = [(slot, row) for slot, row in newcomers if self.scored or not self.requests[row].finish_reason]
+        own: list[Token] = []
         if entering:
-            self.check()
             slots, requests = [slot for slot, _ in entering], [self.requests[row] for _, row in entering]
             hidden, scores = self.engine.prefill(slots, requests, len(self.turn.ids), self.scored, quiet=self.many)
             self.rows.admit(slots, requests, self.model.logits(hidden))
             if self.reuse:
                 self.turn.ids = list(requests[0].prompt)
             for (_, row), values in zip(entering, scores, strict=True):
-                yield from (Token(row, id_, value) for id_, value in zip(self.requests[row].prompt, values, strict=False))
+                self.engine.check_finite(values, self.requests[row].name)
+                own += [Token(row, id_, value) for id_, value in zip(self.requests[row].prompt, values, strict=False)]
         for slot, row in newcomers:
             self.live[slot] = row
+            self.ended(slot)
+        return own
+
+    def choose(self) -> None:
+        """Draw an id for each row. Where the device can, it goes on while the host reads them: which rows have ended is
+        then known a step late."""
+        rows, live = self.rows, [self.requests[row] for row in self.live.values()]
+        at = {len(r.prompt) + r.made for r in live}  # where the ids will stand
+        ids, total = rows.choose()
+        fetched = runtime.fetch(ids, total, *([logprobs_of(rows.logits, ids)] if self.logprobs else []))
+        self.step = ids, rows.positions, max(at) + 1, len(at) > 1
+        if runtime.runs_ahead(ids.device) and any(r.made + 1 < r.most for r in live):
+            self.forward()
+        rows.advance()
+        self.drawn = fetched()
+
+    def forward(self) -> None:
+        """The drawn ids through the model, if that has not been done: keys and values, and the logits for the next."""
+        if self.step is not None:
+            self.rows.logits, self.step = self.engine.decoder(*self.step), None
+
+    def hand_out(self) -> Iterator[Token]:
+        """What was drawn, row by row; the consumer may end the row by what it gets."""
+        ids, totals, *values = self.drawn or ([], [])
+        for slot, row in sorted(self.live.items()):
+            request = self.requests[row]
+            if not math.isfinite(totals[slot]):
+                step = f"new id {request.made + 1}, at position {len(request.prompt) + request.made}"
+                raise self.engine.not_finite(request.name, f"the logits of {step}, are")
+            if ids[slot] == self.eos_id:
+                request.finish_reason = "stop"
+            else:
+                request.made += 1
+                yield Token(row, ids[slot], values[0][slot] if values else None)
+                if request.made == request.most and not request.finish_reason:
+                    request.finish_reason = "length"
             self.ended(slot)
 
     def ended(self, slot: int) -> None:
@@ -156,42 +216,14 @@ class Run:
             del self.live[slot]
             next(self.bar, None)
 
-    def step(self) -> Iterator[Token]:
-        """One id for each row, and the logits for the next."""
-        self.check()
-        rows, live = self.rows, [self.requests[row] for row in self.live.values()]
-        at = {len(r.prompt) + r.made for r in live}  # where the ids to come will stand
-        ids = rows.choose()
-        fetched = runtime.fetch(ids, logprobs_of(rows.logits, ids)) if self.logprobs else runtime.fetch(ids)
-
-        ahead = runtime.runs_ahead(ids.device) and any(r.made + 1 < r.most for r in live)
-        if ahead:  # the device goes on while the host reads: which rows have ended is known a step late
-            rows.logits = self.engine.decoder(ids, rows.positions, max(at) + 1, len(at) > 1)
-        drawn, *values = fetched()
-        for slot, row in sorted(self.live.items()):
-            request = self.requests[row]
-            if drawn[slot] == self.eos_id:
-                request.finish_reason = "stop"
-            else:
-                request.made += 1
-                yield Token(row, drawn[slot], values[0][slot] if values else None)
-                if request.made == request.most and not request.finish_reason:
-                    request.finish_reason = "length"
-            self.ended(slot)
-        if self.live and not ahead:
-            self.check()
-            rows.logits = self.engine.decoder(ids, rows.positions, max(at) + 1, len(at) > 1)
-        if self.live and self.reuse:
-            self.turn.ids.append(drawn[0])
-        rows.advance()
-
 
 class Engine:
-    """A model and its decode steps. One call at a time has the cache."""
+    """A model and its decode steps. One call at a time has the cache, and one thread at a time the model."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
         self.decoder = Decoder(model)
+        self.lock = threading.RLock()
 
     @torch.inference_mode()
     def run(
@@ -209,19 +241,20 @@ class Engine:
         and values the run before left, if that had `reuse` too.
         """
         for request in requests:
-            if request.most == 0:
+            if request.most == 0 and not request.finish_reason:
                 request.finish_reason = "length"
         scored = echo and logprobs  # the prompts' own ids have log probabilities to be computed
         if echo and not scored:
             yield from (Token(row, id_, None) for row, request in enumerate(requests) for id_ in request.prompt)
         if not requests or (not scored and all(r.finish_reason for r in requests)):
             return
-        run = Run(self, requests, sampling, eos_id, logprobs, scored, reuse)
+        with self.lock:
+            run = Run(self, requests, sampling, eos_id, logprobs, scored, reuse)
         while run.waiting or run.live:
-            if run.waiting and len(run.live) < run.n_slots:
-                yield from run.admit()
-            if run.live:
-                yield from run.step()
+            with self.lock, ranks.linked():
+                own = run.next()
+            yield from own
+            yield from run.hand_out()
 
     def prefill(
         self, slots: list[int], requests: list[Request], start: int, scored: bool, quiet: bool
@@ -248,7 +281,7 @@ class Engine:
         return torch.cat(last_hidden), each
 
     @torch.inference_mode()
-    def score(self, sequences: list[list[int]], starts: list[int]) -> list[list[float]]:
+    def score(self, sequences: list[list[int]], starts: list[int], names: list[str]) -> list[list[float]]:
         """The log probabilities of each sequence's ids from its start, 1 or more, on. The cache is neither needed nor
         touched: whole sequences are packed side by side, PREFILL_CHUNK ids or one sequence at a time."""
         packs: list[list[int]] = []
@@ -267,7 +300,9 @@ class Engine:
             wanted = [[first + n for n in range(starts[i], len(sequences[i]))] for i, first in zip(pack, offsets, strict=False)]
             at = torch.tensor([n for places in wanted for n in places], device=device)
             scores = iter(self._score(self.model.hidden(ids, batch, keep=False)[at - 1], ids[at]))
-            values += [list(itertools.islice(scores, len(places))) for places in wanted]
+            for i, places in zip(pack, wanted, strict=True):
+                values.append(list(itertools.islice(scores, len(places))))
+                self.check_finite(values[-1], names[i])
         return values
 
     def _score(self, hidden: torch.Tensor, following: torch.Tensor) -> list[float]:
@@ -277,6 +312,23 @@ class Engine:
             logits = self.model.logits(hidden[i : i + LOGPROB_CHUNK])
             values += logprobs_of(logits, following[i : i + len(logits)]).tolist()
         return values
+
+    def check_finite(self, values: list[float], name: str) -> None:
+        if not all(map(math.isfinite, values)):
+            raise self.not_finite(name, f"the log probability of id {[*map(math.isfinite, values)].index(False)} is")
+
+    def not_finite(self, name: str, what: str) -> NumberError:
+        """The error; what is not finite is taken out of the cache, where a masked zero times NaN would spread it."""
+        with self.lock:
+            cache = self.model.ready_cache()
+            cache.data.zero_()
+            cache.turn = None
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        wider = "bfloat16' or 'float32" if dtype == "float16" else "float32"
+        return NumberError(
+            f"{name}: {what} not finite: the weights are damaged, or {dtype} cannot hold what they compute; "
+            f"compare the files with checklist.chk, or build with dtype='{wider}'"
+        )
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class LlamaError(ValueError, AssertionError):
-    """Base of every error this library raises for bad input."""
+    """Base of every error this library raises."""
 
 
 class InputError(LlamaError):
@@ -19,6 +19,10 @@ class InputError(LlamaError):
 
 class CheckpointError(LlamaError):
     """The files of a model: shards, `params.json`, `tokenizer.model`."""
+
+
+class NumberError(LlamaError):
+    """What a model computes: logits that are not finite."""
 
 
 class DeviceError(LlamaError):

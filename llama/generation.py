@@ -5,12 +5,14 @@ reach it.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
-from . import calls, checkpoint, loading, memory, runtime, saved
-from .calls import Answer, ChatPrediction, CompletionPrediction, Details, Score
+from . import calls, checkpoint, loading, memory, ranks, runtime, saved
+from .calls import Answer, Call, ChatPrediction, CompletionPrediction, Details, Planner, Score
 from .chat import (
     B_INST,
     B_SYS,
@@ -21,21 +23,20 @@ from .chat import (
     Dialog,
     Message,
     Role,
-    check_dialog,
-    encode_dialog,
-    is_unsafe,
 )
-from .engine import Engine, Request, Token, common_prefix
+from .engine import Engine, Token
 from .errors import CheckpointError, DeviceError, InputError, kind
 from .model import ModelArgs, Transformer
 from .quantize import KINDS
 from .sampling import Sampling, sample_top_p
-from .text import Stream, Text, check_stops, pieces
-from .tokenizer import Tokenizer, check_text
+from .text import Stream, Text, pieces
+from .tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 class Llama:
-    """A model and its tokenizer. It has one cache, and so serves one call at a time, from one thread.
+    """A model and its tokenizer. It has one cache, and so serves one call at a time; calls of other threads wait.
 
     What the calls for ids, texts, dialogs and streams have in common, each off by default:
 
@@ -48,6 +49,10 @@ class Llama:
     the window), and how many ids the prompt and the answer (without EOS) have.
 
     Prompts may be any number: max_batch_size of them run at a time, and where one ends the next takes its place.
+
+    On several ranks all make the same calls with the same input, else each raises InputError, and all get the same results.
+    Replicas divide the prompts of a call among themselves, and draw without `seed` by seeds that rank 0 draws; a stream
+    each makes as a whole. Logits that are not finite raise NumberError.
     """
 
     @staticmethod
@@ -74,19 +79,19 @@ class Llama:
         Raises LlamaError (CheckpointError, DeviceError, InputError) before any weight is loaded; only numbers that are
         not finite are found while loading. On the CPU the weights may be the mapped file: replace it, never overwrite it.
         """
-        for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-                raise InputError(f"{name} is {kind(value)}; it must be a whole number from 1 to {2**31 - 1:,}")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-            raise InputError(f"seed is {kind(seed)}; it must be a whole number from -2**63 to 2**64 - 1")
-        if quantize is not None and (not isinstance(quantize, str) or quantize not in KINDS):
-            raise InputError(f"quantize is {kind(quantize)}; use {' or '.join(map(repr, KINDS))}, or leave it out")
-        wanted = _dtype(dtype)
         where = runtime.start(device, model_parallel_size)
-        if compile and where.type != "cuda":
-            raise DeviceError(f"compile=True is for CUDA, and this is {where}; leave it out: a step is not compiled here")
 
         def plan() -> tuple[Tokenizer, checkpoint.Shards, Transformer, torch.dtype]:
+            for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
+                if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+                    raise InputError(f"{name} is {kind(value)}; it must be a whole number from 1 to {2**31 - 1:,}")
+            if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+                raise InputError(f"seed is {kind(seed)}; it must be a whole number from -2**63 to 2**64 - 1")
+            if quantize is not None and (not isinstance(quantize, str) or quantize not in KINDS):
+                raise InputError(f"quantize is {kind(quantize)}; use {' or '.join(map(repr, KINDS))}, or leave it out")
+            wanted = _dtype(dtype)
+            if compile and where.type != "cuda":
+                raise DeviceError(f"compile=True is for CUDA, and this is {where}; leave it out: a step is not compiled here")
             params = checkpoint.read_params(ckpt_dir)
             tokenizer = Tokenizer(tokenizer_path)
             quantized = saved.open_saved(ckpt_dir, quantize) if quantize else None
@@ -94,14 +99,14 @@ class Llama:
             check = saved.check if quantized else checkpoint.check
             model = checkpoint.build_on_meta(params, shards, max_seq_len, max_batch_size, tokenizer.n_words, check)
             stored = next(iter(shards.values()))["tok_embeddings.weight"].dtype
-            ranks = runtime.model_parallel()[1]
-            memory.check_quantized(model.params, ranks, wanted or stored, where, quantize)
-            memory.preflight(model.params, ranks, wanted or stored, where, runtime.free_memory(where), quantize)
+            n_ranks = ranks.model_parallel()[1]
+            memory.check_quantized(model.params, n_ranks, wanted or stored, where, quantize)
+            memory.preflight(model.params, n_ranks, wanted or stored, where, runtime.free_memory(where), quantize)
             return tokenizer, shards, model, wanted or stored
 
-        tokenizer, shards, model, dtype = runtime.together(plan)
-        runtime.together(lambda: loading.load_weights(model, shards, dtype, where, quantize))
-        runtime.together(model.allocate)
+        tokenizer, shards, model, chosen = ranks.together(plan, alike=lambda made: (*_marks(*made), quantize, compile, seed))
+        ranks.together(lambda: loading.load_weights(model, shards, chosen, where, quantize))
+        ranks.together(model.allocate)
         if compile:
             model.compile()
         torch.manual_seed(seed)
@@ -116,6 +121,7 @@ class Llama:
         self.model = model
         self.tokenizer = tokenizer
         self.engine = Engine(model)
+        self.planner = Planner(tokenizer, model.params.max_seq_len)
 
     def generate(
         self,
@@ -137,8 +143,11 @@ class Llama:
         likeliest id, else ids are drawn: see `Sampling`. logprobs: log_softmax of the raw logits at each id. echo: the
         prompt's ids come first, the very first with 0.0. Raises InputError, naming the row, before any work.
         """
-        sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
-        answers = self._answers(self._requests(prompt_tokens, max_gen_len, seed), sampling, logprobs, echo)
+        answers = self._answers(
+            lambda: self.planner.ids(
+                prompt_tokens, max_gen_len, seed, Sampling(temperature, top_p, top_k, min_p, repetition_penalty), logprobs, echo
+            )
+        )
         return [a.ids for a in answers], [a.logprobs for a in answers] if logprobs else None
 
     def tokens(
@@ -156,9 +165,12 @@ class Llama:
         seed: int | Sequence[int] | None = None,
     ) -> Iterator[Token]:
         """`generate`, id by id as they are made: rows take turns, each in its own order. EOS is not yielded."""
-        sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
-        return self.engine.run(
-            self._requests(prompts, max_gen_len, seed), sampling, self.tokenizer.eos_id, logprobs=logprobs, echo=echo
+        return self._tokens(
+            self._agreed(
+                lambda: self.planner.ids(
+                    prompts, max_gen_len, seed, Sampling(temperature, top_p, top_k, min_p, repetition_penalty), logprobs, echo
+                )
+            )
         )
 
     def text_completion(
@@ -182,10 +194,11 @@ class Llama:
         Each result has "generation"; with logprobs=True also "tokens" (each id decoded by itself) and "logprobs"; with
         details=True also "finish_reason", "prompt_tokens" and "new_tokens".
         """
-        calls.check_texts(prompts, "prompts")
-        sampling, stops = Sampling(temperature, top_p, top_k, min_p, repetition_penalty), check_stops(stop)
-        encoded = [self.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
-        answers = self._answers(self._requests(encoded, self._gen_len(max_gen_len), seed), sampling, logprobs, echo, stops)
+        answers = self._answers(
+            lambda: self.planner.texts(
+                prompts, max_gen_len, seed, Sampling(temperature, top_p, top_k, min_p, repetition_penalty), stop, logprobs, echo
+            )
+        )
         return [{"generation": a.text, **self._details(a, logprobs, details)} for a in answers]
 
     def chat_completion(
@@ -208,24 +221,16 @@ class Llama:
         A dialog that holds a special tag of the format is answered with UNSAFE_ERROR, and computed no further.
         Each result has "generation", a message, and what `text_completion` adds.
         """
-        if isinstance(dialogs, (str, bytes, dict)) or not isinstance(dialogs, Sequence):
-            raise InputError(f"dialogs is {kind(dialogs)}; it must be a list of dialogs, as in [dialog]")
-        for row, dialog in enumerate(dialogs):
-            check_dialog(dialog, f"dialog {row}")
-        sampling, stops = Sampling(temperature, top_p, top_k, min_p, repetition_penalty), check_stops(stop)
-        seeds = calls.seeds_of(seed, len(dialogs))
-        safe = [row for row, dialog in enumerate(dialogs) if not is_unsafe(dialog)]
-        encoded = [encode_dialog(self.tokenizer, dialogs[row]) for row in safe]
-        requests = self._requests(
-            encoded, self._gen_len(max_gen_len), seeds and [seeds[row] for row in safe], [f"dialog {row}" for row in safe]
+        answers = self._answers(
+            lambda: self.planner.dialogs(
+                dialogs, max_gen_len, seed, Sampling(temperature, top_p, top_k, min_p, repetition_penalty), stop, logprobs
+            )
         )
-
-        answers = [Answer(Request([], 0, finish_reason="stop"), text=UNSAFE_ERROR) for _ in dialogs]
-        for row, answer in zip(safe, self._answers(requests, sampling, logprobs, False, stops), strict=True):
-            answers[row] = answer
-        return [
-            {"generation": {"role": "assistant", "content": a.text}, **self._details(a, logprobs, details)} for a in answers
-        ]
+        found: list[ChatPrediction] = []
+        for answer in answers:
+            text = answer.text if answer.request.prompt else UNSAFE_ERROR
+            found.append({"generation": {"role": "assistant", "content": text}, **self._details(answer, logprobs, details)})
+        return found
 
     def text_completion_stream(
         self,
@@ -246,10 +251,11 @@ class Llama:
         reuse: keys and values that the last stream with `reuse` left in the cache serve for the ids that both prompts
         begin with; any other use of the cache forgets them. Raises InputError at the call, not at the first piece.
         """
-        check_text(prompt, "the prompt")
-        sampling, stops = Sampling(temperature, top_p, top_k, min_p, repetition_penalty), check_stops(stop)
-        encoded = self.tokenizer.encode(prompt, bos=True, eos=False)
-        return self._stream(encoded, "the prompt", max_gen_len, sampling, seed, stops, reuse)
+        return self._stream(
+            lambda: self.planner.texts(
+                [prompt], max_gen_len, seed, Sampling(temperature, top_p, top_k, min_p, repetition_penalty), stop, reuse=reuse
+            )
+        )
 
     def chat_completion_stream(
         self,
@@ -269,13 +275,11 @@ class Llama:
 
         With `reuse` a dialog's next turn computes only what is new in it. UNSAFE_ERROR is a stream of one piece.
         """
-        check_dialog(dialog, "the dialog")
-        sampling, stops = Sampling(temperature, top_p, top_k, min_p, repetition_penalty), check_stops(stop)
-        if is_unsafe(dialog):
-            calls.seeds_of(seed, 1)
-            return Stream(Request([], 0, finish_reason="stop"), (piece for piece in [UNSAFE_ERROR]))
-        encoded = encode_dialog(self.tokenizer, dialog)
-        return self._stream(encoded, "the dialog", max_gen_len, sampling, seed, stops, reuse)
+        return self._stream(
+            lambda: self.planner.dialogs(
+                [dialog], max_gen_len, seed, Sampling(temperature, top_p, top_k, min_p, repetition_penalty), stop, reuse=reuse
+            )
+        )
 
     def score(self, prompts: list[str], continuations: list[str]) -> list[Score]:
         """The log probability of each continuation after its prompt, in one pass; nothing is generated.
@@ -283,31 +287,53 @@ class Llama:
         Any number of pairs. A continuation's ids are those of prompt + continuation, from the first on that the prompt
         alone has not: where the tokenizer joins letters over the border, the joined piece counts.
         """
-        calls.check_texts(prompts, "prompts")
-        calls.check_texts(continuations, "continuations")
-        if len(prompts) != len(continuations):
-            raise InputError(f"{len(prompts)} prompts, but {len(continuations)} continuations; give one to each")
-        whole = [self.tokenizer.encode(p + c, bos=True, eos=False) for p, c in zip(prompts, continuations, strict=True)]
-        self._check_prompts(whole, [f"prompt {row} with its continuation" for row in range(len(whole))])
-        starts = [common_prefix(w, self.tokenizer.encode(p, bos=True, eos=False)) for w, p in zip(whole, prompts, strict=True)]
-        for row, (ids, start) in enumerate(zip(whole, starts, strict=True)):
-            if start == len(ids):
-                raise InputError(
-                    f"continuation {row} is {kind(continuations[row])}, which adds no id to its prompt; give some text"
-                )
-        values = self.engine.score(whole, starts)
-        return [Score(self._pieces(w[i:]), v) for w, i, v in zip(whole, starts, values, strict=True)]
 
-    def _answers(
-        self, requests: list[Request], sampling: Sampling, logprobs: bool, echo: bool, stops: Sequence[str] | None = None
-    ) -> list[Answer]:
-        """All that the loop yields, row by row; text only where there are stops, be it none."""
-        answers = [Answer(request) for request in requests]
-        texts = [Text(self.tokenizer, stops) for _ in requests] if stops is not None else []
-        if echo:
+        def work(rows: list[int]) -> list[list[float]]:
+            some = [scored[row] for row in rows]
+            return self.engine.score([s.ids for s in some], [s.start for s in some], [s.name for s in some])
+
+        with self.engine.lock:
+            scored = ranks.together(lambda: self.planner.scored(prompts, continuations), alike=lambda scored: scored)
+            values = self._divided([len(s.ids) for s in scored], work)
+        return [Score(self._pieces(s.ids[s.start :]), found) for s, found in zip(scored, values, strict=True)]
+
+    def _agreed(self, plan: Callable[[], Call]) -> Call:
+        """What is to be done, the same on all ranks."""
+        call = ranks.together(plan, alike=lambda call: call)
+        if ranks.replica()[1] > 1 and not call.sampling.greedy and all(r.seed is None for r in call.requests):
+            seeds = ranks.on_rank0(lambda: torch.randint(-(2**63), 2**63 - 1, (len(call.requests),)).tolist())
+            for request, seed in zip(call.requests, seeds, strict=True):
+                request.seed = seed
+        return call
+
+    def _divided(self, lengths: list[int], work: Callable[[list[int]], list[T]]) -> list[T]:
+        """A result for each row, from the replicas that do the work for some rows each."""
+        index, count = ranks.replica()
+        hands = calls.dealt(lengths, count)
+        results = ranks.on_every_replica(lambda: work(hands[index]))
+        by_row = {
+            row: result for hand, part in zip(hands, results, strict=True) for row, result in zip(hand, part, strict=True)
+        }
+        return [by_row[row] for row in range(len(lengths))]
+
+    def _answers(self, plan: Callable[[], Call]) -> list[Answer]:
+        """All that the loop yields, row by row."""
+        with self.engine.lock:
+            call = self._agreed(plan)
+
+            def work(rows: list[int]) -> list[Answer]:
+                return self._gathered(replace(call, requests=[call.requests[row] for row in rows]))
+
+            return self._divided([len(request.prompt) for request in call.requests], work)
+
+    def _gathered(self, call: Call) -> list[Answer]:
+        """What this replica makes of a call; text only where there are stops, be it none."""
+        answers = [Answer(request) for request in call.requests]
+        texts = [Text(self.tokenizer, call.stops) for _ in answers] if call.stops is not None else []
+        if call.echo:
             for answer, text in zip(answers, texts, strict=False):
                 answer.text = text.begin(answer.request.prompt)
-        for row, id_, logprob in self.engine.run(requests, sampling, self.tokenizer.eos_id, logprobs, echo):
+        for row, id_, logprob in self._tokens(call):
             answer = answers[row]
             answer.ids.append(id_)
             if logprob is not None:
@@ -320,13 +346,16 @@ class Llama:
             answer.text += text.end()
         return answers
 
-    def _stream(
-        self, ids: list[int], name: str, max_gen_len: int | None, sampling: Sampling, seed: int | None, stops: Sequence[str],
-        reuse: bool,
-    ) -> Stream:  # fmt: skip
-        (request,) = self._requests([ids], self._gen_len(max_gen_len), seed, [name])
-        tokens = self.engine.run([request], sampling, self.tokenizer.eos_id, reuse=reuse)
-        return Stream(request, pieces(request, tokens, Text(self.tokenizer, stops)))
+    def _tokens(self, call: Call) -> Iterator[Token]:
+        return self.engine.run(call.requests, call.sampling, self.tokenizer.eos_id, call.logprobs, call.echo, call.reuse)
+
+    def _stream(self, plan: Callable[[], Call]) -> Stream:
+        with self.engine.lock:
+            call = self._agreed(plan)
+        (request,), stops = call.requests, call.stops or ()
+        if not request.prompt:
+            return Stream(request, (piece for piece in [UNSAFE_ERROR]))
+        return Stream(request, pieces(request, self._tokens(call), Text(self.tokenizer, stops)))
 
     def _details(self, answer: Answer, logprobs: bool, details: bool) -> Details:
         found: Details = {}
@@ -340,17 +369,11 @@ class Llama:
     def _pieces(self, ids: list[int]) -> list[str]:
         return [self.tokenizer.decode([id_]) for id_ in ids]
 
-    def _gen_len(self, max_gen_len: int | None) -> int:
-        return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
 
-    def _check_prompts(self, prompts: list[list[int]], names: list[str] | None = None) -> None:
-        calls.check_prompts(prompts, names, self.tokenizer, self.model.params.max_seq_len)
-
-    def _requests(
-        self, prompts: list[list[int]], max_gen_len: int, seed: int | Sequence[int] | None, names: list[str] | None = None
-    ) -> list[Request]:
-        self._check_prompts(prompts, names)
-        return calls.requests_of(prompts, max_gen_len, seed, self.model.params.max_seq_len)
+def _marks(tokenizer: Tokenizer, shards: checkpoint.Shards, model: Transformer, dtype: torch.dtype) -> tuple[object, ...]:
+    """What tells one build from another, wherever each machine keeps its copy of the files."""
+    norms = [tensors["norm.weight"].tolist() for tensors in shards.values()]
+    return tokenizer.n_words, {file: len(tensors) for file, tensors in shards.items()}, norms, model.params, dtype
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -20,7 +20,8 @@ from .errors import CheckpointError
 from .model import Transformer
 from .parallel import ColumnParallelLinear, JoinedColumnParallelLinear, RowParallelLinear
 from .quantize import HEAD, Quantized, from_nibbles, quantize
-from .runtime import model_parallel, progress
+from .ranks import model_parallel
+from .runtime import progress
 
 QUANTIZED_AT_ONCE = 1 << 24  # weights joined from several shards at a time
 

@@ -18,7 +18,7 @@ from .attention import attend
 from .cache import Batch, KVCache, Span, read, write
 from .errors import InputError
 from .parallel import ColumnParallelLinear, JoinedColumnParallelLinear, ParallelEmbedding, RowParallelLinear, divide, join_parts
-from .runtime import model_parallel
+from .ranks import model_parallel
 
 
 @dataclass

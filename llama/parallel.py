@@ -23,7 +23,7 @@ from torch import nn
 from .errors import DeviceError
 from .kernels import Int8Rows, Kernel, pack
 from .quantize import Quantized, quantize
-from .runtime import largest_of_all, model_parallel
+from .ranks import largest_of_all, model_parallel
 
 
 def divide(n: int, ranks: int, what: str) -> int:

@@ -31,7 +31,8 @@ from .errors import CheckpointError, DeviceError, InputError, kind
 from .memory import gb
 from .model import Transformer
 from .quantize import HEAD, KINDS, Quantized, group_of, to_nibbles
-from .runtime import progress, world_size
+from .ranks import world_size
+from .runtime import progress
 
 VERSION = "1"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}

@@ -16,7 +16,7 @@ import sys
 from types import TracebackType
 from typing import Any
 
-from .runtime import global_rank
+from .ranks import global_rank
 
 try:
     import readline

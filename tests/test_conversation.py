@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import InputError, Llama, runtime
+from llama import InputError, Llama
 from llama.chat import UNSAFE_ERROR, Message, encode_dialog
 from llama.conversation import HELP, Conversation
 
@@ -19,7 +19,7 @@ class Talk(Conversation):
 
     def __init__(self, llama: Llama, **options: object) -> None:
         self.remarks: list[str] = []
-        super().__init__(llama, self.remarks.append, runtime.sharing(), **{"temperature": 0, "max_gen_len": 8} | options)
+        super().__init__(llama, self.remarks.append, **{"temperature": 0, "max_gen_len": 8} | options)
 
     def says(self, line: str, most: int = 1000) -> str | None:
         """The answer to a line, or its first pieces; None for a line that has none."""

@@ -45,28 +45,6 @@ def test_joins_what_the_caller_made_and_builds_twice(small: SimpleNamespace, tmp
     assert ("> initializing" in done.stdout) == (kind == "model-parallel")  # the caller's own call; never ours
 
 
-def test_replicas(small: SimpleNamespace, tmp_path: Path) -> None:
-    """Two replicas of two ranks each: every replica answers its own prompt, by the draws of its own first rank."""
-    script = tmp_path / "own.py"
-    script.write_text(
-        "import sys, torch\nfrom llama import Llama\n"
-        "g = Llama.build(*sys.argv[1:], 32, 2, model_parallel_size=2, device='cpu')\n"
-        "rank = torch.distributed.get_rank()\n"
-        "torch.manual_seed(rank)\n"
-        "ids = g.generate([[1, 5 + 4 * (rank // 2)]], 6, temperature=1.0)[0][0]\n"
-        "everyone = [None] * 4\n"
-        "torch.distributed.all_gather_object(everyone, ids)\n"
-        "print(everyone)\n"
-    )
-    done = torchrun(4, script, small.folder, small.tokenizer_path)
-    llama = Llama.build(small.folder, small.tokenizer_path, 32, 2, device="cpu")
-    want = []
-    for seed, prompt in ((0, [1, 5]), (2, [1, 9])):
-        torch.manual_seed(seed)
-        want += llama.generate([prompt], 6, temperature=1.0)[0] * 2
-    assert done.stdout == f"{want}\n", done.stderr
-
-
 def test_a_build_leaves_no_trace_but_the_seed(small: SimpleNamespace, capfd: pytest.CaptureFixture[str]) -> None:
     """Plain python: no group, no environment variable, no default changed, nothing printed."""
 
@@ -97,19 +75,6 @@ def test_plain_python_opens_no_socket(small: SimpleNamespace, tmp_path: Path) ->
     )
     done = run(script, small.folder, small.tokenizer_path)
     assert done.stdout == "[]\n", done.stderr
-
-
-def test_one_rank_that_fails_ends_all_with_its_cause(small: SimpleNamespace, tmp_path: Path) -> None:
-    script = tmp_path / "own.py"
-    script.write_text(
-        "import os, sys, time\nfrom llama import Llama, LlamaError\n"
-        "folder = sys.argv[1] if os.environ['RANK'] == '0' else '/no/such/folder'\n"
-        "try:\n    Llama.build(folder, sys.argv[2], 32, 2, device='cpu')\n"
-        "except LlamaError as e:\n    print(e)\n    sys.exit(3)\n"
-    )
-    done = torchrun(2, script, small.folder, small.tokenizer_path)
-    assert done.returncode != 0
-    assert "rank 1 failed, so every rank stops: CheckpointError:" in done.stdout and "/no/such/folder" in done.stdout
 
 
 @pytest.mark.parametrize(

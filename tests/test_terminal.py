@@ -116,14 +116,14 @@ ALONE_OVER_LUNCH = """
 import sys
 from datetime import timedelta
 import torch.distributed as dist
-from llama import __main__, runtime
+from llama import __main__, ranks
 
-def hurried():
-    for group in (dist.group.WORLD, runtime.fs.get_model_parallel_group()):
+def hurried(*settings):
+    start_groups(*settings)
+    for group in (dist.group.WORLD, ranks.fs.get_model_parallel_group()):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
-    return sharing()
 
-sharing, runtime.sharing = runtime.sharing, hurried
+start_groups, ranks.start_groups = ranks.start_groups, hurried
 sys.exit(__main__.main())
 """
 

@@ -1,0 +1,318 @@
+"""Ranks: the processes of one job, their groups, and how they stay of one mind.
+
+    world     all ranks: WORLD_SIZE of them
+    replica   a whole model, on `model_parallel_size` ranks side by side; a world may hold several
+
+Every rank makes the same calls with the same input. What they make of it, and that it is the same, they tell each other
+once a call (`together`), before anything is computed. From then on they go in step; and where one falls, none is left
+waiting (`linked`): it leaves its reason in the group's store and ends its groups, whereupon the collectives of the others
+fail at once, and they find the reason there.
+"""
+
+import atexit
+import contextlib
+import hashlib
+import io
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as fs
+
+from .errors import DeviceError, InputError, LlamaError
+
+T = TypeVar("T")
+
+REASON = "llama/reason"  # a key of the group's store: which rank failed first, and why
+A_YEAR = timedelta(days=365)
+PATIENCE = 30  # seconds, after which a rank that waits for the others says so
+
+_everyone: tuple[Any, dist.ProcessGroup] | None = None  # the world's group, and one of ours for what ranks tell each other
+_ended: str | None = None  # why there are no groups any more
+
+
+def under_torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def global_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def here() -> tuple[int | None, int | None]:
+    """(rank on this machine, number of ranks on it), as torchrun tells them."""
+    local = [os.environ.get(name) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+    rank, size = (None if value is None else int(value) for value in local)
+    return rank, size
+
+
+def model_parallel() -> tuple[int, int]:
+    """(rank, size) in the model-parallel group; (0, 1) where there is none."""
+    if not fs.model_parallel_is_initialized():
+        return 0, 1
+    return fs.get_model_parallel_rank(), fs.get_model_parallel_world_size()
+
+
+def replica() -> tuple[int, int]:
+    """(number of this rank's replica, how many there are)."""
+    if not fs.model_parallel_is_initialized():
+        return 0, 1
+    return fs.get_data_parallel_rank(), fs.get_data_parallel_world_size()
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------
+
+
+def model_parallel_size(wanted: int | None) -> int:
+    """How many ranks share one model: those wanted, else those of existing groups, else all."""
+    existing = fs.get_model_parallel_world_size() if fs.model_parallel_is_initialized() else None
+    world = _world()
+    if wanted is None:
+        return existing or world
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
+        raise DeviceError(f"model_parallel_size is {wanted!r}; it must be a whole number of ranks, 1 or more")
+    if existing is not None and existing != wanted:
+        raise DeviceError(
+            f"model_parallel_size={wanted}, but this process already has model-parallel groups of {existing}; "
+            f"leave it out, or call fairscale's destroy_model_parallel() first"
+        )
+    if world % wanted:
+        raise DeviceError(
+            f"model_parallel_size={wanted} does not divide the {world} running process(es); "
+            f"start them with: torchrun --nproc_per_node {wanted} ..."
+        )
+    return wanted
+
+
+def start_groups(backend: str, size: int) -> None:
+    """Make the groups stand: the world's, if we are under torchrun; in a world, those of `size` ranks that share a model."""
+    global _ended
+    if not dist.is_initialized() and under_torchrun():
+        if _ended:
+            raise DeviceError(f"{_ended}; start all of them again")
+        try:
+            dist.init_process_group(backend)
+        except ValueError as e:
+            raise DeviceError(f"{e}; start ranks with torchrun, or unset RANK and WORLD_SIZE to run one process") from e
+    if not dist.is_initialized():
+        return
+    _ended = None
+    atexit.unregister(_stop)
+    atexit.register(_stop)
+    if not fs.model_parallel_is_initialized():
+        with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints its sizes
+            fs.initialize_model_parallel(size)
+    if dist.get_rank() > 0 and getattr(sys.stdout, "name", None) != os.devnull:
+        sys.stdout = open(os.devnull, "w")  # one rank prints what the caller prints
+
+
+def _stop() -> None:
+    """End the groups, also the caller's: left to the interpreter, gloo's threads abort the process now and then."""
+    global _everyone
+    if dist.is_initialized():
+        # A gloo thread that still lets go of its last tensor needs the GIL, which its destructor holds (torch 2.6).
+        time.sleep(0.1)
+        _everyone = None
+        fs.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _world() -> int:
+    """How many ranks there are to speak with."""
+    if not dist.is_initialized() and _ended:
+        raise LlamaError(f"{_ended}; start all of them again")
+    return world_size()
+
+
+def _all_ranks() -> dist.ProcessGroup:
+    """All ranks, over gloo, whatever tensors travel by. Some wait here for a person, or for a slower replica: a year."""
+    global _everyone
+    if _everyone is None or _everyone[0] is not dist.group.WORLD:
+        _everyone = dist.group.WORLD, dist.new_group(backend="gloo", timeout=A_YEAR)
+    return _everyone[1]
+
+
+# --- of one mind -----------------------------------------------------------------------------------------------------
+
+
+def together(work: Callable[[], T], alike: Callable[[T], object] | None = None) -> T:
+    """Run `work`, which must hold no collective, on every rank; one rank's failure fails them all with its cause.
+
+    alike: what of its result must have the same repr on all ranks. Without all this a rank that raises, or goes another
+    way, would leave the others waiting in their next collective.
+    """
+    result: T | None = None
+    failure: Exception | None = None
+    try:
+        result = work()
+    except Exception as e:
+        failure = e
+    if _world() > 1:
+        digest = ""
+        if alike and failure is None:
+            digest = hashlib.sha256(repr(alike(result)).encode("utf-8", "backslashreplace")).hexdigest()  # type: ignore[arg-type]
+        with _patience():
+            said = _exchange((_told(failure), digest))
+        if failure is None:
+            _raise_another_s([cause for cause, _ in said])
+            others = [str(rank) for rank, (_, theirs) in enumerate(said) if theirs != said[0][1]]
+            if others:
+                raise InputError(
+                    f"rank(s) {', '.join(others)} were given other input than rank 0, or made another call: make the same "
+                    "calls with the same input on every rank; replicas divide the prompts among themselves"
+                )
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]
+
+
+def on_rank0(work: Callable[[], T]) -> T:
+    """Run some work on rank 0 alone, and give its result, or its failure, to every rank. It may wait for a person."""
+    if _world() == 1:
+        return work()
+    result: T | None = None
+    failure: Exception | None = None
+    if global_rank() == 0:
+        try:
+            result = work()
+        except Exception as e:
+            failure = e
+    box = [result, _told(failure)]
+    with linked():
+        dist.broadcast_object_list(box, 0, group=_all_ranks())
+    if failure is not None:
+        raise failure
+    _raise_another_s([box[1]])  # type: ignore[list-item]
+    return box[0]  # type: ignore[return-value]
+
+
+def on_every_replica(work: Callable[[], T]) -> list[T]:
+    """Run `work`, each replica for itself, and give the results of all to every rank, in the replicas' order."""
+    index, count = replica()
+    if count == 1:
+        return [work()]
+    result: T | None = None
+    failure: LlamaError | None = None
+    try:
+        result = work()
+    except LlamaError as e:  # on all ranks of this replica, but on no other
+        failure = e
+    said: list[Any] = _exchange((_told(failure), None if model_parallel()[0] else (index, result)))
+    if failure is not None:
+        raise failure
+    _raise_another_s([cause for cause, _ in said])
+    by_replica = dict(theirs for _, theirs in said if theirs)
+    return [by_replica[i] for i in range(count)]
+
+
+def from_rank0(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor of the model-parallel group's first rank, on all its ranks (in place)."""
+    if model_parallel()[1] > 1:
+        dist.broadcast(tensor, fs.get_model_parallel_src_rank(), group=fs.get_model_parallel_group())
+    return tensor
+
+
+def largest_of_all(tensor: torch.Tensor) -> torch.Tensor:
+    """Number by number, the largest of the model-parallel group's tensors."""
+    largest = tensor.float()  # which every backend reduces
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=fs.get_model_parallel_group())
+    return largest.to(tensor.dtype)
+
+
+def _exchange(mine: T) -> list[T]:
+    said: list[Any] = [None] * _world()
+    with linked():
+        dist.all_gather_object(said, mine, group=_all_ranks())
+    return said
+
+
+def _told(failure: Exception | None) -> str | None:
+    return None if failure is None else f"{type(failure).__name__}: {failure}"
+
+
+def _raise_another_s(causes: list[str | None]) -> None:
+    for rank, cause in enumerate(causes):
+        if cause is not None:
+            raise LlamaError(f"rank {rank} failed, so every rank stops: {cause}")
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """Say so, once, where the other ranks take long to come: perhaps they never will."""
+    text = (
+        f"rank {global_rank()} has waited {PATIENCE} s for the others: every rank must make the same calls, "
+        "and end a stream at the same piece"
+    )
+    timer = threading.Timer(PATIENCE, lambda: print(text, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+# --- one's failure ends all ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def linked() -> Iterator[None]:
+    """Around what holds collectives. A LlamaError passes: all ranks raise it alike. Any other failure ends the groups, and
+    with them the work of all other ranks, which raise a LlamaError with its reason."""
+    try:
+        yield
+    except LlamaError:
+        raise
+    except Exception as e:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            raise
+        if _of_another(e):
+            reason = why_ended(wait=2)
+            _end_groups(reason or "another rank has gone without a word (killed, perhaps), so every rank stops")
+            raise LlamaError(_ended) from e
+        reason = f"rank {global_rank()} failed, so every rank stops: {_told(e)}"
+        with contextlib.suppress(Exception):  # whatever befalls the store, the groups are to end
+            _store().set(REASON, reason)
+        _end_groups(reason)
+        raise
+
+
+def why_ended(wait: float = 0) -> str | None:
+    """What a rank that failed has left in the store; after `wait` seconds at most."""
+    until = time.monotonic() + wait
+    with contextlib.suppress(Exception):  # the store may have gone, too
+        store = _store()
+        while True:
+            if store.check([REASON]):
+                return store.get(REASON).decode()
+            if time.monotonic() > until:
+                break
+            time.sleep(0.05)
+    return None
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _of_another(e: Exception) -> bool:
+    """Whether a collective failed because of another rank."""
+    return isinstance(e, dist.DistError) or (isinstance(e, RuntimeError) and "gloo/" in str(e))
+
+
+def _end_groups(reason: str) -> None:
+    global _ended, _everyone
+    _ended, _everyone = reason, None
+    with contextlib.suppress(Exception):
+        fs.destroy_model_parallel()
+        dist.destroy_process_group()
