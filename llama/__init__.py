@@ -1,7 +1,7 @@
 """Llama 2 inference: Meta's checkpoints, on any machine."""
 
 from .demo import given_or_demo
-from .errors import CheckpointError, DeviceError, InputError, LlamaError
+from .errors import CheckpointError, DeviceError, InputError, LlamaError, NumberError
 from .generation import Dialog, Llama, Score
 from .model import ModelArgs, Transformer
 from .sampling import Sampling
@@ -10,6 +10,6 @@ from .tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 __all__ = [
-    "CheckpointError", "DeviceError", "Dialog", "InputError", "Llama", "LlamaError", "ModelArgs", "Sampling", "Score", "Stream",
-    "Tokenizer", "Transformer", "given_or_demo",
+    "CheckpointError", "DeviceError", "Dialog", "InputError", "Llama", "LlamaError", "ModelArgs", "NumberError", "Sampling",
+    "Score", "Stream", "Tokenizer", "Transformer", "given_or_demo",
 ]  # fmt: skip

@@ -324,11 +324,9 @@ class Engine:
             cache.data.zero_()
             cache.turn = None
         dtype = str(self.model.dtype).removeprefix("torch.")
-        wider = "bfloat16' or 'float32" if dtype == "float16" else "float32"
-        return NumberError(
-            f"{name}: {what} not finite: the weights are damaged, or {dtype} cannot hold what they compute; "
-            f"compare the files with checklist.chk, or build with dtype='{wider}'"
-        )
+        wider = {"float16": "'bfloat16' or 'float32'", "bfloat16": "'float32'"}.get(dtype)
+        or_dtype = f", or build with dtype={wider}: {dtype} may not hold what they compute" if wider else ""
+        return NumberError(f"{name}: {what} not finite; the weights are damaged: compare with checklist.chk{or_dtype}")
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:

@@ -1,0 +1,86 @@
+"""Logits that are not finite are an error, which names the row and the step, and leave nothing behind."""
+
+import pytest
+import torch
+
+from llama import Llama, NumberError
+
+from .support import refused
+
+PROMPTS = [[1, 5], [1, 9, 30], [1, 300]]
+
+
+@pytest.fixture(params=["step by step", "ahead"])
+def stepping(request: pytest.FixtureRequest, llama: Llama) -> Llama:
+    """Also where the next step is launched before the ids of this one are read."""
+    if request.param == "ahead":
+        request.getfixturevalue("as_on_cuda")
+    return llama
+
+
+def plant(llama: Llama, monkeypatch: pytest.MonkeyPatch, id_: int, value: float = float("nan")) -> None:
+    """An embedding that holds a number that is none: no row is harmed before it meets that id."""
+    weight = llama.model.tok_embeddings.weight.detach().clone()
+    weight[id_, 3] = value
+    monkeypatch.setitem(llama.model.tok_embeddings._parameters, "weight", torch.nn.Parameter(weight, requires_grad=False))
+
+
+def test_a_prompt_s_numbers(stepping: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = stepping.generate(PROMPTS, 8, temperature=0)
+    with monkeypatch.context() as patch:
+        plant(stepping, patch, 30)
+        for temperature in (0.0, 1.0):
+            refused(
+                lambda t=temperature: stepping.generate(PROMPTS, 8, temperature=t),
+                NumberError, "prompt 1: the logits of new id 1, at position 3, are not finite", "checklist.chk",
+            )  # fmt: skip
+    assert stepping.generate(PROMPTS, 8, temperature=0) == want
+
+
+def test_a_step_s_numbers(stepping: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was made before has been handed out, and the cache is clean for the next call, of any length."""
+    (want,), _ = stepping.generate([[1, 5]], 8, temperature=0)
+    third = next(i for i in range(2, 8) if want[i] not in want[:i] and want[i] not in (1, 5))
+    with monkeypatch.context() as patch:
+        plant(stepping, patch, want[third])
+        got: list[int] = []
+        with pytest.raises(NumberError, match=f"new id {third + 2}, at position {third + 3},"):
+            got.extend(token.id for token in stepping.tokens([[1, 5]], 8, temperature=0))
+        assert got == want[: third + 1]
+    assert stepping.generate([[1, 5]], 8, temperature=0)[0] == [want]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+def test_a_single_infinite_logit(llama: Llama, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    """One that is never chosen, too: a minus infinity."""
+    forward = type(llama.model).logits
+
+    def logits(self: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        found = forward(self, hidden)
+        found[..., 7] = value
+        return found
+
+    monkeypatch.setattr(type(llama.model), "logits", logits)
+    refused(
+        lambda: llama.generate(PROMPTS, 4, 0), NumberError, "prompt 0: the logits of new id 1, at position 2, are not finite"
+    )
+
+
+def test_log_probabilities(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = llama.score(["The", "a"], [" fox", "b"])
+    bad = llama.tokenizer.encode("b", bos=False, eos=False)[-1]
+    with monkeypatch.context() as patch:
+        plant(llama, patch, bad)
+        refused(lambda: llama.score(["The", "b"], [" fox", "ab"]), NumberError, "prompt 1 with its continuation")
+        refused(
+            lambda: llama.generate([[1, 5], [1, bad, 9]], 2, temperature=0, logprobs=True, echo=True),
+            NumberError, "prompt 1: the log probability of id",
+        )  # fmt: skip
+    assert llama.score(["The", "a"], [" fox", "b"]) == want
+
+
+@pytest.mark.parametrize("dtype, way_out", [("float16", "'bfloat16' or 'float32'"), ("bfloat16", "'float32'")])
+def test_the_way_out_of_a_narrow_dtype(small: object, monkeypatch: pytest.MonkeyPatch, dtype: str, way_out: str) -> None:
+    llama = Llama.build(small.folder, small.tokenizer_path, 32, 2, device="cpu", dtype=dtype)  # type: ignore[attr-defined]
+    plant(llama, monkeypatch, 5)
+    refused(lambda: llama.generate([[1, 5]], 4), NumberError, f"or build with dtype={way_out}: {dtype} may not hold")
