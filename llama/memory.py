@@ -13,6 +13,7 @@ from .quantize import HEAD, KINDS, bytes_per_weight, check_width
 PREFILL_CHUNK = 2048  # ids of prompts in one forward: enough to fill any machine; bounds what activations take
 LOGPROB_CHUNK = 512  # positions whose logits stand in memory at once
 SMALLEST_WINDOW = 16  # a shorter max_seq_len is no advice
+MOST_RANKS = 1024  # nor are more ranks
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def shortfall(
         if total(kind=smaller) <= free and possible(args, ranks, dtype, device, smaller):
             ways.append(f"quantize='{smaller}' ({gb(total(kind=smaller))})")
             break
-    for more in range(ranks + 1, args.kv_heads + 1):
+    for more in range(ranks + 1, min(args.kv_heads, MOST_RANKS) + 1):
         if total(ranks=more) <= free and possible(args, more, dtype, device, kind):
             machines = "on machines of their own" if device.type == "cpu" else "with a GPU each"
             ways.append(f"{more} ranks {machines} ({gb(total(ranks=more))} each)")
