@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .attention import BLOCK
 from .errors import DeviceError
 from .kernels import check
 from .model import ModelArgs, check_ranks
@@ -65,9 +66,10 @@ def ids_at_once(args: ModelArgs) -> int:
 
 
 def working_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype) -> int:
-    """About what one rank computes in: activations of all ids of a forward, logits of LOGPROB_CHUNK positions."""
-    activations = ids_at_once(args) * (8 * args.dim + 3 * args.ffn_width // ranks) * dtype.itemsize
-    return activations + 3 * LOGPROB_CHUNK * args.vocab_size * 4
+    """About what one rank computes in: activations of all ids of a forward, the scores of a block of them before and after
+    softmax, logits of LOGPROB_CHUNK positions."""
+    numbers = ids_at_once(args) * (8 * args.dim + (3 * args.ffn_width + 2 * BLOCK * args.n_heads) // ranks)
+    return numbers * dtype.itemsize + 3 * LOGPROB_CHUNK * args.vocab_size * 4
 
 
 def possible(args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.device, kind: str | None) -> bool:
