@@ -93,6 +93,9 @@ def test_no_advice_leads_into_another_error() -> None:
     with pytest.raises(DeviceError, match="2 ranks") as caught:
         memory.preflight(SHORT, 1, BF16, torch.device("cpu"), 4 * 10**9, "int4")
     assert "int4" in str(caught.value)
+    endless = ModelArgs(dim=2**30, n_heads=2**29, vocab_size=2**30)  # not every number of ranks is tried
+    with pytest.raises(DeviceError, match="No change of"):
+        memory.preflight(endless, 1, BF16, torch.device("cpu"), 10**9)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -13,7 +13,7 @@ from llama import model as llama_model
 from llama import parallel as llama_parallel
 from llama.__main__ import main as command
 
-from .support import refused, write_shards
+from .support import ROOT, refused, write_shards
 
 BF16, CUDA = torch.bfloat16, torch.device("cuda")
 
@@ -116,6 +116,12 @@ def test_the_command(small: SimpleNamespace, tmp_path: Path, capsys: pytest.Capt
     table = said("--ckpt_dir", str(folder), "--ranks", "1")
     larger = replace(model, vocab_size=plan.PIECES)
     assert table["weights, on each"] == [memory.gb(memory.weight_bytes(larger, 1, BF16))]
+
+
+@pytest.mark.parametrize("name", plan.MODELS)
+def test_the_readme_shows_what_the_command_prints(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["plan", "--model", name]) == 0
+    assert f"$ python -m llama plan --model {name}\n{capsys.readouterr().out}" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
