@@ -4,6 +4,7 @@ python -m llama chat --ckpt_dir llama-2-7b-chat --tokenizer_path tokenizer.model
 python -m llama complete --ckpt_dir llama-2-7b --tokenizer_path tokenizer.model "Once upon a time"
 torchrun --nproc_per_node 2 -m llama chat --ckpt_dir llama-2-13b-chat --tokenizer_path tokenizer.model
 python -m llama quantize --ckpt_dir llama-2-7b int8
+python -m llama plan --model 70B --max_seq_len 4096
 """
 
 import argparse
@@ -12,15 +13,19 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
-from . import calls, ranks, runtime, saved
+import torch
+
+from . import calls, checkpoint, plan, ranks, runtime, saved
 from .conversation import Conversation, checked
 from .demo import given_or_demo
 from .errors import InputError, LlamaError, kind
 from .generation import Llama
 from .memory import gb
+from .model import ModelArgs
 from .quantize import KINDS
 from .sampling import Sampling
 from .terminal import Terminal
@@ -50,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     draw.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
 
     main = argparse.ArgumentParser("python -m llama", description="Llama 2 in the terminal.", allow_abbrev=False)
-    commands = main.add_subparsers(dest="command", required=True, metavar="chat | complete | quantize")
+    commands = main.add_subparsers(dest="command", required=True, metavar="chat | complete | quantize | plan")
     chat = commands.add_parser(
         "chat", parents=[common], allow_abbrev=False, help="talk with a chat model", description="Talk with a chat model."
     )
@@ -78,6 +83,25 @@ def parser() -> argparse.ArgumentParser:
     quantize.add_argument("--ckpt_dir", metavar="DIR", required=True, help="consolidated.NN.pth and params.json")
     quantize.add_argument("kind", choices=KINDS, metavar="KIND", help="int8 or int4")
     quantize.set_defaults(run=run_quantize)
+    planned = commands.add_parser(
+        "plan",
+        allow_abbrev=False,
+        help="tell which machines hold a model, and how fast it can be there",
+        description="Compute a model's memory on each rank and the most ids per second that reading it allows.",
+    )
+    which = planned.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", choices=plan.MODELS, help="Meta's")
+    which.add_argument("--ckpt_dir", metavar="DIR", help="params.json, and consolidated.NN.pth if they are there")
+    planned.add_argument("--ranks", type=int, nargs="+", default=[], metavar="N", help="default all that are possible, to 16")
+    planned.add_argument("--max_seq_len", type=int, default=4096, metavar="N", help="ids of prompt and answer; default 4096")
+    planned.add_argument("--max_batch_size", type=int, default=1, metavar="N", help="rows at a time; default 1")
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in checkpoint.DTYPES]
+    planned.add_argument("--dtype", choices=dtypes, help="default the stored one; of Meta's models bfloat16")
+    planned.add_argument("--quantize", choices=KINDS, help="hold the matrices in 8 or 4 bit")
+    planned.add_argument("--gpu", type=str.upper, choices=plan.GPUS, metavar="KIND", help=f"one of {', '.join(plan.GPUS)}")
+    planned.add_argument("--memory", type=float, metavar="GB", help="of any other machine, with its")
+    planned.add_argument("--bandwidth", type=float, metavar="GB/s", help="of that memory")
+    planned.set_defaults(run=run_plan)
     return main
 
 
@@ -158,6 +182,28 @@ def run_complete(args: argparse.Namespace) -> None:
 def run_quantize(args: argparse.Namespace) -> None:
     path = saved.save(args.ckpt_dir, args.kind)
     print(f"{path}: {gb(path.stat().st_size)}")
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    shape, stored = (plan.MODELS[args.model], torch.bfloat16) if args.model else described(args.ckpt_dir)
+    shape = replace(shape, max_seq_len=args.max_seq_len, max_batch_size=args.max_batch_size)
+    dtype = getattr(torch, args.dtype) if args.dtype else stored
+    machines, device = plan.machines(args.gpu, args.memory, args.bandwidth)
+    found = plan.report(args.model or args.ckpt_dir, shape, args.ranks, dtype, args.quantize, machines, device)
+    if ranks.global_rank() == 0:
+        print(found)
+
+
+def described(ckpt_dir: str) -> tuple[ModelArgs, torch.dtype]:
+    """A checkpoint's shape and dtype; of one that has no shards yet, as far as params.json tells."""
+    params, shards = checkpoint.read_params(ckpt_dir), {}
+    if any(Path(ckpt_dir).glob("consolidated.*.pth")):
+        shards = checkpoint.open_shards(ckpt_dir)
+    embedding = next(iter(shards.values()), {}).get("tok_embeddings.weight")
+    if embedding is not None and embedding.ndim == 2:
+        return ModelArgs(**{**params, "vocab_size": len(embedding)}), embedding.dtype
+    declared = params.get("vocab_size", -1)
+    return ModelArgs(**{**params, "vocab_size": plan.PIECES if declared == -1 else declared}), torch.bfloat16
 
 
 def read_prompts(jsonl: bool) -> list[str]:

@@ -233,13 +233,13 @@ def pack(weight: torch.Tensor | Quantized) -> Kernel | None:
 
 
 def check(kind: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise DeviceError where there is no kernel for weights of this kind."""
+    """Raise DeviceError where there is no kernel for weights of this kind. "cuda" without a number: some GPU, not one here."""
     if kind == "int4" and device.type == "mps":
         raise DeviceError("quantize='int4' has no kernel on mps; use quantize='int8', or device='cpu'")
     if kind == "int4" and device.type == "cuda":
         if dtype != torch.bfloat16:
             raise DeviceError(f"quantize='int4' on CUDA multiplies bfloat16 only, and dtype is {dtype}; use dtype='bfloat16'")
-        major, minor = torch.cuda.get_device_capability(device)
+        major, minor = (8, 0) if device.index is None else torch.cuda.get_device_capability(device)
         if major < 8:
             raise DeviceError(
                 f"quantize='int4' needs a GPU of compute capability 8.0, and {device} has {major}.{minor}; use quantize='int8'"

@@ -47,6 +47,10 @@ class ModelArgs:
     def kv_heads(self) -> int:
         return self.n_kv_heads or self.n_heads
 
+    @property
+    def ffn_width(self) -> int:
+        return ffn_width(4 * self.dim, self.multiple_of, self.ffn_dim_multiplier)
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) in float32, cast back, times a weight per feature."""
@@ -161,6 +165,16 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(gate) * up)
 
 
+def check_ranks(args: ModelArgs, ranks: int) -> None:
+    """Raise DeviceError unless a model can be divided among so many ranks."""
+    for n, what in (
+        (args.kv_heads, "key/value heads"),
+        (args.ffn_width, "feed-forward width"),
+        (args.vocab_size, "vocabulary"),
+    ):
+        divide(n, ranks, what)
+
+
 class TransformerBlock(nn.Module):
     def __init__(self, layer_id: int, args: ModelArgs) -> None:
         super().__init__()
@@ -199,7 +213,9 @@ class Transformer(nn.Module):
                 f"dim={params.dim}, n_heads={params.n_heads}, n_kv_heads={params.n_kv_heads}: "
                 "dim must make n_heads of even width, and n_heads be a multiple of n_kv_heads"
             )
-        self.n_local_kv_heads = divide(params.kv_heads, model_parallel()[1], "key/value heads")
+        ranks = model_parallel()[1]
+        check_ranks(params, ranks)
+        self.n_local_kv_heads = params.kv_heads // ranks
         self.params = params
         self.vocab_size = params.vocab_size
         self.n_layers = params.n_layers

@@ -25,7 +25,7 @@ def drawn(llama: Llama) -> list:
 
 if __name__ == "__main__":
     out, tokenizer_path, *folders = sys.argv[1:]
-    answers = {}
+    answers: dict = {}
     for folder in folders:
         llama = Llama.build(folder, tokenizer_path, max_seq_len=48, max_batch_size=4, device="cpu")
         ids, logprobs = llama.generate(PROMPTS, 10, temperature=0, logprobs=True, echo=True)
@@ -33,6 +33,7 @@ if __name__ == "__main__":
         sampled, _ = llama.generate(PROMPTS, 10, temperature=1.0)
         grid = torch.arange(3, 63).view(3, 20)
         answers[folder] = dict(ids=ids, logprobs=logprobs, sampled=sampled, logits=llama.model(grid, 0))
+    answers["drawn"] = drawn(llama)  # by the last one
     print("only rank 0 is heard")
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         torch.save(answers, out)

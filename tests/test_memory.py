@@ -3,11 +3,12 @@
 import re
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from llama import DeviceError, Llama, ModelArgs, Transformer, loading, memory, runtime
+from llama import DeviceError, Llama, ModelArgs, Transformer, engine, loading, memory, runtime
 from llama import model as llama_model
 from llama import parallel as llama_parallel
 
@@ -15,6 +16,7 @@ from .support import refused
 
 SEVEN_B = ModelArgs(vocab_size=32000, max_seq_len=4096, max_batch_size=8)
 CODE = replace(SEVEN_B, vocab_size=32016)  # which 32 ranks do not divide
+HALF = replace(SEVEN_B, max_seq_len=2048)
 SHORT = replace(SEVEN_B, max_seq_len=16)
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -25,7 +27,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
         (SEVEN_B, BF16, 1, 20 * 10**9, {"max_seq_len", "max_batch_size", "ranks"}),
         (SEVEN_B, BF16, 1, 14 * 10**9, {"max_seq_len", "ranks"}),
         (SHORT, BF16, 1, 7 * 10**9, {"int8", "ranks"}),
-        (SEVEN_B, BF16, 1, 13_490_000_000, {"max_batch_size=1 with max_seq_len", "ranks"}),
+        (HALF, BF16, 1, 13_490_000_000, {"max_batch_size=1 with max_seq_len", "int4", "ranks"}),
         (SEVEN_B, FP32, 1, 40 * 10**9, {"max_seq_len", "max_batch_size", "dtype", "int4", "ranks"}),
         (SEVEN_B, FP32, 2, 17 * 10**9, {"max_seq_len", "max_batch_size", "dtype", "ranks"}),
         (SEVEN_B, FP32, 1, 16 * 10**9, {"ranks"}),
@@ -74,8 +76,7 @@ def test_each_advice_of_the_preflight_fits_and_nothing_larger(
             preflight(ranks=value)
             smaller = [r for r in range(ranks + 1, value) if args.kv_heads % r == 0]
             assert ranks < value and args.vocab_size % value == args.kv_heads % value == 0
-            parts = memory.weight_bytes, memory.cache_bytes, memory.working_bytes
-            assert not any(sum(part(args, r, dtype) for part in parts) <= free for r in smaller)
+            assert not any(memory.need(args, r, dtype).total <= free for r in smaller)
         else:
             assert way == "", way
             continue
@@ -92,6 +93,9 @@ def test_no_advice_leads_into_another_error() -> None:
     with pytest.raises(DeviceError, match="2 ranks") as caught:
         memory.preflight(SHORT, 1, BF16, torch.device("cpu"), 4 * 10**9, "int4")
     assert "int4" in str(caught.value)
+    endless = ModelArgs(dim=2**30, n_heads=2**29, vocab_size=2**30)  # not every number of ranks is tried
+    with pytest.raises(DeviceError, match="No change of"):
+        memory.preflight(endless, 1, BF16, torch.device("cpu"), 10**9)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -108,6 +112,25 @@ def test_the_bytes_counted_are_those_of_a_real_model(
     assert memory.weight_bytes(args, ranks, dtype) == sum(p.numel() for p in model.parameters()) * dtype.itemsize
     assert cache is None or memory.cache_bytes(args, 1, dtype) == cache.data.nbytes
     assert memory.cache_bytes(args, ranks, dtype) * ranks == memory.cache_bytes(args, 1, dtype)
+
+
+def test_no_forward_has_more_ids_than_are_counted(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence to be scored goes through whole, prompts in chunks."""
+    ids_at_once, hidden = [], llama.model.hidden
+
+    def counted(ids: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        ids_at_once.append(len(ids))
+        return hidden(ids, *args, **options)
+
+    monkeypatch.setattr(llama.model, "hidden", counted)
+    for module in (memory, engine):
+        monkeypatch.setattr(module, "PREFILL_CHUNK", 16)
+    llama.engine.score([[1] * 10] * 3 + [[1] * 64, [1] * 4], [1] * 5, [""] * 5)
+    assert max(ids_at_once) == memory.ids_at_once(llama.model.params) == llama.model.params.max_seq_len
+    ids_at_once.clear()
+    llama.generate([[1] * 60] * 3, 2)
+    assert max(ids_at_once) == 16
+    assert memory.working_bytes(replace(SEVEN_B, max_seq_len=8192), 1, BF16) > memory.working_bytes(SEVEN_B, 1, BF16)
 
 
 def test_what_does_not_fit_is_refused_before_any_work(small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -261,8 +261,9 @@ def test_what_has_no_kernel_says_what_to_use(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(DeviceError, match=r"dtype is torch.float16; use dtype='bfloat16'"):
         kernels.check("int4", torch.device("cuda"), torch.float16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    with pytest.raises(DeviceError, match=r"capability 8.0, and cuda has 7.5; use quantize='int8'"):
-        kernels.check("int4", torch.device("cuda"), torch.bfloat16)
+    with pytest.raises(DeviceError, match=r"capability 8.0, and cuda:0 has 7.5; use quantize='int8'"):
+        kernels.check("int4", torch.device("cuda:0"), torch.bfloat16)
+    kernels.check("int4", torch.device("cuda"), torch.bfloat16)
     for kind, device in (("int8", "cuda"), ("int8", "mps"), ("int4", "cpu")):
         kernels.check(kind, torch.device(device), torch.float16)
     with pytest.raises(
