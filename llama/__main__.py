@@ -10,7 +10,9 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -189,24 +191,22 @@ def read_prompts(jsonl: bool) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for an error, 130 after Ctrl-C. Usage errors exit with 2."""
-    first = runtime.global_rank() == 0
+    rank = runtime.global_rank()
     quiet = contextlib.ExitStack()
     with quiet:
-        if not first:  # one rank tells what is wrong, or how to use it
+        if rank:  # one rank tells what is wrong, or how to use it
             nowhere = quiet.enter_context(open(os.devnull, "w"))
             quiet.enter_context(contextlib.redirect_stdout(nowhere))
             quiet.enter_context(contextlib.redirect_stderr(nowhere))
         args = parser().parse_args(argv)
     try:
         args.run(args)
-    except LlamaError as e:
-        if first:
-            print(f"llama: {e}", file=sys.stderr)
-        return 1
-    except OSError as e:  # the output cannot be written, say
-        if first:
-            print(f"llama: {e}", file=sys.stderr)
-        sys.stdout = open(os.devnull, "w")
+    except (LlamaError, OSError) as e:
+        if rank:
+            time.sleep(2)  # if rank 0 has told, torchrun ends this one before it tells it again
+        print(f"llama: {f'rank {rank}: ' if rank else ''}{e}", file=sys.stderr)
+        if isinstance(e, OSError):  # the output cannot be written, say
+            sys.stdout = open(os.devnull, "w")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -214,4 +214,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if runtime.world_size() == 1:  # by way of each `finally`; a rank that waits for others would not hear it, and dies of it
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())
