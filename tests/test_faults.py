@@ -1,0 +1,214 @@
+"""Ranks that are killed or fail, files that go, disks that are full, signals: all ends soon, with the cause, and nothing is left."""
+
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llama import CheckpointError, Llama, parallel, saved
+
+from .jobs import Job
+from .support import TORCHRUN, write_shards
+
+WORKER = Path(__file__).with_name("fault_worker.py")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc, to see what is left")
+
+
+@pytest.fixture
+def doomed(small: SimpleNamespace, tmp_path: Path) -> Path:
+    """A copy of the small model, in two shards."""
+    return write_shards(tmp_path / "doomed", small.params, small.weights, 2)
+
+
+def job(small: SimpleNamespace, doomed: Path, ranks: int, rank: int, *faults: str) -> Job:
+    return Job(doomed.parent, *TORCHRUN, ranks, WORKER, rank, small.folder, small.tokenizer_path, doomed, *faults)
+
+
+def answered(small: SimpleNamespace) -> str:
+    """What rank 0 printed before anything happened."""
+    llama = Llama.build(small.folder, small.tokenizer_path, 64, 2, device="cpu")
+    return f"{llama.generate([[1, 5, 9]], 40, temperature=0)[0]}\n"
+
+
+@needs_proc
+@pytest.mark.parametrize("ranks, rank, where", [(2, 1, "load"), (2, 0, "prefill"), (2, 1, "decode")])
+def test_a_rank_is_killed(small: SimpleNamespace, doomed: Path, ranks: int, rank: int, where: str) -> None:
+    with job(small, doomed, ranks, rank, f"kill@{where}") as running:
+        running.sees(f"now: kill@{where}")
+        print(f"rank {rank} of {ranks} killed, {where}: all ended after {running.ends():.1f} s")
+        assert running.process.returncode not in (0, None)
+        assert running.stdout == answered(small)
+        assert re.search(r"Signal 9 \(SIGKILL\) received by PID", running.stderr)
+        assert "nothing was noticed" not in running.stderr
+
+
+@needs_proc
+def test_a_rank_that_fails_while_loading_fails_all_and_so_does_bad_input(small: SimpleNamespace, doomed: Path) -> None:
+    """Rank 1 has no memory, sees a shard that is cut short, is called with bad input, and has no memory in a step. Each time
+    it goes on; the last time it sleeps. Rank 0 must get an error, which names rank 1 where it is at fault."""
+    faults = "memory@load", "shrink@load", "input@call", "memory@decode"
+    with job(small, doomed, 2, 1, *faults) as running:
+        running.sees("now: memory@decode")
+        print(f"rank 1 failed in a step, caught it and sleeps: all ended after {running.ends():.1f} s")
+        assert running.process.returncode not in (0, None)
+        assert running.stdout == answered(small)
+        told = dict(re.findall(r"^(rank [01]: \w+@\w+): (.*)$", running.stderr, re.MULTILINE))
+    assert told["rank 1: memory@load"] == told["rank 1: memory@decode"] == "OutOfMemoryError: planted: no memory is left"
+    assert re.match(r"InputError: .*-7", told["rank 1: input@call"])
+    for fault, cause in zip(
+        faults, ("no memory is left", r"consolidated\.00\.pth is another", "-7", "no memory is left"), strict=True
+    ):
+        assert re.search(cause, told[f"rank 0: {fault}"])
+        assert "rank 1" in told[f"rank 0: {fault}"] or "consolidated" in cause
+
+
+@needs_proc
+def test_nan_on_one_rank_is_an_error_on_all(small: SimpleNamespace, doomed: Path) -> None:
+    with job(small, doomed, 2, 1, "nan@decode") as running:
+        running.sees("now: nan@decode")
+        print(f"NaN on rank 1: all ended after {running.ends():.1f} s")
+        assert running.process.returncode not in (0, None)
+        for rank in (0, 1):
+            assert re.search(rf"^rank {rank}: nan@decode: LlamaError: .*\brow 0\b.*\bstep\b", running.stderr, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def talker(small: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """Flags for a small model that never says EOS: it talks on to the window's end."""
+    output = small.weights["output.weight"].clone()
+    output[:259] = 0
+    folder = write_shards(tmp_path_factory.mktemp("talker"), small.params, small.weights | {"output.weight": output})
+    paths = "--ckpt_dir", folder, "--tokenizer_path", small.tokenizer_path
+    return (*map(str, paths), "--temperature", "0", "--device", "cpu", "--max_seq_len", "4000", "--max_gen_len", "4000")
+
+
+@needs_proc
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_torchrun(talker: tuple, tmp_path: Path, number: signal.Signals) -> None:
+    with Job(tmp_path, *TORCHRUN, 2, "-m", "llama", "complete", *talker, "the lazy dog") as running:
+        running.sees("the lazy dog\n> ", "stdout")
+        running.process.send_signal(number)
+        print(f"{number.name} to torchrun: all ended after {running.ends():.1f} s")
+        assert running.process.returncode not in (0, None) and number.name in running.stderr
+        assert not re.search(r"llama/\w+\.py", running.stderr)  # a traceback of ours
+        assert running.stdout.startswith("the lazy dog\n> ")
+
+
+@needs_proc
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_quantize_leaves_the_file_before_and_no_other(
+    small: SimpleNamespace, tmp_path: Path, number: signal.Signals
+) -> None:
+    folder, script = write_shards(tmp_path / "model", small.params, small.weights), tmp_path / "slow.py"
+    (folder / "int8.safetensors").write_bytes(b"before")
+    script.write_text(
+        "import runpy, sys, time\nfrom llama import loading\nplain = loading.quantize\n"
+        "def slow(*args):\n    print('quantizing', flush=True)\n    time.sleep(0.2)\n    return plain(*args)\n"
+        "loading.quantize = slow\nsys.argv[0] = 'llama'\nrunpy.run_module('llama', run_name='__main__', alter_sys=True)\n"
+    )
+    with Job(tmp_path, script, "quantize", "--ckpt_dir", folder, "int8") as running:
+        running.sees("quantizing\nquantizing", "stdout")
+        assert list(folder.glob("*.part"))
+        running.process.send_signal(number)
+        print(f"{number.name} to quantize: ended after {running.ends():.1f} s")
+        assert running.process.returncode == 128 + number and running.stderr == ""
+    assert not list(folder.glob("*.part")) and (folder / "int8.safetensors").read_bytes() == b"before"
+
+
+@needs_proc
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_sigterm_to_a_chat_gives_the_terminal_back(talker: tuple) -> None:
+    from .keyboard import Person
+
+    with Person("-m", "llama", "chat", *talker) as person:
+        settings = person.settings()
+        person.sees("\n> ")
+        person.types("never sent")
+        person.sees("never sent")
+        person.process.terminate()
+        assert person.waits_for_the_end() == 128 + signal.SIGTERM
+        assert person.settings() == settings and "Traceback" not in person.unread
+
+
+@pytest.mark.parametrize("change", ["gone", "shrunk", "replaced", "overwritten"])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_file_that_changes_while_it_is_read(
+    small: SimpleNamespace, doomed: Path, monkeypatch: pytest.MonkeyPatch, change: str, quantize: str | None
+) -> None:
+    """After the first matrix. Of a quantized model it is the saved file that changes."""
+    path = saved.save(doomed, quantize) if quantize else doomed / "consolidated.01.pth"
+    plain, calls = parallel._ParallelLinear.hold, []
+
+    def hold(module: Any, weight: Any) -> None:
+        plain(module, weight)
+        calls.append(module)
+        if len(calls) > 1:
+            return
+        if change == "gone":
+            path.unlink()
+        elif change == "shrunk":
+            os.truncate(path, path.stat().st_size // 2)
+        elif change == "replaced":
+            os.replace(shutil.copy(path, path.with_suffix(".new")), path)
+        else:
+            with path.open("r+b") as f:
+                f.write(f.read(1))
+
+    monkeypatch.setattr(parallel._ParallelLinear, "hold", hold)
+    with pytest.raises(CheckpointError, match=rf"{path.name} (has gone|is another).* while it was being read"):
+        Llama.build(doomed, small.tokenizer_path, 32, 2, device="cpu", quantize=quantize)
+    assert len(calls) == 1
+
+
+@pytest.fixture
+def files_end_at(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Bytes beyond which no file grows, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (request.param, before[1]))
+    yield request.param
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def kept_as_it_was(folder: Path, error: str) -> None:
+    """Saving fails with this error, and leaves all as it was."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(CheckpointError, match=error):
+        saved.save(folder, "int8")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("files_end_at", [5_000, 60_000], indirect=True)
+def test_no_room_while_saving(doomed: Path, files_end_at: int) -> None:
+    (doomed / "int8.safetensors").write_bytes(b"before")
+    kept_as_it_was(doomed, r"int8\.safetensors: cannot be written: File too large")
+
+
+def test_a_disk_that_fails_late(doomed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As network disks do: all is taken, but not all is kept."""
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    saved.path_of(doomed, "int8").write_bytes(b"before")
+    kept_as_it_was(doomed, r"int8\.safetensors: cannot be written: No space left on device")
+
+
+def test_a_shard_that_changes_while_it_is_saved(doomed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, shard = saved.loading.quantize, doomed / "consolidated.00.pth"
+
+    def meanwhile(*args: Any) -> Any:
+        os.utime(shard, ns=(time.time_ns(), time.time_ns()))
+        return plain(*args)
+
+    monkeypatch.setattr(saved.loading, "quantize", meanwhile)
+    kept_as_it_was(doomed, r"consolidated\.00\.pth is another file, or other contents, now, while it was being read")
