@@ -40,6 +40,11 @@ def nan(result: Any) -> Any:
     return torch.full_like(result, float("nan"))
 
 
+def pause(result: Any) -> Any:
+    time.sleep(3)
+    return result
+
+
 def shrink(result: Any) -> None:
     shard = Path(doomed) / "consolidated.00.pth"
     os.truncate(shard, shard.stat().st_size // 2)
@@ -64,7 +69,7 @@ def plant(what: str, where: str) -> Callable[[], None]:
 
 
 def tell(text: str) -> None:
-    print(f"rank {os.environ['RANK']}: {text}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"rank {os.environ['RANK']}: {text}\n")  # at once, so that ranks do not write into each other's lines
 
 
 if __name__ == "__main__":

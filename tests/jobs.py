@@ -1,5 +1,6 @@
 """A command and all that it starts: watched from outside, and gone when a test is over."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -42,14 +43,10 @@ class Job:
         """All processes of the job."""
         mark, found = f"LLAMA_TEST_JOB={self.mark}".encode(), []
         for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if (
-                    mark in (folder / "environ").read_bytes().split(b"\0")
-                    and "\nState:\tZ" not in (folder / "status").read_text()
-                ):
+            with contextlib.suppress(OSError):  # it has just ended, or is another's
+                marked = mark in (folder / "environ").read_bytes().split(b"\0")
+                if marked and "\nState:\tZ" not in (folder / "status").read_text():
                     found.append(int(folder.name))
-            except OSError:  # it has just ended, or is another's
-                continue
         return found
 
     def sees(self, text: str, where: str = "stderr", seconds: float = 90) -> None:
@@ -70,10 +67,8 @@ class Job:
 
     def __exit__(self, *_: object) -> None:
         for pid in self.alive():
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         self.process.kill()
         self.process.wait()
 

@@ -1,4 +1,4 @@
-"""Ranks that are killed or fail, files that go, disks that are full, signals: all ends soon, with the cause, and nothing is left."""
+"""Ranks that are killed or fail, files that go, full disks, signals: all ends soon, with the cause, and nothing is left."""
 
 import os
 import re
