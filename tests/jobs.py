@@ -8,7 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from .support import environment
 
@@ -71,6 +74,14 @@ class Job:
                 os.kill(pid, signal.SIGKILL)
         self.process.kill()
         self.process.wait()
+
+
+def at_once(watch: Callable[[Any, Job], None], jobs: dict[Any, Job]) -> None:
+    """Watch jobs that run beside each other, which takes less time than one after the other."""
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+        for job in jobs.values():
+            stack.enter_context(job)
+        list(pool.map(watch, jobs.keys(), jobs.values()))
 
 
 def wait_for(done: Callable[[], bool], seconds: float) -> bool:

@@ -15,11 +15,23 @@ from typing import Any
 import pytest
 
 from llama import CheckpointError, Llama, parallel, saved
+from llama.__main__ import main
 
-from .jobs import Job
+from .jobs import Job, at_once
 from .support import TORCHRUN, write_shards
 
 WORKER = Path(__file__).with_name("fault_worker.py")
+ENDINGS = signal.SIGINT, signal.SIGTERM
+SLOW = """
+import runpy, time
+from llama import loading
+def slow(*args, plain=loading.quantize):
+    print("quantizing", flush=True)
+    time.sleep(2)
+    return plain(*args)
+loading.quantize = slow
+runpy.run_module("llama", run_name="__main__", alter_sys=True)
+"""
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc, to see what is left")
 
 
@@ -40,15 +52,19 @@ def answered(small: SimpleNamespace) -> str:
 
 
 @needs_proc
-@pytest.mark.parametrize("ranks, rank, where", [(2, 1, "load"), (2, 0, "prefill"), (2, 1, "decode")])
-def test_a_rank_is_killed(small: SimpleNamespace, doomed: Path, ranks: int, rank: int, where: str) -> None:
-    with job(small, doomed, ranks, rank, f"kill@{where}") as running:
+def test_a_rank_is_killed(small: SimpleNamespace, doomed: Path) -> None:
+    faults = {"load": 1, "prefill": 0, "decode": 1}
+    want = answered(small)
+
+    def watch(where: str, running: Job) -> None:
         running.sees(f"now: kill@{where}")
-        print(f"rank {rank} of {ranks} killed, {where}: all ended after {running.ends():.1f} s")
+        print(f"rank {faults[where]} of 2 killed, {where}: all ended after {running.ends():.1f} s")
         assert running.process.returncode not in (0, None)
-        assert running.stdout == answered(small)
-        assert re.search(r"Signal 9 \(SIGKILL\) received by PID", running.stderr)
+        assert running.stdout == want
+        assert "Signal 9 (SIGKILL) received by PID" in running.stderr
         assert "nothing was noticed" not in running.stderr
+
+    at_once(watch, {where: job(small, doomed, 2, rank, f"kill@{where}") for where, rank in faults.items()})
 
 
 @needs_proc
@@ -92,9 +108,10 @@ def talker(small: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @needs_proc
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_torchrun(talker: tuple, tmp_path: Path, number: signal.Signals) -> None:
-    with Job(tmp_path, *TORCHRUN, 2, "-m", "llama", "complete", *talker, "the lazy dog") as running:
+def test_a_signal_to_torchrun(talker: tuple, tmp_path: Path) -> None:
+    """It ends all ranks, which have nothing to say. What has come of the answer is there."""
+
+    def watch(number: signal.Signals, running: Job) -> None:
         running.sees("the lazy dog\n> ", "stdout")
         running.process.send_signal(number)
         print(f"{number.name} to torchrun: all ended after {running.ends():.1f} s")
@@ -102,26 +119,41 @@ def test_a_signal_to_torchrun(talker: tuple, tmp_path: Path, number: signal.Sign
         assert not re.search(r"llama/\w+\.py", running.stderr)  # a traceback of ours
         assert running.stdout.startswith("the lazy dog\n> ")
 
+    command = *TORCHRUN, 2, "-m", "llama", "complete", *talker, "the lazy dog"
+    at_once(watch, {number: Job(tmp_path, *command) for number in ENDINGS})
+
+
+def test_what_another_rank_alone_has_to_say_is_heard(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After some time, in which torchrun would have ended it if rank 0 had said the same."""
+    waits: list[float] = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(time, "sleep", waits.append)
+    assert main(["complete", "--temperature", "-1", "x"]) == 1
+    assert capsys.readouterr().err.startswith("llama: rank 1: temperature is -1.0") and sum(waits) > 0
+
 
 @needs_proc
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_quantize_leaves_the_file_before_and_no_other(
-    small: SimpleNamespace, tmp_path: Path, number: signal.Signals
-) -> None:
-    folder, script = write_shards(tmp_path / "model", small.params, small.weights), tmp_path / "slow.py"
-    (folder / "int8.safetensors").write_bytes(b"before")
-    script.write_text(
-        "import runpy, sys, time\nfrom llama import loading\nplain = loading.quantize\n"
-        "def slow(*args):\n    print('quantizing', flush=True)\n    time.sleep(0.2)\n    return plain(*args)\n"
-        "loading.quantize = slow\nsys.argv[0] = 'llama'\nrunpy.run_module('llama', run_name='__main__', alter_sys=True)\n"
-    )
-    with Job(tmp_path, script, "quantize", "--ckpt_dir", folder, "int8") as running:
-        running.sees("quantizing\nquantizing", "stdout")
+def test_a_signal_to_quantize_leaves_the_file_before_and_no_other(small: SimpleNamespace, tmp_path: Path) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+
+    def start(number: signal.Signals) -> Job:
+        folder = write_shards(tmp_path / number.name, small.params, small.weights)
+        (folder / "int8.safetensors").write_bytes(b"before")
+        return Job(tmp_path, script, "quantize", "--ckpt_dir", folder, "int8")
+
+    def watch(number: signal.Signals, running: Job) -> None:
+        folder = tmp_path / number.name
+        running.sees("quantizing", "stdout")
         assert list(folder.glob("*.part"))
         running.process.send_signal(number)
         print(f"{number.name} to quantize: ended after {running.ends():.1f} s")
         assert running.process.returncode == 128 + number and running.stderr == ""
-    assert not list(folder.glob("*.part")) and (folder / "int8.safetensors").read_bytes() == b"before"
+        assert not list(folder.glob("*.part")) and (folder / "int8.safetensors").read_bytes() == b"before"
+
+    at_once(watch, {number: start(number) for number in ENDINGS})
 
 
 @needs_proc
