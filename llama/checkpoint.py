@@ -165,9 +165,10 @@ def _open(path: Path) -> dict[str, torch.Tensor]:
         reason = str(e).split("\n")[0]
         raise CheckpointError(f"{path}: holds more than tensors and was not loaded, as it could run code ({reason})") from e
     except Exception as e:
-        size = path.stat().st_size
+        found = stamp(path)
+        size = f"{found[2]:,} bytes" if found else "and gone by now"
         raise CheckpointError(
-            f"{path}: cut off, damaged or another kind of zip ({size:,} bytes); compare with checklist.chk, fetch it again"
+            f"{path}: cut off, damaged or another kind of zip ({size}); compare with checklist.chk, fetch it again"
         ) from e
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{path}: holds a {type(tensors).__name__}; Meta's shards hold tensors by name and nothing else")

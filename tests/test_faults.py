@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from llama import CheckpointError, Llama, parallel, saved
 from llama.__main__ import main
@@ -178,6 +179,7 @@ def test_a_file_that_changes_while_it_is_read(
 ) -> None:
     """After the first matrix. Of a quantized model it is the saved file that changes."""
     path = saved.save(doomed, quantize) if quantize else doomed / "consolidated.01.pth"
+    os.utime(path, (1, 1))  # long ago: clocks of file systems are coarse
     plain, calls = parallel._ParallelLinear.hold, []
 
     def hold(module: Any, weight: Any) -> None:
@@ -199,6 +201,18 @@ def test_a_file_that_changes_while_it_is_read(
     with pytest.raises(CheckpointError, match=rf"{path.name} (has gone|is another).* while it was being read"):
         Llama.build(doomed, small.tokenizer_path, 32, 2, device="cpu", quantize=quantize)
     assert len(calls) == 1
+
+
+def test_a_shard_that_goes_while_it_is_opened(small: SimpleNamespace, doomed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = torch.load
+
+    def load(path: str, **options: Any) -> Any:
+        os.unlink(path)
+        return plain(path, **options)
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth: .* gone by now"):
+        Llama.build(doomed, small.tokenizer_path, 32, 2, device="cpu")
 
 
 @pytest.fixture
