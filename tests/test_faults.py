@@ -52,6 +52,11 @@ def answered(small: SimpleNamespace) -> str:
     return f"{llama.generate([[1, 5, 9]], 40, temperature=0)[0]}\n"
 
 
+def errors(running: Job) -> dict[str, str]:
+    """What the ranks have told, by rank and fault."""
+    return dict(re.findall(r"^(rank \d: \w+@\w+): (.*)$", running.stderr, re.MULTILINE))
+
+
 @needs_proc
 def test_a_rank_is_killed(small: SimpleNamespace, doomed: Path) -> None:
     faults = {"load": 1, "prefill": 0, "decode": 1}
@@ -69,7 +74,7 @@ def test_a_rank_is_killed(small: SimpleNamespace, doomed: Path) -> None:
 
 
 @needs_proc
-def test_a_rank_that_fails_while_loading_fails_all_and_so_does_bad_input(small: SimpleNamespace, doomed: Path) -> None:
+def test_a_rank_that_fails_fails_all_though_it_goes_on_itself(small: SimpleNamespace, doomed: Path) -> None:
     """Rank 1 has no memory, sees a shard that is cut short, is called with bad input, and has no memory in a step. Each time
     it goes on; the last time it sleeps. Rank 0 must get an error, which names rank 1 where it is at fault."""
     faults = "memory@load", "shrink@load", "input@call", "memory@decode"
@@ -78,7 +83,7 @@ def test_a_rank_that_fails_while_loading_fails_all_and_so_does_bad_input(small: 
         print(f"rank 1 failed in a step, caught it and sleeps: all ended after {running.ends():.1f} s")
         assert running.process.returncode not in (0, None)
         assert running.stdout == answered(small)
-        told = dict(re.findall(r"^(rank [01]: \w+@\w+): (.*)$", running.stderr, re.MULTILINE))
+        told = errors(running)
     assert told["rank 1: memory@load"] == told["rank 1: memory@decode"] == "OutOfMemoryError: planted: no memory is left"
     assert re.match(r"InputError: .*-7", told["rank 1: input@call"])
     for fault, cause in zip(
@@ -94,8 +99,9 @@ def test_nan_on_one_rank_is_an_error_on_all(small: SimpleNamespace, doomed: Path
         running.sees("now: nan@decode")
         print(f"NaN on rank 1: all ended after {running.ends():.1f} s")
         assert running.process.returncode not in (0, None)
-        for rank in (0, 1):
-            assert re.search(rf"^rank {rank}: nan@decode: LlamaError: .*\brow 0\b.*\bstep\b", running.stderr, re.MULTILINE)
+        told = errors(running)
+    for rank in (0, 1):
+        assert [word for word in ("Error: ", "row 0", "step", "finite") if word not in told[f"rank {rank}: nan@decode"]] == []
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +173,7 @@ def test_sigterm_to_a_chat_gives_the_terminal_back(talker: tuple) -> None:
         person.sees("\n> ")
         person.types("never sent")
         person.sees("never sent")
+        time.sleep(0.3)  # between a key and its wait for the next, readline would keep the signal until then
         person.process.terminate()
         assert person.waits_for_the_end() == 128 + signal.SIGTERM
         assert person.settings() == settings and "Traceback" not in person.unread
