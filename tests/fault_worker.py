@@ -1,6 +1,6 @@
 """Run under torchrun: answer once, then let something go wrong on one rank.
 
-fault_worker.py RANK CKPT TOKENIZER DOOMED FAULT [FAULT ...], where DOOMED is a checkpoint that may be damaged, and a FAULT
+fault_worker.py RANK CKPT TOKENIZER DOOMED FAULT [FAULT ...], where DOOMED is a checkpoint that may be destroyed, and a FAULT
 is what happens and where, as in kill@decode. A rank that gets an error says so on stderr, and goes on as if it could.
 """
 
@@ -45,9 +45,8 @@ def pause(result: Any) -> Any:
     return result
 
 
-def shrink(result: Any) -> None:
-    shard = Path(doomed) / "consolidated.00.pth"
-    os.truncate(shard, shard.stat().st_size // 2)
+def unlink(result: Any) -> None:
+    (Path(doomed) / "consolidated.00.pth").unlink()
 
 
 def plant(what: str, where: str) -> Callable[[], None]:

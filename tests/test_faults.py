@@ -75,9 +75,9 @@ def test_a_rank_is_killed(small: SimpleNamespace, doomed: Path) -> None:
 
 @needs_proc
 def test_a_rank_that_fails_fails_all_though_it_goes_on_itself(small: SimpleNamespace, doomed: Path) -> None:
-    """Rank 1 has no memory, sees a shard that is cut short, is called with bad input, and has no memory in a step. Each time
+    """Rank 1 has no memory, sees a shard go, is called with bad input, and has no memory in a step. Each time
     it goes on; the last time it sleeps. Rank 0 must get an error, which names rank 1 where it is at fault."""
-    faults = "memory@load", "shrink@load", "input@call", "memory@decode"
+    faults = "memory@load", "unlink@load", "input@call", "memory@decode"
     with job(small, doomed, 2, 1, *faults) as running:
         running.sees("now: memory@decode")
         print(f"rank 1 failed in a step, caught it and sleeps: all ended after {running.ends():.1f} s")
@@ -87,7 +87,7 @@ def test_a_rank_that_fails_fails_all_though_it_goes_on_itself(small: SimpleNames
     assert told["rank 1: memory@load"] == told["rank 1: memory@decode"] == "OutOfMemoryError: planted: no memory is left"
     assert re.match(r"InputError: .*-7", told["rank 1: input@call"])
     for fault, cause in zip(
-        faults, ("no memory is left", r"consolidated\.00\.pth is another", "-7", "no memory is left"), strict=True
+        faults, ("no memory is left", r"consolidated\.00\.pth has gone", "-7", "no memory is left"), strict=True
     ):
         assert re.search(cause, told[f"rank 0: {fault}"])
         assert "rank 1" in told[f"rank 0: {fault}"] or "consolidated" in cause
