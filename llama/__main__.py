@@ -11,7 +11,9 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -196,12 +198,11 @@ def run_plan(args: argparse.Namespace) -> None:
 
 def described(ckpt_dir: str) -> tuple[ModelArgs, torch.dtype]:
     """A checkpoint's shape and dtype; of one that has no shards yet, as far as params.json tells."""
-    params, shards = checkpoint.read_params(ckpt_dir), {}
+    params = checkpoint.read_params(ckpt_dir)
     if any(Path(ckpt_dir).glob("consolidated.*.pth")):
-        shards = checkpoint.open_shards(ckpt_dir)
-    embedding = next(iter(shards.values()), {}).get("tok_embeddings.weight")
-    if embedding is not None and embedding.ndim == 2:
-        return ModelArgs(**{**params, "vocab_size": len(embedding)}), embedding.dtype
+        embedding = next(iter(checkpoint.open_shards(ckpt_dir).values())).get("tok_embeddings.weight")
+        if embedding is not None and embedding.ndim == 2:
+            return ModelArgs(**{**params, "vocab_size": len(embedding)}), embedding.dtype
     declared = params.get("vocab_size", -1)
     return ModelArgs(**{**params, "vocab_size": plan.PIECES if declared == -1 else declared}), torch.bfloat16
 
@@ -233,24 +234,22 @@ def read_prompts(jsonl: bool) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for an error, 130 after Ctrl-C. Usage errors exit with 2."""
-    first = ranks.global_rank() == 0
+    rank = ranks.global_rank()
     quiet = contextlib.ExitStack()
     with quiet:
-        if not first:  # one rank tells what is wrong, or how to use it
+        if rank:  # one rank tells what is wrong, or how to use it
             nowhere = quiet.enter_context(open(os.devnull, "w"))
             quiet.enter_context(contextlib.redirect_stdout(nowhere))
             quiet.enter_context(contextlib.redirect_stderr(nowhere))
         args = parser().parse_args(argv)
     try:
         args.run(args)
-    except LlamaError as e:
-        if first:
-            print(f"llama: {e}", file=sys.stderr)
-        return 1
-    except OSError as e:  # the output cannot be written, say
-        if first:
-            print(f"llama: {e}", file=sys.stderr)
-        sys.stdout = open(os.devnull, "w")
+    except (LlamaError, OSError) as e:
+        if rank:
+            time.sleep(2)  # if rank 0 has told, torchrun ends this one before it tells it again
+        print(f"llama: {f'rank {rank}: ' if rank else ''}{e}", file=sys.stderr)
+        if isinstance(e, OSError):  # the output cannot be written, say
+            sys.stdout = open(os.devnull, "w")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -258,4 +257,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if ranks.world_size() == 1:  # by way of each `finally`; a rank that waits for others would not hear it, and dies of it
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

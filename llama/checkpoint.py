@@ -34,7 +34,31 @@ NOT_FINITE = "holds NaN or infinity: the shards are damaged; compare with checkl
 _OTHER_MODEL = "params.json and the shards are not of one model; fetch them again"
 _MADE_BY = {"wk": "n_heads, n_kv_heads", "w1": "multiple_of, ffn_dim_multiplier", "norm": "dim"}  # key of a wrong shape
 
-Shards = dict[str, dict[str, torch.Tensor]]  # file name -> tensor name -> mapped tensor
+
+class Shards(dict[str, dict[str, torch.Tensor]]):
+    """File name -> tensor name -> mapped tensor; and what stood at the files' paths before they were mapped."""
+
+    def __init__(self, tensors: dict[str, dict[str, torch.Tensor]], stamps: dict[Path, Any]) -> None:
+        super().__init__(tensors)
+        self.stamps = stamps
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if a file is not what it was: numbers of two files make no model, and of one that has been
+        cut short the system ends who reads on."""
+        for path, before in self.stamps.items():
+            now = stamp(path)
+            if now != before:
+                what = "is another file, or other contents, now" if now else "has gone"
+                raise CheckpointError(f"{path} {what}, while it was being read; wait until all files are there, and try again")
+
+
+def stamp(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from the same one changed, and from another in its place; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def split_dim(name: str) -> int | None:
@@ -122,7 +146,8 @@ def open_shards(ckpt_dir: str | os.PathLike[str]) -> Shards:
         raise CheckpointError(
             f"{folder}: {', '.join(missing[:8])} missing; the shards here go up to {found[max(found)].name}, and all are needed"
         )
-    return {found[i].name: _open(found[i]) for i in sorted(found)}
+    stamps = {found[i]: stamp(found[i]) for i in sorted(found)}
+    return Shards({path.name: _open(path) for path in stamps}, stamps)
 
 
 def _open(path: Path) -> dict[str, torch.Tensor]:
@@ -140,9 +165,10 @@ def _open(path: Path) -> dict[str, torch.Tensor]:
         reason = str(e).split("\n")[0]
         raise CheckpointError(f"{path}: holds more than tensors and was not loaded, as it could run code ({reason})") from e
     except Exception as e:
-        size = path.stat().st_size
+        found = stamp(path)
+        size = f"{found[2]:,} bytes" if found else "and gone by now"
         raise CheckpointError(
-            f"{path}: cut off, damaged or another kind of zip ({size:,} bytes); compare with checklist.chk, fetch it again"
+            f"{path}: cut off, damaged or another kind of zip ({size}); compare with checklist.chk, fetch it again"
         ) from e
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{path}: holds a {type(tensors).__name__}; Meta's shards hold tensors by name and nothing else")

@@ -44,7 +44,7 @@ def cut(parts: list[torch.Tensor], dim: int, rank: int, ranks: int) -> list[torc
 def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device: torch.device, kind: str | None = None) -> None:
     """Fill a model made on `meta` with this rank's part of the shards, its matrices quantized if `kind` is given.
 
-    Raises CheckpointError for NaN and infinity.
+    Raises CheckpointError for NaN and infinity, and where a file changes or goes before the last number is read.
     """
     plan: list[tuple[nn.Module, list[str], list[torch.Tensor]]] = []  # each weight, its names, and what it is read from
     for prefix, module in model.named_modules():
@@ -57,6 +57,7 @@ def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device:
     plan.sort(key=lambda item: -sum(view.numel() for view in item[2]))
     ahead = itertools.islice(plan, 1, None)
     for module, names, views in progress(plan, lambda item: sum(v.nbytes for v in item[2]), "loading"):
+        shards.check_unchanged()
         for view in next(ahead, (None, [], []))[2]:
             advise(view, WILLNEED)  # the disk reads the next one while this one is packed
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and kind is not None:
@@ -78,6 +79,7 @@ def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device:
         if module.weight is None and weight is views[0]:  # packed straight from the file
             advise(views[0], DONTNEED)
         del weight  # before the next one is made
+    shards.check_unchanged()
 
 
 def all_of(name: str, shards: Shards) -> list[torch.Tensor]:

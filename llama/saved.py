@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from . import checkpoint, loading
-from .checkpoint import Shards, expected_shapes
+from .checkpoint import Shards, expected_shapes, stamp
 from .errors import CheckpointError, DeviceError, InputError, kind
 from .memory import gb
 from .model import Transformer
@@ -86,6 +86,7 @@ def open_saved(ckpt_dir: str | os.PathLike[str], wanted: str) -> Shards | None:
     if not path.is_file():
         return None
     again = "make it again with `python -m llama quantize`, or delete it"
+    before = stamp(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as f:
@@ -104,7 +105,7 @@ def open_saved(ckpt_dir: str | os.PathLike[str], wanted: str) -> Shards | None:
     beside = fingerprint(ckpt_dir)
     if beside not in (None, about.get("source")):
         raise CheckpointError(f"{path}: made from other weights than the shards beside it; {again}")
-    return {path.name: tensors}
+    return Shards({path.name: tensors}, {path: before})
 
 
 def _view(mapped: torch.Tensor, entry: dict[str, Any]) -> torch.Tensor:
@@ -158,11 +159,15 @@ def save(ckpt_dir: str | os.PathLike[str], wanted: str) -> Path:
         with part.open("wb") as f:
             f.write(len(text).to_bytes(8, "little") + text)
             for name in progress(names, lambda name: sizes[name], "saving"):
+                shards.check_unchanged()
                 for full_name, tensor in _written(name, shards, wanted):
                     f.seek(begin + ends[full_name] - sizes[full_name])
                     f.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
                 for view in loading.all_of(name, shards):
                     loading.advise(view, loading.DONTNEED)
+            f.flush()
+            os.fsync(f.fileno())  # a disk that is full or failing says so now, while the file before is still there
+        shards.check_unchanged()
         os.replace(part, path)
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be written: {e.strerror}") from e
