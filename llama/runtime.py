@@ -26,11 +26,6 @@ from .errors import DeviceError, LlamaError
 
 T = TypeVar("T")
 
-# oneDNN makes code for each shape of a product and keeps that of 1,024, PyTorch another 1,024: after prompts of many lengths
-# a gigabyte. No forward has more than some 130 shapes. Both read this at their first product.
-for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(_name, "256")
-
 
 def start(device: str | torch.device | None = None, model_parallel_size: int | None = None) -> torch.device:
     """Choose this rank's device and make the model-parallel groups stand; returns the device.
