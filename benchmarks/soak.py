@@ -9,8 +9,8 @@ run ends there with what was broken and exit code 1:
     requests   each is answered as its kind promises, or refused where it must be
     answers    after every round a fixed probe of the model (greedy ids with log probabilities, seeded and unseeded draws)
                gives what it gave at the start, to the last digit
-    memory     after a warm-up, a sixth of the run, resident memory is flat: the median of the last tenth of what follows
-               is at most 2% above that of its first tenth; the same for anonymous memory alone, which no file backs
+    memory     after a warm-up, the first sixth of the samples, resident memory is flat: the median of the last tenth of
+               what follows is at most 2% above that of its first tenth; so is anonymous memory alone, which no file backs
 
 Runs on the CPU of a Linux machine; Ctrl-C ends it early, and what was seen until then counts.
 """
@@ -280,12 +280,11 @@ Medians = dict[str, tuple[float, float]]
 
 def medians(samples: Samples) -> Medians | None:
     """Of each memory, over the first and the last tenth of what follows the warm-up; None where that is too little to tell."""
-    end = samples[-1][0] if samples else 0.0
-    warm = end / WARM_UP
-    tenth = (end - warm) / 10
-    first, last = ([s for s in samples if a <= s[0] <= a + tenth] for a in (warm, end - tenth))
-    if min(len(first), len(last)) < 3:
+    warm = samples[len(samples) // WARM_UP :]  # by samples, not by the clock: a process may be paused
+    tenth = len(warm) // 10
+    if tenth < 3:
         return None
+    first, last = warm[:tenth], warm[-tenth:]
     at = {"resident": 1, "anonymous": 2}
     return {name: (statistics.median(s[i] for s in first), statistics.median(s[i] for s in last)) for name, i in at.items()}
 
@@ -349,7 +348,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     pyplot.rcParams.update({"font.size": 9, "text.color": grey})
     figure, axes = pyplot.subplots(figsize=(8, 2.8))
     minutes = [s[0] / 60 for s in found["samples"]]
-    warm = minutes[-1] / WARM_UP
+    warm = minutes[len(minutes) // WARM_UP]
     for i, (name, color) in enumerate((("resident", "#2f81f7"), ("anonymous", "#e0823d")), 1):
         axes.plot(minutes, [s[i] / 1e6 for s in found["samples"]], color=color, linewidth=1.2, label=name)
         if found["medians"]:
