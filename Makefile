@@ -1,11 +1,12 @@
 # make test    set up .venv if need be, then lint, types and all tests
 # make demo    set up .venv if need be, then both examples
 # make grid    every number of shards on every number of ranks (1 to 8), about two minutes
+# make supply  all tests on the lowest versions that setup.py allows and on the highest there are; installs both in build/
 # make bench   this library beside transformers and llama.cpp, about a quarter of an hour; installs both
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test demo grid bench
+.PHONY: setup test demo grid supply bench
 
 setup: .venv/installed
 
@@ -26,6 +27,10 @@ demo: setup
 
 grid: setup
 	$(BIN)/python -m pytest -m "grid or not grid" tests/test_ranks.py -rP
+
+supply:
+	PYTHON=$(PYTHON) tests/supply.sh lowest
+	PYTHON=$(PYTHON) tests/supply.sh highest
 
 bench: setup
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[bench]'

@@ -29,6 +29,11 @@ from .errors import DeviceError, InputError, LlamaError
 
 T = TypeVar("T")
 
+# oneDNN makes code for each shape of a product and keeps that of 1,024, PyTorch another 1,024: after prompts of many lengths
+# a gigabyte. A step has five shapes, a prompt as many and those of its attention. Both read this at their first product.
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, "128")
+
 REASON = "llama/reason"  # a key of the group's store: which rank failed first, and why
 A_YEAR = timedelta(days=365)
 PATIENCE = 30  # seconds, after which a rank that waits for the others says so

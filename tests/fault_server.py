@@ -216,11 +216,13 @@ class Downloader:
         pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
         command = [*self.shell, str(self.script), *(options or self.options)]
         popen = {**pipes, "cwd": self.tmp_path, "start_new_session": True, **popen}
-        before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # where it is ignored, the script would inherit that
+        heard = signal.SIGINT, signal.SIGHUP  # the script would inherit that they are ignored, as under nohup
+        before = [signal.signal(number, signal.SIG_DFL) for number in heard]
         try:
             return subprocess.Popen(command, text=True, env={**settings, **(env or {})}, **popen)
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in zip(heard, before, strict=True):
+                signal.signal(number, handler)
 
     def finish(self, process: subprocess.Popen, stdin: str = "") -> tuple[int, str]:
         """The exit status and stderr."""
