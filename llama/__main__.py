@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--dtype", help="bfloat16, float16 or float32; default the stored one")
     model.add_argument("--quantize", choices=KINDS, help="hold the matrices in 8 or 4 bit")
     model.add_argument("--compile", action="store_true", help="on CUDA, faster steps after a slower start")
+    model.add_argument("--model_parallel_size", type=int, metavar="N", help="ranks that share a model; default all of them")
     model.add_argument("--seed", type=int, default=1, metavar="N", help="of all draws; default 1")
     draw = common.add_argument_group("the choice of ids")
     draw.add_argument("--temperature", type=float, default=0.6, metavar="X", help="0: the likeliest id; default 0.6")
@@ -112,7 +113,7 @@ def build(args: argparse.Namespace, rows: int) -> Llama:
     return Llama.build(
         ckpt_dir, tokenizer_path, args.max_seq_len, rows,
         seed=args.seed, device=args.device, dtype=args.dtype, compile=args.compile,
-        quantize=args.quantize,
+        quantize=args.quantize, model_parallel_size=args.model_parallel_size,
     )  # fmt: skip
 
 
@@ -154,7 +155,7 @@ def run_chat(args: argparse.Namespace) -> None:
 
 def run_complete(args: argparse.Namespace) -> None:
     of_each_call = options(args)
-    runtime.start(args.device)
+    runtime.start(args.device, args.model_parallel_size)
     terminal = Terminal()
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     prompts = ranks.on_rank0(lambda: args.prompts or read_prompts(args.jsonl))
@@ -171,7 +172,7 @@ def run_complete(args: argparse.Namespace) -> None:
         return
     encoded = [llama.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
     calls.check_prompts(encoded, [f"prompt {row}" for row in range(len(prompts))], llama.tokenizer, args.max_seq_len)
-    some = WRITTEN_AFTER * args.max_batch_size  # what is written is not lost when the program is stopped
+    some = WRITTEN_AFTER * args.max_batch_size * ranks.replica()[1]  # what is written is not lost when the program is stopped
     for i in range(0, len(prompts), some):
         results = llama.text_completion(prompts[i : i + some], **of_each_call, details=True)
         for prompt, result in zip(prompts[i : i + some], results, strict=True):

@@ -13,7 +13,9 @@ import atexit
 import contextlib
 import hashlib
 import io
+import ipaddress
 import os
+import socket
 import sys
 import threading
 import time
@@ -105,6 +107,7 @@ def start_groups(backend: str, size: int) -> None:
     if not dist.is_initialized() and under_torchrun():
         if _ended:
             raise DeviceError(f"{_ended}; start all of them again")
+        check_reachable()
         try:
             dist.init_process_group(backend)
         except ValueError as e:
@@ -119,6 +122,21 @@ def start_groups(backend: str, size: int) -> None:
             fs.initialize_model_parallel(size)
     if dist.get_rank() > 0 and getattr(sys.stdout, "name", None) != os.devnull:
         sys.stdout = open(os.devnull, "w")  # one rank prints what the caller prints
+
+
+def check_reachable() -> None:
+    """Raise DeviceError where ranks on other machines would look for this one in vain: half a minute, and no word why."""
+    if world_size() == (here()[1] or world_size()) or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    name, addresses = socket.gethostname(), set()
+    with contextlib.suppress(OSError):
+        addresses = {str(address[0]).partition("%")[0] for *_, address in socket.getaddrinfo(name, None)}
+    if all(ipaddress.ip_address(address).is_loopback for address in addresses):
+        where = f"leads to {', '.join(sorted(addresses))}" if addresses else "leads nowhere"
+        raise DeviceError(
+            f"this machine's name, {name!r}, {where}, where ranks on other machines cannot find it: set GLOO_SOCKET_IFNAME "
+            "(with GPUs NCCL_SOCKET_IFNAME, too) to the network interface that the machines share, such as eth0"
+        )
 
 
 def _stop() -> None:

@@ -1,6 +1,7 @@
 """Where it runs: groups that exist, groups from torchrun, none at all; and what is left behind."""
 
 import os
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import DeviceError, Llama, runtime
+from llama import DeviceError, Llama, ranks, runtime
 
-from .support import run, torchrun
+from .support import refused, run, torchrun
 
 OWN_GROUPS = """
 import os, sys, torch, torch.distributed as dist
@@ -112,6 +113,37 @@ def test_the_choice_of_a_device(
             runtime.choose_device(asked, world)
     else:
         assert str(runtime.choose_device(asked, world)) == want
+
+
+@pytest.mark.parametrize(
+    "addresses, env, ok",
+    [
+        (["127.0.1.1"], {}, False),
+        (["127.0.1.1", "::1"], {}, False),
+        ([], {}, False),
+        (["127.0.0.1", "10.0.0.1"], {}, True),
+        (["fe80::1%eth0"], {}, True),
+        (["127.0.1.1"], {"GLOO_SOCKET_IFNAME": "eth0"}, True),
+        (["127.0.1.1"], {"LOCAL_WORLD_SIZE": "4"}, True),  # one machine
+    ],
+)
+def test_a_machine_that_others_cannot_find_says_so(
+    monkeypatch: pytest.MonkeyPatch, addresses: list[str], env: dict[str, str], ok: bool
+) -> None:
+    def getaddrinfo(name: str, port: object) -> list[tuple]:
+        if not addresses:
+            raise OSError("no such name")
+        return [(0, 0, 0, "", (address, 0)) for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(socket, "gethostname", lambda: "alpha")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    for key, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", **env}.items():
+        monkeypatch.setenv(key, value)
+    if ok:
+        ranks.check_reachable()
+    else:
+        refused(ranks.check_reachable, DeviceError, "'alpha', leads", "set GLOO_SOCKET_IFNAME")
 
 
 def test_progress_is_for_terminals_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
