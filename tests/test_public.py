@@ -53,7 +53,7 @@ SIGNATURES = {
 }
 # A file imports only from files above it.
 ROOMS = """errors runtime demo quantize kernels parallel cache attention model decode memory tokenizer chat sampling engine text
-calls checkpoint loading saved generation conversation terminal __init__ __main__""".split()
+calls archive checkpoint loading saved generation conversation terminal __init__ __main__""".split()
 
 
 @pytest.mark.parametrize("module", NAMES)
