@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,7 @@ def _peak(anew: bool = False) -> int:
 def fuzz(minutes: float, journal: Path) -> None:
     """Rounds of cases of each target; each is written down before it is played, and how it ended after."""
     until, ended = time.monotonic() + 60 * minutes, collections.Counter[str]()
+    warnings.simplefilter("ignore")  # torch's, as it makes what it will not make for long
     resource.setrlimit(resource.RLIMIT_AS, (MOST_ADDRESSES, MOST_ADDRESSES))
 
     def tried(target: str, cases: st.SearchStrategy[Any]) -> None:

@@ -321,6 +321,7 @@ PLAIN = "tensors by name and nothing else"
         (lambda t: t.update({EMBEDDING: t[EMBEDDING].to_sparse()}), (f"'{EMBEDDING}' is no plain tensor", PLAIN)),
         (lambda t: t.update({EMBEDDING: t[EMBEDDING].to("meta")}), (f"'{EMBEDDING}' is no plain tensor", PLAIN)),
         (lambda t: t.update({W2: torch.ones(1).expand(64, 192)}), (f"'{W2}' is no plain tensor", PLAIN)),
+        (lambda t: t.update({W2: torch.complex(t[W2], t[W2]).conj().imag}), (f"'{W2}' is no plain tensor", PLAIN)),
         (lambda t: t.update({W2: t[W2].to(torch.int8)}), (W2, "torch.int8", "bfloat16, float16 and float32", "convert")),
         (lambda t: t.update({W2: t[W2].double()}), (W2, "torch.float64", "bfloat16, float16 and float32")),
         (lambda t: t.update({NORM: t[NORM] > 1}), (NORM, "torch.bool", "bfloat16, float16 and float32")),
