@@ -394,6 +394,14 @@ def test_tokenizers_of_other_kinds(refuse: Refuse, copy: Path) -> None:
     refuse(copy, str(copy / TOKENIZER), "without BOS and EOS", "not Llama's")
 
 
+def test_a_tokenizer_without_an_unknown_piece(refuse: Refuse, copy: Path) -> None:
+    """Which sentencepiece loads, until it decodes one."""
+    data = bytearray((copy / TOKENIZER).read_bytes())
+    data[1] -= 2  # the first piece is shorter, and so has no type any more
+    (copy / TOKENIZER).write_bytes(data)
+    refuse(copy, str(copy / TOKENIZER), "unknown one", "not Llama's")
+
+
 def test_another_models_tokenizer(refuse: Refuse, tmp_path: Path, llama: Llama, small: SimpleNamespace, halves: Path) -> None:
     path = train_tokenizer(tmp_path / TOKENIZER, 400)
     for folder in (small.folder, halves):
