@@ -39,7 +39,6 @@ def _raise(*_: Any, **__: Any) -> Any:
 
 LIES: dict[str, Callable[[], Any]] = {
     "len": lambda: type("L", (list,), {"__len__": _raise})([[1, 5]]),
-    "long": lambda: type("L", (list,), {"__len__": lambda _: 1 << 40})([[1, 5]]),
     "iter": lambda: type("L", (list,), {"__iter__": _raise})([[1, 5]]),
     "getitem": lambda: type("D", (dict,), {"__getitem__": _raise})(role="user", content="a"),
     "contains": lambda: type("D", (dict,), {"__contains__": _raise})(role="user", content="a"),
