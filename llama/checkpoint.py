@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from . import archive
 from .errors import CheckpointError, kind, path_to, read_file, what_is_it
 from .model import ModelArgs, Transformer
 from .quantize import KINDS
@@ -29,6 +30,8 @@ SPLIT: dict[str, int | None] = {
 }  # fmt: skip
 NOT_WEIGHTS = {"rope.freqs"}  # in Meta's files, but computed here
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+LARGEST_PARAMS = 1 << 20  # bytes of params.json, which has about 100
 
 NOT_FINITE = "holds NaN or infinity: the shards are damaged; compare with checklist.chk, fetch them again"
 _OTHER_MODEL = "params.json and the shards are not of one model; fetch them again"
@@ -69,7 +72,8 @@ def split_dim(name: str) -> int | None:
 
 _COUNT = (int, lambda v: 1 <= v < 2**31, "a whole number from 1 to 2,147,483,647")
 _PARAMS: dict[str, tuple[Any, Any, str]] = {
-    "dim": _COUNT, "n_layers": _COUNT, "n_heads": _COUNT, "n_kv_heads": _COUNT, "multiple_of": _COUNT,
+    "dim": _COUNT, "n_heads": _COUNT, "n_kv_heads": _COUNT, "multiple_of": _COUNT,
+    "n_layers": (int, lambda v: 1 <= v <= 1024, "a whole number from 1 to 1,024"),
     "vocab_size": (int, lambda v: v == -1 or 1 <= v < 2**31, "-1 (the tokenizer's) or a whole number, 1 or more"),
     "ffn_dim_multiplier": ((int, float), lambda v: 0 < v <= 1000, "a number above 0, at most 1000"),
     "norm_eps": ((int, float), lambda v: 0 < v < 1, "a number between 0 and 1"),
@@ -84,7 +88,7 @@ def read_params(ckpt_dir: str | os.PathLike[str]) -> dict[str, Any]:
     if "params.json" not in _names(folder):
         raise CheckpointError(f"{folder}: no params.json; {_what_instead(folder)}")
     path = folder / "params.json"
-    text = read_file(path)
+    text = read_file(path, LARGEST_PARAMS)
     try:
         params = json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -95,7 +99,7 @@ def read_params(ckpt_dir: str | os.PathLike[str]) -> dict[str, Any]:
     params = {k: v for k, v in params.items() if not (v is None and k in _OPTIONAL)}
     for key, value in params.items():
         if key not in _PARAMS:
-            raise CheckpointError(f"{path}: unknown key {key!r}; a Llama 2 model has {', '.join(_PARAMS)}")
+            raise CheckpointError(f"{path}: unknown key {key!r:.80}; a Llama 2 model has {', '.join(_PARAMS)}")
         types, valid, wanted = _PARAMS[key]
         if isinstance(value, bool) or not isinstance(value, types) or not valid(value):
             raise CheckpointError(f"{path}: {key} is {value!r:.80}; it must be {wanted}")
@@ -137,7 +141,7 @@ def _what_instead(folder: Path) -> str:
 
 def open_shards(ckpt_dir: str | os.PathLike[str]) -> Shards:
     """Map every consolidated.NN.pth; reads names and shapes, no numbers."""
-    folder = Path(ckpt_dir)
+    folder = Path(ckpt_dir).expanduser()
     found = {int(m[1]): folder / m[0] for n in _names(folder) if (m := re.fullmatch(r"consolidated\.([0-9]{2})\.pth", n))}
     if not found:
         raise CheckpointError(f"{folder}: no consolidated.NN.pth; {_what_instead(folder)}")
@@ -160,10 +164,9 @@ def _open(path: Path) -> dict[str, torch.Tensor]:
     if head[:2] != b"PK":
         raise CheckpointError(f"{path}: not a PyTorch checkpoint; {what_is_it(head)}; fetch it again")
     try:
-        tensors = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
+        tensors = archive.read(path)
     except pickle.UnpicklingError as e:
-        reason = str(e).split("\n")[0]
-        raise CheckpointError(f"{path}: holds more than tensors and was not loaded, as it could run code ({reason})") from e
+        raise CheckpointError(f"{path}: holds more than tensors and was not loaded, as it could run code ({e})") from e
     except Exception as e:
         found = stamp(path)
         size = f"{found[2]:,} bytes" if found else "and gone by now"
@@ -173,13 +176,11 @@ def _open(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{path}: holds a {type(tensors).__name__}; Meta's shards hold tensors by name and nothing else")
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not _is_plain(tensor):
-            raise CheckpointError(f"{path}: {name!r} is no plain tensor; Meta's shards hold tensors by name and nothing else")
+        if not isinstance(name, str) or tensor is None:
+            raise CheckpointError(
+                f"{path}: {name!r:.80} is no plain tensor; Meta's shards hold tensors by name and nothing else"
+            )
     return tensors
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not (tensor.is_quantized or tensor.is_nested)
 
 
 def build_on_meta(

@@ -41,12 +41,12 @@ def kind(value: object) -> str:
 def path_to(value: str | os.PathLike[str], name: str, what: str, folder: bool = False) -> Path:
     """The path given as argument `name`, which must lead to `what`: a file, or a folder, that is there."""
     try:
-        path = Path(value)
+        path = Path(value).expanduser()
         path.stat()
         wrong = "" if path.is_dir() == folder else "a file, not a folder" if folder else "a folder, not a file"
     except TypeError as e:
         raise CheckpointError(f"{name} is {kind(value)}; it must be the path of {what}") from e
-    except (OSError, ValueError) as e:  # nothing there, forbidden, too long, or of characters that no path has
+    except (OSError, ValueError, RuntimeError) as e:  # nothing there, forbidden, too long, or nobody's home
         wrong = getattr(e, "strerror", None) or str(e)
     if wrong:
         raise CheckpointError(f"{name} is {str(value)!r:.200}: {wrong}; it must be the path of {what}")

@@ -26,8 +26,10 @@ class Tokenizer:
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()
         self.pad_id: int = self.sp_model.pad_id()
-        if self.n_words < 1 or self.bos_id < 0 or self.eos_id < 0:
-            raise CheckpointError(f"{path}: a SentencePiece model without BOS and EOS pieces is not Llama's")
+        if not all(0 <= id_ < self.n_words for id_ in (self.bos_id, self.eos_id, self.sp_model.unk_id())):
+            raise CheckpointError(
+                f"{path}: a SentencePiece model without BOS and EOS pieces, or an unknown one, is not Llama's"
+            )
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """The ids of `s`, after BOS and before EOS where asked for. Control pieces in the text are plain text."""

@@ -22,7 +22,7 @@ What is the capital of France? The capital of France is Paris. How do I get ther
 Always answer with a short poem. I am a helpful assistant; thank you, friend. Good morning, good night."""
 
 
-def train_tokenizer(path: Path, vocab_size: int = 384) -> Path:
+def train_tokenizer(path: Path, vocab_size: int = 384, normalization: str = "identity") -> Path:
     """A SentencePiece BPE model like Llama 2's: byte fallback, BOS 1, EOS 2, no padding piece."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -32,7 +32,7 @@ def train_tokenizer(path: Path, vocab_size: int = 384) -> Path:
         model_type="bpe",
         byte_fallback=True,
         pad_id=-1,
-        normalization_rule_name="identity",
+        normalization_rule_name=normalization,
         remove_extra_whitespaces=False,
         minloglevel=2,
     )

@@ -184,7 +184,8 @@ def test_params_json_that_is_none(refuse: Refuse, copy: Path, text: bytes, parts
     "key, value, parts",
     [
         *[("dim", bad, (f"dim is {bad!r:.40}", COUNT)) for bad in ("64", True, 64.0, None, [], math.nan, math.inf, -1, 0)],
-        *[(key, 10**30, (key, COUNT)) for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of")],
+        *[(key, 10**30, (key, COUNT)) for key in ("dim", "n_heads", "n_kv_heads", "multiple_of")],
+        *[("n_layers", bad, ("n_layers", "a whole number from 1 to 1,024")) for bad in (10**30, 1025, 0)],
         ("dim", 10**400, ("dim is 1000", COUNT)),
         *[("norm_eps", bad, ("norm_eps is", "between 0 and 1")) for bad in (math.nan, math.inf, 0, -1e-5, 1, "1e-5", True)],
         *[("rope_theta", bad, ("rope_theta is", "1 to 1e18")) for bad in (math.nan, math.inf, 0, 1e-300, 10**30, "1e6")],
@@ -319,6 +320,8 @@ PLAIN = "tensors by name and nothing else"
         (lambda t: t.update({5: torch.ones(1)}), ("5 is no plain tensor", PLAIN)),
         (lambda t: t.update({EMBEDDING: t[EMBEDDING].to_sparse()}), (f"'{EMBEDDING}' is no plain tensor", PLAIN)),
         (lambda t: t.update({EMBEDDING: t[EMBEDDING].to("meta")}), (f"'{EMBEDDING}' is no plain tensor", PLAIN)),
+        (lambda t: t.update({W2: torch.ones(1).expand(64, 192)}), (f"'{W2}' is no plain tensor", PLAIN)),
+        (lambda t: t.update({W2: torch.complex(t[W2], t[W2]).conj().imag}), (f"'{W2}' is no plain tensor", PLAIN)),
         (lambda t: t.update({W2: t[W2].to(torch.int8)}), (W2, "torch.int8", "bfloat16, float16 and float32", "convert")),
         (lambda t: t.update({W2: t[W2].double()}), (W2, "torch.float64", "bfloat16, float16 and float32")),
         (lambda t: t.update({NORM: t[NORM] > 1}), (NORM, "torch.bool", "bfloat16, float16 and float32")),
@@ -373,7 +376,7 @@ def test_what_is_in_order_loads(copy: Path, small: SimpleNamespace) -> None:
         assert not any(p.requires_grad for p in model.parameters())
 
     check(lambda t: OrderedDict((k, torch.nn.Parameter(v)) for k, v in t.items()), torch.float32)
-    check(lambda t: t.update({W2: t[W2].T.contiguous().T, "output.weight": torch.ones(1).expand(384, 64)}), torch.float32)
+    check(lambda t: t.update({W2: t[W2].T.contiguous().T}), torch.float32)
     (copy / "params.json").write_bytes(b"\xef\xbb\xbf" + (copy / "params.json").read_bytes())
     check(lambda t: {k: v.detach().half() for k, v in t.items()}, torch.float16)
     check(lambda t: t.update({W2: torch.full((64, 192), 60000.0).half()}), torch.float16)
@@ -389,6 +392,14 @@ def test_tokenizers_of_other_kinds(refuse: Refuse, copy: Path) -> None:
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=text, model_writer=model, **options)
     (copy / TOKENIZER).write_bytes(model.getvalue())
     refuse(copy, str(copy / TOKENIZER), "without BOS and EOS", "not Llama's")
+
+
+def test_a_tokenizer_without_an_unknown_piece(refuse: Refuse, copy: Path) -> None:
+    """Which sentencepiece loads, until it decodes one."""
+    data = bytearray((copy / TOKENIZER).read_bytes())
+    data[1] -= 2  # the first piece is shorter, and so has no type any more
+    (copy / TOKENIZER).write_bytes(data)
+    refuse(copy, str(copy / TOKENIZER), "unknown one", "not Llama's")
 
 
 def test_another_models_tokenizer(refuse: Refuse, tmp_path: Path, llama: Llama, small: SimpleNamespace, halves: Path) -> None:

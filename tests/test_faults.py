@@ -13,9 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from llama import CheckpointError, Llama, parallel, saved
+from llama import CheckpointError, Llama, archive, parallel, saved
 from llama.__main__ import main
 
 from .jobs import Job, at_once
@@ -211,13 +210,13 @@ def test_a_file_that_changes_while_it_is_read(
 
 
 def test_a_shard_that_goes_while_it_is_opened(small: SimpleNamespace, doomed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = torch.load
+    plain = archive.read
 
-    def load(path: str, **options: Any) -> Any:
-        os.unlink(path)
-        return plain(path, **options)
+    def read(path: Path) -> Any:
+        path.unlink()
+        return plain(path)
 
-    monkeypatch.setattr(torch, "load", load)
+    monkeypatch.setattr(archive, "read", read)
     with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth: .* gone by now"):
         Llama.build(doomed, small.tokenizer_path, 32, 2, device="cpu")
 

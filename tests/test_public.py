@@ -53,7 +53,7 @@ SIGNATURES = {
 }
 # A file imports only from files above it.
 ROOMS = """errors ranks runtime demo quantize kernels parallel cache attention model decode memory plan tokenizer chat
-sampling engine text calls checkpoint loading saved generation conversation terminal __init__ __main__""".split()
+sampling engine text calls archive checkpoint loading saved generation conversation terminal __init__ __main__""".split()
 
 
 @pytest.mark.parametrize("module", NAMES)

@@ -62,6 +62,16 @@ def test_the_file_is_one_that_others_can_read(kept: Path) -> None:
     assert all(a[1] == b[0] for a, b in itertools.pairwise(spans)) and (8 + length) % 64 == 0
 
 
+def test_a_shard_beside_it_that_is_no_zip_any_more(kept: Path, small: SimpleNamespace) -> None:
+    shard = kept / "consolidated.01.pth"
+    whole = shard.read_bytes()
+    for damaged in (whole[:-30], whole.replace(b"data.pkl", b"data\xff\xff\xff\xff"), b"PK\5\6" * 20):
+        shard.unlink()
+        shard.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"consolidated.01.pth: damaged, or no PyTorch checkpoint"):
+            build(kept, small)
+
+
 def test_a_file_made_from_other_weights_is_refused(kept: Path, small: SimpleNamespace, tmp_path: Path) -> None:
     other = {name: w.clone() for name, w in small.weights.items()}
     other["layers.1.feed_forward.w2.weight"][0, 0] += 1

@@ -1,0 +1,163 @@
+"""Hostile shards: pickles that would run code or take for ever, zips that lie, bombs."""
+
+import io
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .hostile import FIRST, Edit, Wrong, answer, build, edited, home, put, sound
+
+
+def resealed(data: bytes, change: Callable[[str, bytes], bytes | None], method: int = zipfile.ZIP_STORED) -> bytes:
+    """A shard with each record changed, None: left out, and sound checksums."""
+    path = home() / "resealed.zip"
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(path, "w", method) as new:
+        for name in old.namelist():
+            record = change(name, old.read(name))
+            if record is not None:
+                new.writestr(name, record)
+    return path.read_bytes()
+
+
+def canary() -> Path:
+    return home() / "canary"
+
+
+def _text(text: str) -> bytes:
+    return b"X" + struct.pack("<I", len(text.encode("utf-8", "surrogatepass"))) + text.encode("utf-8", "surrogatepass")
+
+
+FRAGMENTS: dict[str, Callable[[], bytes]] = {
+    "system": lambda: b"cos\nsystem\n" + _text(f"mkdir {canary()}") + b"\x85R",
+    "mkdir": lambda: b"cposix\nmkdir\n" + _text(str(canary())) + b"\x85R",
+    "eval": lambda: b"cbuiltins\neval\n" + _text(f"__import__('os').mkdir({str(canary())!r})") + b"\x85R",
+    "exec": lambda: b"(" + _text(f"import os; os.mkdir({str(canary())!r})") + b"ibuiltins\nexec\n",
+    "obj": lambda: b"(cos\nmkdir\n" + _text(str(canary())) + b"o",
+    "newobj": lambda: b"cos\nmkdir\n" + _text(str(canary())) + b"\x85\x81",
+    "stack global": lambda: _text("os") + _text("mkdir") + b"\x93" + _text(str(canary())) + b"\x85R",
+    "attribute": lambda: b"ctorch.utils.data\nos.mkdir\n" + _text(str(canary())) + b"\x85R",
+    "torch os": lambda: b"ctorch.serialization\nos\n" + _text(str(canary())) + b"\x85R",
+    "torch load": lambda: b"ctorch\nload\n" + _text(str(canary())) + b"\x85R",
+    "torch hub": lambda: b"ctorch.hub\nload_state_dict_from_file\n" + _text(str(canary())) + b"\x85R",
+    "extension": lambda: b"\x82\x01",
+    "bytearray": lambda: b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R",
+    "bytearray8": lambda: b"\x96" + struct.pack("<Q", 1 << 40),
+    "bytes8": lambda: b"\x8e" + struct.pack("<Q", 1 << 40),
+    "unicode": lambda: b"X\xff\xff\xff\x7f",
+    "memo bomb": lambda: b"r\xff\xff\xff\x7f",
+    "long4": lambda: b"\x8b\xff\xff\xff\x7f",
+    "digits": lambda: b"I" + b"9" * 100_000 + b"\n",
+    "frame": lambda: b"\x95" + struct.pack("<Q", 1 << 62),
+    "laughs": lambda: b")" + b"q\x00h\x00h\x00\x87" * 200,
+    "laughs hashed": lambda: b"})" + b"q\x00h\x00h\x00\x87" * 200 + b"Ns",
+    "laughs in a storage": lambda: b")" + b"q\x00h\x00h\x00\x87" * 200 + b"Q",
+    "laughs in a tensor": lambda: b"ctorch._utils\n_rebuild_tensor_v2\n)" + b"q\x00h\x00h\x00\x87" * 200 + b"\x85R",
+    "deep": lambda: b"]" * 50_000 + b"a" * 49_999,
+    "tuples": lambda: b")" + b"\x85" * 200_000,
+    "marks": lambda: b"(" * 100_000,
+    "dicts": lambda: b"}" * 100_000,
+    "self": lambda: b"]q\x00h\x00a",
+    "self key": lambda: b"}q\x00h\x00h\x00s",
+    "huge tensor": lambda: _tensor_of(4, (1 << 40, 1 << 40), (1 << 40, 1)),
+    "stride 0": lambda: _tensor_of(4, (1 << 40, 1 << 40), (0, 0)),
+    "negative": lambda: _tensor_of(4, (2, 2), (-1, 1)),
+    "beyond": lambda: _tensor_of(1 << 40, (1 << 40,), (1,)),
+    "other record": lambda: _tensor_of(4, (4,), (1,), "../data.pkl"),
+    "dimensions": lambda: _tensor_of(4, (1,) * 200, (1,) * 200),
+    "build": lambda: b"ctorch._utils\n_rebuild_tensor_v2\n" + b"}" + _text("__code__") + b"Nsb",
+    "dtype": lambda: b"ctorch\nfloat32\n", "print": lambda: b"ctorch._utils\nprint\n)R",
+    "none": lambda: b"N", "dict": lambda: b"}", "name": lambda: _text("tok_embeddings.weight"), "set": lambda: b"s",
+    "pop": lambda: b"0", "dup": lambda: b"2", "tuple": lambda: b"\x86", "reduce": lambda: b"R", "mark": lambda: b"(",
+    "items": lambda: b"u", "surrogate": lambda: b"}X\x03\x00\x00\x00\xed\xa0\x80Ns",
+    "long name": lambda: b"}" + _text("x" * 500_000) + b"Ns",
+}  # fmt: skip
+
+
+def _tensor_of(numel: int, size: tuple[int, ...], stride: tuple[int, ...], record: str = "0") -> bytes:
+    """The pickle of a tensor of that form, without start and end."""
+
+    def number(n: int) -> bytes:
+        return b"\x8a\x08" + n.to_bytes(8, "little", signed=True)
+
+    storage = b"(" + _text("storage") + b"ctorch\nBFloat16Storage\n" + _text(record) + _text("cpu") + number(numel) + b"tQ"
+    sizes = [b"(" + b"".join(map(number, numbers)) + b"t" for numbers in (size, stride)]
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(0) + b"".join(sizes) + b"\x89NtR"
+
+
+def play_pickle(parts: Sequence[str], edits: Sequence[Edit], inside: bool) -> None:
+    """data.pkl made of fragments, alone or before the sound one's end; and edited; its checksum is right."""
+    program = b"".join(FRAGMENTS[part]() for part in parts)
+
+    def change(name: str, record: bytes) -> bytes:
+        if not name.endswith("/data.pkl"):
+            return record
+        return edited(record[:2] + program + record[2:] if inside else b"\x80\x02" + program + b"." if parts else record, edits)
+
+    _whatever_it_is(resealed(sound("one")[FIRST], change))
+
+
+ZIPS = ["deflated", "stored", "bomb", "pickle bomb", "missing", "longer", "shorter", "sizes", "overlap", "zip64", "twice",
+        "before", "members"]  # fmt: skip
+
+
+def play_zip(how: str, n: int, edits: Sequence[Edit]) -> None:
+    """Zips that are odd, or bombs."""
+    data = sound("one")[FIRST]
+    zeros = bytes(1 << 25)
+    if how == "deflated":
+        data = resealed(data, lambda _, record: record, zipfile.ZIP_DEFLATED)
+    elif how == "stored":
+        data = resealed(data, lambda _, record: record)
+    elif how == "bomb":
+        data = resealed(data, lambda name, record: zeros if name.endswith(f"data/{n % 8}") else record, zipfile.ZIP_DEFLATED)
+    elif how == "pickle bomb":
+        data = resealed(data, lambda name, record: zeros if name.endswith("data.pkl") else record, zipfile.ZIP_DEFLATED)
+    elif how == "missing":
+        data = resealed(data, lambda name, record: None if zlib.crc32(name.encode()) % 7 == n % 7 else record)
+    elif how in ("longer", "shorter"):
+        data = resealed(data, lambda name, record: _resized(record, how, n) if name.endswith(f"data/{n % 8}") else record)
+    elif how == "sizes":  # every size in the directory
+        data = bytearray(data)
+        for at in _all(bytes(data), b"PK\x01\x02")[n % 3 :: 3]:
+            struct.pack_into("<II", data, at + 20, *([0xFFFFFFF0 - n % 9] * 2))
+    elif how == "overlap":  # the directory's entries all lead to one record
+        data = bytearray(data)
+        for at in _all(bytes(data), b"PK\x01\x02")[n % 5 :]:
+            struct.pack_into("<I", data, at + 42, 0)
+    elif how == "zip64":
+        data = bytearray(data)
+        at = bytes(data).rindex(b"PK\x05\x06")
+        data[at:at] = (
+            b"PK\x06\x06"
+            + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, 1 << n % 64, 1 << n % 64, 1 << n % 60, n)
+            + (b"PK\x06\x07" + struct.pack("<IQI", 0, at, 1))
+        )
+    elif how == "twice":
+        data = bytes(data) + bytes(data)
+    elif how == "before":
+        data = b"PK\x03\x04" + bytes(n % 4096) + bytes(data)
+    elif how == "members":
+        path = home() / "members.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            for i in range(n % 3000):
+                archive.writestr(f"archive/data/{i}", b"")
+        data = path.read_bytes()
+    _whatever_it_is(edited(bytes(data), edits))
+
+
+def _resized(record: bytes, how: str, n: int) -> bytes:
+    return record + bytes(n % 999) if how == "longer" else record[: max(len(record) - 1 - n % 99, 0)]
+
+
+def _all(data: bytes, what: bytes) -> list[int]:
+    return [i for i in range(len(data)) if data.startswith(what, i)]
+
+
+def _whatever_it_is(shard: bytes) -> None:
+    folder = put("one", sound("one") | {FIRST: shard})
+    llama = build(folder)
+    if not all(weight.isfinite().all() for weight in llama.model.state_dict().values()):
+        raise Wrong("numbers that are not finite were loaded")
+    answer(llama)

@@ -1,0 +1,90 @@
+"""Shards as torch.save writes them, and as damage leaves them: what they say of themselves is not believed."""
+
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llama import CheckpointError, Llama, archive, saved
+
+from .hostile_zips import FRAGMENTS, resealed
+from .support import write_shards
+
+FIRST = "consolidated.00.pth"
+
+
+def test_what_torch_reads(tmp_path: Path) -> None:
+    """Tensors of every dtype and stride, shared storages, and none at all."""
+    a = torch.arange(12.0).view(3, 4)
+    tensors = {
+        "a": a,
+        "turned": a.T,
+        "part": a[1:, ::2],
+        "scalar": a[2, 3],
+        "none": torch.ones(0, 5),
+        "b": torch.nn.Parameter(a),
+    }
+    kinds = ("bfloat16", "float16", "float64", "int8", "uint8", "int16", "int32", "int64", "bool")
+    tensors |= {kind: a.to(getattr(torch, kind)) for kind in kinds}
+    torch.save(tensors, tmp_path / "tensors.pth")
+    found = archive.read(tmp_path / "tensors.pth")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and found[name].stride() == tensor.stride()
+        assert torch.equal(found[name], tensor.detach())
+
+
+@pytest.fixture
+def shard(small: SimpleNamespace, tmp_path: Path) -> Path:
+    return write_shards(tmp_path / "model", small.params, small.weights) / FIRST
+
+
+@pytest.fixture
+def refused(shard: Path, small: SimpleNamespace) -> Callable[[bytes], None]:
+    def build(data: bytes) -> None:
+        shard.unlink()
+        shard.write_bytes(data)
+        with pytest.raises(CheckpointError, match=r"damaged|could run code|no plain tensor"):
+            Llama.build(shard.parent, small.tokenizer_path, 16, 2, device="cpu")
+
+    return build
+
+
+def test_a_record_is_where_the_zip_says_twice(shard: Path, refused: Callable[[bytes], None]) -> None:
+    """Else the numbers of one tensor, or half of one's and half of another's, would be taken for those of the next."""
+    whole = shard.read_bytes()
+    with zipfile.ZipFile(shard) as entries:
+        start, at = entries.start_dir, {entry.filename: entry.header_offset for entry in entries.infolist()}
+    one, two = at["consolidated.00/data/1"], at["consolidated.00/data/2"]
+    in_directory = whole.index(b"consolidated.00/data/1", start) - 46
+    for place, value in ((one + 28, 64), (one + 8, 8), (in_directory + 42, two - one), (in_directory + 24, 64)):
+        spoiled = bytearray(whole)
+        number = int.from_bytes(whole[place : place + 4], "little") + value
+        spoiled[place : place + 4] = (number % (1 << 32)).to_bytes(4, "little")
+        refused(bytes(spoiled))
+    place = whole.index(b"feed_forward")  # in the pickle, whose checksum tells
+    refused(whole[:place] + b"F" + whole[place + 1 :])
+
+
+def test_a_pickle_takes_no_more_time_or_memory_than_it_has_bytes(shard: Path, refused: Callable[[bytes], None]) -> None:
+    """Tuples of tuples, whose hash takes 3 ** 200 steps; and lengths that nothing follows."""
+    whole = shard.read_bytes()
+    for name in ("laughs hashed", "laughs in a tensor", "bytearray8", "memo bomb", "stride 0", "huge tensor"):
+        program = b"\x80\x02}" + b"X\1\0\0\0x" + FRAGMENTS[name]() + b"s."
+        begun = time.process_time()
+        refused(resealed(whole, lambda record, data, new=program: new if record.endswith("data.pkl") else data))
+        assert time.process_time() - begun < 10
+
+
+def test_paths_may_begin_at_home(shard: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(shard.parents[1]))
+    assert saved.save("~/model", "int8") == shard.parent / "int8.safetensors"
+    for kind in (None, "int8"):
+        Llama.build("~/model", small.tokenizer_path, 16, 2, device="cpu", quantize=kind)
+    for nowhere in ("~/nothing", "~nobody-of-that-name/model"):
+        with pytest.raises(CheckpointError, match=f"'{nowhere}'"):
+            Llama.build(nowhere, small.tokenizer_path, 16, 2, device="cpu")
