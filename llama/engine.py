@@ -187,6 +187,11 @@ class Run:
             self.forward()
         rows.advance()
         self.drawn = fetched()
+        for slot, row in sorted(self.live.items()):
+            if not math.isfinite(self.drawn[1][slot]):
+                request = self.requests[row]
+                step = f"new id {request.made + 1}, at position {len(request.prompt) + request.made}"
+                raise self.engine.not_finite(request.name, f"the logits of {step}, are")
 
     def forward(self) -> None:
         """The drawn ids through the model, if that has not been done: keys and values, and the logits for the next."""
@@ -195,12 +200,9 @@ class Run:
 
     def hand_out(self) -> Iterator[Token]:
         """What was drawn, row by row; the consumer may end the row by what it gets."""
-        ids, totals, *values = self.drawn or ([], [])
+        ids, _, *values = self.drawn or ([], [])
         for slot, row in sorted(self.live.items()):
             request = self.requests[row]
-            if not math.isfinite(totals[slot]):
-                step = f"new id {request.made + 1}, at position {len(request.prompt) + request.made}"
-                raise self.engine.not_finite(request.name, f"the logits of {step}, are")
             if ids[slot] == self.eos_id:
                 request.finish_reason = "stop"
             else:
@@ -319,10 +321,9 @@ class Engine:
 
     def not_finite(self, name: str, what: str) -> NumberError:
         """The error; what is not finite is taken out of the cache, where a masked zero times NaN would spread it."""
-        with self.lock:
-            cache = self.model.ready_cache()
-            cache.data.zero_()
-            cache.turn = None
+        cache = self.model.ready_cache()
+        cache.data.zero_()
+        cache.turn = None
         dtype = str(self.model.dtype).removeprefix("torch.")
         wider = {"float16": "'bfloat16' or 'float32'", "bfloat16": "'float32'"}.get(dtype)
         or_dtype = f", or build with dtype={wider}: {dtype} may not hold what they compute" if wider else ""
