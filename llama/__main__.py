@@ -171,7 +171,7 @@ def run_complete(args: argparse.Namespace) -> None:
         terminal.write("\n")
         return
     encoded = [llama.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
-    calls.check_prompts(encoded, [f"prompt {row}" for row in range(len(prompts))], llama.tokenizer, args.max_seq_len)
+    calls.check_prompts(encoded, calls.named("prompt {}", prompts), llama.tokenizer, args.max_seq_len)
     some = WRITTEN_AFTER * args.max_batch_size * ranks.replica()[1]  # what is written is not lost when the program is stopped
     for i in range(0, len(prompts), some):
         results = llama.text_completion(prompts[i : i + some], **of_each_call, details=True)

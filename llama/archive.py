@@ -65,6 +65,9 @@ def read(path: Path) -> Any:
         data = f.read(size)
         if crc and crc != zlib.crc32(data):
             raise ValueError("data.pkl does not match its checksum")
+        order = found.get(pickled.removesuffix("data.pkl") + "byteorder")
+        if order is not None and (f.seek(order.first), f.read(min(order.size, 16)))[1] != b"little":
+            raise ValueError("its numbers are not little-endian")
         saved = _Unpickler(BytesIO(data)).load()
         if not isinstance(saved, dict):
             return saved
@@ -143,6 +146,8 @@ _CALLS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): lambda: _Names(),
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
+    ("torch._tensor", "_rebuild_from_type_v2"): lambda make, kind, args, state: make(*args) if make is _tensor else None,
     **{("torch", name): dtype for name, dtype in _STORAGES.items()},
 }
 

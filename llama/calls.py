@@ -3,7 +3,7 @@
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from .chat import Dialog, Message, check_dialog, encode_dialog, is_unsafe
 from .engine import FinishReason, Request, common_prefix
@@ -60,7 +60,7 @@ class Call:
 
     def __post_init__(self) -> None:
         for name in ("logprobs", "echo", "reuse"):
-            if getattr(self, name) not in (True, False):
+            if getattr(self, name) not in (True, False, None):
                 raise InputError(f"{name} is {kind(getattr(self, name))}; it must be True or False")
 
 
@@ -86,6 +86,11 @@ def check_texts(texts: list[str], name: str) -> None:
         raise InputError(f"{name} is {kind(texts)}; it must be a list of texts, as in [text]")
     for row, text in enumerate(texts):
         check_text(text, f"{name.removesuffix('s')} {row}")
+
+
+def named(what: str, items: Sequence[Any]) -> list[str]:
+    """What errors call them: "prompt {}" numbers them, "the prompt" is the only one."""
+    return [what.format(row) for row in range(len(items))]
 
 
 def check_prompts(prompts: list[list[int]], names: list[str], tokenizer: Tokenizer, window: int) -> None:
@@ -153,8 +158,7 @@ class Planner:
     ) -> Call:
         if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
             raise InputError(f"prompt_tokens is {kind(prompts)}; it must be a list of lists of token ids")
-        names = [f"prompt {row}" for row in range(len(prompts))]
-        requests = self._requests(prompts, names, max_gen_len, seeds_of(seed, len(prompts)))
+        requests = self._requests(prompts, named("prompt {}", prompts), max_gen_len, seeds_of(seed, len(prompts)))
         return Call(requests, sampling, logprobs, echo)
 
     def texts(
@@ -167,9 +171,13 @@ class Planner:
         logprobs: bool = False,
         echo: bool = False,
         reuse: bool = False,
+        what: str = "prompt {}",
     ) -> Call:
-        check_texts(prompts, "prompts")
-        names = [f"prompt {row}" for row in range(len(prompts))]
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+            raise InputError(f"prompts is {kind(prompts)}; it must be a list of texts, as in [text]")
+        names = named(what, prompts)
+        for name, prompt in zip(names, prompts, strict=True):
+            check_text(prompt, name)
         encoded = [self._encode(prompt) for prompt in prompts]
         requests = self._requests(encoded, names, max_gen_len, seeds_of(seed, len(prompts)))
         return Call(requests, sampling, logprobs, echo, check_stops(stop), reuse)
@@ -183,16 +191,17 @@ class Planner:
         stop: str | Sequence[str],
         logprobs: bool = False,
         reuse: bool = False,
+        what: str = "dialog {}",
     ) -> Call:
         """The request of a dialog that is not safe is over, and has no prompt."""
         if isinstance(dialogs, (str, bytes, dict)) or not isinstance(dialogs, Sequence):
             raise InputError(f"dialogs is {kind(dialogs)}; it must be a list of dialogs, as in [dialog]")
-        for row, dialog in enumerate(dialogs):
-            check_dialog(dialog, f"dialog {row}")
+        names = named(what, dialogs)
+        for name, dialog in zip(names, dialogs, strict=True):
+            check_dialog(dialog, name)
         seeds, safe = seeds_of(seed, len(dialogs)), [row for row, dialog in enumerate(dialogs) if not is_unsafe(dialog)]
         encoded = [encode_dialog(self.tokenizer, dialogs[row]) for row in safe]
-        names = [f"dialog {row}" for row in safe]
-        asked = self._requests(encoded, names, max_gen_len, seeds and [seeds[row] for row in safe])
+        asked = self._requests(encoded, [names[row] for row in safe], max_gen_len, seeds and [seeds[row] for row in safe])
         requests = [Request([], 0, finish_reason="stop") for _ in dialogs]
         for row, request in zip(safe, asked, strict=True):
             requests[row] = request

@@ -176,7 +176,7 @@ def _open(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{path}: holds a {type(tensors).__name__}; Meta's shards hold tensors by name and nothing else")
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or tensor is None:
+        if not isinstance(name, str) or (tensor is None and name not in NOT_WEIGHTS):
             raise CheckpointError(
                 f"{path}: {name!r:.80} is no plain tensor; Meta's shards hold tensors by name and nothing else"
             )

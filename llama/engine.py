@@ -163,11 +163,14 @@ class Run:
         own: list[Token] = []
         if entering:
             slots, requests = [slot for slot, _ in entering], [self.requests[row] for _, row in entering]
+            self.scrub(slots, self.rows.logits[slots].sum(-1).tolist())
             hidden, scores = self.engine.prefill(slots, requests, len(self.turn.ids), self.scored, quiet=self.many)
             self.rows.admit(slots, requests, self.model.logits(hidden))
             if self.reuse:
                 self.turn.ids = list(requests[0].prompt)
             for (_, row), values in zip(entering, scores, strict=True):
+                if not all(map(math.isfinite, values)):
+                    self.clear()
                 self.engine.check_finite(values, self.requests[row].name)
                 own += [Token(row, id_, value) for id_, value in zip(self.requests[row].prompt, values, strict=False)]
         for slot, row in newcomers:
@@ -187,10 +190,13 @@ class Run:
             self.forward()
         rows.advance()
         self.drawn = fetched()
+        idle = [slot for slot in range(self.n_slots) if slot not in self.live]
+        self.scrub(idle, [self.drawn[1][slot] for slot in idle])
         for slot, row in sorted(self.live.items()):
             if not math.isfinite(self.drawn[1][slot]):
                 request = self.requests[row]
                 step = f"new id {request.made + 1}, at position {len(request.prompt) + request.made}"
+                self.clear()
                 raise self.engine.not_finite(request.name, f"the logits of {step}, are")
 
     def forward(self) -> None:
@@ -211,6 +217,18 @@ class Run:
                 if request.made == request.most and not request.finish_reason:
                     request.finish_reason = "length"
             self.ended(slot)
+
+    def scrub(self, slots: list[int], totals: list[float]) -> None:
+        """Take out of the cache what the rows that ended in these slots have left, if it is not finite: a row steps on after
+        its end, and a masked zero times NaN would be NaN for the next one there."""
+        for slot, total in zip(slots, totals, strict=True):
+            if not math.isfinite(total):
+                self.cache.data[:, :, slot].zero_()
+
+    def clear(self) -> None:
+        """After an error, for the next call, all of it."""
+        self.cache.data.zero_()
+        self.cache.turn = None
 
     def ended(self, slot: int) -> None:
         """Free the slot if its row has come to an end."""
@@ -250,7 +268,7 @@ class Engine:
             yield from (Token(row, id_, None) for row, request in enumerate(requests) for id_ in request.prompt)
         if not requests or (not scored and all(r.finish_reason for r in requests)):
             return
-        with self.lock:
+        with self.lock, ranks.linked():
             run = Run(self, requests, sampling, eos_id, logprobs, scored, reuse)
         while run.waiting or run.live:
             with self.lock, ranks.linked():
@@ -320,10 +338,6 @@ class Engine:
             raise self.not_finite(name, f"the log probability of id {[*map(math.isfinite, values)].index(False)} is")
 
     def not_finite(self, name: str, what: str) -> NumberError:
-        """The error; what is not finite is taken out of the cache, where a masked zero times NaN would spread it."""
-        cache = self.model.ready_cache()
-        cache.data.zero_()
-        cache.turn = None
         dtype = str(self.model.dtype).removeprefix("torch.")
         wider = {"float16": "'bfloat16' or 'float32'", "bfloat16": "'float32'"}.get(dtype)
         or_dtype = f", or build with dtype={wider}: {dtype} may not hold what they compute" if wider else ""

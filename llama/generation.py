@@ -253,7 +253,13 @@ class Llama:
         """
         return self._stream(
             lambda: self.planner.texts(
-                [prompt], max_gen_len, seed, Sampling(temperature, top_p, top_k, min_p, repetition_penalty), stop, reuse=reuse
+                [prompt],
+                max_gen_len,
+                seed,
+                Sampling(temperature, top_p, top_k, min_p, repetition_penalty),
+                stop,
+                reuse=reuse,
+                what="the prompt",
             )
         )
 
@@ -277,7 +283,13 @@ class Llama:
         """
         return self._stream(
             lambda: self.planner.dialogs(
-                [dialog], max_gen_len, seed, Sampling(temperature, top_p, top_k, min_p, repetition_penalty), stop, reuse=reuse
+                [dialog],
+                max_gen_len,
+                seed,
+                Sampling(temperature, top_p, top_k, min_p, repetition_penalty),
+                stop,
+                reuse=reuse,
+                what="the dialog",
             )
         )
 

@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -27,14 +28,15 @@ import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fs
 
-from .errors import DeviceError, InputError, LlamaError
+from .errors import DeviceError, InputError, LlamaError, NumberError
 
 T = TypeVar("T")
 
-# oneDNN makes code for each shape of a product and keeps that of 1,024, PyTorch another 1,024: after prompts of many lengths
-# a gigabyte. A step has five shapes, a prompt as many and those of its attention. Both read this at their first product.
-for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(_name, "128")
+# oneDNN makes code for each shape of a product and keeps that of 1,024; PyTorch keeps another 1,024, with what they compute
+# in: after prompts of many lengths a gigabyte. A step has five shapes, a prompt as many and those of its attention. Both
+# read this at their first product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 REASON = "llama/reason"  # a key of the group's store: which rank failed first, and why
 A_YEAR = timedelta(days=365)
@@ -53,7 +55,7 @@ def global_rank() -> int:
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
 
 
 def here() -> tuple[int | None, int | None]:
@@ -101,8 +103,8 @@ def model_parallel_size(wanted: int | None) -> int:
     return wanted
 
 
-def start_groups(backend: str, size: int) -> None:
-    """Make the groups stand: the world's, if we are under torchrun; in a world, those of `size` ranks that share a model."""
+def join(backend: str) -> None:
+    """Under torchrun, make the world's group stand, if the caller has made none."""
     global _ended
     if not dist.is_initialized() and under_torchrun():
         if _ended:
@@ -112,13 +114,18 @@ def start_groups(backend: str, size: int) -> None:
             dist.init_process_group(backend)
         except ValueError as e:
             raise DeviceError(f"{e}; start ranks with torchrun, or unset RANK and WORLD_SIZE to run one process") from e
+    if dist.is_initialized():
+        _ended = None
+        atexit.unregister(_stop)
+        atexit.register(_stop)
+
+
+def divide_world(size: int) -> None:
+    """In a world, make the groups of `size` ranks that share a model."""
     if not dist.is_initialized():
         return
-    _ended = None
-    atexit.unregister(_stop)
-    atexit.register(_stop)
     if not fs.model_parallel_is_initialized():
-        with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints its sizes
+        with linked(), contextlib.redirect_stdout(io.StringIO()):  # fairscale prints its sizes
             fs.initialize_model_parallel(size)
     if dist.get_rank() > 0 and getattr(sys.stdout, "name", None) != os.devnull:
         sys.stdout = open(os.devnull, "w")  # one rank prints what the caller prints
@@ -126,7 +133,9 @@ def start_groups(backend: str, size: int) -> None:
 
 def check_reachable() -> None:
     """Raise DeviceError where ranks on other machines would look for this one in vain: half a minute, and no word why."""
-    if world_size() == (here()[1] or world_size()) or "GLOO_SOCKET_IFNAME" in os.environ:
+    on_one_machine = world_size() == (here()[1] or world_size())
+    over_loopback = os.environ.get("MASTER_ADDR", "").startswith(("127.", "::1", "localhost"))
+    if on_one_machine or over_loopback or "GLOO_SOCKET_IFNAME" in os.environ:
         return
     name, addresses = socket.gethostname(), set()
     with contextlib.suppress(OSError):
@@ -152,9 +161,11 @@ def _stop() -> None:
 
 def _world() -> int:
     """How many ranks there are to speak with."""
-    if not dist.is_initialized() and _ended:
+    if dist.is_initialized():
+        return dist.get_world_size()
+    if _ended:
         raise LlamaError(f"{_ended}; start all of them again")
-    return world_size()
+    return 1
 
 
 def _all_ranks() -> dist.ProcessGroup:
@@ -174,28 +185,24 @@ def together(work: Callable[[], T], alike: Callable[[T], object] | None = None) 
     alike: what of its result must have the same repr on all ranks. Without all this a rank that raises, or goes another
     way, would leave the others waiting in their next collective.
     """
-    result: T | None = None
-    failure: Exception | None = None
-    try:
+    if _world() == 1:
+        return work()
+
+    def marked() -> tuple[T, str]:
         result = work()
-    except Exception as e:
-        failure = e
-    if _world() > 1:
-        digest = ""
-        if alike and failure is None:
-            digest = hashlib.sha256(repr(alike(result)).encode("utf-8", "backslashreplace")).hexdigest()  # type: ignore[arg-type]
-        with _patience():
-            said = _exchange((_told(failure), digest))
-        if failure is None:
-            _raise_another_s([cause for cause, _ in said])
-            others = [str(rank) for rank, (_, theirs) in enumerate(said) if theirs != said[0][1]]
-            if others:
-                raise InputError(
-                    f"rank(s) {', '.join(others)} were given other input than rank 0, or made another call: make the same "
-                    "calls with the same input on every rank; replicas divide the prompts among themselves"
-                )
-    if failure is not None:
-        raise failure
+        return result, repr(alike(result)) if alike else ""
+
+    outcome, failure = _outcome(marked)
+    result, mark = outcome or (None, "")
+    with _patience():
+        said = _exchange((_told(failure), hashlib.sha256(mark.encode("utf-8", "backslashreplace")).hexdigest()))
+    _raise_first(failure, [cause for cause, _ in said])
+    others = [str(rank) for rank, (_, theirs) in enumerate(said) if theirs != said[0][1]]
+    if others:
+        raise InputError(
+            f"rank(s) {', '.join(others)} were given other input than rank 0, or made another call: make the same "
+            "calls with the same input on every rank; replicas divide the prompts among themselves"
+        )
     return result  # type: ignore[return-value]
 
 
@@ -203,37 +210,28 @@ def on_rank0(work: Callable[[], T]) -> T:
     """Run some work on rank 0 alone, and give its result, or its failure, to every rank. It may wait for a person."""
     if _world() == 1:
         return work()
-    result: T | None = None
-    failure: Exception | None = None
-    if global_rank() == 0:
-        try:
-            result = work()
-        except Exception as e:
-            failure = e
-    box = [result, _told(failure)]
+    result, failure = _outcome(work) if global_rank() == 0 else (None, None)
+    box: list[Any] = [result, _told(failure)]
     with linked():
         dist.broadcast_object_list(box, 0, group=_all_ranks())
-    if failure is not None:
-        raise failure
-    _raise_another_s([box[1]])  # type: ignore[list-item]
-    return box[0]  # type: ignore[return-value]
+    _raise_first(failure, [box[1]])
+    return box[0]
 
 
 def on_every_replica(work: Callable[[], T]) -> list[T]:
     """Run `work`, each replica for itself, and give the results of all to every rank, in the replicas' order."""
     index, count = replica()
-    if count == 1:
-        return [work()]
-    result: T | None = None
-    failure: LlamaError | None = None
-    try:
-        result = work()
-    except LlamaError as e:  # on all ranks of this replica, but on no other
-        failure = e
+    with linked():
+        if count == 1:
+            return [work()]
+        result: T | None = None
+        failure: LlamaError | None = None
+        try:
+            result = work()
+        except NumberError as e:  # on all ranks of this replica, but on no other
+            failure = e
     said: list[Any] = _exchange((_told(failure), None if model_parallel()[0] else (index, result)))
-    if failure is not None:
-        raise failure
-    _raise_another_s([cause for cause, _ in said])
+    _raise_first(failure, [cause for cause, _ in said])
     by_replica = dict(theirs for _, theirs in said if theirs)
     return [by_replica[i] for i in range(count)]
 
@@ -259,14 +257,25 @@ def _exchange(mine: T) -> list[T]:
     return said
 
 
-def _told(failure: Exception | None) -> str | None:
+def _outcome(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    try:
+        return work(), None
+    except BaseException as e:  # Ctrl-C, too: the others wait to be told
+        return None, e
+
+
+def _told(failure: BaseException | None) -> str | None:
     return None if failure is None else f"{type(failure).__name__}: {failure}"
 
 
-def _raise_another_s(causes: list[str | None]) -> None:
+def _raise_first(own: BaseException | None, causes: list[str | None]) -> None:
+    """This rank's failure, or else that of the first rank that has one."""
+    if own is not None:
+        raise own
     for rank, cause in enumerate(causes):
         if cause is not None:
-            raise LlamaError(f"rank {rank} failed, so every rank stops: {cause}")
+            error = NumberError if cause.startswith(f"{NumberError.__name__}: ") else LlamaError
+            raise error(f"rank {rank} failed, so every rank stops: {cause}")
 
 
 @contextlib.contextmanager
@@ -290,24 +299,30 @@ def _patience() -> Iterator[None]:
 
 @contextlib.contextmanager
 def linked() -> Iterator[None]:
-    """Around what holds collectives. A LlamaError passes: all ranks raise it alike. Any other failure ends the groups, and
-    with them the work of all other ranks, which raise a LlamaError with its reason."""
+    """Around what holds collectives. NumberError and InputError pass: all ranks raise them alike. Any other failure ends the
+    groups, and with them the work of all other ranks, which raise a LlamaError with its reason."""
+    _world()
     try:
         yield
-    except LlamaError:
+    except (NumberError, InputError, GeneratorExit):
         raise
-    except Exception as e:
+    except BaseException as e:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             raise
+        traceback.clear_frames(e.__traceback__)  # which may hold groups: these end when nothing holds them
         if _of_another(e):
-            reason = why_ended(wait=2)
-            _end_groups(reason or "another rank has gone without a word (killed, perhaps), so every rank stops")
-            raise LlamaError(_ended) from e
+            reason = why_ended(wait=2) or "another rank has gone without a word (killed, perhaps), so every rank stops"
+            _end_groups(reason)
+            raise LlamaError(reason) from e
         reason = f"rank {global_rank()} failed, so every rank stops: {_told(e)}"
         with contextlib.suppress(Exception):  # whatever befalls the store, the groups are to end
             _store().set(REASON, reason)
         _end_groups(reason)
         raise
+
+
+class OfAnother(Exception):
+    """Work of this rank that cannot end, since another rank has failed."""
 
 
 def why_ended(wait: float = 0) -> str | None:
@@ -328,9 +343,9 @@ def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
-def _of_another(e: Exception) -> bool:
-    """Whether a collective failed because of another rank."""
-    return isinstance(e, dist.DistError) or (isinstance(e, RuntimeError) and "gloo/" in str(e))
+def _of_another(e: BaseException) -> bool:
+    """Whether something failed because of another rank."""
+    return isinstance(e, (OfAnother, dist.DistError)) or (isinstance(e, RuntimeError) and "gloo/" in str(e))
 
 
 def _end_groups(reason: str) -> None:
@@ -338,4 +353,8 @@ def _end_groups(reason: str) -> None:
     _ended, _everyone = reason, None
     with contextlib.suppress(Exception):
         fs.destroy_model_parallel()
-        dist.destroy_process_group()
+        if torch.cuda.is_available():  # kernels that wait for another rank would never end
+            dist.distributed_c10d._abort_process_group()
+    with contextlib.suppress(Exception):
+        if dist.is_initialized():
+            dist.destroy_process_group()

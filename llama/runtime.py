@@ -5,7 +5,7 @@ Three ways in, decided once by `start`:
     a group that the caller made       joined as it is
     torchrun (RANK and WORLD_SIZE set) a group started from the environment
     plain python, a notebook           no group at all: one rank needs no collective, so no port is opened and
-                                       nothing process-wide is left behind
+                                       nothing process-wide is left behind but two limits of caches (ranks.py)
 
 Nothing here knows about models or text.
 """
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from . import ranks
-from .errors import DeviceError, LlamaError
+from .errors import DeviceError
 
 T = TypeVar("T")
 
@@ -33,11 +33,16 @@ def start(device: str | torch.device | None = None, model_parallel_size: int | N
     `model_parallel_size` defaults to that of existing groups, then to the world's size. Raises DeviceError for a
     device that is not there, for more ranks than devices, and for a size that the world does not hold.
     """
-    size = ranks.model_parallel_size(model_parallel_size)
-    chosen = choose_device(device, ranks.world_size())
-    if chosen.type == "cuda" and (dist.is_initialized() or ranks.under_torchrun()):
+    gpus = torch.cuda.is_available() and not str(device).startswith("cpu")
+    ranks.join("cpu:gloo,cuda:nccl" if gpus else "gloo")
+
+    def choose() -> tuple[int, torch.device]:
+        return ranks.model_parallel_size(model_parallel_size), choose_device(device, ranks.world_size())
+
+    size, chosen = ranks.together(choose, alike=lambda choice: (choice[0], choice[1].type))
+    if chosen.type == "cuda" and dist.is_initialized():
         torch.cuda.set_device(chosen)  # NCCL speaks for each rank through its current device
-    ranks.start_groups("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", size)
+    ranks.divide_world(size)
     return chosen
 
 
@@ -125,12 +130,15 @@ def fetch(*tensors: torch.Tensor) -> Callable[[], list[list[Any]]]:
     arrived.record(torch.cuda.current_stream(tensors[0].device))
 
     def wait() -> list[list[Any]]:
-        asked = time.monotonic()
-        while ranks.world_size() > 1 and not arrived.query():  # a collective of a rank that failed would never end
-            if time.monotonic() - asked > 1:
-                asked = time.monotonic()
+        begun = asked = time.monotonic()
+        while ranks.world_size() > 1 and not arrived.query():  # a collective with a rank that failed would never end
+            now = time.monotonic()
+            if now - begun > 0.002:
+                time.sleep(0.0001)
+            if now - asked > 1:
+                asked = now
                 if reason := ranks.why_ended():
-                    raise LlamaError(reason)
+                    raise ranks.OfAnother(reason)
         arrived.synchronize()
         return [copy.tolist() for copy in copies]
 

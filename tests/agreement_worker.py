@@ -67,9 +67,13 @@ def main(out: str, folder: str, tokenizer_path: str) -> None:
     def build(folder: str, max_seq_len: int = 48) -> Llama:
         return Llama.build(folder, tokenizer_path, max_seq_len, 4, model_parallel_size=min(2, LAST + 1), device="cpu")
 
+    if LAST:  # before there are groups of ranks that share a model
+        sizes = refused(lambda: Llama.build(folder, tokenizer_path, model_parallel_size=1 if RANK == LAST else 2, device="cpu"))
+        sizes_wrong = refused(lambda: Llama.build(folder, tokenizer_path, model_parallel_size=3 if RANK == LAST else 1))
     llama = build(folder)
     found = answers(llama)
     if LAST:
+        found["sizes"], found["wrong sizes"] = [sizes], sizes_wrong
         found |= of_several(llama, build, folder)
         found["afterwards"] = llama.generate(PROMPTS, 6, temperature=0)[0]
     with open(f"{out}.{RANK}.json", "w") as f:

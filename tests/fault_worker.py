@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from llama import Llama
+from llama.engine import Rows
 from llama.model import FeedForward
 from llama.parallel import RowParallelLinear
 
@@ -24,6 +25,8 @@ PLACES: dict[str, tuple[type, str, int]] = {
     "load": (RowParallelLinear, "hold", 2),
     "prefill": (FeedForward, "forward", 2),
     "decode": (FeedForward, "forward", 12),
+    "score": (FeedForward, "forward", 2),
+    "start": (Rows, "__init__", 1),
     "call": (FeedForward, "forward", 0),
 }
 
@@ -34,6 +37,10 @@ def kill(result: Any) -> None:
 
 def memory(result: Any) -> None:
     raise torch.OutOfMemoryError("planted: no memory is left")
+
+
+def interrupt(result: Any) -> None:
+    raise KeyboardInterrupt("planted")
 
 
 def nan(result: Any) -> Any:
@@ -82,12 +89,14 @@ if __name__ == "__main__":
         try:
             if where == "load":
                 Llama.build(doomed, tokenizer_path, 64, 2, device="cpu")
+            elif where == "score":
+                llama.score(["The fox"], [" jumps"])
             else:
                 if here and where == "call":
                     tell(f"now: {fault}")
                 llama.generate([[1, 5, -7 if here and what == "input" else 9]], MOST, temperature=0)
             tell(f"{fault}: nothing was noticed")
-        except Exception as e:
+        except (Exception, KeyboardInterrupt) as e:
             tell(f"{fault}: {type(e).__name__}: {e}")
         undo()
     if here:

@@ -29,15 +29,18 @@ def test_ranks_are_of_one_mind(small: SimpleNamespace, tmp_path: Path, one_rank:
     done = torchrun(ranks, WORKER, tmp_path / "out", small.folder, small.tokenizer_path)
     assert done.returncode == 0, done.stderr
     found = [json.loads((tmp_path / f"out.{rank}.json").read_text()) for rank in range(ranks)]
-    refused = [of_one.pop("refused") for of_one in found]
+    refused = [of_one.pop("refused") + of_one.pop("sizes") for of_one in found]
+    wrong_sizes = [of_one.pop("wrong sizes") for of_one in found]
     assert all(of_one == found[0] for of_one in found)
     assert {key: found[0][key] for key in one_rank} == one_rank
     assert found[0]["afterwards"] == one_rank["greedy"]
     assert len({str(ids) for ids in found[0]["drawn"]}) > 3  # the same prompt, but draws of their own
 
     last = ranks - 1
-    *differ, bad_input, other_window, bad_folder, bad_everywhere = zip(*refused, strict=True)
-    for errors in (*differ, other_window):
+    *differ, bad_input, other_window, bad_folder, bad_everywhere, sizes = zip(*refused, strict=True)
+    assert wrong_sizes[last].startswith("DeviceError: model_parallel_size=3 does not divide")
+    assert set(wrong_sizes[:last]) == {f"LlamaError: rank {last} failed, so every rank stops: {wrong_sizes[last]}"}
+    for errors in (*differ, other_window, sizes):
         assert errors == (errors[0],) * ranks
         assert errors[0].startswith(f"InputError: rank(s) {last} were given other input than rank 0")
     for errors, kind in ((bad_input, "InputError: prompt 0 is 5 (int)"), (bad_folder, "CheckpointError: ckpt_dir is")):

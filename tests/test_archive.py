@@ -27,7 +27,10 @@ def test_what_torch_reads(tmp_path: Path) -> None:
         "scalar": a[2, 3],
         "none": torch.ones(0, 5),
         "b": torch.nn.Parameter(a),
+        "named": torch.nn.Parameter(a + 1),
+        "tagged": a + 2,
     }
+    tensors["named"].note = tensors["tagged"].note = "attributes are not kept"
     kinds = ("bfloat16", "float16", "float64", "int8", "uint8", "int16", "int32", "int64", "bool")
     tensors |= {kind: a.to(getattr(torch, kind)) for kind in kinds}
     torch.save(tensors, tmp_path / "tensors.pth")
@@ -36,6 +39,23 @@ def test_what_torch_reads(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and found[name].stride() == tensor.stride()
         assert torch.equal(found[name], tensor.detach())
+
+
+def test_numbers_of_another_byte_order(tmp_path: Path) -> None:
+    """They would be other numbers, and finite."""
+    torch.save({"a": torch.arange(4.0)}, tmp_path / "big.pth")
+    data = (tmp_path / "big.pth").read_bytes()
+    assert data.count(b"little") == 1
+    (tmp_path / "big.pth").write_bytes(data.replace(b"little", b"big   "))
+    with pytest.raises(ValueError, match="little-endian"):
+        archive.read(tmp_path / "big.pth")
+
+
+def test_an_entry_that_is_no_weight_may_be_anything(shard: Path, small: SimpleNamespace) -> None:
+    """rope.freqs is computed here."""
+    tensors = torch.load(shard)
+    torch.save(tensors | {"rope.freqs": torch.ones(8, dtype=torch.complex64)}, shard)
+    Llama.build(shard.parent, small.tokenizer_path, 16, 2, device="cpu")
 
 
 @pytest.fixture

@@ -93,6 +93,19 @@ def test_a_rank_that_fails_fails_all_though_it_goes_on_itself(small: SimpleNames
 
 
 @needs_proc
+def test_a_rank_that_fails_elsewhere_or_is_interrupted(small: SimpleNamespace, doomed: Path) -> None:
+    """It catches that and sleeps. Rank 0 raises its reason at once, not when rank 1 ends."""
+
+    def watch(fault: str, running: Job) -> None:
+        running.sees(f"now: {fault}")
+        print(f"rank 1 has {fault}, caught it and sleeps: all ended after {running.ends():.1f} s")
+        told = errors(running)
+        assert re.match(r"LlamaError: rank 1 failed, so every rank stops: \w+: planted", told[f"rank 0: {fault}"])
+
+    at_once(watch, {fault: job(small, doomed, 2, 1, fault) for fault in ("memory@score", "memory@start", "interrupt@decode")})
+
+
+@needs_proc
 def test_nan_on_one_rank_is_an_error_on_all(small: SimpleNamespace, doomed: Path) -> None:
     with job(small, doomed, 2, 1, "nan@decode") as running:
         running.sees("now: nan@decode")

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from llama import Llama, NumberError
+from llama import Llama, NumberError, Sampling
+from llama.engine import Request
 
 from .support import refused
 
@@ -48,6 +49,21 @@ def test_a_step_s_numbers(stepping: Llama, monkeypatch: pytest.MonkeyPatch) -> N
             got.extend(token.id for token in stepping.tokens([[1, 5]], 8, temperature=0))
         assert got == want[: third + 1]
     assert stepping.generate([[1, 5]], 8, temperature=0)[0] == [want]
+
+
+def test_what_a_row_leaves_is_not_the_next_one_s(stepping: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row's last id, which nothing follows, has no numbers; it steps on beside others, in whose slots new prompts come."""
+    monkeypatch.setattr(stepping.model.params, "max_batch_size", 2)
+    short, longer, third = [1, 5], [1, 9, 30], [1, 7]
+    want = [stepping.generate([p], n, temperature=0)[0][0] for p, n in ((short, 2), (longer, 9), (third, 3))]
+    assert want[0][-1] not in want[1] + want[2]
+    plant(stepping, monkeypatch, want[0][-1])
+    prompts = [short, longer, third]
+    requests = [Request(p, n) for p, n in zip(prompts, (2, 9, 3), strict=True)]
+    got: list[list[int]] = [[], [], []]
+    for token in stepping.engine.run(requests, Sampling(0), eos_id=-1):
+        got[token.row].append(token.id)
+    assert got == want
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf")])

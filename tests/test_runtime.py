@@ -64,6 +64,18 @@ def test_a_build_leaves_no_trace_but_the_seed(small: SimpleNamespace, capfd: pyt
     assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(5)))
 
 
+def test_a_world_without_a_rank_is_no_world(small: SimpleNamespace, tmp_path: Path) -> None:
+    """Schedulers set WORLD_SIZE alone."""
+    script = tmp_path / "own.py"
+    script.write_text(
+        "import sys\nfrom llama import Llama\n"
+        "llama = Llama.build(*sys.argv[1:], 32, 2, device='cpu')\n"
+        "print(len(llama.generate([[1, 5]], 3)[0][0]))\n"
+    )
+    done = run(script, small.folder, small.tokenizer_path, WORLD_SIZE="2")
+    assert done.stdout == "3\n", done.stderr
+
+
 def test_plain_python_opens_no_socket(small: SimpleNamespace, tmp_path: Path) -> None:
     if not Path("/proc/self/fd").exists():
         pytest.skip("needs /proc")

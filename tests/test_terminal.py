@@ -118,12 +118,12 @@ from datetime import timedelta
 import torch.distributed as dist
 from llama import __main__, ranks
 
-def hurried(*settings):
-    start_groups(*settings)
+def hurried(size):
+    divide_world(size)
     for group in (dist.group.WORLD, ranks.fs.get_model_parallel_group()):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
 
-start_groups, ranks.start_groups = ranks.start_groups, hurried
+divide_world, ranks.divide_world = ranks.divide_world, hurried
 sys.exit(__main__.main())
 """
 
