@@ -172,14 +172,20 @@ def run_complete(args: argparse.Namespace) -> None:
         return
     encoded = [llama.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
     calls.check_prompts(encoded, calls.named("prompt {}", prompts), llama.tokenizer, args.max_seq_len)
-    some = WRITTEN_AFTER * args.max_batch_size * ranks.replica()[1]  # what is written is not lost when the program is stopped
-    for i in range(0, len(prompts), some):
-        results = llama.text_completion(prompts[i : i + some], **of_each_call, details=True)
-        for prompt, result in zip(prompts[i : i + some], results, strict=True):
+    # What is written is not lost when the program is stopped. On a terminal, and from replicas, it comes in parts.
+    parts = sys.stdout.isatty() or ranks.replica()[1] > 1
+    some = WRITTEN_AFTER * args.max_batch_size * ranks.replica()[1] if parts else len(prompts)
+    stop = of_each_call.pop("stop")
+    most, sampling = of_each_call.pop("max_gen_len"), Sampling(**of_each_call)
+    for i in range(0, len(prompts), max(some, 1)):
+        part = prompts[i : i + some]
+        answers = llama.finished(lambda part=part: llama.planner.texts(part, most, None, sampling, stop))  # type: ignore[misc]
+        for prompt, answer in zip(part, answers, strict=True):
             if args.jsonl:
-                terminal.write(json.dumps({"prompt": prompt, **result}, ensure_ascii=False) + "\n")
+                result = {"prompt": prompt, "generation": answer.text, **answer.details()}
+                terminal.write(json.dumps(result, ensure_ascii=False) + "\n")
             else:
-                terminal.write(f"{prompt}\n> {result['generation']}\n\n")
+                terminal.write(f"{prompt}\n> {answer.text}\n\n")
 
 
 def run_quantize(args: argparse.Namespace) -> None:

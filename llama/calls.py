@@ -73,6 +73,10 @@ class Answer:
     logprobs: list[float] = field(default_factory=list)
     text: str = ""
 
+    def details(self) -> Details:
+        request = self.request
+        return Details(finish_reason=request.finish_reason, prompt_tokens=len(request.prompt), new_tokens=request.made)
+
 
 def dealt(lengths: list[int], hands: int) -> list[list[int]]:
     """Which rows each of so many replicas takes: the long ones divided evenly, each one's in order."""

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from . import archive
-from .errors import CheckpointError, kind, path_to, read_file, what_is_it
+from .errors import CheckpointError, InputError, kind, path_to, read_file, what_is_it
 from .model import ModelArgs, Transformer
 from .quantize import KINDS
 from .ranks import model_parallel
+from .tokenizer import Tokenizer
 
 # The dimension along which shards, and ranks, split a weight; None: the same in every shard.
 SPLIT: dict[str, int | None] = {
@@ -36,6 +37,16 @@ LARGEST_PARAMS = 1 << 20  # bytes of params.json, which has about 100
 NOT_FINITE = "holds NaN or infinity: the shards are damaged; compare with checklist.chk, fetch them again"
 _OTHER_MODEL = "params.json and the shards are not of one model; fetch them again"
 _MADE_BY = {"wk": "n_heads, n_kv_heads", "w1": "multiple_of, ffn_dim_multiplier", "norm": "dim"}  # key of a wrong shape
+
+
+def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype or its name, checked; None stays None."""
+    if dtype is None:
+        return None
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(wanted, torch.dtype) or wanted not in DTYPES:
+        raise InputError(f"dtype is {kind(dtype)}; use 'bfloat16', 'float16' or 'float32', or leave it out for the stored one")
+    return wanted
 
 
 class Shards(dict[str, dict[str, torch.Tensor]]):
@@ -266,3 +277,9 @@ def _why_not(name: str, tensor: torch.Tensor, whole: tuple[int, ...], n: int) ->
         return f"one of {whole[1] // tensor.shape[1]} parts of {whole}, but there are {n} shards: some are missing, or too many"
     hint = next((f" (see {keys})" for part, keys in _MADE_BY.items() if part in name), "")
     return f"where params.json{hint} makes {whole} in {n} shard(s): {_OTHER_MODEL}"
+
+
+def marks(tokenizer: Tokenizer, shards: Shards, model: Transformer, dtype: torch.dtype) -> tuple[object, ...]:
+    """What tells one build from another, wherever each machine keeps its copy of the files."""
+    norms = [tensors["norm.weight"].tolist() for tensors in shards.values()]
+    return tokenizer.n_words, {file: len(tensors) for file, tensors in shards.items()}, norms, model.params, dtype

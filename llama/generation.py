@@ -89,7 +89,7 @@ class Llama:
                 raise InputError(f"seed is {kind(seed)}; it must be a whole number from -2**63 to 2**64 - 1")
             if quantize is not None and (not isinstance(quantize, str) or quantize not in KINDS):
                 raise InputError(f"quantize is {kind(quantize)}; use {' or '.join(map(repr, KINDS))}, or leave it out")
-            wanted = _dtype(dtype)
+            wanted = checkpoint.dtype_of(dtype)
             if compile and where.type != "cuda":
                 raise DeviceError(f"compile=True is for CUDA, and this is {where}; leave it out: a step is not compiled here")
             params = checkpoint.read_params(ckpt_dir)
@@ -104,7 +104,9 @@ class Llama:
             memory.preflight(model.params, n_ranks, wanted or stored, where, runtime.free_memory(where), quantize)
             return tokenizer, shards, model, wanted or stored
 
-        tokenizer, shards, model, chosen = ranks.together(plan, alike=lambda made: (*_marks(*made), quantize, compile, seed))
+        tokenizer, shards, model, chosen = ranks.together(
+            plan, alike=lambda made: (*checkpoint.marks(*made), quantize, compile, seed)
+        )
         ranks.together(lambda: loading.load_weights(model, shards, chosen, where, quantize))
         ranks.together(model.allocate)
         if compile:
@@ -334,18 +336,31 @@ class Llama:
             call = self._agreed(plan)
 
             def work(rows: list[int]) -> list[Answer]:
-                return self._gathered(replace(call, requests=[call.requests[row] for row in rows]))
+                return list(self._gathered(replace(call, requests=[call.requests[row] for row in rows])))
 
             return self._divided([len(request.prompt) for request in call.requests], work)
 
-    def _gathered(self, call: Call) -> list[Answer]:
-        """What this replica makes of a call; text only where there are stops, be it none."""
+    def finished(self, plan: Callable[[], Call]) -> Iterator[Answer]:
+        """The answers in order, each as soon as it and all before it are done; those of replicas, when all are."""
+        if ranks.replica()[1] > 1:
+            yield from self._answers(plan)
+            return
+        with self.engine.lock:
+            call = self._agreed(plan)
+        yield from self._gathered(call)
+
+    def _gathered(self, call: Call) -> Iterator[Answer]:
+        """What this replica makes of a call, in order; text only where there are stops, be it none."""
         answers = [Answer(request) for request in call.requests]
         texts = [Text(self.tokenizer, call.stops) for _ in answers] if call.stops is not None else []
         if call.echo:
             for answer, text in zip(answers, texts, strict=False):
                 answer.text = text.begin(answer.request.prompt)
+        done = 0
         for row, id_, logprob in self._tokens(call):
+            while not call.echo and answers[done].request.finish_reason:  # the one at hand has none yet
+                yield self._whole(answers[done], texts[done : done + 1])
+                done += 1
             answer = answers[row]
             answer.ids.append(id_)
             if logprob is not None:
@@ -354,9 +369,14 @@ class Llama:
                 answer.text += texts[row].push(id_)
                 if texts[row].stopped:
                     answer.request.finish_reason = "stop"
-        for answer, text in zip(answers, texts, strict=False):
-            answer.text += text.end()
-        return answers
+        for i in range(done, len(answers)):
+            yield self._whole(answers[i], texts[i : i + 1])
+
+    @staticmethod
+    def _whole(answer: Answer, text: list[Text]) -> Answer:
+        """With what its text held back."""
+        answer.text += "".join(t.end() for t in text)
+        return answer
 
     def _tokens(self, call: Call) -> Iterator[Token]:
         return self.engine.run(call.requests, call.sampling, self.tokenizer.eos_id, call.logprobs, call.echo, call.reuse)
@@ -373,28 +393,10 @@ class Llama:
         found: Details = {}
         if logprobs:
             found["tokens"], found["logprobs"] = self._pieces(answer.ids), answer.logprobs
-        if details:
-            found["finish_reason"] = answer.request.finish_reason
-            found["prompt_tokens"], found["new_tokens"] = len(answer.request.prompt), answer.request.made
-        return found
+        return {**found, **answer.details()} if details else found
 
     def _pieces(self, ids: list[int]) -> list[str]:
         return [self.tokenizer.decode([id_]) for id_ in ids]
-
-
-def _marks(tokenizer: Tokenizer, shards: checkpoint.Shards, model: Transformer, dtype: torch.dtype) -> tuple[object, ...]:
-    """What tells one build from another, wherever each machine keeps its copy of the files."""
-    norms = [tensors["norm.weight"].tolist() for tensors in shards.values()]
-    return tokenizer.n_words, {file: len(tensors) for file, tensors in shards.items()}, norms, model.params, dtype
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None:
-        return None
-    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(wanted, torch.dtype) or wanted not in checkpoint.DTYPES:
-        raise InputError(f"dtype is {kind(dtype)}; use 'bfloat16', 'float16' or 'float32', or leave it out for the stored one")
-    return wanted
 
 
 __all__ = [

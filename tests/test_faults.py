@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from llama import CheckpointError, Llama, archive, parallel, saved
+from llama import CheckpointError, Llama, Transformer, archive, parallel, saved
 from llama.__main__ import main
 
 from .jobs import Job, at_once
@@ -277,3 +277,35 @@ def test_a_shard_that_changes_while_it_is_saved(doomed: Path, monkeypatch: pytes
 
     monkeypatch.setattr(saved.loading, "quantize", meanwhile)
     kept_as_it_was(doomed, r"consolidated\.00\.pth is another file, or other contents, now, while it was being read")
+
+
+def test_what_is_finished_is_written_before_a_failure(
+    small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Not only when all, or many, are."""
+    flags = [
+        "--ckpt_dir",
+        str(small.folder),
+        "--tokenizer_path",
+        str(small.tokenizer_path),
+        "--device",
+        "cpu",
+        "--temperature",
+        "0",
+    ]
+    command = ["complete", *flags, "--jsonl", "--max_gen_len", "3", "--max_batch_size", "2", *"abcdefgh"]
+    assert main(command) == 0
+    whole = capfd.readouterr().out.splitlines()
+    plain, calls = Transformer.logits, []
+
+    def logits(self: Any, hidden: Any) -> Any:
+        calls.append(hidden)
+        if len(calls) == 10:
+            raise OSError("no memory is left")
+        return plain(self, hidden)
+
+    monkeypatch.setattr(Transformer, "logits", logits)
+    assert main(command) == 1
+    told = capfd.readouterr()
+    written = told.out.splitlines()
+    assert 2 <= len(written) < 8 and written == whole[: len(written)] and told.err.endswith("llama: no memory is left\n")

@@ -203,6 +203,7 @@ def test_two_who_save_do_not_meet(small: SimpleNamespace, tmp_path: Path, monkey
     saved.save(folder, "int8")
     build(folder, small, quantize="int8")
     assert met and sorted(p.name for p in folder.iterdir()) == ["consolidated.00.pth", "int8.safetensors", "params.json"]
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DeviceError, match="run it without torchrun"):
         saved.save(folder, "int8")
