@@ -271,7 +271,7 @@ class Engine:
         with self.lock, ranks.linked():
             run = Run(self, requests, sampling, eos_id, logprobs, scored, reuse)
         while run.waiting or run.live:
-            with self.lock, ranks.linked():
+            with self.lock, ranks.linked(), ranks.unbroken():
                 own = run.next()
             yield from own
             yield from run.hand_out()
@@ -319,7 +319,8 @@ class Engine:
             offsets = itertools.accumulate((len(sequences[i]) for i in pack), initial=0)
             wanted = [[first + n for n in range(starts[i], len(sequences[i]))] for i, first in zip(pack, offsets, strict=False)]
             at = torch.tensor([n for places in wanted for n in places], device=device)
-            scores = iter(self._score(self.model.hidden(ids, batch, keep=False)[at - 1], ids[at]))
+            with ranks.unbroken():
+                scores = iter(self._score(self.model.hidden(ids, batch, keep=False)[at - 1], ids[at]))
             for i, places in zip(pack, wanted, strict=True):
                 values.append(list(itertools.islice(scores, len(places))))
                 self.check_finite(values[-1], names[i])

@@ -15,6 +15,7 @@ import hashlib
 import io
 import ipaddress
 import os
+import signal
 import socket
 import sys
 import threading
@@ -212,7 +213,7 @@ def on_rank0(work: Callable[[], T]) -> T:
         return work()
     result, failure = _outcome(work) if global_rank() == 0 else (None, None)
     box: list[Any] = [result, _told(failure)]
-    with linked():
+    with linked(), unbroken():
         dist.broadcast_object_list(box, 0, group=_all_ranks())
     _raise_first(failure, [box[1]])
     return box[0]
@@ -252,7 +253,7 @@ def largest_of_all(tensor: torch.Tensor) -> torch.Tensor:
 
 def _exchange(mine: T) -> list[T]:
     said: list[Any] = [None] * _world()
-    with linked():
+    with linked(), unbroken():
         dist.all_gather_object(said, mine, group=_all_ranks())
     return said
 
@@ -321,6 +322,28 @@ def linked() -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def unbroken() -> Iterator[None]:
+    """Have what Python does at a signal, which may raise, come after this, where there are other ranks: collectives that
+    are left halfway can neither go on nor be ended."""
+    if not dist.is_initialized() or dist.get_world_size() == 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    came: list[int] = []
+    for number, handler in handlers.items():
+        if callable(handler):
+            signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
+        for late in came:
+            handlers[signal.Signals(late)](late, None)  # type: ignore[operator, misc]
+
+
 class OfAnother(Exception):
     """Work of this rank that cannot end, since another rank has failed."""
 
@@ -349,12 +372,11 @@ def _of_another(e: BaseException) -> bool:
 
 
 def _end_groups(reason: str) -> None:
-    global _ended, _everyone
-    _ended, _everyone = reason, None
+    global _ended
+    _ended = reason
     with contextlib.suppress(Exception):
-        fs.destroy_model_parallel()
         if torch.cuda.is_available():  # kernels that wait for another rank would never end
             dist.distributed_c10d._abort_process_group()
     with contextlib.suppress(Exception):
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _stop()
+    fs.destroy_model_parallel()
