@@ -1,6 +1,6 @@
 """Two replicas beside one model: the same prompts, on the same cores.
 
-    python benchmarks/replicas.py [--shape 1.1B] [--prompts 32] [--new 48] [--rows 8] [--runs 3] [--threads 2] [--work FOLDER]
+    python benchmarks/replicas.py [--shape 1.1B] [--prompts 32] [--new 32] [--rows 8] [--runs 3] [--threads 2] [--work FOLDER]
 
 Every process keeps its model and answers all prompts in one call. Ways take turns;
 medians and extremes are printed, and benchmarks/results/replicas-SHAPE-cpu.json is written.
@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, checkpoint, fresh, report, tokenizer
+from common import ROOT, SHAPES, checkpoint, fresh, report, tokenizer
 
 WAYS = {  # ranks, those that share one model, share of the threads that all ranks have together
     "1 replica, half the threads": (1, 1, 0.5),
@@ -43,9 +43,9 @@ def measure(folder: str, tokenizer_path: str, size: int, prompts: int, new: int,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="1.1B")
+    parser.add_argument("--shape", default="1.1B", choices=SHAPES)
     parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--new", type=int, default=48)
+    parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rows", type=int, default=8, help="of each replica")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -60,6 +60,7 @@ def main() -> None:
                 command = __file__, "measure", *files, size, a.prompts, a.new, a.rows
                 (found,) = fresh(*command, ranks=ranks, threads=max(1, round(a.threads * share)))
                 rates[way].append(found["ids"] / found["seconds"])
+                print(f"{way}: {rates[way][-1]:.1f} ids/s", file=sys.stderr)
     one = statistics.median(rates["1 replica"])
     print(
         f"{a.shape}, {a.prompts} prompts of 8 to 32 ids, {a.new} new ids each, {a.rows} rows a replica, {a.threads} threads\n"

@@ -9,7 +9,7 @@ run ends there with what was broken and exit code 1:
     requests   each is answered as its kind promises, or refused where it must be
     answers    after every round a fixed probe of the model (greedy ids with log probabilities, seeded and unseeded draws)
                gives what it gave at the start, to the last digit
-    memory     after a warm-up, the first sixth of the samples, resident memory is flat: the median of the last tenth of
+    memory     after a warm-up, the first third of the samples, resident memory is flat: the median of the last tenth of
                what follows is at most 2% above that of its first tenth; so is anonymous memory alone, which no file backs
 
 Runs on the CPU of a Linux machine; Ctrl-C ends it early, and what was seen until then counts.
@@ -35,7 +35,7 @@ from llama.generation import UNSAFE_ERROR, Message
 
 HERE = Path(__file__).parent
 WINDOW, ROWS = 256, 4
-WARM_UP, SAMPLES, FLAT = 6, 600, 0.02  # a sixth; at most so many; 2%
+WARM_UP, SAMPLES, FLAT = 3, 600, 0.02  # a third; at most so many; 2%
 WORDS = """what is the capital of France how do I get from Rome to Oslo my name Tom a little bear who could not sleep counted
 stars and was still awake please tell me opposite hot cold bread flour water 3 + 4 = 7 naïve 你好 🐶 🚕 Привет été
 letter dear grandmother birthday happy it rained all night The end""".split()

@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
         description="Compute a model's memory on each rank and the most ids per second that reading it allows.",
     )
     which = planned.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", choices=plan.MODELS, help="Meta's")
+    which.add_argument("--model", type=short_name, choices=plan.MODELS, help="Meta's, 7B, 13B or 70B; -chat is the same")
     which.add_argument("--ckpt_dir", metavar="DIR", help="params.json, and consolidated.NN.pth if they are there")
     planned.add_argument("--ranks", type=int, nargs="+", default=[], metavar="N", help="default all that are possible, to 16")
     planned.add_argument("--max_seq_len", type=int, default=4096, metavar="N", help="ids of prompt and answer; default 4096")
@@ -201,6 +201,11 @@ def run_plan(args: argparse.Namespace) -> None:
     found = plan.report(args.model or args.ckpt_dir, shape, args.ranks, dtype, args.quantize, machines, device)
     if ranks.global_rank() == 0:
         print(found)
+
+
+def short_name(model: str) -> str:
+    """7B, of llama-2-7b-chat."""
+    return model.upper().removeprefix("LLAMA-2-").removesuffix("-CHAT")
 
 
 def described(ckpt_dir: str) -> tuple[ModelArgs, torch.dtype]:

@@ -6,7 +6,6 @@ so ids/s are at most rows * bandwidth / bytes read on one rank. What ranks send 
 top. Nothing here knows of files, or of the machine it runs on.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -53,10 +52,10 @@ def machines(gpu: str | None, memory: float | None, bandwidth: float | None) -> 
     if memory is None and bandwidth is None:
         return [GPUS[gpu]] if gpu else list(GPUS.values()), torch.device("cuda")
     if gpu or memory is None or bandwidth is None:
-        raise InputError("a machine is either a --gpu, or --memory and --bandwidth, of which neither is enough alone")
-    for name, value in (("memory", memory), ("bandwidth", bandwidth)):
-        if not (0 < value and math.isfinite(value * 1e9)):
-            raise InputError(f"{name} is {value}; it must be a number of GB above 0")
+        raise InputError("a machine is either a --gpu or both --memory and --bandwidth, not something of each")
+    for name, value, unit in (("memory", memory, "GB"), ("bandwidth", bandwidth, "GB/s")):
+        if not 0 < value <= 1e6:
+            raise InputError(f"{name} is {value}; it must be a number of {unit} above 0, at most a million")
     return [Machine("a machine", memory, bandwidth)], torch.device("cpu")
 
 

@@ -98,8 +98,8 @@ def model_parallel_size(wanted: int | None) -> int:
         )
     if world % wanted:
         raise DeviceError(
-            f"model_parallel_size={wanted} does not divide the {world} running process(es); "
-            f"start them with: torchrun --nproc_per_node {wanted} ..."
+            f"model_parallel_size={wanted} does not divide the {world} running process(es); leave it out, or start so many "
+            "that it divides: torchrun --nproc_per_node N ..."
         )
     return wanted
 
@@ -283,8 +283,8 @@ def _raise_first(own: BaseException | None, causes: list[str | None]) -> None:
 def _patience() -> Iterator[None]:
     """Say so, once, where the other ranks take long to come: perhaps they never will."""
     text = (
-        f"rank {global_rank()} has waited {PATIENCE} s for the others: every rank must make the same calls, "
-        "and end a stream at the same piece"
+        f"rank {global_rank()} has waited {PATIENCE} s for the others and waits on: they are slow, or do something else "
+        "(every rank must make the same calls, and end a stream at the same piece)"
     )
     timer = threading.Timer(PATIENCE, lambda: print(text, file=sys.stderr, flush=True))
     timer.daemon = True

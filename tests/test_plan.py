@@ -131,7 +131,7 @@ def test_the_readme_shows_what_the_command_prints(name: str, capsys: pytest.Capt
         ("--max_seq_len 0", "max_seq_len is 0; it must be"),
         ("--max_batch_size -1", "max_batch_size is -1; it must be"),
         ("--max_seq_len 99999999999999999999", "to 2,147,483,647"),
-        ("--memory 24", "neither is enough alone"),
+        ("--memory 24", "not something of each"),
         ("--memory 24 --bandwidth 100 --gpu L4", "a machine is either a --gpu"),
         ("--memory nan --bandwidth 100", "memory is nan; it must be a number of GB above 0"),
         ("--memory 24 --bandwidth 0", "bandwidth is 0.0"),

@@ -36,7 +36,7 @@ def test_an_answer_that_changes_ends_it(monkeypatch: pytest.MonkeyPatch, capsys:
 
 @pytest.mark.parametrize("grown", [0, 10, 40])
 def test_memory_that_grows_after_the_warm_up_ends_it(grown: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten minutes by a clock of one second a round: growth in the first sixth is none; of 1000, 10 more is flat, 40 is not."""
+    """Ten minutes by a clock of one second a round: growth in the first third is none; of 1000, 10 more is flat, 40 is not."""
     seconds = itertools.count()
     rounds = itertools.count()
     monkeypatch.setattr(soak.time, "monotonic", lambda: next(seconds))
