@@ -98,8 +98,8 @@ def model_parallel_size(wanted: int | None) -> int:
         )
     if world % wanted:
         raise DeviceError(
-            f"model_parallel_size={wanted} does not divide the {world} running process(es); leave it out, or start so many "
-            "that it divides: torchrun --nproc_per_node N ..."
+            f"model_parallel_size={wanted} does not divide the {world} running process(es); leave it out, or start a multiple "
+            f"of {wanted}: torchrun --nproc_per_node {wanted} ..."
         )
     return wanted
 
