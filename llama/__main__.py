@@ -159,7 +159,7 @@ def run_complete(args: argparse.Namespace) -> None:
     terminal = Terminal()
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     prompts = ranks.on_rank0(lambda: args.prompts or read_prompts(args.jsonl))
-    calls.check_texts(prompts, "prompts")
+    names = calls.check_texts(prompts, "prompts")
     llama = build(args, min(max(len(prompts), 1), args.max_batch_size))
     if len(prompts) == 1 and not args.jsonl:
         with llama.text_completion_stream(prompts[0], **of_each_call) as stream:
@@ -171,15 +171,15 @@ def run_complete(args: argparse.Namespace) -> None:
         terminal.write("\n")
         return
     encoded = [llama.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
-    calls.check_prompts(encoded, calls.named("prompt {}", prompts), llama.tokenizer, args.max_seq_len)
+    calls.check_prompts(encoded, names, llama.tokenizer, args.max_seq_len)
     # What is written is not lost when the program is stopped. On a terminal, and from replicas, it comes in parts.
     parts = sys.stdout.isatty() or ranks.replica()[1] > 1
     some = WRITTEN_AFTER * args.max_batch_size * ranks.replica()[1] if parts else len(prompts)
     stop = of_each_call.pop("stop")
-    most, sampling = of_each_call.pop("max_gen_len"), Sampling(**of_each_call)
+    most, drawing = of_each_call.pop("max_gen_len"), tuple(of_each_call.values())
     for i in range(0, len(prompts), max(some, 1)):
         part = prompts[i : i + some]
-        answers = llama.finished(lambda part=part: llama.planner.texts(part, most, None, sampling, stop))  # type: ignore[misc]
+        answers = llama.finished(lambda part=part: llama.planner.texts(part, most, None, drawing, stop))  # type: ignore[misc]
         for prompt, answer in zip(part, answers, strict=True):
             if args.jsonl:
                 result = {"prompt": prompt, "generation": answer.text, **answer.details()}

@@ -47,6 +47,9 @@ class Score:
         return self.total / len(self.logprobs)
 
 
+Drawing = tuple[float, float, int, float, float]  # temperature, top_p, top_k, min_p, repetition_penalty: what `Sampling` takes
+
+
 @dataclass(frozen=True)
 class Call:
     """What is asked of the loop: the same on every rank."""
@@ -84,17 +87,19 @@ def dealt(lengths: list[int], hands: int) -> list[list[int]]:
     return [sorted(by_length[hand::hands]) for hand in range(hands)]
 
 
-def check_texts(texts: list[str], name: str) -> None:
-    """Raise InputError, with `name`, unless this is a list of texts that can be encoded."""
+def check_texts(texts: list[str], what: str, each: str | None = None) -> list[str]:
+    """Raise InputError unless this is a list of texts that can be encoded. Returns what errors call them: `each`."""
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
-        raise InputError(f"{name} is {kind(texts)}; it must be a list of texts, as in [text]")
-    for row, text in enumerate(texts):
-        check_text(text, f"{name.removesuffix('s')} {row}")
+        raise InputError(f"{what} is {kind(texts)}; it must be a list of texts, as in [text]")
+    names = named(each or f"{what.removesuffix('s')} {{}}", texts)
+    for name, text in zip(names, texts, strict=True):
+        check_text(text, name)
+    return names
 
 
-def named(what: str, items: Sequence[Any]) -> list[str]:
+def named(each: str, items: Sequence[Any]) -> list[str]:
     """What errors call them: "prompt {}" numbers them, "the prompt" is the only one."""
-    return [what.format(row) for row in range(len(items))]
+    return [each.format(row) for row in range(len(items))]
 
 
 def check_prompts(prompts: list[list[int]], names: list[str], tokenizer: Tokenizer, window: int) -> None:
@@ -156,51 +161,47 @@ class Planner:
         prompts: list[list[int]],
         max_gen_len: int,
         seed: int | Sequence[int] | None,
-        sampling: Sampling,
+        drawing: Drawing,
         logprobs: bool = False,
         echo: bool = False,
     ) -> Call:
         if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
             raise InputError(f"prompt_tokens is {kind(prompts)}; it must be a list of lists of token ids")
         requests = self._requests(prompts, named("prompt {}", prompts), max_gen_len, seeds_of(seed, len(prompts)))
-        return Call(requests, sampling, logprobs, echo)
+        return Call(requests, Sampling(*drawing), logprobs, echo)
 
     def texts(
         self,
         prompts: list[str],
         max_gen_len: int | None,
         seed: int | Sequence[int] | None,
-        sampling: Sampling,
+        drawing: Drawing,
         stop: str | Sequence[str],
         logprobs: bool = False,
         echo: bool = False,
         reuse: bool = False,
-        what: str = "prompt {}",
+        each: str = "prompt {}",
     ) -> Call:
-        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
-            raise InputError(f"prompts is {kind(prompts)}; it must be a list of texts, as in [text]")
-        names = named(what, prompts)
-        for name, prompt in zip(names, prompts, strict=True):
-            check_text(prompt, name)
+        names = check_texts(prompts, "prompts", each)
         encoded = [self._encode(prompt) for prompt in prompts]
         requests = self._requests(encoded, names, max_gen_len, seeds_of(seed, len(prompts)))
-        return Call(requests, sampling, logprobs, echo, check_stops(stop), reuse)
+        return Call(requests, Sampling(*drawing), logprobs, echo, check_stops(stop), reuse)
 
     def dialogs(
         self,
         dialogs: list[Dialog],
         max_gen_len: int | None,
         seed: int | Sequence[int] | None,
-        sampling: Sampling,
+        drawing: Drawing,
         stop: str | Sequence[str],
         logprobs: bool = False,
         reuse: bool = False,
-        what: str = "dialog {}",
+        each: str = "dialog {}",
     ) -> Call:
         """The request of a dialog that is not safe is over, and has no prompt."""
         if isinstance(dialogs, (str, bytes, dict)) or not isinstance(dialogs, Sequence):
             raise InputError(f"dialogs is {kind(dialogs)}; it must be a list of dialogs, as in [dialog]")
-        names = named(what, dialogs)
+        names = named(each, dialogs)
         for name, dialog in zip(names, dialogs, strict=True):
             check_dialog(dialog, name)
         seeds, safe = seeds_of(seed, len(dialogs)), [row for row, dialog in enumerate(dialogs) if not is_unsafe(dialog)]
@@ -209,7 +210,7 @@ class Planner:
         requests = [Request([], 0, finish_reason="stop") for _ in dialogs]
         for row, request in zip(safe, asked, strict=True):
             requests[row] = request
-        return Call(requests, sampling, logprobs, False, check_stops(stop), reuse)
+        return Call(requests, Sampling(*drawing), logprobs, False, check_stops(stop), reuse)
 
     def scored(self, prompts: list[str], continuations: list[str]) -> list[Scored]:
         check_texts(prompts, "prompts")

@@ -145,11 +145,8 @@ class Llama:
         likeliest id, else ids are drawn: see `Sampling`. logprobs: log_softmax of the raw logits at each id. echo: the
         prompt's ids come first, the very first with 0.0. Raises InputError, naming the row, before any work.
         """
-        answers = self._answers(
-            lambda: self.planner.ids(
-                prompt_tokens, max_gen_len, seed, Sampling(temperature, top_p, top_k, min_p, repetition_penalty), logprobs, echo
-            )
-        )
+        drawing = temperature, top_p, top_k, min_p, repetition_penalty
+        answers = self._answers(lambda: self.planner.ids(prompt_tokens, max_gen_len, seed, drawing, logprobs, echo))
         return [a.ids for a in answers], [a.logprobs for a in answers] if logprobs else None
 
     def tokens(
@@ -167,13 +164,8 @@ class Llama:
         seed: int | Sequence[int] | None = None,
     ) -> Iterator[Token]:
         """`generate`, id by id as they are made: rows take turns, each in its own order. EOS is not yielded."""
-        return self._tokens(
-            self._agreed(
-                lambda: self.planner.ids(
-                    prompts, max_gen_len, seed, Sampling(temperature, top_p, top_k, min_p, repetition_penalty), logprobs, echo
-                )
-            )
-        )
+        drawing = temperature, top_p, top_k, min_p, repetition_penalty
+        return self._tokens(self._agreed(lambda: self.planner.ids(prompts, max_gen_len, seed, drawing, logprobs, echo)))
 
     def text_completion(
         self,
@@ -196,11 +188,8 @@ class Llama:
         Each result has "generation"; with logprobs=True also "tokens" (each id decoded by itself) and "logprobs"; with
         details=True also "finish_reason", "prompt_tokens" and "new_tokens".
         """
-        answers = self._answers(
-            lambda: self.planner.texts(
-                prompts, max_gen_len, seed, Sampling(temperature, top_p, top_k, min_p, repetition_penalty), stop, logprobs, echo
-            )
-        )
+        drawing = temperature, top_p, top_k, min_p, repetition_penalty
+        answers = self._answers(lambda: self.planner.texts(prompts, max_gen_len, seed, drawing, stop, logprobs, echo))
         return [{"generation": a.text, **self._details(a, logprobs, details)} for a in answers]
 
     def chat_completion(
@@ -223,16 +212,13 @@ class Llama:
         A dialog that holds a special tag of the format is answered with UNSAFE_ERROR, and computed no further.
         Each result has "generation", a message, and what `text_completion` adds.
         """
-        answers = self._answers(
-            lambda: self.planner.dialogs(
-                dialogs, max_gen_len, seed, Sampling(temperature, top_p, top_k, min_p, repetition_penalty), stop, logprobs
-            )
-        )
-        found: list[ChatPrediction] = []
-        for answer in answers:
-            text = answer.text if answer.request.prompt else UNSAFE_ERROR
-            found.append({"generation": {"role": "assistant", "content": text}, **self._details(answer, logprobs, details)})
-        return found
+        drawing = temperature, top_p, top_k, min_p, repetition_penalty
+        answers = self._answers(lambda: self.planner.dialogs(dialogs, max_gen_len, seed, drawing, stop, logprobs))
+        said = [a.text if a.request.prompt else UNSAFE_ERROR for a in answers]
+        return [
+            {"generation": {"role": "assistant", "content": text}, **self._details(answer, logprobs, details)}
+            for text, answer in zip(said, answers, strict=True)
+        ]
 
     def text_completion_stream(
         self,
@@ -253,16 +239,9 @@ class Llama:
         reuse: keys and values that the last stream with `reuse` left in the cache serve for the ids that both prompts
         begin with; any other use of the cache forgets them. Raises InputError at the call, not at the first piece.
         """
+        drawing = temperature, top_p, top_k, min_p, repetition_penalty
         return self._stream(
-            lambda: self.planner.texts(
-                [prompt],
-                max_gen_len,
-                seed,
-                Sampling(temperature, top_p, top_k, min_p, repetition_penalty),
-                stop,
-                reuse=reuse,
-                what="the prompt",
-            )
+            lambda: self.planner.texts([prompt], max_gen_len, seed, drawing, stop, reuse=reuse, each="the prompt")
         )
 
     def chat_completion_stream(
@@ -283,16 +262,9 @@ class Llama:
 
         With `reuse` a dialog's next turn computes only what is new in it. UNSAFE_ERROR is a stream of one piece.
         """
+        drawing = temperature, top_p, top_k, min_p, repetition_penalty
         return self._stream(
-            lambda: self.planner.dialogs(
-                [dialog],
-                max_gen_len,
-                seed,
-                Sampling(temperature, top_p, top_k, min_p, repetition_penalty),
-                stop,
-                reuse=reuse,
-                what="the dialog",
-            )
+            lambda: self.planner.dialogs([dialog], max_gen_len, seed, drawing, stop, reuse=reuse, each="the dialog")
         )
 
     def score(self, prompts: list[str], continuations: list[str]) -> list[Score]:

@@ -229,7 +229,7 @@ def on_every_replica(work: Callable[[], T]) -> list[T]:
         failure: LlamaError | None = None
         try:
             result = work()
-        except NumberError as e:  # on all ranks of this replica, but on no other
+        except (NumberError, InputError) as e:  # on all ranks of this replica, but perhaps on no other
             failure = e
     said: list[Any] = _exchange((_told(failure), None if model_parallel()[0] else (index, result)))
     _raise_first(failure, [cause for cause, _ in said])
