@@ -1,5 +1,6 @@
 """Ranks that are killed or fail, files that go, full disks, signals: all ends soon, with the cause, and nothing is left."""
 
+import contextlib
 import os
 import re
 import resource
@@ -234,13 +235,15 @@ def test_a_shard_that_goes_while_it_is_opened(small: SimpleNamespace, doomed: Pa
         Llama.build(doomed, small.tokenizer_path, 32, 2, device="cpu")
 
 
-@pytest.fixture
-def files_end_at(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Bytes beyond which no file grows, as on a disk that is full."""
+@contextlib.contextmanager
+def files_end_at(size: int) -> Iterator[None]:
+    """No file grows beyond so many bytes, as on a disk that is full: none of this process, pytest's own output among them."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (request.param, before[1]))
-    yield request.param
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def kept_as_it_was(folder: Path, error: str) -> None:
@@ -251,10 +254,11 @@ def kept_as_it_was(folder: Path, error: str) -> None:
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("files_end_at", [5_000, 60_000], indirect=True)
-def test_no_room_while_saving(doomed: Path, files_end_at: int) -> None:
+@pytest.mark.parametrize("size", [5_000, 60_000])
+def test_no_room_while_saving(doomed: Path, size: int) -> None:
     (doomed / "int8.safetensors").write_bytes(b"before")
-    kept_as_it_was(doomed, r"int8\.safetensors: cannot be written: File too large")
+    with files_end_at(size):
+        kept_as_it_was(doomed, r"int8\.safetensors: cannot be written: File too large")
 
 
 def test_a_disk_that_fails_late(doomed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
