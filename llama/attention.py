@@ -20,15 +20,26 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     if q.device.type == "mps":  # its kernel gives wrong answers for some of these calls: pytorch issues 169222, 181133
         return attend_plainly(q, k, v, mask)
     B, S, K, G, hd = q.shape
-    if q.device.type == "cpu" and not q.requires_grad and (S > 1 or q.dtype == torch.float32):
-        return attend_in_blocks(q, k, v, mask)  # faster than the kernel, and in float32 the reference's digits
-    if S == 1:  # G queries of one head, which reads each key once
-        return F.scaled_dot_product_attention(q.squeeze(1), k, v, attn_mask=mask).unsqueeze(1)
+    if S == 1:
+        return attend_one(q.squeeze(1), k, v, mask).unsqueeze(1)
+    if q.device.type == "cpu" and not q.requires_grad:
+        return attend_in_blocks(q, k, v, mask)  # faster than the kernel
     q = q.permute(0, 2, 3, 1, 4).reshape(B * K, G, S, hd)
     k = k.flatten(0, 1).unsqueeze(1).expand(-1, G, -1, -1)  # (B * K, G, L, hd), G a view of stride 0
     v = v.flatten(0, 1).unsqueeze(1).expand(-1, G, -1, -1)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     return y.view(B, K, G, S, hd).permute(0, 3, 1, 2, 4)
+
+
+def attend_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """`attend` for a single id of each row: q (B, K, G, hd) -> (B, K, G, hd). A head's G queries read each key once."""
+    if not (q.is_cpu and q.dtype == torch.float32) or q.requires_grad:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    B, K, G, hd = q.shape  # by matrix products, which give the reference's digits
+    scores = torch.baddbmm(_ANY, q.reshape(B * K, G, hd), k.flatten(0, 1).transpose(1, 2), beta=0, alpha=hd**-0.5)
+    if mask is not None:
+        scores.view(B, K, G, -1).add_(mask)
+    return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(B, K, G, hd)
 
 
 def attend_in_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -38,11 +49,6 @@ def attend_in_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: to
     """
     B, S, K, G, hd = q.shape
     k, v = k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)  # (B * K, hd, L), (B * K, L, hd)
-    if S == 1:
-        scores = torch.baddbmm(_ANY.to(q.dtype), q.reshape(B * K, G, hd), k, beta=0, alpha=hd**-0.5)
-        if mask is not None:
-            scores.view(B, K, G, -1).add_(mask)
-        return torch.bmm(scores.softmax(-1), v).view(B, 1, K, G, hd)
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     for first in range(0, S, BLOCK):
         n = min(BLOCK, S - first)

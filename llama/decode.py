@@ -1,23 +1,32 @@
 """One decode step: an id for each row in, logits for the next ones out.
 
+On the CPU a step reads every weight once, and what it does between two of them it does from memory: by then the caches hold
+weights, not code. So `HostStep` goes through the layers with as few kernels and as little Python as there can be.
+
 On CUDA a step is captured once as a graph and then replayed: the same kernels on the same memory, with one launch. So a
 captured step has static shapes, rows by a bucket of cache slots, and keeps its inputs and its output where they are;
 positions are numbers on the device, and a mask hides the slots beyond them. Buckets double, so that a step reads at most
 twice the slots it needs. `Step.run` is what is captured; it runs on any device, which is how the tests see it.
 """
 
+import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 
-from .cache import Batch, KVCache
+from .attention import attend_one
+from .cache import Batch, KVCache, write
 from .errors import DeviceError
-from .model import Transformer
+from .model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock, norm_one, norm_rows, turn_
+from .parallel import JoinedColumnParallelLinear, RowParallelLinear
 from .ranks import global_rank
 
 SMALLEST_BUCKET = 128
+OURS = (Attention, FeedForward, JoinedColumnParallelLinear, RMSNorm, RowParallelLinear, TransformerBlock)
+Product = Callable[[torch.Tensor], torch.Tensor]
 MOST_STEPS = 64  # kept at a time: each has its own memory for what it computes
 
 
@@ -62,6 +71,81 @@ class Step:
         return self.logits
 
 
+class HostLayer(NamedTuple):
+    """One layer's weights, and what multiplies by them."""
+
+    attention_norm: torch.Tensor
+    wqkv: Product
+    wo: Product
+    ffn_norm: torch.Tensor
+    w13: Product
+    w2: Product
+
+
+def product(layer: JoinedColumnParallelLinear | RowParallelLinear) -> Product:
+    """What the layer does, without the module around it where there is one rank."""
+    if layer.ranks > 1:
+        return layer.forward
+    return layer.packed.multiply if layer.packed else functools.partial(F.linear, weight=layer.weight)  # type: ignore[arg-type]
+
+
+class HostStep:
+    """`Transformer.hidden` for one id of each row, to the digit, on the CPU: its twin, without modules, and with all that
+    layers share made once. Made for one call, since it holds the weights as they are when it is made."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model, self.eps = model, model.params.norm_eps
+        blocks = cast("list[TransformerBlock]", list(model.layers))
+        self.heads = blocks[0].attention.n_local_kv_heads, blocks[0].attention.n_rep, model.params.head_dim
+        self.layers = [
+            HostLayer(
+                block.attention_norm.weight,
+                product(block.attention.wqkv),
+                product(block.attention.wo),
+                block.ffn_norm.weight,
+                product(block.feed_forward.w13),
+                product(block.feed_forward.w2),
+            )
+            for block in blocks
+        ]
+
+    @staticmethod
+    def serves(model: Transformer) -> bool:
+        """Not where a caller has put a module or a function of their own in a layer, or looks on at what goes through one."""
+        return model.device.type == "cpu" and all(
+            type(m) in OURS and "forward" not in vars(m) and not m._forward_hooks and not m._forward_pre_hooks
+            for block in model.layers
+            for m in block.modules()
+        )
+
+    def __call__(self, ids: torch.Tensor, positions: torch.Tensor, end: int, ragged: bool) -> torch.Tensor:
+        model, B, eps, (K, G, hd) = self.model, ids.shape[0], self.eps, self.heads
+        mask = None
+        if ragged:
+            batch = Batch.step(torch.arange(B), positions, end)
+            mask = batch.masks(model.dtype)[0]
+        turns = torch.view_as_complex(model.angles(positions if ragged else slice(end - 1, end)))  # (B or 1, 1, hd/2)
+        cache = model.ready_cache()
+        seen = cache.data[:, :, :B, :, :end].flatten(0, 1).unbind()  # keys and values of each layer, (B, K, end, hd)
+        slots = cache.data[:, :, :B, :, end - 1].transpose(1, 2).unbind()  # of a layer, (B, 2, K, hd)
+        normed = norm_one if B == 1 else norm_rows
+
+        h = model.tok_embeddings(ids)  # (B, dim)
+        for i, layer in enumerate(self.layers):
+            heads = layer.wqkv(normed(h, eps).mul_(layer.attention_norm)).view(B, -1, hd)
+            turn_(heads.narrow(1, 0, K * G + K), turns)
+            q, kv = heads.split((K * G, 2 * K), 1)
+            kv = kv.view(B, 2, K, hd)
+            if ragged:
+                write(cache.layers[i], batch, kv)
+            else:
+                slots[i].copy_(kv)
+            h.add_(layer.wo(attend_one(q.view(B, K, G, hd), seen[2 * i], seen[2 * i + 1], mask).view(B, -1)))
+            gate, up = layer.w13(normed(h, eps).mul_(layer.ffn_norm)).chunk(2, 1)
+            h.add_(layer.w2(F.silu(gate).mul_(up)))
+        return model.norm(h)
+
+
 class Decoder:
     """The decode steps of a model, static ones where they are to be captured."""
 
@@ -69,10 +153,15 @@ class Decoder:
         self.model = model
         self.static: bool | None = None  # None: on CUDA
         self.captures = True
+        self.host: HostStep | None = None
         self.steps: dict[tuple[int, int], Step] = {}
         self.memory: tuple[KVCache | None, int] | None = None  # what the steps look at
         self.stream: torch.cuda.Stream | None = None
         self.pool: Any = None
+
+    def begin(self) -> None:
+        """Before the steps of a call."""
+        self.host = HostStep(self.model) if HostStep.serves(self.model) else None
 
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, end: int, ragged: bool) -> torch.Tensor:
         """ids and positions (B,) of rows 0..B, all below `end` -> float32 logits (B, vocab), until the next call.
@@ -81,6 +170,8 @@ class Decoder:
         """
         model, n_rows = self.model, len(ids)
         if not (model.device.type == "cuda" if self.static is None else self.static):
+            if self.host:
+                return model.logits(self.host(ids, positions, end, ragged))
             rows = torch.arange(n_rows, device=ids.device)
             return model.logits(model.hidden(ids, Batch.step(rows, positions, end, ragged)))
         memory = model.ready_cache(), model.norm.weight.data_ptr()

@@ -122,6 +122,7 @@ class Run:
         self.engine, self.model, self.requests, self.eos_id = engine, engine.model, requests, eos_id
         self.logprobs, self.scored, self.reuse = logprobs, scored, reuse
         self.cache = self.model.ready_cache()
+        engine.decoder.begin()
         kept = self.cache.turn.ids if reuse and isinstance(self.cache.turn, Turn) else []
         self.cache.turn = self.turn = Turn()
         self.turn.ids = kept[: common_prefix(kept, requests[0].prompt[:-1])]  # the last id is computed: it has the logits

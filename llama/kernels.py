@@ -12,6 +12,7 @@ and `F.linear`, it gets None.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +84,15 @@ class Int8(Kernel):
         return self.weight
 
 
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """A quotient of two numbers of this dtype, rounded as PyTorch rounds it: to float32's 24 bits, then to bfloat16's 8."""
+    for bits in (24, 8) if dtype == torch.bfloat16 else (24,):
+        if math.isfinite(value):
+            part, exponent = math.frexp(value)
+            value = math.ldexp(round(part * (1 << bits)), exponent - bits)
+    return value
+
+
 class Int8Rows(Kernel):
     """Each row of x becomes whole numbers -126..126, too, so that 8 bit numbers are multiplied and summed exactly.
 
@@ -102,15 +112,16 @@ class Int8Rows(Kernel):
         if x.dtype == torch.float16:  # whose least numbers are too large for scales
             x = x.float()
         scales: torch.Tensor | float
-        divisor: torch.Tensor | float
-        if len(x) == 1 and largest_of_all is None:  # the same by a plain number, with three small kernels less
-            divisor = scales = max((x.abs().max() / 126).item(), 1e-30)
+        factor: torch.Tensor | float
+        if x.shape[0] == 1 and largest_of_all is None:  # the same by plain numbers, with fewer small kernels
+            scales = max(rounded(x.abs().max().item() / 126, x.dtype), 1e-30)
+            factor = 1 / scales
         else:
             largest = x.abs().amax(1, keepdim=True)
             scales = ((largest_of_all(largest) if largest_of_all else largest) / 126).clamp_(min=1e-30)
-            divisor = scales.float()
+            factor = scales.float().reciprocal()
         # Unsigned with a zero point of 128: signed rows take a slow path. Cutting after + 128.5 is rounding.
-        rows = (x.float() / divisor).add_(128.5).to(torch.uint8)
+        rows = (x.float() * factor).add_(128.5).to(torch.uint8)
         weight = self.blocks, self.scale, self.zero
         y = torch.ops.onednn.qlinear_pointwise(rows, 1.0, 128, *weight, None, 1.0, 0, self.out, "none", [], "")
         return y.mul_(scales).to(self.dtype)  # scales of another dtype would take ten times as long
@@ -133,6 +144,8 @@ class _Int4(Kernel):
         self.scales = F.pad(scales, (0, 0, 0, len(q) - self.out_features)).contiguous()
         step = max(1, UNPACKED // q.shape[1] // multiple) * multiple
         self.blocks = torch.cat([self._pack(q[i : i + step]) for i in range(0, len(q), step)])
+        self.more_in = q.shape[1] - self.in_features
+        self.plain = self.more_in == 0 and len(q) == self.out_features
 
     def _pack(self, q: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -142,9 +155,8 @@ class _Int4(Kernel):
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """By the widths that the kernel needs."""
-        more_in = self.group * len(self.scales) - self.in_features
-        y = self._product(F.pad(x, (0, more_in)) if more_in else x, self.scales)
-        return y if y.shape[1] == self.out_features else y[:, : self.out_features]
+        y = self._product(F.pad(x, (0, self.more_in)) if self.more_in else x, self.scales)
+        return y if self.plain else y[:, : self.out_features]
 
     def held(self) -> Quantized:
         """The numbers as the kernel sees them: what it makes of unit rows, with scales of 1 and zeros of 0."""
@@ -164,11 +176,16 @@ class Int4(_Int4):
     def __init__(self, weight: Quantized) -> None:
         super().__init__(weight, 64)
 
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if self.plain and x.dtype == torch.bfloat16 and x.shape[0] <= FEW:  # at once: it is called for each weight of a step
+            return torch._weight_int4pack_mm_for_cpu(x, self.blocks, self.group, self.scales)
+        return super().multiply(x)
+
     def _pack(self, q: torch.Tensor) -> torch.Tensor:
         return _pack_int4(q)
 
     def _product(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        if not _unpackable() or (len(x) <= FEW and x.dtype == torch.bfloat16):  # in float32 the kernel is ten times slower
+        if (x.dtype == torch.bfloat16 and x.shape[0] <= FEW) or not _unpackable():  # in float32 the kernel is ten times slower
             return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.blocks, self.group, scales)
         n, K = len(self.blocks), x.shape[1]
         step = min(n, max(64, UNPACKED // K // 64 * 64))

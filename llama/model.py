@@ -61,17 +61,29 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
-        if x.is_cpu and x.numel() == x.shape[-1] and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return norm_of_one_row(x, weight, self.eps)
-        return F.rms_norm(x, weight.shape, None, self.eps) * weight  # the weight apart: it multiplies what was cast
+        if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            normed = F.rms_norm(x, self.weight.shape, None, self.eps)
+        else:
+            normed = norm_one(x, self.eps) if x.numel() == x.shape[-1] else norm_rows(x, self.eps)
+        return normed * self.weight  # apart: it multiplies what was cast
 
 
-def norm_of_one_row(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`RMSNorm` of a decode step's only row, by three small kernels instead of nine: its factor is a plain number, which the
-    CPU need not be waited for, and which multiplies in float32 whatever x's dtype."""
+def norm_one(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """`RMSNorm` without its weight, of a decode step's only row: two small kernels instead of eight, as the row's factor is a
+    plain number, which multiplies in float32 whatever x's dtype and which the CPU need not be waited for."""
     norm = torch.linalg.vector_norm(x, dtype=torch.float32).item()
-    return (x * (norm * norm / x.shape[-1] + eps) ** -0.5).mul_(weight)
+    return x * (norm * norm / x.shape[-1] + eps) ** -0.5
+
+
+def norm_rows(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """The same of many rows; in 16 bits in two passes over them instead of six. Batch normalization by a given mean and
+    variance is the kernel that scales rows, its channels, in float32: x / sqrt(variance + eps), here of the squares' mean."""
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, x.shape[-1:], None, eps)
+    rows = x.flatten(0, -2)
+    squares = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).square_().div_(x.shape[-1])
+    mean = torch.zeros_like(squares)
+    return torch.batch_norm(rows.unsqueeze(0), None, None, mean, squares, False, 0.0, eps, False).view_as(x)
 
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> torch.Tensor:
@@ -94,8 +106,13 @@ def rotate_(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
     """Turn adjacent pairs of x (..., heads, hd) in place, in float32, by freqs: cosines and sines, (..., 1, hd/2, 2)."""
     if x.device.type == "mps" or torch.compiler.is_compiling():  # the compiler fuses no complex numbers
         return rotate_plainly_(x, freqs)
+    return turn_(x, torch.view_as_complex(freqs))
+
+
+def turn_(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
+    """`rotate_` by complex numbers, (..., 1, hd/2)."""
     y = x.float()  # x itself where it is float32
-    torch.view_as_complex(y.view(*x.shape[:-1], -1, 2)).mul_(torch.view_as_complex(freqs))
+    torch.view_as_complex(y.view(*x.shape[:-1], -1, 2)).mul_(freqs_cis)
     return x if y is x else x.copy_(y)
 
 
@@ -259,7 +276,7 @@ class Transformer(nn.Module):
             return self.allocate()
         return cache
 
-    def _angles(self, positions: torch.Tensor) -> torch.Tensor:
+    def angles(self, positions: torch.Tensor | slice) -> torch.Tensor:
         """Cosines and sines at positions (N,), (N, 1, hd/2, 2)."""
         if self.rope is None or self.rope.device != self.device:
             args = self.params
@@ -287,7 +304,7 @@ class Transformer(nn.Module):
         compiled=True: by the compiled block, if there is one, which is compiled anew for each shape.
         """
         cache = self.ready_cache() if keep else None
-        where = Where(batch, self._angles(batch.positions), batch.masks(self.dtype))
+        where = Where(batch, self.angles(batch.positions), batch.masks(self.dtype))
         h = self.tok_embeddings(tokens)
         block = self.compiled if compiled and self.compiled else TransformerBlock.__call__
         for i, layer in enumerate(self.layers):

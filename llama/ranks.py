@@ -39,6 +39,10 @@ T = TypeVar("T")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
+# Large tensors in pages of 2 MB, where Linux grants them: the CPU's prefetching ends where a page does, and a step reads every
+# weight. PyTorch reads this at its first tensor, so it comes too late, and does no harm, where the caller has made one.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 REASON = "llama/reason"  # a key of the group's store: which rank failed first, and why
 A_YEAR = timedelta(days=365)
 PATIENCE = 30  # seconds, after which a rank that waits for the others says so

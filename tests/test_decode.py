@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from llama import Llama, decode
+from llama import Llama, decode, kernels
 from llama.cache import Batch
-from llama.decode import Step, bucket
+from llama.decode import HostStep, Step, bucket
 from llama.errors import DeviceError
 
 PROMPTS = [[1, 5, 9, 30, 8], [1, 7], [1, 80, 81]]
@@ -37,6 +37,68 @@ def test_static_steps_and_late_reading_give_the_same_ids(
     for row, expected in zip(got[1], want[1], strict=True):
         torch.testing.assert_close(row, expected, atol=1e-4, rtol=0)
     assert llama.engine.decoder.steps.keys() == {(len(prompts), 64)}
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("positions", [[9], [4, 4, 4], [7, 2, 4]])
+def test_a_host_step_is_its_twin_to_the_digit(
+    small: SimpleNamespace, dtype: str, kind: str | None, positions: list[int]
+) -> None:
+    """Logits, and the keys and values that it leaves; of one row, of rows side by side, and of ragged ones."""
+    llama = Llama.build(small.folder, small.tokenizer_path, 16, 3, device="cpu", dtype=dtype, quantize=kind)
+    model, ragged, end, found = llama.model, len(set(positions)) > 1, max(positions) + 1, []
+    ids, where = torch.arange(20, 20 + len(positions)), torch.tensor(positions)
+    with torch.inference_mode():
+        for plain in (True, False):
+            model.allocate()
+            for row, position in enumerate(positions):
+                model.hidden(torch.arange(30, 30 + position), Batch.of([(row, 0, position)]))
+            if plain:
+                hidden = model.hidden(ids, Batch.step(torch.arange(len(ids)), where, end, ragged))
+            else:
+                assert HostStep.serves(model)
+                hidden = HostStep(model)(ids, where, end, ragged)
+            found.append((model.logits(hidden), model.ready_cache().data))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert found[0][0].isfinite().all() and found[0][1][:, :, 0, :, positions[0]].any()
+
+
+def test_what_a_caller_puts_into_a_layer_is_in_its_steps(llama: Llama) -> None:
+    """A hook, a function in forward's place, another module: each sees every step."""
+    block, seen = llama.model.layers[1], []
+    plain = block.feed_forward.forward
+
+    class Other(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(len(x))
+            return plain(x)
+
+    def answer() -> list[list[int]]:
+        seen.clear()
+        return llama.generate([[1, 5, 9]], 6, temperature=0)[0]
+
+    want = answer()
+    assert HostStep.serves(llama.model) and not seen
+    handle = block.feed_forward.w2.register_forward_hook(lambda module, args, y: seen.append(len(y)))
+    assert answer() == want and seen == [3, 1, 1, 1, 1, 1]
+    handle.remove()
+    block.feed_forward.forward = Other().forward
+    assert answer() == want and seen == [3, 1, 1, 1, 1, 1]
+    del block.feed_forward.forward
+    own, block.feed_forward = block.feed_forward, Other()
+    assert answer() == want and seen == [3, 1, 1, 1, 1, 1]
+    block.feed_forward = own
+    assert answer() == want and not seen
+
+
+def test_weights_that_change_between_calls_are_in_the_next_one_s_steps(small: SimpleNamespace) -> None:
+    llama = Llama.build(small.folder, small.tokenizer_path, 64, 2, device="cpu")
+    before = llama.generate([[1, 5, 9]], 20, temperature=0)
+    weights = {name: w * 1.5 if "w2" in name else w for name, w in llama.model.state_dict().items()}
+    llama.model.load_state_dict(weights)
+    other = Llama(llama.model, llama.tokenizer).generate([[1, 5, 9]], 20, temperature=0)
+    assert llama.generate([[1, 5, 9]], 20, temperature=0) == other != before
 
 
 def test_a_recorded_step_replays_at_other_positions(llama: Llama) -> None:

@@ -182,16 +182,20 @@ def test_rotation_and_norm_are_in_float32_whatever_the_dtype() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_norm_of_one_row_is_that_of_many(dtype: torch.dtype) -> None:
-    """Rounded as from float32: multiplied by a factor of x's dtype, half of bfloat16's numbers would be others."""
+@pytest.mark.parametrize("rows", [1, 2, 70])
+def test_norms_without_gradients_are_those_with(dtype: torch.dtype, rows: int) -> None:
+    """One row and many, from tiny to large. Rounded as from float32: by a factor of x's dtype a third would be others."""
     norm = RMSNorm(2048, eps=1e-5).to(dtype)
     norm.weight.data.uniform_()
-    x = (torch.randn(64, 2048) * torch.logspace(-6, 3, 64).unsqueeze(1)).to(dtype)
+    x = (torch.randn(70, 2048) * torch.logspace(-6, 3, 70).unsqueeze(1)).to(dtype)
+    want = norm(x)
     with torch.no_grad():
-        many, one_by_one = norm(x), torch.cat([norm(row.view(1, 2048)) for row in x])
-    assert one_by_one.dtype == dtype
-    assert (many != one_by_one).float().mean() < (1e-3 if dtype != torch.float32 else 1)
-    torch.testing.assert_close(one_by_one, many, rtol=2 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-6, atol=1e-7)
+        got = torch.cat([norm(part.view(1, -1, 2048)).flatten(0, 1) for part in x.split(rows)])
+    assert got.dtype == dtype
+    if dtype != torch.float32:
+        assert (got != want).float().mean() < 1e-3
+    tolerance = 1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=1e-7)
 
 
 def test_rope_theta_and_norm_eps_are_those_of_params_json(tmp_path: Path, small: SimpleNamespace, ids: torch.Tensor) -> None:

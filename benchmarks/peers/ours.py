@@ -40,3 +40,4 @@ class Ours:
             args.max_batch_size, args.max_seq_len = (MOST_ROWS, WINDOW) if on_gpu else (rows, length)
             model.rope = None  # as long as the window; made anew by the next forward
             model.allocate()
+            self.llama = Llama(model, self.llama.tokenizer)  # which takes the window as it is now
