@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from llama import Llama, decode, kernels
+from llama import Llama, decode
 from llama.cache import Batch
 from llama.decode import HostStep, Step, bucket
 from llama.errors import DeviceError
