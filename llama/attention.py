@@ -23,7 +23,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     if S == 1:
         return attend_one(q.squeeze(1), k, v, mask).unsqueeze(1)
     if q.device.type == "cpu" and not q.requires_grad:
-        return attend_in_blocks(q, k, v, mask)  # faster than the kernel
+        return attend_in_blocks(q, k, v)  # faster than the kernel
     q = q.permute(0, 2, 3, 1, 4).reshape(B * K, G, S, hd)
     k = k.flatten(0, 1).unsqueeze(1).expand(-1, G, -1, -1)  # (B * K, G, L, hd), G a view of stride 0
     v = v.flatten(0, 1).unsqueeze(1).expand(-1, G, -1, -1)
@@ -42,7 +42,7 @@ def attend_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Te
     return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(B, K, G, hd)
 
 
-def attend_in_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def attend_in_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """`attend` by matrix products, BLOCK ids of each row at a time over no more slots than they see.
 
     In bfloat16 the scores are rounded to it, as the reference's are, before softmax makes them float32.

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from torch.nn.modules import module as nn_module
 
 from .attention import attend_one
 from .cache import Batch, KVCache, write
@@ -75,9 +76,11 @@ class HostLayer(NamedTuple):
     """One layer's weights, and what multiplies by them."""
 
     attention_norm: torch.Tensor
+    attention_eps: float
     wqkv: Product
     wo: Product
     ffn_norm: torch.Tensor
+    ffn_eps: float
     w13: Product
     w2: Product
 
@@ -94,15 +97,17 @@ class HostStep:
     layers share made once. Made for one call, since it holds the weights as they are when it is made."""
 
     def __init__(self, model: Transformer) -> None:
-        self.model, self.eps = model, model.params.norm_eps
+        self.model = model
         blocks = cast("list[TransformerBlock]", list(model.layers))
         self.heads = blocks[0].attention.n_local_kv_heads, blocks[0].attention.n_rep, model.params.head_dim
         self.layers = [
             HostLayer(
                 block.attention_norm.weight,
+                block.attention_norm.eps,
                 product(block.attention.wqkv),
                 product(block.attention.wo),
                 block.ffn_norm.weight,
+                block.ffn_norm.eps,
                 product(block.feed_forward.w13),
                 product(block.feed_forward.w2),
             )
@@ -111,15 +116,23 @@ class HostStep:
 
     @staticmethod
     def serves(model: Transformer) -> bool:
-        """Not where a caller has put a module or a function of their own in a layer, or looks on at what goes through one."""
-        return model.device.type == "cpu" and all(
-            type(m) in OURS and "forward" not in vars(m) and not m._forward_hooks and not m._forward_pre_hooks
+        """Not where a caller has put a module or a function of their own into the model, or looks on at what goes through."""
+        if model.device.type != "cpu" or model.dtype == torch.float64 or not len(model.layers):
+            return False
+        if type(model) is not Transformer or "hidden" in vars(model):
+            return False
+        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+            return False
+        return all(
+            type(m) in OURS
+            and not (m._forward_hooks or m._forward_pre_hooks)
+            and not ("forward" in vars(m) or "multiply" in vars(m))
             for block in model.layers
             for m in block.modules()
         )
 
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, end: int, ragged: bool) -> torch.Tensor:
-        model, B, eps, (K, G, hd) = self.model, ids.shape[0], self.eps, self.heads
+        model, B, (K, G, hd) = self.model, ids.shape[0], self.heads
         mask = None
         if ragged:
             batch = Batch.step(torch.arange(B), positions, end)
@@ -132,7 +145,7 @@ class HostStep:
 
         h = model.tok_embeddings(ids)  # (B, dim)
         for i, layer in enumerate(self.layers):
-            heads = layer.wqkv(normed(h, eps).mul_(layer.attention_norm)).view(B, -1, hd)
+            heads = layer.wqkv(normed(h, layer.attention_eps).mul_(layer.attention_norm)).view(B, -1, hd)
             turn_(heads.narrow(1, 0, K * G + K), turns)
             q, kv = heads.split((K * G, 2 * K), 1)
             kv = kv.view(B, 2, K, hd)
@@ -140,9 +153,10 @@ class HostStep:
                 write(cache.layers[i], batch, kv)
             else:
                 slots[i].copy_(kv)
-            h.add_(layer.wo(attend_one(q.view(B, K, G, hd), seen[2 * i], seen[2 * i + 1], mask).view(B, -1)))
-            gate, up = layer.w13(normed(h, eps).mul_(layer.ffn_norm)).chunk(2, 1)
-            h.add_(layer.w2(F.silu(gate).mul_(up)))
+            y = attend_one(q.view(B, K, G, hd), seen[2 * i], seen[2 * i + 1], mask)
+            h = h + layer.wo(y.reshape(B, -1))
+            gate, up = layer.w13(normed(h, layer.ffn_eps).mul_(layer.ffn_norm)).chunk(2, 1)
+            h = h + layer.w2(F.silu(gate).mul_(up))
         return model.norm(h)
 
 
@@ -153,25 +167,22 @@ class Decoder:
         self.model = model
         self.static: bool | None = None  # None: on CUDA
         self.captures = True
-        self.host: HostStep | None = None
         self.steps: dict[tuple[int, int], Step] = {}
         self.memory: tuple[KVCache | None, int] | None = None  # what the steps look at
         self.stream: torch.cuda.Stream | None = None
         self.pool: Any = None
 
-    def begin(self) -> None:
-        """Before the steps of a call."""
-        self.host = HostStep(self.model) if HostStep.serves(self.model) else None
-
-    def __call__(self, ids: torch.Tensor, positions: torch.Tensor, end: int, ragged: bool) -> torch.Tensor:
+    def __call__(
+        self, ids: torch.Tensor, positions: torch.Tensor, end: int, ragged: bool, host: HostStep | None = None
+    ) -> torch.Tensor:
         """ids and positions (B,) of rows 0..B, all below `end` -> float32 logits (B, vocab), until the next call.
 
-        ragged=False: all positions are end - 1.
+        ragged=False: all positions are end - 1. host: what to step with where no static steps are asked for.
         """
         model, n_rows = self.model, len(ids)
         if not (model.device.type == "cuda" if self.static is None else self.static):
-            if self.host:
-                return model.logits(self.host(ids, positions, end, ragged))
+            if host:
+                return model.logits(host(ids, positions, end, ragged))
             rows = torch.arange(n_rows, device=ids.device)
             return model.logits(model.hidden(ids, Batch.step(rows, positions, end, ragged)))
         memory = model.ready_cache(), model.norm.weight.data_ptr()

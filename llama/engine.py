@@ -20,7 +20,7 @@ import torch
 
 from . import ranks, runtime
 from .cache import Batch, chunked
-from .decode import Decoder
+from .decode import Decoder, HostStep
 from .errors import InputError, NumberError
 from .memory import LOGPROB_CHUNK, PREFILL_CHUNK
 from .model import Transformer
@@ -122,7 +122,7 @@ class Run:
         self.engine, self.model, self.requests, self.eos_id = engine, engine.model, requests, eos_id
         self.logprobs, self.scored, self.reuse = logprobs, scored, reuse
         self.cache = self.model.ready_cache()
-        engine.decoder.begin()
+        self.host = HostStep(self.model) if HostStep.serves(self.model) else None
         kept = self.cache.turn.ids if reuse and isinstance(self.cache.turn, Turn) else []
         self.cache.turn = self.turn = Turn()
         self.turn.ids = kept[: common_prefix(kept, requests[0].prompt[:-1])]  # the last id is computed: it has the logits
@@ -203,7 +203,7 @@ class Run:
     def forward(self) -> None:
         """The drawn ids through the model, if that has not been done: keys and values, and the logits for the next."""
         if self.step is not None:
-            self.rows.logits, self.step = self.engine.decoder(*self.step), None
+            self.rows.logits, self.step = self.engine.decoder(*self.step, self.host), None
 
     def hand_out(self) -> Iterator[Token]:
         """What was drawn, row by row; the consumer may end the row by what it gets."""

@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not x.is_cpu or x.dtype == torch.float64 or torch.is_grad_enabled() or torch.compiler.is_compiling():
             normed = F.rms_norm(x, self.weight.shape, None, self.eps)
         else:
             normed = norm_one(x, self.eps) if x.numel() == x.shape[-1] else norm_rows(x, self.eps)

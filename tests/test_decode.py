@@ -83,6 +83,10 @@ def test_what_a_caller_puts_into_a_layer_is_in_its_steps(llama: Llama) -> None:
     handle = block.feed_forward.w2.register_forward_hook(lambda module, args, y: seen.append(len(y)))
     assert answer() == want and seen == [3, 1, 1, 1, 1, 1]
     handle.remove()
+    kept: list[torch.Tensor] = []
+    handle = llama.model.tok_embeddings.register_forward_hook(lambda module, args, y: kept.extend((y, y.clone())))
+    assert answer() == want and all(torch.equal(a, b) for a, b in zip(kept[::2], kept[1::2], strict=True))
+    handle.remove()
     block.feed_forward.forward = Other().forward
     assert answer() == want and seen == [3, 1, 1, 1, 1, 1]
     del block.feed_forward.forward
@@ -90,6 +94,13 @@ def test_what_a_caller_puts_into_a_layer_is_in_its_steps(llama: Llama) -> None:
     assert answer() == want and seen == [3, 1, 1, 1, 1, 1]
     block.feed_forward = own
     assert answer() == want and not seen
+
+
+def test_float64_steps_too(small: SimpleNamespace) -> None:
+    llama = Llama.build(small.folder, small.tokenizer_path, 64, 2, device="cpu")
+    want = llama.generate([[1, 5, 9]], 20, temperature=0)
+    llama.model.double()
+    assert llama.generate([[1, 5, 9]], 20, temperature=0) == want
 
 
 def test_weights_that_change_between_calls_are_in_the_next_one_s_steps(small: SimpleNamespace) -> None:
