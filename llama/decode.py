@@ -26,7 +26,11 @@ from .parallel import JoinedColumnParallelLinear, RowParallelLinear
 from .ranks import global_rank
 
 SMALLEST_BUCKET = 128
-OURS = (Attention, FeedForward, JoinedColumnParallelLinear, RMSNorm, RowParallelLinear, TransformerBlock)
+OURS: dict[type, Any] = {  # each module of a layer, and what it does unless a caller has changed it
+    kind: kind.forward
+    for kind in (Attention, FeedForward, JoinedColumnParallelLinear, RMSNorm, RowParallelLinear, TransformerBlock)
+}
+HIDDEN = Transformer.hidden
 Product = Callable[[torch.Tensor], torch.Tensor]
 MOST_STEPS = 64  # kept at a time: each has its own memory for what it computes
 
@@ -119,12 +123,12 @@ class HostStep:
         """Not where a caller has put a module or a function of their own into the model, or looks on at what goes through."""
         if model.device.type != "cpu" or model.dtype == torch.float64 or not len(model.layers):
             return False
-        if type(model) is not Transformer or "hidden" in vars(model):
+        if type(model).hidden is not HIDDEN or "hidden" in vars(model):
             return False
         if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
             return False
         return all(
-            type(m) in OURS
+            OURS.get(type(m)) is type(m).forward
             and not (m._forward_hooks or m._forward_pre_hooks)
             and not ("forward" in vars(m) or "multiply" in vars(m))
             for block in model.layers

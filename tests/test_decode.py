@@ -10,6 +10,7 @@ from llama import Llama, decode
 from llama.cache import Batch
 from llama.decode import HostStep, Step, bucket
 from llama.errors import DeviceError
+from llama.model import FeedForward
 
 PROMPTS = [[1, 5, 9, 30, 8], [1, 7], [1, 80, 81]]
 
@@ -64,7 +65,7 @@ def test_a_host_step_is_its_twin_to_the_digit(
     assert found[0][0].isfinite().all() and found[0][1][:, :, 0, :, positions[0]].any()
 
 
-def test_what_a_caller_puts_into_a_layer_is_in_its_steps(llama: Llama) -> None:
+def test_what_a_caller_puts_into_a_layer_is_in_its_steps(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hook, a function in forward's place, another module: each sees every step."""
     block, seen = llama.model.layers[1], []
     plain = block.feed_forward.forward
@@ -90,6 +91,11 @@ def test_what_a_caller_puts_into_a_layer_is_in_its_steps(llama: Llama) -> None:
     block.feed_forward.forward = Other().forward
     assert answer() == want and seen == [3, 1, 1, 1, 1, 1]
     del block.feed_forward.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            FeedForward, "forward", lambda self, x, forward=FeedForward.forward: (seen.append(len(x)), forward(self, x))[1]
+        )
+        assert answer() == want and seen == [n for n in (3, 1, 1, 1, 1, 1) for _ in llama.model.layers]
     own, block.feed_forward = block.feed_forward, Other()
     assert answer() == want and seen == [3, 1, 1, 1, 1, 1]
     block.feed_forward = own
