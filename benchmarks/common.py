@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import sentencepiece
-import torch
+AS_GIVEN = dict(os.environ)  # before this library is imported, which sets some for itself: peers run as their users run them
 
-from llama import ModelArgs, Transformer
-from llama.checkpoint import split_dim
+import sentencepiece  # noqa: E402
+import torch  # noqa: E402
+
+from llama import ModelArgs, Transformer  # noqa: E402
+from llama.checkpoint import split_dim  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {  # params.json of TinyLlama 1.1B, Llama 2 7B and 13B, and of a model that measures nothing but the benchmark itself
@@ -80,7 +82,7 @@ def fresh(*command: object, ranks: int = 1, threads: int = 2) -> list[dict]:
 
 def environment(threads: int) -> dict[str, str]:
     """For a process that imports this library and the modules beside this file, and computes with so many threads."""
-    return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": str(threads)}
+    return AS_GIVEN | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": str(threads)}
 
 
 def report(**figures: object) -> None:

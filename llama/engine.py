@@ -291,11 +291,13 @@ class Engine:
         for pieces in chunks if quiet else bar:
             ends = list(itertools.accumulate(n for _, _, n in pieces))
             batch = Batch.of([(slots[i], start + done, n) for i, done, n in pieces], device)
-            hidden = self.model.hidden(packed[first : first + ends[-1]], batch)
             final = [end - 1 for end, (i, done, n) in zip(ends, pieces, strict=True) if done + n == lengths[i]]
-            last_hidden.append(hidden[torch.tensor(final, dtype=torch.int64, device=device)])
+            at = torch.tensor(final, dtype=torch.int64, device=device)
+            hidden = self.model.hidden(packed[first : first + ends[-1]], batch, wanted=None if scored else at)
             if scored:
                 scores += self._score(hidden, packed[first + 1 :])
+                hidden = hidden[at]
+            last_hidden.append(hidden)
             first += ends[-1]
         starts = itertools.accumulate(lengths, initial=0)
         each = [[0.0, *scores[i + 1 : i + n]] if scored else [] for i, n in zip(starts, lengths, strict=False)]
@@ -319,9 +321,9 @@ class Engine:
             batch = Batch.of([(row, 0, len(sequences[i])) for row, i in enumerate(pack)], device)
             offsets = itertools.accumulate((len(sequences[i]) for i in pack), initial=0)
             wanted = [[first + n for n in range(starts[i], len(sequences[i]))] for i, first in zip(pack, offsets, strict=False)]
-            at = torch.tensor([n for places in wanted for n in places], device=device)
+            at = torch.tensor([n for places in wanted for n in places], dtype=torch.int64, device=device)
             with ranks.unbroken():
-                scores = iter(self._score(self.model.hidden(ids, batch, keep=False)[at - 1], ids[at]))
+                scores = iter(self._score(self.model.hidden(ids, batch, keep=False, wanted=at - 1), ids[at]))
             for i, places in zip(pack, wanted, strict=True):
                 values.append(list(itertools.islice(scores, len(places))))
                 self.check_finite(values[-1], names[i])

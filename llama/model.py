@@ -7,7 +7,7 @@ The model knows nothing of text, sampling or files.
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -212,16 +212,20 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, where: "Where", cache: torch.Tensor | None) -> torch.Tensor:
         h = x + self.attention(self.attention_norm(x), where, cache)
+        if where.wanted is not None:
+            h = h[where.wanted]
         return h + self.feed_forward(self.ffn_norm(h))
 
 
 @dataclass(frozen=True)
 class Where:
-    """What all layers of one forward share: the batch, its angles (N, 1, hd/2, 2) and its masks."""
+    """What all layers of one forward share: the batch, its angles (N, 1, hd/2, 2) and its masks; and the last layer's alone,
+    which ids' outputs are wanted, (M,): of the others only keys and values are of use, and it gives (M, dim)."""
 
     batch: Batch
     freqs: torch.Tensor
     masks: list[torch.Tensor | None]
+    wanted: torch.Tensor | None = None
 
 
 class Transformer(nn.Module):
@@ -297,9 +301,17 @@ class Transformer(nn.Module):
         limits = ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit", "accumulated_cache_size_limit")
         return config.patch({name: 1 << 14 for name in limits if hasattr(config, name)})
 
-    def hidden(self, tokens: torch.Tensor, batch: Batch, keep: bool = True, compiled: bool = False) -> torch.Tensor:
+    def hidden(
+        self,
+        tokens: torch.Tensor,
+        batch: Batch,
+        keep: bool = True,
+        compiled: bool = False,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """ids (N,) -> the last layer's normed output (N, dim). Their keys and values go into the cache.
 
+        wanted: of these ids only, (M,), rising: the output is (M, dim), and so is what the last layer's feed-forward sees.
         keep=False: for whole sequences that nothing will follow (training): no cache is needed, nor its limit of rows.
         compiled=True: by the compiled block, if there is one, which is compiled anew for each shape.
         """
@@ -308,7 +320,11 @@ class Transformer(nn.Module):
         h = self.tok_embeddings(tokens)
         block = self.compiled if compiled and self.compiled else TransformerBlock.__call__
         for i, layer in enumerate(self.layers):
+            if wanted is not None and i == len(self.layers) - 1:
+                where = replace(where, wanted=wanted if len(wanted) else wanted.new_zeros(1))  # kernels need a row
             h = block(layer, h, where, cache.layers[i] if cache else None)
+        if wanted is not None:  # a caller's own layer may have given all
+            h = h[wanted] if len(h) > max(1, len(wanted)) else h[: len(wanted)]
         return self.norm(h)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

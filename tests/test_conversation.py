@@ -63,7 +63,8 @@ def test_each_turn_is_answered_as_its_whole_dialog(llama: Llama) -> None:
 def test_a_turn_computes_only_what_is_new(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     computed = []
     hidden = talk.llama.model.hidden
-    monkeypatch.setattr(talk.llama.model, "hidden", lambda ids, batch: computed.append(len(ids)) or hidden(ids, batch))
+    counting = lambda ids, batch, **options: computed.append(len(ids)) or hidden(ids, batch, **options)  # noqa: E731
+    monkeypatch.setattr(talk.llama.model, "hidden", counting)
     talk.says("one, two, three, four, five")
     first = computed[0]
     assert first == len(encode_dialog(talk.llama.tokenizer, [message("user", "one, two, three, four, five")]))

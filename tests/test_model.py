@@ -1,5 +1,6 @@
 """The model against its plain twin, and its pieces against their definitions."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,6 +68,28 @@ def test_rows_at_different_positions_in_one_forward(llama: Llama, small: SimpleN
     positions = torch.tensor([s + n for s, n in zip(starts, lengths, strict=True)])
     step = model.logits(model.hidden(ids[range(3), positions], Batch.step(torch.arange(3), positions, 12)))
     torch.testing.assert_close(step, want[range(3), positions], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("wanted", [[], [0], [4], [2, 7, 8], list(range(9))])
+@pytest.mark.parametrize("own", [False, True])
+def test_the_last_layer_computes_only_what_is_wanted(
+    llama: Llama, ids: torch.Tensor, wanted: list[int], own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = llama.model, []
+    model.allocate()
+    batch = Batch.of([(0, 0, 5), (1, 0, 4)])
+    packed = torch.cat([ids[0, :5], ids[1, :4]])
+    want = model.hidden(packed, batch)
+    cache = model.cache.data.clone()
+    last, feed_forward = model.layers[-1], model.layers[-1].feed_forward.forward
+    monkeypatch.setattr(last.feed_forward, "forward", lambda x: seen.append(len(x)) or feed_forward(x))
+    if own:  # a caller's layer, which has not heard of it
+        forward = last.forward
+        monkeypatch.setattr(last, "forward", lambda x, where, cache: forward(x, replace(where, wanted=None), cache))
+    model.allocate()
+    got = model.hidden(packed, batch, wanted=torch.tensor(wanted, dtype=torch.int64))
+    torch.testing.assert_close(got, want[wanted], atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.cache.data, cache) and seen == [9 if own else max(1, len(wanted))]
 
 
 def test_slots_beyond_a_position_are_never_read(llama: Llama, ids: torch.Tensor) -> None:
