@@ -1,0 +1,40 @@
+"""The benchmark of speed, on a model that measures nothing: that it runs, and that what it compares is comparable."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+
+
+def test_speed_measures_each_workload_with_all_peers_by_turns(tmp_path: Path) -> None:
+    """Prompts longer than the window that a peer was loaded with, several rows."""
+    workloads = ["decode-4", "prefill-512"]
+    args = ["--shape", "tiny", "--peers", "reference", "--runs", "1", "--workloads", ",".join(workloads)]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "speed.py", *args, "--json", tmp_path / "found.json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    peers = ["ours", "reference"]
+    assert {(r["workload"], r["peer"]) for r in found["runs"]} == {(w, p) for w in workloads for p in peers}
+    assert all(r["seconds"] > 0 for r in found["runs"])
+    assert found["agreement"]["reference"]["first"] == 1
+    assert all(name in done.stdout for name in (*workloads, *peers))
+
+
+def test_peers_get_the_environment_that_was_given() -> None:
+    """This library sets variables when it is imported, which would make a peer faster or slower than its users see it."""
+    given = {name: value for name, value in os.environ.items() if name not in ("THP_MEM_ALLOC_ENABLE", "LRU_CACHE_CAPACITY")}
+    code = "import common, os; print(sorted(set(os.environ) - set(common.environment(2))), os.environ['THP_MEM_ALLOC_ENABLE'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=given | {"PYTHONPATH": f"{BENCHMARKS}{os.pathsep}{BENCHMARKS.parent}"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "THP_MEM_ALLOC_ENABLE" in done.stdout.split("]")[0] and done.stdout.strip().endswith("1")
