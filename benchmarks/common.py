@@ -81,7 +81,7 @@ def fresh(*command: object, ranks: int = 1, threads: int = 2) -> list[dict]:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """For a process that imports this library and the modules beside this file, and computes with so many threads."""
+    """For a process to be measured: it can import this library and the modules beside this file, and has so many threads."""
     return AS_GIVEN | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": str(threads)}
 
 

@@ -16,20 +16,15 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch.nn.modules import module as nn_module
 
 from .attention import attend_one
 from .cache import Batch, KVCache, write
 from .errors import DeviceError
-from .model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock, norm_one, norm_rows, turn_
+from .model import Transformer, TransformerBlock, norm_one, norm_rows, turn_, untouched
 from .parallel import JoinedColumnParallelLinear, RowParallelLinear
 from .ranks import global_rank
 
 SMALLEST_BUCKET = 128
-OURS: dict[type, Any] = {  # each module of a layer, and what it does unless a caller has changed it
-    kind: kind.forward
-    for kind in (Attention, FeedForward, JoinedColumnParallelLinear, RMSNorm, RowParallelLinear, TransformerBlock)
-}
 HIDDEN = Transformer.hidden
 Product = Callable[[torch.Tensor], torch.Tensor]
 MOST_STEPS = 64  # kept at a time: each has its own memory for what it computes
@@ -120,26 +115,18 @@ class HostStep:
 
     @staticmethod
     def serves(model: Transformer) -> bool:
-        """Not where a caller has put a module or a function of their own into the model, or looks on at what goes through."""
-        if model.device.type != "cpu" or model.dtype == torch.float64 or not len(model.layers):
+        """Not where a caller has put a module or a function of their own into the model, or watches what goes through."""
+        if model.device.type != "cpu" or model.dtype == torch.float64:
             return False
         if type(model).hidden is not HIDDEN or "hidden" in vars(model):
             return False
-        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
-            return False
-        return all(
-            OURS.get(type(m)) is type(m).forward
-            and not (m._forward_hooks or m._forward_pre_hooks)
-            and not ("forward" in vars(m) or "multiply" in vars(m))
-            for block in model.layers
-            for m in block.modules()
-        )
+        return untouched(m for block in model.layers for m in block.modules())
 
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, end: int, ragged: bool) -> torch.Tensor:
         model, B, (K, G, hd) = self.model, ids.shape[0], self.heads
         mask = None
         if ragged:
-            batch = Batch.step(torch.arange(B), positions, end)
+            batch = Batch.step(torch.arange(B, device=ids.device), positions, end)
             mask = batch.masks(model.dtype)[0]
         turns = torch.view_as_complex(model.angles(positions if ragged else slice(end - 1, end)))  # (B or 1, 1, hd/2)
         cache = model.ready_cache()

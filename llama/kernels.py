@@ -104,7 +104,7 @@ class Int8Rows(Kernel):
     def __init__(self, weight: Quantized) -> None:
         self.blocks = torch.ops.onednn.qlinear_prepack(weight.q.contiguous(), None)  # else it is misread
         self.scale, self.dtype = weight.scale.flatten(), weight.dtype
-        self.zero = torch.zeros(len(self.scale), dtype=torch.int64)
+        self.zero = torch.zeros_like(self.scale, dtype=torch.int64)
         self.out = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
 
     def multiply(self, x: torch.Tensor, largest_of_all: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:

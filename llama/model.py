@@ -6,13 +6,15 @@ The model knows nothing of text, sampling or files.
 """
 
 import contextlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as nn_module
 
 from .attention import attend
 from .cache import Batch, KVCache, Span, read, write
@@ -70,9 +72,10 @@ class RMSNorm(nn.Module):
 
 def norm_one(x: torch.Tensor, eps: float) -> torch.Tensor:
     """`RMSNorm` without its weight, of a decode step's only row: two small kernels instead of eight, as the row's factor is a
-    plain number, which multiplies in float32 whatever x's dtype and which the CPU need not be waited for."""
+    plain number, which multiplies in float32 whatever x's dtype and costs nothing to read on the CPU."""
     norm = torch.linalg.vector_norm(x, dtype=torch.float32).item()
-    return x * (norm * norm / x.shape[-1] + eps) ** -0.5
+    square = norm * norm / x.shape[-1] + eps
+    return x * (square**-0.5 if square else math.inf)
 
 
 def norm_rows(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -219,13 +222,35 @@ class TransformerBlock(nn.Module):
 
 @dataclass(frozen=True)
 class Where:
-    """What all layers of one forward share: the batch, its angles (N, 1, hd/2, 2) and its masks; and the last layer's alone,
-    which ids' outputs are wanted, (M,): of the others only keys and values are of use, and it gives (M, dim)."""
+    """What all layers of one forward share: the batch, its angles (N, 1, hd/2, 2) and its masks.
+
+    wanted: the ids whose outputs the last layer is to give, (M,), where nothing but keys and values of the others is needed.
+    """
 
     batch: Batch
     freqs: torch.Tensor
     masks: list[torch.Tensor | None]
     wanted: torch.Tensor | None = None
+
+
+OURS: dict[type, tuple[Any, Any]] = {  # each module of a layer, and what it does unless a caller has changed it
+    kind: (kind.forward, getattr(kind, "multiply", None))
+    for kind in (Attention, FeedForward, JoinedColumnParallelLinear, RMSNorm, RowParallelLinear, TransformerBlock)
+}
+
+
+def untouched(modules: Iterable[nn.Module]) -> bool:
+    """Whether all of these are modules of a layer, none with a function of a caller's in it, compiled or watched by a hook;
+    and there is at least one."""
+    modules = list(modules)
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+        return False
+    return bool(modules) and all(
+        OURS.get(type(m)) == (type(m).forward, getattr(type(m), "multiply", None))
+        and not (m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl)
+        and not ("forward" in vars(m) or "multiply" in vars(m))
+        for m in modules
+    )
 
 
 class Transformer(nn.Module):
@@ -311,7 +336,7 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         """ids (N,) -> the last layer's normed output (N, dim). Their keys and values go into the cache.
 
-        wanted: of these ids only, (M,), rising: the output is (M, dim), and so is what the last layer's feed-forward sees.
+        wanted: of these ids only, (M,): the output is (M, dim), and so is what the last layer's feed-forward sees.
         keep=False: for whole sequences that nothing will follow (training): no cache is needed, nor its limit of rows.
         compiled=True: by the compiled block, if there is one, which is compiled anew for each shape.
         """
@@ -319,13 +344,15 @@ class Transformer(nn.Module):
         where = Where(batch, self.angles(batch.positions), batch.masks(self.dtype))
         h = self.tok_embeddings(tokens)
         block = self.compiled if compiled and self.compiled else TransformerBlock.__call__
+        rows = None if wanted is None else wanted if len(wanted) else wanted.new_zeros(1)  # kernels need a row
+        few = rows is not None and untouched(list(self.layers)[-1:])
         for i, layer in enumerate(self.layers):
-            if wanted is not None and i == len(self.layers) - 1:
-                where = replace(where, wanted=wanted if len(wanted) else wanted.new_zeros(1))  # kernels need a row
+            if few and i == len(self.layers) - 1:
+                where = replace(where, wanted=rows)
             h = block(layer, h, where, cache.layers[i] if cache else None)
-        if wanted is not None:  # a caller's own layer may have given all
-            h = h[wanted] if len(h) > max(1, len(wanted)) else h[: len(wanted)]
-        return self.norm(h)
+        if rows is None:
+            return self.norm(h)
+        return self.norm(h if few else h[rows])[: len(wanted)]  # type: ignore[arg-type]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., dim) -> float32 (..., vocab)."""

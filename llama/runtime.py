@@ -5,7 +5,7 @@ Three ways in, decided once by `start`:
     a group that the caller made       joined as it is
     torchrun (RANK and WORLD_SIZE set) a group started from the environment
     plain python, a notebook           no group at all: one rank needs no collective, so no port is opened and
-                                       nothing process-wide is left behind but two limits of caches, and large pages (ranks.py)
+                                       nothing process-wide is left behind but how memory is kept and paged (ranks.py)
 
 Nothing here knows about models or text.
 """

@@ -1,4 +1,5 @@
-"""The decode step as it is captured, seen without a GPU: static memory, any positions, the same ids as the plain step."""
+"""The decode step as it is captured, seen without a GPU: static memory, any positions, the same ids as the plain step; and
+the CPU's own step, the same to the digit."""
 
 from types import SimpleNamespace
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from llama import Llama, decode
+from llama import Llama, decode, kernels
 from llama.cache import Batch
 from llama.decode import HostStep, Step, bucket
 from llama.errors import DeviceError
@@ -44,9 +45,10 @@ def test_static_steps_and_late_reading_give_the_same_ids(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("positions", [[9], [4, 4, 4], [7, 2, 4]])
 def test_a_host_step_is_its_twin_to_the_digit(
-    small: SimpleNamespace, dtype: str, kind: str | None, positions: list[int]
+    small: SimpleNamespace, dtype: str, kind: str | None, positions: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits, and the keys and values that it leaves; of one row, of rows side by side, and of ragged ones."""
+    monkeypatch.setattr(kernels, "SMALLEST", 0)  # these weights, too, are packed
     llama = Llama.build(small.folder, small.tokenizer_path, 16, 3, device="cpu", dtype=dtype, quantize=kind)
     model, ragged, end, found = llama.model, len(set(positions)) > 1, max(positions) + 1, []
     ids, where = torch.arange(20, 20 + len(positions)), torch.tensor(positions)

@@ -122,11 +122,23 @@ def test_equal_length_sampling_draws_as_the_reference_does(llama: Llama, small: 
 def test_a_prefill_in_chunks_gives_the_same(llama: Llama, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """Chunks end inside of prompts and between them; ids, and log probabilities of prompts and answers."""
     want = llama.generate(RAGGED, 6, temperature=0, logprobs=True, echo=True)
+    plainly = llama.generate(RAGGED, 6, temperature=0)[0]
     monkeypatch.setattr(engine, "PREFILL_CHUNK", chunk)
     got = llama.generate(RAGGED, 6, temperature=0, logprobs=True, echo=True)
-    assert got[0] == want[0]
+    assert got[0] == want[0] and llama.generate(RAGGED, 6, temperature=0)[0] == plainly
+    assert plainly == [ids[len(prompt) :] for ids, prompt in zip(got[0], RAGGED, strict=True)]
     for mine, whole in zip(got[1], want[1], strict=True):
         assert mine == pytest.approx(whole, abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"quantize": "int8"}, {"quantize": "int4"}])
+def test_a_chunk_in_which_no_prompt_ends(small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, options: dict) -> None:
+    """None of its ids' outputs are wanted: kernels get no empty rows, and what follows finds its keys and values."""
+    llama = Llama.build(small.folder, small.tokenizer_path, 64, 4, device="cpu", **options)
+    want = llama.generate([[1, *range(5, 30)]], 1, temperature=0, logprobs=True)
+    monkeypatch.setattr(engine, "PREFILL_CHUNK", 7)
+    got = llama.generate([[1, *range(5, 30)]], 1, temperature=0, logprobs=True)
+    assert got[0] == want[0] and got[1][0] == pytest.approx(want[1][0], abs=0.02)
 
 
 def count_work(llama: Llama) -> tuple[list[int], list[int], list]:
