@@ -12,13 +12,18 @@ from typing import Any
 Results = dict[str, Any]
 
 
-def medians(results: Results, peer: str) -> dict[str, float]:
-    """Seconds of each workload."""
+def measured(results: Results, peer: str) -> dict[str, list[float]]:
+    """Seconds of each workload, run by run."""
     runs: dict[str, list[float]] = {workload["name"]: [] for workload in results["workloads"]}
     for record in results["runs"]:
         if record["peer"] == peer:
             runs[record["workload"]].append(record["seconds"])
-    return {name: statistics.median(seconds) for name, seconds in runs.items()}
+    return runs
+
+
+def paired(seconds: list[float], others: list[float]) -> float:
+    """The median of the runs' quotients, not the quotient of medians: what slows a machine for a while slows both in a run."""
+    return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
 
 
 def reading(results: Results, peer: str) -> tuple[float, float]:
@@ -30,34 +35,37 @@ def reading(results: Results, peer: str) -> tuple[float, float]:
 
 
 def table(results: Results) -> list[str]:
-    """Its first peer is ours; beside each figure of another stands how many times better ours is."""
+    """Its first peer is ours; beside each figure of another stands how many times better ours is, run by run."""
     peers = list(results["load"])
-    seconds = {peer: medians(results, peer) for peer in peers}
+    seconds = {peer: measured(results, peer) for peer in peers}
+    ours = seconds[peers[0]]
     rows: list[list[str]] = [["", *(f"{peer}{'':8}" for peer in peers)]]
 
-    def add(label: str, values: list[float], format_: str, more_is_better: bool = False) -> None:
-        ratios = [values[0] / v if more_is_better else v / values[0] for v in values[1:]]
-        beside = ["", *(f"{ratio:.2f}x" for ratio in ratios)]
+    def add(label: str, values: list[float], format_: str, ratios: list[float]) -> None:
+        beside = ["", *(f"{ratio:.2f}x" for ratio in ratios[1:])]
         rows.append([label, *(f"{v:{format_}}{ratio:>8}" for v, ratio in zip(values, beside, strict=True))])
 
     def note(label: str, cells: list[str]) -> None:
         rows.append([f"  {label}", *(f"{cell}{'':8}" for cell in cells)])
 
     for name, n in ((w["name"], w["ids"]) for w in results["workloads"]):
+        typical = [statistics.median(s[name]) for s in seconds.values()]
+        ratios = [paired(s[name], ours[name]) for s in seconds.values()]
         if n:
-            add(f"{name}, ids/s", [n / seconds[peer][name] for peer in peers], ",.1f", more_is_better=True)
+            add(f"{name}, ids/s", [n / t for t in typical], ",.1f", ratios)
         else:
-            add(f"{name}, s", [seconds[peer][name] for peer in peers], ".2f")
+            add(f"{name}, s", typical, ".2f", ratios)
         if name == "decode-1":
             read = [reading(results, peer) for peer in peers]
             note("weights read, GB/s", [f"{speed / 1e9:,.1f}" for speed, _ in read])
             note("of the bandwidth", [f"{share:.0%}" for _, share in read])
-        if name.startswith("decode-") and name != "decode-1" and "decode-1" in seconds[peers[0]]:
-            note("of one row's ids/s", [f"{n * s['decode-1'] / s[name]:.2f}x" for s in seconds.values()])
-        if name.startswith("context-") and name != "context-128" and "context-128" in seconds[peers[0]]:
-            note("of context-128's time", [f"{s[name] / s['context-128']:.2f}x" for s in seconds.values()])
+        if name.startswith("decode-") and name != "decode-1" and "decode-1" in ours:
+            note("of one row's ids/s", [f"{n * paired(s['decode-1'], s[name]):.2f}x" for s in seconds.values()])
+        if name.startswith("context-") and name != "context-128" and "context-128" in ours:
+            note("of context-128's time", [f"{paired(s[name], s['context-128']):.2f}x" for s in seconds.values()])
     for label, key, unit in (("load, s", "seconds", 1.0), ("peak memory, GB", "peak", 1e9)):
-        add(label, [statistics.median(load[key] for load in results["load"][peer]) / unit for peer in peers], ".2f")
+        values = [statistics.median(load[key] for load in results["load"][peer]) / unit for peer in peers]
+        add(label, values, ".2f", [v / values[0] for v in values])
     note("first ids as ours", [f"{results['agreement'][peer]['first']:.0%}" for peer in peers])
     return [title(results), *(f"{label:24}" + "".join(f"{cell:>20}" for cell in cells).rstrip() for label, *cells in rows)]
 
@@ -70,7 +78,7 @@ def title(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
         f"{results['model']}, {results['bytes'] / 1e9:.2f} GB in {results['dtype']}; {threads}{results['machine']}{memory}\n"
-        f"{versions}; medians of {n_runs}; x: how many times better ours is\n"
+        f"{versions}; medians of {n_runs}; x: how many times better ours is, the median of the runs\n"
     )
 
 
@@ -84,13 +92,14 @@ def plot(results: Results, path: Path) -> None:
     grey = "#808a94"  # readable on white and on black
     pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "speed", "font.size": 9, "text.color": grey})
     peers, names = list(results["load"]), [w["name"] for w in results["workloads"]]
-    seconds = {peer: medians(results, peer) for peer in peers}
+    seconds = {peer: measured(results, peer) for peer in peers}
     others = [peer for peer in peers if not peer.startswith("ours")] or peers
     colors = ["#2f81f7", "#e0823d", "#8b949e", "#3fa45b", "#a371f7"]
     figure, axes = pyplot.subplots(figsize=(8, 2.8))
     width = 0.8 / len(peers)
     for i, peer in enumerate(peers):
-        speeds = [min(seconds[other][name] for other in others) / seconds[peer][name] for name in names]
+        fastest = {name: [min(run) for run in zip(*(seconds[other][name] for other in others), strict=True)] for name in names}
+        speeds = [paired(fastest[name], seconds[peer][name]) for name in names]
         places = [x + (i - (len(peers) - 1) / 2) * width for x in range(len(names))]
         bars = axes.bar(places, speeds, width * 0.92, color=colors[i % len(colors)], label=peer)
         if i == 0:
