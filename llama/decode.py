@@ -118,7 +118,7 @@ class HostStep:
         """Not where a caller has put a module or a function of their own into the model, or watches what goes through."""
         if model.device.type != "cpu" or model.dtype == torch.float64:
             return False
-        if type(model).hidden is not HIDDEN or "hidden" in vars(model):
+        if getattr(model.hidden, "__func__", None) is not HIDDEN:
             return False
         return untouched(m for block in model.layers for m in block.modules())
 

@@ -233,22 +233,28 @@ class Where:
     wanted: torch.Tensor | None = None
 
 
-OURS: dict[type, tuple[Any, Any]] = {  # each module of a layer, and what it does unless a caller has changed it
-    kind: (kind.forward, getattr(kind, "multiply", None))
-    for kind in (Attention, FeedForward, JoinedColumnParallelLinear, RMSNorm, RowParallelLinear, TransformerBlock)
+LAYER = (Attention, FeedForward, JoinedColumnParallelLinear, RMSNorm, RowParallelLinear, TransformerBlock)
+OURS: dict[tuple[type, str], Any] = {
+    (kind, name): getattr(kind, name, None) for kind in LAYER for name in ("forward", "multiply")
 }
 
 
 def untouched(modules: Iterable[nn.Module]) -> bool:
-    """Whether all of these are modules of a layer, none with a function of a caller's in it, compiled or watched by a hook;
-    and there is at least one."""
+    """Whether all of these, and there are some, are modules of a layer that do what this file says: no function of a caller's
+    in them, not compiled, not watched by a hook."""
+
+    def plain(module: nn.Module, name: str) -> bool:
+        method = getattr(module, name, None)  # a caller may have put it back, bound, where it was
+        return getattr(method, "__func__", None) is OURS[type(module), name] and getattr(method, "__self__", module) is module
+
     modules = list(modules)
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         return False
     return bool(modules) and all(
-        OURS.get(type(m)) == (type(m).forward, getattr(type(m), "multiply", None))
+        type(m) in LAYER
         and not (m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl)
-        and not ("forward" in vars(m) or "multiply" in vars(m))
+        and plain(m, "forward")
+        and plain(m, "multiply")
         for m in modules
     )
 

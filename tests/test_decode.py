@@ -98,6 +98,11 @@ def test_what_a_caller_puts_into_a_layer_is_in_its_steps(llama: Llama, monkeypat
             FeedForward, "forward", lambda self, x, forward=FeedForward.forward: (seen.append(len(x)), forward(self, x))[1]
         )
         assert answer() == want and seen == [3, *[1] * 11]  # of the last layer only what is wanted
+    block.feed_forward.forward = block.feed_forward.forward  # as pytest's monkeypatch puts it back
+    assert HostStep.serves(llama.model)
+    block.feed_forward.forward = llama.model.layers[1].feed_forward.forward
+    assert not HostStep.serves(llama.model)
+    del block.feed_forward.forward
     own, block.feed_forward = block.feed_forward, Other()
     assert answer() == want and seen == [3, 1, 1, 1, 1, 1]
     block.feed_forward = own
