@@ -30,6 +30,11 @@ class Tokenizer:
             raise CheckpointError(
                 f"{path}: a SentencePiece model without BOS and EOS pieces, or an unknown one, is not Llama's"
             )
+        try:  # what `decode` may meet
+            self.sp_model.id_to_piece(list(range(self.n_words)))
+            self.sp_model.decode([self.sp_model.unk_id()])
+        except UnicodeDecodeError as e:
+            raise CheckpointError(f"{path}: damaged, as a piece's text is not UTF-8; fetch tokenizer.model again") from e
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """The ids of `s`, after BOS and before EOS where asked for. Control pieces in the text are plain text."""

@@ -1,6 +1,5 @@
 """Bad files: one CheckpointError each, which says what is wrong and what to do, before a weight is read or code is run."""
 
-import io
 import json
 import math
 import os
@@ -16,12 +15,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import sentencepiece
 import torch
 
 from llama import CheckpointError, Llama, LlamaError, Tokenizer, checkpoint, loading
 
-from .support import TEXT, random_weights, train_tokenizer, write_shards
+from .support import random_weights, train_tokenizer, write_shards
 
 FIRST, SECOND, TOKENIZER = "consolidated.00.pth", "consolidated.01.pth", "tokenizer.model"
 EMBEDDING, NORM, W2 = "tok_embeddings.weight", "layers.1.ffn_norm.weight", "layers.1.feed_forward.w2.weight"
@@ -382,24 +380,6 @@ def test_what_is_in_order_loads(copy: Path, small: SimpleNamespace) -> None:
     check(lambda t: t.update({W2: torch.full((64, 192), 60000.0).half()}), torch.float16)
     check(lambda t: {k: v.bfloat16() for k, v in t.items()}, torch.bfloat16)
     check(lambda t: t.update({NORM: t[NORM].float(), W2: t[W2].half()}), torch.bfloat16)  # as the embeddings are
-
-
-def test_tokenizers_of_other_kinds(refuse: Refuse, copy: Path) -> None:
-    (copy / TOKENIZER).write_text('{"version": "1.0", "model": {}}')
-    refuse(copy, str(copy / TOKENIZER), "it is JSON", "fetch tokenizer.model again")
-    model, text = io.BytesIO(), iter(TEXT.splitlines())
-    options = dict(vocab_size=80, bos_id=-1, eos_id=-1, minloglevel=2)
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=text, model_writer=model, **options)
-    (copy / TOKENIZER).write_bytes(model.getvalue())
-    refuse(copy, str(copy / TOKENIZER), "without BOS and EOS", "not Llama's")
-
-
-def test_a_tokenizer_without_an_unknown_piece(refuse: Refuse, copy: Path) -> None:
-    """Which sentencepiece loads, until it decodes one."""
-    data = bytearray((copy / TOKENIZER).read_bytes())
-    data[1] -= 2  # the first piece is shorter, and so has no type any more
-    (copy / TOKENIZER).write_bytes(data)
-    refuse(copy, str(copy / TOKENIZER), "unknown one", "not Llama's")
 
 
 def test_another_models_tokenizer(refuse: Refuse, tmp_path: Path, llama: Llama, small: SimpleNamespace, halves: Path) -> None:
