@@ -48,7 +48,7 @@ def test_a_tokenizer_without_an_unknown_piece(path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["\u2581the", "what is unknown"])
 def test_a_tokenizer_whose_texts_are_no_utf8(path: Path, text: str) -> None:
-    """Which sentencepiece loads, until it decodes one; a single bit of a piece, or of what an unknown one reads as, is enough."""
+    """Which sentencepiece loads, until it decodes one; a bit of a piece, or of what an unknown one reads as, is enough."""
     data = train(unk_surface="what is unknown")
     at = data.index(text.encode())
     path.write_bytes(data)
