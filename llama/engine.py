@@ -245,6 +245,7 @@ class Engine:
         self.model = model
         self.decoder = Decoder(model)
         self.lock = threading.RLock()
+        runtime.keep_freed()
 
     @torch.inference_mode()
     def run(

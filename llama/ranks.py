@@ -43,12 +43,6 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 # weight. PyTorch reads this at its first tensor, so it comes too late, and does no harm, where the caller has made one.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-# glibc maps large blocks one by one, and gives back to Linux, which clears each page anew, what lies free beyond twice that
-# size. Both sizes follow the largest block freed so far, up to 32 MiB: after this one, never written to, it keeps what the
-# layers of a prompt take and free. That is a tenth of the time of 512 ids at 1.1B; where the blocks are larger, there is less
-# to gain.
-torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
-
 REASON = "llama/reason"  # a key of the group's store: which rank failed first, and why
 A_YEAR = timedelta(days=365)
 PATIENCE = 30  # seconds, after which a rank that waits for the others says so

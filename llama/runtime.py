@@ -5,7 +5,7 @@ Three ways in, decided once by `start`:
     a group that the caller made       joined as it is
     torchrun (RANK and WORLD_SIZE set) a group started from the environment
     plain python, a notebook           no group at all: one rank needs no collective, so no port is opened and
-                                       nothing process-wide is left behind but how memory is kept and paged (ranks.py)
+                                       nothing process-wide is left behind but how memory is paged (ranks.py) and kept (below)
 
 Nothing here knows about models or text.
 """
@@ -96,6 +96,16 @@ def free_memory(device: torch.device) -> int | None:
     if not limits and hasattr(os, "sysconf"):  # macOS: what is installed is the only bound to be had
         limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     return min(limits) // (ranks.here()[1] or 1) if limits else None
+
+
+def keep_freed() -> None:
+    """Have Linux's allocator keep what the layers of a prompt take and free, which is a tenth of the time of 512 ids at 1.1B.
+
+    glibc maps large blocks one by one, and gives back to Linux, which clears each page anew, what lies free beyond twice that
+    size. Both sizes follow the largest block freed so far, up to 32 MiB: this one, never written to. To be called when the
+    weights are there: those are better off mapped, in large pages.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 def _linux_available() -> int | None:
