@@ -188,8 +188,7 @@ class Int4(_Int4):
         if (x.dtype == torch.bfloat16 and x.shape[0] <= FEW) or not _unpackable():  # in float32 the kernel is ten times slower
             return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.blocks, self.group, scales)
         n, K = len(self.blocks), x.shape[1]
-        # By odd numbers of 64: rows of a power of two of bytes would, in large pages, share a few lines of the cache.
-        step = min(n, 64 * (UNPACKED // K // 64 | 1))
+        step = min(n, max(64, UNPACKED // K // 64 * 64))
         y, buffer = x.new_empty(len(x), n), x.new_empty(K * step)
         scale, zero = scales.permute(2, 0, 1).contiguous().unsqueeze(2)  # (groups, 1, out)
         for i in range(0, n, step):
@@ -207,7 +206,7 @@ def _pack_int4(q: torch.Tensor) -> torch.Tensor:
 def _unpack_int4(blocks: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
     """The weights (out, in) that PyTorch packed for AVX-512, as (in, out), in the buffer: 64 outputs by all inputs are a
     block, where a byte holds outputs n and n + 32 of an input."""
-    pairs = blocks.view(-1, 2 * blocks.shape[1], 32).permute(1, 0, 2).contiguous()  # (in, out / 64, 32), turned while small
+    pairs = blocks.view(-1, 2 * blocks.shape[1], 32).permute(1, 0, 2)  # (in, out / 64, 32)
     q = buffer[: 2 * pairs.numel()].view(*pairs.shape[:2], 2, 32)
     q[:, :, 0], q[:, :, 1] = (pairs & 15).view(torch.int8) - 8, (pairs >> 4).view(torch.int8) - 8
     return q.flatten(1)
