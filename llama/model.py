@@ -54,7 +54,7 @@ class ModelArgs:
         return ffn_width(4 * self.dim, self.multiple_of, self.ffn_dim_multiplier)
 
 
-# PyTorch 2.6 rounds eps to x's dtype, float16 to nothing here.
+# PyTorch 2.6 rounds eps to x's dtype where that has 16 bits: in float16 1e-9 to nothing.
 EPS_IS_ROUNDED = bool(F.rms_norm(torch.zeros(1, dtype=torch.float16, device="cpu"), (1,), None, 1e-9).isnan())
 
 
@@ -68,7 +68,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_cpu or x.dtype == torch.float64 or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            normed = F.rms_norm(x.float() if EPS_IS_ROUNDED else x, self.weight.shape, None, self.eps).type_as(x)
+            exactly = x.float() if EPS_IS_ROUNDED and x.dtype.itemsize == 2 else x
+            normed = F.rms_norm(exactly, self.weight.shape, None, self.eps).type_as(x)
         else:
             normed = norm_one(x, self.eps) if x.numel() == x.shape[-1] else norm_rows(x, self.eps)
         return normed * self.weight  # apart: it multiplies what was cast

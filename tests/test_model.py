@@ -204,6 +204,9 @@ def test_rotation_and_norm_are_in_float32_whatever_the_dtype() -> None:
     with torch.no_grad():
         assert torch.equal(norm(x), exact.bfloat16() * norm.weight)
         assert RMSNorm(8, eps=0)(torch.zeros(1, 8)).isnan().all()
+    norm, wide = norm.double(), x.double()
+    exact = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight
+    torch.testing.assert_close(norm(wide), exact, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
