@@ -99,6 +99,8 @@ class HostStep:
         self.model = model
         blocks = cast("list[TransformerBlock]", list(model.layers))
         self.heads = blocks[0].attention.n_local_kv_heads, blocks[0].attention.n_rep, model.params.head_dim
+        linear = [m for m in model.layers.modules() if isinstance(m, JoinedColumnParallelLinear | RowParallelLinear)]
+        self.least = min(m.packed.least if m.packed and m.ranks == 1 else 1 for m in linear)
         self.layers = [
             HostLayer(
                 block.attention_norm.weight,
@@ -112,6 +114,7 @@ class HostStep:
             )
             for block in blocks
         ]
+        self.ffn_width = blocks[0].feed_forward.w2.input_size_per_partition
 
     @staticmethod
     def serves(model: Transformer) -> bool:
@@ -135,8 +138,16 @@ class HostStep:
         normed = norm_one if B == 1 else norm_rows
 
         h = model.tok_embeddings(ids)  # (B, dim)
+        # What is multiplied lies where there are as many rows as the kernels need, of which the first B count.
+        x, y, z = (h.new_zeros(max(B, self.least), width) for width in (h.shape[1], K * G * hd, self.ffn_width))
+        x_out, y_out, z_out = x[:B], y[:B].view(B, K, G, hd), z[:B]
+
+        def cut(rows: torch.Tensor) -> torch.Tensor:
+            return rows[:B] if B < self.least else rows
+
         for i, layer in enumerate(self.layers):
-            heads = layer.wqkv(normed(h, layer.attention_eps).mul_(layer.attention_norm)).view(B, -1, hd)
+            torch.mul(normed(h, layer.attention_eps), layer.attention_norm, out=x_out)
+            heads = cut(layer.wqkv(x)).view(B, -1, hd)
             turn_(heads.narrow(1, 0, K * G + K), turns)
             q, kv = heads.split((K * G, 2 * K), 1)
             kv = kv.view(B, 2, K, hd)
@@ -144,10 +155,12 @@ class HostStep:
                 write(cache.layers[i], batch, kv)
             else:
                 slots[i].copy_(kv)
-            y = attend_one(q.view(B, K, G, hd), seen[2 * i], seen[2 * i + 1], mask)
-            h = h + layer.wo(y.reshape(B, -1))
-            gate, up = layer.w13(normed(h, layer.ffn_eps).mul_(layer.ffn_norm)).chunk(2, 1)
-            h = h + layer.w2(F.silu(gate).mul_(up))
+            y_out.copy_(attend_one(q.view(B, K, G, hd), seen[2 * i], seen[2 * i + 1], mask))
+            h = h + cut(layer.wo(y))
+            torch.mul(normed(h, layer.ffn_eps), layer.ffn_norm, out=x_out)
+            gate, up = cut(layer.w13(x)).chunk(2, 1)
+            torch.mul(F.silu(gate), up, out=z_out)
+            h = h + cut(layer.w2(z))
         return model.norm(h)
 
 

@@ -24,6 +24,7 @@ from .quantize import Quantized
 
 SMALLEST = 1 << 19  # bytes; calling oneDNN costs more than F.linear, and below this more than it saves
 FEW = 96  # rows up to which reading small numbers anew for each is faster than unpacking them once
+LEAST = 4  # rows: for one or two oneDNN has kernels of their own, slower (on Zen 4 by a third), one row's of other rounding
 UNPACKED = 1 << 21  # weights unpacked at a time: they stay in a cache until they are multiplied
 
 
@@ -31,6 +32,7 @@ class Kernel:
     """A weight (out, in) in a form of its own, which multiplies x (..., in) to (..., out)."""
 
     kind: str | None = None  # of quantization
+    least = 1  # rows it multiplies; fewer cost as much, and the time to fill them up
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.requires_grad and torch.is_grad_enabled():  # which the kernels have no derivative for
@@ -56,10 +58,14 @@ class Kernel:
 
 
 class Packed(Kernel):
+    least = LEAST
+
     def __init__(self, weight: torch.Tensor) -> None:
         self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) < LEAST:
+            return self.multiply(F.pad(x, (0, 0, 0, LEAST - len(x))))[: len(x)]
         return torch.ops.mkldnn._linear_pointwise(x, self.blocks, None, "none", [], "")
 
     def held(self) -> torch.Tensor:
@@ -121,10 +127,12 @@ class Int8Rows(Kernel):
             scales = ((largest_of_all(largest) if largest_of_all else largest) / 126).clamp_(min=1e-30)
             factor = scales.float().reciprocal()
         # Unsigned with a zero point of 128: signed rows take a slow path. Cutting after + 128.5 is rounding.
-        rows = (x.float() * factor).add_(128.5).to(torch.uint8)
+        n = len(x)
+        rows = torch.empty(max(n, LEAST), x.shape[1], dtype=torch.uint8, device="cpu")
+        rows[:n].copy_((x.float() * factor).add_(128.5))
         weight = self.blocks, self.scale, self.zero
         y = torch.ops.onednn.qlinear_pointwise(rows, 1.0, 128, *weight, None, 1.0, 0, self.out, "none", [], "")
-        return y.mul_(scales).to(self.dtype)  # scales of another dtype would take ten times as long
+        return y[:n].mul_(scales).to(self.dtype)  # scales of another dtype would take ten times as long
 
     def held(self) -> Quantized:
         q = self.blocks.to_dense().t().contiguous()
