@@ -9,10 +9,10 @@ side by side, with no padding, through everything that works id by id, and only 
               (2, 0, 2)])               positions   0 1 2   0 1   0 1
                                         spans       rows 0:1 of 3 ids; rows 1:3 of 2 ids each
 
-    one decode step, prompts of         ids         h | i | j
-    3, 2 and 2 ids before               rows        0   1   2
-                                        positions   3   2   2
-                                        spans       rows 0:3 of 1 id each, looking at slots 0:4
+    one decode step of these rows       ids         h | i | j
+    Batch.of([(0, 3, 1), (1, 2, 1),     positions   3   2   2
+              (2, 2, 1)])               spans       row 0:1 looks at slots 0:4; rows 1:3 at slots 0:3
+    the same, captured: Batch.step      spans       rows 0:3 look at slots 0:4, through a mask
 """
 
 from collections.abc import Iterable, Iterator
@@ -49,24 +49,22 @@ class Batch:
     def of(pieces: Iterable[tuple[int, int, int]], device: torch.device | str = "cpu") -> "Batch":
         """From (row, start, length) for each piece; neighbours of one length and start share a span."""
         spans: list[Span] = []
-        rows, positions = [], []
+        rows: list[int] = []
+        positions: list[int] = []
         for row, start, length in pieces:
-            rows.append(torch.full((length,), row))
-            positions.append(torch.arange(start, start + length))
+            rows += [row] * length
+            positions += range(start, start + length)
             last = spans[-1] if spans else None
             if last and (row, length, start + length) == (last.row + last.n_rows, last.length, last.end):
                 spans[-1] = last._replace(n_rows=last.n_rows + 1)
             else:
                 spans.append(Span(row, 1, length, start + length))
-        return Batch(torch.cat(rows).to(device), torch.cat(positions).to(device), tuple(spans))
+        return Batch(torch.tensor(rows, device=device), torch.tensor(positions, device=device), tuple(spans))
 
     @staticmethod
-    def step(rows: torch.Tensor, positions: torch.Tensor, end: int, ragged: bool = True) -> "Batch":
-        """One id for each of the rows 0..B, at `positions` (B,), all below `end`. Nothing is read from the device.
-
-        ragged=False promises that all stand at end - 1, where no mask is needed.
-        """
-        return Batch(rows, positions, (Span(0, len(rows), 1, end, ragged),))
+    def step(rows: torch.Tensor, positions: torch.Tensor, end: int) -> "Batch":
+        """One id for each of the rows 0..B, at `positions` (B,), all below `end`. Nothing is read from the device."""
+        return Batch(rows, positions, (Span(0, len(rows), 1, end, ragged=True),))
 
     def masks(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
         """For each span what its ids may not see, as -inf to be added to the scores, (n_rows or 1, 1, length, end).
@@ -88,16 +86,20 @@ class Batch:
         return masks
 
 
-def chunked(lengths: list[int], most: int) -> Iterator[list[tuple[int, int, int]]]:
-    """The pieces (row, start, length) of rows of these lengths, in order, at most `most` ids at a time."""
+def chunked(lengths: list[int], most: int, block: int = 1) -> Iterator[list[tuple[int, int, int]]]:
+    """The pieces (row, start, length) of rows of these lengths, in order, at most `most` ids at a time. A row is cut at
+    multiples of `block` only: where attention is, whose sums then are those of the whole row."""
     pieces, room = [], most
     for row, length in enumerate(lengths):
         start = 0
         while start < length:
             n = min(length - start, room)
-            pieces.append((row, start, n))
+            if start + n < length:
+                n -= n % min(block, most)
+            if n:
+                pieces.append((row, start, n))
             start, room = start + n, room - n
-            if room == 0:
+            if start < length or room == 0:
                 yield pieces
                 pieces, room = [], most
     if pieces:

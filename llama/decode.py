@@ -10,15 +10,16 @@ twice the slots it needs. `Step.run` is what is captured; it runs on any device,
 """
 
 import functools
+import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 
 from .attention import attend_one
-from .cache import Batch, KVCache, write
+from .cache import Batch, KVCache
 from .errors import DeviceError
 from .model import Transformer, TransformerBlock, norm_one, norm_rows, turn_, untouched
 from .parallel import JoinedColumnParallelLinear, RowParallelLinear
@@ -92,15 +93,13 @@ def product(layer: JoinedColumnParallelLinear | RowParallelLinear) -> Product:
 
 
 class HostStep:
-    """`Transformer.hidden` for one id of each row, to the digit, on the CPU: its twin, without modules, and with all that
-    layers share made once. Made for one call, since it holds the weights as they are when it is made."""
+    """`Transformer.hidden` for one id of each of B rows, to the digit, on the CPU: its twin, without modules, and with all
+    that layers share made once. Made for one call, since it holds the weights as they are when it is made."""
 
-    def __init__(self, model: Transformer) -> None:
-        self.model = model
+    def __init__(self, model: Transformer, n_rows: int) -> None:
+        self.model, self.n_rows = model, n_rows
         blocks = cast("list[TransformerBlock]", list(model.layers))
         self.heads = blocks[0].attention.n_local_kv_heads, blocks[0].attention.n_rep, model.params.head_dim
-        linear = [m for m in model.layers.modules() if isinstance(m, JoinedColumnParallelLinear | RowParallelLinear)]
-        self.least = min(m.packed.least if m.packed and m.ranks == 1 else 1 for m in linear)
         self.layers = [
             HostLayer(
                 block.attention_norm.weight,
@@ -114,7 +113,16 @@ class HostStep:
             )
             for block in blocks
         ]
-        self.ffn_width = blocks[0].feed_forward.w2.input_size_per_partition
+        linear = [m for m in model.layers.modules() if isinstance(m, JoinedColumnParallelLinear | RowParallelLinear)]
+        least = min(m.packed.least if m.packed and m.ranks == 1 else 1 for m in linear)
+        # What is multiplied lies where there are as many rows as the kernels need, of which the first B count.
+        widths = (
+            model.params.dim,
+            blocks[0].attention.wo.input_size_per_partition,
+            blocks[0].feed_forward.w2.input_size_per_partition,
+        )
+        self.inputs = [model.norm.weight.new_zeros(max(n_rows, least), width) for width in widths]
+        self.cut: Product = operator.itemgetter(slice(n_rows)) if n_rows < least else lambda rows: rows
 
     @staticmethod
     def serves(model: Transformer) -> bool:
@@ -125,37 +133,32 @@ class HostStep:
             return False
         return untouched(m for block in model.layers for m in block.modules())
 
-    def __call__(self, ids: torch.Tensor, positions: torch.Tensor, end: int, ragged: bool) -> torch.Tensor:
-        model, B, (K, G, hd) = self.model, ids.shape[0], self.heads
-        mask = None
-        if ragged:
-            batch = Batch.step(torch.arange(B, device=ids.device), positions, end)
-            mask = batch.masks(model.dtype)[0]
-        turns = torch.view_as_complex(model.angles(positions if ragged else slice(end - 1, end)))  # (B or 1, 1, hd/2)
-        cache = model.ready_cache()
-        seen = cache.data[:, :, :B, :, :end].flatten(0, 1).unbind()  # keys and values of each layer, (B, K, end, hd)
-        slots = cache.data[:, :, :B, :, end - 1].transpose(1, 2).unbind()  # of a layer, (B, 2, K, hd)
+    def __call__(self, ids: torch.Tensor, batch: Batch) -> torch.Tensor:
+        model, B, cut, (K, G, hd) = self.model, self.n_rows, self.cut, self.heads
+        turns = torch.view_as_complex(model.angles(batch.positions))  # (B, 1, hd/2)
+        data = model.ready_cache().data
+        # Of each span keys and values, layer by layer, (rows, K, end, hd), and where its own go, (rows, 2, K, hd).
+        places = [(slice(span.row, span.row + span.n_rows), span.end) for span in batch.spans]
+        seen = [data[:, :, rows, :, :end].flatten(0, 1).unbind() for rows, end in places]
+        slots = [data[:, :, rows, :, end - 1].transpose(1, 2).unbind() for rows, end in places]
+        sizes = [span.n_rows for span in batch.spans]
         normed = norm_one if B == 1 else norm_rows
 
+        def apart(rows: torch.Tensor) -> Sequence[torch.Tensor]:
+            return rows.split(sizes) if len(sizes) > 1 else (rows,)
+
+        x, y, z = self.inputs
+        x_out, y_out, z_out = x[:B], apart(y[:B].view(B, K, G, hd)), z[:B]
         h = model.tok_embeddings(ids)  # (B, dim)
-        # What is multiplied lies where there are as many rows as the kernels need, of which the first B count.
-        x, y, z = (h.new_zeros(max(B, self.least), width) for width in (h.shape[1], K * G * hd, self.ffn_width))
-        x_out, y_out, z_out = x[:B], y[:B].view(B, K, G, hd), z[:B]
-
-        def cut(rows: torch.Tensor) -> torch.Tensor:
-            return rows[:B] if B < self.least else rows
-
         for i, layer in enumerate(self.layers):
             torch.mul(normed(h, layer.attention_eps), layer.attention_norm, out=x_out)
             heads = cut(layer.wqkv(x)).view(B, -1, hd)
             turn_(heads.narrow(1, 0, K * G + K), turns)
             q, kv = heads.split((K * G, 2 * K), 1)
-            kv = kv.view(B, 2, K, hd)
-            if ragged:
-                write(cache.layers[i], batch, kv)
-            else:
-                slots[i].copy_(kv)
-            y_out.copy_(attend_one(q.view(B, K, G, hd), seen[2 * i], seen[2 * i + 1], mask))
+            queries, new = apart(q.view(B, K, G, hd)), apart(kv.view(B, 2, K, hd))
+            for q, kv, cached, slot, out in zip(queries, new, seen, slots, y_out, strict=True):
+                slot[i].copy_(kv)
+                out.copy_(attend_one(q, cached[2 * i], cached[2 * i + 1], None))
             h = h + cut(layer.wo(y))
             torch.mul(normed(h, layer.ffn_eps), layer.ffn_norm, out=x_out)
             gate, up = cut(layer.w13(x)).chunk(2, 1)
@@ -176,19 +179,18 @@ class Decoder:
         self.stream: torch.cuda.Stream | None = None
         self.pool: Any = None
 
-    def __call__(
-        self, ids: torch.Tensor, positions: torch.Tensor, end: int, ragged: bool, host: HostStep | None = None
-    ) -> torch.Tensor:
-        """ids and positions (B,) of rows 0..B, all below `end` -> float32 logits (B, vocab), until the next call.
+    def __call__(self, ids: torch.Tensor, positions: torch.Tensor, at: list[int], host: HostStep | None = None) -> torch.Tensor:
+        """ids and positions (B,) of rows 0..B -> float32 logits (B, vocab), until the next call.
 
-        ragged=False: all positions are end - 1. host: what to step with where no static steps are asked for.
+        at: the same positions, known to the host; 0 for rows that nobody needs any more. host: what to step with on the CPU.
         """
-        model, n_rows = self.model, len(ids)
+        model, n_rows, end = self.model, len(ids), max(at) + 1
         if not (model.device.type == "cuda" if self.static is None else self.static):
-            if host:
-                return model.logits(host(ids, positions, end, ragged))
-            rows = torch.arange(n_rows, device=ids.device)
-            return model.logits(model.hidden(ids, Batch.step(rows, positions, end, ragged)))
+            if model.device.type != "cpu":
+                batch = Batch.step(torch.arange(n_rows, device=ids.device), positions, end)
+            else:  # each row by itself, with no slot that it does not see: as on its own, to the digit
+                batch = Batch.of((row, position, 1) for row, position in enumerate(at))
+            return model.logits(host(ids, batch) if host else model.hidden(ids, batch))
         memory = model.ready_cache(), model.norm.weight.data_ptr()
         if memory != self.memory:
             self.steps, self.stream, self.pool, self.memory = {}, None, None, memory

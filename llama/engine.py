@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from . import ranks, runtime
+from .attention import BLOCK
 from .cache import Batch, chunked
 from .decode import Decoder, HostStep
 from .errors import InputError, NumberError
@@ -122,16 +123,16 @@ class Run:
         self.engine, self.model, self.requests, self.eos_id = engine, engine.model, requests, eos_id
         self.logprobs, self.scored, self.reuse = logprobs, scored, reuse
         self.cache = self.model.ready_cache()
-        self.host = HostStep(self.model) if HostStep.serves(self.model) else None
         kept = self.cache.turn.ids if reuse and isinstance(self.cache.turn, Turn) else []
         self.cache.turn = self.turn = Turn()
         self.turn.ids = kept[: common_prefix(kept, requests[0].prompt[:-1])]  # the last id is computed: it has the logits
         self.n_slots = min(len(requests), self.model.params.max_batch_size)
+        self.host = HostStep(self.model, self.n_slots) if HostStep.serves(self.model) else None
         self.rows = Rows(self.n_slots, self.model, sampling, any(r.seed is not None for r in requests))
         self.waiting = collections.deque(range(len(requests)))
         self.live: dict[int, int] = {}  # slot: row
         self.drawn: list[list[Any]] = []  # by the last step: ids of the slots, sums, log probabilities
-        self.step: tuple[torch.Tensor, torch.Tensor, int, bool] | None = None  # that brings these into the cache
+        self.step: tuple[torch.Tensor, torch.Tensor, list[int]] | None = None  # that brings these into the cache
         self.many = len(requests) > self.n_slots
         self.bar = runtime.progress(requests if self.many else [], lambda _: 1, "answering", "prompts")
         next(self.bar, None)
@@ -182,12 +183,12 @@ class Run:
     def choose(self) -> None:
         """Draw an id for each row. Where the device can, it goes on while the host reads them: which rows have ended is
         then known a step late."""
-        rows, live = self.rows, [self.requests[row] for row in self.live.values()]
-        at = {len(r.prompt) + r.made for r in live}  # where the ids will stand
+        rows, live = self.rows, {slot: self.requests[row] for slot, row in self.live.items()}
+        at = [len(live[slot].prompt) + live[slot].made if slot in live else 0 for slot in range(self.n_slots)]
         ids, total = rows.choose()
         fetched = runtime.fetch(ids, total, *([logprobs_of(rows.logits, ids)] if self.logprobs else []))
-        self.step = ids, rows.positions, max(at) + 1, len(at) > 1
-        if runtime.runs_ahead(ids.device) and any(r.made + 1 < r.most for r in live):
+        self.step = ids, rows.positions, at
+        if runtime.runs_ahead(ids.device) and any(r.made + 1 < r.most for r in live.values()):
             self.forward()
         rows.advance()
         self.drawn = fetched()
@@ -287,7 +288,7 @@ class Engine:
         lengths = [len(p) for p in prompts]
         packed = torch.tensor([id_ for p in prompts for id_ in p] + [0], device=device)
         last_hidden, scores, first = [], [0.0], 0
-        chunks = list(chunked(lengths, PREFILL_CHUNK))
+        chunks = list(chunked(lengths, PREFILL_CHUNK, BLOCK))
         bar = runtime.progress(chunks, lambda chunk: sum(n for _, _, n in chunk), "reading prompts", "ids")
         for pieces in chunks if quiet else bar:
             ends = list(itertools.accumulate(n for _, _, n in pieces))

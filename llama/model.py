@@ -8,6 +8,7 @@ The model knows nothing of text, sampling or files.
 import contextlib
 import math
 from collections.abc import Callable, Iterable
+from ctypes import c_float as Float  # whose value is rounded to float32
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,11 +77,11 @@ class RMSNorm(nn.Module):
 
 
 def norm_one(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """`RMSNorm` without its weight, of a decode step's only row: two small kernels instead of eight, as the row's factor is a
-    plain number, which multiplies in float32 whatever x's dtype and costs nothing to read on the CPU."""
+    """`norm_rows` of a decode step's only row, in 16 bits to the digit: two small kernels instead of eight, as the row's
+    factor is a plain number, which multiplies in float32 whatever x's dtype and costs nothing to read on the CPU."""
     norm = torch.linalg.vector_norm(x, dtype=torch.float32).item()
-    square = norm * norm / x.shape[-1] + eps
-    return x * (square**-0.5 if square else math.inf)
+    square = Float(Float(Float(norm * norm).value / x.shape[-1]).value + Float(eps).value).value
+    return x * (Float(1 / Float(math.sqrt(square)).value).value if square else math.inf)
 
 
 def norm_rows(x: torch.Tensor, eps: float) -> torch.Tensor:

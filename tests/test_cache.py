@@ -39,17 +39,16 @@ def test_write_and_read() -> None:
     assert keys.data_ptr() == cache.data[1, 0, 1].data_ptr()  # a view, not a copy
 
 
-def test_a_step_at_one_position_needs_no_mask_and_is_written_as_any_other() -> None:
-    rows, positions, kv = torch.arange(2), torch.tensor([3, 3]), torch.randn(2, 2, 2, 4)
-    even, ragged = (Batch.step(rows, positions, 4, ragged) for ragged in (False, True))
-    assert even.masks(torch.float32) == [None] and (ragged.masks(torch.float32)[0] == 0).all()
-    caches = [KVCache(1, 3, 2, 5, 4, torch.float32, torch.device("cpu")) for _ in range(2)]
-    for cache, batch in zip(caches, (even, ragged), strict=True):
-        write(cache.layers[0], batch, kv)
-    assert torch.equal(caches[0].data, caches[1].data) and caches[0].data.count_nonzero() == kv.numel()
+def test_a_step_s_rows_look_at_what_is_theirs_only() -> None:
+    batch = Batch.of([(0, 3, 1), (1, 2, 1), (2, 2, 1)])
+    assert batch.spans == (Span(0, 1, 1, 4), Span(1, 2, 1, 3)) and batch.masks(torch.float32) == [None, None]
+    assert batch.positions.tolist() == [3, 2, 2]
 
 
 def test_chunks_hold_all_pieces_in_order() -> None:
     assert list(chunked([3, 5, 1], 4)) == [[(0, 0, 3), (1, 0, 1)], [(1, 1, 4)], [(2, 0, 1)]]
     assert list(chunked([9], 4)) == [[(0, 0, 4)], [(0, 4, 4)], [(0, 8, 1)]]
     assert list(chunked([2, 2], 4)) == [[(0, 0, 2), (1, 0, 2)]]
+    assert list(chunked([3, 5, 9], 8, 2)) == [[(0, 0, 3), (1, 0, 5)], [(2, 0, 8)], [(2, 8, 1)]]
+    assert list(chunked([3, 9], 8, 4)) == [[(0, 0, 3), (1, 0, 4)], [(1, 4, 5)]]  # cut where blocks are
+    assert list(chunked([7, 3], 8, 4)) == [[(0, 0, 7)], [(1, 0, 3)]]

@@ -50,18 +50,18 @@ def test_a_host_step_is_its_twin_to_the_digit(
     """Logits, and the keys and values that it leaves; of one row, of rows side by side, and of ragged ones."""
     monkeypatch.setattr(kernels, "SMALLEST", 0)  # these weights, too, are packed
     llama = Llama.build(small.folder, small.tokenizer_path, 16, 3, device="cpu", dtype=dtype, quantize=kind)
-    model, ragged, end, found = llama.model, len(set(positions)) > 1, max(positions) + 1, []
-    ids, where = torch.arange(20, 20 + len(positions)), torch.tensor(positions)
+    model, found = llama.model, []
+    ids, batch = torch.arange(20, 20 + len(positions)), Batch.of((row, position, 1) for row, position in enumerate(positions))
     with torch.inference_mode():
         for plain in (True, False):
             model.allocate()
             for row, position in enumerate(positions):
                 model.hidden(torch.arange(30, 30 + position), Batch.of([(row, 0, position)]))
             if plain:
-                hidden = model.hidden(ids, Batch.step(torch.arange(len(ids)), where, end, ragged))
+                hidden = model.hidden(ids, batch)
             else:
                 assert HostStep.serves(model)
-                hidden = HostStep(model)(ids, where, end, ragged)
+                hidden = HostStep(model, len(ids))(ids, batch)
             found.append((model.logits(hidden), model.ready_cache().data))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
     assert found[0][0].isfinite().all() and found[0][1][:, :, 0, :, positions[0]].any()
