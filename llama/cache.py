@@ -12,7 +12,7 @@ side by side, with no padding, through everything that works id by id, and only 
     one decode step of these rows       ids         h | i | j
     Batch.of([(0, 3, 1), (1, 2, 1),     positions   3   2   2
               (2, 2, 1)])               spans       row 0:1 looks at slots 0:4; rows 1:3 at slots 0:3
-    the same, captured: Batch.step      spans       rows 0:3 look at slots 0:4, through a mask
+    the same on a GPU: Batch.step       spans       rows 0:3 look at slots 0:4, through a mask
 """
 
 from collections.abc import Iterable, Iterator
@@ -59,11 +59,12 @@ class Batch:
                 spans[-1] = last._replace(n_rows=last.n_rows + 1)
             else:
                 spans.append(Span(row, 1, length, start + length))
-        return Batch(torch.tensor(rows, device=device), torch.tensor(positions, device=device), tuple(spans))
+        both = torch.tensor([rows, positions], dtype=torch.int64, device=device)
+        return Batch(both[0], both[1], tuple(spans))
 
     @staticmethod
     def step(rows: torch.Tensor, positions: torch.Tensor, end: int) -> "Batch":
-        """One id for each of the rows 0..B, at `positions` (B,), all below `end`. Nothing is read from the device."""
+        """One id for each of the rows 0..B, at `positions` (B,), below `end`. Nothing is read from the device."""
         return Batch(rows, positions, (Span(0, len(rows), 1, end, ragged=True),))
 
     def masks(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
@@ -88,7 +89,7 @@ class Batch:
 
 def chunked(lengths: list[int], most: int, block: int = 1) -> Iterator[list[tuple[int, int, int]]]:
     """The pieces (row, start, length) of rows of these lengths, in order, at most `most` ids at a time. A row is cut at
-    multiples of `block` only: where attention is, whose sums then are those of the whole row."""
+    multiples of `block` (`most` if that is less): where attention's blocks end, whose sums then are those of the whole row."""
     pieces, room = [], most
     for row, length in enumerate(lengths):
         start = 0

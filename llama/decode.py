@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from .attention import attend_one
 from .cache import Batch, KVCache
 from .errors import DeviceError
-from .model import Transformer, TransformerBlock, norm_one, norm_rows, turn_, untouched
+from .model import Transformer, TransformerBlock, norm_one, norm_rows, untouched
 from .parallel import JoinedColumnParallelLinear, RowParallelLinear
 from .ranks import global_rank
+from .rotary import turn_
 
 SMALLEST_BUCKET = 128
 HIDDEN = Transformer.hidden
@@ -135,6 +136,7 @@ class HostStep:
 
     def __call__(self, ids: torch.Tensor, batch: Batch) -> torch.Tensor:
         model, B, cut, (K, G, hd) = self.model, self.n_rows, self.cut, self.heads
+        assert len(ids) == B
         turns = torch.view_as_complex(model.angles(batch.positions))  # (B, 1, hd/2)
         data = model.ready_cache().data
         # Of each span keys and values, layer by layer, (rows, K, end, hd), and where its own go, (rows, 2, K, hd).
@@ -156,9 +158,9 @@ class HostStep:
             turn_(heads.narrow(1, 0, K * G + K), turns)
             q, kv = heads.split((K * G, 2 * K), 1)
             queries, new = apart(q.view(B, K, G, hd)), apart(kv.view(B, 2, K, hd))
-            for q, kv, cached, slot, out in zip(queries, new, seen, slots, y_out, strict=True):
-                slot[i].copy_(kv)
-                out.copy_(attend_one(q, cached[2 * i], cached[2 * i + 1], None))
+            for query, own, cached, slot, out in zip(queries, new, seen, slots, y_out, strict=True):
+                slot[i].copy_(own)
+                out.copy_(attend_one(query, cached[2 * i], cached[2 * i + 1], None))
             h = h + cut(layer.wo(y))
             torch.mul(normed(h, layer.ffn_eps), layer.ffn_norm, out=x_out)
             gate, up = cut(layer.w13(x)).chunk(2, 1)
@@ -182,14 +184,15 @@ class Decoder:
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, at: list[int], host: HostStep | None = None) -> torch.Tensor:
         """ids and positions (B,) of rows 0..B -> float32 logits (B, vocab), until the next call.
 
-        at: the same positions, known to the host; 0 for rows that nobody needs any more. host: what to step with on the CPU.
+        at: the positions, known to the host; rows that nobody needs any more have 0 here, and anything in `positions`.
+        host: what to step with on the CPU.
         """
         model, n_rows, end = self.model, len(ids), max(at) + 1
         if not (model.device.type == "cuda" if self.static is None else self.static):
-            if model.device.type != "cpu":
+            if model.device.type == "cpu" or len(set(at)) == 1:  # on the CPU each row sees its own slots only: as alone
+                batch = Batch.of(((row, position, 1) for row, position in enumerate(at)), model.device)
+            else:
                 batch = Batch.step(torch.arange(n_rows, device=ids.device), positions, end)
-            else:  # each row by itself, with no slot that it does not see: as on its own, to the digit
-                batch = Batch.of((row, position, 1) for row, position in enumerate(at))
             return model.logits(host(ids, batch) if host else model.hidden(ids, batch))
         memory = model.ready_cache(), model.norm.weight.data_ptr()
         if memory != self.memory:

@@ -2,7 +2,7 @@
 
 Rows of the cache are slots. Each prompt waits for a slot, goes through the model once, then steps together with the rest;
 when it ends, the next one takes its slot between two steps. An idle slot steps on, since the rows of a batch share their
-draws, but stays where its row ended. Of text the loop knows nothing.
+draws, where its row ended, or on the CPU at position 0. Of text the loop knows nothing.
 
     slot 0   a a a a A A A A A | d d D D D      lower case: the prompt's ids, packed with those of others into one forward
     slot 1   b b B B B B B B B   B B B B B      upper case: new ids, one a step; a's last step is followed by d's prefill
@@ -222,7 +222,7 @@ class Run:
 
     def scrub(self, slots: list[int], totals: list[float]) -> None:
         """Take out of the cache what the rows that ended in these slots have left, if it is not finite: a row steps on after
-        its end, and a masked zero times NaN would be NaN for the next one there."""
+        its end, and a masked zero times NaN would be NaN for the next one there (where there are masks: on a GPU)."""
         for slot, total in zip(slots, totals, strict=True):
             if not math.isfinite(total):
                 self.cache.data[:, :, slot].zero_()

@@ -24,7 +24,7 @@ from .quantize import Quantized
 
 SMALLEST = 1 << 19  # bytes; calling oneDNN costs more than F.linear, and below this more than it saves
 FEW = 96  # rows up to which reading small numbers anew for each is faster than unpacking them once
-LEAST = 4  # rows: for one or two oneDNN has kernels of their own, slower (on Zen 4 by a third), one row's of other rounding
+LEAST = 4  # rows: for fewer oneDNN takes kernels that are slower (on Zen 4 by a third), and for one row round otherwise
 UNPACKED = 1 << 21  # weights unpacked at a time: they stay in a cache until they are multiplied
 
 

@@ -22,6 +22,7 @@ from .cache import Batch, KVCache, Span, read, write
 from .errors import InputError
 from .parallel import ColumnParallelLinear, JoinedColumnParallelLinear, ParallelEmbedding, RowParallelLinear, divide, join_parts
 from .ranks import model_parallel
+from .rotary import apply_rotary_emb, precompute_freqs_cis, reshape_for_broadcast, rotate_
 
 
 @dataclass
@@ -93,49 +94,6 @@ def norm_rows(x: torch.Tensor, eps: float) -> torch.Tensor:
     squares = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).square_().div_(x.shape[-1])
     mean = torch.zeros_like(squares)
     return torch.batch_norm(rows.unsqueeze(0), None, None, mean, squares, False, 0.0, eps, False).view_as(x)
-
-
-def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> torch.Tensor:
-    """e^(i * angle) for positions 0..end, complex64 (end, dim / 2); the angle is position * theta^(-2j/dim)."""
-    freqs = 1.0 / theta ** (torch.arange(0, dim, 2, device="cpu")[: dim // 2].float() / dim)
-    angles = torch.outer(torch.arange(end, device="cpu").float(), freqs)
-    return torch.polar(torch.ones_like(angles), angles)
-
-
-def reshape_for_broadcast(freqs_cis: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """freqs_cis (S, hd/2) -> (1, S, 1, hd/2), to go with x (B, S, heads, hd/2)."""
-    if freqs_cis.shape != (x.shape[1], x.shape[-1]):
-        raise InputError(
-            f"freqs_cis is {tuple(freqs_cis.shape)}; for x {tuple(x.shape)} it must be {(x.shape[1], x.shape[-1])}"
-        )
-    return freqs_cis.view(1, x.shape[1], *[1] * (x.ndim - 3), x.shape[-1])
-
-
-def rotate_(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
-    """Turn adjacent pairs of x (..., heads, hd) in place, in float32, by freqs: cosines and sines, (..., 1, hd/2, 2)."""
-    if x.device.type == "mps" or torch.compiler.is_compiling():  # the compiler fuses no complex numbers
-        return rotate_plainly_(x, freqs)
-    return turn_(x, torch.view_as_complex(freqs))
-
-
-def turn_(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
-    """`rotate_` by complex numbers, (..., 1, hd/2)."""
-    y = x.float()  # x itself where it is float32
-    torch.view_as_complex(y.view(*x.shape[:-1], -1, 2)).mul_(freqs_cis)
-    return x if y is x else x.copy_(y)
-
-
-def rotate_plainly_(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
-    """`rotate_`, written out."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = freqs.unbind(-1)
-    return x.copy_(torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2))
-
-
-def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """xq, xk (B, S, heads, hd) turned by freqs_cis, complex (S, hd/2)."""
-    freqs = torch.view_as_real(reshape_for_broadcast(freqs_cis, xq[..., ::2]))
-    return rotate_(xq.clone(), freqs), rotate_(xk.clone(), freqs)
 
 
 def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:

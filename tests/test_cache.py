@@ -1,5 +1,6 @@
 """Where ids stand: spans, masks, and what is written where."""
 
+import pytest
 import torch
 
 from llama.cache import Batch, KVCache, Span, chunked, read, write
@@ -39,16 +40,19 @@ def test_write_and_read() -> None:
     assert keys.data_ptr() == cache.data[1, 0, 1].data_ptr()  # a view, not a copy
 
 
-def test_a_step_s_rows_look_at_what_is_theirs_only() -> None:
-    batch = Batch.of([(0, 3, 1), (1, 2, 1), (2, 2, 1)])
-    assert batch.spans == (Span(0, 1, 1, 4), Span(1, 2, 1, 3)) and batch.masks(torch.float32) == [None, None]
-    assert batch.positions.tolist() == [3, 2, 2]
-
-
 def test_chunks_hold_all_pieces_in_order() -> None:
     assert list(chunked([3, 5, 1], 4)) == [[(0, 0, 3), (1, 0, 1)], [(1, 1, 4)], [(2, 0, 1)]]
     assert list(chunked([9], 4)) == [[(0, 0, 4)], [(0, 4, 4)], [(0, 8, 1)]]
     assert list(chunked([2, 2], 4)) == [[(0, 0, 2), (1, 0, 2)]]
-    assert list(chunked([3, 5, 9], 8, 2)) == [[(0, 0, 3), (1, 0, 5)], [(2, 0, 8)], [(2, 8, 1)]]
-    assert list(chunked([3, 9], 8, 4)) == [[(0, 0, 3), (1, 0, 4)], [(1, 4, 5)]]  # cut where blocks are
-    assert list(chunked([7, 3], 8, 4)) == [[(0, 0, 7)], [(1, 0, 3)]]
+
+
+@pytest.mark.parametrize("most, block", [(1, 1), (8, 1), (8, 2), (8, 4), (8, 8), (4, 128), (9, 4)])
+def test_rows_are_cut_where_blocks_end(most: int, block: int) -> None:
+    lengths = [3, 9, 1, 0, 20, 4, 8, 17]
+    chunks = list(chunked(lengths, most, block))
+    pieces = [piece for chunk in chunks for piece in chunk]
+    assert all(0 < sum(n for _, _, n in chunk) <= most for chunk in chunks)
+    assert all(start % min(most, block) == 0 for _, start, _ in pieces)
+    assert [(row, at) for row, n in enumerate(lengths) for at in range(n)] == [
+        (row, at) for row, start, n in pieces for at in range(start, start + n)
+    ]

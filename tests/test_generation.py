@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import InputError, Llama, engine, kernels
+from llama import InputError, Llama, engine
 from llama.chat import UNSAFE_ERROR
 from llama.parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 
@@ -29,28 +29,6 @@ def test_greedy_rows_of_a_ragged_batch_equal_the_twin_and_the_row_alone(llama: L
     for prompt, answer in zip(RAGGED, together, strict=True):
         assert answer == greedy_by_the_twin(small, prompt, min(12, 64 - len(prompt)))
         assert [answer] == llama.generate([prompt], 12, temperature=0)[0]
-
-
-@pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    or not torch.cpu._is_vnni_supported()
-    or torch.cpu._is_amx_tile_supported(),
-    reason="promised for oneDNN's kernels for AVX-512 only",
-)
-@pytest.mark.parametrize("kind", [None, "int8"])
-@pytest.mark.parametrize("n_rows", [2, 5])
-def test_packed_weights_answer_alike_alone_and_in_any_batch(
-    small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, kind: str | None, n_rows: int
-) -> None:
-    """To the last bit of the log probabilities, greedy and drawn: prompts of all lengths, taken in turns, read in pieces."""
-    monkeypatch.setattr(kernels, "SMALLEST", 0)  # these weights, too, are packed
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", 512)
-    llama = Llama.build(small.folder, small.tokenizer_path, 700, n_rows, device="cpu", dtype="bfloat16", quantize=kind)
-    prompts = [[1, *(3 + (i * n) % 297 for i in range(n))] for n in (2, 40, 300, 15, 15, 129, 650, 1, 257)]
-    for options in ({"temperature": 0}, {"temperature": 1.0, "top_p": 0.9, "seed": 7, "echo": True}):
-        together = llama.generate(prompts, 40, logprobs=True, **options)
-        alone = [llama.generate([prompt], 40, logprobs=True, **options) for prompt in prompts]
-        assert together == ([ids[0] for ids, _ in alone], [values[0] for _, values in alone if values])
 
 
 @pytest.mark.parametrize("max_gen_len", [0, 1, 5, 63, 1000])

@@ -31,17 +31,6 @@ def test_packed_products_are_those_of_the_weight(n: int) -> None:
 
 
 @packs
-def test_a_row_is_multiplied_alike_alone_and_beside_others() -> None:
-    """To the digit: oneDNN's kernel for a single row rounds otherwise."""
-    packed = kernels.pack(torch.randn(3000, 2048).bfloat16())
-    assert isinstance(packed, kernels.Packed)
-    x = torch.randn(60, 2048).bfloat16()
-    want = torch.cat([packed(rows) for rows in x.split(4)])
-    for n in (1, 2, 3):
-        assert torch.equal(torch.cat([packed(rows) for rows in x.split(n)]), want)
-
-
-@packs
 def test_gradients_pass_through_a_packed_weight() -> None:
     """To what was put in: soft prompts and adapters are trained so."""
     weight, x = torch.randn(1100, 320).bfloat16(), torch.randn(2, 320).bfloat16().requires_grad_()

@@ -17,9 +17,8 @@ from llama.model import (
     precompute_freqs_cis,
     repeat_kv,
     reshape_for_broadcast,
-    rotate_,
-    rotate_plainly_,
 )
+from llama.rotary import rotate_, rotate_plainly_
 
 from .support import plain_logits, write_shards
 
@@ -224,14 +223,6 @@ def test_norms_without_gradients_are_those_with(dtype: torch.dtype, rows: int) -
         assert (got != want).float().mean() < 1e-3
     tolerance = 1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(got, want, rtol=tolerance, atol=1e-7)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_row_s_norm_is_the_same_alone_and_among_others(dtype: torch.dtype) -> None:
-    norm = RMSNorm(512, eps=1e-5).to(dtype)
-    x = (torch.randn(1500, 512) * torch.logspace(-3, 2, 1500).unsqueeze(1)).to(dtype)
-    with torch.no_grad():
-        assert torch.equal(torch.cat([norm(row) for row in x.split(1)]), norm(x))
 
 
 def test_rope_theta_and_norm_eps_are_those_of_params_json(tmp_path: Path, small: SimpleNamespace, ids: torch.Tensor) -> None:

@@ -1,0 +1,95 @@
+"""Where weights are packed, an answer does not depend on the batch: the same digits alone and beside any others."""
+
+import itertools
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama import Llama, engine, kernels
+from llama.model import RMSNorm
+from llama.rotary import rotate_
+
+from .support import random_weights, write_shards
+
+
+def promised() -> bool:
+    """On CPUs with AVX-512 for bfloat16; those with AMX have not been tried."""
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else None
+    if cpu is None:
+        return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return bool(cpu.get("avx512_bf16")) and not any(key.startswith("amx") and value for key, value in cpu.items())
+
+
+packs = pytest.mark.skipif(not promised(), reason="promised for AVX-512 with bfloat16, without AMX")
+PROMPTS = [[1, *(3 + (i * n) % 297 for i in range(n))] for n in (2, 40, 300, 15, 15, 15, 129, 650, 1, 257)]
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@packs
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_answers_are_the_same_alone_and_in_any_batch(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str | None, threads: int
+) -> None:
+    """Ids and log probabilities, greedy and drawn. Prompts are of all lengths and read in pieces; rows end at different
+    steps, and others take their places."""
+    monkeypatch.setattr(kernels, "SMALLEST", 0)  # these weights, too, are packed
+    monkeypatch.setattr(engine, "PREFILL_CHUNK", 512)
+    params = dict(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=32, norm_eps=1e-5, vocab_size=-1)
+    folder = write_shards(tmp_path, params, random_weights(params, 384, 704))
+    greedy, drawn = {"temperature": 0}, {"temperature": 1.0, "top_p": 0.9, "seed": 7, "echo": True}
+
+    def built(n_rows: int) -> Llama:
+        return Llama.build(folder, tokenizer_path, 665, n_rows, device="cpu", dtype="bfloat16", quantize=kind)
+
+    one = built(1)
+    free = [one.generate([prompt], 40, **greedy)[0][0] for prompt in PROMPTS]
+    eos = statistics.mode(itertools.chain(*free))
+    monkeypatch.setattr(one.tokenizer, "eos_id", eos)
+    for options in (greedy, drawn):
+        alone = [one.generate([prompt], 40, logprobs=True, **options) for prompt in PROMPTS]
+        assert (
+            len({len(ids[0]) - len(prompt) * ("echo" in options) for (ids, _), prompt in zip(alone, PROMPTS, strict=True)}) > 2
+        )
+        for n_rows in (2, 4, 7):
+            several = built(n_rows)
+            monkeypatch.setattr(several.tokenizer, "eos_id", eos)
+            together = several.generate(PROMPTS, 40, logprobs=True, **options)
+            assert together == ([ids[0] for ids, _ in alone], [values[0] for _, values in alone if values])
+
+
+@packs
+def test_a_row_is_multiplied_alike_alone_and_among_others() -> None:
+    """oneDNN's kernel for a single row rounds otherwise."""
+    packed = kernels.pack(torch.randn(3000, 2048).bfloat16())
+    assert isinstance(packed, kernels.Packed)
+    x = torch.randn(60, 2048).bfloat16()
+    for n in (1, 2, 3, 7):
+        assert torch.equal(torch.cat([packed(rows) for rows in x.split(n)]), packed(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_row_is_normed_alike_alone_and_among_others(dtype: torch.dtype) -> None:
+    norm = RMSNorm(512, eps=1e-5).to(dtype)
+    x = (torch.randn(1500, 512) * torch.logspace(-3, 2, 1500).unsqueeze(1)).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(torch.cat([norm(row) for row in x.split(1)]), norm(x))
+
+
+def test_a_row_is_turned_alike_alone_and_among_others(threads: int) -> None:
+    """More numbers than one thread takes, so that three share them in the middle of a head."""
+    x, freqs = torch.randn(500, 7, 64), torch.randn(500, 1, 32, 2)
+    with torch.no_grad():
+        alone = [rotate_(row.clone(), turns) for row, turns in zip(x.split(1), freqs.split(1), strict=True)]
+        assert torch.equal(torch.cat(alone), rotate_(x, freqs))
