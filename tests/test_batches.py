@@ -19,13 +19,13 @@ def promised() -> bool:
     """On CPUs with AVX-512 for bfloat16; those with AMX have not been tried."""
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else None
-    if cpu is None:
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older PyTorch
         return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
-    return bool(cpu.get("avx512_bf16")) and not any(key.startswith("amx") and value for key, value in cpu.items())
+    cpu = torch.cpu.get_capabilities()
+    return bool(cpu.get("avx512_bf16")) and not cpu.get("amx_tile")
 
 
-packs = pytest.mark.skipif(not promised(), reason="promised for AVX-512 with bfloat16, without AMX")
+exact = pytest.mark.skipif(not promised(), reason="promised for AVX-512 with bfloat16, without AMX")
 PROMPTS = [[1, *(3 + (i * n) % 297 for i in range(n))] for n in (2, 40, 300, 15, 15, 15, 129, 650, 1, 257)]
 
 
@@ -37,7 +37,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@packs
+@exact
 @pytest.mark.parametrize("kind", [None, "int8"])
 def test_answers_are_the_same_alone_and_in_any_batch(
     tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str | None, threads: int
@@ -59,9 +59,7 @@ def test_answers_are_the_same_alone_and_in_any_batch(
     monkeypatch.setattr(one.tokenizer, "eos_id", eos)
     for options in (greedy, drawn):
         alone = [one.generate([prompt], 40, logprobs=True, **options) for prompt in PROMPTS]
-        assert (
-            len({len(ids[0]) - len(prompt) * ("echo" in options) for (ids, _), prompt in zip(alone, PROMPTS, strict=True)}) > 2
-        )
+        assert len({len(values[0]) for _, values in alone if values}) > 2
         for n_rows in (2, 4, 7):
             several = built(n_rows)
             monkeypatch.setattr(several.tokenizer, "eos_id", eos)
@@ -69,7 +67,7 @@ def test_answers_are_the_same_alone_and_in_any_batch(
             assert together == ([ids[0] for ids, _ in alone], [values[0] for _, values in alone if values])
 
 
-@packs
+@exact
 def test_a_row_is_multiplied_alike_alone_and_among_others() -> None:
     """oneDNN's kernel for a single row rounds otherwise."""
     packed = kernels.pack(torch.randn(3000, 2048).bfloat16())

@@ -43,20 +43,22 @@ def test_static_steps_and_late_reading_give_the_same_ids(
 
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("positions", [[9], [4, 4, 4], [7, 2, 4]])
+@pytest.mark.parametrize("positions", [[9], [4, 4, 4], [7, 2, 4], [7, 4, 4, 0, 2]])
 def test_a_host_step_is_its_twin_to_the_digit(
     small: SimpleNamespace, dtype: str, kind: str | None, positions: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Logits, and the keys and values that it leaves; of one row, of rows side by side, and of ragged ones."""
+    """Logits, and the keys and values that it leaves; of one row, of rows side by side, and of ragged ones; an
+    idle row stands at 0."""
     monkeypatch.setattr(kernels, "SMALLEST", 0)  # these weights, too, are packed
-    llama = Llama.build(small.folder, small.tokenizer_path, 16, 3, device="cpu", dtype=dtype, quantize=kind)
+    llama = Llama.build(small.folder, small.tokenizer_path, 16, 5, device="cpu", dtype=dtype, quantize=kind)
     model, found = llama.model, []
     ids, batch = torch.arange(20, 20 + len(positions)), Batch.of((row, position, 1) for row, position in enumerate(positions))
     with torch.inference_mode():
         for plain in (True, False):
             model.allocate()
             for row, position in enumerate(positions):
-                model.hidden(torch.arange(30, 30 + position), Batch.of([(row, 0, position)]))
+                if position:
+                    model.hidden(torch.arange(30, 30 + position), Batch.of([(row, 0, position)]))
             if plain:
                 hidden = model.hidden(ids, batch)
             else:
