@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from .attention import attend_one
 from .cache import Batch, KVCache
 from .errors import DeviceError
+from .kernels import linear, native
 from .model import Transformer, TransformerBlock, norm_one, norm_rows, untouched
 from .parallel import JoinedColumnParallelLinear, RowParallelLinear
 from .ranks import global_rank
@@ -90,7 +91,10 @@ def product(layer: JoinedColumnParallelLinear | RowParallelLinear) -> Product:
     """What the layer does, without the module around it where there is one rank."""
     if layer.ranks > 1:
         return layer.forward
-    return layer.packed.multiply if layer.packed else functools.partial(F.linear, weight=layer.weight)  # type: ignore[arg-type]
+    if layer.packed:
+        return layer.packed.multiply
+    assert layer.weight is not None
+    return functools.partial(F.linear if native(layer.weight.dtype) else linear, weight=layer.weight)
 
 
 class HostStep:

@@ -1,14 +1,18 @@
 """How a weight is held so that multiplying by it reads it as one stream.
 
 A parallel layer gives its weight to `pack` once, when it is loaded. Where there is nothing better than the weight itself
-and `F.linear`, it gets None.
+and `linear`, it gets None.
 
     weight      device                form
-    bfloat16    CPU with AVX-512      Packed: in blocks, for oneDNN's kernel
+    bfloat16    CPU that multiplies   Packed: in blocks, for oneDNN's kernel
+                it natively
     int8        CPU with VNNI         Int8Rows: the same; rows of x become 8 bit numbers too
                 others                Int8: as it is
     int4        CPU                   Int4: for PyTorch's kernel; unpacked to multiply many rows
                 CUDA                  Int4Cuda: for PyTorch's kernel
+
+Most CPUs multiply numbers of 16 bits by turning them into float32. There, few rows read a weight as it is, and for many
+rows a piece of it at a time is made float32, which takes a quarter of the time of PyTorch's kernels of 16 bits.
 """
 
 import functools
@@ -24,8 +28,54 @@ from .quantize import Quantized
 
 SMALLEST = 1 << 19  # bytes; calling oneDNN costs more than F.linear, and below this more than it saves
 FEW = 96  # rows up to which reading small numbers anew for each is faster than unpacking them once
+SINGLY = 8  # rows up to which reading 16 bit numbers anew for each is faster than making them float32 once
 LEAST = 4  # rows: for fewer oneDNN takes kernels that are slower (on Zen 4 by a third), and for one row round otherwise
-UNPACKED = 1 << 21  # weights unpacked at a time: they stay in a cache until they are multiplied
+PIECE = 1 << 22  # bytes of weights made ready at a time: they stay in a cache until they are multiplied
+
+
+@functools.cache
+def native(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions that multiply matrices of dtype."""
+    if dtype.itemsize != 2:
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False  # else oneDNN would take them; on x86 with AVX-512 alone it would, too, but slowly
+    return not torch.cpu._is_avx2_supported() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """What this CPU multiplies matrices of dtype in, fastest."""
+    return dtype if native(dtype) else torch.float32
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`F.linear`, x (..., in) times a weight (out, in), by what is fastest where the device has no instructions for it."""
+    if not weight.is_cpu or torch.compiler.is_compiling() or native(weight.dtype):
+        return F.linear(x, weight)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return F.linear(x, weight)
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) <= SINGLY:
+        y = torch.cat([F.linear(row, weight) for row in rows.split(1)]) if len(rows) else F.linear(rows, weight)
+    else:
+        y = by_pieces(rows, len(weight), lambda out, buffer: buffer.copy_(weight[out]))
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def by_pieces(x: torch.Tensor, out: int, piece: Callable[[slice, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """x (N, in) times a weight (out, in) on the CPU, in the dtype that it multiplies fastest. `piece` makes some rows of the
+    weight in a buffer of that size and dtype."""
+    wide = x.to(widened(x.dtype))
+    step = min(out, max(64, PIECE // (x.shape[1] * wide.itemsize) // 64 * 64))
+    y, buffer = x.new_empty(len(x), out), wide.new_empty(step, x.shape[1])
+    for first in range(0, out, step):
+        some = slice(first, min(first + step, out))
+        y[:, some] = F.linear(wide, piece(some, buffer[: some.stop - first]))
+    return y
 
 
 class Kernel:
@@ -82,9 +132,12 @@ class Int8(Kernel):
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         # The CPU's kernel reads beyond the end of widths that are no multiple of 16.
-        if x.device.type == "cpu" and len(x) <= FEW and not any(size % 32 for size in self.weight.q.shape):
-            return torch.ops.aten._weight_int8pack_mm(x, self.weight.q, self.scale)
-        return F.linear(x, self.weight.q.to(x.dtype) * self.scale.unsqueeze(1))  # scaled last, float16 would overflow
+        q, scale = self.weight.q, self.scale.unsqueeze(1)
+        if x.is_cpu and len(x) <= FEW and not any(size % 32 for size in q.shape):
+            return torch.ops.aten._weight_int8pack_mm(x, q, self.scale)
+        if x.is_cpu:
+            return by_pieces(x, len(q), lambda out, buffer: buffer.copy_(q[out]).mul_(scale[out]))
+        return F.linear(x, q.to(x.dtype) * scale)  # scaled last, float16 would overflow
 
     def held(self) -> Quantized:
         return self.weight
@@ -150,7 +203,7 @@ class _Int4(Kernel):
         assert weight.zero is not None
         scales = torch.stack((weight.scale, weight.zero), dim=-1).transpose(0, 1).to(weight.dtype)
         self.scales = F.pad(scales, (0, 0, 0, len(q) - self.out_features)).contiguous()
-        step = max(1, UNPACKED // q.shape[1] // multiple) * multiple
+        step = max(1, PIECE // (2 * q.shape[1]) // multiple) * multiple
         self.blocks = torch.cat([self._pack(q[i : i + step]) for i in range(0, len(q), step)])
         self.more_in = q.shape[1] - self.in_features
         self.plain = self.more_in == 0 and len(q) == self.out_features
@@ -193,39 +246,40 @@ class Int4(_Int4):
         return _pack_int4(q)
 
     def _product(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        if (x.dtype == torch.bfloat16 and x.shape[0] <= FEW) or not _unpackable():  # in float32 the kernel is ten times slower
+        half = _half_a_block()
+        if (x.dtype == torch.bfloat16 and x.shape[0] <= FEW) or not half:  # in float32 the kernel is ten times slower
             return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.blocks, self.group, scales)
-        n, K = len(self.blocks), x.shape[1]
-        step = min(n, max(64, UNPACKED // K // 64 * 64))
-        y, buffer = x.new_empty(len(x), n), x.new_empty(K * step)
-        scale, zero = scales.permute(2, 0, 1).contiguous().unsqueeze(2)  # (groups, 1, out)
-        for i in range(0, n, step):
-            out = slice(i, min(i + step, n))
-            q = _unpack_int4(self.blocks[out], buffer).view(-1, self.group, out.stop - i)
-            weight = torch.addcmul(zero[..., out], q, scale[..., out], out=q).flatten(0, 1)
-            torch.mm(x, weight, out=y[:, out])
-        return y
+        scale, zero = scales.to(widened(x.dtype)).permute(2, 0, 1).contiguous().unsqueeze(2)  # (groups, 1, out)
+
+        def piece(out: slice, buffer: torch.Tensor) -> torch.Tensor:
+            q = _unpack_int4(self.blocks[out], half, buffer).view(len(scale), self.group, -1)
+            return torch.addcmul(zero[..., out], q, scale[..., out], out=q).flatten(0, 1).t()
+
+        return by_pieces(x, len(self.blocks), piece)
 
 
 def _pack_int4(q: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int() + 8, 1)
 
 
-def _unpack_int4(blocks: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    """The weights (out, in) that PyTorch packed for AVX-512, as (in, out), in the buffer: 64 outputs by all inputs are a
-    block, where a byte holds outputs n and n + 32 of an input."""
-    pairs = blocks.view(-1, 2 * blocks.shape[1], 32).permute(1, 0, 2)  # (in, out / 64, 32)
-    q = buffer[: 2 * pairs.numel()].view(*pairs.shape[:2], 2, 32)
+def _unpack_int4(blocks: torch.Tensor, half: int, buffer: torch.Tensor) -> torch.Tensor:
+    """The weights (out, in) that PyTorch packed, as (in, out), in the buffer: a block is 2 * half outputs by all inputs, and
+    a byte holds outputs n and n + half of an input."""
+    pairs = blocks.view(-1, 2 * blocks.shape[1], half).permute(1, 0, 2)  # (in, out / block, half)
+    q = buffer.view(*pairs.shape[:2], 2, half)
     q[:, :, 0], q[:, :, 1] = (pairs & 15).view(torch.int8) - 8, (pairs >> 4).view(torch.int8) - 8
     return q.flatten(1)
 
 
 @functools.cache
-def _unpackable() -> bool:
-    """Whether this machine's PyTorch packs as `_unpack_int4` expects; the blocks are no public format."""
-    q = (torch.arange(128 * 64).view(128, 64) * 2654435761 >> 7) % 16 - 8
+def _half_a_block() -> int | None:
+    """32 with AVX-512, 16 with AVX2; None: this machine's PyTorch packs in a way of its own. It is no public format."""
+    q = ((torch.arange(128 * 64).view(128, 64) * 2654435761 >> 7) % 16 - 8).float()
     blocks = _pack_int4(q.to(torch.int8))
-    return blocks.shape == (128, 32) and torch.equal(_unpack_int4(blocks, torch.empty(128 * 64)).t(), q.float())
+    for half in (32, 16):
+        if blocks.shape == (128, 32) and torch.equal(_unpack_int4(blocks, half, torch.empty(128, 64)).t(), q):
+            return half
+    return None
 
 
 class Int4Cuda(_Int4):
@@ -252,9 +306,7 @@ def pack(weight: torch.Tensor | Quantized) -> Kernel | None:
         return Int8Rows(weight) if vnni else Int8(weight)
     if not on_cpu or dtype != torch.bfloat16 or weight.nbytes < SMALLEST:
         return None
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return None
-    return Packed(weight)
+    return Packed(weight) if native(dtype) else None
 
 
 def check(kind: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -21,7 +21,7 @@ from fairscale.nn.model_parallel.mappings import (
 from torch import nn
 
 from .errors import DeviceError
-from .kernels import Int8Rows, Kernel, pack
+from .kernels import Int8Rows, Kernel, linear, pack
 from .quantize import Quantized, quantize
 from .ranks import largest_of_all, model_parallel
 
@@ -72,7 +72,7 @@ class _ParallelLinear(nn.Module):
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out), this rank's part of the product."""
-        return self.packed(x) if self.packed else F.linear(x, self.weight)  # type: ignore[arg-type]
+        return self.packed(x) if self.packed else linear(x, self.weight)  # type: ignore[arg-type]
 
     def dense(self) -> torch.Tensor:
         """This rank's weight (out, in), as it was before it was packed; a quantized one as what it stands for."""

@@ -8,15 +8,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import Llama, ModelArgs, Transformer, kernels
-from llama.attention import attend_in_blocks, attend_plainly
+from llama import Llama, ModelArgs, Transformer, attention, decode, kernels
+from llama.attention import attend, attend_in_blocks, attend_plainly
 from llama.parallel import ColumnParallelLinear, JoinedColumnParallelLinear
 
-from .support import plain_logits, write_shards
+from .support import plain_logits, run, write_shards
 
-packs = pytest.mark.skipif(
-    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()), reason="no oneDNN for bfloat16"
-)
+packs = pytest.mark.skipif(not kernels.native(torch.bfloat16), reason="this CPU does not multiply bfloat16")
+EXACT = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half a step of what is rounded last
+
+
+@pytest.fixture
+def nothing_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on most CPUs."""
+    for module in (kernels, attention, decode):
+        monkeypatch.setattr(module, "native", lambda dtype: dtype.itemsize != 2)
 
 
 @packs
@@ -45,6 +51,63 @@ def test_what_is_not_packed() -> None:
     assert kernels.pack(torch.randn(1100, 320)) is None
     assert kernels.pack(torch.randn(1100, 320).half()) is None
     assert kernels.pack(torch.randn(64, 320).bfloat16()) is None
+
+
+@pytest.mark.usefixtures("nothing_of_16_bits")
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+@pytest.mark.parametrize("n", [0, 1, 8, 9, 300])
+def test_products_of_16_bits_where_the_cpu_has_none(dtype: torch.dtype, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows, and many in several pieces, of which the last is smaller; a row alone is a row of few."""
+    monkeypatch.setattr(kernels, "PIECE", 256 * 320 * 4)
+    weight, x = torch.randn(1100, 320).to(dtype), torch.randn(2, n, 320).to(dtype)
+    assert kernels.pack(weight) is None
+    got, exact = kernels.linear(x, weight), x.double() @ weight.double().T
+    assert got.dtype == dtype and got.shape == (2, n, 1100)
+    torch.testing.assert_close(got.double(), exact, atol=1e-4, rtol=EXACT[dtype] * 1.01)
+    if n == 1:
+        assert torch.equal(got[1], kernels.linear(x[1], weight))
+    x.requires_grad_()
+    assert n == 0 or torch.autograd.grad(kernels.linear(x, weight).float().sum(), x)[0].isfinite().all()
+
+
+@pytest.mark.usefixtures("nothing_of_16_bits")
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+def test_a_model_of_16_bits_where_the_cpu_has_none(tmp_path: Path, small: SimpleNamespace, dtype: torch.dtype) -> None:
+    """Prefill, several rows, one row, as where it has some; logits span +-4."""
+    weights = {name: w.to(dtype) for name, w in small.weights.items()}
+    llama = Llama.build(write_shards(tmp_path, small.params, weights), small.tokenizer_path, 64, 12, device="cpu")
+    ids = torch.randint(3, 384, (12, 20), generator=torch.Generator().manual_seed(3))
+    exact = {name: w.float() for name, w in weights.items()}
+    want = torch.stack([plain_logits(small.params, exact, row.tolist()) for row in ids])
+    for rows, start in ((12, 15), (1, 15)):
+        got = [llama.model.forward(ids[:rows, :start], 0)]
+        got += [llama.model.forward(ids[:rows, i : i + 1], i) for i in range(start, 20)]
+        torch.testing.assert_close(torch.cat(got, 1), want[:rows], atol=25 * EXACT[dtype], rtol=0)
+    prompts = [row[:15].tolist() for row in ids]
+    together, _ = llama.generate(prompts, 5, temperature=0)
+    _, scores = llama.generate(
+        [p + a for p, a in zip(prompts, together, strict=True)], 0, temperature=0, logprobs=True, echo=True
+    )
+    assert scores and all(len(row) == len(p) + len(a) for row, p, a in zip(scores, prompts, together, strict=True))
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="not an x86")
+def test_a_cpu_that_has_avx2_alone() -> None:
+    """What PyTorch then says of the CPU, and how it packs 4 bits."""
+    done = run("-c", AVX2_ALONE, ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2")
+    assert done.returncode == 0, done.stderr
+
+
+AVX2_ALONE = """
+import torch
+from llama import kernels
+from llama.quantize import quantize
+assert torch.backends.cpu.get_cpu_capability() == "AVX2"
+assert not kernels.native(torch.bfloat16) and not kernels.native(torch.float16) and kernels.native(torch.float32)
+assert kernels.pack(torch.randn(1100, 320).bfloat16()) is None and kernels._half_a_block() == 16
+kernel, x = kernels.Int4(quantize(torch.randn(200, 192).bfloat16(), "int4")), torch.randn(kernels.FEW + 1, 192).bfloat16()
+torch.testing.assert_close(kernel(x), torch.cat([kernel(x[:50]), kernel(x[50:])]), atol=0.05, rtol=0.02)
+"""
 
 
 @packs
@@ -86,6 +149,16 @@ def test_attention_in_blocks_equals_its_twin(kv: int, groups: int, S: int, L: in
     torch.testing.assert_close(attend_in_blocks(q, k, v), attend_plainly(q, k, v, mask), atol=1e-5, rtol=0)
     half = [t.bfloat16() for t in (q, k, v)]
     torch.testing.assert_close(attend_in_blocks(*half), attend_plainly(*half, mask), atol=0.03, rtol=0)
+
+
+@pytest.mark.usefixtures("nothing_of_16_bits")
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+@pytest.mark.parametrize("S", [1, 200])
+def test_attention_of_16_bits_where_the_cpu_has_none(dtype: torch.dtype, S: int) -> None:
+    q, k, v = (torch.randn(shape).to(dtype) for shape in ((2, S, 2, 3, 16), (2, 2, 200, 16), (2, 2, 200, 16)))
+    got = attend(q, k, v, None)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), attend_plainly(q.float(), k.float(), v.float(), None), atol=0.01, rtol=EXACT[dtype])
 
 
 def test_joined_layers_stand_in_state_dict_by_metas_names() -> None:

@@ -98,10 +98,10 @@ def test_many_rows_are_multiplied_as_few_are(monkeypatch: pytest.MonkeyPatch) ->
     kernel, x = kernels.Int4(quantize(random(200, 192, dtype=torch.bfloat16), "int4")), random(7, 192, dtype=torch.bfloat16)
     few = kernel(x)
     monkeypatch.setattr(kernels, "FEW", 0)
-    monkeypatch.setattr(kernels, "UNPACKED", 192 * 64)
+    monkeypatch.setattr(kernels, "PIECE", 192 * 64 * 2)
     torch.testing.assert_close(kernel(x), few, atol=0.05, rtol=0.02)
-    assert not torch.equal(kernel(x), few) or not kernels._unpackable()
-    monkeypatch.setattr(kernels, "_unpackable", lambda: False)
+    assert not torch.equal(kernel(x), few) or not kernels._half_a_block()
+    monkeypatch.setattr(kernels, "_half_a_block", lambda: None)
     assert torch.equal(kernel(x), few)
 
 
