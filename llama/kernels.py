@@ -143,6 +143,15 @@ class Int8(Kernel):
         return self.weight
 
 
+@functools.cache
+def exact_in_8_bits() -> bool:
+    """Whether oneDNN sums products of 8 bits exactly: without VNNI, or kept from it by ONEDNN_MAX_CPU_ISA, it overflows."""
+    if not (torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()):
+        return False
+    most = Quantized("int8", torch.full((64, 64), 127, dtype=torch.int8), torch.ones(64, 1), None, 64, torch.float32)
+    return bool((Int8Rows(most).multiply(torch.full((4, 64), 126.0)) == 126 * 127 * 64).all())
+
+
 def rounded(value: float, dtype: torch.dtype) -> float:
     """A quotient of two numbers of this dtype, rounded as PyTorch rounds it: to float32's 24 bits, then to bfloat16's 8."""
     for bits in (24, 8) if dtype == torch.bfloat16 else (24,):
@@ -302,8 +311,7 @@ def pack(weight: torch.Tensor | Quantized) -> Kernel | None:
         check(weight.kind, weight.device, dtype)
         if weight.kind == "int4":
             return Int4(weight) if on_cpu else Int4Cuda(weight)
-        vnni = on_cpu and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
-        return Int8Rows(weight) if vnni else Int8(weight)
+        return Int8Rows(weight) if on_cpu and exact_in_8_bits() else Int8(weight)
     if not on_cpu or dtype != torch.bfloat16 or weight.nbytes < SMALLEST:
         return None
     return Packed(weight) if native(dtype) else None

@@ -105,6 +105,8 @@ from llama.quantize import quantize
 assert torch.backends.cpu.get_cpu_capability() == "AVX2"
 assert not kernels.native(torch.bfloat16) and not kernels.native(torch.float16) and kernels.native(torch.float32)
 assert kernels.pack(torch.randn(1100, 320).bfloat16()) is None and kernels._half_a_block() == 16
+eight = kernels.pack(quantize(torch.full((64, 64), 1.0), "int8"))  # which oneDNN alone would add in 16 bits, and overflow
+torch.testing.assert_close(eight(torch.ones(4, 64)), torch.full((4, 64), 64.0), atol=1, rtol=0)
 kernel, x = kernels.Int4(quantize(torch.randn(200, 192).bfloat16(), "int4")), torch.randn(kernels.FEW + 1, 192).bfloat16()
 torch.testing.assert_close(kernel(x), torch.cat([kernel(x[:50]), kernel(x[50:])]), atol=0.05, rtol=0.02)
 """
