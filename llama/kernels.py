@@ -59,8 +59,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return F.linear(x, weight)
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) <= SINGLY:
-        y = torch.cat([F.linear(row, weight) for row in rows.split(1)]) if len(rows) else F.linear(rows, weight)
+    if 1 <= len(rows) <= SINGLY:
+        y = torch.cat([F.linear(row, weight) for row in rows.split(1)])
     else:
         y = by_pieces(rows, len(weight), lambda out, buffer: buffer.copy_(weight[out]))
     return y.view(*x.shape[:-1], len(weight))
@@ -148,8 +148,10 @@ def exact_in_8_bits() -> bool:
     """Whether oneDNN sums products of 8 bits exactly: without VNNI, or kept from it by ONEDNN_MAX_CPU_ISA, it overflows."""
     if not (torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()):
         return False
-    most = Quantized("int8", torch.full((64, 64), 127, dtype=torch.int8), torch.ones(64, 1), None, 64, torch.float32)
-    return bool((Int8Rows(most).multiply(torch.full((4, 64), 126.0)) == 126 * 127 * 64).all())
+    with torch.device("cpu"):
+        q, scale = torch.full((64, 64), 127, dtype=torch.int8), torch.ones(64, 1, dtype=torch.float32)
+        x = torch.full((4, 64), 126, dtype=torch.float32)
+        return bool((Int8Rows(Quantized("int8", q, scale, None, 64, x.dtype)).multiply(x) == 126 * 127 * 64).all())
 
 
 def rounded(value: float, dtype: torch.dtype) -> float:
@@ -283,11 +285,12 @@ def _unpack_int4(blocks: torch.Tensor, half: int, buffer: torch.Tensor) -> torch
 @functools.cache
 def _half_a_block() -> int | None:
     """32 with AVX-512, 16 with AVX2; None: this machine's PyTorch packs in a way of its own. It is no public format."""
-    q = ((torch.arange(128 * 64).view(128, 64) * 2654435761 >> 7) % 16 - 8).float()
-    blocks = _pack_int4(q.to(torch.int8))
-    for half in (32, 16):
-        if blocks.shape == (128, 32) and torch.equal(_unpack_int4(blocks, half, torch.empty(128, 64)).t(), q):
-            return half
+    with torch.device("cpu"):
+        q = ((torch.arange(128 * 64).view(128, 64) * 2654435761 >> 7) % 16 - 8).to(torch.float32)
+        blocks = _pack_int4(q.to(torch.int8))
+        for half in (32, 16):
+            if blocks.shape == (128, 32) and torch.equal(_unpack_int4(blocks, half, torch.empty_like(q).view(64, 128)).t(), q):
+                return half
     return None
 
 
