@@ -66,7 +66,10 @@ FORMS = {"Int8": ("int8", kernels.Int8), "Int8Rows": ("int8", kernels.Int8Rows),
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("form", [pytest.param(f, marks=vnni if f == "Int8Rows" else ()) for f in FORMS])
-def test_products_are_those_of_the_numbers_held(form: str, shape: tuple[int, int], dtype: torch.dtype, n: int) -> None:
+def test_products_are_those_of_the_numbers_held(
+    form: str, shape: tuple[int, int], dtype: torch.dtype, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "PIECE", 1 << 15)  # so that there are several
     kind, make = FORMS[form]
     held = quantize(random(*shape, dtype=dtype), kind)
     kernel, x = make(held), random(n, shape[1]).to(dtype)
