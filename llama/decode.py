@@ -118,8 +118,8 @@ class HostStep:
             )
             for block in blocks
         ]
-        linear = [m for m in model.layers.modules() if isinstance(m, JoinedColumnParallelLinear | RowParallelLinear)]
-        least = min(m.packed.least if m.packed and m.ranks == 1 else 1 for m in linear)
+        layers = [m for m in model.layers.modules() if isinstance(m, JoinedColumnParallelLinear | RowParallelLinear)]
+        least = min(m.packed.least if m.packed and m.ranks == 1 else 1 for m in layers)
         # What is multiplied lies where there are as many rows as the kernels need, of which the first B count.
         widths = (
             model.params.dim,

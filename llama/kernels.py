@@ -11,8 +11,8 @@ and `linear`, it gets None.
     int4        CPU                   Int4: for PyTorch's kernel; unpacked to multiply many rows
                 CUDA                  Int4Cuda: for PyTorch's kernel
 
-Most CPUs multiply numbers of 16 bits by turning them into float32. There, few rows read a weight as it is, and for many
-rows a piece of it at a time is made float32, which takes a quarter of the time of PyTorch's kernels of 16 bits.
+Most CPUs multiply numbers of 16 bits by turning them into float32, and PyTorch's kernels that do so are slow but for a single
+row. There a few rows are multiplied one by one, and for more a piece of the weight at a time is made float32.
 """
 
 import functools
@@ -28,53 +28,61 @@ from .quantize import Quantized
 
 SMALLEST = 1 << 19  # bytes; calling oneDNN costs more than F.linear, and below this more than it saves
 FEW = 96  # rows up to which reading small numbers anew for each is faster than unpacking them once
-SINGLY = 8  # rows up to which reading 16 bit numbers anew for each is faster than making them float32 once
+SINGLY = 4  # rows up to which reading 16 bit numbers anew for each is faster than making them float32 once
 LEAST = 4  # rows: for fewer oneDNN takes kernels that are slower (on Zen 4 by a third), and for one row round otherwise
-PIECE = 1 << 22  # bytes of weights made ready at a time: they stay in a cache until they are multiplied
+PIECE = 1 << 21  # bytes of weights that a thread makes ready at a time: they stay in its cache until it multiplies them
 
 
-@functools.cache
+def _widened() -> frozenset[torch.dtype]:
+    mkldnn, widened = torch.backends.mkldnn.is_available(), {torch.float16, torch.bfloat16}
+    if mkldnn and torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        widened.remove(torch.float16)
+    # On x86 oneDNN takes bfloat16 wherever there is AVX-512, but slowly where there is no more.
+    slow = torch.cpu._is_avx2_supported() and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    if mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported() and not slow:
+        widened.remove(torch.bfloat16)
+    return frozenset(widened)
+
+
+WIDENED = _widened()
+
+
 def native(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions that multiply matrices of dtype."""
-    if dtype.itemsize != 2:
-        return True
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False  # else oneDNN would take them; on x86 with AVX-512 alone it would, too, but slowly
-    return not torch.cpu._is_avx2_supported() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def widened(dtype: torch.dtype) -> torch.dtype:
-    """What this CPU multiplies matrices of dtype in, fastest."""
-    return dtype if native(dtype) else torch.float32
+    """Whether this CPU multiplies matrices of dtype as they are, not faster in float32; whatever ONEDNN_MAX_CPU_ISA says."""
+    return dtype not in WIDENED
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`F.linear`, x (..., in) times a weight (out, in), by what is fastest where the device has no instructions for it."""
-    if not weight.is_cpu or torch.compiler.is_compiling() or native(weight.dtype):
+    """`F.linear`, x (..., in) times a weight (out, in), by what is fastest on a CPU that does not multiply them natively."""
+    if not weight.is_cpu or native(weight.dtype) or weight.nbytes < SMALLEST or x.numel() <= x.shape[-1]:
+        return F.linear(x, weight)
+    if torch.compiler.is_compiling() or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1]:
         return F.linear(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return F.linear(x, weight)
     rows = x.reshape(-1, x.shape[-1])
-    if 1 <= len(rows) <= SINGLY:
+    if len(rows) <= SINGLY:
         y = torch.cat([F.linear(row, weight) for row in rows.split(1)])
     else:
-        y = by_pieces(rows, len(weight), lambda out, buffer: buffer.copy_(weight[out]))
+        y = by_pieces(rows, len(weight), lambda out, buffer: buffer.copy_(weight[out].view_as(buffer)).transpose(1, 2))
     return y.view(*x.shape[:-1], len(weight))
 
 
 def by_pieces(x: torch.Tensor, out: int, piece: Callable[[slice, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """x (N, in) times a weight (out, in) on the CPU, in the dtype that it multiplies fastest. `piece` makes some rows of the
-    weight in a buffer of that size and dtype."""
-    wide = x.to(widened(x.dtype))
-    step = min(out, max(64, PIECE // (x.shape[1] * wide.itemsize) // 64 * 64))
-    y, buffer = x.new_empty(len(x), out), wide.new_empty(step, x.shape[1])
+    """x (N, in) times a weight (out, in) on the CPU, in the dtype that it multiplies fastest. Of some outputs, (threads * m),
+    `piece` makes a buffer (threads, m, in) the weight, (threads, in, m): each thread multiplies what it wrote, else what
+    lies in one core's cache would have to travel to another's."""
+    wide = x.float() if x.dtype in WIDENED else x
+    threads, width = torch.get_num_threads(), x.shape[1]
+    most = max(64, PIECE // (width * wide.itemsize) // 64 * 64)
+    step = min(out, threads * most)
+    y, buffer = x.new_empty(len(x), out), wide.new_empty(step * width)
     for first in range(0, out, step):
-        some = slice(first, min(first + step, out))
-        y[:, some] = F.linear(wide, piece(some, buffer[: some.stop - first]))
+        n = min(step, out - first)
+        parts = next((p for p in range(threads, 1, -1) if n % (64 * p) == 0), 1)
+        weight = piece(slice(first, first + n), buffer[: n * width].view(parts, n // parts, width))
+        product = torch.bmm(wide.expand(parts, -1, -1), weight)
+        y[:, first : first + n].unflatten(1, (parts, -1)).copy_(product.transpose(0, 1))
     return y
 
 
@@ -123,7 +131,7 @@ class Packed(Kernel):
 
 
 class Int8(Kernel):
-    """q as it is: multiplied by the CPU's kernel for few rows, else made a weight of x's dtype, which a compiler may fuse."""
+    """q as it is: multiplied by the CPU's kernel for few rows, else made a weight, which on a GPU a compiler may fuse."""
 
     kind = "int8"
 
@@ -135,8 +143,12 @@ class Int8(Kernel):
         q, scale = self.weight.q, self.scale.unsqueeze(1)
         if x.is_cpu and len(x) <= FEW and not any(size % 32 for size in q.shape):
             return torch.ops.aten._weight_int8pack_mm(x, q, self.scale)
-        if x.is_cpu:
-            return by_pieces(x, len(q), lambda out, buffer: buffer.copy_(q[out]).mul_(scale[out]))
+        if x.is_cpu and not torch.compiler.is_compiling():
+
+            def piece(out: slice, buffer: torch.Tensor) -> torch.Tensor:
+                return buffer.copy_(q[out].view_as(buffer)).mul_(scale[out].view(len(buffer), -1, 1)).transpose(1, 2)
+
+            return by_pieces(x, len(q), piece)
         return F.linear(x, q.to(x.dtype) * scale)  # scaled last, float16 would overflow
 
     def held(self) -> Quantized:
@@ -214,7 +226,7 @@ class _Int4(Kernel):
         assert weight.zero is not None
         scales = torch.stack((weight.scale, weight.zero), dim=-1).transpose(0, 1).to(weight.dtype)
         self.scales = F.pad(scales, (0, 0, 0, len(q) - self.out_features)).contiguous()
-        step = max(1, PIECE // (2 * q.shape[1]) // multiple) * multiple
+        step = max(1, PIECE // q.shape[1] // multiple) * multiple
         self.blocks = torch.cat([self._pack(q[i : i + step]) for i in range(0, len(q), step)])
         self.more_in = q.shape[1] - self.in_features
         self.plain = self.more_in == 0 and len(q) == self.out_features
@@ -257,14 +269,18 @@ class Int4(_Int4):
         return _pack_int4(q)
 
     def _product(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        half = _half_a_block()
-        if (x.dtype == torch.bfloat16 and x.shape[0] <= FEW) or not half:  # in float32 the kernel is ten times slower
+        few = x.dtype == torch.bfloat16 and x.shape[0] <= FEW  # in float32 the kernel is ten times slower
+        half = None if few else _half_a_block()
+        if not half:
             return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.blocks, self.group, scales)
-        scale, zero = scales.to(widened(x.dtype)).permute(2, 0, 1).contiguous().unsqueeze(2)  # (groups, 1, out)
+        scale, zero = scales.unbind(-1)  # (groups, out)
 
         def piece(out: slice, buffer: torch.Tensor) -> torch.Tensor:
-            q = _unpack_int4(self.blocks[out], half, buffer).view(len(scale), self.group, -1)
-            return torch.addcmul(zero[..., out], q, scale[..., out], out=q).flatten(0, 1).t()
+            parts, n, width = buffer.shape
+            q = _unpack_int4(self.blocks[out], half, buffer).view(parts, -1, self.group, n)
+            # Both (parts, groups, 1, n).
+            a, b = (s[:, out].unflatten(1, (parts, 1, n)).transpose(0, 1).to(q.dtype).contiguous() for s in (scale, zero))
+            return torch.addcmul(b, q, a, out=q).view(parts, width, n)
 
         return by_pieces(x, len(self.blocks), piece)
 
@@ -274,12 +290,13 @@ def _pack_int4(q: torch.Tensor) -> torch.Tensor:
 
 
 def _unpack_int4(blocks: torch.Tensor, half: int, buffer: torch.Tensor) -> torch.Tensor:
-    """The weights (out, in) that PyTorch packed, as (in, out), in the buffer: a block is 2 * half outputs by all inputs, and
-    a byte holds outputs n and n + half of an input."""
-    pairs = blocks.view(-1, 2 * blocks.shape[1], half).permute(1, 0, 2)  # (in, out / block, half)
-    q = buffer.view(*pairs.shape[:2], 2, half)
-    q[:, :, 0], q[:, :, 1] = (pairs & 15).view(torch.int8) - 8, (pairs >> 4).view(torch.int8) - 8
-    return q.flatten(1)
+    """The weights (parts * n, in) that PyTorch packed, as (parts, in, n), in a buffer (parts, n, in): a block is 2 * half
+    outputs by all inputs, and a byte holds outputs i and i + half of an input."""
+    parts, n, width = buffer.shape
+    pairs = blocks.view(parts, n // (2 * half), width, half).transpose(1, 2)  # (parts, in, n / block, half)
+    q = buffer.view(*pairs.shape[:3], 2, half)
+    q[..., 0, :], q[..., 1, :] = (pairs & 15).view(torch.int8) - 8, (pairs >> 4).view(torch.int8) - 8
+    return buffer.view(parts, width, n)
 
 
 @functools.cache
@@ -289,7 +306,7 @@ def _half_a_block() -> int | None:
         q = ((torch.arange(128 * 64).view(128, 64) * 2654435761 >> 7) % 16 - 8).to(torch.float32)
         blocks = _pack_int4(q.to(torch.int8))
         for half in (32, 16):
-            if blocks.shape == (128, 32) and torch.equal(_unpack_int4(blocks, half, torch.empty_like(q).view(64, 128)).t(), q):
+            if blocks.shape == (128, 32) and torch.equal(_unpack_int4(blocks, half, torch.empty_like(q)[None])[0].t(), q):
                 return half
     return None
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import Llama, ModelArgs, Transformer, attention, decode, kernels
+from llama import Llama, ModelArgs, Transformer, kernels
 from llama.attention import attend, attend_in_blocks, attend_plainly
 from llama.parallel import ColumnParallelLinear, JoinedColumnParallelLinear
 
@@ -21,8 +21,8 @@ EXACT = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half a step of what is
 @pytest.fixture
 def nothing_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on most CPUs."""
-    for module in (kernels, attention, decode):
-        monkeypatch.setattr(module, "native", lambda dtype: dtype.itemsize != 2)
+    monkeypatch.setattr(kernels, "WIDENED", frozenset(EXACT))
+    monkeypatch.setattr(kernels, "SMALLEST", 0)
 
 
 @packs
