@@ -15,6 +15,15 @@ SMALL = dict(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, multiple_of=32, norm_e
 SMALL_HIDDEN, VOCAB = 192, 384
 
 
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever GPUs there are: test_cuda.py alone is about them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.stem != "test_cuda":
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", VOCAB)

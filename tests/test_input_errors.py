@@ -32,7 +32,6 @@ def idle(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Llama:
 
 WHOLE, RANKS, DEVICES = "a whole number", "a whole number of ranks, 1 or more", "'cpu', 'cuda'"
 DTYPES = "use 'bfloat16', 'float16' or 'float32'"
-no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 @pytest.mark.parametrize(
@@ -50,7 +49,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
         ],
         *[("device", bad, DeviceError, ("device=", DEVICES)) for bad in ("foo", "", "cuda:x", True, [], 1.5, 10**30)],
         *[("device", bad, DeviceError, (f"device='{bad}' is not supported", DEVICES)) for bad in ("meta", "xpu")],
-        pytest.param("device", "cuda", DeviceError, ("device='cuda'", "no CUDA GPU", "use device='cpu'"), marks=no_gpu),
+        ("device", "cuda", DeviceError, ("device='cuda'", "no CUDA GPU", "use device='cpu'")),
         *[("model_parallel_size", bad, DeviceError, (f"is {bad!r}", RANKS)) for bad in (0, -1, "2", 1.0, True)],
         ("model_parallel_size", 2, DeviceError, ("=2 does not divide the 1 running", "torchrun --nproc_per_node 2")),
     ],
