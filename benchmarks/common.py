@@ -33,15 +33,15 @@ def checkpoint(folder: Path, shape: str, shards: int = 1) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         with torch.device("meta"):
             model = Transformer(ModelArgs(**{**SHAPES[shape], "vocab_size": VOCAB}))
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # 7B in seconds, instead of minutes
         for shard in range(shards):
-            g = torch.Generator().manual_seed(shard)
+            g = torch.Generator(device).manual_seed(shard)
             tensors = {}
             for name, p in model.state_dict().items():
                 dim = split_dim(name)
                 part = [size // shards if d == dim else size for d, size in enumerate(p.shape)]
-                tensors[name] = torch.ones(part, dtype=torch.bfloat16)
-                if p.ndim == 2:
-                    tensors[name].normal_(std=p.shape[1] ** -0.5, generator=g)
+                weight = torch.ones(part, dtype=torch.bfloat16, device=device)
+                tensors[name] = (weight.normal_(std=p.shape[1] ** -0.5, generator=g) if p.ndim == 2 else weight).cpu()
             torch.save(tensors, path / f"consolidated.{shard:02d}.pth")
         (path / "params.json").write_text(json.dumps(SHAPES[shape]))
     return path
@@ -82,7 +82,8 @@ def fresh(*command: object, ranks: int = 1, threads: int = 2) -> list[dict]:
 
 def environment(threads: int) -> dict[str, str]:
     """For a process to be measured: it can import this library and the modules beside this file, and has so many threads."""
-    return AS_GIVEN | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": str(threads)}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), *filter(None, [AS_GIVEN.get("PYTHONPATH")])])
+    return AS_GIVEN | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
 
 
 def report(**figures: object) -> None:

@@ -14,7 +14,7 @@ together, each is loaded anew for each run. Greedy throughout, and nothing ends 
     context-N       16 steps of one row after a prompt of N ids, prompt not counted
     ragged          prompts of 16, 64, 128 and 512 ids and 32 new ids each, all of it
 
-A peer may have a variant, as in llama.cpp:Q8_0 or, on a GPU, ours:compile. `ours` goes first and need not be named.
+A peer may have a variant, as in llama.cpp:Q8_0 or, on a GPU, ours:int8+compile. `ours` goes first and need not be named.
 """
 
 import argparse
@@ -39,14 +39,15 @@ from common import SHAPES, checkpoint, environment, fresh, peak_rss, tokenizer
 from peers import Job, names
 from report import plot, table
 
-from llama import Tokenizer
+from llama import ModelArgs, Tokenizer
+from llama.memory import cache_bytes
 from llama.runtime import free_memory
 
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 WORKLOADS = "prefill-512,decode-1,decode-4,decode-8,ragged,context-128,context-1024,context-4000"
 DEFAULT_PEERS = {"cpu": "transformers,llama.cpp", "cuda": "ours:compile,ours,transformers"}
-ROOM = {"cpu": 1.3, "cuda": 2.5}  # memory a peer takes for each byte of weights; on a GPU caches are as large as 7B itself
-LEAST = 0.5  # seconds that one measurement takes at least
+ROOM = {"cpu": 1.3, "cuda": 1.1}  # memory a peer takes for each byte of weights; on a GPU there is a cache for all workloads
+LEAST = {"cpu": 0.5, "cuda": 0.2}  # seconds that one measurement takes at least
 CHECKED = range(9, 17)  # lengths of the prompts on which peers must agree
 CHECKED_NEW = 16
 
@@ -102,7 +103,7 @@ class Worker:
         loaded = self._read()
         self.load = {"seconds": loaded["seconds"], "peak": loaded["device_peak"] or peak_rss(self.process.pid)}
 
-    def ask(self, prompts: list[list[int]], new: int, least: float = LEAST) -> dict[str, Any]:
+    def ask(self, prompts: list[list[int]], new: int, least: float) -> dict[str, Any]:
         assert self.process.stdin
         with contextlib.suppress(BrokenPipeError):  # it has died: _read says why
             self.process.stdin.write(json.dumps({"prompts": prompts, "new": new, "least": least}) + "\n")
@@ -146,7 +147,8 @@ class Bandwidth:
 
 def measure(jobs: dict[str, Job], workloads: list[Workload], runs: int, vocab_size: int, together: bool) -> dict[str, Any]:
     """Every single measurement, and what was seen on the way: loading, and whether the peers agree."""
-    bandwidth = Bandwidth(next(iter(jobs.values())).device)
+    device = next(iter(jobs.values())).device
+    bandwidth, least = Bandwidth(device), LEAST[device]
     found: dict[str, Any] = {"load": {peer: [] for peer in jobs}, "agreement": {}, "runs": []}
     groups = [list(jobs)] if together else [[peer] for peer in jobs]
     workers: dict[str, Worker] = {}
@@ -161,7 +163,7 @@ def measure(jobs: dict[str, Job], workloads: list[Workload], runs: int, vocab_si
                     found["agreement"][peer] = agreement(first_ids, peer)
             for workload, peer in itertools.product(workloads, group):
                 read = bandwidth() if workload.timed == "step" else None
-                times = workers[peer].ask(workload.prompts(vocab_size), workload.new)["times"]
+                times = workers[peer].ask(workload.prompts(vocab_size), workload.new, least)["times"]
                 record = {"run": run, "workload": workload.name, "peer": peer, "seconds": workload.seconds(times)}
                 found["runs"].append(record | {"bandwidth": read, "times": times})
                 show(f"run {run + 1} of {runs}: {peer}, {workload.name}")
@@ -257,15 +259,20 @@ def main() -> None:
         stored = torch.load(ckpt / "consolidated.00.pth", map_location="cpu", weights_only=True, mmap=True)
         dtype = DTYPES[a.dtype] if a.dtype else str(stored["tok_embeddings.weight"].dtype).removeprefix("torch.")
         size = sum(w.numel() for w in stored.values()) * getattr(torch, dtype).itemsize
-        common = (str(ckpt), str(tokenizer_path), str(work / ckpt.name), dtype, a.device, a.threads)
+        rows = max(len(w.lengths) for w in a.workloads)
+        window = max(max(CHECKED) + CHECKED_NEW, *(max(w.lengths) + w.new for w in a.workloads))
+        common = (str(ckpt), str(tokenizer_path), str(work / ckpt.name), dtype, a.device, a.threads, rows, window)
         jobs = {peer: Job(peer, *common) for peer in a.peers}
         step_bytes = {
             peer: fresh("-m", "peers.convert", json.dumps(asdict(job)), threads=a.threads)[0]["bytes"]
             for peer, job in jobs.items()
         }
-        free = free_memory(torch.device(a.device))
-        together = free is None or ROOM[a.device] * size * len(jobs) < free
-        found = measure(jobs, a.workloads, a.runs, Tokenizer(tokenizer_path).n_words, together)
+        free, vocab_size = free_memory(torch.device(a.device)), Tokenizer(tokenizer_path).n_words
+        cache = dict(max_batch_size=rows, max_seq_len=window, vocab_size=vocab_size)
+        args = ModelArgs(**json.loads((ckpt / "params.json").read_text()) | cache)
+        each = ROOM[a.device] * size + (cache_bytes(args, 1, getattr(torch, dtype)) if a.device == "cuda" else 0)
+        together = free is None or each * len(jobs) < free
+        found = measure(jobs, a.workloads, a.runs, vocab_size, together)
 
     results = {
         "model": ckpt.name,

@@ -8,8 +8,6 @@ import importlib
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-WINDOW = 4096  # positions of Llama 2, and the most that a workload may need
-MOST_ROWS = 8
 GGUF_TYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -24,10 +22,17 @@ class Job:
     dtype: str  # as torch names it
     device: str
     threads: int
+    rows: int  # the most that a workload has
+    window: int  # the most positions of a row
 
     @property
     def variant(self) -> str:
         return self.peer.partition(":")[2]
+
+    @property
+    def quantize(self) -> str | None:
+        """Ours: the kind of weights."""
+        return self.variant.removesuffix("compile").removesuffix("+") or None
 
     @property
     def hf(self) -> str:
@@ -63,7 +68,7 @@ class Entry(NamedTuple):
 
 
 PEERS = {
-    "ours": Entry("peers.ours", "Ours", {"compile", "int8", "int4"}),
+    "ours": Entry("peers.ours", "Ours", {"compile", "int8", "int4", "int8+compile", "int4+compile"}),
     "transformers": Entry("peers.hugging_face", "Transformers", set()),
     "llama.cpp": Entry("peers.llamacpp", "LlamaCpp", {"Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"}),
     "reference": Entry("peers.reference", "Reference", set()),

@@ -136,7 +136,7 @@ def step_bytes(job: Job, weights: Weights) -> int:
         import gguf
 
         return sum(int(t.n_bytes) for t in gguf.GGUFReader(job.gguf).tensors if t.name != "token_embd.weight")
-    dtype, kind = getattr(torch, job.dtype), job.variant if job.variant in KINDS else None
+    dtype, kind = getattr(torch, job.dtype), job.quantize if job.quantize in KINDS else None
 
     def size(name: str, weight: torch.Tensor) -> float:
         of_its_own = kind and HEAD if name.startswith("output") else None if weight.ndim == 1 else kind

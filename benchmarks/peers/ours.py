@@ -5,14 +5,16 @@ import time
 import torch
 
 from llama import Llama
-from peers import MOST_ROWS, WINDOW, Answer, Job
+from peers import Answer, Job
 
 
 class Ours:
     def __init__(self, job: Job) -> None:
         torch.set_num_threads(job.threads)
-        options = {"compile": True} if job.variant == "compile" else {"quantize": job.variant or None}
-        self.llama = Llama.build(job.ckpt, job.tokenizer, 512, 1, device=job.device, dtype=job.dtype, **options)
+        options = {"compile": job.variant.endswith("compile"), "quantize": job.quantize}
+        # On a GPU captured steps point into the cache: it gets the one for all workloads at once.
+        sizes = (job.window, job.rows) if job.device == "cuda" else (512, 1)
+        self.llama = Llama.build(job.ckpt, job.tokenizer, *sizes, device=job.device, dtype=job.dtype, **options)
         self.llama.tokenizer.eos_id = -2  # nothing ends a row
 
     def generate(self, prompts: list[list[int]], new: int) -> Answer:
@@ -29,15 +31,11 @@ class Ours:
         return Answer(first - begun, ended - first, ids)
 
     def _make_room(self, rows: int, length: int) -> None:
-        """A cache of the workload's own size, unless it fits into the one there is.
-
-        One for all workloads, 8 rows of 4096, would take more than 7B's weights. A GPU gets it all the same, once:
-        captured steps point into it.
-        """
+        """A cache of the workload's own size, unless it fits into the one there is: one for all workloads would take more
+        memory than 7B's weights."""
         model, args = self.llama.model, self.llama.model.params
         if rows > args.max_batch_size or length > args.max_seq_len:
-            on_gpu = model.device.type == "cuda"
-            args.max_batch_size, args.max_seq_len = (MOST_ROWS, WINDOW) if on_gpu else (rows, length)
+            args.max_batch_size, args.max_seq_len = rows, length
             model.rope = None  # as long as the window; made anew by the next forward
             model.allocate()
             self.llama = Llama(model, self.llama.tokenizer)  # which takes the window as it is now
