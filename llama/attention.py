@@ -8,7 +8,7 @@ what `attend_plainly` gives.
 import torch
 import torch.nn.functional as F
 
-from .kernels import native
+from .widened import native
 
 BLOCK = 128  # ids whose scores stand in memory at once
 _ANY = torch.empty(1, 1, 1, dtype=torch.float32, device="cpu")  # what baddbmm does not add

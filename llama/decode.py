@@ -9,6 +9,7 @@ positions are numbers on the device, and a mask hides the slots beyond them. Buc
 twice the slots it needs. `Step.run` is what is captured; it runs on any device, which is how the tests see it.
 """
 
+import contextlib
 import functools
 import operator
 import sys
@@ -20,12 +21,13 @@ import torch.nn.functional as F
 
 from .attention import attend_one
 from .cache import Batch, KVCache
+from .compiled import any_number_of_shapes
 from .errors import DeviceError
-from .kernels import linear, native
 from .model import Transformer, TransformerBlock, norm_one, norm_rows, untouched
 from .parallel import JoinedColumnParallelLinear, RowParallelLinear
 from .ranks import global_rank
 from .rotary import turn_
+from .widened import linear, native
 
 SMALLEST_BUCKET = 128
 HIDDEN = Transformer.hidden
@@ -50,7 +52,9 @@ class Step:
         self.replay: Callable[[], None] = self.run
 
     def run(self) -> None:
-        self.logits = self.model.logits(self.model.hidden(self.ids, self.batch, compiled=True))
+        model = self.model
+        hidden = model.hidden(self.ids, self.batch, compiled=True)
+        self.logits = model.compiled.logits(model, hidden) if model.compiled else model.logits(hidden)
 
     def capture(self, stream: torch.cuda.Stream, pool: Any) -> None:
         """Make `replay` a CUDA graph of `run`, which has run before: libraries have their workspaces, code is compiled."""
@@ -97,6 +101,15 @@ def product(layer: JoinedColumnParallelLinear | RowParallelLinear) -> Product:
     return functools.partial(F.linear if native(layer.weight.dtype) else linear, weight=layer.weight)
 
 
+def unwatched(model: Transformer) -> bool:
+    """Whether a step need not call the modules that it does not call: none that `HostStep` passes over, or on a GPU, where a
+    captured step calls no Python at all, none of the model has a hook, or is a caller's, or has a function of a caller's."""
+    parts: list[torch.nn.Module] = list(model.layers)
+    if model.device.type != "cpu":
+        parts += [model.tok_embeddings, model.norm, model.output]
+    return getattr(model.hidden, "__func__", None) is HIDDEN and untouched(m for part in parts for m in part.modules())
+
+
 class HostStep:
     """`Transformer.hidden` for one id of each of B rows, to the digit, on the CPU: its twin, without modules, and with all
     that layers share made once. Made for one call, since it holds the weights as they are when it is made."""
@@ -131,12 +144,7 @@ class HostStep:
 
     @staticmethod
     def serves(model: Transformer) -> bool:
-        """Not where a caller has put a module or a function of their own into the model, or watches what goes through."""
-        if model.device.type != "cpu" or model.dtype == torch.float64:
-            return False
-        if getattr(model.hidden, "__func__", None) is not HIDDEN:
-            return False
-        return untouched(m for block in model.layers for m in block.modules())
+        return model.device.type == "cpu" and model.dtype != torch.float64
 
     def __call__(self, ids: torch.Tensor, batch: Batch) -> torch.Tensor:
         model, B, cut, (K, G, hd) = self.model, self.n_rows, self.cut, self.heads
@@ -185,14 +193,16 @@ class Decoder:
         self.stream: torch.cuda.Stream | None = None
         self.pool: Any = None
 
-    def __call__(self, ids: torch.Tensor, positions: torch.Tensor, at: list[int], host: HostStep | None = None) -> torch.Tensor:
+    def __call__(
+        self, ids: torch.Tensor, positions: torch.Tensor, at: list[int], host: HostStep | None = None, watched: bool = False
+    ) -> torch.Tensor:
         """ids and positions (B,) of rows 0..B -> float32 logits (B, vocab), until the next call.
 
         at: the positions, known to the host; rows that nobody needs any more have 0 here, and anything in `positions`.
-        host: what to step with on the CPU.
+        host: what to step with on the CPU. watched: call each module.
         """
         model, n_rows, end = self.model, len(ids), max(at) + 1
-        if not (model.device.type == "cuda" if self.static is None else self.static):
+        if watched or not (model.device.type == "cuda" if self.static is None else self.static):
             if model.device.type == "cpu" or len(set(at)) == 1:  # on the CPU each row sees its own slots only: as alone
                 batch = Batch.of(((row, position, 1) for row, position in enumerate(at)), model.device)
             else:
@@ -213,7 +223,7 @@ class Decoder:
         step.ids.copy_(ids)  # the first run writes keys and values: the right ones
         step.positions.copy_(positions)
         try:
-            with self.model.compiling():
+            with any_number_of_shapes() if self.model.compiled else contextlib.nullcontext():
                 step.run()
         except Exception as e:
             if self.model.compiled is None:

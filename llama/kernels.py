@@ -1,18 +1,15 @@
 """How a weight is held so that multiplying by it reads it as one stream.
 
 A parallel layer gives its weight to `pack` once, when it is loaded. Where there is nothing better than the weight itself
-and `linear`, it gets None.
+and `widened.linear`, it gets None.
 
     weight      device                form
     bfloat16    CPU that multiplies   Packed: in blocks, for oneDNN's kernel
                 it natively
     int8        CPU with VNNI         Int8Rows: the same; rows of x become 8 bit numbers too
+                CUDA                  Int8Cuda: as it is, for cuBLAS; rows of x become 8 bit numbers too
                 others                Int8: as it is
-    int4        CPU                   Int4: for PyTorch's kernel; unpacked to multiply many rows
-                CUDA                  Int4Cuda: for PyTorch's kernel
-
-Most CPUs multiply numbers of 16 bits by turning them into float32, and PyTorch's kernels that do so are slow but for a single
-row. There a few rows are multiplied one by one, and for more a piece of the weight at a time is made float32.
+    int4        CPU, CUDA             Int4, Int4Cuda: for PyTorch's kernels; unpacked to multiply many rows
 """
 
 import functools
@@ -23,67 +20,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from . import widened
 from .errors import DeviceError
 from .quantize import Quantized
 
-SMALLEST = 1 << 19  # bytes; calling oneDNN costs more than F.linear, and below this more than it saves
-FEW = 96  # rows up to which reading small numbers anew for each is faster than unpacking them once
-SINGLY = 4  # rows up to which reading 16 bit numbers anew for each is faster than making them float32 once
+FEW, FEW_CUDA = 96, 128  # rows up to which reading small numbers anew for each is faster than unpacking them once
 LEAST = 4  # rows: for fewer oneDNN takes kernels that are slower (on Zen 4 by a third), and for one row round otherwise
-PIECE = 1 << 21  # bytes of weights that a thread makes ready at a time: they stay in its cache until it multiplies them
-
-
-def _widened() -> frozenset[torch.dtype]:
-    mkldnn, widened = torch.backends.mkldnn.is_available(), {torch.float16, torch.bfloat16}
-    if mkldnn and torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        widened.remove(torch.float16)
-    # On x86 oneDNN takes bfloat16 wherever there is AVX-512, but slowly where there is no more.
-    slow = torch.cpu._is_avx2_supported() and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    if mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported() and not slow:
-        widened.remove(torch.bfloat16)
-    return frozenset(widened)
-
-
-WIDENED = _widened()
-
-
-def native(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of dtype as they are, not faster in float32; whatever ONEDNN_MAX_CPU_ISA says."""
-    return dtype not in WIDENED
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`F.linear`, x (..., in) times a weight (out, in), by what is fastest on a CPU that does not multiply them natively."""
-    if not weight.is_cpu or native(weight.dtype) or weight.nbytes < SMALLEST or x.numel() <= x.shape[-1]:
-        return F.linear(x, weight)
-    if torch.compiler.is_compiling() or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1]:
-        return F.linear(x, weight)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return F.linear(x, weight)
-    rows = x.reshape(-1, x.shape[-1])
-    if len(rows) <= SINGLY:
-        y = torch.cat([F.linear(row, weight) for row in rows.split(1)])
-    else:
-        y = by_pieces(rows, len(weight), lambda out, buffer: buffer.copy_(weight[out].view_as(buffer)).transpose(1, 2))
-    return y.view(*x.shape[:-1], len(weight))
-
-
-def by_pieces(x: torch.Tensor, out: int, piece: Callable[[slice, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """x (N, in) times a weight (out, in) on the CPU, in the dtype that it multiplies fastest. Of some outputs, (threads * m),
-    `piece` makes a buffer (threads, m, in) the weight, (threads, in, m): each thread multiplies what it wrote, else what
-    lies in one core's cache would have to travel to another's."""
-    wide = x.float() if x.dtype in WIDENED else x
-    threads, width = torch.get_num_threads(), x.shape[1]
-    most = max(64, PIECE // (width * wide.itemsize) // 64 * 64)
-    step = min(out, threads * most)
-    y, buffer = x.new_empty(len(x), out), wide.new_empty(step * width)
-    for first in range(0, out, step):
-        n = min(step, out - first)
-        parts = next((p for p in range(threads, 1, -1) if n % (64 * p) == 0), 1)
-        weight = piece(slice(first, first + n), buffer[: n * width].view(parts, n // parts, width))
-        product = torch.bmm(wide.expand(parts, -1, -1), weight)
-        y[:, first : first + n].unflatten(1, (parts, -1)).copy_(product.transpose(0, 1))
-    return y
 
 
 class Kernel:
@@ -148,7 +90,7 @@ class Int8(Kernel):
             def piece(out: slice, buffer: torch.Tensor) -> torch.Tensor:
                 return buffer.copy_(q[out].view_as(buffer)).mul_(scale[out].view(len(buffer), -1, 1)).transpose(1, 2)
 
-            return by_pieces(x, len(q), piece)
+            return widened.by_pieces(x, len(q), piece)
         return F.linear(x, q.to(x.dtype) * scale)  # scaled last, float16 would overflow
 
     def held(self) -> Quantized:
@@ -175,6 +117,15 @@ def rounded(value: float, dtype: torch.dtype) -> float:
     return value
 
 
+def in_8_bits(
+    x: torch.Tensor, largest_of_all: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows x (N, in) as float32 numbers -126..126, yet to be rounded, and what they are to be multiplied by, (N, 1)."""
+    largest = torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True)
+    scales = ((largest_of_all(largest) if largest_of_all else largest) / 126).clamp_(min=1e-30)
+    return x.float() * scales.float().reciprocal(), scales
+
+
 class Int8Rows(Kernel):
     """Each row of x becomes whole numbers -126..126, too, so that 8 bit numbers are multiplied and summed exactly.
 
@@ -194,18 +145,15 @@ class Int8Rows(Kernel):
         if x.dtype == torch.float16:  # whose least numbers are too large for scales
             x = x.float()
         scales: torch.Tensor | float
-        factor: torch.Tensor | float
         if x.shape[0] == 1 and largest_of_all is None:  # the same by plain numbers, with fewer small kernels
             scales = max(rounded(x.abs().max().item() / 126, x.dtype), 1e-30)
-            factor = 1 / scales
+            x = x.float() * (1 / scales)
         else:
-            largest = x.abs().amax(1, keepdim=True)
-            scales = ((largest_of_all(largest) if largest_of_all else largest) / 126).clamp_(min=1e-30)
-            factor = scales.float().reciprocal()
+            x, scales = in_8_bits(x, largest_of_all)
         # Unsigned with a zero point of 128: signed rows take a slow path. Cutting after + 128.5 is rounding.
         n = len(x)
         rows = torch.empty(max(n, LEAST), x.shape[1], dtype=torch.uint8, device="cpu")
-        rows[:n].copy_((x.float() * factor).add_(128.5))
+        rows[:n].copy_(x.add_(128.5))
         weight = self.blocks, self.scale, self.zero
         y = torch.ops.onednn.qlinear_pointwise(rows, 1.0, 128, *weight, None, 1.0, 0, self.out, "none", [], "")
         return y[:n].mul_(scales).to(self.dtype)  # scales of another dtype would take ten times as long
@@ -213,6 +161,33 @@ class Int8Rows(Kernel):
     def held(self) -> Quantized:
         q = self.blocks.to_dense().t().contiguous()
         return Quantized("int8", q, self.scale.unsqueeze(1), None, q.shape[1], self.dtype)
+
+
+class Int8Cuda(Kernel):
+    """As Int8Rows, to the digit, by cuBLAS: as fast for many rows as bfloat16. It reads 85% of what the best kernel does, and
+    for one row rounding x takes its time, too: that is compiled, where anything is."""
+
+    kind = "int8"
+
+    def __init__(self, weight: Quantized) -> None:
+        self.weight, self.scale = weight, weight.scale.flatten()
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        q, n, dtype = self.weight.q, len(x), self.weight.dtype
+        if n == 1 and torch.compiler.is_compiling():
+            return ((x.float() * q.float()).sum(1) * self.scale).to(dtype).unsqueeze(0)
+        x, scales = in_8_bits(x.float() if dtype == torch.float16 else x)
+        rows = x.new_zeros(max(n, 32), x.shape[1], dtype=torch.int8)  # it takes no fewer than 17
+        rows[:n] = x.add_(128.5).floor_().sub_(128)
+        y = (torch._int_mm(rows, q.t())[:n] * self.scale).to(torch.float32 if dtype == torch.float16 else dtype)
+        return y.mul_(scales).to(dtype)
+
+    def held(self) -> Quantized:
+        return self.weight
+
+    @staticmethod
+    def serves(weight: Quantized) -> bool:
+        return not any(size % 8 for size in weight.q.shape) and torch.cuda.get_device_capability(weight.device) >= (7, 5)
 
 
 class _Int4(Kernel):
@@ -226,7 +201,7 @@ class _Int4(Kernel):
         assert weight.zero is not None
         scales = torch.stack((weight.scale, weight.zero), dim=-1).transpose(0, 1).to(weight.dtype)
         self.scales = F.pad(scales, (0, 0, 0, len(q) - self.out_features)).contiguous()
-        step = max(1, PIECE // q.shape[1] // multiple) * multiple
+        step = max(1, widened.PIECE // q.shape[1] // multiple) * multiple
         self.blocks = torch.cat([self._pack(q[i : i + step]) for i in range(0, len(q), step)])
         self.more_in = q.shape[1] - self.in_features
         self.plain = self.more_in == 0 and len(q) == self.out_features
@@ -270,7 +245,7 @@ class Int4(_Int4):
 
     def _product(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         few = x.dtype == torch.bfloat16 and x.shape[0] <= FEW  # in float32 the kernel is ten times slower
-        half = None if few else _half_a_block()
+        half = None if few or torch.compiler.is_compiling() else _half_a_block()
         if not half:
             return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.blocks, self.group, scales)
         scale, zero = scales.unbind(-1)  # (groups, out)
@@ -282,7 +257,7 @@ class Int4(_Int4):
             a, b = (s[:, out].unflatten(1, (parts, 1, n)).transpose(0, 1).to(q.dtype).contiguous() for s in (scale, zero))
             return torch.addcmul(b, q, a, out=q).view(parts, width, n)
 
-        return by_pieces(x, len(self.blocks), piece)
+        return widened.by_pieces(x, len(self.blocks), piece)
 
 
 def _pack_int4(q: torch.Tensor) -> torch.Tensor:
@@ -316,12 +291,41 @@ class Int4Cuda(_Int4):
         super().__init__(weight, 8)
 
     def _pack(self, q: torch.Tensor) -> torch.Tensor:
-        unsigned = (q + 8).to(torch.uint8)
-        tiles = next(n for n in (8, 4, 2) if q.shape[1] % (16 * n) == 0)
-        return torch.ops.aten._convert_weight_to_int4pack(unsigned[:, ::2] << 4 | unsigned[:, 1::2], tiles)
+        return _pack_int4_cuda(q)
 
     def _product(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        many = len(x) > FEW_CUDA and not torch.compiler.is_compiling()
+        if many and _known_to_unpack(self.blocks.shape[3], self.blocks.device):
+            scale, zero = scales.transpose(0, 1).unsqueeze(3).unbind(2)  # (out, groups, 1)
+            q = _unpack_int4_cuda(self.blocks, x.dtype).unflatten(1, (len(scales), -1))
+            return F.linear(x, torch.addcmul(zero, q, scale, out=q).flatten(1))
         return torch.ops.aten._weight_int4pack_mm(x.contiguous(), self.blocks, self.group, scales)
+
+
+def _pack_int4_cuda(q: torch.Tensor) -> torch.Tensor:
+    unsigned = (q + 8).to(torch.uint8)
+    tiles = next(n for n in (8, 4, 2) if q.shape[1] % (16 * n) == 0)
+    return torch.ops.aten._convert_weight_to_int4pack(unsigned[:, ::2] << 4 | unsigned[:, 1::2], tiles)
+
+
+def _unpack_int4_cuda(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers (out, in) that PyTorch packed as the tensor cores take them, (out / 8, in / 16t, 32, t / 2) of int32:
+    one of 32 threads has 8 inputs of an output. Of an input's number within 32 its bytes have bit 0 and bit 4, their halves
+    bit 3, the threads bits 1 and 2."""
+    n, k, _, t = blocks.shape
+    pairs = blocks.view(torch.uint8).view(n, k, 8, 4, t, 2, 2).permute(0, 2, 1, 4, 6, 3, 5)
+    q = torch.empty(n, 8, k, t, 2, 2, 4, 2, dtype=dtype, device=blocks.device)  # bits 4, 3, 2 and 1, 0
+    for bit3, number in enumerate((pairs & 15, pairs >> 4)):
+        q[:, :, :, :, :, bit3] = number.view(torch.int8).sub_(8)
+    return q.view(8 * n, -1)
+
+
+@functools.cache
+def _known_to_unpack(half_tiles: int, device: torch.device) -> bool:
+    """Whether this machine's PyTorch packs so: it is no public format."""
+    q = ((torch.arange(16 * 96 * half_tiles, device=device).view(16, -1) * 2654435761 >> 7) % 16 - 8).to(torch.int8)
+    blocks = _pack_int4_cuda(q)
+    return blocks.shape[2:] == (32, half_tiles) and torch.equal(_unpack_int4_cuda(blocks, q.dtype), q)
 
 
 def pack(weight: torch.Tensor | Quantized) -> Kernel | None:
@@ -331,10 +335,12 @@ def pack(weight: torch.Tensor | Quantized) -> Kernel | None:
         check(weight.kind, weight.device, dtype)
         if weight.kind == "int4":
             return Int4(weight) if on_cpu else Int4Cuda(weight)
+        if weight.device.type == "cuda" and Int8Cuda.serves(weight):
+            return Int8Cuda(weight)
         return Int8Rows(weight) if on_cpu and exact_in_8_bits() else Int8(weight)
-    if not on_cpu or dtype != torch.bfloat16 or weight.nbytes < SMALLEST:
+    if not on_cpu or dtype != torch.bfloat16 or weight.nbytes < widened.SMALLEST:
         return None
-    return Packed(weight) if native(dtype) else None
+    return Packed(weight) if widened.native(dtype) else None
 
 
 def check(kind: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -5,9 +5,8 @@ Shapes are written with N ids, B rows of S ids, H query heads and K key/value he
 The model knows nothing of text, sampling or files.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from ctypes import c_float as Float  # whose value is rounded to float32
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,10 +18,11 @@ from torch.nn.modules import module as nn_module
 
 from .attention import attend
 from .cache import Batch, KVCache, Span, read, write
+from .compiled import CompiledBlock
 from .errors import InputError
 from .parallel import ColumnParallelLinear, JoinedColumnParallelLinear, ParallelEmbedding, RowParallelLinear, divide, join_parts
 from .ranks import model_parallel
-from .rotary import apply_rotary_emb, precompute_freqs_cis, reshape_for_broadcast, rotate_
+from .rotary import apply_rotary_emb, precompute_freqs_cis, reshape_for_broadcast, rotate_, rotate_plainly
 
 
 @dataclass
@@ -115,24 +115,37 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, where: "Where", cache: torch.Tensor | None) -> torch.Tensor:
         """x (N, dim) -> (N, dim). `cache` is this layer's, (2, rows, K, positions, hd)."""
+        return self.wo(self.attend(*self.project(x, where, cache), where, cache))
+
+    def project(self, x: torch.Tensor, where: "Where", cache: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (N, dim) -> queries (N, H, hd); keys and values (N, 2, K, hd), which go into the cache, too."""
         N, K, G, hd = x.shape[0], self.n_local_kv_heads, self.n_rep, self.head_dim
         heads = self.wqkv(x).view(N, K * G + 2 * K, hd)
-        rotate_(heads[:, : K * G + K], where.freqs)
-        q, kv = heads[:, : K * G], heads[:, K * G :].view(N, 2, K, hd)
+        if torch.compiler.is_compiling():  # it fuses no complex numbers, and what is in place only after copying it
+            q, k = rotate_plainly(heads[:, : K * G + K], where.freqs).split((K * G, K), 1)
+            kv = torch.stack((k, heads[:, K * G + K :]), 1)
+        else:
+            rotate_(heads[:, : K * G + K], where.freqs)
+            q, kv = heads[:, : K * G], heads[:, K * G :].view(N, 2, K, hd)
         if cache is not None:
             write(cache, where.batch, kv)
+        return q, kv
 
+    def attend(self, q: torch.Tensor, kv: torch.Tensor | None, where: "Where", cache: torch.Tensor | None) -> torch.Tensor:
+        """What `project` gives -> (N, H * hd). A decode step needs no kv: all that it looks at is in the cache."""
+        K, G, hd = self.n_local_kv_heads, self.n_rep, self.head_dim
         outputs, first = [], 0
         for span, mask in zip(where.batch.spans, where.masks, strict=True):
             B, S = span.n_rows, span.length
             ids = slice(first, first := first + B * S)
             if span.fresh:  # its own keys and values, not the cache's: exact, and differentiable
+                assert kv is not None
                 keys, values = kv[ids].view(B, S, 2, K, hd).permute(2, 0, 3, 1, 4).unbind()
             else:
                 assert cache is not None, "without the cache a sequence must be whole"
                 keys, values = read(cache, span)
             outputs.append(attend(q[ids].view(B, S, K, G, hd), keys, values, mask).reshape(B * S, -1))
-        return self.wo(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def ffn_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
@@ -154,8 +167,11 @@ class FeedForward(nn.Module):
         self.register_load_state_dict_pre_hook(join_parts)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(self.gated(x))
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
+        return F.silu(gate) * up
 
 
 def check_ranks(args: ModelArgs, ranks: int) -> None:
@@ -197,15 +213,24 @@ class Where:
     wanted: torch.Tensor | None = None
 
 
-LAYER = (Attention, FeedForward, JoinedColumnParallelLinear, RMSNorm, RowParallelLinear, TransformerBlock)
+KINDS = (
+    Attention,
+    ColumnParallelLinear,
+    FeedForward,
+    JoinedColumnParallelLinear,
+    ParallelEmbedding,
+    RMSNorm,
+    RowParallelLinear,
+    TransformerBlock,
+)
 OURS: dict[tuple[type, str], Any] = {
-    (kind, name): getattr(kind, name, None) for kind in LAYER for name in ("forward", "multiply")
+    (kind, name): getattr(kind, name, None) for kind in KINDS for name in ("forward", "multiply")
 }
 
 
 def untouched(modules: Iterable[nn.Module]) -> bool:
-    """Whether all of these, and there are some, are modules of a layer that do what this file says: no function of a caller's
-    in them, not compiled, not watched by a hook."""
+    """Whether all of these, and there are some, are modules of ours that do what this file says: no function of a caller's in
+    them, not compiled, not watched by a hook."""
 
     def plain(module: nn.Module, name: str) -> bool:
         method = getattr(module, name, None)  # a caller may have put it back, bound, where it was
@@ -215,7 +240,7 @@ def untouched(modules: Iterable[nn.Module]) -> bool:
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         return False
     return bool(modules) and all(
-        type(m) in LAYER
+        type(m) in KINDS
         and not (m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl)
         and plain(m, "forward")
         and plain(m, "multiply")
@@ -249,7 +274,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(params.dim, params.norm_eps)
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
         self.cache: KVCache | None = None
-        self.compiled: Callable[..., torch.Tensor] | None = None
+        self.compiled: CompiledBlock | None = None
         self.rope: torch.Tensor | None = None  # float32 (max_seq_len, 1, hd/2, 2): cosines and sines
 
     @property
@@ -285,16 +310,8 @@ class Transformer(nn.Module):
         return self.rope[positions]
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
-        """Have torch.compile fuse the small kernels of a block, for forwards that ask for it: one code for all layers."""
-        self.compiled = torch.compile(TransformerBlock.__call__, fullgraph=True, dynamic=False, **options)
-
-    def compiling(self) -> contextlib.AbstractContextManager[Any]:
-        """For the first forward of a shape: torch.compile by itself gives up after eight shapes."""
-        if self.compiled is None:
-            return contextlib.nullcontext()
-        config = torch._dynamo.config
-        limits = ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit", "accumulated_cache_size_limit")
-        return config.patch({name: 1 << 14 for name in limits if hasattr(config, name)})
+        """Have torch.compile fuse the small kernels of a block, for forwards that ask for it (compiled.py)."""
+        self.compiled = CompiledBlock(**options)
 
     def hidden(
         self,
@@ -308,7 +325,7 @@ class Transformer(nn.Module):
 
         wanted: of these ids only, (M,): the output is (M, dim), and so is what the last layer's feed-forward sees.
         keep=False: for whole sequences that nothing will follow (training): no cache is needed, nor its limit of rows.
-        compiled=True: by the compiled block, if there is one, which is compiled anew for each shape.
+        compiled=True: by the compiled block, if there is one, which is compiled anew for each number of ids.
         """
         cache = self.ready_cache() if keep else None
         where = Where(batch, self.angles(batch.positions), batch.masks(self.dtype))

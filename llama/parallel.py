@@ -21,9 +21,10 @@ from fairscale.nn.model_parallel.mappings import (
 from torch import nn
 
 from .errors import DeviceError
-from .kernels import Int8Rows, Kernel, linear, pack
+from .kernels import Int8Rows, Kernel, pack
 from .quantize import Quantized, quantize
 from .ranks import largest_of_all, model_parallel
+from .widened import linear
 
 
 def divide(n: int, ranks: int, what: str) -> int:

@@ -28,8 +28,8 @@ ALONE = 32767
 
 def rotate_(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
     """Turn adjacent pairs of x (..., heads, hd) in place, in float32, by freqs: cosines and sines, (..., 1, hd/2, 2)."""
-    if x.device.type == "mps" or torch.compiler.is_compiling():  # the compiler fuses no complex numbers
-        return rotate_plainly_(x, freqs)
+    if x.device.type == "mps":
+        return x.copy_(rotate_plainly(x, freqs))
     return turn_(x, torch.view_as_complex(freqs))
 
 
@@ -38,7 +38,7 @@ def turn_(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
     y = x.float()  # x itself where it is float32
     pairs = torch.view_as_complex(y.view(*x.shape[:-1], -1, 2))
     n = max(1, ALONE // (x.shape[-2] * x.shape[-1] // 2))
-    if len(x) <= n or x.ndim > 3 or torch.is_grad_enabled():
+    if len(x) <= n or x.ndim > 3 or torch.is_grad_enabled() or not x.is_cpu:
         pairs.mul_(freqs_cis)
     else:
         for part, turns in zip(pairs.split(n), freqs_cis.split(n), strict=True):
@@ -46,11 +46,11 @@ def turn_(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
     return x if y is x else x.copy_(y)
 
 
-def rotate_plainly_(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
-    """`rotate_`, written out."""
+def rotate_plainly(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+    """`rotate_`, written out, and not in place."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = freqs.unbind(-1)
-    return x.copy_(torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2))
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

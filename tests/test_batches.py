@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama import Llama, engine, kernels
+from llama import Llama, engine, kernels, widened
 from llama.model import RMSNorm
 from llama.rotary import rotate_
 
@@ -44,7 +44,7 @@ def test_answers_are_the_same_alone_and_in_any_batch(
 ) -> None:
     """Ids and log probabilities, greedy and drawn. Prompts are of all lengths and read in pieces; rows end at different
     steps, and others take their places."""
-    monkeypatch.setattr(kernels, "SMALLEST", 0)  # these weights, too, are packed
+    monkeypatch.setattr(widened, "SMALLEST", 0)  # these weights, too, are packed
     monkeypatch.setattr(engine, "PREFILL_CHUNK", 512)
     params = dict(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=32, norm_eps=1e-5, vocab_size=-1)
     folder = write_shards(tmp_path, params, random_weights(params, 384, 704))

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import Llama
+from llama import Llama, kernels, saved
+from llama.quantize import Quantized, quantize
 
 from .support import write_shards
 
@@ -75,3 +76,53 @@ def test_shards_load_onto_the_gpu(tmp_path: Path, small: SimpleNamespace) -> Non
     want = build(small, device="cpu").generate(PROMPTS, 20, temperature=0)[0]
     folder = write_shards(tmp_path, small.params, small.weights, 4)
     assert build(small, folder, device="cuda").generate(PROMPTS, 20, temperature=0)[0] == want
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("shape", [(384, 192), (344, 172), (64, 1088), (20, 7)], ids=str)
+def test_quantized_products(kind: str, shape: tuple[int, int]) -> None:
+    """Of a single row, of few and of many, also of widths that no kernel has."""
+    g = torch.Generator().manual_seed(1)
+    held = quantize(torch.randn(shape, generator=g).bfloat16(), kind).to(torch.device("cuda"), torch.bfloat16)
+    kernel = kernels.pack(held)
+    assert kernel
+    for rows in (1, 3, 8, 17, 40, 300):
+        x = torch.randn(rows, shape[1], generator=g).cuda().bfloat16()
+        want = x.double() @ kernel.dense().double().t()
+        assert (kernel(x).double() - want).norm() < 0.01 * want.norm(), rows
+    if kind == "int4":  # many rows are unpacked; else they would take five times as long
+        assert all(kernels._known_to_unpack(half_tiles, torch.device("cuda", 0)) for half_tiles in (1, 2, 4))
+    again = kernel.held()
+    assert isinstance(again, Quantized) and torch.equal(again.q, held.q) and torch.equal(again.scale, held.scale)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized_models_answer_as_on_the_cpu(tmp_path: Path, small: SimpleNamespace, kind: str, compile: bool) -> None:
+    """From one shard, and from a saved file made of four; in captured steps as in others."""
+    prompt, options = [[1, 5, 9, 30, 8, 77]], dict(quantize=kind, dtype="bfloat16")
+    llama = build(small, device="cuda", compile=compile, **options)
+    ids = torch.tensor(prompt)
+    want = build(small, device="cpu", **options).model.forward(ids, 0)
+    assert (llama.model.forward(ids, 0).cpu() - want).norm() < 0.02 * want.norm()
+    answers = []
+    for captures in (False, True):
+        llama.engine.decoder.captures = captures
+        llama.engine.decoder.steps.clear()
+        answers.append(llama.generate(PROMPTS, 100, temperature=0, logprobs=True))
+    assert llama.engine.decoder.captures and answers[0] == answers[1]
+    folder = write_shards(tmp_path, small.params, small.weights, 4)
+    saved.save(folder, kind)
+    from_file = build(small, folder, device="cuda", compile=compile, **options).generate(PROMPTS, 100, 0.0, logprobs=True)
+    assert compile or from_file == answers[0]  # what is tuned anew may sum in another order
+
+
+def test_hooks_see_every_step(small: SimpleNamespace) -> None:
+    """Of a captured step they would see the capture. The embedding, too."""
+    llama = build(small, device="cuda")
+    want, seen = llama.generate(PROMPTS[:1], 6, temperature=0), []
+    for module in (llama.model.tok_embeddings, llama.model.layers[0].feed_forward.w2, llama.model.output):
+        handle = module.register_forward_hook(lambda module, args, y: seen.append(len(y)))
+        assert llama.generate(PROMPTS[:1], 6, temperature=0) == want
+        handle.remove()
+    assert seen == [5, 1, 1, 1, 1, 1] * 2 + [1] * 6

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from llama import Llama, decode, kernels
+from llama import Llama, decode, kernels, widened
 from llama.cache import Batch
-from llama.decode import HostStep, Step, bucket
+from llama.decode import HostStep, Step, bucket, unwatched
 from llama.errors import DeviceError
 from llama.model import FeedForward
 
@@ -49,7 +49,7 @@ def test_a_host_step_is_its_twin_to_the_digit(
 ) -> None:
     """Logits, and the keys and values that it leaves; of one row, of rows side by side, and of ragged ones; an
     idle row stands at 0."""
-    monkeypatch.setattr(kernels, "SMALLEST", 0)  # these weights, too, are packed
+    monkeypatch.setattr(widened, "SMALLEST", 0)  # these weights, too, are packed
     llama = Llama.build(small.folder, small.tokenizer_path, 16, 5, device="cpu", dtype=dtype, quantize=kind)
     model, found = llama.model, []
     ids, batch = torch.arange(20, 20 + len(positions)), Batch.of((row, position, 1) for row, position in enumerate(positions))
@@ -62,7 +62,7 @@ def test_a_host_step_is_its_twin_to_the_digit(
             if plain:
                 hidden = model.hidden(ids, batch)
             else:
-                assert HostStep.serves(model)
+                assert HostStep.serves(model) and unwatched(model)
                 hidden = HostStep(model, len(ids))(ids, batch)
             found.append((model.logits(hidden), model.ready_cache().data))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
@@ -84,7 +84,7 @@ def test_what_a_caller_puts_into_a_layer_is_in_its_steps(llama: Llama, monkeypat
         return llama.generate([[1, 5, 9]], 6, temperature=0)[0]
 
     want = answer()
-    assert HostStep.serves(llama.model) and not seen
+    assert unwatched(llama.model) and not seen
     handle = block.feed_forward.w2.register_forward_hook(lambda module, args, y: seen.append(len(y)))
     assert answer() == want and seen == [3, 1, 1, 1, 1, 1]
     handle.remove()
@@ -101,14 +101,28 @@ def test_what_a_caller_puts_into_a_layer_is_in_its_steps(llama: Llama, monkeypat
         )
         assert answer() == want and seen == [3, *[1] * 11]  # of the last layer only what is wanted
     block.feed_forward.forward = block.feed_forward.forward  # as pytest's monkeypatch puts it back
-    assert HostStep.serves(llama.model)
+    assert unwatched(llama.model)
     block.feed_forward.forward = llama.model.layers[1].feed_forward.forward
-    assert not HostStep.serves(llama.model)
+    assert not unwatched(llama.model)
     del block.feed_forward.forward
     own, block.feed_forward = block.feed_forward, Other()
     assert answer() == want and seen == [3, 1, 1, 1, 1, 1]
     block.feed_forward = own
     assert answer() == want and not seen
+
+
+def test_a_watched_model_is_not_captured(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph calls no Python: a hook would see one step of each size."""
+    monkeypatch.setattr(llama.engine.decoder, "static", True)
+    want = llama.generate([[1, 5, 9]], 6, temperature=0)
+    assert llama.engine.decoder.steps
+    llama.engine.decoder.steps.clear()
+    seen: list[int] = []
+    handle = llama.model.layers[1].attention.register_forward_hook(lambda module, args, y: seen.append(len(y)))
+    assert llama.generate([[1, 5, 9]], 6, temperature=0) == want
+    handle.remove()
+    assert seen == [3, 1, 1, 1, 1, 1] and not llama.engine.decoder.steps
+    assert llama.generate([[1, 5, 9]], 6, temperature=0) == want and llama.engine.decoder.steps
 
 
 def test_float64_steps_too(small: SimpleNamespace) -> None:
@@ -163,18 +177,24 @@ def test_a_new_cache_makes_new_steps(llama: Llama, monkeypatch: pytest.MonkeyPat
     assert llama.generate([[1, 5]], 8, temperature=0) == want and [*llama.engine.decoder.steps.values()] != [first]
 
 
-def test_a_compiled_block_serves_all_layers(small: SimpleNamespace) -> None:
-    """One graph, without breaks, for every layer, position and call; another bucket or number of rows compiles anew."""
-    llama = Llama.build(small.folder, small.tokenizer_path, 200, 4, device="cpu")
-    want = llama.generate(PROMPTS, 20, temperature=0)
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_compiled_block_serves_all_layers(
+    small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, dtype: str, kind: str | None
+) -> None:
+    """Four graphs, without breaks, for every layer, position, bucket and call; another number of rows compiles anew."""
+    monkeypatch.setattr(kernels, "Int8Rows", kernels.Int8Cuda)  # the CPU's own is not for compiling
+    llama = Llama.build(small.folder, small.tokenizer_path, 300, 4, device="cpu", dtype=dtype, quantize=kind)
+    llama.engine.decoder.static = True
+    want = llama.generate(PROMPTS, 150, temperature=0)
     torch._dynamo.reset()
     graphs = []
-    llama.engine.decoder.static = True
+    llama.engine.decoder.steps.clear()
     llama.model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph)
-    assert llama.generate(PROMPTS, 20, temperature=0) == want
-    assert len(graphs) == 1
+    assert llama.generate(PROMPTS, 150, temperature=0) == want
+    assert len(llama.engine.decoder.steps) == 2 and len(graphs) == 4
     llama.generate(PROMPTS[:1], 3, temperature=0)
-    assert len(graphs) == 2
+    assert len(graphs) == 8
 
 
 def test_any_number_of_shapes_is_compiled_and_a_failing_compiler_is_named(small: SimpleNamespace) -> None:

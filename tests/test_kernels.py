@@ -8,21 +8,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import Llama, ModelArgs, Transformer, kernels
+from llama import Llama, ModelArgs, Transformer, kernels, widened
 from llama.attention import attend, attend_in_blocks, attend_plainly
 from llama.parallel import ColumnParallelLinear, JoinedColumnParallelLinear
 
 from .support import plain_logits, run, write_shards
 
-packs = pytest.mark.skipif(not kernels.native(torch.bfloat16), reason="this CPU does not multiply bfloat16")
+packs = pytest.mark.skipif(not widened.native(torch.bfloat16), reason="this CPU does not multiply bfloat16")
 EXACT = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half a step of what is rounded last
 
 
 @pytest.fixture
 def nothing_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on most CPUs."""
-    monkeypatch.setattr(kernels, "WIDENED", frozenset(EXACT))
-    monkeypatch.setattr(kernels, "SMALLEST", 0)
+    monkeypatch.setattr(widened, "WIDENED", frozenset(EXACT))
+    monkeypatch.setattr(widened, "SMALLEST", 0)
 
 
 @packs
@@ -53,29 +53,56 @@ def test_what_is_not_packed() -> None:
     assert kernels.pack(torch.randn(64, 320).bfloat16()) is None
 
 
+@pytest.fixture
+def in_pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each product that was made piece by piece."""
+    seen: list[int] = []
+    by_pieces = widened.by_pieces
+    monkeypatch.setattr(widened, "by_pieces", lambda x, *rest: (seen.append(len(x)), by_pieces(x, *rest))[1])
+    return seen
+
+
 @pytest.mark.usefixtures("nothing_of_16_bits")
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
-@pytest.mark.parametrize("n", [0, 1, 8, 9, 300])
-def test_products_of_16_bits_where_the_cpu_has_none(dtype: torch.dtype, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("n", [0, 1, widened.SINGLY, widened.SINGLY + 1, 300])
+def test_products_of_16_bits_where_the_cpu_has_none(
+    dtype: torch.dtype, n: int, in_pieces: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Few rows, and many in several pieces, of which the last is smaller; a row alone is a row of few."""
-    monkeypatch.setattr(kernels, "PIECE", 256 * 320 * 4)
-    weight, x = torch.randn(1100, 320).to(dtype), torch.randn(2, n, 320).to(dtype)
+    monkeypatch.setattr(widened, "PIECE", 64 * 320 * 4)
+    weight, x = torch.randn(1100, 320).to(dtype), torch.randn(n, 320).to(dtype)
     assert kernels.pack(weight) is None
-    got, exact = kernels.linear(x, weight), x.double() @ weight.double().T
-    assert got.dtype == dtype and got.shape == (2, n, 1100)
-    torch.testing.assert_close(got.double(), exact, atol=1e-4, rtol=EXACT[dtype] * 1.01)
-    if n == 1:
-        assert torch.equal(got[1], kernels.linear(x[1], weight))
-    (gradient,) = torch.autograd.grad(kernels.linear(x, weight.requires_grad_()).float().sum(), weight)
-    torch.testing.assert_close(gradient.float(), x.sum((0, 1)).float().expand(1100, -1), atol=0.5, rtol=0.02)
+    before, exact = torch.get_num_threads(), x.double() @ weight.double().T
+    try:
+        for threads in (1, 2, 3):  # each has a part of a piece, where these are equal
+            torch.set_num_threads(threads)
+            got = widened.linear(x, weight)
+            assert got.dtype == dtype and got.shape == (n, 1100)
+            torch.testing.assert_close(got.double(), exact, atol=1e-4, rtol=EXACT[dtype] * 1.01)
+    finally:
+        torch.set_num_threads(before)
+    assert in_pieces == ([n] * 3 if n > widened.SINGLY else [])
+    assert torch.equal(widened.linear(x.view(n, 1, 320), weight), got.view(n, 1, 1100)) or n == 300
+    if n == widened.SINGLY:
+        assert torch.equal(got[1], widened.linear(x[1], weight))
+    torch._dynamo.reset()
+    compiled = torch.compile(widened.linear, fullgraph=True, dynamic=False, backend="eager")
+    torch.testing.assert_close(compiled(x, weight).double(), exact, atol=1e-4, rtol=0.02)
+    (gradient,) = torch.autograd.grad(widened.linear(x, weight.requires_grad_()).float().sum(), weight)
+    torch.testing.assert_close(gradient.float(), x.sum(0).float().expand(1100, -1), atol=0.5, rtol=0.02)
     x, weight = x.requires_grad_(), weight.detach()
-    (gradient,) = torch.autograd.grad(kernels.linear(x, weight).float().sum(), x)
-    torch.testing.assert_close(gradient.float(), weight.float().sum(0).expand(2, n, -1), atol=0.5, rtol=0.02)
+    (gradient,) = torch.autograd.grad(widened.linear(x, weight).float().sum(), x)
+    torch.testing.assert_close(gradient.float(), weight.float().sum(0).expand(n, -1), atol=0.5, rtol=0.02)
+    for other in (x.detach().float(), x.detach()[:, 1:]):
+        with pytest.raises(RuntimeError):
+            widened.linear(other, weight)
 
 
 @pytest.mark.usefixtures("nothing_of_16_bits")
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
-def test_a_model_of_16_bits_where_the_cpu_has_none(tmp_path: Path, small: SimpleNamespace, dtype: torch.dtype) -> None:
+def test_a_model_of_16_bits_where_the_cpu_has_none(
+    tmp_path: Path, small: SimpleNamespace, dtype: torch.dtype, in_pieces: list[int]
+) -> None:
     """Prefill, several rows, one row, as where it has some; logits span +-4."""
     weights = {name: w.to(dtype) for name, w in small.weights.items()}
     llama = Llama.build(write_shards(tmp_path, small.params, weights), small.tokenizer_path, 64, 12, device="cpu")
@@ -86,12 +113,14 @@ def test_a_model_of_16_bits_where_the_cpu_has_none(tmp_path: Path, small: Simple
         got = [llama.model.forward(ids[:rows, :start], 0)]
         got += [llama.model.forward(ids[:rows, i : i + 1], i) for i in range(start, 20)]
         torch.testing.assert_close(torch.cat(got, 1), want[:rows], atol=25 * EXACT[dtype], rtol=0)
+    assert set(in_pieces) == {12 * 15, 12, 15}
+    in_pieces.clear()
     prompts = [row[:15].tolist() for row in ids]
-    together, _ = llama.generate(prompts, 5, temperature=0)
-    _, scores = llama.generate(
-        [p + a for p, a in zip(prompts, together, strict=True)], 0, temperature=0, logprobs=True, echo=True
-    )
-    assert scores and all(len(row) == len(p) + len(a) for row, p, a in zip(scores, prompts, together, strict=True))
+    for prompt, answer in zip(prompts, llama.generate(prompts, 5, temperature=0)[0], strict=True):
+        after = plain_logits(small.params, exact, prompt + answer)[14:-1]
+        chosen = after.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
+        assert (after.amax(1) - chosen).max() < 50 * EXACT[dtype]
+    assert set(in_pieces) == {12 * 15, 12}  # the prompts; the steps
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="not an x86")
@@ -103,10 +132,10 @@ def test_a_cpu_that_has_avx2_alone() -> None:
 
 AVX2_ALONE = """
 import torch
-from llama import kernels
+from llama import kernels, widened
 from llama.quantize import quantize
 assert torch.backends.cpu.get_cpu_capability() == "AVX2"
-assert not kernels.native(torch.bfloat16) and not kernels.native(torch.float16) and kernels.native(torch.float32)
+assert not widened.native(torch.bfloat16) and not widened.native(torch.float16) and widened.native(torch.float32)
 assert kernels.pack(torch.randn(1100, 320).bfloat16()) is None and kernels._half_a_block() == 16
 eight = kernels.pack(quantize(torch.full((64, 64), 1.0), "int8"))  # which oneDNN alone would add in 16 bits, and overflow
 torch.testing.assert_close(eight(torch.ones(4, 64)), torch.full((4, 64), 64.0), atol=1, rtol=0)
@@ -120,7 +149,7 @@ def test_a_packed_model_gives_the_plain_twins_logits(
     tmp_path: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prefill, several rows, one row: bfloat16 logits stay within 0.1 of float32's over the same weights; they span +-4."""
-    monkeypatch.setattr(kernels, "SMALLEST", 0)
+    monkeypatch.setattr(widened, "SMALLEST", 0)
     weights = {name: w.bfloat16() for name, w in small.weights.items()}
     model = Llama.build(write_shards(tmp_path, small.params, weights, 2), small.tokenizer_path, 64, 3, device="cpu").model
     linear = [m for m in model.modules() if isinstance(m, ColumnParallelLinear)]

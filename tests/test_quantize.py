@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama import DeviceError, InputError, Llama, kernels, loading, memory, saved
+from llama import DeviceError, InputError, Llama, kernels, loading, memory, saved, widened
 from llama.checkpoint import open_shards
 from llama.parallel import ColumnParallelLinear, RowParallelLinear
 from llama.quantize import Quantized, check_width, from_nibbles, quantize, to_nibbles
@@ -59,7 +59,12 @@ def test_weights_of_zero_stay_zero() -> None:
         )
 
 
-FORMS = {"Int8": ("int8", kernels.Int8), "Int8Rows": ("int8", kernels.Int8Rows), "Int4": ("int4", kernels.Int4)}
+FORMS = {
+    "Int8": ("int8", kernels.Int8),
+    "Int8Rows": ("int8", kernels.Int8Rows),
+    "Int8Cuda": ("int8", kernels.Int8Cuda),
+    "Int4": ("int4", kernels.Int4),
+}
 
 
 @pytest.mark.parametrize("n", [1, 3, 130])
@@ -69,11 +74,11 @@ FORMS = {"Int8": ("int8", kernels.Int8), "Int8Rows": ("int8", kernels.Int8Rows),
 def test_products_are_those_of_the_numbers_held(
     form: str, shape: tuple[int, int], dtype: torch.dtype, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "PIECE", 1 << 15)  # so that there are several
+    monkeypatch.setattr(widened, "PIECE", 1 << 15)  # so that there are several
     kind, make = FORMS[form]
     held = quantize(random(*shape, dtype=dtype), kind)
     kernel, x = make(held), random(n, shape[1]).to(dtype)
-    if form == "Int8Rows":  # the rows in 8 bit as well, to the digit
+    if form in ("Int8Rows", "Int8Cuda"):  # the rows in 8 bit as well, to the digit
         exact = x.float() if dtype == torch.float16 else x
         scale = (exact.abs().amax(1, keepdim=True) / 126).float()
         rows = (x.float() / scale).add(128.5).floor().sub(128) * scale
@@ -86,6 +91,10 @@ def test_products_are_those_of_the_numbers_held(
     tolerance = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
     assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
     assert kernel(x.view(1, n, -1)).shape == (1, n, shape[0])
+    if form != "Int8Rows":  # which is for steps that are not compiled
+        torch._dynamo.reset()
+        compiled = torch.compile(kernel, fullgraph=True, dynamic=False, backend="eager")(x)
+        assert compiled.dtype == dtype and (compiled.double() - want).abs().max() <= max(tolerance, 1e-2) * want.abs().max()
 
     for again in (kernel, copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel))):
         back = again.held()
@@ -99,13 +108,40 @@ def test_products_are_those_of_the_numbers_held(
 def test_many_rows_are_multiplied_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """int4's two ways, where blocks end within the weight; and the one that is left where blocks cannot be read."""
     kernel, x = kernels.Int4(quantize(random(200, 192, dtype=torch.bfloat16), "int4")), random(7, 192, dtype=torch.bfloat16)
-    few = kernel(x)
+    few, by_pieces, unpacked = kernel(x), widened.by_pieces, []
+    monkeypatch.setattr(widened, "by_pieces", lambda x, *rest: (unpacked.append(len(x)), by_pieces(x, *rest))[1])
     monkeypatch.setattr(kernels, "FEW", 0)
-    monkeypatch.setattr(kernels, "PIECE", 192 * 64 * 2)
+    monkeypatch.setattr(widened, "PIECE", 192 * 64 * 2)
     torch.testing.assert_close(kernel(x), few, atol=0.05, rtol=0.02)
-    assert not torch.equal(kernel(x), few) or not kernels.native(torch.bfloat16)
+    assert unpacked == ([7] if kernels._half_a_block() else [])
     monkeypatch.setattr(kernels, "_half_a_block", lambda: None)
     assert torch.equal(kernel(x), few)
+
+
+@vnni
+def test_8_bits_on_a_gpu_are_those_of_the_cpu() -> None:
+    """By cuBLAS's operator, which the CPU has too."""
+    held = quantize(random(384, 192, dtype=torch.bfloat16), "int8")
+    for n in (1, 2, 5, 40):
+        x = random(n, 192, dtype=torch.bfloat16)
+        assert torch.equal(kernels.Int8Cuda(held)(x), kernels.Int8Rows(held)(x))
+
+
+def as_cuda_packs(q: torch.Tensor, tiles: int) -> torch.Tensor:
+    """PyTorch's `matrix_to_m16n8k16_Bint4_layout`, number by number: what each of 32 threads hands to the tensor cores."""
+    u = (q + 8).tolist()
+    blocks = torch.zeros(len(u) // 8, len(u[0]) // (16 * tiles), 32, tiles // 2, dtype=torch.int64)
+    for n, k, thread, pair in itertools.product(*map(range, blocks.shape)):
+        first = (k * tiles + 2 * pair) * 16 + thread % 4 * 2
+        values = [u[8 * n + thread // 4][first + i] for i in (0, 1, 8, 9, 16, 17, 24, 25)]
+        blocks[n, k, thread, pair] = sum(values[v] << 4 * i for i, v in enumerate((0, 2, 4, 6, 1, 3, 5, 7)))
+    return torch.where(blocks >= 2**31, blocks - 2**32, blocks).to(torch.int32)
+
+
+@pytest.mark.parametrize("tiles", [2, 4, 8])
+def test_a_gpus_blocks_of_4_bits_are_read(tiles: int) -> None:
+    q = torch.randint(-8, 8, (16, 16 * tiles * 3), dtype=torch.int8)
+    assert torch.equal(kernels._unpack_int4_cuda(as_cuda_packs(q, tiles), torch.bfloat16), q.bfloat16())
 
 
 def layers_of(llama: Llama) -> dict[str, Any]:

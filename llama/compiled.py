@@ -1,0 +1,62 @@
+"""A block of the Transformer by torch.compile, for decode steps: one code for all layers, made anew for each number of rows.
+
+It is compiled in three parts. Attention, which lies between the first two, is a kernel already, and the only part for which
+it matters how many slots a step sees. And what w2 multiplies is to stand in memory: fused into that product, it would be
+computed anew for each output.
+"""
+
+import contextlib
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .model import Transformer, TransformerBlock, Where
+
+
+def tuned() -> dict[str, Any]:
+    """Of torch.compile. The products of a single row are compiled, too, each tuned when it is first met: on an H100 such
+    kernels read weights at 2.7 to 3.1 TB/s, where the library's reach 2.0 to 2.8. And where GPU and PyTorch can, a kernel
+    is launched before the last one has ended, and waits for it by itself: 4% of a step of 7B."""
+    from torch._inductor import config
+
+    early = {"triton.enable_pdl": True} if hasattr(config.triton, "enable_pdl") else {}  # from 2.10 on
+    return {"options": {"coordinate_descent_tuning": True} | early}
+
+
+def before(block: "TransformerBlock", x: torch.Tensor, where: "Where", cache: torch.Tensor | None) -> torch.Tensor:
+    return block.attention.project(block.attention_norm(x), where, cache)[0]
+
+
+def between(block: "TransformerBlock", x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    h = x + block.attention.wo(y)
+    return h, block.feed_forward.gated(block.ffn_norm(h))
+
+
+def after(block: "TransformerBlock", h: torch.Tensor, gated: torch.Tensor) -> torch.Tensor:
+    return h + block.feed_forward.w2(gated)
+
+
+def logits(model: "Transformer", hidden: torch.Tensor) -> torch.Tensor:
+    return model.output(hidden).float()
+
+
+class CompiledBlock:
+    """`TransformerBlock.__call__`, by `options` of torch.compile, else by those of `tuned`; and the logits."""
+
+    def __init__(self, **options: Any) -> None:
+        whole: Any = functools.partial(torch.compile, fullgraph=True, dynamic=False, **(options or tuned()))
+        self.before, self.between, self.after, self.logits = map(whole, (before, between, after, logits))
+
+    def __call__(self, block: Any, x: torch.Tensor, where: "Where", cache: torch.Tensor | None) -> torch.Tensor:
+        q = self.before(block, x, where, cache)
+        h, gated = self.between(block, x, block.attention.attend(q, None, where, cache))
+        return self.after(block, h, gated)
+
+
+def any_number_of_shapes() -> contextlib.AbstractContextManager[Any]:
+    """torch.compile by itself gives up after eight."""
+    config = torch._dynamo.config
+    limits = ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit", "accumulated_cache_size_limit")
+    return config.patch({name: 1 << 14 for name in limits if hasattr(config, name)})

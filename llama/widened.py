@@ -1,0 +1,67 @@
+"""Products of 16 bit numbers on CPUs that multiply them by turning them into float32, which is most of them.
+
+PyTorch's kernels that do so are slow but for a single row. So a few rows are multiplied one by one, and for more a piece of
+the weight at a time is made float32: no copy of the model.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+SMALLEST = 1 << 19  # bytes of a weight; below this F.linear is the fastest
+SINGLY = 4  # rows up to which reading 16 bit numbers anew for each is faster than making them float32 once
+PIECE = 1 << 21  # bytes of weights that a thread makes ready at a time: they stay in its cache until it multiplies them
+
+
+def _widened() -> frozenset[torch.dtype]:
+    mkldnn, widened = torch.backends.mkldnn.is_available(), {torch.float16, torch.bfloat16}
+    if mkldnn and torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        widened.remove(torch.float16)
+    # On x86 oneDNN takes bfloat16 wherever there is AVX-512, but slowly where there is no more.
+    slow = torch.cpu._is_avx2_supported() and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    if mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported() and not slow:
+        widened.remove(torch.bfloat16)
+    return frozenset(widened)
+
+
+WIDENED = _widened()
+
+
+def native(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of dtype as they are, not faster in float32; whatever ONEDNN_MAX_CPU_ISA says."""
+    return dtype not in WIDENED
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`F.linear`, x (..., in) times a weight (out, in), by what is fastest on a CPU that does not multiply them natively."""
+    if not weight.is_cpu or native(weight.dtype) or weight.nbytes < SMALLEST or x.numel() <= x.shape[-1]:
+        return F.linear(x, weight)
+    if torch.compiler.is_compiling() or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1]:
+        return F.linear(x, weight)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return F.linear(x, weight)
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) <= SINGLY:
+        y = torch.cat([F.linear(row, weight) for row in rows.split(1)])
+    else:
+        y = by_pieces(rows, len(weight), lambda out, buffer: buffer.copy_(weight[out].view_as(buffer)).transpose(1, 2))
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def by_pieces(x: torch.Tensor, out: int, piece: Callable[[slice, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """x (N, in) times a weight (out, in) on the CPU, in the dtype that it multiplies fastest. Of some outputs, (threads * m),
+    `piece` makes a buffer (threads, m, in) the weight, (threads, in, m): each thread multiplies what it wrote, else what
+    lies in one core's cache would have to travel to another's."""
+    wide = x.float() if x.dtype in WIDENED else x
+    threads, width = torch.get_num_threads(), x.shape[1]
+    most = max(64, PIECE // (width * wide.itemsize) // 64 * 64)
+    step = min(out, threads * most)
+    y, buffer = x.new_empty(len(x), out), wide.new_empty(step * width)
+    for first in range(0, out, step):
+        n = min(step, out - first)
+        parts = next((p for p in range(threads, 1, -1) if n % (64 * p) == 0), 1)
+        weight = piece(slice(first, first + n), buffer[: n * width].view(parts, n // parts, width))
+        product = torch.bmm(wide.expand(parts, -1, -1), weight)
+        y[:, first : first + n].unflatten(1, (parts, -1)).copy_(product.transpose(0, 1))
+    return y
