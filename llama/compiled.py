@@ -10,6 +10,9 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
+from fairscale.nn.model_parallel.mappings import reduce_from_model_parallel_region
+
+from .parallel import RowParallelLinear
 
 if TYPE_CHECKING:
     from .model import Transformer, TransformerBlock, Where
@@ -30,7 +33,7 @@ def before(block: "TransformerBlock", x: torch.Tensor, where: "Where", cache: to
 
 
 def between(block: "TransformerBlock", x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    h = x + block.attention.wo(y)
+    h = x + (block.attention.wo(y) if block.attention.wo.ranks == 1 else y)
     return h, block.feed_forward.gated(block.ffn_norm(h))
 
 
@@ -38,21 +41,36 @@ def after(block: "TransformerBlock", h: torch.Tensor, gated: torch.Tensor) -> to
     return h + block.feed_forward.w2(gated)
 
 
+def product(layer: RowParallelLinear, x: torch.Tensor) -> torch.Tensor:
+    return layer.multiply(x)
+
+
 def logits(model: "Transformer", hidden: torch.Tensor) -> torch.Tensor:
     return model.output(hidden).float()
 
 
 class CompiledBlock:
-    """`TransformerBlock.__call__`, by `options` of torch.compile, else by those of `tuned`; and the logits."""
+    """`TransformerBlock.__call__`, by `options` of torch.compile, else by those of `tuned`; and `Transformer.logits`."""
 
     def __init__(self, **options: Any) -> None:
         whole: Any = functools.partial(torch.compile, fullgraph=True, dynamic=False, **(options or tuned()))
-        self.before, self.between, self.after, self.logits = map(whole, (before, between, after, logits))
+        self.before, self.between, self.after = map(whole, (before, between, after))
+        self.product, self.head = whole(product), whole(logits)
 
     def __call__(self, block: Any, x: torch.Tensor, where: "Where", cache: torch.Tensor | None) -> torch.Tensor:
         q = self.before(block, x, where, cache)
-        h, gated = self.between(block, x, block.attention.attend(q, None, where, cache))
-        return self.after(block, h, gated)
+        y = block.attention.attend(q, None, where, cache)
+        if block.attention.wo.ranks == 1:
+            return self.after(block, *self.between(block, x, y))
+        h, gated = self.between(block, x, self.summed(block.attention.wo, y))
+        return h + self.summed(block.feed_forward.w2, gated)
+
+    def summed(self, layer: RowParallelLinear, x: torch.Tensor) -> torch.Tensor:
+        """The layer's, but for its sum over ranks, which cannot be compiled."""
+        return reduce_from_model_parallel_region(self.product(layer, x))
+
+    def logits(self, model: "Transformer", hidden: torch.Tensor) -> torch.Tensor:
+        return self.head(model, hidden) if model.output.ranks == 1 else model.logits(hidden)
 
 
 def any_number_of_shapes() -> contextlib.AbstractContextManager[Any]:

@@ -14,13 +14,16 @@ PROMPTS = [[1, 5, 9, 44], [1, 300], [1, *range(20, 40)]]
 
 
 def drawn(llama: Llama) -> list:
-    """Seeds, stops, more prompts than rows, a stream, scores: what all ranks must agree on, by decisions of their own."""
+    """Seeds, stops, more prompts than rows, a stream, scores, compiled steps: what all ranks must agree on by themselves."""
     seeded, _ = llama.generate(PROMPTS * 2, 6, temperature=1.0, seed=7)
     stops = ["e", llama.tokenizer.decode(seeded[0])[2:4]]
     stopped = llama.text_completion(["The"] * 6, max_gen_len=6, seed=range(6), stop=stops, details=True)
     stream = "".join(llama.chat_completion_stream([{"role": "user", "content": "a"}], max_gen_len=4, seed=1))
     scores = [round(score.total, 2) for score in llama.score(["The fox", "sea"], [" jumps", " shells"])]
-    return [seeded, stopped, stream, scores]
+    llama.engine.decoder.static = True
+    llama.model.compile(backend="eager")
+    compiled, _ = llama.generate(PROMPTS, 6, temperature=0)
+    return [seeded, stopped, stream, scores, compiled]
 
 
 if __name__ == "__main__":
