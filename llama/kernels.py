@@ -34,11 +34,13 @@ class Kernel:
     kind: str | None = None  # of quantization
     least = 1  # rows it multiplies; fewer cost as much, and the time to fill them up
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         if x.requires_grad and torch.is_grad_enabled():  # which the kernels have no derivative for
             return F.linear(x, self.dense())
         x = x.contiguous()
         return self.multiply(x) if x.ndim == 2 else self.multiply(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+
+    __call__ = product  # PyTorch 2.6 compiles anew for each object that is called, but not for each whose method is
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """x (N, in) -> (N, out)."""

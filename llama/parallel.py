@@ -73,7 +73,7 @@ class _ParallelLinear(nn.Module):
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out), this rank's part of the product."""
-        return self.packed(x) if self.packed else linear(x, self.weight)  # type: ignore[arg-type]
+        return self.packed.product(x) if self.packed else linear(x, self.weight)  # type: ignore[arg-type]
 
     def dense(self) -> torch.Tensor:
         """This rank's weight (out, in), as it was before it was packed; a quantized one as what it stands for."""
