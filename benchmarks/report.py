@@ -1,6 +1,6 @@
 """The table and the plot of what speed.py measured.
 
-python benchmarks/report.py benchmarks/results/speed-cpu.json [--plot FILE.svg]
+python benchmarks/report.py benchmarks/results/speed-1.1B-cpu.json [--plot FILE.svg]
 """
 
 import argparse

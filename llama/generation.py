@@ -74,7 +74,8 @@ class Llama:
         max_seq_len: positions per row, prompt and answer together; max_batch_size: rows at a time. Both size the cache.
         model_parallel_size: ranks that share one model; default WORLD_SIZE, or 1 in plain python.
         seed: of torch's default generator. device: default CUDA, else MPS, else CPU. dtype: default the stored one.
-        compile: on CUDA, have torch.compile fuse a decode step's small kernels; the first steps of each size take seconds.
+        compile: on CUDA, have torch.compile fuse a decode step's small kernels and tune the products of a single row; the
+        first step of each number of rows takes seconds.
         quantize: "int8" or "int4", of the matrices, while they are read; `dtype` is then that of all else.
         Raises LlamaError (CheckpointError, DeviceError, InputError) before any weight is loaded; only numbers that are
         not finite are found while loading. On the CPU the weights may be the mapped file: replace it, never overwrite it.

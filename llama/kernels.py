@@ -6,8 +6,8 @@ and `widened.linear`, it gets None.
     weight      device                form
     bfloat16    CPU that multiplies   Packed: in blocks, for oneDNN's kernel
                 it natively
-    int8        CPU with VNNI         Int8Rows: the same; rows of x become 8 bit numbers too
-                CUDA                  Int8Cuda: as it is, for cuBLAS; rows of x become 8 bit numbers too
+    int8        CPU with VNNI         Int8Rows: the same; rows of x become 8 bit numbers, too
+                CUDA                  Int8Cuda: as it is, for cuBLAS; rows of x become 8 bit numbers, too
                 others                Int8: as it is
     int4        CPU, CUDA             Int4, Int4Cuda: for PyTorch's kernels; unpacked to multiply many rows
 """
@@ -25,7 +25,9 @@ from .errors import DeviceError
 from .quantize import Quantized
 
 FEW, FEW_CUDA = 96, 128  # rows up to which reading small numbers anew for each is faster than unpacking them once
-LEAST = 4  # rows: for fewer oneDNN takes kernels that are slower (on Zen 4 by a third), and for one row round otherwise
+LEAST = (
+    4  # rows: for fewer oneDNN takes kernels that are slower (on Zen 4 by a third), and for one row one that rounds otherwise
+)
 
 
 class Kernel:
@@ -166,8 +168,9 @@ class Int8Rows(Kernel):
 
 
 class Int8Cuda(Kernel):
-    """As Int8Rows, to the digit, by cuBLAS: as fast for many rows as bfloat16. It reads 85% of what the best kernel does, and
-    for one row rounding x takes its time, too: that is compiled, where anything is."""
+    """As Int8Rows, by cuBLAS, which multiplies many rows as fast as in bfloat16, and of few reads weights at 85% of the best
+    kernel's rate. Rounding the rows takes many small kernels: a single row that is compiled is not rounded, and all of its
+    product is one kernel."""
 
     kind = "int8"
 

@@ -1,4 +1,4 @@
-"""Products of 16 bit numbers on CPUs that multiply them by turning them into float32, which is most of them.
+"""Products of 16 bit numbers on CPUs, most of them, that multiply them by turning them into float32.
 
 PyTorch's kernels that do so are slow but for a single row. So a few rows are multiplied one by one, and for more a piece of
 the weight at a time is made float32: no copy of the model.
@@ -29,7 +29,8 @@ WIDENED = _widened()
 
 
 def native(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of dtype as they are, not faster in float32; whatever ONEDNN_MAX_CPU_ISA says."""
+    """Whether this CPU multiplies matrices of dtype as they are, not faster in float32. Of ONEDNN_MAX_CPU_ISA PyTorch tells
+    what is below AVX-512, not that the CPU's bfloat16 is switched off."""
     return dtype not in WIDENED
 
 
@@ -50,9 +51,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def by_pieces(x: torch.Tensor, out: int, piece: Callable[[slice, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """x (N, in) times a weight (out, in) on the CPU, in the dtype that it multiplies fastest. Of some outputs, (threads * m),
-    `piece` makes a buffer (threads, m, in) the weight, (threads, in, m): each thread multiplies what it wrote, else what
-    lies in one core's cache would have to travel to another's."""
+    """x (N, in) times a weight (out, in) on the CPU, in the dtype that it multiplies fastest. For threads * m
+    outputs at a time `piece` fills a buffer (threads, m, in) and returns it as the weight, (threads, in, m): each thread
+    multiplies what it wrote, else what lies in one core's cache would have to travel to another's."""
     wide = x.float() if x.dtype in WIDENED else x
     threads, width = torch.get_num_threads(), x.shape[1]
     most = max(64, PIECE // (width * wide.itemsize) // 64 * 64)
