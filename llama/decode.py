@@ -20,17 +20,17 @@ import torch
 import torch.nn.functional as F
 
 from .attention import attend_one
-from .cache import Batch, KVCache
+from .cache import Batch
 from .compiled import any_number_of_shapes
 from .errors import DeviceError
 from .model import Transformer, TransformerBlock, norm_one, norm_rows, untouched
-from .parallel import JoinedColumnParallelLinear, RowParallelLinear
+from .parallel import JoinedColumnParallelLinear, ParallelLinear, RowParallelLinear
 from .ranks import global_rank
 from .rotary import turn_
 from .widened import linear, native
 
 SMALLEST_BUCKET = 128
-HIDDEN = Transformer.hidden
+HIDDEN, LOGITS = Transformer.hidden, Transformer.logits
 Product = Callable[[torch.Tensor], torch.Tensor]
 MOST_STEPS = 64  # kept at a time: each has its own memory for what it computes
 
@@ -107,7 +107,8 @@ def unwatched(model: Transformer) -> bool:
     parts: list[torch.nn.Module] = list(model.layers)
     if model.device.type != "cpu":
         parts += [model.tok_embeddings, model.norm, model.output]
-    return getattr(model.hidden, "__func__", None) is HIDDEN and untouched(m for part in parts for m in part.modules())
+    own = [getattr(method, "__func__", None) for method in (model.hidden, model.logits)]
+    return own == [HIDDEN, LOGITS] and untouched(m for part in parts for m in part.modules())
 
 
 class HostStep:
@@ -141,10 +142,6 @@ class HostStep:
         )
         self.inputs = [model.norm.weight.new_zeros(max(n_rows, least), width) for width in widths]
         self.cut: Product = operator.itemgetter(slice(n_rows)) if n_rows < least else lambda rows: rows
-
-    @staticmethod
-    def serves(model: Transformer) -> bool:
-        return model.device.type == "cpu" and model.dtype != torch.float64
 
     def __call__(self, ids: torch.Tensor, batch: Batch) -> torch.Tensor:
         model, B, cut, (K, G, hd) = self.model, self.n_rows, self.cut, self.heads
@@ -181,6 +178,18 @@ class HostStep:
         return model.norm(h)
 
 
+def addresses(model: Transformer) -> list[object]:
+    """Where all lies that a captured step looks at, but for the cache: what is loaded later may lie elsewhere."""
+    modules = list(model.modules())
+    weights = [weight.data_ptr() for m in modules for weight in m._parameters.values() if weight is not None]
+    return [*weights, *(m.packed for m in modules if isinstance(m, ParallelLinear)), model.angles(slice(1)).data_ptr()]
+
+
+# ids and positions (B,) of rows 0..B -> float32 logits (B, vocab), which stay right until the next one. The list has the
+# positions as the host knows them; rows that nobody needs any more have 0 there, and anything in the tensor.
+Take = Callable[[torch.Tensor, torch.Tensor, list[int]], torch.Tensor]
+
+
 class Decoder:
     """The decode steps of a model, static ones where they are to be captured."""
 
@@ -189,29 +198,35 @@ class Decoder:
         self.static: bool | None = None  # None: on CUDA
         self.captures = True
         self.steps: dict[tuple[int, int], Step] = {}
-        self.memory: tuple[KVCache | None, int] | None = None  # what the steps look at
+        self.memory: tuple[object, ...] = ()  # what the steps look at
         self.stream: torch.cuda.Stream | None = None
         self.pool: Any = None
 
-    def __call__(
-        self, ids: torch.Tensor, positions: torch.Tensor, at: list[int], host: HostStep | None = None, watched: bool = False
-    ) -> torch.Tensor:
-        """ids and positions (B,) of rows 0..B -> float32 logits (B, vocab), until the next call.
+    def begin(self, n_rows: int) -> "Take":
+        """How all steps of a call go, by what the model is when it begins."""
+        model, plain = self.model, unwatched(self.model)
+        if plain and (model.device.type == "cuda" if self.static is None else self.static):
+            memory = model.ready_cache(), *addresses(model)
+            if memory != self.memory:
+                self.steps, self.stream, self.pool, self.memory = {}, None, None, memory
+            return self.captured
+        served = plain and model.device.type == "cpu" and model.dtype != torch.float64
+        return functools.partial(self.launched, HostStep(model, n_rows).__call__ if served else model.hidden)
 
-        at: the positions, known to the host; rows that nobody needs any more have 0 here, and anything in `positions`.
-        host: what to step with on the CPU. watched: call each module.
-        """
-        model, n_rows, end = self.model, len(ids), max(at) + 1
-        if watched or not (model.device.type == "cuda" if self.static is None else self.static):
-            if model.device.type == "cpu" or len(set(at)) == 1:  # on the CPU each row sees its own slots only: as alone
-                batch = Batch.of(((row, position, 1) for row, position in enumerate(at)), model.device)
-            else:
-                batch = Batch.step(torch.arange(n_rows, device=ids.device), positions, end)
-            return model.logits(host(ids, batch) if host else model.hidden(ids, batch))
-        memory = model.ready_cache(), model.norm.weight.data_ptr()
-        if memory != self.memory:
-            self.steps, self.stream, self.pool, self.memory = {}, None, None, memory
-        key = n_rows, bucket(end, model.params.max_seq_len)
+    def launched(
+        self, hidden: Callable[[torch.Tensor, Batch], torch.Tensor], ids: torch.Tensor, positions: torch.Tensor, at: list[int]
+    ) -> torch.Tensor:
+        """Kernel by kernel."""
+        device = self.model.device
+        if device.type == "cpu" or len(set(at)) == 1:  # on the CPU each row sees its own slots only: as alone
+            batch = Batch.of(((row, position, 1) for row, position in enumerate(at)), device)
+        else:
+            batch = Batch.step(torch.arange(len(ids), device=device), positions, max(at) + 1)
+        return self.model.logits(hidden(ids, batch))
+
+    def captured(self, ids: torch.Tensor, positions: torch.Tensor, at: list[int]) -> torch.Tensor:
+        """By static steps."""
+        key = len(ids), bucket(max(at) + 1, self.model.params.max_seq_len)
         step = self.steps.pop(key, None) or self._make(*key, ids, positions)
         self.steps[key] = step  # the last used is the last
         if len(self.steps) > MOST_STEPS:

@@ -21,7 +21,7 @@ import torch
 from . import ranks, runtime
 from .attention import BLOCK
 from .cache import Batch, chunked
-from .decode import Decoder, HostStep, unwatched
+from .decode import Decoder
 from .errors import InputError, NumberError
 from .memory import LOGPROB_CHUNK, PREFILL_CHUNK
 from .model import Transformer
@@ -127,8 +127,7 @@ class Run:
         self.cache.turn = self.turn = Turn()
         self.turn.ids = kept[: common_prefix(kept, requests[0].prompt[:-1])]  # the last id is computed: it has the logits
         self.n_slots = min(len(requests), self.model.params.max_batch_size)
-        self.watched = not unwatched(self.model)
-        self.host = HostStep(self.model, self.n_slots) if HostStep.serves(self.model) and not self.watched else None
+        self.take = engine.decoder.begin(self.n_slots)
         self.rows = Rows(self.n_slots, self.model, sampling, any(r.seed is not None for r in requests))
         self.waiting = collections.deque(range(len(requests)))
         self.live: dict[int, int] = {}  # slot: row
@@ -205,7 +204,7 @@ class Run:
     def forward(self) -> None:
         """The drawn ids through the model, if that has not been done: keys and values, and the logits for the next."""
         if self.step is not None:
-            self.rows.logits, self.step = self.engine.decoder(*self.step, self.host, self.watched), None
+            self.rows.logits, self.step = self.take(*self.step), None
 
     def hand_out(self) -> Iterator[Token]:
         """What was drawn, row by row; the consumer may end the row by what it gets."""

@@ -224,7 +224,7 @@ KINDS = (
     TransformerBlock,
 )
 OURS: dict[tuple[type, str], Any] = {
-    (kind, name): getattr(kind, name, None) for kind in KINDS for name in ("forward", "multiply")
+    (kind, name): getattr(kind, name, None) for kind in KINDS for name in ("attend", "forward", "gated", "multiply", "project")
 }
 
 
@@ -242,8 +242,7 @@ def untouched(modules: Iterable[nn.Module]) -> bool:
     return bool(modules) and all(
         type(m) in KINDS
         and not (m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl)
-        and plain(m, "forward")
-        and plain(m, "multiply")
+        and all(plain(m, name) for kind, name in OURS if kind is type(m))
         for m in modules
     )
 

@@ -42,7 +42,7 @@ def _weight(rows: int, columns: int) -> nn.Parameter:
     return weight
 
 
-class _ParallelLinear(nn.Module):
+class ParallelLinear(nn.Module):
     weight: nn.Parameter | None
     packed: Kernel | None = None
 
@@ -84,7 +84,7 @@ class _ParallelLinear(nn.Module):
         destination[prefix + "weight"] = weight if keep_vars else weight.detach()
 
 
-class ColumnParallelLinear(_ParallelLinear, fs_layers.ColumnParallelLinear):
+class ColumnParallelLinear(ParallelLinear, fs_layers.ColumnParallelLinear):
     """x (..., in) -> (..., out), or this rank's (..., out / ranks) without `gather_output`. The weight is split by rows."""
 
     def __init__(self, in_features: int, out_features: int, gather_output: bool = False) -> None:
@@ -132,7 +132,7 @@ def join_parts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
                 state_dict[f"{prefix}{child}.weight"] = torch.cat([state_dict.pop(name) for name in names])
 
 
-class RowParallelLinear(_ParallelLinear, fs_layers.RowParallelLinear):
+class RowParallelLinear(ParallelLinear, fs_layers.RowParallelLinear):
     """This rank's x (..., in / ranks) -> (..., out), summed over the ranks. The weight is split by columns."""
 
     def __init__(self, in_features: int, out_features: int) -> None:

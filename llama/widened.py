@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 SMALLEST = 1 << 19  # bytes of a weight; below this F.linear is the fastest
 SINGLY = 4  # rows up to which reading 16 bit numbers anew for each is faster than making them float32 once
+COPIES = 1 << 26  # bytes that copies of x may take
 PIECE = 1 << 21  # bytes of weights that a thread makes ready at a time: they stay in its cache until it multiplies them
 
 
@@ -54,15 +55,20 @@ def by_pieces(x: torch.Tensor, out: int, piece: Callable[[slice, torch.Tensor], 
     """x (N, in) times a weight (out, in) on the CPU, in the dtype that it multiplies fastest. For threads * m
     outputs at a time `piece` fills a buffer (threads, m, in) and returns it as the weight, (threads, in, m): each thread
     multiplies what it wrote, else what lies in one core's cache would have to travel to another's."""
-    wide = x.float() if x.dtype in WIDENED else x
-    threads, width = torch.get_num_threads(), x.shape[1]
+    wide, threads, width = x, torch.get_num_threads(), x.shape[1]
+    if x.dtype in WIDENED:
+        wide = x.float()
+    elif x.nbytes:  # oneDNN copies x for each thread
+        threads = max(1, min(threads, COPIES // x.nbytes))
     most = max(64, PIECE // (width * wide.itemsize) // 64 * 64)
     step = min(out, threads * most)
-    y, buffer = x.new_empty(len(x), out), wide.new_empty(step * width)
+    y, buffer, spread = x.new_empty(len(x), out), wide.new_empty(step * width), wide[None]
     for first in range(0, out, step):
         n = min(step, out - first)
         parts = next((p for p in range(threads, 1, -1) if n % (64 * p) == 0), 1)
         weight = piece(slice(first, first + n), buffer[: n * width].view(parts, n // parts, width))
-        product = torch.bmm(wide.expand(parts, -1, -1), weight)
+        if len(spread) != parts:
+            spread = wide.expand(parts, -1, -1) if wide is not x else wide.repeat(parts, 1, 1)  # once
+        product = torch.bmm(spread, weight)
         y[:, first : first + n].unflatten(1, (parts, -1)).copy_(product.transpose(0, 1))
     return y

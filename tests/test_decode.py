@@ -62,7 +62,7 @@ def test_a_host_step_is_its_twin_to_the_digit(
             if plain:
                 hidden = model.hidden(ids, batch)
             else:
-                assert HostStep.serves(model) and unwatched(model)
+                assert unwatched(model)
                 hidden = HostStep(model, len(ids))(ids, batch)
             found.append((model.logits(hidden), model.ready_cache().data))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
@@ -105,6 +105,11 @@ def test_what_a_caller_puts_into_a_layer_is_in_its_steps(llama: Llama, monkeypat
     block.feed_forward.forward = llama.model.layers[1].feed_forward.forward
     assert not unwatched(llama.model)
     del block.feed_forward.forward
+    for part, name in ((block.feed_forward, "gated"), (block.attention, "attend"), (llama.model, "logits")):
+        method = getattr(part, name)
+        setattr(part, name, lambda *args, method=method: (seen.append(0), method(*args))[1])
+        assert answer() == want and len(seen) == 6
+        delattr(part, name)
     own, block.feed_forward = block.feed_forward, Other()
     assert answer() == want and seen == [3, 1, 1, 1, 1, 1]
     block.feed_forward = own
@@ -175,6 +180,19 @@ def test_a_new_cache_makes_new_steps(llama: Llama, monkeypatch: pytest.MonkeyPat
     assert llama.generate([[1, 5]], 8, temperature=0) == want and [*llama.engine.decoder.steps.values()] == [first]
     llama.model.allocate()
     assert llama.generate([[1, 5]], 8, temperature=0) == want and [*llama.engine.decoder.steps.values()] != [first]
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+def test_what_is_loaded_later_is_in_the_next_calls_steps(small: SimpleNamespace, kind: str | None) -> None:
+    """Quantized weights then lie elsewhere: a captured step would look at what is gone."""
+    llama = Llama.build(small.folder, small.tokenizer_path, 64, 2, device="cpu", dtype="bfloat16", quantize=kind)
+    llama.engine.decoder.static = True
+    before = llama.generate([[1, 5, 9]], 20, temperature=0)
+    steps = llama.engine.decoder.steps
+    assert llama.generate([[1, 5, 9]], 20, temperature=0) == before and llama.engine.decoder.steps is steps
+    llama.model.load_state_dict({name: w * 1.5 if "w2" in name else w for name, w in llama.model.state_dict().items()})
+    after = llama.generate([[1, 5, 9]], 20, temperature=0)
+    assert after != before and (llama.engine.decoder.steps is steps) == (kind is None)
 
 
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])

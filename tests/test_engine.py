@@ -263,7 +263,7 @@ def test_a_failed_call_leaves_no_trace(
             target, name = {
                 "a layer": (llama.model.layers[0].feed_forward, "forward"),
                 "prefill": (llama.engine, "prefill"),
-                "step": (type(llama.engine.decoder), "__call__"),
+                "step": (type(llama.engine.decoder), "captured" if late else "launched"),
                 "choice": (engine, "next_ids"),
                 "text": (llama.tokenizer.sp_model, "is_byte"),
             }[where]

@@ -82,7 +82,7 @@ def test_products_of_16_bits_where_the_cpu_has_none(
     finally:
         torch.set_num_threads(before)
     assert in_pieces == ([n] * 3 if n > widened.SINGLY else [])
-    assert torch.equal(widened.linear(x.view(n, 1, 320), weight), got.view(n, 1, 1100)) or n == 300
+    torch.testing.assert_close(widened.linear(x.view(n, 1, 320), weight), got.view(n, 1, 1100), atol=1e-4, rtol=0.02)
     if n == widened.SINGLY:
         assert torch.equal(got[1], widened.linear(x[1], weight))
     torch._dynamo.reset()
