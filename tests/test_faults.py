@@ -200,7 +200,7 @@ def test_a_file_that_changes_while_it_is_read(
     """After the first matrix. Of a quantized model it is the saved file that changes."""
     path = saved.save(doomed, quantize) if quantize else doomed / "consolidated.01.pth"
     os.utime(path, (1, 1))  # long ago: clocks of file systems are coarse
-    plain, calls = parallel._ParallelLinear.hold, []
+    plain, calls = parallel.ParallelLinear.hold, []
 
     def hold(module: Any, weight: Any) -> None:
         plain(module, weight)
@@ -217,7 +217,7 @@ def test_a_file_that_changes_while_it_is_read(
             with path.open("r+b") as f:
                 f.write(f.read(1))
 
-    monkeypatch.setattr(parallel._ParallelLinear, "hold", hold)
+    monkeypatch.setattr(parallel.ParallelLinear, "hold", hold)
     with pytest.raises(CheckpointError, match=rf"{path.name} (has gone|is another).* while it was being read"):
         Llama.build(doomed, small.tokenizer_path, 32, 2, device="cpu", quantize=quantize)
     assert len(calls) == 1
