@@ -206,7 +206,7 @@ class Decoder:
         """How all steps of a call go, by what the model is when it begins."""
         model, plain = self.model, unwatched(self.model)
         if plain and (model.device.type == "cuda" if self.static is None else self.static):
-            memory = model.ready_cache(), *addresses(model)
+            memory = model.ready_cache(), model.compiled, *addresses(model)
             if memory != self.memory:
                 self.steps, self.stream, self.pool, self.memory = {}, None, None, memory
             return self.captured

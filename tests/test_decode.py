@@ -207,7 +207,6 @@ def test_a_compiled_block_serves_all_layers(
     want = llama.generate(PROMPTS, 150, temperature=0)
     torch._dynamo.reset()
     graphs = []
-    llama.engine.decoder.steps.clear()
     llama.model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph)
     assert llama.generate(PROMPTS, 150, temperature=0) == want
     assert len(llama.engine.decoder.steps) == 2 and len(graphs) == 4
@@ -228,7 +227,6 @@ def test_any_number_of_shapes_is_compiled_and_a_failing_compiler_is_named(small:
         raise OSError("no compiler here")
 
     llama.model.compile(backend=fails)
-    llama.engine.decoder.steps.clear()
     with pytest.raises(DeviceError, match=r"torch.compile failed; leave compile=True out \(.*no compiler here"):
         llama.generate([[1, 5]], 3, temperature=0)
 
