@@ -102,8 +102,8 @@ def product(layer: JoinedColumnParallelLinear | RowParallelLinear) -> Product:
 
 
 def unwatched(model: Transformer) -> bool:
-    """Whether a step need not call the modules that it does not call: none that `HostStep` passes over, or on a GPU, where a
-    captured step calls no Python at all, none of the model has a hook, or is a caller's, or has a function of a caller's."""
+    """Whether a step may pass modules by: those of the layers, as `HostStep` does; on a GPU all, as a captured step calls no
+    Python. It may where none has a hook, is a caller's, or has a function of a caller's."""
     parts: list[torch.nn.Module] = list(model.layers)
     if model.device.type != "cpu":
         parts += [model.tok_embeddings, model.norm, model.output]
