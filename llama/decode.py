@@ -13,6 +13,7 @@ import contextlib
 import functools
 import operator
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -179,10 +180,14 @@ class HostStep:
 
 
 def addresses(model: Transformer) -> list[object]:
-    """Where all lies that a captured step looks at, but for the cache: what is loaded later may lie elsewhere."""
-    modules = list(model.modules())
-    weights = [weight.data_ptr() for m in modules for weight in m._parameters.values() if weight is not None]
-    return [*weights, *(m.packed for m in modules if isinstance(m, ParallelLinear)), model.angles(slice(1)).data_ptr()]
+    """Where all lies that a captured step looks at, but for the cache, and the numbers in it: what is loaded later may lie
+    elsewhere. Nothing is kept alive by it."""
+    found: list[object] = [model.compiled, model.angles(slice(1)).data_ptr()]
+    for module in model.modules():
+        weight, packed = getattr(module, "weight", None), getattr(module, "packed", None)
+        found.append(weight.data_ptr() if isinstance(weight, torch.Tensor) else packed and weakref.ref(packed))
+        found.append(getattr(module, "eps", None))
+    return found
 
 
 # ids and positions (B,) of rows 0..B -> float32 logits (B, vocab), which stay right until the next one. The list has the
@@ -198,7 +203,8 @@ class Decoder:
         self.static: bool | None = None  # None: on CUDA
         self.captures = True
         self.steps: dict[tuple[int, int], Step] = {}
-        self.memory: tuple[object, ...] = ()  # what the steps look at
+        self.memory: list[object] = []  # what the steps look at
+        self.marks: tuple[object, ...] = ()  # of a change in it
         self.stream: torch.cuda.Stream | None = None
         self.pool: Any = None
 
@@ -206,9 +212,7 @@ class Decoder:
         """How all steps of a call go, by what the model is when it begins."""
         model, plain = self.model, unwatched(self.model)
         if plain and (model.device.type == "cuda" if self.static is None else self.static):
-            memory = model.ready_cache(), model.compiled, *addresses(model)
-            if memory != self.memory:
-                self.steps, self.stream, self.pool, self.memory = {}, None, None, memory
+            self._look()
             return self.captured
         served = plain and model.device.type == "cpu" and model.dtype != torch.float64
         return functools.partial(self.launched, HostStep(model, n_rows).__call__ if served else model.hidden)
@@ -226,16 +230,34 @@ class Decoder:
 
     def captured(self, ids: torch.Tensor, positions: torch.Tensor, at: list[int]) -> torch.Tensor:
         """By static steps."""
+        if self._marks() != self.marks:
+            self._look()
         key = len(ids), bucket(max(at) + 1, self.model.params.max_seq_len)
-        step = self.steps.pop(key, None) or self._make(*key, ids, positions)
+        step = self.steps.pop(key, None)
+        if step:
+            logits = step(ids, positions)
+        else:
+            step, logits = self._make(*key, ids, positions)
         self.steps[key] = step  # the last used is the last
         if len(self.steps) > MOST_STEPS:
             del self.steps[next(iter(self.steps))]
-        return step(ids, positions)
+        return logits
 
-    def _make(self, n_rows: int, end: int, ids: torch.Tensor, positions: torch.Tensor) -> Step:
+    def _marks(self) -> tuple[object, ...]:
+        model = self.model
+        return model.ready_cache(), model.norm.weight.data_ptr(), ParallelLinear.times_held
+
+    def _look(self) -> None:
+        """Forget the steps if what they look at is no longer what there is."""
+        self.marks, memory = self._marks(), [self.model.ready_cache(), *addresses(self.model)]
+        if memory != self.memory:
+            self.steps, self.stream, self.pool, self.memory = {}, None, None, memory
+
+    def _make(self, n_rows: int, end: int, ids: torch.Tensor, positions: torch.Tensor) -> tuple[Step, torch.Tensor]:
+        """A step, and what it gives when it runs for the first time. That is its turn, and capturing runs nothing: ranks launch
+        the same collectives whether they have the step already or make it."""
         step = Step(self.model, n_rows, end)
-        step.ids.copy_(ids)  # the first run writes keys and values: the right ones
+        step.ids.copy_(ids)
         step.positions.copy_(positions)
         try:
             with any_number_of_shapes() if self.model.compiled else contextlib.nullcontext():
@@ -244,10 +266,12 @@ class Decoder:
             if self.model.compiled is None:
                 raise
             raise DeviceError(f"torch.compile failed; leave compile=True out ({' '.join(str(e).split()):.200})") from e
+        logits = step.logits
+        assert logits is not None
         if self.captures and self.model.device.type == "cuda":
             with torch.cuda.device(self.model.device):
                 self._capture(step)
-        return step
+        return step, logits
 
     def _capture(self, step: Step) -> None:
         self.stream = self.stream or torch.cuda.Stream()

@@ -223,8 +223,9 @@ KINDS = (
     RowParallelLinear,
     TransformerBlock,
 )
-OURS: dict[tuple[type, str], Any] = {
-    (kind, name): getattr(kind, name, None) for kind in KINDS for name in ("attend", "forward", "gated", "multiply", "project")
+OURS: dict[type, dict[str, Any]] = {
+    kind: {name: getattr(kind, name) for name in ("attend", "forward", "gated", "multiply", "project") if hasattr(kind, name)}
+    for kind in KINDS
 }
 
 
@@ -234,15 +235,15 @@ def untouched(modules: Iterable[nn.Module]) -> bool:
 
     def plain(module: nn.Module, name: str) -> bool:
         method = getattr(module, name, None)  # a caller may have put it back, bound, where it was
-        return getattr(method, "__func__", None) is OURS[type(module), name] and getattr(method, "__self__", module) is module
+        return getattr(method, "__func__", None) is OURS[type(module)][name] and getattr(method, "__self__", module) is module
 
     modules = list(modules)
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         return False
     return bool(modules) and all(
-        type(m) in KINDS
+        type(m) in OURS
         and not (m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl)
-        and all(plain(m, name) for kind, name in OURS if kind is type(m))
+        and all(plain(m, name) for name in OURS[type(m)])
         for m in modules
     )
 

@@ -45,10 +45,12 @@ def _weight(rows: int, columns: int) -> nn.Parameter:
 class ParallelLinear(nn.Module):
     weight: nn.Parameter | None
     packed: Kernel | None = None
+    times_held = 0  # of all layers
 
     def hold(self, weight: torch.Tensor | Quantized) -> None:
         """Take this rank's weight, for inference, in the form that multiplies fastest."""
         self.packed = pack(weight)
+        ParallelLinear.times_held += 1
         self.weight = nn.Parameter(weight, requires_grad=False) if self.packed is None else None  # type: ignore[arg-type]
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:  # `to` another dtype or device
@@ -145,7 +147,8 @@ class RowParallelLinear(ParallelLinear, fs_layers.RowParallelLinear):
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if self.ranks > 1 and isinstance(self.packed, Int8Rows):  # scaled as on one rank, to be summed as there
-            return self.packed.multiply(x.flatten(0, -2), largest_of_all).view(*x.shape[:-1], -1)
+            y = self.packed.multiply(x.reshape(-1, x.shape[-1]), largest_of_all)
+            return y.view(*x.shape[:-1], y.shape[-1])
         return super().multiply(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

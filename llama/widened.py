@@ -55,10 +55,9 @@ def by_pieces(x: torch.Tensor, out: int, piece: Callable[[slice, torch.Tensor], 
     """x (N, in) times a weight (out, in) on the CPU, in the dtype that it multiplies fastest. For threads * m
     outputs at a time `piece` fills a buffer (threads, m, in) and returns it as the weight, (threads, in, m): each thread
     multiplies what it wrote, else what lies in one core's cache would have to travel to another's."""
-    wide, threads, width = x, torch.get_num_threads(), x.shape[1]
-    if x.dtype in WIDENED:
-        wide = x.float()
-    elif x.nbytes:  # oneDNN copies x for each thread
+    wide, threads, width = x.float() if x.dtype in WIDENED else x, torch.get_num_threads(), x.shape[1]
+    copied = wide.dtype.itemsize == 2  # for each thread, by oneDNN, each time: rather once
+    if copied and x.nbytes:
         threads = max(1, min(threads, COPIES // x.nbytes))
     most = max(64, PIECE // (width * wide.itemsize) // 64 * 64)
     step = min(out, threads * most)
@@ -68,7 +67,8 @@ def by_pieces(x: torch.Tensor, out: int, piece: Callable[[slice, torch.Tensor], 
         parts = next((p for p in range(threads, 1, -1) if n % (64 * p) == 0), 1)
         weight = piece(slice(first, first + n), buffer[: n * width].view(parts, n // parts, width))
         if len(spread) != parts:
-            spread = wide.expand(parts, -1, -1) if wide is not x else wide.repeat(parts, 1, 1)  # once
+            spread = wide[None]
+            spread = spread.repeat(parts, 1, 1) if copied and parts > 1 else spread.expand(parts, -1, -1)
         product = torch.bmm(spread, weight)
         y[:, first : first + n].unflatten(1, (parts, -1)).copy_(product.transpose(0, 1))
     return y

@@ -23,6 +23,10 @@ def drawn(llama: Llama) -> list:
     llama.engine.decoder.static = True
     llama.model.compile(backend="eager")
     compiled, _ = llama.generate(PROMPTS, 6, temperature=0)
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:  # the others have their steps already
+        weight = llama.model.layers[0].feed_forward.w2.weight
+        weight.data = weight.data.clone()
+    assert llama.generate(PROMPTS, 6, temperature=0)[0] == compiled
     return [seeded, stopped, stream, scores, compiled]
 
 

@@ -1,6 +1,9 @@
 """The decode step as it is captured, seen without a GPU: static memory, any positions, the same ids as the plain step; and
 the CPU's own step, the same to the digit."""
 
+import gc
+import weakref
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +13,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from llama import Llama, decode, kernels, widened
 from llama.cache import Batch
 from llama.decode import HostStep, Step, bucket, unwatched
-from llama.errors import DeviceError
+from llama.errors import DeviceError, InputError
 from llama.model import FeedForward
+from llama.parallel import ParallelLinear
 
 PROMPTS = [[1, 5, 9, 30, 8], [1, 7], [1, 80, 81]]
 
@@ -193,6 +197,36 @@ def test_what_is_loaded_later_is_in_the_next_calls_steps(small: SimpleNamespace,
     llama.model.load_state_dict({name: w * 1.5 if "w2" in name else w for name, w in llama.model.state_dict().items()})
     after = llama.generate([[1, 5, 9]], 20, temperature=0)
     assert after != before and (llama.engine.decoder.steps is steps) == (kind is None)
+
+    def moved(change: Callable[[], object]) -> bool:
+        llama.generate([[1, 5, 9]], 3, temperature=0)
+        steps = llama.engine.decoder.steps
+        change()
+        llama.generate([[1, 5, 9]], 3, temperature=0)
+        return llama.engine.decoder.steps is not steps
+
+    model, norm = llama.model, llama.model.layers[1].ffn_norm
+    assert not moved(lambda: None)
+    assert moved(lambda: setattr(norm.weight, "data", norm.weight.data.clone()))
+    assert moved(lambda: setattr(model.tok_embeddings, "weight", torch.nn.Parameter(model.tok_embeddings.weight.detach() * 2)))
+    plain = torch.ones(64).bfloat16()
+    assert moved(lambda: (delattr(norm, "weight"), setattr(norm, "weight", plain)))
+    assert moved(lambda: setattr(norm, "eps", 1e-3))
+    packed = [weakref.ref(m.packed) for m in model.modules() if isinstance(m, ParallelLinear) and m.packed]
+    assert len(packed) == (9 if kind else 0)
+    model.load_state_dict(model.state_dict())
+    gc.collect()
+    assert not any(kernel() for kernel in packed)  # what was there is not held by what was captured
+
+
+def test_a_model_that_changes_under_a_stream_ends_it(small: SimpleNamespace) -> None:
+    llama = Llama.build(small.folder, small.tokenizer_path, 64, 2, device="cpu")
+    llama.engine.decoder.static = True
+    stream = llama.tokens([[1, 5, 9]], 20, temperature=0)
+    next(stream), next(stream)
+    llama.model.bfloat16()
+    with pytest.raises(InputError, match="another call"):
+        list(stream)
 
 
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])
