@@ -23,7 +23,7 @@ def tuned() -> dict[str, Any]:
     launched before the last one has ended, and waits for it by itself: 4% of a step of 7B's width."""
     from torch._inductor import config
 
-    early = {"triton.enable_pdl": True} if hasattr(config.triton, "enable_pdl") else {}  # from 2.10 on
+    early = {"triton.enable_pdl": True} if hasattr(config.triton, "enable_pdl") else {}
     return {"options": {"coordinate_descent_tuning": True} | early}
 
 

@@ -208,7 +208,7 @@ class Decoder:
         self.stream: torch.cuda.Stream | None = None
         self.pool: Any = None
 
-    def begin(self, n_rows: int) -> "Take":
+    def begin(self, n_rows: int) -> Take:
         """How all steps of a call go, by what the model is when it begins."""
         model, plain = self.model, unwatched(self.model)
         if plain and (model.device.type == "cuda" if self.static is None else self.static):

@@ -25,9 +25,7 @@ from .errors import DeviceError
 from .quantize import Quantized
 
 FEW, FEW_CUDA = 96, 128  # rows up to which reading small numbers anew for each is faster than unpacking them once
-LEAST = (
-    4  # rows: for fewer oneDNN takes kernels that are slower (on Zen 4 by a third), and for one row one that rounds otherwise
-)
+LEAST = 4  # rows: for fewer oneDNN takes slower kernels (on Zen 4 by a third), and for one row one that rounds otherwise
 
 
 class Kernel:
@@ -37,6 +35,7 @@ class Kernel:
     least = 1  # rows it multiplies; fewer cost as much, and the time to fill them up
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in) -> (..., out)."""
         if x.requires_grad and torch.is_grad_enabled():  # which the kernels have no derivative for
             return F.linear(x, self.dense())
         x = x.contiguous()

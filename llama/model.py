@@ -213,19 +213,10 @@ class Where:
     wanted: torch.Tensor | None = None
 
 
-KINDS = (
-    Attention,
-    ColumnParallelLinear,
-    FeedForward,
-    JoinedColumnParallelLinear,
-    ParallelEmbedding,
-    RMSNorm,
-    RowParallelLinear,
-    TransformerBlock,
-)
+LAYERS = ColumnParallelLinear, JoinedColumnParallelLinear, RowParallelLinear, ParallelEmbedding
 OURS: dict[type, dict[str, Any]] = {
     kind: {name: getattr(kind, name) for name in ("attend", "forward", "gated", "multiply", "project") if hasattr(kind, name)}
-    for kind in KINDS
+    for kind in (Attention, FeedForward, RMSNorm, TransformerBlock, *LAYERS)
 }
 
 

@@ -45,7 +45,7 @@ def _weight(rows: int, columns: int) -> nn.Parameter:
 class ParallelLinear(nn.Module):
     weight: nn.Parameter | None
     packed: Kernel | None = None
-    times_held = 0  # of all layers
+    times_held = 0  # by all layers of all models: as it grows, captured steps look whether their weights are still there
 
     def hold(self, weight: torch.Tensor | Quantized) -> None:
         """Take this rank's weight, for inference, in the form that multiplies fastest."""

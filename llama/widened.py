@@ -52,11 +52,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def by_pieces(x: torch.Tensor, out: int, piece: Callable[[slice, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """x (N, in) times a weight (out, in) on the CPU, in the dtype that it multiplies fastest. For threads * m
-    outputs at a time `piece` fills a buffer (threads, m, in) and returns it as the weight, (threads, in, m): each thread
-    multiplies what it wrote, else what lies in one core's cache would have to travel to another's."""
+    """x (N, in) times a weight (out, in) on the CPU, in the dtype that it multiplies fastest. For parts * m outputs at a time,
+    a part for each thread if they are equal, `piece` fills a buffer (parts, m, in) and returns it as (parts, in, m): each
+    thread multiplies what it wrote, else what lies in one core's cache would have to travel to another's."""
     wide, threads, width = x.float() if x.dtype in WIDENED else x, torch.get_num_threads(), x.shape[1]
-    copied = wide.dtype.itemsize == 2  # for each thread, by oneDNN, each time: rather once
+    copied = wide.dtype.itemsize == 2  # oneDNN would copy it for each part of each piece; once is enough
     if copied and x.nbytes:
         threads = max(1, min(threads, COPIES // x.nbytes))
     most = max(64, PIECE // (width * wide.itemsize) // 64 * 64)
