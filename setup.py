@@ -1,6 +1,12 @@
+import platform
+import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+
+# What the CPU must have is asked for when it is loaded (llama/native.py); without a C compiler all else is installed.
+FLAGS = "-O3 -ffp-contract=off -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mavx512vbmi".split()
+NATIVE = Extension("llama._native", ["llama/native.c"], extra_compile_args=FLAGS, optional=True)
 
 setup(
     name="llama",
@@ -10,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=["llama", "llama._demo"],
+    ext_modules=[NATIVE] if (sys.platform, platform.machine()) == ("linux", "x86_64") else [],
     package_dir={"llama._demo": "demo"},
     package_data={"llama._demo": ["README.md", "tokenizer.model", "model/*"]},
     python_requires=">=3.10",

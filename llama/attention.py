@@ -8,7 +8,7 @@ what `attend_plainly` gives.
 import torch
 import torch.nn.functional as F
 
-from .widened import native
+from . import native, widened
 
 BLOCK = 128  # ids whose scores stand in memory at once
 _ANY = torch.empty(1, 1, 1, dtype=torch.float32, device="cpu")  # what baddbmm does not add
@@ -35,7 +35,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 
 def attend_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """`attend` for a single id of each row: q (B, K, G, hd) -> (B, K, G, hd). A head's G queries read each key once."""
-    if q.dtype == torch.float16 and q.is_cpu and not native(q.dtype):
+    if mask is None and native.attends(q, k, v):
+        return native.attend_one(q, k, v)
+    if q.dtype == torch.float16 and q.is_cpu and not widened.native(q.dtype):
         return attend_one(q.float(), k.float(), v.float(), None if mask is None else mask.float()).half()
     if not (q.is_cpu and q.dtype == torch.float32) or q.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -52,7 +54,7 @@ def attend_in_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     In bfloat16 the scores are rounded to it, as the reference's are, before softmax makes them float32; but where the CPU
     has no instructions for bfloat16, all is float32.
     """
-    if not native(q.dtype):
+    if not widened.native(q.dtype):
         return attend_in_blocks(q.float(), k.float(), v.float()).to(q.dtype)
     B, S, K, G, hd = q.shape
     k, v = k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)  # (B * K, hd, L), (B * K, L, hd)

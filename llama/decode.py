@@ -1,38 +1,31 @@
 """One decode step: an id for each row in, logits for the next ones out.
 
-On the CPU a step reads every weight once, and what it does between two of them it does from memory: by then the caches hold
-weights, not code. So `HostStep` goes through the layers with as few kernels and as little Python as there can be.
-
-On CUDA a step is captured once as a graph and then replayed: the same kernels on the same memory, with one launch. So a
-captured step has static shapes, rows by a bucket of cache slots, and keeps its inputs and its output where they are;
-positions are numbers on the device, and a mask hides the slots beyond them. Buckets double, so that a step reads at most
-twice the slots it needs. `Step.run` is what is captured; it runs on any device, which is how the tests see it.
+On the CPU steps go through the layers without modules (host.py). On CUDA a step is captured once as a graph and then replayed:
+the same kernels on the same memory, with one launch. So a captured step has static shapes, rows by a bucket of cache slots, and
+keeps its inputs and its output where they are; positions are numbers on the device, and a mask hides the slots beyond them.
+Buckets double, so that a step reads at most twice the slots it needs. `Step.run` is what is captured; it runs on any device,
+which is how the tests see it.
 """
 
 import contextlib
 import functools
-import operator
 import sys
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from .attention import attend_one
 from .cache import Batch
 from .compiled import any_number_of_shapes
 from .errors import DeviceError
-from .model import Transformer, TransformerBlock, norm_one, norm_rows, untouched
-from .parallel import JoinedColumnParallelLinear, ParallelLinear, RowParallelLinear
+from .host import host_step
+from .model import Transformer, untouched
+from .parallel import ParallelLinear
 from .ranks import global_rank
-from .rotary import turn_
-from .widened import linear, native
 
 SMALLEST_BUCKET = 128
 HIDDEN, LOGITS = Transformer.hidden, Transformer.logits
-Product = Callable[[torch.Tensor], torch.Tensor]
 MOST_STEPS = 64  # kept at a time: each has its own memory for what it computes
 
 
@@ -79,104 +72,14 @@ class Step:
         return self.logits
 
 
-class HostLayer(NamedTuple):
-    """One layer's weights, and what multiplies by them."""
-
-    attention_norm: torch.Tensor
-    attention_eps: float
-    wqkv: Product
-    wo: Product
-    ffn_norm: torch.Tensor
-    ffn_eps: float
-    w13: Product
-    w2: Product
-
-
-def product(layer: JoinedColumnParallelLinear | RowParallelLinear) -> Product:
-    """What the layer does, without the module around it where there is one rank."""
-    if layer.ranks > 1:
-        return layer.forward
-    if layer.packed:
-        return layer.packed.multiply
-    assert layer.weight is not None
-    return functools.partial(F.linear if native(layer.weight.dtype) else linear, weight=layer.weight)
-
-
 def unwatched(model: Transformer) -> bool:
-    """Whether a step may pass modules by: those of the layers, as `HostStep` does; on a GPU all, as a captured step calls no
+    """Whether a step may pass modules by: those of the layers, as the CPU's do; on a GPU all, as a captured step calls no
     Python. It may where none has a hook, is a caller's, or has a function of a caller's."""
     parts: list[torch.nn.Module] = list(model.layers)
     if model.device.type != "cpu":
         parts += [model.tok_embeddings, model.norm, model.output]
     own = [getattr(method, "__func__", None) for method in (model.hidden, model.logits)]
     return own == [HIDDEN, LOGITS] and untouched(m for part in parts for m in part.modules())
-
-
-class HostStep:
-    """`Transformer.hidden` for one id of each of B rows, to the digit, on the CPU: its twin, without modules, and with all
-    that layers share made once. Made for one call, since it holds the weights as they are when it is made."""
-
-    def __init__(self, model: Transformer, n_rows: int) -> None:
-        self.model, self.n_rows = model, n_rows
-        blocks = cast("list[TransformerBlock]", list(model.layers))
-        self.heads = blocks[0].attention.n_local_kv_heads, blocks[0].attention.n_rep, model.params.head_dim
-        self.layers = [
-            HostLayer(
-                block.attention_norm.weight,
-                block.attention_norm.eps,
-                product(block.attention.wqkv),
-                product(block.attention.wo),
-                block.ffn_norm.weight,
-                block.ffn_norm.eps,
-                product(block.feed_forward.w13),
-                product(block.feed_forward.w2),
-            )
-            for block in blocks
-        ]
-        layers = [m for m in model.layers.modules() if isinstance(m, JoinedColumnParallelLinear | RowParallelLinear)]
-        least = min(m.packed.least if m.packed and m.ranks == 1 else 1 for m in layers)
-        # What is multiplied lies where there are as many rows as the kernels need, of which the first B count.
-        widths = (
-            model.params.dim,
-            blocks[0].attention.wo.input_size_per_partition,
-            blocks[0].feed_forward.w2.input_size_per_partition,
-        )
-        self.inputs = [model.norm.weight.new_zeros(max(n_rows, least), width) for width in widths]
-        self.cut: Product = operator.itemgetter(slice(n_rows)) if n_rows < least else lambda rows: rows
-
-    def __call__(self, ids: torch.Tensor, batch: Batch) -> torch.Tensor:
-        model, B, cut, (K, G, hd) = self.model, self.n_rows, self.cut, self.heads
-        assert len(ids) == B
-        turns = torch.view_as_complex(model.angles(batch.positions))  # (B, 1, hd/2)
-        data = model.ready_cache().data
-        # Of each span keys and values, layer by layer, (rows, K, end, hd), and where its own go, (rows, 2, K, hd).
-        places = [(slice(span.row, span.row + span.n_rows), span.end) for span in batch.spans]
-        seen = [data[:, :, rows, :, :end].flatten(0, 1).unbind() for rows, end in places]
-        slots = [data[:, :, rows, :, end - 1].transpose(1, 2).unbind() for rows, end in places]
-        sizes = [span.n_rows for span in batch.spans]
-        normed = norm_one if B == 1 else norm_rows
-
-        def apart(rows: torch.Tensor) -> Sequence[torch.Tensor]:
-            return rows.split(sizes) if len(sizes) > 1 else (rows,)
-
-        x, y, z = self.inputs
-        x_out, y_out, z_out = x[:B], apart(y[:B].view(B, K, G, hd)), z[:B]
-        h = model.tok_embeddings(ids)  # (B, dim)
-        for i, layer in enumerate(self.layers):
-            torch.mul(normed(h, layer.attention_eps), layer.attention_norm, out=x_out)
-            heads = cut(layer.wqkv(x)).view(B, -1, hd)
-            turn_(heads.narrow(1, 0, K * G + K), turns)
-            q, kv = heads.split((K * G, 2 * K), 1)
-            queries, new = apart(q.view(B, K, G, hd)), apart(kv.view(B, 2, K, hd))
-            for query, own, cached, slot, out in zip(queries, new, seen, slots, y_out, strict=True):
-                slot[i].copy_(own)
-                out.copy_(attend_one(query, cached[2 * i], cached[2 * i + 1], None))
-            h = h + cut(layer.wo(y))
-            torch.mul(normed(h, layer.ffn_eps), layer.ffn_norm, out=x_out)
-            gate, up = cut(layer.w13(x)).chunk(2, 1)
-            torch.mul(F.silu(gate), up, out=z_out)
-            h = h + cut(layer.w2(z))
-        return model.norm(h)
 
 
 def addresses(model: Transformer) -> list[object]:
@@ -215,7 +118,7 @@ class Decoder:
             self._look()
             return self.captured
         served = plain and model.device.type == "cpu" and model.dtype != torch.float64
-        return functools.partial(self.launched, HostStep(model, n_rows).__call__ if served else model.hidden)
+        return functools.partial(self.launched, host_step(model, n_rows) if served else model.hidden)
 
     def launched(
         self, hidden: Callable[[torch.Tensor, Batch], torch.Tensor], ids: torch.Tensor, positions: torch.Tensor, at: list[int]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import widened
+from . import native, widened
 from .errors import DeviceError
 from .quantize import Quantized
 
@@ -33,6 +33,7 @@ class Kernel:
 
     kind: str | None = None  # of quantization
     least = 1  # rows it multiplies; fewer cost as much, and the time to fill them up
+    few: native.Few | None = None  # what multiplies a few rows, where there is something faster
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out)."""
@@ -63,13 +64,27 @@ class Kernel:
         return pack, (self.held(),)
 
 
-class Packed(Kernel):
-    least = LEAST
+_AGREEING: dict[tuple[type[Kernel], torch.Size], bool] = {}
 
+
+def agreeing(few: native.Few | None, kernel: Kernel, shape: torch.Size) -> native.Few | None:
+    """`few` if it gives what the kernel does, to the last bit. It reads what oneDNN has packed, and how that lies, and in which
+    order it is summed, is oneDNN's own affair: decided by the CPU and the weight's shape (out, in)."""
+    if few and (key := (type(kernel), shape)) not in _AGREEING:
+        x = torch.arange(LEAST * shape[1], dtype=torch.float32, device="cpu").view(LEAST, -1).sin_().bfloat16()
+        _AGREEING[key] = torch.equal(few(x), kernel.multiply(x))
+    return few if few and _AGREEING[key] else None
+
+
+class Packed(Kernel):
     def __init__(self, weight: torch.Tensor) -> None:
         self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        self.few = agreeing(native.Few.bf16(self.blocks), self, weight.shape)
+        self.least = 1 if self.few else LEAST
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if self.few and self.few.takes(x):
+            return self.few(x)
         if len(x) < LEAST:
             return self.multiply(F.pad(x, (0, 0, 0, LEAST - len(x))))[: len(x)]
         return torch.ops.mkldnn._linear_pointwise(x, self.blocks, None, "none", [], "")
@@ -123,11 +138,16 @@ def rounded(value: float, dtype: torch.dtype) -> float:
     return value
 
 
+def largest_of_rows(x: torch.Tensor) -> torch.Tensor:
+    """(N, in) -> (N, 1)."""
+    return torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True)
+
+
 def in_8_bits(
     x: torch.Tensor, largest_of_all: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows x (N, in) as float32 numbers -126..126, yet to be rounded, and what they are to be multiplied by, (N, 1)."""
-    largest = torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True)
+    largest = largest_of_rows(x)
     scales = ((largest_of_all(largest) if largest_of_all else largest) / 126).clamp_(min=1e-30)
     return x.float() * scales.float().reciprocal(), scales
 
@@ -145,9 +165,14 @@ class Int8Rows(Kernel):
         self.scale, self.dtype = weight.scale.flatten(), weight.dtype
         self.zero = torch.zeros_like(self.scale, dtype=torch.int64)
         self.out = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+        if self.dtype == torch.bfloat16:
+            few = native.Few.int8(self.blocks, self.scale, weight.q.sum(1))
+            self.few = agreeing(few, self, weight.q.shape)
 
     def multiply(self, x: torch.Tensor, largest_of_all: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
         """`largest_of_all`: from the largest number of each row here, (N, 1), that of the whole row, where this is a part."""
+        if self.few and self.few.takes(x):
+            return self.few(x, largest_of_all(largest_of_rows(x)) if largest_of_all else None)
         if x.dtype == torch.float16:  # whose least numbers are too large for scales
             x = x.float()
         scales: torch.Tensor | float
@@ -242,8 +267,12 @@ class _Int4(Kernel):
 class Int4(_Int4):
     def __init__(self, weight: Quantized) -> None:
         super().__init__(weight, 64)
+        if not self.more_in and _half_a_block() == 32:
+            self.few = native.Few.int4(self.blocks, self.scales, self.in_features, self.out_features)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if self.few and self.few.takes(x):
+            return self.few(x)
         if self.plain and x.dtype == torch.bfloat16 and x.shape[0] <= FEW:  # at once: it is called for each weight of a step
             return torch._weight_int4pack_mm_for_cpu(x, self.blocks, self.group, self.scales)
         return super().multiply(x)

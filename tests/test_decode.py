@@ -12,8 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from llama import Llama, decode, kernels, widened
 from llama.cache import Batch
-from llama.decode import HostStep, Step, bucket, unwatched
+from llama.decode import Step, bucket, unwatched
 from llama.errors import DeviceError, InputError
+from llama.host import HostStep
 from llama.model import FeedForward
 from llama.parallel import ParallelLinear
 

@@ -52,8 +52,8 @@ SIGNATURES = {
     llama.sampling.sample_top_p: "probs, p",
 }
 # A file imports only from files above it.
-ROOMS = """errors ranks runtime demo quantize widened kernels parallel cache attention rotary compiled model decode memory
-plan tokenizer chat sampling engine text calls archive checkpoint loading saved generation conversation terminal __init__
+ROOMS = """errors ranks runtime demo quantize widened native kernels parallel cache attention rotary compiled model host decode
+memory plan tokenizer chat sampling engine text calls archive checkpoint loading saved generation conversation terminal __init__
 __main__""".split()
 
 

@@ -108,7 +108,9 @@ def test_products_are_those_of_the_numbers_held(
 def test_many_rows_are_multiplied_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """int4's two ways, where blocks end within the weight; and the one that is left where blocks cannot be read."""
     kernel, x = kernels.Int4(quantize(random(200, 192, dtype=torch.bfloat16), "int4")), random(7, 192, dtype=torch.bfloat16)
+    fast, kernel.few = kernel(x), None
     few, by_pieces, unpacked = kernel(x), widened.by_pieces, []
+    torch.testing.assert_close(fast, few, atol=0.05, rtol=0.02)
     monkeypatch.setattr(widened, "by_pieces", lambda x, *rest: (unpacked.append(len(x)), by_pieces(x, *rest))[1])
     monkeypatch.setattr(kernels, "FEW", 0)
     monkeypatch.setattr(widened, "PIECE", 192 * 64 * 2)

@@ -1,0 +1,194 @@
+"""Decode steps on the CPU: an id of each of B rows in, what the last layer makes of it out.
+
+A step reads every weight once, and what it does between two of them it does from memory: by then the caches hold weights, not
+code. So a step goes through the layers with as few kernels and as little Python as there can be. Two of them do, each for one
+call, since they hold the weights as they are when they are made; both give what `Transformer.hidden` gives, to the last bit.
+"""
+
+import ctypes
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+
+from . import native, widened
+from .attention import attend_one
+from .cache import Batch
+from .model import Transformer, TransformerBlock, norm_one, norm_rows
+from .parallel import JoinedColumnParallelLinear, RowParallelLinear
+from .rotary import turn_
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+Hidden = Callable[[torch.Tensor, Batch], torch.Tensor]
+
+
+def host_step(model: Transformer, n_rows: int) -> Hidden:
+    """`Transformer.hidden` for one id of each of so many rows."""
+    return NativeStep(model, n_rows) if NativeStep.serves(model, n_rows) else HostStep(model, n_rows)
+
+
+class NativeStep:
+    """In one call of native.c, which goes through the layers by itself: in bfloat16, on one rank."""
+
+    @staticmethod
+    def serves(model: Transformer, n_rows: int) -> bool:
+        layers = [m for m in model.layers.modules() if isinstance(m, JoinedColumnParallelLinear | RowParallelLinear)]
+        args = model.params
+        return (
+            native.COMPILED is not None
+            and n_rows <= native.MOST
+            and model.dtype == torch.bfloat16
+            and not (args.dim % 32 or args.head_dim % 32 or args.ffn_width % 64)
+            and all(m.ranks == 1 and m.packed and m.packed.few for m in layers)
+        )
+
+    def __init__(self, model: Transformer, n_rows: int) -> None:
+        self.model = model
+        args, B = model.params, n_rows
+        K, G, hd = args.kv_heads, args.n_heads // args.kv_heads, args.head_dim
+
+        def room(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+            return torch.empty(B, *shape, dtype=dtype, device="cpu")
+
+        self.h, heads, y, z = room(args.dim), room((G + 2) * K, hd), room(G * K * hd), room(args.ffn_width)
+        self.turns, self.at = room(hd, dtype=torch.float32), room(2, dtype=torch.int64)
+        widest = max(args.dim, G * K * hd, args.ffn_width)
+        normed, free, scores = (
+            room(args.dim),
+            room(widest + 4, dtype=torch.uint8),
+            room(K * G, args.max_seq_len, dtype=torch.float32),
+        )
+        self.kept = heads, y, z, normed, free, scores
+        rows = {"n": B, "normed": normed, "room": free}
+        products = []
+        for block in cast("list[TransformerBlock]", list(model.layers)):
+            attention, feed_forward = block.attention, block.feed_forward
+            first, second = ({"norm": norm.weight, "eps": norm.eps} for norm in (block.attention_norm, block.ffn_norm))
+            products += [
+                few(attention.wqkv).then(x=self.h, y=heads, **first, **rows),
+                few(attention.wo).then(x=y, y=self.h, residual=self.h, **rows),
+                few(feed_forward.w13).then(x=self.h, y=z, gated=1, out=args.ffn_width, **second, **rows),
+                few(feed_forward.w2).then(x=z, y=self.h, residual=self.h, **rows),
+            ]
+        self.products = (native.Product * len(products))(*products)
+        addresses = {"q": heads, "turns": self.turns, "at": self.at, "scores": scores, "y": y}
+        sizes = {"n": B, "K": K, "G": G, "hd": hd, "slots": args.max_seq_len, "q_stride": (G + 2) * K * hd}
+        self.attention = {name: t.data_ptr() for name, t in addresses.items()} | sizes
+        self.cache: torch.Tensor | None = None
+
+    def attentions(self, data: torch.Tensor) -> "ctypes.Array[native.Attention]":
+        """Of each layer, over its part of the cache."""
+        strides = {"row_stride": data.stride(2), "head_stride": data.stride(3)}
+        made = [
+            native.Attention(keys=keys.data_ptr(), values=values.data_ptr(), **self.attention, **strides)
+            for keys, values in data
+        ]
+        return (native.Attention * len(made))(*made)
+
+    def __call__(self, ids: torch.Tensor, batch: Batch) -> torch.Tensor:
+        model, data = self.model, self.model.ready_cache().data
+        assert len(ids) == len(self.h)
+        if data is not self.cache:
+            self.cache, self.layers = data, self.attentions(data)
+        self.h.copy_(model.tok_embeddings(ids))
+        self.turns.copy_(model.angles(batch.positions).view_as(self.turns))
+        self.at.copy_(torch.stack((batch.rows, batch.positions), 1))
+        native.call("layers", self.products, self.layers, len(self.layers))
+        return model.norm(self.h)
+
+
+def few(layer: JoinedColumnParallelLinear | RowParallelLinear) -> native.Few:
+    assert layer.packed and layer.packed.few
+    return layer.packed.few
+
+
+class HostLayer(NamedTuple):
+    """One layer's weights, and what multiplies by them."""
+
+    attention_norm: torch.Tensor
+    attention_eps: float
+    wqkv: Product
+    wo: Product
+    ffn_norm: torch.Tensor
+    ffn_eps: float
+    w13: Product
+    w2: Product
+
+
+def product(layer: JoinedColumnParallelLinear | RowParallelLinear) -> Product:
+    """What the layer does, without the module around it where there is one rank."""
+    if layer.ranks > 1:
+        return layer.forward
+    if layer.packed:
+        return layer.packed.multiply
+    assert layer.weight is not None
+    return functools.partial(F.linear if widened.native(layer.weight.dtype) else widened.linear, weight=layer.weight)
+
+
+class HostStep:
+    """Without modules, and with all that layers share made once."""
+
+    def __init__(self, model: Transformer, n_rows: int) -> None:
+        self.model, self.n_rows = model, n_rows
+        blocks = cast("list[TransformerBlock]", list(model.layers))
+        self.heads = blocks[0].attention.n_local_kv_heads, blocks[0].attention.n_rep, model.params.head_dim
+        self.layers = [
+            HostLayer(
+                block.attention_norm.weight,
+                block.attention_norm.eps,
+                product(block.attention.wqkv),
+                product(block.attention.wo),
+                block.ffn_norm.weight,
+                block.ffn_norm.eps,
+                product(block.feed_forward.w13),
+                product(block.feed_forward.w2),
+            )
+            for block in blocks
+        ]
+        layers = [m for m in model.layers.modules() if isinstance(m, JoinedColumnParallelLinear | RowParallelLinear)]
+        least = min(m.packed.least if m.packed and m.ranks == 1 else 1 for m in layers)
+        # What is multiplied lies where there are as many rows as the kernels need, of which the first B count.
+        widths = (
+            model.params.dim,
+            blocks[0].attention.wo.input_size_per_partition,
+            blocks[0].feed_forward.w2.input_size_per_partition,
+        )
+        self.inputs = [model.norm.weight.new_zeros(max(n_rows, least), width) for width in widths]
+        self.cut: Product = operator.itemgetter(slice(n_rows)) if n_rows < least else lambda rows: rows
+
+    def __call__(self, ids: torch.Tensor, batch: Batch) -> torch.Tensor:
+        model, B, cut, (K, G, hd) = self.model, self.n_rows, self.cut, self.heads
+        assert len(ids) == B
+        turns = torch.view_as_complex(model.angles(batch.positions))  # (B, 1, hd/2)
+        data = model.ready_cache().data
+        # Of each span keys and values, layer by layer, (rows, K, end, hd), and where its own go, (rows, 2, K, hd).
+        places = [(slice(span.row, span.row + span.n_rows), span.end) for span in batch.spans]
+        seen = [data[:, :, rows, :, :end].flatten(0, 1).unbind() for rows, end in places]
+        slots = [data[:, :, rows, :, end - 1].transpose(1, 2).unbind() for rows, end in places]
+        sizes = [span.n_rows for span in batch.spans]
+        normed = norm_one if B == 1 else norm_rows
+
+        def apart(rows: torch.Tensor) -> Sequence[torch.Tensor]:
+            return rows.split(sizes) if len(sizes) > 1 else (rows,)
+
+        x, y, z = self.inputs
+        x_out, y_out, z_out = x[:B], apart(y[:B].view(B, K, G, hd)), z[:B]
+        h = model.tok_embeddings(ids)  # (B, dim)
+        for i, layer in enumerate(self.layers):
+            torch.mul(normed(h, layer.attention_eps), layer.attention_norm, out=x_out)
+            heads = cut(layer.wqkv(x)).view(B, -1, hd)
+            turn_(heads.narrow(1, 0, K * G + K), turns)
+            q, kv = heads.split((K * G, 2 * K), 1)
+            queries, new = apart(q.view(B, K, G, hd)), apart(kv.view(B, 2, K, hd))
+            for query, own, cached, slot, out in zip(queries, new, seen, slots, y_out, strict=True):
+                slot[i].copy_(own)
+                out.copy_(attend_one(query, cached[2 * i], cached[2 * i + 1], None))
+            h = h + cut(layer.wo(y))
+            torch.mul(normed(h, layer.ffn_eps), layer.ffn_norm, out=x_out)
+            gate, up = cut(layer.w13(x)).chunk(2, 1)
+            torch.mul(F.silu(gate), up, out=z_out)
+            h = h + cut(layer.w2(z))
+        return model.norm(h)

@@ -1,0 +1,241 @@
+"""native.c gives what PyTorch gives: to the last bit, but for attention and 4 bits, which sum in an order of their own."""
+
+import ctypes
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llama import ModelArgs, Transformer, kernels, native, widened
+from llama.attention import attend_plainly
+from llama.cache import Batch
+from llama.decode import Decoder
+from llama.host import HostStep, NativeStep
+from llama.model import norm_one, norm_rows
+from llama.parallel import ParallelLinear
+from llama.quantize import Quantized, quantize
+
+from .support import ROOT
+
+compiled = pytest.mark.skipif(
+    native.COMPILED is None, reason="native.c is not compiled here, or this CPU has not what it needs"
+)
+ARGS = ModelArgs(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=96, multiple_of=64, max_seq_len=80, max_batch_size=18)
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def rows(n: int, width: int, scale: float = 1) -> torch.Tensor:
+    return random(n, width).mul_(scale).bfloat16()
+
+
+def packed(weight: torch.Tensor, kind: str) -> tuple[kernels.Kernel, native.Few]:
+    """The kernel that is left without native.c, and what native.c multiplies by."""
+    kernel = kernels.pack(quantize(weight, kind) if kind != "bf16" else weight)
+    assert kernel
+    if kernel.few is None:
+        pytest.skip("here oneDNN or PyTorch pack or sum in a way of their own")
+    few, kernel.few = kernel.few, None
+    return kernel, few
+
+
+def unrounded(kernel: kernels.Kernel) -> torch.Tensor:
+    """What a weight of int4 stands for."""
+    held = kernel.held()
+    assert isinstance(held, Quantized) and held.zero is not None
+    groups = held.q.unflatten(1, (held.scale.shape[1], -1)).double() * held.scale.double().unsqueeze(-1)
+    return (groups + held.zero.double().unsqueeze(-1)).flatten(1)
+
+
+@pytest.fixture(autouse=True)
+def however_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widened, "SMALLEST", 0)
+
+
+@compiled
+@pytest.mark.parametrize(("out", "width"), [(64, 64), (100, 192), (200, 1088), (1100, 2752)])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_few_rows_are_multiplied_as_many_are(kind: str, out: int, width: int) -> None:
+    kernel, few = packed(rows(out, width, 0.1), kind)
+    for n in (1, 2, 3, 4, 5, 11, native.MOST):
+        x = rows(n, width, 3)
+        assert few.takes(x)
+        if kind == "int4":
+            torch.testing.assert_close(few(x).double(), x.double() @ unrounded(kernel).T, atol=1e-4, rtol=2**-8)
+        else:
+            assert torch.equal(few(x), kernel.multiply(x))
+
+
+@compiled
+def test_parts_of_rows_are_scaled_as_whole_ones() -> None:
+    kernel, few = packed(rows(100, 192), "int8")
+    x, largest = rows(3, 192), torch.tensor([[4.0], [9.0], [5.5]]).bfloat16()
+    assert isinstance(kernel, kernels.Int8Rows)
+    assert torch.equal(few(x, largest), kernel.multiply(x, lambda own: largest))
+
+
+def product(few: native.Few, x: torch.Tensor, y: torch.Tensor, **fields: object) -> torch.Tensor:
+    native.call("multiply", ctypes.byref(few.then(n=len(x), x=x, y=y, room=few.room(len(x)), **fields)))
+    return y
+
+
+@compiled
+def test_the_gate_of_every_number() -> None:
+    """All that bfloat16 has but denormals, which products take for 0, through silu, times 1."""
+    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    numbers = numbers.where(numbers.isfinite() & (numbers.abs() > 1e-37), 0)
+    weight = torch.zeros(2 << 16, 64, dtype=torch.bfloat16)
+    weight[: 1 << 16, 0], weight[1 << 16 :, 0] = numbers, 1
+    _, few = packed(weight, "bf16")
+    x = torch.eye(1, 64, dtype=torch.bfloat16)
+    y, wanted = product(few, x, rows(1, 1 << 16), gated=1, out=1 << 16), F.silu(numbers)
+    normal = wanted.abs() > 1e-37
+    assert torch.equal(y[0][normal], wanted[normal]) and not y[0][~normal].abs().max() > 1e-37
+
+
+@compiled
+@pytest.mark.parametrize("width", [96, 2048, 5120])
+def test_norms_and_residuals(width: int) -> None:
+    _, few = packed(rows(100, width), "bf16")
+    norm, normed = rows(1, width), rows(40, width)
+    for scale in (1e-30, 1e-3, 1, 1e18, 1e22):  # squares of nothing, and beyond float32
+        x = rows(40, width, scale)
+        for part, ours in ((x[:16], norm_rows), (x[:1], norm_one)):
+            wanted = ours(part, 1e-5) * norm
+            y = product(few, part, rows(len(part), 100), norm=norm, eps=1e-5, normed=normed)
+            assert torch.equal(normed[: len(part)], wanted) and torch.equal(y, few(wanted))
+    h = rows(5, 100)
+    wanted = h + few(x[:5])
+    assert torch.equal(product(few, x[:5], h, residual=h), wanted)
+
+
+@compiled
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_what_is_no_number_stays_in_its_row(kind: str) -> None:
+    _, few = packed(rows(100, 192), kind)
+    x = rows(4, 192)
+    x[1, 7], x[2, 9] = float("nan"), float("inf")
+    y = few(x)
+    assert y[1].isnan().all() and not y[2].isfinite().any()
+    assert torch.equal(y[[0, 3]], few(x[[0, 3]]))
+    assert not few(torch.zeros_like(x)).any()
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("K", "G", "hd", "end"), [(2, 4, 64, 1), (2, 4, 64, 7), (1, 8, 128, 64), (3, 1, 32, 45), (2, 2, 96, 530)]
+)
+def test_attention(K: int, G: int, hd: int, end: int) -> None:
+    """Of each row over its slots alone: the others, and what lies beyond, are no numbers."""
+    cache = torch.full((2, 4, K, 600, hd), float("nan"), dtype=torch.bfloat16)
+    cache[:, 1:3, :, :end] = random(2, 2, K, end, hd).bfloat16()
+    k, v = cache[:, 1:3, :, :end]
+    q = random(2, K, G, hd).mul_(5).bfloat16()
+    assert native.attends(q, k, v)
+    wanted = attend_plainly(q.unsqueeze(1).double(), k.double(), v.double(), None).squeeze(1)
+    got = native.attend_one(q, k, v)
+    torch.testing.assert_close(got.double(), wanted.double(), atol=1e-5, rtol=2**-8)
+    assert torch.equal(native.attend_one(q[1:], k[1:], v[1:]), got[1:])
+
+
+def model(kind: str) -> Transformer:
+    made = Transformer(ARGS).bfloat16()
+    for layer in made.modules():
+        if isinstance(layer, ParallelLinear):
+            weight = rows(*layer.weight.shape, 0.1)  # type: ignore[union-attr]
+            layer.hold(quantize(weight, kind) if kind != "bf16" else weight)
+    return made
+
+
+def served(made: Transformer) -> bool:
+    return all(layer.packed and layer.packed.few for layer in made.modules() if isinstance(layer, ParallelLinear))
+
+
+@compiled
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_a_step_is_the_models(kind: str, threads: int) -> None:
+    """Rows at positions of their own; hidden states, and keys and values, to the last bit."""
+    made = model(kind)
+    if not served(made):
+        pytest.skip("here oneDNN or PyTorch pack or sum in a way of their own")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            for n in (1, 3, native.MOST):
+                assert NativeStep.serves(made, n)
+                step = NativeStep(made, n)
+                for start in (0, 1, 60):
+                    data = made.allocate().data
+                    data.copy_(random(*data.shape))
+                    before_it, ids = data.clone(), torch.randint(0, 96, (n,), generator=torch.Generator().manual_seed(start))
+                    batch = Batch.of([(row, start + row % 3, 1) for row in range(n)])
+                    got, kept = step(ids, batch).clone(), data.clone()
+                    for twin in (HostStep(made, n), made.hidden):
+                        data.copy_(before_it)
+                        assert torch.equal(twin(ids, batch), got) and torch.equal(data, kept)
+    finally:
+        torch.set_num_threads(before)
+
+
+@compiled
+def test_who_takes_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """native.c those of bfloat16 and few rows that nobody watches; and what has another dtype, none."""
+    made, seen = model("bf16"), []
+    if not served(made):
+        pytest.skip("here oneDNN packs or sums in a way of its own")
+    run: Callable[..., torch.Tensor] = NativeStep.__call__
+    monkeypatch.setattr(NativeStep, "__call__", lambda self, ids, batch: (seen.append(len(ids)), run(self, ids, batch))[1])
+
+    def step(n: int) -> None:
+        ids = torch.zeros(n, dtype=torch.int64)
+        Decoder(made).begin(n)(ids, ids, [0] * n)
+
+    with torch.inference_mode():
+        step(2)
+        step(native.MOST)
+        assert seen == [2, native.MOST]
+        step(native.MOST + 1)
+        handle = made.layers[0].register_forward_hook(lambda *args: None)
+        step(2)
+        handle.remove()
+        made.float()
+        step(2)
+        assert seen == [2, native.MOST]
+
+
+@compiled
+def test_rows_that_are_not_for_it_raise_as_ever() -> None:
+    kernel = kernels.pack(rows(100, 192))
+    assert kernel and kernel.few
+    for x in (rows(1, 191), rows(1, 193)):
+        with pytest.raises(RuntimeError):
+            kernel(x)
+    assert not kernel.few.takes(random(1, 192)) and not kernel.few.takes(rows(192, 2).t())
+
+
+@pytest.mark.parametrize("content", [b"", b"no library"])
+def test_without_it(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not compiled, or something else: all goes the other way."""
+    (tmp_path / "_native.so").write_bytes(content)
+    spec = SimpleNamespace(origin=str(tmp_path / "_native.so")) if content else None
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda *args: spec)
+    monkeypatch.setattr(native, "COMPILED", native._compiled())
+    assert native.COMPILED is None
+    kernel = kernels.pack(rows(100, 192))
+    assert kernel is None or kernel.few is None
+
+
+def test_it_installs_without_a_compiler(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    environment = {"CC": str(tmp_path / "none"), "PATH": "/nowhere"}
+    assert subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False).returncode == 0
+    assert not list(tmp_path.rglob("*.so"))
