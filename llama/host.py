@@ -18,7 +18,7 @@ from . import native, widened
 from .attention import attend_one
 from .cache import Batch
 from .model import Transformer, TransformerBlock, norm_one, norm_rows
-from .parallel import JoinedColumnParallelLinear, RowParallelLinear
+from .parallel import JoinedColumnParallelLinear, ParallelLinear, RowParallelLinear
 from .rotary import turn_
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -46,36 +46,33 @@ class NativeStep:
         )
 
     def __init__(self, model: Transformer, n_rows: int) -> None:
-        self.model = model
-        args, B = model.params, n_rows
-        K, G, hd = args.kv_heads, args.n_heads // args.kv_heads, args.head_dim
+        args, B, data = model.params, n_rows, model.ready_cache().data
+        K, G, hd, slots = args.kv_heads, args.n_heads // args.kv_heads, args.head_dim, data.shape[4]
+        dim, inner, width = args.dim, G * K * hd, args.ffn_width
 
         def room(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
             return torch.empty(B, *shape, dtype=dtype, device="cpu")
 
-        self.h, heads, y, z = room(args.dim), room((G + 2) * K, hd), room(G * K * hd), room(args.ffn_width)
-        self.turns, self.at = room(hd, dtype=torch.float32), room(2, dtype=torch.int64)
-        widest = max(args.dim, G * K * hd, args.ffn_width)
-        normed, free, scores = (
-            room(args.dim),
-            room(widest + 4, dtype=torch.uint8),
-            room(K * G, args.max_seq_len, dtype=torch.float32),
-        )
-        self.kept = heads, y, z, normed, free, scores
-        rows = {"n": B, "normed": normed, "room": free}
+        self.model, self.h, self.turns, self.at = model, room(dim), room(hd, dtype=torch.float32), room(2, dtype=torch.int64)
+        heads, y, z, normed = room((G + 2) * K, hd), room(inner), room(width), room(dim)
+        small, scores = room(max(dim, inner, width) + 4, dtype=torch.uint8), room(K * G, slots, dtype=torch.float32)
+        rows = {"n": B, "normed": normed, "room": small}
+        self.kept: list[object] = [heads, y, z, normed, small, scores]  # native.c sees addresses
         products = []
         for block in cast("list[TransformerBlock]", list(model.layers)):
-            attention, feed_forward = block.attention, block.feed_forward
+            layers = block.attention.wqkv, block.attention.wo, block.feed_forward.w13, block.feed_forward.w2
+            wqkv, wo, w13, w2 = map(few, layers)
             first, second = ({"norm": norm.weight, "eps": norm.eps} for norm in (block.attention_norm, block.ffn_norm))
             products += [
-                few(attention.wqkv).then(x=self.h, y=heads, **first, **rows),
-                few(attention.wo).then(x=y, y=self.h, residual=self.h, **rows),
-                few(feed_forward.w13).then(x=self.h, y=z, gated=1, out=args.ffn_width, **second, **rows),
-                few(feed_forward.w2).then(x=z, y=self.h, residual=self.h, **rows),
+                wqkv.then(x=self.h, y=heads, **first, **rows),
+                wo.then(x=y, y=self.h, residual=self.h, **rows),
+                w13.then(x=self.h, y=z, gated=1, out=width, **second, **rows),
+                w2.then(x=z, y=self.h, residual=self.h, **rows),
             ]
+            self.kept += [wqkv, wo, w13, w2, first, second]
         self.products = (native.Product * len(products))(*products)
         addresses = {"q": heads, "turns": self.turns, "at": self.at, "scores": scores, "y": y}
-        sizes = {"n": B, "K": K, "G": G, "hd": hd, "slots": args.max_seq_len, "q_stride": (G + 2) * K * hd}
+        sizes = {"n": B, "K": K, "G": G, "hd": hd, "slots": slots, "q_stride": (G + 2) * K * hd}
         self.attention = {name: t.data_ptr() for name, t in addresses.items()} | sizes
         self.cache: torch.Tensor | None = None
 
@@ -100,7 +97,7 @@ class NativeStep:
         return model.norm(self.h)
 
 
-def few(layer: JoinedColumnParallelLinear | RowParallelLinear) -> native.Few:
+def few(layer: ParallelLinear) -> native.Few:
     assert layer.packed and layer.packed.few
     return layer.packed.few
 
