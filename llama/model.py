@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as nn_module
 
+from . import native
 from .attention import attend
 from .cache import Batch, KVCache, Span, read, write
 from .compiled import CompiledBlock
@@ -69,6 +70,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if native.rows_taken(x) and self.weight.dtype == x.dtype and self.weight.is_contiguous():
+            return native.normalized(x, self.weight, self.eps)
         if not x.is_cpu or x.dtype == torch.float64 or torch.is_grad_enabled() or torch.compiler.is_compiling():
             exactly = x.float() if EPS_IS_ROUNDED and x.dtype.itemsize == 2 else x
             normed = F.rms_norm(exactly, self.weight.shape, None, self.eps).type_as(x)
@@ -170,7 +173,10 @@ class FeedForward(nn.Module):
         return self.w2(self.gated(x))
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
+        both = self.w13(x)
+        if native.rows_taken(both):
+            return native.gated(both)
+        gate, up = both.chunk(2, dim=-1)
         return F.silu(gate) * up
 
 

@@ -45,6 +45,57 @@ INLINE __m512 exponential(__m512 x) {
   return _mm512_scalef_ps(u, n);
 }
 
+/* x (width) / sqrt(mean of squares + eps) * weight, with squares in 8 sums, as torch.linalg.vector_norm has them. */
+static void normalize(const bf16_t *x, const bf16_t *weight, float eps, long width, bf16_t *y) {
+  __m256 sum = _mm256_setzero_ps();
+  for (long k = 0; k < width; k += LANES) {
+    const __m512 v = load(x + k), square = _mm512_mul_ps(v, v);
+    sum = _mm256_add_ps(sum, _mm512_castps512_ps256(square));
+    sum = _mm256_add_ps(sum, _mm512_extractf32x8_ps(square, 1));
+  }
+  float lanes[8], squares = 0;
+  _mm256_storeu_ps(lanes, sum);
+  for (int i = 0; i < 8; i++) squares += lanes[i];
+  const float root = _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(squares))), mean = root * root / (float)width + eps;
+  const __m512 factor = _mm512_set1_ps(1 / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(mean))));
+  for (long k = 0; k < width; k += LANES)
+    store(y + k, _mm512_mul_ps(rounded(_mm512_mul_ps(load(x + k), factor)), load(weight + k)));
+}
+
+INLINE __m512 gated(__m512 x, __m512 up) { /* silu(x) * up */
+  const __m512 below = _mm512_add_ps(_mm512_set1_ps(1), exponential(_mm512_sub_ps(_mm512_setzero_ps(), x)));
+  return _mm512_mul_ps(rounded(_mm512_div_ps(x, below)), up);
+}
+
+/* ---- rows by themselves: normalized, or gated ---- */
+
+typedef struct Rows {
+  const bf16_t *x;      /* (n, width), or (n, 2, width): silu of the first times the second */
+  const bf16_t *weight; /* (width) of a norm, or none: gated */
+  bf16_t *y;            /* (n, width) */
+  float eps, unused;
+  long n, width, next;
+} Rows;
+
+static void row_by_row(void *shared) { /* what a thread does */
+  Rows *a = shared;
+  const long width = a->width;
+  for (long r; (r = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) < a->n;) {
+    if (a->weight) {
+      normalize(a->x + r * width, a->weight, a->eps, width, a->y + r * width);
+      continue;
+    }
+    const bf16_t *x = a->x + 2 * r * width;
+    for (long k = 0; k < width; k += LANES) store(a->y + r * width + k, gated(load(x + k), load(x + width + k)));
+  }
+}
+
+void rows(Parallel parallel, unsigned threads, const Rows *given) {
+  Rows a = *given;
+  a.next = 0;
+  parallel(row_by_row, &a, threads < a.n ? threads : a.n, 0);
+}
+
 /* ---- products ---- */
 
 enum { BF16, INT8, INT4 };
@@ -67,23 +118,6 @@ typedef struct Product {
   uint8_t *room;          /* for (n, in + 4) bytes */
   long n, threads, next;
 } Product;
-
-/* x (in) / sqrt(mean of squares + eps) * weight, with squares in 8 sums, as torch.linalg.vector_norm has them. */
-static void normalize(const Product *p, const bf16_t *x, bf16_t *y) {
-  __m256 sum = _mm256_setzero_ps();
-  for (long k = 0; k < p->in; k += LANES) {
-    const __m512 v = load(x + k), square = _mm512_mul_ps(v, v);
-    sum = _mm256_add_ps(sum, _mm512_castps512_ps256(square));
-    sum = _mm256_add_ps(sum, _mm512_extractf32x8_ps(square, 1));
-  }
-  float lanes[8], squares = 0;
-  _mm256_storeu_ps(lanes, sum);
-  for (int i = 0; i < 8; i++) squares += lanes[i];
-  const float root = _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(squares))), mean = root * root / (float)p->in + p->eps;
-  const __m512 factor = _mm512_set1_ps(1 / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(mean))));
-  for (long k = 0; k < p->in; k += LANES)
-    store(y + k, _mm512_mul_ps(rounded(_mm512_mul_ps(load(x + k), factor)), load(p->norm + k)));
-}
 
 static float largest_of(const bf16_t *x, long in) {
   uint32_t most = 0; /* as bits, of which those of infinity and NaN are the largest */
@@ -214,10 +248,7 @@ static void outputs(const Product *p, long b, long first) {
     const long left = p->out - b * OUT - i * LANES, at = (first + r) * p->out + b * OUT + i * LANES;
     const __mmask16 mask = left >= LANES ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
     __m512 v = rounded(y[r][i]);
-    if (p->gated) {
-      const __m512 below = _mm512_add_ps(_mm512_set1_ps(1), exponential(_mm512_sub_ps(_mm512_setzero_ps(), v)));
-      v = _mm512_mul_ps(rounded(_mm512_div_ps(v, below)), rounded(up[r][i]));
-    }
+    if (p->gated) v = gated(v, rounded(up[r][i]));
     if (p->residual) v = _mm512_add_ps(widen(_mm256_maskz_loadu_epi16(mask, p->residual + at)), v);
     _mm256_mask_storeu_epi16(p->y + at, mask, narrow(v));
   }
@@ -244,7 +275,7 @@ static void products(void *shared) { /* what a thread does */
 void multiply(Parallel parallel, unsigned threads, const Product *given) {
   Product p = *given;
   if (p.norm) {
-    for (long r = 0; r < p.n; r++) normalize(&p, p.x + r * p.in, p.normed + r * p.in);
+    for (long r = 0; r < p.n; r++) normalize(p.x + r * p.in, p.norm, p.eps, p.in, p.normed + r * p.in);
     p.x = p.normed;
   }
   for (long r = 0; r < p.n && p.kind != BF16; r++) {
@@ -370,7 +401,7 @@ void layers(Parallel parallel, unsigned threads, const Product *products, const 
 }
 
 /* What native.py is to find; and whether this CPU has it all. */
-const long interface[] = {1, sizeof(Product), sizeof(Attention)};
+const long interface[] = {1, sizeof(Rows), sizeof(Product), sizeof(Attention)};
 
 int serves(void) {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&

@@ -21,6 +21,10 @@ def _fields(*kinds: tuple[Any, str]) -> Any:
     return [(name, kind) for kind, names in kinds for name in names.split()]
 
 
+class Rows(ctypes.Structure):
+    _fields_ = _fields((c_void_p, "x weight y"), (c_float, "eps unused"), (c_long, "n width next"))
+
+
 class Product(ctypes.Structure):
     _fields_ = _fields(
         (c_long, "kind"),
@@ -47,11 +51,11 @@ def _compiled() -> tuple[ctypes.CDLL, Any] | None:
         return None
     try:
         library = ctypes.CDLL(spec.origin)
-        found, serves = (c_long * 3).in_dll(library, "interface"), library.serves()
+        found, serves = (c_long * 4).in_dll(library, "interface"), library.serves()
         parallel = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so")).GOMP_parallel
     except (AttributeError, OSError, ValueError):  # made from another native.c; or PyTorch has threads of another kind
         return None
-    fits = list(found) == [1, ctypes.sizeof(Product), ctypes.sizeof(Attention)] and serves
+    fits = list(found) == [1, *map(ctypes.sizeof, (Rows, Product, Attention))] and serves
     return (library, parallel) if fits else None
 
 
@@ -62,6 +66,30 @@ def call(name: str, *args: Any) -> None:
     assert COMPILED is not None
     library, parallel = COMPILED
     getattr(library, name)(parallel, c_uint(torch.get_num_threads()), *args)
+
+
+def rows_taken(x: torch.Tensor) -> bool:
+    """Whether `normalized` and `gated` take x."""
+    if COMPILED is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return x.dtype == torch.bfloat16 and x.is_cpu and x.is_contiguous() and x.shape[-1] % 32 == 0
+
+
+def normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x (..., width) as `RMSNorm` has it."""
+    y = torch.empty_like(x)
+    n, width = x.numel() // x.shape[-1], x.shape[-1]
+    rows = Rows(x=x.data_ptr(), weight=weight.data_ptr(), y=y.data_ptr(), eps=eps, n=n, width=width)
+    call("rows", ctypes.byref(rows))
+    return y
+
+
+def gated(x: torch.Tensor) -> torch.Tensor:
+    """x (..., 2 * width): silu of the first half times the second, (..., width)."""
+    width = x.shape[-1] // 2
+    y = x.new_empty(*x.shape[:-1], width)
+    call("rows", ctypes.byref(Rows(x=x.data_ptr(), y=y.data_ptr(), n=y.numel() // width, width=width)))
+    return y
 
 
 class Few:

@@ -88,7 +88,7 @@ def product(few: native.Few, x: torch.Tensor, y: torch.Tensor, **fields: object)
 
 @compiled
 def test_the_gate_of_every_number() -> None:
-    """All that bfloat16 has but denormals, which products take for 0, through silu, times 1."""
+    """All that bfloat16 has but denormals, which such instructions take for 0, through silu."""
     numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     numbers = numbers.where(numbers.isfinite() & (numbers.abs() > 1e-37), 0)
     weight = torch.zeros(2 << 16, 64, dtype=torch.bfloat16)
@@ -98,6 +98,10 @@ def test_the_gate_of_every_number() -> None:
     y, wanted = product(few, x, rows(1, 1 << 16), gated=1, out=1 << 16), F.silu(numbers)
     normal = wanted.abs() > 1e-37
     assert torch.equal(y[0][normal], wanted[normal]) and not y[0][~normal].abs().max() > 1e-37
+    up = rows(1, 1 << 16)
+    y, wanted = native.gated(torch.cat((numbers.unsqueeze(0), up), 1)), F.silu(numbers) * up
+    normal = wanted.abs() > 1e-37
+    assert torch.equal(y[normal], wanted[normal]) and not y[~normal].abs().max() > 1e-37
 
 
 @compiled
@@ -111,6 +115,7 @@ def test_norms_and_residuals(width: int) -> None:
             wanted = ours(part, 1e-5) * norm
             y = product(few, part, rows(len(part), 100), norm=norm, eps=1e-5, normed=normed)
             assert torch.equal(normed[: len(part)], wanted) and torch.equal(y, few(wanted))
+        assert torch.equal(native.normalized(x, norm[0], 1e-5), norm_rows(x, 1e-5) * norm)
     h = rows(5, 100)
     wanted = h + few(x[:5])
     assert torch.equal(product(few, x[:5], h, residual=h), wanted)
