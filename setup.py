@@ -1,12 +1,16 @@
 import platform
 import sys
+import zlib
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 # What the CPU must have is asked for when it is loaded (llama/native.py); without a C compiler all else is installed.
 FLAGS = "-O3 -ffp-contract=off -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mavx512vbmi".split()
-NATIVE = Extension("llama._native", ["llama/native.c"], extra_compile_args=FLAGS, optional=True)
+SOURCE = zlib.crc32(Path(__file__).with_name("llama").joinpath("native.c").read_bytes())
+NATIVE = Extension(
+    "llama._native", ["llama/native.c"], define_macros=[("SOURCE", str(SOURCE))], extra_compile_args=FLAGS, optional=True
+)
 
 setup(
     name="llama",

@@ -5,7 +5,6 @@ code. So a step goes through the layers with as few kernels and as little Python
 call, since they hold the weights as they are when they are made; both give what `Transformer.hidden` gives, to the last bit.
 """
 
-import ctypes
 import functools
 import operator
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from . import native, widened
 from .attention import attend_one
 from .cache import Batch
-from .model import Transformer, TransformerBlock, norm_one, norm_rows
+from .model import RMSNorm, Transformer, TransformerBlock, norm_one, norm_rows
 from .parallel import JoinedColumnParallelLinear, ParallelLinear, RowParallelLinear
 from .rotary import turn_
 
@@ -36,18 +35,20 @@ class NativeStep:
     @staticmethod
     def serves(model: Transformer, n_rows: int) -> bool:
         layers = [m for m in model.layers.modules() if isinstance(m, JoinedColumnParallelLinear | RowParallelLinear)]
+        norms = [m.weight.detach() for m in model.layers.modules() if isinstance(m, RMSNorm)]
         args = model.params
         return (
-            native.COMPILED is not None
-            and n_rows <= native.MOST
-            and model.dtype == torch.bfloat16
+            n_rows <= native.MOST
             and not (args.dim % 32 or args.head_dim % 32 or args.ffn_width % 64)
             and all(m.ranks == 1 and m.packed and m.packed.few for m in layers)
+            and all(norm.shape == (args.dim,) and norm.is_contiguous() for norm in norms)
+            and native.plain(model.tok_embeddings.weight.detach(), *norms)
+            and model.dtype == torch.bfloat16
         )
 
     def __init__(self, model: Transformer, n_rows: int) -> None:
-        args, B, data = model.params, n_rows, model.ready_cache().data
-        K, G, hd, slots = args.kv_heads, args.n_heads // args.kv_heads, args.head_dim, data.shape[4]
+        args, B = model.params, n_rows
+        K, G, hd = args.kv_heads, args.n_heads // args.kv_heads, args.head_dim
         dim, inner, width = args.dim, G * K * hd, args.ffn_width
 
         def room(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -55,41 +56,42 @@ class NativeStep:
 
         self.model, self.h, self.turns, self.at = model, room(dim), room(hd, dtype=torch.float32), room(2, dtype=torch.int64)
         heads, y, z, normed = room((G + 2) * K, hd), room(inner), room(width), room(dim)
-        small, scores = room(max(dim, inner, width) + 4, dtype=torch.uint8), room(K * G, slots, dtype=torch.float32)
-        rows = {"n": B, "normed": normed, "room": small}
-        self.kept: list[object] = [heads, y, z, normed, small, scores]  # native.c sees addresses
+        rows = {"n": B, "normed": normed, "room": room(max(dim, inner, width) + 4, dtype=torch.uint8)}
         products = []
+        self.kept: list[object] = [rows, z]  # native.c sees addresses
         for block in cast("list[TransformerBlock]", list(model.layers)):
-            layers = block.attention.wqkv, block.attention.wo, block.feed_forward.w13, block.feed_forward.w2
-            wqkv, wo, w13, w2 = map(few, layers)
-            first, second = ({"norm": norm.weight, "eps": norm.eps} for norm in (block.attention_norm, block.ffn_norm))
+            wqkv, wo = few(block.attention.wqkv), few(block.attention.wo)
+            w13, w2 = few(block.feed_forward.w13), few(block.feed_forward.w2)
+            first, second = ({"norm": norm.weight.detach(), "eps": norm.eps} for norm in (block.attention_norm, block.ffn_norm))
             products += [
-                wqkv.then(x=self.h, y=heads, **first, **rows),
-                wo.then(x=y, y=self.h, residual=self.h, **rows),
-                w13.then(x=self.h, y=z, gated=1, out=width, **second, **rows),
-                w2.then(x=z, y=self.h, residual=self.h, **rows),
+                wqkv.filled(x=self.h, y=heads, **first, **rows),
+                wo.filled(x=y, y=self.h, residual=self.h, **rows),
+                w13.filled(x=self.h, y=z, gated=1, out=width, **second, **rows),
+                w2.filled(x=z, y=self.h, residual=self.h, **rows),
             ]
             self.kept += [wqkv, wo, w13, w2, first, second]
         self.products = (native.Product * len(products))(*products)
-        addresses = {"q": heads, "turns": self.turns, "at": self.at, "scores": scores, "y": y}
-        sizes = {"n": B, "K": K, "G": G, "hd": hd, "slots": slots, "q_stride": (G + 2) * K * hd}
-        self.attention = {name: t.data_ptr() for name, t in addresses.items()} | sizes
+        self.attention = {"q": heads, "turns": self.turns, "at": self.at, "y": y}
+        self.sizes = {"n": B, "K": K, "G": G, "hd": hd, "q_stride": (G + 2) * K * hd}
         self.cache: torch.Tensor | None = None
 
-    def attentions(self, data: torch.Tensor) -> "ctypes.Array[native.Attention]":
-        """Of each layer, over its part of the cache."""
-        strides = {"row_stride": data.stride(2), "head_stride": data.stride(3)}
-        made = [
-            native.Attention(keys=keys.data_ptr(), values=values.data_ptr(), **self.attention, **strides)
-            for keys, values in data
-        ]
-        return (native.Attention * len(made))(*made)
+    def look(self, data: torch.Tensor) -> None:
+        """At the cache that there is now, (layers, 2, rows, K, slots, hd)."""
+        n, K, G, hd = len(self.h), *(self.sizes[name] for name in ("K", "G", "hd"))
+        n_layers, _, n_rows, heads, slots, width = data.shape
+        assert data.dtype == torch.bfloat16 and data.is_contiguous() and n_rows >= n
+        assert (n_layers * 4, heads, width) == (len(self.products), K, hd)
+        self.cache, self.scores = data, torch.empty(n * K * G, slots, dtype=torch.float32, device="cpu")
+        sizes = {"slots": slots, "row_stride": data.stride(2), "head_stride": data.stride(3)} | self.sizes
+        each = ({"keys": keys, "values": values, "scores": self.scores} for keys, values in data)
+        made = (native.filled(native.Attention(), **layer, **self.attention, **sizes) for layer in each)
+        self.layers = (native.Attention * n_layers)(*made)
 
     def __call__(self, ids: torch.Tensor, batch: Batch) -> torch.Tensor:
         model, data = self.model, self.model.ready_cache().data
         assert len(ids) == len(self.h)
         if data is not self.cache:
-            self.cache, self.layers = data, self.attentions(data)
+            self.look(data)
         self.h.copy_(model.tok_embeddings(ids))
         self.turns.copy_(model.angles(batch.positions).view_as(self.turns))
         self.at.copy_(torch.stack((batch.rows, batch.positions), 1))

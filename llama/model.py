@@ -70,7 +70,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if native.rows_taken(x) and self.weight.dtype == x.dtype and self.weight.is_contiguous():
+        if native.rows_taken(x, x.shape[-1], self.weight):
             return native.normalized(x, self.weight, self.eps)
         if not x.is_cpu or x.dtype == torch.float64 or torch.is_grad_enabled() or torch.compiler.is_compiling():
             exactly = x.float() if EPS_IS_ROUNDED and x.dtype.itemsize == 2 else x
@@ -174,7 +174,7 @@ class FeedForward(nn.Module):
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         both = self.w13(x)
-        if native.rows_taken(both):
+        if native.rows_taken(both, both.shape[-1] // 2):
             return native.gated(both)
         gate, up = both.chunk(2, dim=-1)
         return F.silu(gate) * up

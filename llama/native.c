@@ -3,7 +3,8 @@
  *
  * A weight lies as oneDNN or PyTorch packed it, in blocks of 64 outputs by all inputs. All numbers are rounded and summed as
  * PyTorch does, so that what comes of it is the same to the last bit, but for attention and for weights of 4 bits, whose sums
- * go in an order of their own. native.py looks whether it is so, and passes the structures. */
+ * go in an order of their own, and for numbers below bfloat16's normal ones, which are 0. native.py fills the structures; no
+ * size and no address is checked here. */
 
 #include <immintrin.h>
 #include <math.h>
@@ -29,6 +30,8 @@ INLINE __m512i spread(const void *x) { /* 4 bytes, to each lane */
   memcpy(&four, x, 4);
   return _mm512_set1_epi32(four);
 }
+
+INLINE __mmask16 mask(long left) { return left >= LANES ? 0xffff : left > 0 ? (1 << left) - 1 : 0; } /* the lanes there are */
 
 /* Have memory bring what comes 16 kB later: by itself the CPU looks less far. A line of 64 bytes brings its neighbours along. */
 INLINE void ahead(const void *weight) { _mm_prefetch((const char *)weight + 16384, _MM_HINT_T1); }
@@ -72,8 +75,9 @@ INLINE __m512 gated(__m512 x, __m512 up) { /* silu(x) * up */
 /* ---- rows by themselves: normalized, or gated ---- */
 
 typedef struct Rows {
+  long gated;           /* else normalized */
   const bf16_t *x;      /* (n, width), or (n, 2, width): silu of the first times the second */
-  const bf16_t *weight; /* (width) of a norm, or none: gated */
+  const bf16_t *weight; /* (width), of the norm */
   bf16_t *y;            /* (n, width) */
   float eps, unused;
   long n, width, next;
@@ -83,7 +87,7 @@ static void row_by_row(void *shared) { /* what a thread does */
   Rows *a = shared;
   const long width = a->width;
   for (long r; (r = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) < a->n;) {
-    if (a->weight) {
+    if (!a->gated) {
       normalize(a->x + r * width, a->weight, a->eps, width, a->y + r * width);
       continue;
     }
@@ -132,8 +136,7 @@ static float largest_of(const bf16_t *x, long in) {
 
 /* A row as 8 bit numbers, unsigned, 128 more than they stand for; and the scale of those: the largest over 126, rounded. */
 static float in_8_bits(const bf16_t *x, float largest, uint8_t *row, long in) {
-  float scale = _mm512_cvtss_f32(rounded(_mm512_set1_ps(largest / 126)));
-  if (scale < 1e-30f) scale = 1e-30f;
+  const float scale = _mm512_cvtss_f32(rounded(_mm512_set1_ps(largest / 126 < 1e-30f ? 1e-30f : largest / 126)));
   const __m512 factor = _mm512_set1_ps(1 / scale), half = _mm512_set1_ps(128.5f); /* cut after this, it is rounded */
   for (long k = 0; k < in; k += LANES) {
     const __m512i whole = _mm512_cvttps_epi32(_mm512_add_ps(_mm512_mul_ps(load(x + k), factor), half));
@@ -253,12 +256,12 @@ static void outputs(const Product *p, long b, long first) {
   kernels[p->kind](p, b, first, y);
   if (p->gated) kernels[p->kind](p, b + p->out / OUT, first, up);
   for (long r = 0; r < MOST && first + r < p->n; r++) EACH(i, PARTS) {
-    const long left = p->out - b * OUT - i * LANES, at = (first + r) * p->out + b * OUT + i * LANES;
-    const __mmask16 mask = left >= LANES ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
+    const long at = (first + r) * p->out + b * OUT + i * LANES;
+    const __mmask16 those = mask(p->out - b * OUT - i * LANES);
     __m512 v = rounded(y[r][i]);
     if (p->gated) v = gated(v, rounded(up[r][i]));
-    if (p->residual) v = _mm512_add_ps(widen(_mm256_maskz_loadu_epi16(mask, p->residual + at)), v);
-    _mm256_mask_storeu_epi16(p->y + at, mask, narrow(v));
+    if (p->residual) v = _mm512_add_ps(widen(_mm256_maskz_loadu_epi16(those, p->residual + at)), v);
+    _mm256_mask_storeu_epi16(p->y + at, those, narrow(v));
   }
 }
 
@@ -345,31 +348,26 @@ INLINE void mix(const float *weights, const bf16_t *values, long hd, long end, c
 static void attend_head(const Attention *a, const bf16_t *q, const bf16_t *keys, const bf16_t *values, float *scores, bf16_t *y,
                         long end) {
   const __m512 scale = _mm512_set1_ps(1 / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss((float)a->hd))));
-  for (long slot = 0; slot < end; slot += end - slot >= 4 ? 4 : 1) /* each key is read once */
-    for (long g = 0; g < a->G; g++) {
-      if (end - slot >= 4)
-        score(q + g * a->hd, keys + slot * a->hd, a->hd, 4, scores + g * a->slots + slot);
-      else
-        score(q + g * a->hd, keys + slot * a->hd, a->hd, 1, scores + g * a->slots + slot);
-    }
+  long slot = 0; /* each key is read once */
+  for (; slot + 4 <= end; slot += 4)
+    for (long g = 0; g < a->G; g++) score(q + g * a->hd, keys + slot * a->hd, a->hd, 4, scores + g * a->slots + slot);
+  for (; slot < end; slot++)
+    for (long g = 0; g < a->G; g++) score(q + g * a->hd, keys + slot * a->hd, a->hd, 1, scores + g * a->slots + slot);
   for (long g = 0; g < a->G; g++) {
     float *s = scores + g * a->slots;
     __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-#define MASK (end - k >= LANES ? 0xffff : (1 << (end - k)) - 1)
-    for (long k = 0; k < end; k += LANES) most = _mm512_mask_max_ps(most, MASK, most, _mm512_maskz_loadu_ps(MASK, s + k));
+    for (long k = 0; k < end; k += LANES)
+      most = _mm512_mask_max_ps(most, mask(end - k), most, _mm512_maskz_loadu_ps(mask(end - k), s + k));
     const __m512 top = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(most)), scale);
     for (long k = 0; k < end; k += LANES) {
-      const __m512 e = exponential(_mm512_sub_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(MASK, s + k), scale), top));
-      sum = _mm512_mask_add_ps(sum, MASK, sum, e);
-      _mm512_mask_storeu_ps(s + k, MASK, e);
+      const __m512 e = exponential(_mm512_sub_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask(end - k), s + k), scale), top));
+      sum = _mm512_mask_add_ps(sum, mask(end - k), sum, e);
+      _mm512_mask_storeu_ps(s + k, mask(end - k), e);
     }
     const __m512 by = _mm512_set1_ps(1 / _mm512_reduce_add_ps(sum));
-    for (long k = 0; k < a->hd;) {
-      if (a->hd - k >= 4 * LANES)
-        mix(s, values + k, a->hd, end, 4, by, y + g * a->hd + k), k += 4 * LANES;
-      else
-        mix(s, values + k, a->hd, end, 2, by, y + g * a->hd + k), k += 2 * LANES;
-    }
+    long k = 0;
+    for (; k + 4 * LANES <= a->hd; k += 4 * LANES) mix(s, values + k, a->hd, end, 4, by, y + g * a->hd + k);
+    for (; k < a->hd; k += 2 * LANES) mix(s, values + k, a->hd, end, 2, by, y + g * a->hd + k);
   }
 }
 
@@ -409,7 +407,7 @@ void layers(Parallel parallel, unsigned threads, const Product *products, const 
 }
 
 /* What native.py is to find; and whether this CPU has it all. */
-const long interface[] = {1, sizeof(Rows), sizeof(Product), sizeof(Attention)};
+const long interface[] = {SOURCE, sizeof(Rows), sizeof(Product), sizeof(Attention)};
 
 int serves(void) {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&

@@ -1,11 +1,13 @@
 """What native.c does, which setup.py compiles where there is a C compiler: products of a few rows, and whole decode steps.
 
 Where there is none, or another CPU, the same is done without it, slower. In bfloat16 and int8 it gives the same to the last
-bit. The structures are native.c's and explained there.
+bit, except that numbers too small for bfloat16's normal form become 0. The structures are native.c's and explained there.
 """
 
 import ctypes
 import importlib.util
+import warnings
+import zlib
 from ctypes import c_float, c_long, c_uint, c_void_p
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ def _fields(*kinds: tuple[Any, str]) -> Any:
 
 
 class Rows(ctypes.Structure):
-    _fields_ = _fields((c_void_p, "x weight y"), (c_float, "eps unused"), (c_long, "n width next"))
+    _fields_ = _fields((c_long, "gated"), (c_void_p, "x weight y"), (c_float, "eps unused"), (c_long, "n width next"))
 
 
 class Product(ctypes.Structure):
@@ -44,6 +46,9 @@ class Attention(ctypes.Structure):
     )
 
 
+FUNCTIONS = {"rows": (Rows,), "multiply": (Product,), "attend": (Attention,), "layers": (Product, Attention)}
+
+
 def _compiled() -> tuple[ctypes.CDLL, Any] | None:
     """What setup.py made, and what runs a function on each of PyTorch's own threads."""
     spec = importlib.util.find_spec("._native", __package__)
@@ -51,12 +56,23 @@ def _compiled() -> tuple[ctypes.CDLL, Any] | None:
         return None
     try:
         library = ctypes.CDLL(spec.origin)
-        found, serves = (c_long * 4).in_dll(library, "interface"), library.serves()
+        source, *sizes = (c_long * 4).in_dll(library, "interface")
         parallel = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so")).GOMP_parallel
-    except (AttributeError, OSError, ValueError):  # made from another native.c; or PyTorch has threads of another kind
+        for name, structures in FUNCTIONS.items():
+            numbers = [c_long] if name == "layers" else []
+            function = getattr(library, name)
+            function.argtypes = [c_void_p, c_uint, *map(ctypes.POINTER, structures), *numbers]
+            function.restype = None
+        serves = library.serves()
+    except (AttributeError, OSError, ValueError):  # no such library; or PyTorch has threads of another kind
         return None
-    fits = list(found) == [1, *map(ctypes.sizeof, (Rows, Product, Attention))] and serves
-    return (library, parallel) if fits else None
+    beside = Path(__file__).with_name("native.c")  # in a clone
+    if sizes != [*map(ctypes.sizeof, (Rows, Product, Attention))] or (
+        beside.exists() and source != zlib.crc32(beside.read_bytes())
+    ):
+        warnings.warn("llama/native.c has changed since it was compiled, and is not used; install llama again", stacklevel=2)
+        return None
+    return (library, ctypes.cast(parallel, c_void_p)) if serves else None
 
 
 COMPILED = _compiled()
@@ -65,98 +81,32 @@ COMPILED = _compiled()
 def call(name: str, *args: Any) -> None:
     assert COMPILED is not None
     library, parallel = COMPILED
-    getattr(library, name)(parallel, c_uint(torch.get_num_threads()), *args)
+    getattr(library, name)(parallel, torch.get_num_threads(), *args)
 
 
-def rows_taken(x: torch.Tensor) -> bool:
-    """Whether `normalized` and `gated` take x."""
-    if COMPILED is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False
-    return x.dtype == torch.bfloat16 and x.is_cpu and x.is_contiguous() and x.shape[-1] % 32 == 0
-
-
-def normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x (..., width) as `RMSNorm` has it."""
-    y = torch.empty_like(x)
-    n, width = x.numel() // x.shape[-1], x.shape[-1]
-    rows = Rows(x=x.data_ptr(), weight=weight.data_ptr(), y=y.data_ptr(), eps=eps, n=n, width=width)
-    call("rows", ctypes.byref(rows))
-    return y
-
-
-def gated(x: torch.Tensor) -> torch.Tensor:
-    """x (..., 2 * width): silu of the first half times the second, (..., width)."""
-    width = x.shape[-1] // 2
-    y = x.new_empty(*x.shape[:-1], width)
-    call("rows", ctypes.byref(Rows(x=x.data_ptr(), y=y.data_ptr(), n=y.numel() // width, width=width)))
-    return y
-
-
-class Few:
-    """x (n, in) -> (n, out) in bfloat16, for MOST rows or fewer and a weight that another kernel has packed and keeps."""
-
-    def __init__(self, kind: int, in_features: int, out_features: int, *kept: torch.Tensor, **fields: int) -> None:
-        self.in_features, self.out_features, self.kept = in_features, out_features, kept
-        self.product = Product(kind=kind, in_=in_features, out=out_features, **fields)
-
-    @staticmethod
-    def bf16(blocks: torch.Tensor) -> "Few | None":
-        """For what oneDNN packed."""
-        out, width = blocks.shape
-        if COMPILED is None or width % 2:
-            return None
-        return Few(BF16, width, out, blocks, weight=torch.ops.mkldnn.data_ptr(blocks))
-
-    @staticmethod
-    def int8(blocks: torch.Tensor, scale: torch.Tensor, sums: torch.Tensor) -> "Few | None":
-        """For what oneDNN packed, with the scale and the sum of each output."""
-        width, out = blocks.shape
-        if COMPILED is None or width % 64:
-            return None
-        scale, sums = (F.pad(t, (0, -out % 64)) for t in (scale, sums.int()))
-        weight = torch.ops.mkldnn.data_ptr(blocks)
-        return Few(INT8, width, out, blocks, scale, sums, weight=weight, scales=scale.data_ptr(), sums=sums.data_ptr())
-
-    @staticmethod
-    def int4(blocks: torch.Tensor, groups: torch.Tensor, width: int, out: int) -> "Few | None":
-        """For what PyTorch packed in blocks of 64 outputs, with scales and zeros (groups, out, 2)."""
-        if COMPILED is None or groups.dtype != torch.bfloat16:
-            return None
-        fields = {"weight": blocks.data_ptr(), "groups": groups.data_ptr(), "group": width // len(groups)}
-        return Few(INT4, width, out, blocks, groups, **fields)
-
-    def takes(self, x: torch.Tensor) -> bool:
-        """Whether x is what it reads; what is not goes another way, where errors are raised."""
-        few = x.ndim == 2 and len(x) <= MOST and x.shape[1] == self.in_features and x.dtype == torch.bfloat16
-        return few and x.is_cpu and x.is_contiguous() and not torch.compiler.is_compiling()
-
-    def __call__(self, x: torch.Tensor, largest: torch.Tensor | None = None) -> torch.Tensor:
-        """`largest`: int8's largest number of each row (n, 1), where these are parts of rows."""
-        y, room = x.new_empty(len(x), self.out_features), self.room(len(x))
-        largest = None if largest is None else largest.float()
-        product = self.then(n=len(x), x=x, y=y, largest=largest, room=room)
-        call("multiply", ctypes.byref(product))
-        return y
-
-    def then(self, **fields: Any) -> Product:
-        """The product with more of its fields set; tensors stand for their addresses, and must outlive it."""
-        product = Product.from_buffer_copy(self.product)
-        for name, value in fields.items():
-            setattr(product, name, value.data_ptr() if isinstance(value, torch.Tensor) else value)
-        return product
-
-    def room(self, n: int) -> torch.Tensor | None:
-        if self.product.kind == BF16:
-            return None
-        return torch.empty(n * (self.in_features + 4), dtype=torch.uint8, device="cpu")
+def plain(*tensors: torch.Tensor) -> bool:
+    """Whether native.c may look at their memory: bfloat16 on the CPU, that nobody traces, maps or derives."""
+    return (
+        not torch.compiler.is_compiling()
+        and COMPILED is not None
+        and all(
+            type(t) in (torch.Tensor, torch.nn.Parameter)
+            and t.dtype == torch.bfloat16
+            and t.is_cpu
+            and not (t.requires_grad and torch.is_grad_enabled())
+            and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+            for t in tensors
+        )
+        and not torch.jit.is_tracing()
+        and not torch._C._len_torch_dispatch_stack()
+    )
 
 
 def attends(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether `attend_one` does."""
-    if COMPILED is None or not (q.is_cpu and q.dtype == k.dtype == v.dtype == torch.bfloat16) or torch.compiler.is_compiling():
-        return False
-    hd = q.shape[-1]
-    return hd % 32 == 0 and k.stride() == v.stride() and k.stride()[2:] == (hd, 1) and not q.requires_grad
+    """Whether `attend_one` does: q (B, K, G, hd), k and v (B, K, L, hd) with the slots side by side."""
+    (B, K, _, hd), same = q.shape, k.shape == v.shape and k.stride() == v.stride()
+    fits = same and k.shape[:2] == (B, K) and k.shape[3] == hd and hd % 32 == 0 and k.stride()[2:] == (hd, 1)
+    return fits and plain(q, k, v)
 
 
 def attend_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -168,6 +118,105 @@ def attend_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
     tensors = {"q": q, "keys": k, "values": v, "at": at, "scores": scores, "y": y}
     sizes = {"n": B, "K": K, "G": G, "hd": hd, "slots": L, "q_stride": K * G * hd}
     strides = {"row_stride": k.stride(0), "head_stride": k.stride(1)}
-    addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    call("attend", ctypes.byref(Attention(**addresses, **sizes, **strides)))
+    call("attend", ctypes.byref(filled(Attention(), **tensors, **sizes, **strides)))
     return y
+
+
+def rows_taken(x: torch.Tensor, width: int, *weights: torch.Tensor) -> bool:
+    """Whether `normalized` takes x (..., width) and a weight (width), or `gated` x alone."""
+    each = all(weight.shape == (width,) and weight.is_contiguous() for weight in weights)
+    return each and width > 0 and width % 16 == 0 and x.is_contiguous() and plain(x, *weights) and not torch.is_grad_enabled()
+
+
+def normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x (..., width) as `RMSNorm` has it."""
+    y, width = torch.empty_like(x), len(weight)
+    call("rows", ctypes.byref(filled(Rows(), x=x, weight=weight, y=y, eps=eps, n=x.numel() // width, width=width)))
+    return y
+
+
+def gated(x: torch.Tensor) -> torch.Tensor:
+    """x (..., 2 * width): silu of the first half times the second, (..., width)."""
+    width = x.shape[-1] // 2
+    y = x.new_empty(*x.shape[:-1], width)
+    call("rows", ctypes.byref(filled(Rows(), gated=1, x=x, y=y, n=y.numel() // width, width=width)))
+    return y
+
+
+def filled(structure: Any, **fields: Any) -> Any:
+    """The structure, with these fields set; tensors stand for their addresses, and must outlive it."""
+    for name, value in fields.items():
+        assert hasattr(structure, name), name
+        setattr(structure, name, value.data_ptr() if isinstance(value, torch.Tensor) else value)
+    return structure
+
+
+def lies(blocks: torch.Tensor, weight: torch.Tensor, inputs: int) -> bool:
+    """Whether oneDNN put a weight (out, in) into blocks of 64 outputs, (out / 64, in / inputs, 64, inputs), as native.c reads
+    them: the first two and the last are looked at. In 8 bits it does unless there are more threads than such blocks."""
+    out, width = weight.shape
+    number = torch.int8 if weight.dtype == torch.int8 else torch.int16
+    size, address = torch.ops.mkldnn._nbytes(blocks), torch.ops.mkldnn.data_ptr(blocks)
+    n_blocks = -(-out // 64)
+    if width % inputs or size < n_blocks * 64 * width * number.itemsize:
+        return False
+    memory = torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=torch.int8)
+    memory = memory[: n_blocks * 64 * width * number.itemsize].view(number).view(n_blocks, width // inputs, 64, inputs)
+    for b in {0, min(1, n_blocks - 1), n_blocks - 1}:
+        wanted = weight[64 * b : 64 * (b + 1)].view(number)
+        wanted = F.pad(wanted, (0, 0, 0, 64 - len(wanted))).view(64, -1, inputs).transpose(0, 1)
+        if not torch.equal(memory[b], wanted):
+            return False
+    return True
+
+
+class Few:
+    """x (n, in) -> (n, out) in bfloat16, for MOST rows or fewer and a weight that another kernel has packed and keeps."""
+
+    def __init__(self, kind: int, in_features: int, out_features: int, *kept: torch.Tensor, **fields: Any) -> None:
+        self.in_features, self.out_features, self.kept = in_features, out_features, kept
+        self.product = filled(Product(), kind=kind, in_=in_features, out=out_features, **fields)
+
+    @staticmethod
+    def bf16(blocks: torch.Tensor, weight: torch.Tensor) -> "Few | None":
+        """For a weight (out, in) that oneDNN packed."""
+        if COMPILED is None or not lies(blocks, weight, 2):
+            return None
+        return Few(BF16, weight.shape[1], len(weight), blocks, weight=torch.ops.mkldnn.data_ptr(blocks))
+
+    @staticmethod
+    def int8(blocks: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> "Few | None":
+        """For numbers (out, in) that oneDNN packed, with the scale of each output, (out)."""
+        if COMPILED is None or q.shape[1] % 64 or not lies(blocks, q, 4):
+            return None
+        out, width = q.shape
+        scales, sums = (F.pad(t, (0, -out % 64)) for t in (scale, q.sum(1, dtype=torch.int32)))
+        address = torch.ops.mkldnn.data_ptr(blocks)
+        return Few(INT8, width, out, blocks, scales, sums, weight=address, scales=scales, sums=sums)
+
+    @staticmethod
+    def int4(blocks: torch.Tensor, groups: torch.Tensor, width: int, out: int) -> "Few | None":
+        """For what PyTorch packed in blocks of 64 outputs, with scales and zeros (groups, out, 2)."""
+        if COMPILED is None or groups.dtype != torch.bfloat16:
+            return None
+        return Few(INT4, width, out, blocks, groups, weight=blocks, groups=groups, group=width // len(groups))
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether x is what it reads; what is not goes another way, where errors are raised."""
+        few = x.ndim == 2 and len(x) <= MOST and x.shape[1] == self.in_features
+        return few and x.is_contiguous() and plain(x)
+
+    def __call__(self, x: torch.Tensor, largest: torch.Tensor | None = None) -> torch.Tensor:
+        """`largest`: int8's largest number of each row (n, 1), where these are parts of rows."""
+        n, kept = len(x), None if largest is None else largest.float()
+        y, room = x.new_empty(n, self.out_features), torch.empty(self.room(n), dtype=torch.uint8, device="cpu")
+        call("multiply", ctypes.byref(self.filled(n=n, x=x, y=y, largest=kept, room=room)))
+        return y
+
+    def filled(self, **fields: Any) -> Product:
+        """The product, with more of its fields set."""
+        return filled(Product.from_buffer_copy(self.product), **fields)
+
+    def room(self, n: int) -> int:
+        """Bytes that n rows need."""
+        return 0 if self.product.kind == BF16 else n * (self.in_features + 4)

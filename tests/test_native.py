@@ -10,21 +10,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from llama import ModelArgs, Transformer, kernels, native, widened
 from llama.attention import attend_plainly
 from llama.cache import Batch
 from llama.decode import Decoder
 from llama.host import HostStep, NativeStep
-from llama.model import norm_one, norm_rows
+from llama.model import RMSNorm, norm_one, norm_rows
 from llama.parallel import ParallelLinear
 from llama.quantize import Quantized, quantize
 
 from .support import ROOT
 
-compiled = pytest.mark.skipif(
-    native.COMPILED is None, reason="native.c is not compiled here, or this CPU has not what it needs"
-)
+elsewhere = native.COMPILED is None or torch.cpu._is_amx_tile_supported()  # where oneDNN's sums are others
+compiled = pytest.mark.skipif(elsewhere, reason="native.c is not compiled, or this CPU is not one whose oneDNN it knows")
 ARGS = ModelArgs(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=96, multiple_of=64, max_seq_len=80, max_batch_size=18)
 
 
@@ -40,9 +40,8 @@ def packed(weight: torch.Tensor, kind: str) -> tuple[kernels.Kernel, native.Few]
     """The kernel that is left without native.c, and what native.c multiplies by."""
     kernel = kernels.pack(quantize(weight, kind) if kind != "bf16" else weight)
     assert kernel
-    if kernel.few is None:
-        pytest.skip("here oneDNN or PyTorch pack or sum in a way of their own")
     few, kernel.few = kernel.few, None
+    assert few  # or it does not give what it should
     return kernel, few
 
 
@@ -64,13 +63,27 @@ def however_small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
 def test_few_rows_are_multiplied_as_many_are(kind: str, out: int, width: int) -> None:
     kernel, few = packed(rows(out, width, 0.1), kind)
-    for n in (1, 2, 3, 4, 5, 11, native.MOST):
-        x = rows(n, width, 3)
+    for n, scale in [(1, 3), (2, 3), (3, 3), (4, 3), (5, 3), (11, 3), (native.MOST, 3), (1, 1e-29), (2, 1e-29)]:
+        x = rows(n, width, scale)
         assert few.takes(x)
         if kind == "int4":
             torch.testing.assert_close(few(x).double(), x.double() @ unrounded(kernel).T, atol=1e-4, rtol=2**-8)
         else:
             assert torch.equal(few(x), kernel.multiply(x))
+
+
+@compiled
+def test_what_is_packed_otherwise_is_left_alone() -> None:
+    """oneDNN packs 8 bits in narrower blocks where there are more threads than blocks of 64 outputs."""
+    weight, x, before = quantize(rows(512, 256, 0.1), "int8"), rows(3, 256), torch.get_num_threads()
+    kernels.pack(weight)  # once as usual
+    torch.set_num_threads(16)
+    try:
+        packed_by_many = kernels.pack(weight)
+    finally:
+        torch.set_num_threads(before)
+    assert packed_by_many
+    torch.testing.assert_close(packed_by_many(x), x @ weight.dense().T, atol=0.05, rtol=0.05)
 
 
 @compiled
@@ -82,7 +95,10 @@ def test_parts_of_rows_are_scaled_as_whole_ones() -> None:
 
 
 def product(few: native.Few, x: torch.Tensor, y: torch.Tensor, **fields: object) -> torch.Tensor:
-    native.call("multiply", ctypes.byref(few.then(n=len(x), x=x, y=y, room=few.room(len(x)), **fields)))
+    native.call(
+        "multiply",
+        ctypes.byref(few.filled(n=len(x), x=x, y=y, room=torch.empty(few.room(len(x)), dtype=torch.uint8), **fields)),
+    )
     return y
 
 
@@ -159,18 +175,12 @@ def model(kind: str) -> Transformer:
     return made
 
 
-def served(made: Transformer) -> bool:
-    return all(layer.packed and layer.packed.few for layer in made.modules() if isinstance(layer, ParallelLinear))
-
-
 @compiled
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
 def test_a_step_is_the_models(kind: str, threads: int) -> None:
     """Rows at positions of their own; hidden states, and keys and values, to the last bit."""
     made = model(kind)
-    if not served(made):
-        pytest.skip("here oneDNN or PyTorch pack or sum in a way of their own")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -192,11 +202,65 @@ def test_a_step_is_the_models(kind: str, threads: int) -> None:
 
 
 @compiled
+def test_a_step_holds_what_it_was_made_of() -> None:
+    """Though the model gets other weights; and it sees a cache that is made anew, and longer."""
+    made, ids, batch = model("bf16"), torch.tensor([5, 9]), Batch.of([(0, 7, 1), (1, 7, 1)])
+    with torch.inference_mode():
+        step, data = NativeStep(made, 2), made.allocate().data
+        before = step(ids, batch).clone()
+        for norm in (made.layers[0].attention_norm, made.layers[1].ffn_norm):
+            norm.weight.data = torch.full((128,), float("nan"), dtype=torch.bfloat16)
+        data.zero_()
+        assert torch.equal(step(ids, batch), before)
+        made = model("bf16")
+        step = NativeStep(made, 2)
+        step(ids, batch)
+        made.params.max_seq_len, made.rope, batch = 3000, None, Batch.of([(0, 2900, 1), (1, 2900, 1)])
+        data = made.allocate().data
+        got = step(ids, batch).clone()
+        data.zero_()
+        assert torch.equal(HostStep(made, 2)(ids, batch), got)
+
+
+@compiled
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda made: made.layers[0].attention_norm.float(),
+        lambda made: made.tok_embeddings.float(),
+        lambda made: setattr(made.layers[1].ffn_norm.weight, "data", rows(1, 256)[0, ::2]),
+        lambda made: setattr(made.layers[1].ffn_norm.weight, "data", rows(1, 1)[0]),
+        lambda made: setattr(made.layers[1].feed_forward.w2.packed, "few", None),
+    ],
+)
+def test_other_models_are_not_its_own(change: Callable[[Transformer], object]) -> None:
+    made = model("bf16")
+    assert NativeStep.serves(made, 2) and not NativeStep.serves(made, native.MOST + 1)
+    change(made)
+    assert not NativeStep.serves(made, 2)
+
+
+@compiled
+def test_it_takes_only_what_lies_as_it_reads() -> None:
+    """Else PyTorch's errors and gradients are lost, or what is traced is empty."""
+    x, norm = rows(2, 64), RMSNorm(64).bfloat16()
+    with torch.no_grad():
+        wanted = norm(x)
+        assert torch.equal(make_fx(norm)(x)(x), wanted)
+        for wrong in (RMSNorm(32), RMSNorm(64).to("meta"), RMSNorm(128)):
+            with pytest.raises(RuntimeError):
+                wrong.bfloat16()(x)
+    q, k = rows(2, 64).view(1, 2, 1, 64), rows(2, 64).view(1, 2, 1, 64)
+    assert native.attends(q, k, k) and not native.attends(q, k.clone().requires_grad_(), k)
+    assert not native.attends(q, k[:, :1], k[:, :1]) and not native.attends(q, k, k[..., :32])
+    kernel = kernels.pack(rows(64, 64))
+    assert kernel and torch.equal(torch.vmap(kernel)(x.unsqueeze(0)), kernel(x).unsqueeze(0))
+
+
+@compiled
 def test_who_takes_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """native.c those of bfloat16 and few rows that nobody watches; and what has another dtype, none."""
     made, seen = model("bf16"), []
-    if not served(made):
-        pytest.skip("here oneDNN packs or sums in a way of its own")
     run: Callable[..., torch.Tensor] = NativeStep.__call__
     monkeypatch.setattr(NativeStep, "__call__", lambda self, ids, batch: (seen.append(len(ids)), run(self, ids, batch))[1])
 
@@ -239,6 +303,7 @@ def test_without_it(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert kernel is None or kernel.few is None
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="it is compiled on Linux alone")
 def test_it_installs_without_a_compiler(tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
     environment = {"CC": str(tmp_path / "none"), "PATH": "/nowhere"}
