@@ -10,6 +10,8 @@ and `widened.linear`, it gets None.
                 CUDA                  Int8Cuda: as it is, for cuBLAS; rows of x become 8 bit numbers, too
                 others                Int8: as it is
     int4        CPU, CUDA             Int4, Int4Cuda: for PyTorch's kernels; unpacked to multiply many rows
+
+Of the first, and of int8 and int4 on the CPU, native.c multiplies a few rows where it can (`few`), from what is packed so.
 """
 
 import collections

@@ -209,18 +209,16 @@ INLINE void int4(const Product *p, long b, long first, const int n, __m512 y[MOS
   const __m512i next = _mm512_add_epi32(pick, _mm512_set1_epi32(16 << 16 | 16));
   const __m512i four = _mm512_set1_epi16(15), magic = _mm512_set1_epi16(0x4300);
   for (long g = 0, k = 0; g < groups; g++) {
-    __m512 sums[2][MOST][PARTS] = {0}; /* two of each: one row alone would wait for the instruction to end */
-    for (; k < (g + 1) * p->group; k += 4, w += 2 * OUT) EACH(j, 2) {
-      const __m512i bytes = _mm512_loadu_si512(w + j * OUT);
-      ahead(w + j * OUT);
+    __m512 sum[MOST][PARTS];
+    EACH(r, n) EACH(i, PARTS) sum[r][i] = _mm512_set1_ps(-136 * row_sums[r * groups + g]);
+    for (; k < (g + 1) * p->group; k += 2, w += OUT) {
+      const __m512i bytes = _mm512_loadu_si512(w);
+      ahead(w);
       const __m512i pairs[] = {_mm512_permutexvar_epi8(pick, bytes), _mm512_permutexvar_epi8(next, bytes)};
       EACH(i, PARTS) {
         const __m512i low = i < 2 ? pairs[i] : _mm512_srli_epi16(pairs[i - 2], 4);
         const __m512bh v = (__m512bh)_mm512_ternarylogic_epi32(low, four, magic, 0xea); /* low & four | magic */
-        EACH(r, n) {
-          __m512 *sum = &sums[n < 3 ? j : 0][r][i];
-          *sum = _mm512_dpbf16_ps(*sum, (__m512bh)spread(x + r * p->in + k + 2 * j), v);
-        }
+        EACH(r, n) sum[r][i] = _mm512_dpbf16_ps(sum[r][i], (__m512bh)spread(x + r * p->in + k), v);
       }
     }
     EACH(i, PARTS) {
@@ -228,9 +226,8 @@ INLINE void int4(const Product *p, long b, long first, const int n, __m512 y[MOS
       const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
       const __m512 zero = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
       EACH(r, n) {
-        const __m512 of_x = _mm512_set1_ps(row_sums[r * groups + g]), sum = _mm512_add_ps(sums[0][r][i], sums[1][r][i]);
-        y[r][i] = _mm512_fmadd_ps(scale, _mm512_fmadd_ps(of_x, _mm512_set1_ps(-136), sum), y[r][i]);
-        y[r][i] = _mm512_fmadd_ps(zero, of_x, y[r][i]);
+        y[r][i] = _mm512_fmadd_ps(scale, sum[r][i], y[r][i]);
+        y[r][i] = _mm512_fmadd_ps(zero, _mm512_set1_ps(row_sums[r * groups + g]), y[r][i]);
       }
     }
   }
