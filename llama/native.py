@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from . import widened
+
 MOST = 16  # rows of a product: from there on other kernels are as fast
 BF16, INT8, INT4 = range(3)
 
@@ -52,7 +54,7 @@ FUNCTIONS = {"rows": (Rows,), "multiply": (Product,), "attend": (Attention,), "l
 def _compiled() -> tuple[ctypes.CDLL, Any] | None:
     """What setup.py made, and what runs a function on each of PyTorch's own threads."""
     spec = importlib.util.find_spec("._native", __package__)
-    if spec is None or spec.origin is None:
+    if spec is None or spec.origin is None or not widened.native(torch.bfloat16):
         return None
     try:
         library = ctypes.CDLL(spec.origin)
