@@ -68,17 +68,22 @@ class Kernel:
 
 
 _AGREED: collections.Counter[tuple[type[Kernel], torch.Size]] = collections.Counter()
+_ORDERS: dict[tuple[type[Kernel], torch.Size], dict[str, int]] = {}
 
 
 def agreeing(few: native.Few | None, kernel: Kernel, shape: torch.Size) -> native.Few | None:
-    """`few` if it gives what the kernel does, to the last bit: the order of oneDNN's sums is its own affair, decided by the CPU
-    and the weight's shape (out, in). Of each the first weights are looked at."""
-    if few and _AGREED[type(kernel), shape] < 4:
+    """`few`, summing in the order in which it gives what the kernel does, to the last bit: that is oneDNN's own affair, decided
+    by its version, the CPU and the weight's shape (out, in). Of each the first weights are looked at."""
+    key = type(kernel), shape
+    if few and _AGREED[key] < 4:
         x = torch.randn(native.MOST, shape[1], generator=torch.Generator().manual_seed(0), device="cpu").bfloat16()
-        if not torch.equal(few(x), kernel.multiply(x)):
+        wanted = kernel.multiply(x)
+        order = next((o for o in few.orders if torch.equal(few.set(**o)(x), wanted)), None)
+        if order is None:
             return None
-        _AGREED[type(kernel), shape] += 1
-    return few
+        _ORDERS[key] = order
+        _AGREED[key] += 1
+    return few and few.set(**_ORDERS[key])
 
 
 class Packed(Kernel):

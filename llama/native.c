@@ -112,7 +112,8 @@ typedef struct Product {
   const float *scales;  /* int8: (out) */
   const int32_t *sums;  /* int8: (out), of a weight's numbers */
   const bf16_t *groups; /* int4: (in / group, out, 2), scale and zero */
-  long group, in, out;  /* where it is gated, out is half of what is multiplied */
+  long group, chunk;    /* int4: inputs of a group; bf16: inputs that are summed before they are added to the others */
+  long in, out;         /* where it is gated, out is half of what is multiplied */
   long gated;           /* y = silu(first half of the outputs) * second half */
   const bf16_t *norm;   /* (in), or none: what the rows are normalized by before */
   float eps, unused;
@@ -155,13 +156,13 @@ static void sum_groups(const Product *p, const bf16_t *x, float *sums) {
 
 /* The kernels: y of outputs 64 b and on, of rows first to first + n. */
 
-/* Weight (out / 64, in / 2, 64, 2). oneDNN sums 1,024 inputs at a time. */
+/* Weight (out / 64, in / 2, 64, 2). */
 INLINE void bf16(const Product *p, long b, long first, const int n, __m512 y[MOST][PARTS]) {
   const bf16_t *w = (const bf16_t *)p->weight + b * OUT * p->in, *x = p->x + first * p->in;
   for (long k = 0, end; k < p->in;) {
     __m512 sum[MOST][PARTS] = {0};
     const int begun = k > 0;
-    for (end = k + 1024 < p->in ? k + 1024 : p->in; k < end; k += 2, w += 2 * OUT) {
+    for (end = k + p->chunk < p->in ? k + p->chunk : p->in; k < end; k += 2, w += 2 * OUT) {
       ahead(w);
       EACH(i, PARTS) {
         const __m512bh v = (__m512bh)_mm512_loadu_si512(w + 2 * LANES * i);

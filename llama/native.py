@@ -8,6 +8,7 @@ import ctypes
 import importlib.util
 import warnings
 import zlib
+from collections.abc import Sequence
 from ctypes import c_float, c_long, c_uint, c_void_p
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class Product(ctypes.Structure):
     _fields_ = _fields(
         (c_long, "kind"),
         (c_void_p, "weight scales sums groups"),
-        (c_long, "group in_ out gated"),
+        (c_long, "group chunk in_ out gated"),
         (c_void_p, "norm"),
         (c_float, "eps unused"),
         (c_void_p, "x y residual largest normed room"),
@@ -175,6 +176,8 @@ def lies(blocks: torch.Tensor, weight: torch.Tensor, inputs: int) -> bool:
 class Few:
     """x (n, in) -> (n, out) in bfloat16, for MOST rows or fewer and a weight that another kernel has packed and keeps."""
 
+    orders: Sequence[dict[str, int]] = ({},)  # in which what it stands for may sum
+
     def __init__(self, kind: int, in_features: int, out_features: int, *kept: torch.Tensor, **fields: Any) -> None:
         self.in_features, self.out_features, self.kept = in_features, out_features, kept
         self.product = filled(Product(), kind=kind, in_=in_features, out=out_features, **fields)
@@ -184,7 +187,11 @@ class Few:
         """For a weight (out, in) that oneDNN packed."""
         if COMPILED is None or not lies(blocks, weight, 2):
             return None
-        return Few(BF16, weight.shape[1], len(weight), blocks, weight=torch.ops.mkldnn.data_ptr(blocks))
+        width, address = weight.shape[1], torch.ops.mkldnn.data_ptr(blocks)
+        made = Few(BF16, width, len(weight), blocks, weight=address, chunk=1024)
+        divisor = next((n for n in range(1024, 0, -16) if width % n == 0), 1024)
+        made.orders = [{"chunk": n} for n in dict.fromkeys((1024, divisor))]  # in older versions of oneDNN chunks are equal
+        return made
 
     @staticmethod
     def int8(blocks: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> "Few | None":
@@ -202,6 +209,10 @@ class Few:
         if COMPILED is None or groups.dtype != torch.bfloat16:
             return None
         return Few(INT4, width, out, blocks, groups, weight=blocks, groups=groups, group=width // len(groups))
+
+    def set(self, **fields: int) -> "Few":
+        filled(self.product, **fields)
+        return self
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether x is what it reads; what is not goes another way, where errors are raised."""
