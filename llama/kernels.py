@@ -14,7 +14,6 @@ and `widened.linear`, it gets None.
 Of the first, and of int8 and int4 on the CPU, native.c multiplies a few rows where it can (`few`), from what is packed so.
 """
 
-import collections
 import functools
 import math
 from collections.abc import Callable
@@ -67,29 +66,11 @@ class Kernel:
         return pack, (self.held(),)
 
 
-_AGREED: collections.Counter[tuple[type[Kernel], torch.Size]] = collections.Counter()
-_ORDERS: dict[tuple[type[Kernel], torch.Size], dict[str, int]] = {}
-
-
-def agreeing(few: native.Few | None, kernel: Kernel, shape: torch.Size) -> native.Few | None:
-    """`few`, summing in the order in which it gives what the kernel does, to the last bit: that is oneDNN's own affair, decided
-    by its version, the CPU and the weight's shape (out, in). Of each the first weights are looked at."""
-    key = type(kernel), shape
-    if few and _AGREED[key] < 4:
-        x = torch.randn(native.MOST, shape[1], generator=torch.Generator().manual_seed(0), device="cpu").bfloat16()
-        wanted = kernel.multiply(x)
-        order = next((o for o in few.orders if torch.equal(few.set(**o)(x), wanted)), None)
-        if order is None:
-            return None
-        _ORDERS[key] = order
-        _AGREED[key] += 1
-    return few and few.set(**_ORDERS[key])
-
-
 class Packed(Kernel):
     def __init__(self, weight: torch.Tensor) -> None:
         self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-        self.few = agreeing(native.Few.bf16(self.blocks, weight.detach()), self, weight.shape)
+        few = native.Few.bf16(self.blocks, weight.detach())
+        self.few = few and few.agreeing(self.multiply)
         self.least = 1 if self.few else LEAST
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
@@ -177,7 +158,7 @@ class Int8Rows(Kernel):
         self.out = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
         if self.dtype == torch.bfloat16:
             few = native.Few.int8(self.blocks, weight.q, self.scale)
-            self.few = agreeing(few, self, weight.q.shape)
+            self.few = few and few.agreeing(self.multiply)
 
     def multiply(self, x: torch.Tensor, largest_of_all: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
         """`largest_of_all`: from the largest number of each row here, (N, 1), that of the whole row, where this is a part."""

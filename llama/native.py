@@ -8,7 +8,7 @@ import ctypes
 import importlib.util
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_float, c_long, c_uint, c_void_p
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from . import widened
 
 MOST = 16  # rows of a product: from there on other kernels are as fast
+LOOKED_AT = 4  # weights of each shape, whether they are multiplied as oneDNN does
 BF16, INT8, INT4 = range(3)
 
 
@@ -173,6 +174,9 @@ def lies(blocks: torch.Tensor, weight: torch.Tensor, inputs: int) -> bool:
     return True
 
 
+_ORDERS: dict[tuple[int, int, int], list[dict[str, int]]] = {}  # found for each kind and shape
+
+
 class Few:
     """x (n, in) -> (n, out) in bfloat16, for MOST rows or fewer and a weight that another kernel has packed and keeps."""
 
@@ -209,6 +213,20 @@ class Few:
         if COMPILED is None or groups.dtype != torch.bfloat16:
             return None
         return Few(INT4, width, out, blocks, groups, weight=blocks, groups=groups, group=width // len(groups))
+
+    def agreeing(self, multiply: Callable[[torch.Tensor], torch.Tensor]) -> "Few | None":
+        """This, summing in the order in which it gives to the last bit what oneDNN does, by `multiply`; or None if in
+        none. The order is oneDNN's own affair, decided by its version, the CPU and the weight's shape: of each shape the first
+        weights are looked at."""
+        found = _ORDERS.setdefault((self.product.kind, self.in_features, self.out_features), [])
+        if len(found) < LOOKED_AT:
+            x = torch.randn(MOST, self.in_features, generator=torch.Generator().manual_seed(0), device="cpu").bfloat16()
+            wanted = multiply(x)
+            order = next((o for o in self.orders if torch.equal(self.set(**o)(x), wanted)), None)
+            if order is None:
+                return None
+            found.append(order)
+        return self.set(**found[-1])
 
     def set(self, **fields: int) -> "Few":
         filled(self.product, **fields)
