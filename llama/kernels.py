@@ -238,20 +238,21 @@ class _Int4(Kernel):
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """By the widths that the kernel needs."""
-        y = self._product(F.pad(x, (0, self.more_in)) if self.more_in else x, self.scales)
+        y = self._product(F.pad(x, (0, self.more_in)) if self.more_in else x, self.scales.flatten(1, -2))
         return y if self.plain else y[:, : self.out_features]
 
     def held(self) -> Quantized:
         """The numbers as the kernel sees them: what it makes of unit rows, with scales of 1 and zeros of 0."""
-        ones = torch.zeros_like(self.scales, dtype=torch.bfloat16)
+        scales = self.scales.flatten(1, -2)
+        ones = torch.zeros_like(scales, dtype=torch.bfloat16)
         ones[..., 0] = 1
-        width = self.group * len(self.scales)
+        width = self.group * len(scales)
         q = []
         for i in range(0, width, self.group):
             unit = ones.new_zeros(self.group, width)
             unit[:, i : i + self.group].fill_diagonal_(1)
             q.append(self._product(unit, ones)[:, : self.out_features].to(torch.int8))
-        scale, zero = self.scales[:, : self.out_features].transpose(0, 1).bfloat16().unbind(-1)
+        scale, zero = scales[:, : self.out_features].transpose(0, 1).bfloat16().unbind(-1)
         return Quantized("int4", torch.cat(q).t().contiguous(), scale, zero, self.in_features, self.scales.dtype)
 
 
@@ -260,12 +261,15 @@ class Int4(_Int4):
         super().__init__(weight, 64)
         if not self.more_in and _half_a_block() == 32:
             self.few = native.Few.int4(self.blocks, self.scales, self.in_features, self.out_features)
+            if self.few:  # nothing is held twice
+                self.blocks, scales = self.few.kept
+                self.scales = scales.transpose(0, 1)  # (groups, out / 64, 64, 2)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if self.few and self.few.takes(x):
             return self.few(x)
         if self.plain and x.dtype == torch.bfloat16 and x.shape[0] <= FEW:  # at once: it is called for each weight of a step
-            return torch._weight_int4pack_mm_for_cpu(x, self.blocks, self.group, self.scales)
+            return torch._weight_int4pack_mm_for_cpu(x, self.blocks, self.group, self.scales.flatten(1, -2))
         return super().multiply(x)
 
     def _pack(self, q: torch.Tensor) -> torch.Tensor:

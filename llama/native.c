@@ -111,7 +111,7 @@ typedef struct Product {
   const void *weight;
   const float *scales;  /* int8: (out) */
   const int32_t *sums;  /* int8: (out), of a weight's numbers */
-  const bf16_t *groups; /* int4: (in / group, out, 2), scale and zero */
+  const bf16_t *groups; /* int4: (out / 64, in / group, 64, 2), scale and zero */
   long group, chunk;    /* int4: inputs of a group; bf16: inputs that are summed before they are added to the others */
   long in, out;         /* where it is gated, out is half of what is multiplied */
   long gated;           /* y = silu(first half of the outputs) * second half */
@@ -202,7 +202,7 @@ INLINE void int8(const Product *p, long b, long first, const int n, __m512 y[MOS
 INLINE void int4(const Product *p, long b, long first, const int n, __m512 y[MOST][PARTS]) {
   const uint8_t *w = (const uint8_t *)p->weight + b * OUT / 2 * p->in;
   const bf16_t *x = p->x + first * p->in;
-  const long groups = p->in / p->group, width = (p->out * (p->gated ? 2 : 1) + OUT - 1) / OUT * OUT;
+  const long groups = p->in / p->group;
   const float *row_sums = (const float *)p->room + first * groups;
   /* Of 64 bytes, two inputs of 64 outputs, those of 16 outputs: each one's two bytes, apart. */
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -223,7 +223,7 @@ INLINE void int4(const Product *p, long b, long first, const int n, __m512 y[MOS
       }
     }
     EACH(i, PARTS) {
-      const __m512i both = _mm512_loadu_si512(p->groups + 2 * (g * width + b * OUT + i * LANES));
+      const __m512i both = _mm512_loadu_si512(p->groups + 2 * ((b * groups + g) * OUT + i * LANES));
       const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
       const __m512 zero = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
       EACH(r, n) {
