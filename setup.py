@@ -5,12 +5,28 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-# What the CPU must have is asked for when it is loaded (llama/native.py); without a C compiler all else is installed.
-FLAGS = "-O3 -ffp-contract=off -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mavx512vbmi".split()
-SOURCE = zlib.crc32(Path(__file__).with_name("llama").joinpath("native.c").read_bytes())
-NATIVE = Extension(
-    "llama._native", ["llama/native.c"], define_macros=[("SOURCE", str(SOURCE))], extra_compile_args=FLAGS, optional=True
-)
+# What the CPU must have is asked for when they are loaded (llama/library.py); without a C compiler all else is installed.
+FLAGS = {
+    "native": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mavx512vbmi",
+    "avx2": "-mavx2 -mfma -mf16c",
+}
+
+
+def extension(name: str, flags: str) -> Extension:
+    source, header = f"llama/{name}.c", "llama/native.h"
+    mark = zlib.crc32(b"".join(Path(__file__).with_name("llama").joinpath(f).read_bytes() for f in (f"{name}.c", "native.h")))
+    compiled = ["-O3", "-ffp-contract=off", *flags.split()]
+    return Extension(
+        f"llama._{name}",
+        [source],
+        depends=[header],
+        define_macros=[("SOURCE", str(mark))],
+        extra_compile_args=compiled,
+        optional=True,
+    )
+
+
+ON_X86_LINUX = (sys.platform, platform.machine()) == ("linux", "x86_64")
 
 setup(
     name="llama",
@@ -20,7 +36,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=["llama", "llama._demo"],
-    ext_modules=[NATIVE] if (sys.platform, platform.machine()) == ("linux", "x86_64") else [],
+    ext_modules=[extension(*each) for each in FLAGS.items()] if ON_X86_LINUX else [],
     package_dir={"llama._demo": "demo"},
     package_data={"llama._demo": ["README.md", "tokenizer.model", "model/*"]},
     python_requires=">=3.10",

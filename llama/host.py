@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from . import native, widened
 from .attention import attend_one
 from .cache import Batch
+from .library import filled
 from .model import RMSNorm, Transformer, TransformerBlock, norm_one, norm_rows
 from .parallel import JoinedColumnParallelLinear, ParallelLinear, RowParallelLinear
 from .rotary import turn_
@@ -84,7 +85,7 @@ class NativeStep:
         self.cache, self.scores = data, torch.empty(n * K * G, slots, dtype=torch.float32, device="cpu")
         sizes = {"slots": slots, "row_stride": data.stride(2), "head_stride": data.stride(3)} | self.sizes
         each = ({"keys": keys, "values": values, "scores": self.scores} for keys, values in data)
-        made = (native.filled(native.Attention(), **layer, **self.attention, **sizes) for layer in each)
+        made = (filled(native.Attention(), **layer, **self.attention, **sizes) for layer in each)
         self.layers = (native.Attention * n_layers)(*made)
 
     def __call__(self, ids: torch.Tensor, batch: Batch) -> torch.Tensor:

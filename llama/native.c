@@ -6,18 +6,9 @@
  * go in an order of their own, and for numbers below bfloat16's normal ones, which are 0. native.py fills the structures; no
  * size and no address is checked here. */
 
-#include <immintrin.h>
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-
-#define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
-#define INLINE static inline __attribute__((always_inline))
+#include "native.h"
 
 enum { OUT = 64, LANES = 16, PARTS = OUT / LANES, MOST = 4 }; /* outputs of a block, and of a register; rows at once */
-
-typedef uint16_t bf16_t;
-typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel, of PyTorch's own threads */
 
 INLINE __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 INLINE __m512 load(const bf16_t *x) { return widen(_mm256_loadu_si256((const __m256i *)x)); }
@@ -32,9 +23,6 @@ INLINE __m512i spread(const void *x) { /* 4 bytes, to each lane */
 }
 
 INLINE __mmask16 mask(long left) { return left >= LANES ? 0xffff : left > 0 ? (1 << left) - 1 : 0; } /* the lanes there are */
-
-/* Have memory bring what comes 16 kB later: by itself the CPU looks less far. A line of 64 bytes brings its neighbours along. */
-INLINE void ahead(const void *weight) { _mm_prefetch((const char *)weight + 16384, _MM_HINT_T1); }
 
 /* Within one unit of float32's last place; with SLEEF's coefficients, as PyTorch's. */
 INLINE __m512 exponential(__m512 x) {
@@ -263,20 +251,10 @@ static void outputs(const Product *p, long b, long first) {
   }
 }
 
-/* Of the blocks that are left a thread takes a share, one after the other: so memory is read best, and nobody waits long. */
-static long take(Product *p, long blocks, long *end) {
-  for (long first = __atomic_load_n(&p->next, __ATOMIC_RELAXED);;) {
-    const long share = 7 * (blocks - first) / (8 * p->threads);
-    *end = first + (share > 1 ? share : 1);
-    if (first >= blocks) return first;
-    if (__atomic_compare_exchange_n(&p->next, &first, *end, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return first;
-  }
-}
-
 static void products(void *shared) { /* what a thread does */
   Product *p = shared;
   const long blocks = (p->out + OUT - 1) / OUT;
-  for (long b, end; (b = take(p, blocks, &end)) < blocks;)
+  for (long b, end; (b = take(&p->next, p->threads, blocks, &end)) < blocks;)
     for (; b < end; b++)
       for (long first = 0; first < p->n; first += MOST) outputs(p, b, first); /* rows that follow find the block in a cache */
 }

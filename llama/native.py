@@ -6,36 +6,29 @@ bit, except that numbers too small for bfloat16's normal form become 0. The stru
 
 import contextlib
 import ctypes
-import importlib.util
 import mmap
 import threading
-import warnings
-import zlib
 from collections.abc import Callable, Sequence
-from ctypes import c_float, c_long, c_uint, c_void_p
-from pathlib import Path
+from ctypes import c_float, c_long, c_void_p
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from . import widened
+from . import library, widened
+from .library import fields, filled, load
 
 MOST = 16  # rows of a product: from there on other kernels are as fast
 LOOKED_AT = 4  # weights of each shape, whether they are multiplied as oneDNN does
 BF16, INT8, INT4 = range(3)
 
 
-def _fields(*kinds: tuple[Any, str]) -> Any:
-    return [(name, kind) for kind, names in kinds for name in names.split()]
-
-
 class Rows(ctypes.Structure):
-    _fields_ = _fields((c_long, "gated"), (c_void_p, "x weight y"), (c_float, "eps unused"), (c_long, "n width next"))
+    _fields_ = fields((c_long, "gated"), (c_void_p, "x weight y"), (c_float, "eps unused"), (c_long, "n width next"))
 
 
 class Product(ctypes.Structure):
-    _fields_ = _fields(
+    _fields_ = fields(
         (c_long, "kind"),
         (c_void_p, "weight scales sums groups"),
         (c_long, "group chunk in_ out gated"),
@@ -47,66 +40,29 @@ class Product(ctypes.Structure):
 
 
 class Attention(ctypes.Structure):
-    _fields_ = _fields(
+    _fields_ = fields(
         (c_void_p, "q turns keys values at scores y"),
         (c_long, "n K G hd slots q_stride row_stride head_stride next"),
     )
 
 
-FUNCTIONS = {"rows": (Rows,), "multiply": (Product,), "attend": (Attention,), "layers": (Product, Attention)}
-
-
-def _compiled() -> tuple[ctypes.CDLL, Any] | None:
-    """What setup.py made, and what runs a function on each of PyTorch's own threads."""
-    spec = importlib.util.find_spec("._native", __package__)
-    if spec is None or spec.origin is None or not widened.native(torch.bfloat16):
-        return None
-    try:
-        library = ctypes.CDLL(spec.origin)
-        source, *sizes = (c_long * 4).in_dll(library, "interface")
-        parallel = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so")).GOMP_parallel
-        for name, structures in FUNCTIONS.items():
-            numbers = [c_long] if name == "layers" else []
-            function = getattr(library, name)
-            function.argtypes = [c_void_p, c_uint, *map(ctypes.POINTER, structures), *numbers]
-            function.restype = None
-        serves = library.serves()
-    except (AttributeError, OSError, ValueError):  # no such library; or PyTorch has threads of another kind
-        return None
-    beside = Path(__file__).with_name("native.c")  # in a clone
-    if sizes != [*map(ctypes.sizeof, (Rows, Product, Attention))] or (
-        beside.exists() and source != zlib.crc32(beside.read_bytes())
-    ):
-        warnings.warn("llama/native.c has changed since it was compiled, and is not used; install llama again", stacklevel=2)
-        return None
-    return (library, ctypes.cast(parallel, c_void_p)) if serves else None
-
-
-COMPILED = _compiled()
+FUNCTIONS: dict[str, list[Any]] = {
+    "rows": [Rows],
+    "multiply": [Product],
+    "attend": [Attention],
+    "layers": [Product, Attention, c_long],
+}
+COMPILED = load("native", [Rows, Product, Attention], FUNCTIONS) if widened.native(torch.bfloat16) else None
 
 
 def call(name: str, *args: Any) -> None:
     assert COMPILED is not None
-    library, parallel = COMPILED
-    getattr(library, name)(parallel, torch.get_num_threads(), *args)
+    COMPILED.call(name, *args)
 
 
 def plain(*tensors: torch.Tensor) -> bool:
-    """Whether native.c may look at their memory: bfloat16 on the CPU, that nobody traces, maps or derives."""
-    return (
-        not torch.compiler.is_compiling()
-        and COMPILED is not None
-        and all(
-            type(t) in (torch.Tensor, torch.nn.Parameter)
-            and t.dtype == torch.bfloat16
-            and t.is_cpu
-            and not (t.requires_grad and torch.is_grad_enabled())
-            and not torch._C._functorch.is_functorch_wrapped_tensor(t)
-            for t in tensors
-        )
-        and not torch.jit.is_tracing()
-        and not torch._C._len_torch_dispatch_stack()
-    )
+    """Whether native.c may look at their memory, and reads their numbers."""
+    return COMPILED is not None and all(t.dtype == torch.bfloat16 for t in tensors) and library.plain(*tensors)
 
 
 def attends(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
@@ -148,14 +104,6 @@ def gated(x: torch.Tensor) -> torch.Tensor:
     y = x.new_empty(*x.shape[:-1], width)
     call("rows", ctypes.byref(filled(Rows(), gated=1, x=x, y=y, n=y.numel() // width, width=width)))
     return y
-
-
-def filled(structure: Any, **fields: Any) -> Any:
-    """The structure, with these fields set; tensors stand for their addresses, and must outlive it."""
-    for name, value in fields.items():
-        assert hasattr(structure, name), name
-        setattr(structure, name, value.data_ptr() if isinstance(value, torch.Tensor) else value)
-    return structure
 
 
 def lies(blocks: torch.Tensor, weight: torch.Tensor, inputs: int) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from . import avx2
+
 SMALLEST = 1 << 19  # bytes of a weight; below this F.linear is the fastest
 SINGLY = 4  # rows up to which reading 16 bit numbers anew for each is faster than making them float32 once
 COPIES = 1 << 26  # bytes that copies of x may take
@@ -37,14 +39,14 @@ def native(dtype: torch.dtype) -> bool:
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`F.linear`, x (..., in) times a weight (out, in), by what is fastest on a CPU that does not multiply them natively."""
-    if not weight.is_cpu or native(weight.dtype) or weight.nbytes < SMALLEST or x.numel() <= x.shape[-1]:
+    if not weight.is_cpu or native(weight.dtype) or weight.nbytes < SMALLEST or torch.compiler.is_compiling():
         return F.linear(x, weight)
-    if torch.compiler.is_compiling() or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1]:
+    rows, derived = x.reshape(-1, x.shape[-1]), torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if avx2.takes(rows, weight):
+        y = avx2.multiply(rows, weight)
+    elif len(rows) <= 1 or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1] or derived:
         return F.linear(x, weight)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return F.linear(x, weight)
-    rows = x.reshape(-1, x.shape[-1])
-    if len(rows) <= SINGLY:
+    elif len(rows) <= SINGLY:
         y = torch.cat([F.linear(row, weight) for row in rows.split(1)])
     else:
         y = by_pieces(rows, len(weight), lambda out, buffer: buffer.copy_(weight[out].view_as(buffer)).transpose(1, 2))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import Llama, kernels, saved
+from llama import Llama, int4, kernels, saved
 from llama.quantize import Quantized, quantize
 
 from .support import write_shards
@@ -91,7 +91,7 @@ def test_quantized_products(kind: str, shape: tuple[int, int]) -> None:
         want = x.double() @ kernel.dense().double().t()
         assert (kernel(x).double() - want).norm() < 0.01 * want.norm(), rows
     if kind == "int4":  # many rows are unpacked; else they would take five times as long
-        assert all(kernels._known_to_unpack(half_tiles, torch.device("cuda", 0)) for half_tiles in (1, 2, 4))
+        assert all(int4._known_to_unpack(half_tiles, torch.device("cuda", 0)) for half_tiles in (1, 2, 4))
     again = kernel.held()
     assert isinstance(again, Quantized) and torch.equal(again.q, held.q) and torch.equal(again.scale, held.scale)
 

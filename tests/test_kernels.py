@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import Llama, ModelArgs, Transformer, kernels, widened
+from llama import Llama, ModelArgs, Transformer, avx2, kernels, widened
 from llama.attention import attend, attend_in_blocks, attend_plainly
 from llama.parallel import ColumnParallelLinear, JoinedColumnParallelLinear
 
@@ -20,7 +20,8 @@ EXACT = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half a step of what is
 
 @pytest.fixture
 def nothing_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on most CPUs."""
+    """As on most CPUs, where nothing is compiled."""
+    monkeypatch.setattr(avx2, "LIBRARY", None)
     monkeypatch.setattr(widened, "WIDENED", frozenset(EXACT))
     monkeypatch.setattr(widened, "SMALLEST", 0)
 
@@ -152,14 +153,14 @@ def test_a_cpu_that_has_avx2_alone() -> None:
 
 AVX2_ALONE = """
 import torch
-from llama import kernels, widened
+from llama import int4, kernels, widened
 from llama.quantize import quantize
 assert torch.backends.cpu.get_cpu_capability() == "AVX2"
 assert not widened.native(torch.bfloat16) and not widened.native(torch.float16) and widened.native(torch.float32)
-assert kernels.pack(torch.randn(1100, 320).bfloat16()) is None and kernels._half_a_block() == 16
+assert kernels.pack(torch.randn(1100, 320).bfloat16()) is None and int4._half_a_block() == 16
 eight = kernels.pack(quantize(torch.full((64, 64), 1.0), "int8"))  # which oneDNN alone would add in 16 bits, and overflow
 torch.testing.assert_close(eight(torch.ones(4, 64)), torch.full((4, 64), 64.0), atol=1, rtol=0)
-kernel, x = kernels.Int4(quantize(torch.randn(200, 192).bfloat16(), "int4")), torch.randn(kernels.FEW + 1, 192).bfloat16()
+kernel, x = kernels.Int4(quantize(torch.randn(200, 192).bfloat16(), "int4")), torch.randn(int4.FEW + 1, 192).bfloat16()
 torch.testing.assert_close(kernel(x), torch.cat([kernel(x[:50]), kernel(x[50:])]), atol=0.05, rtol=0.02)
 """
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from llama import ModelArgs, Transformer, kernels, native, widened
+from llama import ModelArgs, Transformer, avx2, kernels, library, native, widened
 from llama.attention import attend_plainly
 from llama.cache import Batch
 from llama.decode import Decoder
@@ -306,9 +306,13 @@ def test_without_it(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Not compiled, or something else: all goes the other way."""
     (tmp_path / "_native.so").write_bytes(content)
     spec = SimpleNamespace(origin=str(tmp_path / "_native.so")) if content else None
-    monkeypatch.setattr(native.importlib.util, "find_spec", lambda *args: spec)
-    monkeypatch.setattr(native, "COMPILED", native._compiled())
-    assert native.COMPILED is None
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda *args: spec)
+    for module, name, found in (
+        (native, "COMPILED", library.load("native", [native.Rows, native.Product, native.Attention], native.FUNCTIONS)),
+        (avx2, "LIBRARY", library.load("avx2", [avx2.Product], {"multiply": [avx2.Product]})),
+    ):
+        assert found is None
+        monkeypatch.setattr(module, name, found)
     kernel = kernels.pack(rows(100, 192))
     assert kernel is None or kernel.few is None
 

@@ -52,9 +52,9 @@ SIGNATURES = {
     llama.sampling.sample_top_p: "probs, p",
 }
 # A file imports only from files above it.
-ROOMS = """errors ranks runtime demo quantize widened native kernels parallel cache attention rotary compiled model host decode
-memory plan tokenizer chat sampling engine text calls archive checkpoint loading saved generation conversation terminal __init__
-__main__""".split()
+ROOMS = """errors ranks runtime demo library avx2 quantize widened native kernel int4 kernels parallel cache attention
+rotary compiled model host decode memory plan tokenizer chat sampling engine text calls archive checkpoint
+loading saved generation conversation terminal __init__ __main__""".split()
 
 
 @pytest.mark.parametrize("module", NAMES)

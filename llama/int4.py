@@ -1,0 +1,203 @@
+"""How weights of 4 bits are held and multiplied.
+
+    CPU with AVX-512    Int4: in PyTorch's blocks, for its kernel and native.c's
+    CPU with AVX2       Int4Rows: row by row, for avx2.c's
+    CUDA                Int4Cuda: as the tensor cores take them, for PyTorch's kernel
+
+Where native.c or avx2.c is not compiled, the CPU's are in PyTorch's blocks. Of all of them many rows unpack what is held.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from . import avx2, native, widened
+from .kernel import Kernel
+from .quantize import Quantized, from_nibbles, to_nibbles
+
+FEW, FEW_CUDA = 96, 128  # rows up to which reading small numbers anew for each is faster than unpacking them once
+
+
+class _Int4(Kernel):
+    """Groups of inputs with a scale and a zero each, (groups, out, 2)."""
+
+    kind = "int4"
+
+    def __init__(self, weight: Quantized, multiple: int) -> None:
+        self.in_features, self.out_features, self.group = weight.in_features, len(weight.q), weight.group
+        q = F.pad(weight.q, (0, 0, 0, -len(weight.q) % multiple))
+        assert weight.zero is not None
+        scales = torch.stack((weight.scale, weight.zero), dim=-1).transpose(0, 1).to(weight.dtype)
+        self.scales = F.pad(scales, (0, 0, 0, len(q) - self.out_features)).contiguous()
+        step = max(1, widened.PIECE // q.shape[1] // multiple) * multiple
+        self.blocks = torch.cat([self._pack(q[i : i + step]) for i in range(0, len(q), step)])
+        self.more_in = q.shape[1] - self.in_features
+        self.plain = self.more_in == 0 and len(q) == self.out_features
+
+    def _pack(self, q: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _product(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """By the widths that the kernel needs."""
+        y = self._product(F.pad(x, (0, self.more_in)) if self.more_in else x, self.scales.flatten(1, -2))
+        return y if self.plain else y[:, : self.out_features]
+
+    def held(self) -> Quantized:
+        """The numbers as the kernel sees them: what it makes of unit rows, with scales of 1 and zeros of 0."""
+        scales = self.scales.flatten(1, -2)
+        ones = torch.zeros_like(scales, dtype=torch.bfloat16)
+        ones[..., 0] = 1
+        width = self.group * len(scales)
+        q = []
+        for i in range(0, width, self.group):
+            unit = ones.new_zeros(self.group, width)
+            unit[:, i : i + self.group].fill_diagonal_(1)
+            q.append(self._product(unit, ones)[:, : self.out_features].to(torch.int8))
+        scale, zero = scales[:, : self.out_features].transpose(0, 1).bfloat16().unbind(-1)
+        return Quantized("int4", torch.cat(q).t().contiguous(), scale, zero, self.in_features, self.scales.dtype)
+
+
+class Int4(_Int4):
+    def __init__(self, weight: Quantized) -> None:
+        super().__init__(weight, 64)
+        if not self.more_in and _half_a_block() == 32:
+            self.few = native.Few.int4(self.blocks, self.scales, self.in_features, self.out_features)
+            if self.few:  # nothing is held twice
+                self.blocks, scales = self.few.kept
+                self.scales = scales.transpose(0, 1)  # (groups, out / 64, 64, 2)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if self.few and self.few.takes(x):
+            return self.few(x)
+        if self.plain and x.dtype == torch.bfloat16 and x.shape[0] <= FEW:  # at once: it is called for each weight of a step
+            return torch._weight_int4pack_mm_for_cpu(x, self.blocks, self.group, self.scales.flatten(1, -2))
+        return super().multiply(x)
+
+    def _pack(self, q: torch.Tensor) -> torch.Tensor:
+        return _pack_int4(q)
+
+    def _product(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        few = x.dtype == torch.bfloat16 and x.shape[0] <= FEW  # in float32 the kernel is ten times slower
+        half = None if few or torch.compiler.is_compiling() else _half_a_block()
+        if not half:
+            return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.blocks, self.group, scales)
+        scale, zero = scales.unbind(-1)  # (groups, out)
+
+        def piece(out: slice, buffer: torch.Tensor) -> torch.Tensor:
+            parts, n, width = buffer.shape
+            q = _unpack_int4(self.blocks[out], half, buffer).view(parts, -1, self.group, n)
+            # Both (parts, groups, 1, n).
+            a, b = (s[:, out].unflatten(1, (parts, 1, n)).transpose(0, 1).to(q.dtype).contiguous() for s in (scale, zero))
+            return torch.addcmul(b, q, a, out=q).view(parts, width, n)
+
+        return widened.by_pieces(x, len(self.blocks), piece)
+
+
+class Int4Rows(Kernel):
+    """Two inputs in a byte, as `to_nibbles` has them, but from 0 on; of groups of 64 inputs."""
+
+    kind = "int4"
+
+    def __init__(self, weight: Quantized) -> None:
+        assert weight.zero is not None
+        self.in_features, self.dtype = weight.in_features, weight.dtype
+        self.nibbles = native.HUGE_PAGES.copy(to_nibbles(weight.q + 8))
+        self.scales = native.HUGE_PAGES.copy(torch.stack((weight.scale, weight.zero), dim=-1).bfloat16())  # (out, groups, 2)
+
+    @staticmethod
+    def serves(weight: Quantized) -> bool:
+        few = avx2.LIBRARY is not None and weight.group == avx2.GROUP and weight.in_features == weight.q.shape[1]
+        return few and weight.dtype.itemsize == 2 and not (native.COMPILED and weight.dtype == torch.bfloat16)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if avx2.takes(x, self.nibbles):
+            return avx2.multiply(x, self.nibbles, self.scales)
+        if torch.compiler.is_compiling() or x.shape[1] != self.in_features:  # or an error
+            return F.linear(x, self.dense())
+
+        def piece(out: slice, buffer: torch.Tensor) -> torch.Tensor:
+            q = buffer.view(-1, len(self.scales[0]), avx2.GROUP)
+            q.view(-1, self.in_features).copy_(self._numbers(out))
+            scale, zero = self.scales[out].to(q.dtype).unsqueeze(2).unbind(-1)
+            return torch.addcmul(zero, q, scale, out=q).view_as(buffer).transpose(1, 2)
+
+        return widened.by_pieces(x, len(self.nibbles), piece)
+
+    def _numbers(self, out: slice) -> torch.Tensor:
+        return from_nibbles(self.nibbles[out] ^ 0x88)
+
+    def held(self) -> Quantized:
+        scale, zero = self.scales.unbind(-1)
+        return Quantized("int4", self._numbers(slice(None)), scale, zero, self.in_features, self.dtype)
+
+
+def _pack_int4(q: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int() + 8, 1)
+
+
+def _unpack_int4(blocks: torch.Tensor, half: int, buffer: torch.Tensor) -> torch.Tensor:
+    """The weights (parts * n, in) that PyTorch packed, as (parts, in, n), in a buffer (parts, n, in): a block is 2 * half
+    outputs by all inputs, and a byte holds outputs i and i + half of an input."""
+    parts, n, width = buffer.shape
+    pairs = blocks.view(parts, n // (2 * half), width, half).transpose(1, 2)  # (parts, in, n / block, half)
+    q = buffer.view(*pairs.shape[:3], 2, half)
+    q[..., 0, :], q[..., 1, :] = (pairs & 15).view(torch.int8) - 8, (pairs >> 4).view(torch.int8) - 8
+    return buffer.view(parts, width, n)
+
+
+@functools.cache
+def _half_a_block() -> int | None:
+    """32 with AVX-512, 16 with AVX2; None: this machine's PyTorch packs in a way of its own. It is no public format."""
+    with torch.device("cpu"):
+        q = ((torch.arange(128 * 64).view(128, 64) * 2654435761 >> 7) % 16 - 8).to(torch.float32)
+        blocks = _pack_int4(q.to(torch.int8))
+        for half in (32, 16):
+            if blocks.shape == (128, 32) and torch.equal(_unpack_int4(blocks, half, torch.empty_like(q)[None])[0].t(), q):
+                return half
+    return None
+
+
+class Int4Cuda(_Int4):
+    def __init__(self, weight: Quantized) -> None:
+        super().__init__(weight, 8)
+
+    def _pack(self, q: torch.Tensor) -> torch.Tensor:
+        return _pack_int4_cuda(q)
+
+    def _product(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        many = len(x) > FEW_CUDA and not torch.compiler.is_compiling()
+        if many and _known_to_unpack(self.blocks.shape[3], self.blocks.device):
+            scale, zero = scales.transpose(0, 1).unsqueeze(3).unbind(2)  # (out, groups, 1)
+            q = _unpack_int4_cuda(self.blocks, x.dtype).unflatten(1, (len(scales), -1))
+            return F.linear(x, torch.addcmul(zero, q, scale, out=q).flatten(1))
+        return torch.ops.aten._weight_int4pack_mm(x.contiguous(), self.blocks, self.group, scales)
+
+
+def _pack_int4_cuda(q: torch.Tensor) -> torch.Tensor:
+    unsigned = (q + 8).to(torch.uint8)
+    tiles = next(n for n in (8, 4, 2) if q.shape[1] % (16 * n) == 0)
+    return torch.ops.aten._convert_weight_to_int4pack(unsigned[:, ::2] << 4 | unsigned[:, 1::2], tiles)
+
+
+def _unpack_int4_cuda(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers (out, in) that PyTorch packed as the tensor cores take them, (out / 8, in / 16t, 32, t / 2) of int32:
+    one of 32 threads has 8 inputs of an output. Of an input's number within 32 its bytes have bit 0 and bit 4, their halves
+    bit 3, the threads bits 1 and 2."""
+    n, k, _, t = blocks.shape
+    pairs = blocks.view(torch.uint8).view(n, k, 8, 4, t, 2, 2).permute(0, 2, 1, 4, 6, 3, 5)
+    q = torch.empty(n, 8, k, t, 2, 2, 4, 2, dtype=dtype, device=blocks.device)  # bits 4, 3, 2 and 1, 0
+    for bit3, number in enumerate((pairs & 15, pairs >> 4)):
+        q[:, :, :, :, :, bit3] = number.view(torch.int8).sub_(8)
+    return q.view(8 * n, -1)
+
+
+@functools.cache
+def _known_to_unpack(half_tiles: int, device: torch.device) -> bool:
+    """Whether this machine's PyTorch packs so: it is no public format."""
+    q = ((torch.arange(16 * 96 * half_tiles, device=device).view(16, -1) * 2654435761 >> 7) % 16 - 8).to(torch.int8)
+    blocks = _pack_int4_cuda(q)
+    return blocks.shape[2:] == (32, half_tiles) and torch.equal(_unpack_int4_cuda(blocks, q.dtype), q)

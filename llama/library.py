@@ -1,0 +1,79 @@
+"""What setup.py compiled from C, and how it is called: on PyTorch's own threads, with structures of sizes and addresses."""
+
+import ctypes
+import importlib.util
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from ctypes import c_long, c_uint, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+
+
+class Library:
+    """A file of C, whose functions take these structures, and numbers after them."""
+
+    def __init__(self, path: str, functions: Mapping[str, Sequence[Any]]) -> None:
+        self.library = ctypes.CDLL(path)
+        # What runs a function on each of the threads; where PyTorch has threads of another kind there is none.
+        parallel = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so")).GOMP_parallel
+        self.parallel = ctypes.cast(parallel, c_void_p)
+        for name, kinds in functions.items():
+            function = getattr(self.library, name)
+            types = [kind if kind is c_long else ctypes.POINTER(kind) for kind in kinds]
+            function.argtypes, function.restype = [c_void_p, c_uint, *types], None
+
+    def call(self, name: str, *args: Any) -> None:
+        getattr(self.library, name)(self.parallel, torch.get_num_threads(), *args)
+
+
+def load(name: str, structures: Sequence[Any], functions: Mapping[str, Sequence[Any]]) -> Library | None:
+    """The library of llama/<name>.c, if it was compiled, from what stands there, and this CPU has what it needs."""
+    spec = importlib.util.find_spec(f"._{name}", __package__)
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        made = Library(spec.origin, functions)
+        source, *sizes = (c_long * (1 + len(structures))).in_dll(made.library, "interface")
+        serves = made.library.serves()
+    except (AttributeError, OSError, ValueError):
+        return None
+    files = [HERE / f"{name}.c", HERE / "native.h"]  # which are there in a clone
+    changed = all(file.exists() for file in files) and source != zlib.crc32(b"".join(file.read_bytes() for file in files))
+    if changed or sizes != [*map(ctypes.sizeof, structures)]:
+        warnings.warn(f"llama/{name}.c has changed since it was compiled, and is not used; install llama again", stacklevel=2)
+        return None
+    return made if serves else None
+
+
+def fields(*kinds: tuple[Any, str]) -> Any:
+    """Of a structure: the names that have each kind."""
+    return [(name, kind) for kind, names in kinds for name in names.split()]
+
+
+def filled(structure: Any, **fields: Any) -> Any:
+    """The structure, with these fields set; tensors stand for their addresses, and must outlive it."""
+    for name, value in fields.items():
+        assert hasattr(structure, name), name
+        setattr(structure, name, value.data_ptr() if isinstance(value, torch.Tensor) else value)
+    return structure
+
+
+def plain(*tensors: torch.Tensor) -> bool:
+    """Whether C may look at their memory: on the CPU, and nobody traces, maps or derives them."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(
+            type(t) in (torch.Tensor, torch.nn.Parameter)
+            and t.is_cpu
+            and not (t.requires_grad and torch.is_grad_enabled())
+            and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+            for t in tensors
+        )
+        and not torch.jit.is_tracing()
+        and not torch._C._len_torch_dispatch_stack()
+    )
