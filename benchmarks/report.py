@@ -120,6 +120,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     a = parser.parse_args()
     results = json.loads(a.results.read_text())
+    if not isinstance(results, dict) or "workloads" not in results:
+        parser.error(f"{a.results} is not of speed.py, whose results alone make a table")
     print("\n".join(table(results)))
     if a.plot:
         plot(results, a.plot)
