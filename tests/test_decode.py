@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from llama import Llama, decode, kernels, native, widened
+from llama import Llama, avx2, decode, kernels, native, widened
 from llama.cache import Batch
 from llama.decode import Step, bucket, unwatched
 from llama.errors import DeviceError, InputError
@@ -237,7 +237,8 @@ def test_a_compiled_block_serves_all_layers(
 ) -> None:
     """Four graphs, without breaks, for every layer, position, bucket and call; another number of rows compiles anew."""
     monkeypatch.setattr(kernels, "Int8Rows", kernels.Int8Cuda)  # the CPU's own is not for compiling
-    monkeypatch.setattr(native, "COMPILED", None)  # nor this
+    monkeypatch.setattr(native, "COMPILED", None)  # nor these
+    monkeypatch.setattr(avx2, "LIBRARY", None)
     llama = Llama.build(small.folder, small.tokenizer_path, 300, 4, device="cpu", dtype=dtype, quantize=kind)
     llama.engine.decoder.static = True
     want = llama.generate(PROMPTS, 150, temperature=0)

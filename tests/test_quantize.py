@@ -71,7 +71,7 @@ FORMS = {
 @pytest.mark.parametrize("n", [1, 3, 130])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("form", [pytest.param(f, marks=vnni if f == "Int8Rows" else ()) for f in FORMS])
+@pytest.mark.parametrize("form", [pytest.param(f, marks=vnni if f in ("Int8Rows", "Int8Cuda") else ()) for f in FORMS])
 def test_products_are_those_of_the_numbers_held(
     form: str, shape: tuple[int, int], dtype: torch.dtype, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
