@@ -4,6 +4,8 @@
 
 #include "native.h"
 
+#include <cpuid.h>
+
 enum { BF16, FP16, FP32, INT8, INT4 };   /* kinds of numbers */
 enum { OUT = 16, MOST = 4, GROUP = 64 }; /* outputs of a block, rows at once, inputs of a group of int4 */
 
@@ -57,8 +59,8 @@ static void widen(const Product *p, const void *x, long k, long n, float *y) {
     for (long i = 0; i < n; i += 8) _mm256_storeu_ps(y + i, load(BF16, x, k + i));
 }
 
-/* A row of int4: each group becomes numbers of 15 bits, 128 times high plus low, which are exactly those of x, of 16 bits,
- * divided by a power of 2, but that of those below a 64th of the largest some bits are rounded off. */
+/* A row of int4: each group becomes numbers of 15 bits, 128 times high plus low, which are those of x, of 16 bits, divided
+ * by a power of 2: exactly, but for some last bits of those below a 64th (float16: an 8th) of the largest. */
 typedef struct Group {
   int8_t high[2][GROUP / 2], low[2][GROUP / 2]; /* inputs 0, 2, 4, ..; 1, 3, 5, .. */
 } Group;
@@ -74,7 +76,7 @@ static void in_15_bits(const Product *p, const void *x, Group *groups, float *sc
     }
     const float power = number(most & 0x7f800000), scale = power > 0x1p127f ? NAN : fmaxf(power, 0x1p-99f) / 8192;
     const float factor = 1 / scale;
-    int32_t sum = 0;
+    uint32_t sum = 0; /* as of what is no number it overflows */
     for (int i = 0; i < GROUP; i++) {
       const int32_t whole = _mm_cvtss_si32(_mm_set_ss(numbers[i] * factor));
       groups[g].high[i % 2][i / 2] = whole >> 7;
@@ -82,7 +84,7 @@ static void in_15_bits(const Product *p, const void *x, Group *groups, float *sc
       sum += whole;
     }
     scales[g] = scale;
-    sums[g] = scale * (float)sum;
+    sums[g] = scale * (float)(int32_t)sum;
   }
 }
 
@@ -196,7 +198,10 @@ void multiply(Parallel parallel, unsigned threads, const Product *given) {
   parallel(products, &p, threads, 0);
 }
 
-/* What avx2.py is to find; and whether this CPU has it all: F16C, too, which there is wherever there is AVX2. */
+/* What avx2.py is to find; and whether this CPU has it all, of which F16C has no name in older compilers. */
 const long interface[] = {SOURCE, sizeof(Product)};
 
-int serves(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+int serves(void) {
+  unsigned a, b, c, d;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+}

@@ -8,7 +8,7 @@ import torch
 
 from .library import fields, load, plain
 
-MOST = 64  # rows of a product: of more, weights are better made float32 once
+MOST = 96  # rows of a product: of more, weights are better made float32 once
 GROUP = 64  # inputs that share a scale in 4 bit
 NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 INT8, INT4 = 3, 4
@@ -28,7 +28,7 @@ def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
         return False
     width = weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
     known = weight.dtype == torch.int8 or (weight.dtype in (torch.uint8, x.dtype) and x.dtype != torch.float32)
-    fits = known and 0 < len(x) <= MOST and x.shape[1] == width and width % 32 == 0
+    fits = known and 0 < len(x) <= MOST and x.shape[1] == width and width % (GROUP if weight.dtype == torch.uint8 else 32) == 0
     return fits and x.is_contiguous() and weight.is_contiguous() and plain(x, weight)
 
 

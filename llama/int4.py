@@ -1,20 +1,21 @@
 """How weights of 4 bits are held and multiplied.
 
-    CPU with AVX-512    Int4: in PyTorch's blocks, for its kernel and native.c's
-    CPU with AVX2       Int4Rows: row by row, for avx2.c's
-    CUDA                Int4Cuda: as the tensor cores take them, for PyTorch's kernel
+    Int4        in PyTorch's blocks, for its kernel and native.c's
+    Int4Rows    row by row, for avx2.c's: where it is compiled and native.c serves not; in 16 bits, and groups of 64 inputs
+    Int4Cuda    as the tensor cores take them, for PyTorch's kernel
 
-Where native.c or avx2.c is not compiled, the CPU's are in PyTorch's blocks. Of all of them many rows unpack what is held.
+Int4 and Int4Cuda unpack what they hold for many rows.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
 from . import avx2, native, widened
 from .kernel import Kernel
-from .quantize import Quantized, from_nibbles, to_nibbles
+from .quantize import BLOCK, Quantized, from_nibbles, to_nibbles
 
 FEW, FEW_CUDA = 96, 128  # rows up to which reading small numbers anew for each is faster than unpacking them once
 
@@ -26,16 +27,17 @@ class _Int4(Kernel):
 
     def __init__(self, weight: Quantized, multiple: int) -> None:
         self.in_features, self.out_features, self.group = weight.in_features, len(weight.q), weight.group
-        q = F.pad(weight.q, (0, 0, 0, -len(weight.q) % multiple))
+        more = -len(weight.q) % multiple
+        q = F.pad(weight.q, (0, 0, 0, more)) if more else weight.q
         assert weight.zero is not None
-        scales = torch.stack((weight.scale, weight.zero), dim=-1).transpose(0, 1).to(weight.dtype)
-        self.scales = F.pad(scales, (0, 0, 0, len(q) - self.out_features)).contiguous()
-        step = max(1, widened.PIECE // q.shape[1] // multiple) * multiple
-        self.blocks = torch.cat([self._pack(q[i : i + step]) for i in range(0, len(q), step)])
+        scales = torch.stack((weight.scale.t(), weight.zero.t()), dim=-1).to(weight.dtype)
+        self.scales = F.pad(scales, (0, 0, 0, more)) if more else scales
+        self.blocks = self._packed(q.split(max(1, BLOCK // 2 // q.shape[1] // multiple) * multiple))
         self.more_in = q.shape[1] - self.in_features
         self.plain = self.more_in == 0 and len(q) == self.out_features
 
-    def _pack(self, q: torch.Tensor) -> torch.Tensor:
+    def _packed(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        """From numbers (out, in) as they come."""
         raise NotImplementedError
 
     def _product(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -67,8 +69,7 @@ class Int4(_Int4):
         if not self.more_in and _half_a_block() == 32:
             self.few = native.Few.int4(self.blocks, self.scales, self.in_features, self.out_features)
             if self.few:  # nothing is held twice
-                self.blocks, scales = self.few.kept
-                self.scales = scales.transpose(0, 1)  # (groups, out / 64, 64, 2)
+                self.scales = self.few.kept[1].transpose(0, 1)  # (groups, out / 64, 64, 2)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if self.few and self.few.takes(x):
@@ -77,8 +78,11 @@ class Int4(_Int4):
             return torch._weight_int4pack_mm_for_cpu(x, self.blocks, self.group, self.scales.flatten(1, -2))
         return super().multiply(x)
 
-    def _pack(self, q: torch.Tensor) -> torch.Tensor:
-        return _pack_int4(q)
+    def _packed(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        blocks = native.HUGE_PAGES.room(sum(map(len, pieces)), pieces[0].shape[1] // 2, dtype=torch.uint8)
+        for q, own in zip(pieces, blocks.split(len(pieces[0])), strict=True):
+            own.copy_(_pack_int4(q))
+        return blocks
 
     def _product(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         few = x.dtype == torch.bfloat16 and x.shape[0] <= FEW  # in float32 the kernel is ten times slower
@@ -105,8 +109,13 @@ class Int4Rows(Kernel):
     def __init__(self, weight: Quantized) -> None:
         assert weight.zero is not None
         self.in_features, self.dtype = weight.in_features, weight.dtype
-        self.nibbles = native.HUGE_PAGES.copy(to_nibbles(weight.q + 8))
-        self.scales = native.HUGE_PAGES.copy(torch.stack((weight.scale, weight.zero), dim=-1).bfloat16())  # (out, groups, 2)
+        n, width = weight.q.shape
+        self.nibbles = native.HUGE_PAGES.room(n, width // 2, dtype=torch.uint8)
+        step = max(1, BLOCK // width)
+        for q, own in zip(weight.q.split(step), self.nibbles.split(step), strict=True):
+            torch.bitwise_xor(to_nibbles(q), 0x88, out=own)  # + 8 in each half
+        self.scales = native.HUGE_PAGES.room(n, width // avx2.GROUP, 2, dtype=torch.bfloat16)
+        torch.stack((weight.scale, weight.zero), dim=-1, out=self.scales)
 
     @staticmethod
     def serves(weight: Quantized) -> bool:
@@ -114,25 +123,14 @@ class Int4Rows(Kernel):
         return few and weight.dtype.itemsize == 2 and not (native.COMPILED and weight.dtype == torch.bfloat16)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        if avx2.takes(x, self.nibbles):
-            return avx2.multiply(x, self.nibbles, self.scales)
-        if torch.compiler.is_compiling() or x.shape[1] != self.in_features:  # or an error
-            return F.linear(x, self.dense())
-
-        def piece(out: slice, buffer: torch.Tensor) -> torch.Tensor:
-            q = buffer.view(-1, len(self.scales[0]), avx2.GROUP)
-            q.view(-1, self.in_features).copy_(self._numbers(out))
-            scale, zero = self.scales[out].to(q.dtype).unsqueeze(2).unbind(-1)
-            return torch.addcmul(zero, q, scale, out=q).view_as(buffer).transpose(1, 2)
-
-        return widened.by_pieces(x, len(self.nibbles), piece)
-
-    def _numbers(self, out: slice) -> torch.Tensor:
-        return from_nibbles(self.nibbles[out] ^ 0x88)
+        parts = x.split(avx2.MOST)  # many are as fast so as by numbers that are unpacked once
+        if avx2.takes(parts[0], self.nibbles):
+            return torch.cat([avx2.multiply(part, self.nibbles, self.scales) for part in parts])
+        return F.linear(x, self.dense())
 
     def held(self) -> Quantized:
         scale, zero = self.scales.unbind(-1)
-        return Quantized("int4", self._numbers(slice(None)), scale, zero, self.in_features, self.dtype)
+        return Quantized("int4", from_nibbles(self.nibbles ^ 0x88), scale, zero, self.in_features, self.dtype)
 
 
 def _pack_int4(q: torch.Tensor) -> torch.Tensor:
@@ -165,8 +163,8 @@ class Int4Cuda(_Int4):
     def __init__(self, weight: Quantized) -> None:
         super().__init__(weight, 8)
 
-    def _pack(self, q: torch.Tensor) -> torch.Tensor:
-        return _pack_int4_cuda(q)
+    def _packed(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([_pack_int4_cuda(q) for q in pieces])
 
     def _product(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         many = len(x) > FEW_CUDA and not torch.compiler.is_compiling()

@@ -8,10 +8,10 @@ and `widened.linear`, it gets None.
                 it natively
     int8        CPU with VNNI         Int8Rows: the same; rows of x become 8 bit numbers, too
                 CUDA                  Int8Cuda: as it is, for cuBLAS; rows of x become 8 bit numbers, too
-                others                Int8: as it is
-    int4        CPU, CUDA             Int4, Int4Cuda: for PyTorch's kernels; unpacked to multiply many rows
+                others                Int8: as it is; avx2.c multiplies a few rows
+    int4        CPU, CUDA             int4.py's
 
-Of the first, and of int8 and int4 on the CPU, native.c multiplies a few rows where it can (`few`), from what is packed so.
+Of the first, and of Int8Rows and Int4, native.c multiplies a few rows where it can (`few`), from what is packed so.
 """
 
 import functools

@@ -76,4 +76,5 @@ def plain(*tensors: torch.Tensor) -> bool:
         )
         and not torch.jit.is_tracing()
         and not torch._C._len_torch_dispatch_stack()
+        and torch.autograd.forward_ad._current_level < 0
     )

@@ -67,8 +67,10 @@ def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device:
             else:
                 parts = [part for name in names for part in quantized(name, shards, own, dtype, device)]
             module.hold(Quantized.cat(parts))
+            del parts
             for view in views:
                 advise(view, DONTNEED)
+            trim()
             continue
         weight = views[0] if _in_place(views, dtype, device) else _join(views, split_dim(names[0]) or 0, dtype, device)
         _refuse_what_is_not_finite(weight, names, shards)
@@ -153,6 +155,12 @@ def _join(views: list[torch.Tensor], dim: int, dtype: torch.dtype, device: torch
         filled += view.shape[dim]
         advise(view, DONTNEED)
     return joined
+
+
+def trim() -> None:
+    """Give back what was freed, as glibc may: quantizing leaves holes that little fits into, a tenth of the weights."""
+    if _libc and hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
 
 
 _libc = ctypes.CDLL(None) if sys.platform in ("linux", "darwin") else None

@@ -6,7 +6,9 @@ bit, except that numbers too small for bfloat16's normal form become 0. The stru
 
 import contextlib
 import ctypes
+import math
 import mmap
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from ctypes import c_float, c_long, c_void_p
@@ -134,16 +136,19 @@ class HugePages:
     def __init__(self) -> None:
         self.memory, self.used, self.lock = mmap.mmap(-1, 1), 1, threading.Lock()
 
-    def copy(self, x: torch.Tensor) -> torch.Tensor:
-        """x, contiguous, beside what was copied before."""
+    def room(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """For a tensor that is yet to be filled, beside what was asked for before."""
+        if sys.platform != "linux":
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        nbytes = math.prod(shape) * dtype.itemsize
         with self.lock:
-            if len(self.memory) - self.used < x.nbytes:
-                self.memory, self.used = mmap.mmap(-1, max(self.size, x.nbytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), 0
+            if len(self.memory) - self.used < nbytes:
+                self.memory, self.used = mmap.mmap(-1, max(self.size, nbytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), 0
                 with contextlib.suppress(OSError):  # a kernel that has none
                     self.memory.madvise(mmap.MADV_HUGEPAGE)
             memory, start = self.memory, self.used
-            self.used += -(-x.nbytes // 64) * 64
-        return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=start).view(x.shape).copy_(x)
+            self.used += -(-nbytes // 64) * 64
+        return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=start).view(shape)
 
 
 HUGE_PAGES = HugePages()
@@ -184,11 +189,12 @@ class Few:
 
     @staticmethod
     def int4(blocks: torch.Tensor, groups: torch.Tensor, width: int, out: int) -> "Few | None":
-        """For what PyTorch packed in blocks of 64 outputs, with scales and zeros (groups, out, 2). What it keeps is a copy of
-        the blocks, and the others as (out / 64, groups, 64, 2): what belongs together lies side by side."""
+        """For what PyTorch packed in blocks of 64 outputs, with scales and zeros (groups, out, 2). Of these it keeps a copy as
+        (out / 64, groups, 64, 2): what belongs together lies side by side."""
         if COMPILED is None or groups.dtype != torch.bfloat16:
             return None
-        blocks, beside = HUGE_PAGES.copy(blocks), HUGE_PAGES.copy(groups.unflatten(1, (-1, 64)).transpose(0, 1))
+        beside = HUGE_PAGES.room(groups.shape[1] // 64, len(groups), 64, 2, dtype=torch.bfloat16)
+        beside.copy_(groups.unflatten(1, (-1, 64)).transpose(0, 1))
         return Few(INT4, width, out, blocks, beside, weight=blocks, groups=beside, group=width // len(groups))
 
     def agreeing(self, multiply: Callable[[torch.Tensor], torch.Tensor]) -> "Few | None":

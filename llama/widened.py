@@ -1,7 +1,7 @@
 """Products of 16 bit numbers on CPUs, most of them, that multiply them by turning them into float32.
 
-PyTorch's kernels that do so are slow but for a single row. So a few rows are multiplied one by one, and for more a piece of
-the weight at a time is made float32: no copy of the model.
+PyTorch's kernels that do so are slow but for a single row. So avx2.c multiplies a few rows; where it is not compiled, they go
+one by one. For more a piece of the weight at a time is made float32: no copy of the model.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`F.linear`, x (..., in) times a weight (out, in), by what is fastest on a CPU that does not multiply them natively."""
     if not weight.is_cpu or native(weight.dtype) or weight.nbytes < SMALLEST or torch.compiler.is_compiling():
         return F.linear(x, weight)
-    rows, derived = x.reshape(-1, x.shape[-1]), torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    rows, derived = (
+        x.reshape(-1, x.shape[-1]).contiguous(),
+        torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad),
+    )
     if avx2.takes(rows, weight):
         y = avx2.multiply(rows, weight)
     elif len(rows) <= 1 or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1] or derived:

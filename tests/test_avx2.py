@@ -67,6 +67,7 @@ def test_what_is_no_number_stays_in_its_row(kind: str, dtype: torch.dtype) -> No
 
 
 @compiled
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, of forward mode
 def test_what_it_does_not_take() -> None:
     x, w = random(3, 64, dtype=torch.bfloat16), random(8, 64, dtype=torch.bfloat16)
     assert avx2.takes(x, w) and avx2.takes(x.float(), w.to(torch.int8)) and avx2.takes(x, torch.zeros(8, 32).byte())
@@ -76,21 +77,26 @@ def test_what_it_does_not_take() -> None:
         (x, w[:, :32]), (x, random(64, 8, dtype=torch.bfloat16).t()), (x[0], w), (x[:0], w), (x.double(), w.to(torch.int8)),
         (random(avx2.MOST + 1, 64, dtype=torch.bfloat16), w), (x, w.clone().requires_grad_()), (x.to("meta"), w),
     ]  # fmt: skip
+    wrong += [(x[:, :32].repeat(1, 3), torch.zeros(8, 48).byte())]  # no whole groups
     assert not any(avx2.takes(*each) for each in wrong)
+    with torch.autograd.forward_ad.dual_level():
+        assert not avx2.takes(torch.autograd.forward_ad.make_dual(x, x), w)
 
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_four_bits_row_by_row(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rows and many; what PyTorch's blocks serve better, or alone, is not held so."""
+    """Few rows and many, alike; what PyTorch's blocks serve better, or alone, is not held so."""
     monkeypatch.setattr(native, "COMPILED", None)
     held = quantize(random(200, 1088, dtype=dtype), "int4")
     kernel = kernels.pack(held)
     assert isinstance(kernel, kernels.Int4Rows)
     x = random(avx2.MOST + 6, 1088, dtype=dtype)
     many = kernel(x)
-    few = torch.cat([kernel(x[:6]), kernel(x[6:])])
-    torch.testing.assert_close(many, few, atol=0.05 * many.float().abs().max().item(), rtol=0)
+    peak = many.float().abs().max().item()
+    assert torch.equal(many, torch.cat([kernel(x[:6]), kernel(x[6:])]))
+    torch.testing.assert_close(many, x @ kernel.dense().T, atol=0.02 * peak, rtol=0)
+    torch.testing.assert_close(torch.func.vmap(kernel)(x.unsqueeze(1)).squeeze(1), many, atol=0.05 * peak, rtol=0)
     with pytest.raises(RuntimeError):
         kernel(x[:1, :1024])
     for other in (quantize(random(200, 192, dtype=dtype), "int4"), quantize(random(64, 1088), "int4")):
@@ -117,9 +123,11 @@ def test_a_model_where_the_cpu_has_nothing_of_16_bits(
     exact = {name: w.float() for name, w in model.state_dict().items()}
     prompts = [[1, *range(5 * i + 5, 5 * i + 15)] for i in range(12)]
     for rows in (prompts, prompts[:1]):
-        for prompt, answer in zip(rows, llama.generate(rows, 5, temperature=0)[0], strict=True):
-            after = plain_logits(small.params, exact, prompt + answer)[len(prompt) - 1 : -1]
+        answers, values = llama.generate(rows, 5, temperature=0, logprobs=True)
+        for prompt, answer, given in zip(rows, answers, values or [], strict=True):
+            after = plain_logits(small.params, exact, prompt + answer)[len(prompt) - 1 : -1].log_softmax(1)
             chosen = after.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
+            torch.testing.assert_close(torch.tensor(given), chosen, atol=25 * STEP[dtype], rtol=0)
             assert (after.amax(1) - chosen).max() < 50 * STEP[dtype]
     kind = torch.int8 if quantized else dtype
     assert {(12, kind), (1, kind)} <= seen
