@@ -67,7 +67,7 @@ def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device:
             else:
                 parts = [part for name in names for part in quantized(name, shards, own, dtype, device)]
             module.hold(Quantized.cat(parts))
-            del parts
+            del parts  # before the next are made
             for view in views:
                 advise(view, DONTNEED)
             trim()
