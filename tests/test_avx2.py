@@ -67,7 +67,7 @@ def test_what_is_no_number_stays_in_its_row(kind: str, dtype: torch.dtype) -> No
 
 
 @compiled
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, of forward mode
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # of PyTorch, in forward mode
 def test_what_it_does_not_take() -> None:
     x, w = random(3, 64, dtype=torch.bfloat16), random(8, 64, dtype=torch.bfloat16)
     assert avx2.takes(x, w) and avx2.takes(x.float(), w.to(torch.int8)) and avx2.takes(x, torch.zeros(8, 32).byte())
