@@ -14,16 +14,10 @@ FLAGS = {
 
 def extension(name: str, flags: str) -> Extension:
     source, header = f"llama/{name}.c", "llama/native.h"
-    mark = zlib.crc32(b"".join(Path(__file__).with_name("llama").joinpath(f).read_bytes() for f in (f"{name}.c", "native.h")))
-    compiled = ["-O3", "-ffp-contract=off", *flags.split()]
-    return Extension(
-        f"llama._{name}",
-        [source],
-        depends=[header],
-        define_macros=[("SOURCE", str(mark))],
-        extra_compile_args=compiled,
-        optional=True,
-    )
+    mark = zlib.crc32(b"".join((Path(__file__).parent / file).read_bytes() for file in (source, header)))
+    made = Extension(f"llama._{name}", [source], depends=[header], define_macros=[("SOURCE", str(mark))], optional=True)
+    made.extra_compile_args = ["-O3", "-ffp-contract=off", *flags.split()]
+    return made
 
 
 ON_X86_LINUX = (sys.platform, platform.machine()) == ("linux", "x86_64")

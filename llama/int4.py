@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from . import avx2, native, widened
 from .kernel import Kernel
 from .quantize import BLOCK, Quantized, from_nibbles, to_nibbles
+from .runtime import HUGE_PAGES
 
 FEW, FEW_CUDA = 96, 128  # rows up to which reading small numbers anew for each is faster than unpacking them once
 
@@ -79,7 +80,7 @@ class Int4(_Int4):
         return super().multiply(x)
 
     def _packed(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        blocks = native.HUGE_PAGES.room(sum(map(len, pieces)), pieces[0].shape[1] // 2, dtype=torch.uint8)
+        blocks = HUGE_PAGES.room(sum(map(len, pieces)), pieces[0].shape[1] // 2, dtype=torch.uint8)
         for q, own in zip(pieces, blocks.split(len(pieces[0])), strict=True):
             own.copy_(_pack_int4(q))
         return blocks
@@ -110,11 +111,11 @@ class Int4Rows(Kernel):
         assert weight.zero is not None
         self.in_features, self.dtype = weight.in_features, weight.dtype
         n, width = weight.q.shape
-        self.nibbles = native.HUGE_PAGES.room(n, width // 2, dtype=torch.uint8)
+        self.nibbles = HUGE_PAGES.room(n, width // 2, dtype=torch.uint8)
         step = max(1, BLOCK // width)
         for q, own in zip(weight.q.split(step), self.nibbles.split(step), strict=True):
             torch.bitwise_xor(to_nibbles(q), 0x88, out=own)  # + 8 in each half
-        self.scales = native.HUGE_PAGES.room(n, width // avx2.GROUP, 2, dtype=torch.bfloat16)
+        self.scales = HUGE_PAGES.room(n, width // avx2.GROUP, 2, dtype=torch.bfloat16)
         torch.stack((weight.scale, weight.zero), dim=-1, out=self.scales)
 
     @staticmethod
@@ -125,7 +126,8 @@ class Int4Rows(Kernel):
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         parts = x.split(avx2.MOST)  # many are as fast so as by numbers that are unpacked once
         if avx2.takes(parts[0], self.nibbles):
-            return torch.cat([avx2.multiply(part, self.nibbles, self.scales) for part in parts])
+            done = [avx2.multiply(part, self.nibbles, self.scales) for part in parts]
+            return torch.cat(done) if len(done) > 1 else done[0]
         return F.linear(x, self.dense())
 
     def held(self) -> Quantized:

@@ -4,12 +4,7 @@ Where there is none, or another CPU, the same is done without it, slower. In bfl
 bit, except that numbers too small for bfloat16's normal form become 0. The structures are native.c's and explained there.
 """
 
-import contextlib
 import ctypes
-import math
-import mmap
-import sys
-import threading
 from collections.abc import Callable, Sequence
 from ctypes import c_float, c_long, c_void_p
 from typing import Any
@@ -19,6 +14,7 @@ import torch.nn.functional as F
 
 from . import library, widened
 from .library import fields, filled, load
+from .runtime import HUGE_PAGES
 
 MOST = 16  # rows of a product: from there on other kernels are as fast
 LOOKED_AT = 4  # weights of each shape, whether they are multiplied as oneDNN does
@@ -125,33 +121,6 @@ def lies(blocks: torch.Tensor, weight: torch.Tensor, inputs: int) -> bool:
         if not torch.equal(memory[b], wanted):
             return False
     return True
-
-
-class HugePages:
-    """Memory in pages of 2 MB, where Linux gives them. In pages of 4 kB, which small tensors get, it is read at as little as
-    half of its rate."""
-
-    size = 1 << 26  # bytes that are asked for at once
-
-    def __init__(self) -> None:
-        self.memory, self.used, self.lock = mmap.mmap(-1, 1), 1, threading.Lock()
-
-    def room(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """For a tensor that is yet to be filled, beside what was asked for before."""
-        if sys.platform != "linux":
-            return torch.empty(shape, dtype=dtype, device="cpu")
-        nbytes = math.prod(shape) * dtype.itemsize
-        with self.lock:
-            if len(self.memory) - self.used < nbytes:
-                self.memory, self.used = mmap.mmap(-1, max(self.size, nbytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), 0
-                with contextlib.suppress(OSError):  # a kernel that has none
-                    self.memory.madvise(mmap.MADV_HUGEPAGE)
-            memory, start = self.memory, self.used
-            self.used += -(-nbytes // 64) * 64
-        return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=start).view(shape)
-
-
-HUGE_PAGES = HugePages()
 
 
 _ORDERS: dict[tuple[int, int, int], list[dict[str, int]]] = {}  # found for each kind and shape

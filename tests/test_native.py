@@ -72,17 +72,6 @@ def test_few_rows_are_multiplied_as_many_are(kind: str, out: int, width: int) ->
             assert torch.equal(few(x), kernel.multiply(x))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux's")
-def test_tensors_in_huge_pages_lie_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native.HugePages, "size", 4096)
-    pages, made = native.HugePages(), [rows(n, 3) for n in (5, 100, 1000, 7, 600)]  # some larger than what is asked for
-    with torch.inference_mode():
-        kept = [pages.room(*x.shape, dtype=x.dtype).copy_(x) for x in made]
-    for x, own in zip(made, kept, strict=True):
-        assert torch.equal(own, x) and own.is_contiguous() and own.data_ptr() % 64 == 0
-    assert kept[1].data_ptr() - kept[0].data_ptr() == 64
-
-
 @compiled
 def test_what_is_packed_otherwise_is_left_alone() -> None:
     """oneDNN packs 8 bits in narrower blocks where there are more threads than blocks of 64 outputs."""

@@ -68,18 +68,21 @@ FORMS = {
 }
 
 
+CASES = [
+    pytest.param(form, shape, dtype, marks=vnni if form in ("Int8Rows", "Int8Cuda") else ())
+    for form, shape, dtype in itertools.product(FORMS, SHAPES, DTYPES)
+    if form != "Int4Rows" or (shape == (64, 1088) and dtype != torch.float32)  # what alone it is for
+]
+
+
 @pytest.mark.parametrize("n", [1, 3, 130])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("form", [pytest.param(f, marks=vnni if f in ("Int8Rows", "Int8Cuda") else ()) for f in FORMS])
+@pytest.mark.parametrize(("form", "shape", "dtype"), CASES)
 def test_products_are_those_of_the_numbers_held(
     form: str, shape: tuple[int, int], dtype: torch.dtype, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(widened, "PIECE", 1 << 15)  # so that there are several
     kind, make = FORMS[form]
     held = quantize(random(*shape, dtype=dtype), kind)
-    if form == "Int4Rows" and (held.group != 64 or dtype == torch.float32):
-        return  # what it is not for
     kernel, x = make(held), random(n, shape[1]).to(dtype)
     if form in ("Int8Rows", "Int8Cuda"):  # the rows in 8 bit as well, to the digit
         exact = x.float() if dtype == torch.float16 else x

@@ -175,3 +175,17 @@ def test_free_memory_is_known_and_shared_by_the_ranks_here(monkeypatch: pytest.M
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     quarter = runtime.free_memory(torch.device("cpu"))
     assert quarter is not None and quarter < free / 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's")
+def test_tensors_in_huge_pages_lie_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime.HugePages, "size", 4096)
+    pages, made = (
+        runtime.HugePages(),
+        [torch.randn(n, 3).bfloat16() for n in (5, 100, 1000, 7, 600)],
+    )  # some larger than what is asked for
+    with torch.inference_mode():
+        kept = [pages.room(*x.shape, dtype=x.dtype).copy_(x) for x in made]
+    for x, own in zip(made, kept, strict=True):
+        assert torch.equal(own, x) and own.is_contiguous() and own.data_ptr() % 64 == 0
+    assert kept[1].data_ptr() - kept[0].data_ptr() == 64
