@@ -4,9 +4,11 @@ python example_chat_completion.py --ckpt_dir llama-2-7b-chat --tokenizer_path to
 torchrun --nproc_per_node 2 example_chat_completion.py --ckpt_dir llama-2-13b-chat --tokenizer_path tokenizer.model
 """
 
+import sys
+
 import fire
 
-from llama import Dialog, Llama, given_or_demo
+from llama import Dialog, Llama, LlamaError, given_or_demo
 
 
 def main(
@@ -72,4 +74,7 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    try:
+        fire.Fire(main)
+    except LlamaError as e:
+        sys.exit(f"{type(e).__name__}: {e}")

@@ -4,9 +4,11 @@ python example_text_completion.py --ckpt_dir llama-2-7b --tokenizer_path tokeniz
 torchrun --nproc_per_node 2 example_text_completion.py --ckpt_dir llama-2-13b --tokenizer_path tokenizer.model
 """
 
+import sys
+
 import fire
 
-from llama import Llama, given_or_demo
+from llama import Llama, LlamaError, given_or_demo
 
 
 def main(
@@ -57,4 +59,7 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    try:
+        fire.Fire(main)
+    except LlamaError as e:
+        sys.exit(f"{type(e).__name__}: {e}")

@@ -30,7 +30,7 @@ from .memory import gb
 from .model import ModelArgs
 from .quantize import KINDS
 from .sampling import Sampling
-from .terminal import Terminal
+from .terminal import Terminal, reconfigure
 from .text import check_stops
 from .tokenizer import check_text
 
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     model = common.add_argument_group("the model")
     model.add_argument("--ckpt_dir", metavar="DIR", help="consolidated.NN.pth and params.json; default the demo model")
     model.add_argument("--tokenizer_path", metavar="FILE", help="Meta's tokenizer.model")
-    model.add_argument("--max_seq_len", type=int, default=512, metavar="N", help="ids of prompt and answer; default 512")
+    model.add_argument("--max_seq_len", type=int, default=512, metavar="N", help="ids in all; default 512, for chat 4096")
     model.add_argument("--device", help="cpu, cuda or mps; default the best there is")
     model.add_argument("--dtype", help="bfloat16, float16 or float32; default the stored one")
     model.add_argument("--quantize", choices=KINDS, help="hold the matrices in 8 or 4 bit")
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--max_gen_len", type=int, metavar="N", help="most ids of an answer; default what the window holds")
     chat.add_argument("--system", metavar="TEXT", help="how to answer, said before the first question")
-    chat.set_defaults(run=run_chat)
+    chat.set_defaults(run=run_chat, max_seq_len=None)
     complete = commands.add_parser(
         "complete",
         parents=[common],
@@ -110,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
 
 def build(args: argparse.Namespace, rows: int) -> Llama:
     ckpt_dir, tokenizer_path = given_or_demo(args.ckpt_dir, args.tokenizer_path)
+    args.max_seq_len = args.max_seq_len or (4096 if args.ckpt_dir else 512)  # Llama 2's own window, and the demo model's
     return Llama.build(
         ckpt_dir, tokenizer_path, args.max_seq_len, rows,
         seed=args.seed, device=args.device, dtype=args.dtype, compile=args.compile,
@@ -157,9 +158,10 @@ def run_complete(args: argparse.Namespace) -> None:
     of_each_call = options(args)
     runtime.start(args.device, args.model_parallel_size)
     terminal = Terminal()
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    prompts = ranks.on_rank0(lambda: args.prompts or read_prompts(args.jsonl))
-    names = calls.check_texts(prompts, "prompts")
+    reconfigure(sys.stdout, errors="replace")
+    prompts, names = ranks.on_rank0(
+        lambda: calls.check_texts(args.prompts, "prompts") if args.prompts else read_prompts(args.jsonl)
+    )
     llama = build(args, min(max(len(prompts), 1), args.max_batch_size))
     if len(prompts) == 1 and not args.jsonl:
         with llama.text_completion_stream(prompts[0], **of_each_call) as stream:
@@ -190,7 +192,7 @@ def run_complete(args: argparse.Namespace) -> None:
 
 def run_quantize(args: argparse.Namespace) -> None:
     path = saved.save(args.ckpt_dir, args.kind)
-    print(f"{path}: {gb(path.stat().st_size)}")
+    print(f"{path}: {gb(path.stat().st_size)}", flush=True)
 
 
 def run_plan(args: argparse.Namespace) -> None:
@@ -200,7 +202,7 @@ def run_plan(args: argparse.Namespace) -> None:
     machines, device = plan.machines(args.gpu, args.memory, args.bandwidth)
     found = plan.report(args.model or args.ckpt_dir, shape, args.ranks, dtype, args.quantize, machines, device)
     if ranks.global_rank() == 0:
-        print(found)
+        print(found, flush=True)
 
 
 def short_name(model: str) -> str:
@@ -219,17 +221,17 @@ def described(ckpt_dir: str) -> tuple[ModelArgs, torch.dtype]:
     return ModelArgs(**{**params, "vocab_size": plan.PIECES if declared == -1 else declared}), torch.bfloat16
 
 
-def read_prompts(jsonl: bool) -> list[str]:
-    """The prompts on standard input: all of it, or one in each line of JSON."""
+def read_prompts(jsonl: bool) -> tuple[list[str], list[str]]:
+    """The prompts on standard input, all of it or one in each line of JSON, and what errors call them."""
     if sys.stdin.isatty():
         print("reading the text from the keyboard; Ctrl-D ends it", file=sys.stderr)
-    sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # type: ignore[union-attr]
+    reconfigure(sys.stdin, encoding="utf-8-sig", errors="surrogateescape")
     if not jsonl:
         text = sys.stdin.read().removesuffix("\n")
         if not text:
             raise InputError("standard input holds no text to continue; give one there, or as an argument")
-        return [text]
-    prompts = []
+        return calls.check_texts([text], "prompts", "standard input")
+    prompts, names = [], []
     for number, line in enumerate(sys.stdin, 1):
         if not line.strip():
             continue
@@ -239,14 +241,18 @@ def read_prompts(jsonl: bool) -> list[str]:
             raise InputError(f"line {number} is {kind(line.strip())}: not JSON ({e})") from e
         if not isinstance(record, dict) or list(record) != ["prompt"]:
             raise InputError(f'line {number} is {kind(record)}; it must be {{"prompt": TEXT}}, and nothing else')
-        check_text(record["prompt"], f"line {number}: its prompt")
+        names.append(f"line {number}: its prompt")
+        check_text(record["prompt"], names[-1])
         prompts.append(record["prompt"])
-    return prompts
+    return prompts, names
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for an error, 130 after Ctrl-C. Usage errors exit with 2."""
     rank = ranks.global_rank()
+    for name in ("stdin", "stdout", "stderr"):  # Python has none where they are closed
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     quiet = contextlib.ExitStack()
     with quiet:
         if rank:  # one rank tells what is wrong, or how to use it
@@ -256,6 +262,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser().parse_args(argv)
     try:
         args.run(args)
+    except BrokenPipeError:  # nobody reads on, which is no failure
+        sys.stdout = open(os.devnull, "w")
     except (LlamaError, OSError) as e:
         if rank:
             time.sleep(2)  # if rank 0 has told, torchrun ends this one before it tells it again

@@ -76,5 +76,5 @@ def attend_plainly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torc
     if mask is not None:
         scores = scores + mask.unsqueeze(2)
     elif q.shape[1] > 1:
-        scores = scores + torch.full(scores.shape[-2:], float("-inf"), device=q.device).triu(1)
+        scores = scores + scores.new_full(scores.shape[-2:], float("-inf")).triu(1)
     return torch.einsum("bkgsl,bkld->bskgd", scores.softmax(-1).type_as(v), v)

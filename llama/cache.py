@@ -126,7 +126,7 @@ class KVCache:
 
 def write(layer: torch.Tensor, batch: Batch, kv: torch.Tensor) -> None:
     """Put keys and values kv (N, 2, n_kv_heads, head_dim) into a layer of the cache, where their ids stand."""
-    layer[:, batch.rows, :, batch.positions] = kv.detach()
+    layer[:, batch.rows, :, batch.positions] = kv.detach().to(layer.dtype)  # autocast has one of its own
 
 
 def read(layer: torch.Tensor, span: Span) -> tuple[torch.Tensor, ...]:

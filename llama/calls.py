@@ -1,7 +1,7 @@
 """What goes into a call, checked, and what comes out of it."""
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -87,14 +87,22 @@ def dealt(lengths: list[int], hands: int) -> list[list[int]]:
     return [sorted(by_length[hand::hands]) for hand in range(hands)]
 
 
-def check_texts(texts: list[str], what: str, each: str | None = None) -> list[str]:
-    """Raise InputError unless this is a list of texts that can be encoded. Returns what errors call them: `each`."""
-    if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
-        raise InputError(f"{what} is {kind(texts)}; it must be a list of texts, as in [text]")
+def listed(given: Iterable[Any], name: str, wanted: str) -> list[Any]:
+    """What a list, a tuple, a generator, an array or a tensor holds. Raises InputError for anything else."""
+    if isinstance(given, Iterable) and not isinstance(given, (str, bytes, bytearray, Mapping, Set)):
+        found = given.tolist() if hasattr(given, "tolist") else list(given)
+        if isinstance(found, list):  # what an array of no dimensions holds is none
+            return found
+    raise InputError(f"{name} is {kind(given)}; it must be {wanted}")
+
+
+def check_texts(texts: Iterable[str], what: str, each: str | None = None) -> tuple[list[str], list[str]]:
+    """Texts, all of which can be encoded, and what errors call them: `each`. Raises InputError for others."""
+    texts = listed(texts, what, "a list of texts, as in [text]")
     names = named(each or f"{what.removesuffix('s')} {{}}", texts)
     for name, text in zip(names, texts, strict=True):
         check_text(text, name)
-    return names
+    return texts, names
 
 
 def named(each: str, items: Sequence[Any]) -> list[str]:
@@ -103,10 +111,8 @@ def named(each: str, items: Sequence[Any]) -> list[str]:
 
 
 def check_prompts(prompts: list[list[int]], names: list[str], tokenizer: Tokenizer, window: int) -> None:
-    """Raise InputError, with the prompt's name, unless each is a list of the tokenizer's ids that fits into the window."""
+    """Raise InputError, with the prompt's name, unless each holds ids of the tokenizer and fits into the window."""
     for name, prompt in zip(names, prompts, strict=True):
-        if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
-            raise InputError(f"{name} is {kind(prompt)}; it must be a list of token ids")
         if not prompt:
             raise InputError(f"{name} holds no ids; begin it with BOS ({tokenizer.bos_id})")
         for id_ in prompt:
@@ -125,20 +131,21 @@ def check_gen_len(max_gen_len: int) -> None:
         raise InputError(f"max_gen_len is {kind(max_gen_len)}; it must be a whole number, 0 or more")
 
 
-def seeds_of(seed: int | Sequence[int] | None, rows: int) -> list[int] | None:
+def seeds_of(seed: int | Iterable[int] | None, rows: int) -> list[int] | None:
     """One seed for each row, within 64 bits of two's complement."""
     if seed is None:
         return None
-    seeds = [seed] if isinstance(seed, (str, bytes)) or not isinstance(seed, Sequence) else list(seed)
+    several = isinstance(seed, Iterable) and not isinstance(seed, (str, bytes))
+    seeds: list[Any] = listed(seed, "seed", "a whole number, or one for each prompt") if several else [seed]  # type: ignore[arg-type]
     for value in seeds:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not -(2**63) <= int(value) < 2**64:
             raise InputError(
                 f"seed is {kind(value)}; it must be a whole number from -2**63 to 2**64 - 1, or one for each prompt"
             )
-    if isinstance(seed, Sequence) and len(seeds) != rows:
+    if several and len(seeds) != rows:
         raise InputError(f"{len(seeds)} seeds, but {rows} prompts; give one seed, or one for each prompt")
     signed = [(int(value) + 2**63) % 2**64 - 2**63 for value in seeds]
-    return signed if isinstance(seed, Sequence) else signed * rows
+    return signed if several else signed * rows
 
 
 @dataclass(frozen=True)
@@ -158,23 +165,24 @@ class Planner:
 
     def ids(
         self,
-        prompts: list[list[int]],
+        prompts: Iterable[Iterable[int]],
         max_gen_len: int,
-        seed: int | Sequence[int] | None,
+        seed: int | Iterable[int] | None,
         drawing: Drawing,
         logprobs: bool = False,
         echo: bool = False,
     ) -> Call:
-        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
-            raise InputError(f"prompt_tokens is {kind(prompts)}; it must be a list of lists of token ids")
-        requests = self._requests(prompts, named("prompt {}", prompts), max_gen_len, seeds_of(seed, len(prompts)))
+        given = listed(prompts, "prompt_tokens", "a list of lists of token ids")
+        names = named("prompt {}", given)
+        rows = [listed(prompt, name, "a list of token ids") for prompt, name in zip(given, names, strict=True)]
+        requests = self._requests(rows, names, max_gen_len, seeds_of(seed, len(rows)))
         return Call(requests, Sampling(*drawing), logprobs, echo)
 
     def texts(
         self,
-        prompts: list[str],
+        prompts: Iterable[str],
         max_gen_len: int | None,
-        seed: int | Sequence[int] | None,
+        seed: int | Iterable[int] | None,
         drawing: Drawing,
         stop: str | Sequence[str],
         logprobs: bool = False,
@@ -182,16 +190,16 @@ class Planner:
         reuse: bool = False,
         each: str = "prompt {}",
     ) -> Call:
-        names = check_texts(prompts, "prompts", each)
-        encoded = [self._encode(prompt) for prompt in prompts]
-        requests = self._requests(encoded, names, max_gen_len, seeds_of(seed, len(prompts)))
+        texts, names = check_texts(prompts, "prompts", each)
+        encoded = [self._encode(text) for text in texts]
+        requests = self._requests(encoded, names, max_gen_len, seeds_of(seed, len(texts)))
         return Call(requests, Sampling(*drawing), logprobs, echo, check_stops(stop), reuse)
 
     def dialogs(
         self,
-        dialogs: list[Dialog],
+        dialogs: Iterable[Dialog],
         max_gen_len: int | None,
-        seed: int | Sequence[int] | None,
+        seed: int | Iterable[int] | None,
         drawing: Drawing,
         stop: str | Sequence[str],
         logprobs: bool = False,
@@ -199,8 +207,7 @@ class Planner:
         each: str = "dialog {}",
     ) -> Call:
         """The request of a dialog that is not safe is over, and has no prompt."""
-        if isinstance(dialogs, (str, bytes, dict)) or not isinstance(dialogs, Sequence):
-            raise InputError(f"dialogs is {kind(dialogs)}; it must be a list of dialogs, as in [dialog]")
+        dialogs = listed(dialogs, "dialogs", "a list of dialogs, as in [dialog]")
         names = named(each, dialogs)
         for name, dialog in zip(names, dialogs, strict=True):
             check_dialog(dialog, name)
@@ -212,9 +219,9 @@ class Planner:
             requests[row] = request
         return Call(requests, Sampling(*drawing), logprobs, False, check_stops(stop), reuse)
 
-    def scored(self, prompts: list[str], continuations: list[str]) -> list[Scored]:
-        check_texts(prompts, "prompts")
-        check_texts(continuations, "continuations")
+    def scored(self, prompts: Iterable[str], continuations: Iterable[str]) -> list[Scored]:
+        prompts, _ = check_texts(prompts, "prompts")
+        continuations, _ = check_texts(continuations, "continuations")
         if len(prompts) != len(continuations):
             raise InputError(f"{len(prompts)} prompts, but {len(continuations)} continuations; give one to each")
         found = []

@@ -10,11 +10,16 @@ PLACES = (Path(__file__).with_name("_demo"), Path(__file__).parents[1] / "demo")
 
 
 def given_or_demo(ckpt_dir: str | None = None, tokenizer_path: str | None = None) -> tuple[str, str]:
-    """Both paths as given; if neither is, those of the demo model, with one line on stderr that says so."""
-    if ckpt_dir is not None and tokenizer_path is not None:
-        return ckpt_dir, tokenizer_path
-    if ckpt_dir is not None or tokenizer_path is not None:
-        raise InputError(f"ckpt_dir={ckpt_dir!r}, tokenizer_path={tokenizer_path!r}: give both, or neither for the demo model")
+    """Both paths as given, the tokenizer's by default in ckpt_dir or beside it; if neither is given, those of the demo model,
+    with one line on stderr that says so."""
+    if ckpt_dir is not None:
+        beside = (folder / "tokenizer.model" for folder in (Path(ckpt_dir), Path(ckpt_dir).absolute().parent))
+        found = tokenizer_path or next((str(file) for file in beside if file.is_file()), None)
+        if found is None:
+            raise InputError(f"ckpt_dir={ckpt_dir!r}: no tokenizer.model in it or beside it; give tokenizer_path")
+        return ckpt_dir, found
+    if tokenizer_path is not None:
+        raise InputError(f"tokenizer_path={tokenizer_path!r} without ckpt_dir; give both, or neither for the demo model")
     for place in PLACES:
         if (place / "model" / "params.json").is_file():
             if global_rank() == 0:

@@ -63,7 +63,7 @@ class Rows:
     def __init__(self, n: int, model: Transformer, sampling: Sampling, seeded: bool) -> None:
         vocab, device = model.vocab_size, model.device
         self.sampling = sampling
-        self.logits = torch.zeros(n, vocab, device=device)
+        self.logits = torch.zeros(n, vocab, dtype=torch.float32, device=device)
         self.positions = self.last = torch.zeros(n, dtype=torch.int64, device=device)
         self.seeds = torch.zeros_like(self.positions) if seeded and not sampling.greedy else None
         self.seen = torch.zeros(n, vocab, dtype=torch.bool, device=device) if sampling.repetition_penalty != 1 else None
@@ -248,6 +248,14 @@ class Engine:
         self.lock = threading.RLock()
         runtime.keep_freed()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled without the lock, and without steps, which are this process's."""
+        return Engine, (self.model,)
+
+    def as_built(self) -> torch.autocast:
+        """No autocast of a caller's: it would compute in another dtype than the one the model was built with."""
+        return torch.autocast(self.model.device.type, enabled=False)
+
     @torch.inference_mode()
     def run(
         self,
@@ -274,7 +282,7 @@ class Engine:
         with self.lock, ranks.linked():
             run = Run(self, requests, sampling, eos_id, logprobs, scored, reuse)
         while run.waiting or run.live:
-            with self.lock, ranks.linked(), ranks.unbroken():
+            with self.lock, ranks.linked(), ranks.unbroken(), self.as_built():
                 own = run.next()
             yield from own
             yield from run.hand_out()
@@ -324,7 +332,7 @@ class Engine:
             offsets = itertools.accumulate((len(sequences[i]) for i in pack), initial=0)
             wanted = [[first + n for n in range(starts[i], len(sequences[i]))] for i, first in zip(pack, offsets, strict=False)]
             at = torch.tensor([n for places in wanted for n in places], dtype=torch.int64, device=device)
-            with ranks.unbroken():
+            with ranks.unbroken(), self.as_built():
                 scores = iter(self._score(self.model.hidden(ids, batch, keep=False, wanted=at - 1), ids[at]))
             for i, places in zip(pack, wanted, strict=True):
                 values.append(list(itertools.islice(scores, len(places))))

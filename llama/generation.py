@@ -4,8 +4,9 @@ One loop serves all of them: `Engine.run`, which yields each new id as it is mad
 reach it.
 """
 
+import numbers
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -84,9 +85,9 @@ class Llama:
 
         def plan() -> tuple[Tokenizer, checkpoint.Shards, Transformer, torch.dtype]:
             for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-                if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+                if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 1 <= value < 2**31:
                     raise InputError(f"{name} is {kind(value)}; it must be a whole number from 1 to {2**31 - 1:,}")
-            if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+            if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**64:
                 raise InputError(f"seed is {kind(seed)}; it must be a whole number from -2**63 to 2**64 - 1")
             if quantize is not None and (not isinstance(quantize, str) or quantize not in KINDS):
                 raise InputError(f"quantize is {kind(quantize)}; use {' or '.join(map(repr, KINDS))}, or leave it out")
@@ -98,7 +99,7 @@ class Llama:
             quantized = saved.open_saved(ckpt_dir, quantize) if quantize else None
             shards = quantized or checkpoint.open_shards(ckpt_dir)
             check = saved.check if quantized else checkpoint.check
-            model = checkpoint.build_on_meta(params, shards, max_seq_len, max_batch_size, tokenizer.n_words, check)
+            model = checkpoint.build_on_meta(params, shards, int(max_seq_len), int(max_batch_size), tokenizer.n_words, check)
             stored = next(iter(shards.values()))["tok_embeddings.weight"].dtype
             n_ranks = ranks.model_parallel()[1]
             memory.check_quantized(model.params, n_ranks, wanted or stored, where, quantize)
@@ -106,13 +107,13 @@ class Llama:
             return tokenizer, shards, model, wanted or stored
 
         tokenizer, shards, model, chosen = ranks.together(
-            plan, alike=lambda made: (*checkpoint.marks(*made), quantize, compile, seed)
+            plan, alike=lambda made: (*checkpoint.marks(*made), quantize, compile, int(seed))
         )
         ranks.together(lambda: loading.load_weights(model, shards, chosen, where, quantize))
         ranks.together(model.allocate)
         if compile:
             model.compile()
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         return Llama(model.eval(), tokenizer)
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
@@ -128,7 +129,7 @@ class Llama:
 
     def generate(
         self,
-        prompt_tokens: list[list[int]],
+        prompt_tokens: Iterable[Iterable[int]],
         max_gen_len: int,
         temperature: float = 0.6,
         top_p: float = 0.9,
@@ -138,7 +139,7 @@ class Llama:
         top_k: int = 0,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
-        seed: int | Sequence[int] | None = None,
+        seed: int | Iterable[int] | None = None,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """New ids for each prompt, and their log probabilities or None.
 
@@ -152,7 +153,7 @@ class Llama:
 
     def tokens(
         self,
-        prompts: list[list[int]],
+        prompts: Iterable[Iterable[int]],
         max_gen_len: int,
         temperature: float = 0.6,
         top_p: float = 0.9,
@@ -162,7 +163,7 @@ class Llama:
         top_k: int = 0,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
-        seed: int | Sequence[int] | None = None,
+        seed: int | Iterable[int] | None = None,
     ) -> Iterator[Token]:
         """`generate`, id by id as they are made: rows take turns, each in its own order. EOS is not yielded."""
         drawing = temperature, top_p, top_k, min_p, repetition_penalty
@@ -170,7 +171,7 @@ class Llama:
 
     def text_completion(
         self,
-        prompts: list[str],
+        prompts: Iterable[str],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
@@ -180,7 +181,7 @@ class Llama:
         top_k: int = 0,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
-        seed: int | Sequence[int] | None = None,
+        seed: int | Iterable[int] | None = None,
         stop: str | Sequence[str] = (),
         details: bool = False,
     ) -> list[CompletionPrediction]:
@@ -195,7 +196,7 @@ class Llama:
 
     def chat_completion(
         self,
-        dialogs: list[Dialog],
+        dialogs: Iterable[Dialog],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
@@ -204,7 +205,7 @@ class Llama:
         top_k: int = 0,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
-        seed: int | Sequence[int] | None = None,
+        seed: int | Iterable[int] | None = None,
         stop: str | Sequence[str] = (),
         details: bool = False,
     ) -> list[ChatPrediction]:
@@ -268,7 +269,7 @@ class Llama:
             lambda: self.planner.dialogs([dialog], max_gen_len, seed, drawing, stop, reuse=reuse, each="the dialog")
         )
 
-    def score(self, prompts: list[str], continuations: list[str]) -> list[Score]:
+    def score(self, prompts: Iterable[str], continuations: Iterable[str]) -> list[Score]:
         """The log probability of each continuation after its prompt, in one pass; nothing is generated.
 
         Any number of pairs. A continuation's ids are those of prompt + continuation, from the first on that the prompt

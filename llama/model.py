@@ -356,7 +356,7 @@ class Transformer(nn.Module):
         if not isinstance(start_pos, int) or start_pos < 0 or start_pos + S > args.max_seq_len:
             raise InputError(f"start_pos={start_pos} and {S} ids do not fit into the window of max_seq_len={args.max_seq_len}")
         if B == 0 or S == 0:
-            return torch.empty(B, S, args.vocab_size, device=self.device)
+            return torch.empty(B, S, args.vocab_size, dtype=torch.float32, device=self.device)
         batch = Batch.of([(row, start_pos, S) for row in range(B)], self.device)
         hidden = self.hidden(tokens.to(self.device).flatten(), batch)
         self.cache.turn = None  # type: ignore[union-attr]

@@ -316,7 +316,8 @@ def linked() -> Iterator[None]:
             raise
         traceback.clear_frames(e.__traceback__)  # which may hold groups: these end when nothing holds them
         if _of_another(e):
-            reason = why_ended(wait=2) or "another rank has gone without a word (killed, perhaps), so every rank stops"
+            unknown = "another rank has gone without a word (it was killed, or did not make this call), so every rank stops"
+            reason = why_ended(wait=2) or unknown
             _end_groups(reason)
             raise LlamaError(reason) from e
         reason = f"rank {global_rank()} failed, so every rank stops: {_told(e)}"

@@ -9,12 +9,13 @@ halfway; at the prompt it takes back what was typed. It reaches the program in o
                              read like any other; Ctrl-\\ still ends torchrun.
 """
 
+import io
 import os
 import select
 import signal
 import sys
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from .ranks import global_rank
 
@@ -24,6 +25,12 @@ except ImportError:  # on Windows: lines without editing
     readline = None  # type: ignore[assignment]
 
 INTERRUPT = b"\x03"
+
+
+def reconfigure(stream: TextIO, **options: str) -> None:
+    """Set how a stream is coded, unless it is somebody's own, such as a notebook's."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(**options)  # type: ignore[arg-type]
 
 
 class Terminal:
@@ -41,8 +48,8 @@ class Terminal:
         if not self.first:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 hears it for all
             return self
-        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # what is no text is said later, by line
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+        reconfigure(sys.stdin, errors="surrogateescape")  # what is no text is said later, by line
+        reconfigure(sys.stdout, errors="replace")
         if self.keyboard:
             signal.signal(signal.SIGINT, self._interrupt)
             if os.name == "posix":

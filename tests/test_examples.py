@@ -70,9 +70,28 @@ def test_without_flags_the_demo_model_answers_and_it_says_so(script: str) -> Non
     assert done.stdout.count("\n> ") == (4 if "text" in script else 6)
 
 
-def test_half_of_the_paths_is_an_error(small: SimpleNamespace) -> None:
+def test_the_tokenizer_is_looked_for_in_the_folder_and_beside_it(
+    small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    with pytest.raises(InputError, match="in it or beside it; give tokenizer_path"):
+        given_or_demo(str(folder))
+    for place in (tmp_path, folder):  # as download.sh lays it, and as some keep it
+        shutil.copy(small.tokenizer_path, place / "tokenizer.model")
+        assert given_or_demo(str(folder)) == (str(folder), str(place / "tokenizer.model"))
+    (folder / "tokenizer.model").unlink()
+    monkeypatch.chdir(folder)
+    assert given_or_demo(".") == (".", str(tmp_path / "tokenizer.model"))
     with pytest.raises(InputError, match="give both, or neither"):
-        given_or_demo(str(small.folder))
+        given_or_demo(None, "tokenizer.model")
+
+
+@pytest.mark.parametrize("script", ["example_text_completion.py", "example_chat_completion.py"])
+def test_an_error_of_the_users_is_one_line(script: str, flags: tuple) -> None:
+    done = run(ROOT / script, *flags, "--max_seq_len", 0)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("InputError: max_seq_len is 0 (int); it must be") and done.stderr.count("\n") == 1
 
 
 def test_the_demo_model_is_found_in_an_installed_wheel(tmp_path: Path) -> None:

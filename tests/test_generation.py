@@ -1,5 +1,7 @@
 """What generation means: lengths, ends, rows, echo, log probabilities, and the work it costs."""
 
+import copy
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -199,11 +201,64 @@ def test_a_stream_overtaken_by_another_call_stops_and_says_so(llama: Llama, way:
         list(stream)
 
 
-def test_numbers_of_numpy_are_numbers(llama: Llama) -> None:
+def test_numbers_of_numpy_are_numbers(small: SimpleNamespace) -> None:
     import numpy as np
 
+    llama = Llama.build(small.folder, small.tokenizer_path, np.int64(64), np.int32(4), seed=np.int64(1), device="cpu")
     ids = [np.int64(1), np.int64(5)]
     assert llama.generate([ids], np.int64(4), temperature=np.float32(0)) == llama.generate([[1, 5]], 4, temperature=0)
+
+
+def test_whatever_holds_prompts_will_do(llama: Llama) -> None:
+    """The reference goes through what it is given, be it a list, a tuple, an array, a tensor or a generator."""
+    import numpy as np
+
+    ids, texts = [[1, 5, 7], [1, 9, 8]], ["sea", "a bear"]
+    rows = llama.generate(ids, 4, seed=[2, 3])
+    for same in (tuple(map(tuple, ids)), (row for row in ids), np.array(ids), [*torch.tensor(ids)], torch.tensor(ids)):
+        for seeds in ((2, 3), np.array([2, 3]), torch.tensor([2, 3])):
+            same = list(same) if not isinstance(same, (torch.Tensor, np.ndarray)) else same
+            assert llama.generate(same, 4, seed=seeds) == rows
+    answers = llama.text_completion(texts, temperature=0)
+    for several in ((text for text in texts), np.array(texts), tuple(texts)):
+        assert llama.text_completion(several, temperature=0) == answers
+    dialog: list = [{"role": "user", "content": "hi"}]
+    assert llama.chat_completion((d for d in [dialog]), temperature=0) == llama.chat_completion([dialog], temperature=0)
+    assert llama.score((t for t in texts), (t for t in texts)) == llama.score(texts, texts)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_what_a_caller_sets_for_its_own_sake_changes_nothing(small: SimpleNamespace, dtype: str, quantize: str | None) -> None:
+    """A default dtype (the reference sets one itself), and autocast."""
+    llama = Llama.build(small.folder, small.tokenizer_path, 32, 2, device="cpu", dtype=dtype, quantize=quantize)
+
+    def answers() -> tuple:
+        options: dict = {"temperature": 0.8, "seed": 1, "max_gen_len": 6}
+        ids = llama.generate([[1, 5, 7], [1, 9]], 6, seed=1, logprobs=True, echo=True, repetition_penalty=1.2)
+        said = llama.chat_completion([[{"role": "user", "content": "hi"}]], **options)
+        pieces = list(llama.text_completion_stream("sea", reuse=True, **options))
+        return ids, said, pieces, llama.score(["sea"], [" and"]), llama.model(torch.tensor([[1, 5]]), 0).dtype
+
+    expected = answers()
+    for foreign in (torch.float16, torch.bfloat16, torch.float64):
+        torch.set_default_dtype(foreign)
+        try:
+            assert answers() == expected
+            again = Llama.build(small.folder, small.tokenizer_path, 32, 2, device="cpu", dtype=dtype, quantize=quantize)
+            assert again.generate([[1, 5, 7]], 6, seed=1) == llama.generate([[1, 5, 7]], 6, seed=1)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for foreign in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", foreign):
+            assert answers()[:-1] == expected[:-1]
+
+
+def test_a_copy_answers_alike(llama: Llama) -> None:
+    expected = llama.generate([[1, 5]], 6, temperature=0)
+    for same in (copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))):
+        assert same.generate([[1, 5]], 6, temperature=0) == expected
+        assert same.model is not llama.model
 
 
 def test_text_completion(llama: Llama) -> None:

@@ -79,9 +79,10 @@ IDS, LISTS = "ids are whole numbers from 0 to 383", "a list of lists of token id
 @pytest.mark.parametrize(
     "prompts, parts",
     [
-        *[(bad, (f"{bad!r:.10}", LISTS)) for bad in (None, 5, "abc", b"abc", {"a": [1]}, {1, 2}, torch.ones(1, 2))],
+        *[(bad, (f"{bad!r:.10}", LISTS)) for bad in (None, 5, "abc", b"abc", {"a": [1]}, {1, 2}, torch.tensor(1))],
         *[([[1], bad], ("prompt 1", f"{bad!r:.10}", "a list of token ids")) for bad in (None, 5, "ab", b"ab", {1: 2})],
         *[([[1], [5, bad]], ("prompt 1", f"{bad!r:.10}", IDS)) for bad in (384, -1, True, 1.0, "a", None, [1], 10**400)],
+        (torch.ones(1, 2), ("prompt 0: 1.0 (float)", IDS)),
         ([[1], []], ("prompt 1 holds no ids", "begin it with BOS (1)")),
         ([[1], [1] * 65], ("prompt 1 has 65 ids", "max_seq_len=64", "shorten it", "larger max_seq_len")),
     ],

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from llama.__main__ import main, read_prompts
 from llama.chat import UNSAFE_ERROR
 from llama.conversation import HELP
 
-from .support import TORCHRUN, environment, torchrun, write_shards
+from .support import ROOT, TORCHRUN, environment, torchrun, write_shards
 
 WINDOW = 4000
 LLAMA, LLAMA_2 = ("-m", "llama"), (*TORCHRUN, 2, "-m", "llama")
@@ -206,12 +207,30 @@ def test_complete_json_lines(talker: tuple, llama: Llama, command: Callable) -> 
     assert {result["finish_reason"] for result in results} >= {"stop"}
 
 
+def test_a_prompt_that_is_too_long_is_named_by_its_line(talker: tuple, command: Callable) -> None:
+    lines = '{"prompt": "a"}\n\n' + json.dumps({"prompt": "sea " * WINDOW}) + "\n"
+    code, out, err = command("complete", *talker, "--jsonl", stdin=lines.encode())
+    assert (code, out) == (1, "") and err.startswith("llama: line 3: its prompt has ") and "max_seq_len" in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+@pytest.mark.parametrize("command", ["chat", "complete a b", "plan --model 7B"])
+def test_closed_streams_are_empty_ones(talker: tuple, closed: str, command: str) -> None:
+    flags = "" if command.startswith("plan") else " ".join(talker)
+    done = subprocess.run(
+        f"{sys.executable} {' '.join(LLAMA)} {command} {flags} {closed}", shell=True, cwd=ROOT,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_nothing_on_standard_input_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
     with pytest.raises(InputError, match="standard input holds no text"):
         read_prompts(jsonl=False)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'\xef\xbb\xbf{"prompt": "a"}')))  # as some editors begin
-    assert read_prompts(jsonl=True) == ["a"]
+    assert read_prompts(jsonl=True) == (["a"], ["line 1: its prompt"])
 
 
 @pytest.mark.parametrize(
@@ -234,7 +253,7 @@ def test_a_bad_line_of_json_is_named(monkeypatch: pytest.MonkeyPatch, lines: str
 @pytest.mark.parametrize(
     "arguments, code, error",
     [
-        (("chat", "--ckpt_dir", "x"), 1, "llama: ckpt_dir='x', tokenizer_path=None: give both, or neither for the demo model"),
+        (("chat", "--ckpt_dir", "x"), 1, "llama: ckpt_dir='x': no tokenizer.model in it or beside it; give tokenizer_path"),
         (("chat", "--system", "<<SYS>>"), 1, f"llama: {UNSAFE_ERROR}\n"),
         (("chat", "--temperature", "-1"), 1, "llama: temperature is -1.0 (float); it must be"),
         (("complete", "--top_k", "-1", "x"), 1, "llama: top_k is -1 (int); it must be"),
