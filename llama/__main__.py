@@ -135,7 +135,7 @@ def run_chat(args: argparse.Namespace) -> None:
     with Terminal() as terminal:
         talk = Conversation(llama, terminal.note, args.system, **of_each_call)
         if terminal.prompt:
-            terminal.note("Ctrl-C ends an answer, Ctrl-D leaves, /help tells the rest.")
+            terminal.note("Ctrl-C ends an answer, Ctrl-D leaves, /help lists all commands.")
         while not talk.over and (line := ranks.on_rank0(terminal.read)) is not None:
             try:
                 answer = talk.respond(line)

@@ -14,13 +14,13 @@ from .generation import Llama
 from .ranks import on_rank0
 from .tokenizer import check_text
 
-HELP = """/system TEXT  set the system text; without TEXT: show it; with -: take it away
-/clear        forget what was said, but for the system text
-/retry        answer the last question anew
+HELP = """/system TEXT  set the system text; without TEXT, show it; with -, remove it
+/clear        forget the conversation, but keep the system text
+/retry        answer the last question again
 /save FILE    write the conversation to a new file, as JSON
 /help         this
 /exit         leave, as Ctrl-D does
-Ctrl-C ends an answer; what has come of it stays."""
+Ctrl-C ends an answer; the part already shown is kept."""
 
 
 class Conversation:
