@@ -9,6 +9,7 @@ draws, where its row ended, or on the CPU at position 0. Of text the loop knows 
 """
 
 import collections
+import contextlib
 import itertools
 import math
 import threading
@@ -26,6 +27,8 @@ from .errors import InputError, NumberError
 from .memory import LOGPROB_CHUNK, PREFILL_CHUNK
 from .model import Transformer
 from .sampling import Sampling, logprobs_of, next_ids, penalize, seeded_noise
+
+SMALL = 1 << 19  # weights of the largest matrix, below which one thread multiplies a few rows the fastest
 
 FinishReason = Literal["stop", "length"]
 
@@ -246,15 +249,27 @@ class Engine:
         self.model = model
         self.decoder = Decoder(model)
         self.lock = threading.RLock()
+        args = model.params
+        self.small = model.device.type == "cpu" and args.dim * max(2 * args.ffn_width, args.vocab_size) < SMALL
         runtime.keep_freed()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled without the lock, and without steps, which are this process's."""
         return Engine, (self.model,)
 
-    def as_built(self) -> torch.autocast:
-        """No autocast of a caller's: it would compute in another dtype than the one the model was built with."""
-        return torch.autocast(self.model.device.type, enabled=False)
+    @contextlib.contextmanager
+    def as_built(self) -> Iterator[None]:
+        """In the dtype that the model was built with, whatever a caller's autocast says; and by one thread if it is so small
+        that threads would take longer to meet than to multiply, much longer on a machine that is busy."""
+        threads = torch.get_num_threads()
+        if self.small:
+            torch.set_num_threads(1)
+        try:
+            with torch.autocast(self.model.device.type, enabled=False):
+                yield
+        finally:
+            if self.small:
+                torch.set_num_threads(threads)
 
     @torch.inference_mode()
     def run(

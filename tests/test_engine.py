@@ -11,6 +11,7 @@ import torch
 
 from llama import InputError, Llama, Sampling, engine, runtime
 from llama.engine import Request
+from llama.sampling import next_ids
 
 GREEDY = Sampling(0)
 PROMPTS = [[1, *range(7 * i + 5, 7 * i + 6 + i % 5)] for i in range(20)]  # 2 to 6 ids
@@ -282,3 +283,23 @@ def test_a_stream_overtaken_while_prompts_wait_says_so(llama: Llama, rows: Calla
     llama.generate([[1, 9]], 2, temperature=0)
     with pytest.raises(InputError, match="another call"):
         next(stream)
+
+
+@pytest.mark.parametrize("tiny", [True, False])
+def test_a_small_model_goes_by_one_thread(llama: Llama, tiny: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where others keep the cores busy, two that wait for each other after each product take 30 times as long."""
+    assert llama.engine.small
+    monkeypatch.setattr(llama.engine, "small", tiny)
+    seen: list[int] = []
+    monkeypatch.setattr(engine, "next_ids", lambda *args: (seen.append(torch.get_num_threads()), next_ids(*args))[1])
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        llama.generate([[1, 5]], 3, temperature=0)
+        llama.score(["sea"], [" shells"])
+        assert set(seen) == {1 if tiny else 3} and torch.get_num_threads() == 3
+        stream = llama.tokens([[1, 5]], 3, temperature=0)
+        next(stream)
+        assert torch.get_num_threads() == 3  # between two ids the caller's own
+    finally:
+        torch.set_num_threads(before)
