@@ -81,7 +81,7 @@ def read(path: Path) -> Any:
         first, size, _ = found[f"{folder}data/{name}"]
         if size != numel * dtype.itemsize:
             raise ValueError(f"data/{name} has {size} bytes")
-        return torch.empty(0, dtype=dtype).set_(mapped[first : first + size], *place)  # type: ignore[call-overload]
+        return torch.empty(0, dtype=dtype, device="cpu").set_(mapped[first : first + size], *place)  # type: ignore[call-overload]
 
     return {name: tensor(value) for name, value in saved.items()}
 

@@ -10,6 +10,7 @@ which is how the tests see it.
 import contextlib
 import functools
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -19,13 +20,14 @@ import torch
 from .cache import Batch
 from .compiled import any_number_of_shapes
 from .errors import DeviceError
-from .host import host_step
+from .host import as_wide_as_said, host_step
 from .model import Transformer, untouched
 from .parallel import ParallelLinear
 from .ranks import global_rank
 
 SMALLEST_BUCKET = 128
 HIDDEN, LOGITS = Transformer.hidden, Transformer.logits
+CAPTURING = threading.Lock()  # one at a time: beginning a capture waits for the device, which another one forbids
 MOST_STEPS = 64  # kept at a time: each has its own memory for what it computes
 
 
@@ -56,7 +58,8 @@ class Step:
         stream.wait_stream(before)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
+            # "thread_local": what other threads do meanwhile, another model's allocations say, is none of its business.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self.run()
         finally:
             torch.cuda.set_stream(before)  # a capture that fails does not
@@ -110,6 +113,7 @@ class Decoder:
         self.marks: tuple[object, ...] = ()  # of a change in it
         self.stream: torch.cuda.Stream | None = None
         self.pool: Any = None
+        self.last: torch.cuda.Stream | None = None  # that steps were launched on
 
     def begin(self, n_rows: int) -> Take:
         """How all steps of a call go, by what the model is when it begins."""
@@ -117,8 +121,16 @@ class Decoder:
         if plain and (model.device.type == "cuda" if self.static is None else self.static):
             self._look()
             return self.captured
-        served = plain and model.device.type == "cpu" and model.dtype != torch.float64
+        served = plain and model.device.type == "cpu" and model.dtype != torch.float64 and as_wide_as_said(model)
         return functools.partial(self.launched, host_step(model, n_rows) if served else model.hidden)
+
+    def follow(self) -> None:
+        """Have the caller's stream wait for what was launched on another: after a row's end a step may still be on its way."""
+        if self.model.device.type == "cuda":
+            current = torch.cuda.current_stream(self.model.device)
+            if self.last is not None and self.last != current:
+                current.wait_stream(self.last)
+            self.last = current
 
     def launched(
         self, hidden: Callable[[torch.Tensor, Batch], torch.Tensor], ids: torch.Tensor, positions: torch.Tensor, at: list[int]
@@ -172,7 +184,7 @@ class Decoder:
         logits = step.logits
         assert logits is not None
         if self.captures and self.model.device.type == "cuda":
-            with torch.cuda.device(self.model.device):
+            with torch.cuda.device(self.model.device), CAPTURING:
                 self._capture(step)
         return step, logits
 

@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import math
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -28,6 +29,7 @@ from .memory import LOGPROB_CHUNK, PREFILL_CHUNK
 from .model import Transformer
 from .sampling import Sampling, logprobs_of, next_ids, penalize, seeded_noise
 
+_LOCKS: weakref.WeakKeyDictionary[Transformer, threading.RLock] = weakref.WeakKeyDictionary()  # of models: each has one cache
 SMALL = 1 << 19  # weights of the largest matrix, below which one thread multiplies a few rows the fastest
 
 FinishReason = Literal["stop", "length"]
@@ -78,15 +80,15 @@ class Rows:
         def put(rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
             return rows.index_copy(0, index, values.to(rows.device))
 
-        lengths = torch.tensor([len(r.prompt) for r in requests])
-        last = lengths + torch.tensor([r.most for r in requests]) - 1
+        lengths, most = torch.tensor([(len(r.prompt), r.most) for r in requests], device="cpu").unbind(1)
+        last = lengths + most - 1
         self.logits = put(self.logits, logits)
         self.last = put(self.last, last)
         self.positions = put(self.positions, torch.minimum(lengths, last))
         if self.seeds is not None:
-            self.seeds = put(self.seeds, torch.tensor([r.seed for r in requests], dtype=torch.int64))
+            self.seeds = put(self.seeds, torch.tensor([r.seed for r in requests], dtype=torch.int64, device="cpu"))
         if self.seen is not None:
-            seen = torch.zeros(len(requests), self.seen.shape[1], dtype=torch.bool)
+            seen = torch.zeros(len(requests), self.seen.shape[1], dtype=torch.bool, device="cpu")
             for row, request in zip(seen, requests, strict=True):
                 row[request.prompt] = True
             self.seen = put(self.seen, seen)
@@ -149,6 +151,7 @@ class Run:
         """One more id for each row, into `drawn`; those who wait take the slots that have become free. Returns the ids of
         their prompts, with log probabilities, if these are asked for."""
         self.check()
+        self.engine.decoder.follow()
         if self.live and self.drawn:
             self.forward()
             if self.reuse:
@@ -248,7 +251,7 @@ class Engine:
     def __init__(self, model: Transformer) -> None:
         self.model = model
         self.decoder = Decoder(model)
-        self.lock = threading.RLock()
+        self.lock = _LOCKS.setdefault(model, threading.RLock())
         args = model.params
         self.small = model.device.type == "cpu" and args.dim * max(2 * args.ffn_width, args.vocab_size) < SMALL
         runtime.keep_freed()

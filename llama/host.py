@@ -30,6 +30,18 @@ def host_step(model: Transformer, n_rows: int) -> Hidden:
     return NativeStep(model, n_rows) if NativeStep.serves(model, n_rows) else HostStep(model, n_rows)
 
 
+def as_wide_as_said(model: Transformer) -> bool:
+    """Whether all layers have the widths that the model's params say: a caller may have put in narrower ones."""
+    args = model.params
+    inner, width = args.n_heads * args.head_dim, args.ffn_width
+    said = [(args.dim, inner + 2 * args.kv_heads * args.head_dim), (inner, args.dim), (args.dim, 2 * width), (width, args.dim)]
+    layers = (
+        (b.attention.wqkv, b.attention.wo, b.feed_forward.w13, b.feed_forward.w2)
+        for b in cast("list[TransformerBlock]", list(model.layers))
+    )
+    return all([(layer.in_features, layer.out_features) for layer in some] == said for some in layers)
+
+
 class NativeStep:
     """In one call of native.c, which goes through the layers by itself: in bfloat16, on one rank."""
 

@@ -16,7 +16,7 @@ class Kernel:
     kind: str | None = None  # of quantization
     least = 1  # rows it multiplies; fewer cost as much, and the time to fill them up
     few: native.Few | None = None  # what multiplies a few rows, where there is something faster
-    again: Callable[..., "Kernel | None"]  # kernels.pack
+    again: Callable[..., Any]  # kernels.repacked
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out)."""

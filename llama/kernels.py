@@ -35,7 +35,7 @@ class Packed(Kernel):
     def __init__(self, weight: torch.Tensor) -> None:
         self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
         few = native.Few.bf16(self.blocks, weight.detach())
-        self.few = few and few.agreeing(self.multiply)
+        self.few = few and few.agreeing(self.multiply, weight.detach())
         self.least = 1 if self.few else LEAST
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
@@ -125,7 +125,7 @@ class Int8Rows(Kernel):
         self.out = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
         if self.dtype == torch.bfloat16:
             few = native.Few.int8(self.blocks, weight.q, self.scale)
-            self.few = few and few.agreeing(self.multiply)
+            self.few = few and few.agreeing(self.multiply, weight.q)
 
     def multiply(self, x: torch.Tensor, largest_of_all: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
         """`largest_of_all`: from the largest number of each row here, (N, 1), that of the whole row, where this is a part."""
@@ -198,7 +198,12 @@ def pack(weight: torch.Tensor | Quantized) -> Kernel | None:
     return Packed(weight) if widened.native(dtype) else None
 
 
-Kernel.again = staticmethod(pack)
+def repacked(held: torch.Tensor | Quantized) -> Kernel | torch.Tensor | Quantized:
+    """`pack`, of what came from a machine that may have had a form where this one has none."""
+    return pack(held) or held
+
+
+Kernel.again = staticmethod(repacked)
 
 
 def check(kind: str, device: torch.device, dtype: torch.dtype) -> None:

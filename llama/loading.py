@@ -41,6 +41,7 @@ def cut(parts: list[torch.Tensor], dim: int, rank: int, ranks: int) -> list[torc
     return views
 
 
+@torch.inference_mode(False)  # else the weights could never be written again
 def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device: torch.device, kind: str | None = None) -> None:
     """Fill a model made on `meta` with this rank's part of the shards, its matrices quantized if `kind` is given.
 

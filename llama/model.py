@@ -6,6 +6,7 @@ The model knows nothing of text, sampling or files.
 """
 
 import math
+import operator
 from collections.abc import Iterable
 from ctypes import c_float as Float  # whose value is rounded to float32
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from . import native
 from .attention import attend
 from .cache import Batch, KVCache, Span, read, write
 from .compiled import CompiledBlock
-from .errors import InputError
+from .errors import InputError, kind
 from .parallel import ColumnParallelLinear, JoinedColumnParallelLinear, ParallelEmbedding, RowParallelLinear, divide, join_parts
 from .ranks import model_parallel
 from .rotary import apply_rotary_emb, precompute_freqs_cis, reshape_for_broadcast, rotate_, rotate_plainly
@@ -245,6 +246,12 @@ def untouched(modules: Iterable[nn.Module]) -> bool:
     )
 
 
+def forget(model: "Transformer", _: object) -> None:
+    """After `load_state_dict`: the cache holds keys and values of other weights."""
+    if model.cache is not None:
+        model.cache.turn = None
+
+
 class Transformer(nn.Module):
     """`forward` is the reference's call; `hidden` and `logits` are its two halves for packed ids.
 
@@ -272,6 +279,7 @@ class Transformer(nn.Module):
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
         self.cache: KVCache | None = None
         self.compiled: CompiledBlock | None = None
+        self.register_load_state_dict_post_hook(forget)
         self.rope: torch.Tensor | None = None  # float32 (max_seq_len, 1, hd/2, 2): cosines and sines
 
     @property
@@ -353,13 +361,20 @@ class Transformer(nn.Module):
         args = self.params
         if B > args.max_batch_size:
             raise InputError(f"{B} rows, but the model was built for max_batch_size={args.max_batch_size}")
-        if not isinstance(start_pos, int) or start_pos < 0 or start_pos + S > args.max_seq_len:
+        if not isinstance(start_pos, int):  # NumPy's numbers are welcome
+            try:
+                start_pos = operator.index(start_pos)
+            except TypeError as e:
+                raise InputError(f"start_pos is {kind(start_pos)}; it must be a whole number") from e
+        if start_pos < 0 or start_pos + S > args.max_seq_len:
             raise InputError(f"start_pos={start_pos} and {S} ids do not fit into the window of max_seq_len={args.max_seq_len}")
         if B == 0 or S == 0:
             return torch.empty(B, S, args.vocab_size, dtype=torch.float32, device=self.device)
+        if tokens.is_cpu and not torch.compiler.is_compiling() and not 0 <= tokens.min() <= tokens.max() < args.vocab_size:
+            raise InputError(f"tokens are {int(tokens.min())} to {int(tokens.max())}; ids are 0 to {args.vocab_size - 1}")
         batch = Batch.of([(row, start_pos, S) for row in range(B)], self.device)
+        self.ready_cache().turn = None  # before, since what fails midway has overwritten some of it
         hidden = self.hidden(tokens.to(self.device).flatten(), batch)
-        self.cache.turn = None  # type: ignore[union-attr]
         return self.logits(hidden).view(B, S, -1)
 
 

@@ -123,6 +123,16 @@ def lies(blocks: torch.Tensor, weight: torch.Tensor, inputs: int) -> bool:
     return True
 
 
+def telling(weight: torch.Tensor) -> torch.Tensor:
+    """Rows x (MOST, in) whose products with the first outputs of a weight (out, in) all but cancel. What is left of these is
+    what rounding made of the sums, which tells one order from another; of other products one in ten thousand does."""
+    x = torch.empty(MOST, weight.shape[1], dtype=torch.float32, device="cpu").normal_(
+        generator=torch.Generator().manual_seed(0)
+    )
+    some = weight[: min(64, weight.shape[1] // 4)].float()
+    return (x - x @ torch.linalg.pinv(some) @ some).bfloat16()
+
+
 _ORDERS: dict[tuple[int, int, int], list[dict[str, int]]] = {}  # found for each kind and shape
 
 
@@ -142,8 +152,9 @@ class Few:
             return None
         width, address = weight.shape[1], torch.ops.mkldnn.data_ptr(blocks)
         made = Few(BF16, width, len(weight), blocks, weight=address, chunk=1024)
+        # In older versions of oneDNN chunks are equal.
         divisor = next((n for n in range(1024, 0, -16) if width % n == 0), 1024)
-        made.orders = [{"chunk": n} for n in dict.fromkeys((1024, divisor))]  # in older versions of oneDNN chunks are equal
+        made.orders = [{"chunk": n} for n in dict.fromkeys((512 if width <= 1024 else 1024, 1024, divisor))]
         return made
 
     @staticmethod
@@ -166,13 +177,13 @@ class Few:
         beside.copy_(groups.unflatten(1, (-1, 64)).transpose(0, 1))
         return Few(INT4, width, out, blocks, beside, weight=blocks, groups=beside, group=width // len(groups))
 
-    def agreeing(self, multiply: Callable[[torch.Tensor], torch.Tensor]) -> "Few | None":
+    def agreeing(self, multiply: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor) -> "Few | None":
         """This, summing in the order in which it gives to the last bit what oneDNN does, by `multiply`; or None if in
         none. The order is oneDNN's own affair, decided by its version, the CPU and the weight's shape: of each shape the first
         weights are looked at."""
         found = _ORDERS.setdefault((self.product.kind, self.in_features, self.out_features), [])
         if len(found) < LOOKED_AT:
-            x = torch.randn(MOST, self.in_features, generator=torch.Generator().manual_seed(0), device="cpu").bfloat16()
+            x = telling(weight)
             wanted = multiply(x)
             order = next((o for o in self.orders if torch.equal(self.set(**o)(x), wanted)), None)
             if order is None:

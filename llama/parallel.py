@@ -53,6 +53,11 @@ class ParallelLinear(nn.Module):
         ParallelLinear.times_held += 1
         self.weight = nn.Parameter(weight, requires_grad=False) if self.packed is None else None  # type: ignore[arg-type]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if isinstance(self.packed, torch.Tensor):  # another machine packed it, and this one does not
+            self.hold(self.packed)
+
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:  # `to` another dtype or device
         if self.packed is None:
             return super()._apply(fn, recurse)

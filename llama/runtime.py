@@ -138,7 +138,8 @@ def fetch(*tensors: torch.Tensor) -> Callable[[], list[list[Any]]]:
     """Send tensors to the host; the call returned waits for them, and for nothing launched since, and gives lists."""
     if not all(tensor.is_cuda for tensor in tensors):
         return lambda: [tensor.tolist() for tensor in tensors]
-    copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+    room = (torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True) for t in tensors)
+    copies = [here.copy_(t, non_blocking=True) for here, t in zip(room, tensors, strict=True)]
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(tensors[0].device))
 

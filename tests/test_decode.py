@@ -16,7 +16,7 @@ from llama.decode import Step, bucket, unwatched
 from llama.errors import DeviceError, InputError
 from llama.host import HostStep
 from llama.model import FeedForward
-from llama.parallel import ParallelLinear
+from llama.parallel import JoinedColumnParallelLinear, ParallelLinear, RowParallelLinear
 
 PROMPTS = [[1, 5, 9, 30, 8], [1, 7], [1, 80, 81]]
 
@@ -119,6 +119,28 @@ def test_what_a_caller_puts_into_a_layer_is_in_its_steps(llama: Llama, monkeypat
     assert answer() == want and seen == [3, 1, 1, 1, 1, 1]
     block.feed_forward = own
     assert answer() == want and not seen
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("width", [32, 96])
+def test_a_layer_may_be_narrower_than_the_others(
+    small: SimpleNamespace, dtype: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pruning leaves it. What steps know of all layers is not true of it."""
+    monkeypatch.setattr(widened, "SMALLEST", 0)
+    llama = Llama.build(small.folder, small.tokenizer_path, 32, 2, device="cpu", dtype=dtype)
+    before = llama.generate([[1, 5, 9]], 8, temperature=0)
+    ffn, (w1, w3) = llama.model.layers[1].feed_forward, (small.weights[f"layers.1.feed_forward.w{i}.weight"] for i in (1, 3))
+    w2 = small.weights["layers.1.feed_forward.w2.weight"]
+    ffn.w13 = JoinedColumnParallelLinear(w1.shape[1], {"w1": width, "w3": width})
+    ffn.w13.hold(torch.cat((w1[:width], w3[:width])).to(llama.model.dtype))
+    ffn.w2 = RowParallelLinear(width, len(w2))
+    ffn.w2.hold(w2[:, :width].contiguous().to(llama.model.dtype))
+    ids, wanted = [1, 5, 9], []
+    for _ in range(8):
+        wanted.append(int(llama.model(torch.tensor([[*ids, *wanted]]), 0)[0, -1].argmax()))
+    got = llama.generate([ids], 8, temperature=0)
+    assert got == ([wanted], None) != before
 
 
 def test_a_watched_model_is_not_captured(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:

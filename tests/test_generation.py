@@ -230,7 +230,7 @@ def test_whatever_holds_prompts_will_do(llama: Llama) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_what_a_caller_sets_for_its_own_sake_changes_nothing(small: SimpleNamespace, dtype: str, quantize: str | None) -> None:
-    """A default dtype (the reference sets one itself), and autocast."""
+    """A default dtype (the reference sets one itself) or device, autocast, inference mode."""
     llama = Llama.build(small.folder, small.tokenizer_path, 32, 2, device="cpu", dtype=dtype, quantize=quantize)
 
     def answers() -> tuple:
@@ -238,7 +238,7 @@ def test_what_a_caller_sets_for_its_own_sake_changes_nothing(small: SimpleNamesp
         ids = llama.generate([[1, 5, 7], [1, 9]], 6, seed=1, logprobs=True, echo=True, repetition_penalty=1.2)
         said = llama.chat_completion([[{"role": "user", "content": "hi"}]], **options)
         pieces = list(llama.text_completion_stream("sea", reuse=True, **options))
-        return ids, said, pieces, llama.score(["sea"], [" and"]), llama.model(torch.tensor([[1, 5]]), 0).dtype
+        return ids, said, pieces, llama.score(["sea"], [" and"]), llama.model(torch.tensor([[1, 5]], device="cpu"), 0).dtype
 
     expected = answers()
     for foreign in (torch.float16, torch.bfloat16, torch.float64):
@@ -252,6 +252,14 @@ def test_what_a_caller_sets_for_its_own_sake_changes_nothing(small: SimpleNamesp
     for foreign in (torch.float16, torch.bfloat16):
         with torch.autocast("cpu", foreign):
             assert answers()[:-1] == expected[:-1]
+    with torch.device("meta"):
+        again = Llama.build(small.folder, small.tokenizer_path, 32, 2, device="cpu", dtype=dtype, quantize=quantize)
+        assert again.generate([[1, 5, 7]], 6, seed=1) == llama.generate([[1, 5, 7]], 6, seed=1)
+        assert answers() == expected
+    with torch.inference_mode():
+        again = Llama.build(small.folder, small.tokenizer_path, 32, 2, device="cpu", dtype=dtype, quantize=quantize)
+    again.model.load_state_dict(llama.model.state_dict())
+    assert again.generate([[1, 5, 7]], 6, seed=1) == llama.generate([[1, 5, 7]], 6, seed=1)
 
 
 def test_a_copy_answers_alike(llama: Llama) -> None:

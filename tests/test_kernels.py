@@ -11,7 +11,7 @@ import torch
 
 from llama import Llama, ModelArgs, Transformer, avx2, kernels, widened
 from llama.attention import attend, attend_in_blocks, attend_plainly
-from llama.parallel import ColumnParallelLinear, JoinedColumnParallelLinear
+from llama.parallel import ColumnParallelLinear, JoinedColumnParallelLinear, RowParallelLinear
 
 from .support import plain_logits, run, write_shards
 
@@ -39,6 +39,18 @@ def test_packed_products_are_those_of_the_weight(n: int) -> None:
 
 
 @packs
+@packs
+def test_what_one_machine_packed_another_unpacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = RowParallelLinear(512, 1024)
+    layer.hold(torch.randn(1024, 512).bfloat16())
+    dense, sent = layer.dense(), pickle.dumps(layer)
+    assert layer.packed is not None
+    assert torch.equal(pickle.loads(sent).packed.dense(), dense)
+    monkeypatch.setattr(widened, "WIDENED", frozenset({torch.bfloat16}))
+    there = pickle.loads(sent)
+    assert there.packed is None and torch.equal(there.weight, dense)
+
+
 def test_gradients_pass_through_a_packed_weight() -> None:
     """To what was put in: soft prompts and adapters are trained so."""
     weight, x = torch.randn(1100, 320).bfloat16(), torch.randn(2, 320).bfloat16().requires_grad_()

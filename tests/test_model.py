@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,6 +106,18 @@ def test_forward_refuses_what_does_not_fit(llama: Llama) -> None:
         llama.model.forward(torch.ones(7, 1, dtype=torch.long), 0)
     with pytest.raises(InputError, match="vocab_size"):
         Transformer(ModelArgs(dim=32, n_layers=1, n_heads=2))
+
+
+def test_forward_says_which_ids_and_positions_there_are(llama: Llama) -> None:
+    for bad in (384, -1):
+        with pytest.raises(InputError, match="ids are 0 to 383"):
+            llama.model(torch.tensor([[1, bad]]), 0)
+    for bad in (1.0, None, "0"):
+        with pytest.raises(InputError, match="it must be a whole number"):
+            llama.model(torch.tensor([[1, 5]]), bad)
+    logits = llama.model(torch.tensor([[1, 5]]), 0)
+    for zero in (torch.tensor(0), np.int64(0)):
+        assert torch.equal(llama.model(torch.tensor([[1, 5]]), zero), logits)
 
 
 def test_a_model_by_itself_can_be_trained() -> None:

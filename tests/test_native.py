@@ -87,6 +87,20 @@ def test_what_is_packed_otherwise_is_left_alone() -> None:
 
 
 @compiled
+@pytest.mark.parametrize("out, width", [(391, 640), (640, 640), (896, 896), (768, 768), (512, 1024), (256, 1728), (384, 2048)])
+def test_no_order_of_sums_is_taken_for_another(out: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One shows in a number of ten thousand only, unless one looks where it does."""
+    weight, x = rows(out, width), rows(16 * 60, width)
+    kernel, few = packed(weight, "bf16")
+    wanted = [kernel.multiply(some) for some in x.split(16)]
+    for order in few.orders:
+        monkeypatch.setattr(native, "_ORDERS", {})
+        few.orders = [order]
+        same = all(torch.equal(few.set(**order)(some), right) for some, right in zip(x.split(16), wanted, strict=True))
+        assert (few.agreeing(kernel.multiply, weight) is not None) == same
+
+
+@compiled
 def test_parts_of_rows_are_scaled_as_whole_ones() -> None:
     kernel, few = packed(rows(100, 192), "int8")
     x, largest = rows(3, 192), torch.tensor([[4.0], [9.0], [5.5]]).bfloat16()

@@ -2,9 +2,11 @@
 
 import random
 import unicodedata
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from llama import InputError, Llama, Tokenizer, given_or_demo
 from llama.chat import UNSAFE_ERROR
@@ -227,6 +229,31 @@ def test_a_turn_of_a_chat_prefills_only_what_is_new(demo: Llama) -> None:
     assert stream.prompt_tokens > 3 * forwards[0]
     for n in range(1, len(dialog), 2):
         assert demo.chat_completion([dialog[:n]], 0)[0]["generation"] == dialog[n]
+
+
+@pytest.mark.parametrize("way", ["a forward that fails", "other weights"])
+def test_what_is_kept_is_forgotten_when_it_is_no_longer_true(small: SimpleNamespace, way: str) -> None:
+    llama = Llama.build(small.folder, small.tokenizer_path, 64, 2, device="cpu")
+
+    def turn(prompt: str) -> str:
+        return "".join(llama.text_completion_stream(prompt, 0, max_gen_len=8, reuse=True))
+
+    text = "once upon a time there"
+    turn(text)
+    open_ = llama.text_completion_stream(text, 0, max_gen_len=8, reuse=True)
+    next(open_)
+    if way == "other weights":
+        generator = torch.Generator().manual_seed(5)
+        other = {name: w + 0.1 * torch.randn(w.shape, generator=generator) for name, w in small.weights.items()}
+        llama.model.load_state_dict({name: w for name, w in other.items() if name != "rope.freqs"})
+    else:
+        handle = llama.model.layers[1].register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llama.model(torch.tensor([[7, 8, 9, 10, 11, 12]]), 0)
+        handle.remove()
+    with pytest.raises(InputError, match="another call"):
+        list(open_)
+    assert turn(text + " was") == llama.text_completion([text + " was"], 0, max_gen_len=8)[0]["generation"]
 
 
 def test_leaving_a_stream_frees_it_and_harms_nothing(llama: Llama) -> None:

@@ -23,6 +23,15 @@ def test_batches_are_served_in_turn(llama: Llama) -> None:
             assert got == [once] * 4
 
 
+def test_two_of_one_model_are_served_in_turn(llama: Llama) -> None:
+    """It has one cache, whoever asks."""
+    other, prompts = Llama(llama.model, llama.tokenizer), [[1, *range(5, 5 + i)] for i in range(6)]
+    wanted = llama.generate(prompts, 12, temperature=0)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(which.generate, prompts, 12, temperature=0) for which in (llama, other) * 8]
+        assert [answer.result() for answer in asked] == [wanted] * 16
+
+
 def test_a_stream_is_right_or_refused(llama: Llama) -> None:
     """Each thread streams; whose cache another takes learns so, and what it has got until then is right."""
     want = [llama.generate(prompts[:1], 12, temperature=0)[0][0] for prompts in PROMPTS]
