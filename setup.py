@@ -15,9 +15,8 @@ FLAGS = {
 def extension(name: str, flags: str) -> Extension:
     source, header = f"llama/{name}.c", "llama/native.h"
     mark = zlib.crc32(b"".join((Path(__file__).parent / file).read_bytes() for file in (source, header)))
-    made = Extension(f"llama._{name}", [source], depends=[header], define_macros=[("SOURCE", str(mark))], optional=True)
-    made.extra_compile_args = ["-O3", "-ffp-contract=off", *flags.split()]
-    return made
+    options = ["-O3", "-ffp-contract=off", f"-DSOURCE={mark}", *flags.split()]
+    return Extension(f"llama._{name}", [source], depends=[header], extra_compile_args=options, optional=True)
 
 
 ON_X86_LINUX = (sys.platform, platform.machine()) == ("linux", "x86_64")

@@ -177,11 +177,11 @@ def run_complete(args: argparse.Namespace) -> None:
     # What is written is not lost when the program is stopped. On a terminal, and from replicas, it comes in parts.
     parts = sys.stdout.isatty() or ranks.replica()[1] > 1
     some = WRITTEN_AFTER * args.max_batch_size * ranks.replica()[1] if parts else len(prompts)
-    stop = of_each_call.pop("stop")
-    most, drawing = of_each_call.pop("max_gen_len"), tuple(of_each_call.values())
+    stop, most = of_each_call.pop("stop"), of_each_call.pop("max_gen_len")
+    sampling = Sampling(**of_each_call)
     for i in range(0, len(prompts), max(some, 1)):
         part = prompts[i : i + some]
-        answers = llama.finished(lambda part=part: llama.planner.texts(part, most, None, drawing, stop))  # type: ignore[misc]
+        answers = llama.finished(lambda part=part: llama.planner.texts(part, most, None, sampling, stop))  # type: ignore[misc]
         for prompt, answer in zip(part, answers, strict=True):
             if args.jsonl:
                 result = {"prompt": prompt, "generation": answer.text, **answer.details()}
@@ -214,7 +214,7 @@ def described(ckpt_dir: str) -> tuple[ModelArgs, torch.dtype]:
     """A checkpoint's shape and dtype; of one that has no shards yet, as far as params.json tells."""
     params = checkpoint.read_params(ckpt_dir)
     if any(Path(ckpt_dir).glob("consolidated.*.pth")):
-        embedding = next(iter(checkpoint.open_shards(ckpt_dir).values())).get("tok_embeddings.weight")
+        embedding = checkpoint.open_shards(ckpt_dir).first.get("tok_embeddings.weight")
         if embedding is not None and embedding.ndim == 2:
             return ModelArgs(**{**params, "vocab_size": len(embedding)}), embedding.dtype
     declared = params.get("vocab_size", -1)

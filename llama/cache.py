@@ -63,8 +63,9 @@ class Batch:
         return Batch(both[0], both[1], tuple(spans))
 
     @staticmethod
-    def step(rows: torch.Tensor, positions: torch.Tensor, end: int) -> "Batch":
+    def step(positions: torch.Tensor, end: int) -> "Batch":
         """One id for each of the rows 0..B, at `positions` (B,), below `end`. Nothing is read from the device."""
+        rows = torch.arange(len(positions), device=positions.device)
         return Batch(rows, positions, (Span(0, len(rows), 1, end, ragged=True),))
 
     def masks(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
@@ -100,7 +101,7 @@ def chunked(lengths: list[int], most: int, block: int = 1) -> Iterator[list[tupl
             if n:
                 pieces.append((row, start, n))
             start, room = start + n, room - n
-            if start < length or room == 0:
+            if start < length:
                 yield pieces
                 pieces, room = [], most
     if pieces:
@@ -121,7 +122,8 @@ class KVCache:
             shape = (n_layers, 2, rows, n_kv_heads, positions, head_dim)
             self.data = torch.zeros(shape, dtype=dtype, device=device)
         self.layers = self.data.unbind()
-        self.turn: object = None  # the one call whose keys and values these are
+        self.logits: torch.Tensor | None = None  # of the last step, (rows, vocab)
+        self.turn: list[int] | None = None  # ids that row 0 is known to hold; a new list for each call that has the cache
 
 
 def write(layer: torch.Tensor, batch: Batch, kv: torch.Tensor) -> None:

@@ -47,9 +47,6 @@ class Score:
         return self.total / len(self.logprobs)
 
 
-Drawing = tuple[float, float, int, float, float]  # temperature, top_p, top_k, min_p, repetition_penalty: what `Sampling` takes
-
-
 @dataclass(frozen=True)
 class Call:
     """What is asked of the loop: the same on every rank."""
@@ -131,10 +128,10 @@ def check_gen_len(max_gen_len: int) -> None:
         raise InputError(f"max_gen_len is {kind(max_gen_len)}; it must be a whole number, 0 or more")
 
 
-def seeds_of(seed: int | Iterable[int] | None, rows: int) -> list[int] | None:
-    """One seed for each row, within 64 bits of two's complement."""
+def seeds_of(seed: int | Iterable[int] | None, rows: int) -> list[int] | list[None]:
+    """One seed, or None, for each row, within 64 bits of two's complement."""
     if seed is None:
-        return None
+        return [None] * rows
     several = isinstance(seed, Iterable) and not isinstance(seed, (str, bytes))
     seeds: list[Any] = listed(seed, "seed", "a whole number, or one for each prompt") if several else [seed]  # type: ignore[arg-type]
     for value in seeds:
@@ -168,7 +165,7 @@ class Planner:
         prompts: Iterable[Iterable[int]],
         max_gen_len: int,
         seed: int | Iterable[int] | None,
-        drawing: Drawing,
+        sampling: Sampling,
         logprobs: bool = False,
         echo: bool = False,
     ) -> Call:
@@ -176,14 +173,14 @@ class Planner:
         names = named("prompt {}", given)
         rows = [listed(prompt, name, "a list of token ids") for prompt, name in zip(given, names, strict=True)]
         requests = self._requests(rows, names, max_gen_len, seeds_of(seed, len(rows)))
-        return Call(requests, Sampling(*drawing), logprobs, echo)
+        return Call(requests, sampling, logprobs, echo)
 
     def texts(
         self,
         prompts: Iterable[str],
         max_gen_len: int | None,
         seed: int | Iterable[int] | None,
-        drawing: Drawing,
+        sampling: Sampling,
         stop: str | Sequence[str],
         logprobs: bool = False,
         echo: bool = False,
@@ -193,14 +190,14 @@ class Planner:
         texts, names = check_texts(prompts, "prompts", each)
         encoded = [self._encode(text) for text in texts]
         requests = self._requests(encoded, names, max_gen_len, seeds_of(seed, len(texts)))
-        return Call(requests, Sampling(*drawing), logprobs, echo, check_stops(stop), reuse)
+        return Call(requests, sampling, logprobs, echo, check_stops(stop), reuse)
 
     def dialogs(
         self,
         dialogs: Iterable[Dialog],
         max_gen_len: int | None,
         seed: int | Iterable[int] | None,
-        drawing: Drawing,
+        sampling: Sampling,
         stop: str | Sequence[str],
         logprobs: bool = False,
         reuse: bool = False,
@@ -213,11 +210,11 @@ class Planner:
             check_dialog(dialog, name)
         seeds, safe = seeds_of(seed, len(dialogs)), [row for row, dialog in enumerate(dialogs) if not is_unsafe(dialog)]
         encoded = [encode_dialog(self.tokenizer, dialogs[row]) for row in safe]
-        asked = self._requests(encoded, [names[row] for row in safe], max_gen_len, seeds and [seeds[row] for row in safe])
+        asked = self._requests(encoded, [names[row] for row in safe], max_gen_len, [seeds[row] for row in safe])
         requests = [Request([], 0, finish_reason="stop") for _ in dialogs]
         for row, request in zip(safe, asked, strict=True):
             requests[row] = request
-        return Call(requests, Sampling(*drawing), logprobs, False, check_stops(stop), reuse)
+        return Call(requests, sampling, logprobs, False, check_stops(stop), reuse)
 
     def scored(self, prompts: Iterable[str], continuations: Iterable[str]) -> list[Scored]:
         prompts, _ = check_texts(prompts, "prompts")
@@ -240,12 +237,12 @@ class Planner:
         return self.tokenizer.encode(text, bos=True, eos=False)
 
     def _requests(
-        self, prompts: list[list[int]], names: list[str], max_gen_len: int | None, seeds: list[int] | None
+        self, prompts: list[list[int]], names: list[str], max_gen_len: int | None, seeds: Sequence[int | None]
     ) -> list[Request]:
         check_prompts(prompts, names, self.tokenizer, self.window)
-        most = self.window - 1 if max_gen_len is None else max_gen_len
+        most = self.window if max_gen_len is None else max_gen_len
         check_gen_len(most)
         return [
             Request([int(id_) for id_ in prompt], min(int(most), self.window - len(prompt)), seed, name)  # NumPy's are welcome
-            for prompt, name, seed in zip(prompts, names, seeds or [None] * len(prompts), strict=True)  # type: ignore[list-item]
+            for prompt, name, seed in zip(prompts, names, seeds, strict=True)
         ]

@@ -43,7 +43,7 @@ class Step:
         self.model = model
         self.ids = torch.zeros(n_rows, dtype=torch.int64, device=model.device)
         self.positions = torch.zeros_like(self.ids)
-        self.batch = Batch.step(torch.arange(n_rows, device=model.device), self.positions, end)
+        self.batch = Batch.step(self.positions, end)
         self.logits: torch.Tensor | None = None
         self.replay: Callable[[], None] = self.run
 
@@ -140,7 +140,7 @@ class Decoder:
         if device.type == "cpu" or len(set(at)) == 1:  # on the CPU each row sees its own slots only: as alone
             batch = Batch.of(((row, position, 1) for row, position in enumerate(at)), device)
         else:
-            batch = Batch.step(torch.arange(len(ids), device=device), positions, max(at) + 1)
+            batch = Batch.step(positions, max(at) + 1)
         return self.model.logits(hidden(ids, batch))
 
     def captured(self, ids: torch.Tensor, positions: torch.Tensor, at: list[int]) -> torch.Tensor:
@@ -172,17 +172,13 @@ class Decoder:
         """A step, and what it gives when it runs for the first time. That is its turn, and capturing runs nothing: ranks launch
         the same collectives whether they have the step already or make it."""
         step = Step(self.model, n_rows, end)
-        step.ids.copy_(ids)
-        step.positions.copy_(positions)
         try:
             with any_number_of_shapes() if self.model.compiled else contextlib.nullcontext():
-                step.run()
+                logits = step(ids, positions)
         except Exception as e:
             if self.model.compiled is None:
                 raise
             raise DeviceError(f"torch.compile failed; leave compile=True out ({' '.join(str(e).split()):.200})") from e
-        logits = step.logits
-        assert logits is not None
         if self.captures and self.model.device.type == "cuda":
             with torch.cuda.device(self.model.device), CAPTURING:
                 self._capture(step)

@@ -55,13 +55,6 @@ class Request:
     finish_reason: FinishReason | None = None  # set by the loop; or by its consumer, who thereby ends the row
 
 
-class Turn:
-    """A call that has the cache, and the ids whose keys and values it knows to stand in row 0."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-
-
 class Rows:
     """What the device holds of the rows 0..B: their next logits, where the ids to come will stand, what draws need."""
 
@@ -128,9 +121,12 @@ class Run:
         self.engine, self.model, self.requests, self.eos_id = engine, engine.model, requests, eos_id
         self.logprobs, self.scored, self.reuse = logprobs, scored, reuse
         self.cache = self.model.ready_cache()
-        kept = self.cache.turn.ids if reuse and isinstance(self.cache.turn, Turn) else []
-        self.cache.turn = self.turn = Turn()
-        self.turn.ids = kept[: common_prefix(kept, requests[0].prompt[:-1])]  # the last id is computed: it has the logits
+        beyond, self.cache.logits = self.cache.logits, None
+        if beyond is not None and not beyond.sum(-1).isfinite().all():  # a step taken before it was known that all had ended
+            self.clear()
+        kept = self.cache.turn or [] if reuse else []
+        # A list of this call's own, which says that the cache is. A prompt's last id is computed anew: it has the logits.
+        self.cache.turn = self.turn = kept[: common_prefix(kept, requests[0].prompt[:-1])]
         self.n_slots = min(len(requests), self.model.params.max_batch_size)
         self.take = engine.decoder.begin(self.n_slots)
         self.rows = Rows(self.n_slots, self.model, sampling, any(r.seed is not None for r in requests))
@@ -152,10 +148,10 @@ class Run:
         their prompts, with log probabilities, if these are asked for."""
         self.check()
         self.engine.decoder.follow()
-        if self.live and self.drawn:
+        if self.live:
             self.forward()
             if self.reuse:
-                self.turn.ids.append(self.drawn[0][0])
+                self.turn.append(self.drawn[0][0])
         self.drawn, self.step, own = [], None, []
         if self.waiting and len(self.live) < self.n_slots:
             own = self.admit()
@@ -172,10 +168,10 @@ class Run:
         if entering:
             slots, requests = [slot for slot, _ in entering], [self.requests[row] for _, row in entering]
             self.scrub(slots, self.rows.logits[slots].sum(-1).tolist())
-            hidden, scores = self.engine.prefill(slots, requests, len(self.turn.ids), self.scored, quiet=self.many)
+            hidden, scores = self.engine.prefill(slots, requests, len(self.turn), self.scored, quiet=self.many)
             self.rows.admit(slots, requests, self.model.logits(hidden))
             if self.reuse:
-                self.turn.ids = list(requests[0].prompt)
+                self.turn[:] = requests[0].prompt
             for (_, row), values in zip(entering, scores, strict=True):
                 if not all(map(math.isfinite, values)):
                     self.clear()
@@ -210,7 +206,8 @@ class Run:
     def forward(self) -> None:
         """The drawn ids through the model, if that has not been done: keys and values, and the logits for the next."""
         if self.step is not None:
-            self.rows.logits, self.step = self.take(*self.step), None
+            self.cache.logits = self.rows.logits = self.take(*self.step)
+            self.step = None
 
     def hand_out(self) -> Iterator[Token]:
         """What was drawn, row by row; the consumer may end the row by what it gets."""

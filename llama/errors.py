@@ -67,12 +67,10 @@ def read_file(path: Path, size: int = -1) -> bytes:
 def what_is_it(head: bytes) -> str:
     """What a file's first bytes say it is, for those who got another file than they think."""
     text = head.lstrip().lower()
-    for start, name in (
-        (b"version https://git-lfs", "it is a git-lfs pointer: run `git lfs pull`"),
-        (b"<", "it is an HTML page or XML: the download failed"),
-        (b"{", "it is JSON"),
-        (b"", "it is empty" if not head else "it is cut off or damaged, or of another format"),
-    ):
-        if text.startswith(start):
-            return name
-    raise AssertionError("every text starts with nothing")
+    known = {
+        b"version https://git-lfs": "it is a git-lfs pointer: run `git lfs pull`",
+        b"<": "it is an HTML page or XML: the download failed",
+        b"{": "it is JSON",
+        b"": "it is empty" if not head else "it is cut off or damaged, or of another format",
+    }
+    return next(name for start, name in known.items() if text.startswith(start))

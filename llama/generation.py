@@ -8,6 +8,7 @@ import numbers
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -98,9 +99,9 @@ class Llama:
             tokenizer = Tokenizer(tokenizer_path)
             quantized = saved.open_saved(ckpt_dir, quantize) if quantize else None
             shards = quantized or checkpoint.open_shards(ckpt_dir)
-            check = saved.check if quantized else checkpoint.check
-            model = checkpoint.build_on_meta(params, shards, int(max_seq_len), int(max_batch_size), tokenizer.n_words, check)
-            stored = next(iter(shards.values()))["tok_embeddings.weight"].dtype
+            model = checkpoint.build_on_meta(params, shards, int(max_seq_len), int(max_batch_size), tokenizer.n_words)
+            (saved if quantized else checkpoint).check(model, shards)
+            stored = shards.first["tok_embeddings.weight"].dtype
             n_ranks = ranks.model_parallel()[1]
             memory.check_quantized(model.params, n_ranks, wanted or stored, where, quantize)
             memory.preflight(model.params, n_ranks, wanted or stored, where, runtime.free_memory(where), quantize)
@@ -147,8 +148,8 @@ class Llama:
         likeliest id, else ids are drawn: see `Sampling`. logprobs: log_softmax of the raw logits at each id. echo: the
         prompt's ids come first, the very first with 0.0. Raises InputError, naming the row, before any work.
         """
-        drawing = temperature, top_p, top_k, min_p, repetition_penalty
-        answers = self._answers(lambda: self.planner.ids(prompt_tokens, max_gen_len, seed, drawing, logprobs, echo))
+        drawing = partial(Sampling, temperature, top_p, top_k, min_p, repetition_penalty)
+        answers = self._answers(lambda: self.planner.ids(prompt_tokens, max_gen_len, seed, drawing(), logprobs, echo))
         return [a.ids for a in answers], [a.logprobs for a in answers] if logprobs else None
 
     def tokens(
@@ -166,8 +167,8 @@ class Llama:
         seed: int | Iterable[int] | None = None,
     ) -> Iterator[Token]:
         """`generate`, id by id as they are made: rows take turns, each in its own order. EOS is not yielded."""
-        drawing = temperature, top_p, top_k, min_p, repetition_penalty
-        return self._tokens(self._agreed(lambda: self.planner.ids(prompts, max_gen_len, seed, drawing, logprobs, echo)))
+        drawing = partial(Sampling, temperature, top_p, top_k, min_p, repetition_penalty)
+        return self._tokens(self._agreed(lambda: self.planner.ids(prompts, max_gen_len, seed, drawing(), logprobs, echo)))
 
     def text_completion(
         self,
@@ -190,8 +191,8 @@ class Llama:
         Each result has "generation"; with logprobs=True also "tokens" (each id decoded by itself) and "logprobs"; with
         details=True also "finish_reason", "prompt_tokens" and "new_tokens".
         """
-        drawing = temperature, top_p, top_k, min_p, repetition_penalty
-        answers = self._answers(lambda: self.planner.texts(prompts, max_gen_len, seed, drawing, stop, logprobs, echo))
+        drawing = partial(Sampling, temperature, top_p, top_k, min_p, repetition_penalty)
+        answers = self._answers(lambda: self.planner.texts(prompts, max_gen_len, seed, drawing(), stop, logprobs, echo))
         return [{"generation": a.text, **self._details(a, logprobs, details)} for a in answers]
 
     def chat_completion(
@@ -214,8 +215,8 @@ class Llama:
         A dialog that holds a special tag of the format is answered with UNSAFE_ERROR, and computed no further.
         Each result has "generation", a message, and what `text_completion` adds.
         """
-        drawing = temperature, top_p, top_k, min_p, repetition_penalty
-        answers = self._answers(lambda: self.planner.dialogs(dialogs, max_gen_len, seed, drawing, stop, logprobs))
+        drawing = partial(Sampling, temperature, top_p, top_k, min_p, repetition_penalty)
+        answers = self._answers(lambda: self.planner.dialogs(dialogs, max_gen_len, seed, drawing(), stop, logprobs))
         said = [a.text if a.request.prompt else UNSAFE_ERROR for a in answers]
         return [
             {"generation": {"role": "assistant", "content": text}, **self._details(answer, logprobs, details)}
@@ -241,9 +242,9 @@ class Llama:
         reuse: keys and values that the last stream with `reuse` left in the cache serve for the ids that both prompts
         begin with; any other use of the cache forgets them. Raises InputError at the call, not at the first piece.
         """
-        drawing = temperature, top_p, top_k, min_p, repetition_penalty
+        drawing = partial(Sampling, temperature, top_p, top_k, min_p, repetition_penalty)
         return self._stream(
-            lambda: self.planner.texts([prompt], max_gen_len, seed, drawing, stop, reuse=reuse, each="the prompt")
+            lambda: self.planner.texts([prompt], max_gen_len, seed, drawing(), stop, reuse=reuse, each="the prompt")
         )
 
     def chat_completion_stream(
@@ -264,9 +265,9 @@ class Llama:
 
         With `reuse` a dialog's next turn computes only what is new in it. UNSAFE_ERROR is a stream of one piece.
         """
-        drawing = temperature, top_p, top_k, min_p, repetition_penalty
+        drawing = partial(Sampling, temperature, top_p, top_k, min_p, repetition_penalty)
         return self._stream(
-            lambda: self.planner.dialogs([dialog], max_gen_len, seed, drawing, stop, reuse=reuse, each="the dialog")
+            lambda: self.planner.dialogs([dialog], max_gen_len, seed, drawing(), stop, reuse=reuse, each="the dialog")
         )
 
     def score(self, prompts: Iterable[str], continuations: Iterable[str]) -> list[Score]:

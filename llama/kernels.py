@@ -23,11 +23,10 @@ import torch.nn.functional as F
 
 from . import avx2, native, widened
 from .errors import DeviceError
-from .int4 import Int4, Int4Cuda, Int4Rows
+from .int4 import FEW, Int4, Int4Cuda, Int4Rows
 from .kernel import Kernel
 from .quantize import Quantized
 
-FEW = 96  # rows up to which reading small numbers anew for each is faster than unpacking them once
 LEAST = 4  # rows: for fewer oneDNN takes slower kernels (on Zen 4 by a third), and for one row one that rounds otherwise
 
 

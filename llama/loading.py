@@ -18,8 +18,8 @@ from torch import nn
 from .checkpoint import NOT_FINITE, Shards, split_dim
 from .errors import CheckpointError
 from .model import Transformer
-from .parallel import ColumnParallelLinear, JoinedColumnParallelLinear, RowParallelLinear
-from .quantize import HEAD, Quantized, from_nibbles, quantize
+from .parallel import JoinedColumnParallelLinear, ParallelLinear, RowParallelLinear
+from .quantize import Quantized, from_nibbles, kind_of, quantize
 from .ranks import model_parallel
 from .runtime import progress
 
@@ -61,21 +61,15 @@ def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device:
         shards.check_unchanged()
         for view in next(ahead, (None, [], []))[2]:
             advise(view, WILLNEED)  # the disk reads the next one while this one is packed
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and kind is not None:
-            own, held = HEAD if names == ["output.weight"] else kind, next(iter(shards.values()))
-            if f"{names[0]}.scale" in held:
-                parts = [_saved(name, held, own, module.in_features, dtype).to(device, dtype) for name in names]
-            else:
-                parts = [part for name in names for part in quantized(name, shards, own, dtype, device)]
-            module.hold(Quantized.cat(parts))
-            del parts  # before the next are made
+        if isinstance(module, ParallelLinear) and kind is not None:
+            module.hold(_quantized_part(module, names, shards, kind, dtype, device))
             for view in views:
                 advise(view, DONTNEED)
             trim()
             continue
         weight = views[0] if _in_place(views, dtype, device) else _join(views, split_dim(names[0]) or 0, dtype, device)
         _refuse_what_is_not_finite(weight, names, shards)
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+        if isinstance(module, ParallelLinear):
             module.hold(weight)
         else:
             module.weight = nn.Parameter(weight, requires_grad=False)
@@ -110,6 +104,19 @@ def quantized(name: str, shards: Shards, kind: str, dtype: torch.dtype, device: 
             _refuse_what_is_not_finite(block, [name], shards)
             found = quantize(block, kind, dtype)
             yield found.columns(width * rank // ranks, width * (rank + 1) // ranks) if by_columns else found
+
+
+def _quantized_part(
+    module: ParallelLinear, names: list[str], shards: Shards, kind: str, dtype: torch.dtype, device: torch.device
+) -> Quantized:
+    """This rank's part of a layer's weights, as it was saved, or quantized now."""
+    own = kind_of(names[0], kind)
+    assert own is not None
+    if f"{names[0]}.scale" in shards.first:
+        parts = [_saved(name, shards.first, own, module.in_features, dtype).to(device, dtype) for name in names]
+    else:
+        parts = [part for name in names for part in quantized(name, shards, own, dtype, device)]
+    return Quantized.cat(parts)
 
 
 def _saved(name: str, tensors: dict[str, torch.Tensor], kind: str, in_features: int, dtype: torch.dtype) -> Quantized:

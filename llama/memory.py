@@ -37,11 +37,8 @@ def need(args: ModelArgs, ranks: int, dtype: torch.dtype, kind: str | None = Non
 
 def weight_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype, kind: str | None = None) -> int:
     """One rank's share of the weights."""
-    return embedding_bytes(args, ranks, dtype) + multiplied_bytes(args, ranks, dtype, kind)
-
-
-def embedding_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype) -> int:
-    return args.vocab_size * args.dim // ranks * dtype.itemsize
+    embedding = args.vocab_size * args.dim // ranks * dtype.itemsize
+    return embedding + multiplied_bytes(args, ranks, dtype, kind)
 
 
 def multiplied_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype, kind: str | None = None) -> int:
@@ -128,9 +125,9 @@ def shortfall(
         ways.append(f"max_batch_size={rows}")
     if not ways and (window := most("max_seq_len", args.max_seq_len, max_batch_size=1)) >= SMALLEST_WINDOW:
         ways.append(f"max_batch_size=1 with max_seq_len={window}")
-    if dtype.itemsize > 2 and total(dtype=torch.bfloat16) <= free:
+    if total(dtype=torch.bfloat16) <= free:
         ways.append(f"dtype='bfloat16' ({gb(total(dtype=torch.bfloat16))})")
-    for smaller in list(KINDS)[list(KINDS).index(kind) + 1 if kind else 0 :]:
+    for smaller in KINDS:
         if total(kind=smaller) <= free and possible(args, ranks, dtype, device, smaller):
             ways.append(f"quantize='{smaller}' ({gb(total(kind=smaller))})")
             break

@@ -43,6 +43,7 @@ def _weight(rows: int, columns: int) -> nn.Parameter:
 
 
 class ParallelLinear(nn.Module):
+    in_features: int
     weight: nn.Parameter | None
     packed: Kernel | None = None
     times_held = 0  # by all layers of all models: as it grows, captured steps look whether their weights are still there

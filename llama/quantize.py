@@ -74,6 +74,11 @@ class Quantized:
         return replace(parts[0], q=torch.cat([p.q for p in parts]), scale=torch.cat([p.scale for p in parts]), zero=zero)
 
 
+def kind_of(name: str, kind: str) -> str | None:
+    """What a weight of Meta's name becomes in a model of this kind; None: it stays as it is."""
+    return None if "norm" in name or name == "tok_embeddings.weight" else HEAD if name == "output.weight" else kind
+
+
 def group_of(in_features: int) -> int:
     """Inputs that share a scale in int4."""
     return 64 if in_features >= WIDE and in_features % 64 == 0 else 32

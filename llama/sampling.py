@@ -39,7 +39,7 @@ class Sampling:
             object.__setattr__(self, name, float(value))  # NumPy's are welcome
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, numbers.Integral) or int(self.top_k) < 0:
             raise InputError(f"top_k is {kind(self.top_k)}; it must be a whole number, 0 (all ids) or more")
-        object.__setattr__(self, "top_k", min(int(self.top_k), 2**31))  # more than any vocabulary, and a number for torch
+        object.__setattr__(self, "top_k", int(self.top_k))
 
     @property
     def greedy(self) -> bool:
@@ -57,15 +57,19 @@ def candidates(probs: torch.Tensor, top_p: float, top_k: int = 0, min_p: float =
     return probs / probs.sum(dim=-1, keepdim=True), ids
 
 
+def draw(probs: torch.Tensor, ids: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+    """One of the candidates of each row, (B, 1)."""
+    noise = torch.empty_like(probs).exponential_(1) if noise is None else noise.gather(-1, ids)
+    return ids.gather(-1, (probs / noise).argmax(dim=-1, keepdim=True))
+
+
 def sample_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
     """Draw one id for each row of probs (B, vocab) from its nucleus; returns (B, 1) int64.
 
     The nucleus is every id, from the likeliest on, before which less than or exactly p is gathered; so the likeliest is
     always in it. Draws from torch's default generator exactly as torch.multinomial(probs, 1) does, which would wait.
     """
-    nucleus, ids = candidates(probs, p)
-    drawn = (nucleus / torch.empty_like(nucleus).exponential_(1)).argmax(dim=-1, keepdim=True)
-    return ids.gather(-1, drawn)
+    return draw(*candidates(probs, p))
 
 
 def next_ids(logits: torch.Tensor, sampling: Sampling, noise: torch.Tensor | None = None) -> torch.Tensor:
@@ -76,11 +80,8 @@ def next_ids(logits: torch.Tensor, sampling: Sampling, noise: torch.Tensor | Non
     """
     if sampling.greedy:
         return logits.argmax(dim=-1)
-    probs, ids = candidates(
-        torch.softmax(logits / sampling.temperature, dim=-1), sampling.top_p, sampling.top_k, sampling.min_p
-    )
-    noise = torch.empty_like(probs).exponential_(1) if noise is None else noise.gather(-1, ids)
-    return ids.gather(-1, (probs / noise).argmax(dim=-1, keepdim=True)).squeeze(-1)
+    probs = torch.softmax(logits / sampling.temperature, dim=-1)
+    return draw(*candidates(probs, sampling.top_p, sampling.top_k, sampling.min_p), noise).squeeze(-1)
 
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:

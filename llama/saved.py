@@ -30,7 +30,7 @@ from .checkpoint import Shards, expected_shapes, stamp
 from .errors import CheckpointError, DeviceError, InputError, kind
 from .memory import gb
 from .model import Transformer
-from .quantize import HEAD, KINDS, Quantized, group_of, to_nibbles
+from .quantize import KINDS, Quantized, group_of, kind_of, to_nibbles
 from .ranks import world_size
 from .runtime import progress
 
@@ -69,9 +69,10 @@ def layout(model: Transformer, stored: torch.dtype, wanted: str) -> Layout:
     """What the file of a model must hold."""
     found: Layout = {}
     for name, shape in expected_shapes(model).items():
-        if len(shape) == 1 or name == "tok_embeddings.weight":
+        own = kind_of(name, wanted)
+        if own is None:
             found[name] = stored, shape
-        elif wanted == "int8" or (name == "output.weight" and HEAD == "int8"):
+        elif own == "int8":
             found[name], found[f"{name}.scale"] = (torch.int8, shape), (torch.float32, (shape[0], 1))
         else:
             groups = -(-shape[1] // group_of(shape[1]))
@@ -136,10 +137,11 @@ def save(ckpt_dir: str | os.PathLike[str], wanted: str) -> Path:
     if world_size() > 1:
         raise DeviceError("saving quantized weights is work for one process: run it without torchrun")
     params, shards = checkpoint.read_params(ckpt_dir), checkpoint.open_shards(ckpt_dir)
-    embedding = next(iter(shards.values())).get("tok_embeddings.weight")
+    embedding = shards.first.get("tok_embeddings.weight")
     words = embedding.shape[0] if embedding is not None and embedding.ndim == 2 else 1
-    model = checkpoint.build_on_meta(params, shards, 1, 1, words, checkpoint.check)
-    parts = layout(model, next(iter(shards.values()))["tok_embeddings.weight"].dtype, wanted)
+    model = checkpoint.build_on_meta(params, shards, 1, 1, words)
+    checkpoint.check(model, shards)
+    parts = layout(model, shards.first["tok_embeddings.weight"].dtype, wanted)
 
     sizes = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in parts.items()}
     ends = dict(zip(parts, itertools.accumulate(sizes.values()), strict=True))
@@ -180,12 +182,11 @@ def save(ckpt_dir: str | os.PathLike[str], wanted: str) -> Path:
 
 def _written(name: str, shards: Shards, wanted: str) -> Iterator[tuple[str, torch.Tensor]]:
     """What stands in the file for a stored weight."""
-    whole = loading.all_of(name, shards)
-    if whole[0].ndim == 1 or name == "tok_embeddings.weight":
+    whole, own = loading.all_of(name, shards), kind_of(name, wanted)
+    if own is None:
         yield name, torch.cat(whole, dim=checkpoint.split_dim(name) or 0).contiguous()
         return
-    kind = HEAD if name == "output.weight" else wanted
-    found = Quantized.cat(list(loading.quantized(name, shards, kind, whole[0].dtype, torch.device("cpu"))))
+    found = Quantized.cat(list(loading.quantized(name, shards, own, whole[0].dtype, torch.device("cpu"))))
     yield name, found.q.contiguous() if found.zero is None else to_nibbles(found.q)
     yield f"{name}.scale", found.scale.contiguous()
     if found.zero is not None:

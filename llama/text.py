@@ -50,8 +50,6 @@ class Text:
         return self._release(self.ids.end(), final=True)
 
     def _release(self, text: str, final: bool) -> str:
-        if self.stopped:
-            return ""
         self.held += text
         ends = [(start + len(stop), start) for stop in self.stops if (start := self.held.find(stop)) >= 0]
         if ends:

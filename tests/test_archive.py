@@ -1,5 +1,6 @@
 """Shards as torch.save writes them, and as damage leaves them: what they say of themselves is not believed."""
 
+import pickle
 import time
 import zipfile
 from collections.abc import Callable
@@ -108,3 +109,41 @@ def test_paths_may_begin_at_home(shard: Path, small: SimpleNamespace, monkeypatc
     for nowhere in ("~/nothing", "~nobody-of-that-name/model"):
         with pytest.raises(CheckpointError, match=f"'{nowhere}'"):
             Llama.build(nowhere, small.tokenizer_path, 16, 2, device="cpu")
+
+
+def test_a_changed_name_does_not_match_the_checksum(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2, 3), "b": torch.ones(2, 3)}, tmp_path / "x.pth")
+    data = bytearray((tmp_path / "x.pth").read_bytes())
+    at = data.index(b"X\x01\x00\x00\x00a") + 5
+    data[at : at + 1] = b"c"
+    (tmp_path / "x.pth").write_bytes(data)
+    with pytest.raises(ValueError, match="checksum"):
+        archive.read(tmp_path / "x.pth")
+
+
+def test_tensors_of_nothing_are_read(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2, 3), "none": torch.ones(5, 0)}, tmp_path / "x.pth")
+    assert archive.read(tmp_path / "x.pth")["none"].shape == (5, 0)
+
+
+def test_a_pickle_of_any_length_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"a": torch.ones(2, 3)}, tmp_path / "x.pth")
+    monkeypatch.setattr(archive, "LARGEST_PICKLE", 10)
+    with pytest.raises(pickle.UnpicklingError, match="bytes say what it holds"):
+        archive.read(tmp_path / "x.pth")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_zips_that_say_two_things(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as f:
+        f.writestr("x/a", b"1")
+    whole = (tmp_path / "x.pth").read_bytes()
+    encrypted = bytearray(whole)
+    encrypted[whole.index(b"PK\x01\x02") + 8] |= 1
+    with zipfile.ZipFile(tmp_path / "x.pth", "a") as f:
+        f.writestr("x/a", b"2")
+    twice = (tmp_path / "x.pth").read_bytes()
+    for data, why in ((b"PK\x03\x05" + whole[4:], "is not where"), (bytes(encrypted), "encrypted"), (twice, "is not where")):
+        (tmp_path / "y.pth").write_bytes(data)
+        with (tmp_path / "y.pth").open("rb") as f, pytest.raises(ValueError, match=why):
+            archive.records(f)

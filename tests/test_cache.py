@@ -21,8 +21,8 @@ def test_masks_show_each_query_the_slots_up_to_its_own() -> None:
     assert chunk is not None
     assert chunk.shape == (1, 1, 2, 4)
     assert (chunk[0, 0] == 0).tolist() == [[True, True, True, False], [True, True, True, True]]
-    (step,) = Batch.step(torch.arange(2), torch.tensor([0, 2]), 4).masks(torch.float32)
-    assert Batch.step(torch.arange(2), torch.tensor([0, 2]), 4).spans == (Span(0, 2, 1, 4, True),)  # and reads no slot beyond
+    (step,) = Batch.step(torch.tensor([0, 2]), 4).masks(torch.float32)
+    assert Batch.step(torch.tensor([0, 2]), 4).spans == (Span(0, 2, 1, 4, True),)  # and reads no slot beyond
     assert step is not None and (step[:, 0, 0] == 0).tolist() == [[True, False, False, False], [True, True, True, False]]
 
 

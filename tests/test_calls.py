@@ -5,9 +5,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from llama import InputError, Llama, Tokenizer, engine
+from llama import InputError, Llama, Tokenizer, calls, engine
 
 from .support import plain_logits
 
@@ -127,3 +128,12 @@ def test_help_shows_every_option() -> None:
         assert {"top_k", "min_p", "repetition_penalty", "seed"} <= set(call.__annotations__)
     for word in ("seed:", "stop:", "details:", "max_batch_size"):
         assert word in (Llama.__doc__ or "")
+
+
+def test_long_prompts_are_divided_evenly() -> None:
+    assert calls.dealt([9, 1, 8, 2], 2) == [[0, 3], [1, 2]]
+
+
+def test_ids_come_back_as_plain_numbers(llama: Llama) -> None:
+    got = llama.generate([[np.int64(1), np.int64(5)]], 2, 0, echo=True)[0][0]
+    assert {type(id_) for id_ in got} == {int}

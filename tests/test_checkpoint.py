@@ -1,15 +1,20 @@
 """Loading: what it holds in memory, and that nothing of the files is changed."""
 
 import hashlib
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from llama import CheckpointError, Llama
+from llama import CheckpointError, Llama, Tokenizer, checkpoint, loading
 
-from .support import random_weights, run, write_shards
+from .conftest import SMALL
+from .support import random_weights, refused, run, write_shards
 
 BIG = dict(dim=512, n_layers=4, n_heads=8, multiple_of=64, norm_eps=1e-5, vocab_size=-1), 1408  # 51 MB in float32
 
@@ -85,3 +90,75 @@ def test_of_weights_multiplied_as_one_the_damaged_is_named(
     weights[name][-1, -1] = value
     with pytest.raises(CheckpointError, match=rf"^layers\.1\.feed_forward\.w3\.weight {says}"):
         Llama.build(write_shards(tmp_path, small.params, weights, 2), tokenizer_path, 16, 2, device="cpu", dtype=dtype)
+
+
+def altered(folder: Path, change: Callable[[dict], None], n: int = 2) -> Path:
+    """A checkpoint in n shards, of which the last holds something else."""
+    write_shards(folder, SMALL, random_weights(SMALL, 384, 192), n)
+    path = folder / f"consolidated.{n - 1:02d}.pth"
+    tensors = torch.load(path)
+    change(tensors)
+    torch.save(tensors, path)
+    return folder
+
+
+def test_norms_of_two_shards_may_differ_by_rounding_only(tmp_path: Path, tokenizer_path: Path) -> None:
+    folder = altered(tmp_path / "m", lambda t: t["norm.weight"].add_(0.15))
+    call = lambda: Llama.build(folder, tokenizer_path, 16, 1, device="cpu")  # noqa: E731
+    refused(call, CheckpointError, "norm.weight differs between")
+
+
+def test_rows_of_zeros_are_no_copy_of_a_shard(tmp_path: Path, tokenizer_path: Path) -> None:
+    weights = random_weights(SMALL, 384, 192)
+    weights["layers.0.attention.wq.weight"][::32] = 0
+    Llama.build(write_shards(tmp_path / "m", SMALL, weights, 2), tokenizer_path, 16, 1, device="cpu")
+
+
+def test_a_file_s_stamp_has_its_time(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"ab")
+    before = checkpoint.stamp(path)
+    os.utime(path, ns=(0, before[3] + 1))
+    assert checkpoint.stamp(path) != before
+
+
+def test_a_build_is_told_from_another_by_its_norms(small: SimpleNamespace, tokenizer: Tokenizer) -> None:
+    model: Any = SimpleNamespace(params=1)
+    shards = checkpoint.open_shards(small.folder)
+    one = repr(checkpoint.marks(tokenizer, shards, model, torch.float32))
+    shards["consolidated.00.pth"]["norm.weight"] = shards["consolidated.00.pth"]["norm.weight"] + 1
+    assert one != repr(checkpoint.marks(tokenizer, shards, model, torch.float32))
+
+
+def test_weights_lie_where_kernels_read_them_best(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Whatever the offsets and strides in the file."""
+
+    def turn(tensors: dict[str, torch.Tensor]) -> None:
+        for name, t in tensors.items():
+            if t.ndim == 2:
+                odd = torch.empty(t.numel() + 1)[1:].view(t.shape).copy_(t)
+                tensors[name] = odd if name.endswith("wo.weight") else t.t().contiguous().t()
+
+    llama = Llama.build(altered(tmp_path / "m", turn, 1), tokenizer_path, 16, 1, device="cpu")
+    assert all(p.is_contiguous() and p.data_ptr() % 64 == 0 for p in llama.model.parameters() if p.ndim == 2)
+
+
+@pytest.mark.parametrize("at", [1, 15])
+def test_a_shard_touched_while_it_is_read(
+    small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """At the first weight, it is noticed before the second is read; at the last, before the model is given out."""
+    folder = shutil.copytree(small.folder, tmp_path / "m")
+    read: list[int] = []
+    look = loading._refuse_what_is_not_finite
+
+    def touched(*args: Any) -> None:
+        read.append(1)
+        if len(read) == at:
+            os.utime(folder / "consolidated.00.pth", ns=(0, 5))
+        look(*args)
+
+    monkeypatch.setattr(loading, "_refuse_what_is_not_finite", touched)
+    call = lambda: Llama.build(folder, small.tokenizer_path, 16, 1, device="cpu")  # noqa: E731
+    refused(call, CheckpointError, "while it was being read")
+    assert len(read) == at

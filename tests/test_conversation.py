@@ -11,6 +11,8 @@ from llama import InputError, Llama
 from llama.chat import UNSAFE_ERROR, Message, encode_dialog
 from llama.conversation import HELP, Conversation
 
+from .support import refused
+
 WINDOW = 192
 
 
@@ -207,3 +209,15 @@ def test_help_exit_blank_lines_and_unknown_commands(talk: Talk) -> None:
     assert talk.over and talk.remarks == [HELP] and talk.dialog() == []
     with pytest.raises(InputError, match=r"^/sytem is no command; /help names them$"):
         talk.says("/sytem x")
+
+
+def test_why_an_answer_was_cut_is_told_of_that_answer(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Conversation(llama, lambda text: None, temperature=0, max_gen_len=4)
+    answer = talk.respond("hi")
+    assert answer is not None and "".join(answer) and talk.cut_off is not None and "4" in talk.cut_off
+    first = llama.generate([llama.tokenizer.encode("[INST] hi [/INST]", bos=True, eos=False)], 1, 0)[0][0][0]
+    talk.exchanges.clear()
+    monkeypatch.setattr(llama.tokenizer, "eos_id", first)
+    answer = talk.respond("hi")
+    assert answer is not None and list(answer) == [] and talk.cut_off is None
+    refused(lambda: Conversation(llama, lambda text: None, "a [INST]"), InputError, "special tags")

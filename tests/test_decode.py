@@ -15,7 +15,7 @@ from llama.cache import Batch
 from llama.decode import Step, bucket, unwatched
 from llama.errors import DeviceError, InputError
 from llama.host import HostStep
-from llama.model import FeedForward
+from llama.model import FeedForward, RMSNorm, untouched
 from llama.parallel import JoinedColumnParallelLinear, ParallelLinear, RowParallelLinear
 
 PROMPTS = [[1, 5, 9, 30, 8], [1, 7], [1, 80, 81]]
@@ -195,7 +195,7 @@ def test_a_recorded_step_replays_at_other_positions(llama: Llama) -> None:
         assert not any(node.target is torch.ops.aten._local_scalar_dense.default for node in graph.graph.nodes)
         for ids, positions in (([8, 4, 3], [3, 2, 1]), ([9, 9, 7], [4, 3, 2])):
             args = torch.tensor(ids), torch.tensor(positions)
-            want = model.logits(model.hidden(args[0], Batch.step(torch.arange(3), args[1], 5)))
+            want = model.logits(model.hidden(args[0], Batch.step(args[1], 5)))
             torch.testing.assert_close(graph(*args), want, atol=1e-4, rtol=0)
 
 
@@ -326,3 +326,57 @@ def test_a_model_that_changed_its_dtype_answers_at_once(small: SimpleNamespace) 
 def test_compile_is_for_cuda(small: SimpleNamespace) -> None:
     with pytest.raises(DeviceError, match="compile=True is for CUDA, and this is cpu"):
         Llama.build(small.folder, small.tokenizer_path, device="cpu", compile=True)
+
+
+def test_logits_of_a_caller_s_are_called_each_step(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama.engine.decoder, "static", True)
+    seen, logits = [], llama.model.logits
+    monkeypatch.setattr(llama.model, "logits", lambda h: (seen.append(len(h)), logits(h))[1])
+    llama.engine.decoder.steps.clear()
+    for _ in range(2):
+        llama.generate([[1, 5]], 4, temperature=0)
+    assert not llama.engine.decoder.steps and len(seen) == 8
+
+
+def test_a_hook_on_all_modules_sees_each_step(llama: Llama) -> None:
+    seen: list[str] = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m).__name__))
+    made = len(llama.generate([[1, 5]], 4, temperature=0)[0][0])
+    handle.remove()
+    assert made == 4 and seen.count("TransformerBlock") == 4 * len(llama.model.layers)
+
+
+def test_a_compiled_module_is_not_passed_by() -> None:
+    norm = RMSNorm(8)
+    assert untouched([norm])
+    norm.compile(backend="eager")
+    assert not untouched([norm])
+
+
+@pytest.mark.parametrize("change", ["nothing", "a weight held", "a norm's weight"])
+def test_what_changes_under_a_stream_makes_new_steps(llama: Llama, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    decoder, model = llama.engine.decoder, llama.model
+    monkeypatch.setattr(decoder, "static", True)
+    monkeypatch.setitem(model.norm._parameters, "weight", model.norm.weight)  # put back afterwards
+    stream = llama.tokens([[1, 5]], 8, 0)
+    next(stream), next(stream)
+    old = list(decoder.steps.values())
+    if change == "a weight held":
+        wo = model.layers[0].attention.wo
+        wo.hold(wo.dense().clone())
+    elif change == "a norm's weight":
+        model.norm.weight = torch.nn.Parameter(model.norm.weight.detach().clone())
+    next(stream)
+    stream.close()
+    assert old and any(step in old for step in decoder.steps.values()) == (change == "nothing")
+    decoder.steps.clear()
+
+
+def test_new_angles_make_new_steps(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama.engine.decoder, "static", True)
+    llama.generate([[1, 5]], 3, temperature=0)
+    old = list(llama.engine.decoder.steps.values())
+    llama.model.rope = None
+    llama.generate([[1, 5]], 3, temperature=0)
+    assert old and not any(step in old for step in llama.engine.decoder.steps.values())
+    llama.engine.decoder.steps.clear()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llama import InputError, Llama, Sampling, engine, runtime
+from llama.decode import Decoder
 from llama.engine import Request
 from llama.sampling import next_ids
 
@@ -303,3 +304,29 @@ def test_a_small_model_goes_by_one_thread(llama: Llama, tiny: bool, monkeypatch:
         assert torch.get_num_threads() == 3  # between two ids the caller's own
     finally:
         torch.set_num_threads(before)
+
+
+def test_as_many_steps_as_ids_need(llama: Llama, as_on_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is launched whose logits nobody could want."""
+    steps: list[int] = []
+    captured = Decoder.captured
+    monkeypatch.setattr(Decoder, "captured", lambda self, *args: (steps.append(1), captured(self, *args))[1])
+    run = llama.engine.run([Request([1, 5], 8)], GREEDY, eos_id=-1)
+    assert len(list(run)) == 8 and len(steps) == 7
+
+
+def test_the_prompt_s_first_id_is_penalized_too(llama: Llama) -> None:
+    prompts = [[x, 5] for x in range(3, 300)]
+    free = llama.generate(prompts, 16, 0)[0]
+    prompt = next(p for p, ids in zip(prompts, free, strict=True) if p[0] in ids)
+    assert prompt[0] not in llama.generate([prompt], 16, 0, repetition_penalty=100.0)[0][0]
+
+
+def test_prompts_are_cut_where_blocks_end(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "PREFILL_CHUNK", 24)
+    monkeypatch.setattr(engine, "BLOCK", 8)
+    seen, hidden = [], llama.model.hidden
+    monkeypatch.setattr(llama.model, "hidden", lambda ids, batch, *a, **k: (seen.append(batch), hidden(ids, batch, *a, **k))[1])
+    llama.generate([[1, *range(20, 40)], [1, *range(50, 61)]], 1, 0)
+    spans = [span for batch in seen for span in batch.spans]
+    assert len(seen) == 2 and all(span.end % 8 == 0 or span.end in (21, 12) for span in spans)

@@ -291,3 +291,9 @@ def test_errors_on_ranks_end_all_of_them_with_the_cause(small: SimpleNamespace, 
     assert said["one rank 1"].startswith("CheckpointError: ckpt_dir is ") and "No such file" in said["one rank 1"]
     for rank in (0, 1):
         assert said[f"heads {rank}"] == "DeviceError: key/value heads: 1 cannot be divided among 2 ranks; use one of 1"
+
+
+def test_a_dialog_where_a_list_of_them_belongs_is_told(idle: Llama) -> None:
+    dialog = [USER]
+    for call in (lambda: idle.chat_completion_stream([dialog]), lambda: idle.chat_completion([[dialog]])):
+        refused(call, InputError, "give one dialog here, not a list of dialogs")

@@ -11,6 +11,7 @@ import torch
 
 from llama import Llama, ModelArgs, Transformer, avx2, kernels, widened
 from llama.attention import attend, attend_in_blocks, attend_plainly
+from llama.model import Attention
 from llama.parallel import ColumnParallelLinear, JoinedColumnParallelLinear, RowParallelLinear
 
 from .support import plain_logits, run, write_shards
@@ -246,3 +247,11 @@ def test_joined_layers_stand_in_state_dict_by_metas_names() -> None:
     assert torch.equal(joined.weight, torch.cat([weights[f"layers.0.attention.{name}.weight"] for name in ("wq", "wk", "wv")]))
     with pytest.raises(RuntimeError, match="wqkv"):
         second.load_state_dict({name: w for name, w in weights.items() if "wk" not in name})
+
+
+def test_a_part_of_a_model_has_metas_names() -> None:
+    args = ModelArgs(dim=64, n_layers=1, n_heads=4, vocab_size=32, multiple_of=32)
+    attention = Attention(args)
+    assert set(attention.state_dict()) == {f"w{x}.weight" for x in "qkvo"}
+    attention.load_state_dict(Attention(args).state_dict())
+    assert attention.state_dict(keep_vars=True)["wo.weight"] is attention.wo.weight

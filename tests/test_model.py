@@ -65,7 +65,7 @@ def test_rows_at_different_positions_in_one_forward(llama: Llama, small: SimpleN
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
     positions = torch.tensor([s + n for s, n in zip(starts, lengths, strict=True)])
-    step = model.logits(model.hidden(ids[range(3), positions], Batch.step(torch.arange(3), positions, 12)))
+    step = model.logits(model.hidden(ids[range(3), positions], Batch.step(positions, 12)))
     torch.testing.assert_close(step, want[range(3), positions], atol=1e-4, rtol=0)
 
 
@@ -258,3 +258,24 @@ def test_repeat_kv_repeats_each_head_in_place() -> None:
 )
 def test_feed_forward_width_of_7b_13b_and_70b(dim: int, multiple_of: int, multiplier: float | None, width: int) -> None:
     assert ffn_width(4 * dim, multiple_of, multiplier) == width
+
+
+def test_forward_fills_the_window(llama: Llama) -> None:
+    window = llama.model.params.max_seq_len
+    ids = torch.randint(3, 300, (1, window))
+    whole = llama.model(ids, 0)
+    assert whole.shape == (1, window, 384)
+    torch.testing.assert_close(llama.model(ids[:, -1:], window - 1)[0, 0], whole[0, -1], atol=1e-4, rtol=1e-4)
+    assert llama.model(ids[:0], 0).shape == (0, window, 384)
+
+
+def test_heads_have_an_even_width() -> None:
+    with pytest.raises(InputError, match="even width"):
+        Transformer(ModelArgs(dim=6, n_heads=2, n_layers=1, vocab_size=8, multiple_of=1))
+
+
+def test_rotation_of_many_heads() -> None:
+    x, freqs = torch.randn(200, 3, 8, 64), precompute_freqs_cis(64, 3)
+    with torch.inference_mode():
+        got, _ = apply_rotary_emb(x, x, freqs)
+    torch.testing.assert_close(got, rotate_plainly(x, torch.view_as_real(freqs)[:, None]))

@@ -100,3 +100,41 @@ def test_the_way_out_of_a_narrow_dtype(small: object, monkeypatch: pytest.Monkey
     llama = Llama.build(small.folder, small.tokenizer_path, 32, 2, device="cpu", dtype=dtype)  # type: ignore[attr-defined]
     plant(llama, monkeypatch, 5)
     refused(lambda: llama.generate([[1, 5]], 4), NumberError, f"or build with dtype={way_out}: {dtype} may not hold")
+
+
+def test_a_step_beyond_the_end_harms_no_later_call(stepping: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the host runs ahead, EOS is known when the step that takes it is on its way."""
+    prompt = [1, 5, 9, 30, 8, 44, 45]
+
+    def greedy(eos: int) -> list[int]:
+        run = stepping.engine.run([Request(list(prompt), 6)], Sampling(0), eos_id=eos, reuse=True)
+        return [token.id for token in run]
+
+    want = greedy(-1)
+    eos = next(id_ for id_ in want if id_ not in prompt)
+    stepping.model.ready_cache().turn = None
+    with monkeypatch.context() as patch:
+        plant(stepping, patch, eos)
+        assert greedy(eos) == greedy(eos) == want[: want.index(eos)]
+    assert greedy(-1) == want
+
+
+def test_after_an_error_nothing_is_kept(stepping: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = [1, 5, 9, 30, 8, 44, 45]
+
+    def greedy() -> list[int]:
+        return [token.id for token in stepping.engine.run([Request(list(prompt), 6)], Sampling(0), eos_id=-1, reuse=True)]
+
+    want = greedy()
+    stepping.model.ready_cache().turn = None
+    with monkeypatch.context() as patch:
+        plant(stepping, patch, next(id_ for id_ in want if id_ not in prompt))
+        with pytest.raises(NumberError):
+            greedy()
+    assert greedy() == want
+
+
+def test_the_id_is_named_whose_log_probability_is_none(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(llama, monkeypatch, 30)
+    call = lambda: llama.generate([[1, 9, 30, 44]], 2, 0, logprobs=True, echo=True)  # noqa: E731
+    refused(call, NumberError, "the log probability of id 1 is")

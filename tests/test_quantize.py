@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from llama import DeviceError, InputError, Llama, int4, kernels, loading, memory, saved, widened
+from llama import DeviceError, InputError, Llama, ModelArgs, int4, kernels, loading, memory, saved, widened
 from llama.checkpoint import open_shards
 from llama.parallel import ColumnParallelLinear, RowParallelLinear
 from llama.quantize import Quantized, check_width, from_nibbles, quantize, to_nibbles
 
+from .conftest import SMALL
 from .support import ROOT, random_weights, run, torchrun, write_shards
 
 DEMO, DEMO_TOKENIZER = ROOT / "demo/model", ROOT / "demo/tokenizer.model"
@@ -322,3 +323,34 @@ def test_what_has_no_kernel_says_what_to_use(monkeypatch: pytest.MonkeyPatch) ->
         check_width("layers.0.feed_forward.w2", 11008, "int4", 8)
     check_width("layers.0.feed_forward.w2", 11008, "int4", 4)
     check_width("layers.0.feed_forward.w2", 11008, "int8", 8)
+
+
+def test_int4_is_better_than_the_nearest_number() -> None:
+    weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
+    low, high = weight.view(64, -1, 64).aminmax(dim=-1, keepdim=True)
+    scale = (high - low) / 15
+    nearest = (((weight.view(64, -1, 64) - low) / scale).round() * scale + low).view(64, -1)
+    ours = quantize(weight, "int4").dense()
+    assert (ours - weight).square().mean() < 0.95 * (nearest - weight).square().mean()
+
+
+def test_a_row_of_zeros_has_a_scale() -> None:
+    assert quantize(torch.zeros(2, 64), "int8").scale.min() > 0
+
+
+def test_widths_that_are_no_whole_groups(tmp_path: Path, tokenizer_path: Path) -> None:
+    """They are filled up on one rank; several cannot divide them."""
+    params = {**SMALL, "multiple_of": 8}
+    width = ModelArgs(**{**params, "vocab_size": 384}).ffn_width
+    assert width % 32
+    weights = random_weights(params, 384, width)
+    folder = write_shards(tmp_path / "m", params, weights)
+    llama = Llama.build(folder, tokenizer_path, 16, 1, device="cpu", dtype="bfloat16", quantize="int4")
+    want = quantize(weights["layers.0.feed_forward.w2.weight"], "int4", torch.bfloat16).dense()
+    assert torch.equal(llama.model.layers[0].feed_forward.w2.dense(), want)
+    with pytest.raises(DeviceError, match=r"or 1 rank\(s\)"):
+        check_width("w", 88, "int4", 2)
+    args = ModelArgs(dim=128, n_layers=1, n_heads=8, vocab_size=64, multiple_of=256)
+    assert args.ffn_width // 8 % 32 == 0
+    with pytest.raises(DeviceError, match=r"attention\.wo"):
+        memory.check_quantized(args, 8, torch.bfloat16, torch.device("cpu"), "int4")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from llama.sampling import Sampling, logprobs_of, next_ids, penalize, sample_top_p, seeded_noise
+from llama.sampling import Sampling, candidates, logprobs_of, next_ids, penalize, sample_top_p, seeded_noise
 
 
 def nucleus(probs: list[float], p: float) -> set[int]:
@@ -133,3 +133,10 @@ def test_seeded_noise_is_exponential_and_unrelated_between_neighbours() -> None:
     for a, b in ((uniform[1:], uniform[:-1]), (uniform[:, 1:], uniform[:, :-1]), (uniform[..., 1:], uniform[..., :-1])):
         assert abs((a * b).mean().item()) * 12 < 0.01  # correlation; its deviation is 0.0016
     assert len(noise.flatten().unique()) > 0.99 * noise.numel()
+
+
+def test_the_edges_of_the_candidates() -> None:
+    probs = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
+    assert candidates(probs, 1.0, min_p=1.0)[0].tolist() == [[1.0, 0.0, 0.0, 0.0]]
+    assert candidates(probs, 0.55, top_k=2)[0].tolist() == [[1.0, 0.0]]  # top_p is of what top_k leaves
+    assert Sampling(repetition_penalty=0.01).repetition_penalty == 0.01

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from llama import CheckpointError, DeviceError, Llama, loading, saved
+from llama import CheckpointError, DeviceError, Llama, ModelArgs, Transformer, loading, saved
 from llama.__main__ import main as command
 
-from .support import write_shards
+from .support import refused, write_shards
 
 
 @pytest.fixture
@@ -207,3 +209,56 @@ def test_two_who_save_do_not_meet(small: SimpleNamespace, tmp_path: Path, monkey
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DeviceError, match="run it without torchrun"):
         saved.save(folder, "int8")
+
+
+def test_a_file_of_another_version(small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shutil.copytree(small.folder, tmp_path / "m")
+    with monkeypatch.context() as patch:
+        patch.setattr(saved, "VERSION", "0")
+        saved.save(folder, "int8")
+    refused(lambda: saved.open_saved(folder, "int8"), CheckpointError, "of version 0")
+
+
+def test_wide_numbers_come_first(small: SimpleNamespace) -> None:
+    """So that each lies where its size says, with nothing in between."""
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(**{**small.params, "vocab_size": 384}))
+    sizes = [dtype.itemsize for dtype, _ in saved.layout(model, torch.bfloat16, "int8").values()]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("at", ["first", "last"])
+def test_a_shard_touched_while_it_is_saved(
+    small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    folder = shutil.copytree(small.folder, tmp_path / "m")
+    written, seen, when = saved._written, [], 1 if at == "first" else len(small.weights)
+
+    def touched(name: str, *args: Any) -> Any:
+        seen.append(name)
+        if len(seen) == when:
+            os.utime(folder / "consolidated.00.pth", ns=(0, 5))
+        return written(name, *args)
+
+    monkeypatch.setattr(saved, "_written", touched)
+    refused(lambda: saved.save(folder, "int8"), CheckpointError, "while it was being read")
+    assert len(seen) == when and not (folder / "int8.safetensors").exists()
+
+
+def test_a_header_of_any_length_and_dtypes_of_any_kind_are_refused(
+    small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(small.folder, tmp_path / "m")
+    path = saved.save(folder, "int8")
+    with monkeypatch.context() as patch:
+        patch.setattr(saved, "LARGEST_HEADER", 64)
+        refused(lambda: saved.open_saved(folder, "int8"), CheckpointError, "cut off, damaged")
+    shards = saved.open_saved(folder, "int8")
+    assert shards is not None
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(**{**small.params, "vocab_size": 384}))
+    saved.check(model, shards)
+    for name, tensor in shards[path.name].items():
+        if tensor.ndim == 1 or name == "tok_embeddings.weight":
+            shards[path.name][name] = tensor.to(torch.int8)
+    refused(lambda: saved.check(model, shards), CheckpointError, "tok_embeddings.weight")

@@ -10,7 +10,7 @@ import torch
 
 from llama import InputError, Llama, Tokenizer, given_or_demo
 from llama.chat import UNSAFE_ERROR
-from llama.text import Text, attaches, check_stops
+from llama.text import Text, attaches, check_stops, last_character
 
 from .support import ROOT
 
@@ -294,3 +294,16 @@ def test_stop_strings_that_are_none(llama: Llama) -> None:
         ):
             with pytest.raises(InputError, match=part):
                 call()
+
+
+def test_where_the_last_character_begins() -> None:
+    assert last_character("so\n") == 3  # after a control all is whole
+    assert last_character("\u0928\u200c") == 0  # a letter and what keeps it from joining the next
+    assert last_character("x\U0001f3f4\U000e0067\U000e0062\U000e007f") == 1  # a flag spelled in tags
+
+
+def test_a_stop_string_that_the_last_id_completes_is_why_it_ended(demo: Llama) -> None:
+    (found,) = demo.text_completion(["The opposite of hot is"], 0, max_gen_len=2, stop=".", details=True)
+    assert (found["generation"], found["finish_reason"], found["new_tokens"]) == ("cold", "stop", 2)
+    stream = demo.text_completion_stream("The opposite of hot is", 0, max_gen_len=2, stop=".")
+    assert "".join(stream) == "cold" and stream.finish_reason == "stop"
