@@ -60,8 +60,8 @@ class Shards(dict[str, dict[str, torch.Tensor]]):
         return next(iter(self.values()))
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError if a file is not what it was: numbers of two files make no model, and of one that has been
-        cut short the system ends who reads on."""
+        """Raise CheckpointError if a file is not what it was: numbers of two files make no model, and reading beyond the end of
+        one that was cut short kills the process."""
         for path, before in self.stamps.items():
             now = stamp(path)
             if now != before:

@@ -79,8 +79,9 @@ class Llama:
         compile: on CUDA, have torch.compile fuse a decode step's small kernels and tune the products of a single row; the
         first step of each number of rows takes seconds.
         quantize: "int8" or "int4", of the matrices, while they are read; `dtype` is then that of all else.
-        Raises LlamaError (CheckpointError, DeviceError, InputError) before any weight is loaded; only numbers that are
-        not finite are found while loading. On the CPU the weights may be the mapped file: replace it, never overwrite it.
+        Raises LlamaError (CheckpointError, DeviceError, InputError) before any weight is loaded; only numbers that are not
+        finite, and files that change meanwhile, are found while loading. On the CPU the weights may be the mapped file:
+        replace it, never overwrite it.
         """
         where = runtime.start(device, model_parallel_size)
 

@@ -90,7 +90,7 @@ def check_quantized(args: ModelArgs, ranks: int, dtype: torch.dtype, device: tor
 def preflight(
     args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.device, free: int | None, kind: str | None = None
 ) -> None:
-    """Raise DeviceError if all this exceeds the `free` bytes."""
+    """Raise DeviceError if weights, cache and room to compute in exceed the `free` bytes; None: nobody knows how many."""
     if free is not None and (why := shortfall(args, ranks, dtype, device, free, kind)):
         raise DeviceError(why)
 

@@ -63,7 +63,7 @@ EPS_IS_ROUNDED = bool(F.rms_norm(torch.zeros(1, dtype=torch.float16, device="cpu
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) in float32, cast back, times a weight per feature."""
+    """x (..., dim) -> (..., dim): x / sqrt(mean(x^2) + eps) in float32, cast back, times a weight per feature."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -106,6 +106,8 @@ def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
 
 
 class Attention(nn.Module):
+    """Grouped-query attention: wo(attend(rotated queries and keys, values)), this rank's heads of it."""
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         ranks = model_parallel()[1]
@@ -161,7 +163,7 @@ def ffn_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | Non
 
 
 class FeedForward(nn.Module):
-    """w2(silu(w1(x)) * w3(x))."""
+    """x (N, dim) -> (N, dim): w2(silu(w1(x)) * w3(x)). `hidden_dim` is 4 * dim; see `ffn_width`."""
 
     def __init__(self, dim: int, hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> None:
         super().__init__()
@@ -192,6 +194,8 @@ def check_ranks(args: ModelArgs, ranks: int) -> None:
 
 
 class TransformerBlock(nn.Module):
+    """x (N, dim) -> (N, dim): h = x + attention(norm(x)), then h + feed_forward(norm(h))."""
+
     def __init__(self, layer_id: int, args: ModelArgs) -> None:
         super().__init__()
         self.layer_id = layer_id

@@ -17,7 +17,7 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next id is chosen, in this order; checked when it is made.
+    """How the next id is chosen, in this order. Raises InputError when it is made with a value out of range.
 
     repetition_penalty: logits of ids that the row holds already, prompt or answer, are divided by it if positive, else
     multiplied. temperature: divides the logits; at 0 the likeliest id is taken, and nothing below matters. top_k: the k

@@ -61,7 +61,7 @@ class Text:
 
 
 def may_stop(text: str, stops: Sequence[str]) -> int:
-    """Where the longest end of the text begins that a stop string begins with."""
+    """Where the longest suffix of the text begins that is a proper prefix of a stop string; len(text) if there is none."""
     return min((len(text) - n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=len(text))
 
 

@@ -37,12 +37,13 @@ class Tokenizer:
             raise CheckpointError(f"{path}: damaged, as a piece's text is not UTF-8; fetch tokenizer.model again") from e
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """The ids of `s`, after BOS and before EOS where asked for. Control pieces in the text are plain text."""
+        """The ids of `s`, after BOS and before EOS where asked for. Control pieces in the text are plain text. Raises
+        InputError for what is no text that UTF-8 can hold."""
         check_text(s, "the text to encode")
         return [self.bos_id] * bool(bos) + self.sp_model.encode(s) + [self.eos_id] * bool(eos)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; BOS and EOS have none."""
+        """The text of the ids; BOS and EOS have none. Raises InputError for what is no id."""
         try:
             ids = [index(i) for i in ids]
         except TypeError as e:
