@@ -110,7 +110,8 @@ def parser() -> argparse.ArgumentParser:
 
 def build(args: argparse.Namespace, rows: int) -> Llama:
     ckpt_dir, tokenizer_path = given_or_demo(args.ckpt_dir, args.tokenizer_path)
-    args.max_seq_len = args.max_seq_len or (4096 if args.ckpt_dir else 512)  # Llama 2's own window, and the demo model's
+    if args.max_seq_len is None:
+        args.max_seq_len = 4096 if args.ckpt_dir else 512  # Llama 2's own window, and the demo model's
     return Llama.build(
         ckpt_dir, tokenizer_path, args.max_seq_len, rows,
         seed=args.seed, device=args.device, dtype=args.dtype, compile=args.compile,
@@ -192,7 +193,7 @@ def run_complete(args: argparse.Namespace) -> None:
 
 def run_quantize(args: argparse.Namespace) -> None:
     path = saved.save(args.ckpt_dir, args.kind)
-    print(f"{path}: {gb(path.stat().st_size)}", flush=True)
+    Terminal().write(f"{path}: {gb(path.stat().st_size)}\n")
 
 
 def run_plan(args: argparse.Namespace) -> None:
@@ -202,7 +203,7 @@ def run_plan(args: argparse.Namespace) -> None:
     machines, device = plan.machines(args.gpu, args.memory, args.bandwidth)
     found = plan.report(args.model or args.ckpt_dir, shape, args.ranks, dtype, args.quantize, machines, device)
     if ranks.global_rank() == 0:
-        print(found, flush=True)
+        Terminal().write(f"{found}\n")
 
 
 def short_name(model: str) -> str:
@@ -262,8 +263,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser().parse_args(argv)
     try:
         args.run(args)
-    except BrokenPipeError:  # nobody reads on, which is no failure
-        sys.stdout = open(os.devnull, "w")
     except (LlamaError, OSError) as e:
         if rank:
             time.sleep(2)  # if rank 0 has told, torchrun ends this one before it tells it again

@@ -123,6 +123,7 @@ class KVCache:
             self.data = torch.zeros(shape, dtype=dtype, device=device)
         self.layers = self.data.unbind()
         self.logits: torch.Tensor | None = None  # of the last step, (rows, vocab)
+        self.stream: torch.cuda.Stream | None = None  # on which it was launched
         self.turn: list[int] | None = None  # ids that row 0 is known to hold; a new list for each call that has the cache
 
 

@@ -113,7 +113,6 @@ class Decoder:
         self.marks: tuple[object, ...] = ()  # of a change in it
         self.stream: torch.cuda.Stream | None = None
         self.pool: Any = None
-        self.last: torch.cuda.Stream | None = None  # that steps were launched on
 
     def begin(self, n_rows: int) -> Take:
         """How all steps of a call go, by what the model is when it begins."""
@@ -123,14 +122,6 @@ class Decoder:
             return self.captured
         served = plain and model.device.type == "cpu" and model.dtype != torch.float64 and as_wide_as_said(model)
         return functools.partial(self.launched, host_step(model, n_rows) if served else model.hidden)
-
-    def follow(self) -> None:
-        """Have the caller's stream wait for what was launched on another: after a row's end a step may still be on its way."""
-        if self.model.device.type == "cuda":
-            current = torch.cuda.current_stream(self.model.device)
-            if self.last is not None and self.last != current:
-                current.wait_stream(self.last)
-            self.last = current
 
     def launched(
         self, hidden: Callable[[torch.Tensor, Batch], torch.Tensor], ids: torch.Tensor, positions: torch.Tensor, at: list[int]

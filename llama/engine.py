@@ -121,8 +121,11 @@ class Run:
         self.engine, self.model, self.requests, self.eos_id = engine, engine.model, requests, eos_id
         self.logprobs, self.scored, self.reuse = logprobs, scored, reuse
         self.cache = self.model.ready_cache()
+        self.follow()
         beyond, self.cache.logits = self.cache.logits, None
-        if beyond is not None and not beyond.sum(-1).isfinite().all():  # a step taken before it was known that all had ended
+        if (
+            beyond is not None and not ranks.from_rank0(beyond.sum()).isfinite()
+        ):  # a step taken before all were known to have ended
             self.clear()
         kept = self.cache.turn or [] if reuse else []
         # A list of this call's own, which says that the cache is. A prompt's last id is computed anew: it has the logits.
@@ -138,6 +141,13 @@ class Run:
         self.bar = runtime.progress(requests if self.many else [], lambda _: 1, "answering", "prompts")
         next(self.bar, None)
 
+    def follow(self) -> None:
+        """Have the caller's stream wait for what was launched on another: after a row's end a step may still be on its way."""
+        if self.model.device.type == "cuda":
+            before, self.cache.stream = self.cache.stream, torch.cuda.current_stream(self.model.device)
+            if before is not None and before != self.cache.stream:
+                self.cache.stream.wait_stream(before)
+
     def check(self) -> None:
         """Before the cache is used: another call may have used it since."""
         if self.model.cache is not self.cache or self.cache.turn is not self.turn:
@@ -147,7 +157,7 @@ class Run:
         """One more id for each row, into `drawn`; those who wait take the slots that have become free. Returns the ids of
         their prompts, with log probabilities, if these are asked for."""
         self.check()
-        self.engine.decoder.follow()
+        self.follow()
         if self.live:
             self.forward()
             if self.reuse:
@@ -206,7 +216,8 @@ class Run:
     def forward(self) -> None:
         """The drawn ids through the model, if that has not been done: keys and values, and the logits for the next."""
         if self.step is not None:
-            self.cache.logits = self.rows.logits = self.take(*self.step)
+            with self.engine.by_one_thread():
+                self.cache.logits = self.rows.logits = self.take(*self.step)
             self.step = None
 
     def hand_out(self) -> Iterator[Token]:
@@ -257,19 +268,23 @@ class Engine:
         """Copied and pickled without the lock, and without steps, which are this process's."""
         return Engine, (self.model,)
 
+    def as_built(self) -> torch.autocast:
+        """In the dtype that the model was built with, whatever a caller's autocast says."""
+        return torch.autocast(self.model.device.type, enabled=False)
+
     @contextlib.contextmanager
-    def as_built(self) -> Iterator[None]:
-        """In the dtype that the model was built with, whatever a caller's autocast says; and by one thread if it is so small
-        that threads would take longer to meet than to multiply, much longer on a machine that is busy."""
+    def by_one_thread(self) -> Iterator[None]:
+        """A step of a model so small that threads take as long to meet as to multiply, and on a busy machine 30 times as long.
+        In the main thread alone, since PyTorch gives the number that it sets to threads yet to come as well."""
+        if not self.small or threading.current_thread() is not threading.main_thread():
+            yield
+            return
         threads = torch.get_num_threads()
-        if self.small:
-            torch.set_num_threads(1)
+        torch.set_num_threads(1)
         try:
-            with torch.autocast(self.model.device.type, enabled=False):
-                yield
+            yield
         finally:
-            if self.small:
-                torch.set_num_threads(threads)
+            torch.set_num_threads(threads)
 
     @torch.inference_mode()
     def run(

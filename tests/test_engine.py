@@ -4,6 +4,7 @@ import itertools
 import random
 import statistics
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ import torch
 from llama import InputError, Llama, Sampling, engine, runtime
 from llama.decode import Decoder
 from llama.engine import Request
-from llama.sampling import next_ids
 
 GREEDY = Sampling(0)
 PROMPTS = [[1, *range(7 * i + 5, 7 * i + 6 + i % 5)] for i in range(20)]  # 2 to 6 ids
@@ -287,23 +287,27 @@ def test_a_stream_overtaken_while_prompts_wait_says_so(llama: Llama, rows: Calla
 
 
 @pytest.mark.parametrize("tiny", [True, False])
-def test_a_small_model_goes_by_one_thread(llama: Llama, tiny: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where others keep the cores busy, two that wait for each other after each product take 30 times as long."""
+def test_a_small_model_steps_by_one_thread(llama: Llama, tiny: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where others keep the cores busy, two that wait for each other after each product take 30 times as long. A prompt is
+    read by all; and so is everything in threads other than the main one, since new threads begin with what is set."""
     assert llama.engine.small
     monkeypatch.setattr(llama.engine, "small", tiny)
     seen: list[int] = []
-    monkeypatch.setattr(engine, "next_ids", lambda *args: (seen.append(torch.get_num_threads()), next_ids(*args))[1])
+    hook = llama.model.output.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        llama.generate([[1, 5]], 3, temperature=0)
-        llama.score(["sea"], [" shells"])
-        assert set(seen) == {1 if tiny else 3} and torch.get_num_threads() == 3
         stream = llama.tokens([[1, 5]], 3, temperature=0)
-        next(stream)
-        assert torch.get_num_threads() == 3  # between two ids the caller's own
+        for _ in stream:
+            assert torch.get_num_threads() == 3  # between two ids the caller's own
+        assert seen == [3, 1, 1] if tiny else [3] * 3
+        seen.clear()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(llama.generate, [[1, 5]], 3, 0).result()
+            assert seen == [3] * 3 and pool.submit(torch.get_num_threads).result() == 3
     finally:
         torch.set_num_threads(before)
+        hook.remove()
 
 
 def test_as_many_steps_as_ids_need(llama: Llama, as_on_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:

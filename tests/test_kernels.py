@@ -40,7 +40,6 @@ def test_packed_products_are_those_of_the_weight(n: int) -> None:
 
 
 @packs
-@packs
 def test_what_one_machine_packed_another_unpacks(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = RowParallelLinear(512, 1024)
     layer.hold(torch.randn(1024, 512).bfloat16())
@@ -52,6 +51,7 @@ def test_what_one_machine_packed_another_unpacks(monkeypatch: pytest.MonkeyPatch
     assert there.packed is None and torch.equal(there.weight, dense)
 
 
+@packs
 def test_gradients_pass_through_a_packed_weight() -> None:
     """To what was put in: soft prompts and adapters are trained so."""
     weight, x = torch.randn(1100, 320).bfloat16(), torch.randn(2, 320).bfloat16().requires_grad_()

@@ -1,9 +1,11 @@
 """Logits that are not finite are an error, which names the row and the step, and leave nothing behind."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from llama import Llama, NumberError, Sampling
+from llama import Llama, NumberError, Sampling, native, widened
 from llama.engine import Request
 
 from .support import refused
@@ -138,3 +140,15 @@ def test_the_id_is_named_whose_log_probability_is_none(llama: Llama, monkeypatch
     plant(llama, monkeypatch, 30)
     call = lambda: llama.generate([[1, 9, 30, 44]], 2, 0, logprobs=True, echo=True)  # noqa: E731
     refused(call, NumberError, "the log probability of id 1 is")
+
+
+def test_weights_that_are_none_are_loaded_and_told(small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the caller's own `load_state_dict`, into weights that were packed."""
+    monkeypatch.setattr(widened, "SMALLEST", 0)
+    monkeypatch.setattr(native, "_ORDERS", {})
+    llama = Llama.build(small.folder, small.tokenizer_path, 32, 1, device="cpu", dtype="bfloat16")
+    weights = {name: weight.clone() for name, weight in llama.model.state_dict().items()}
+    for value in (float("nan"), float("inf")):
+        weights["layers.0.attention.wo.weight"][3, 5] = value
+        llama.model.load_state_dict(weights)
+        refused(lambda: llama.generate([[1, 5]], 2, temperature=0), NumberError, "not finite")

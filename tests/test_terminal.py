@@ -207,6 +207,20 @@ def test_complete_json_lines(talker: tuple, llama: Llama, command: Callable) -> 
     assert {result["finish_reason"] for result in results} >= {"stop"}
 
 
+def test_chat_has_llama_2_s_window_unless_told(talker: tuple, command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, err = command("chat", "--max_seq_len", "0", "--device", "cpu")
+    assert (code, out) == (1, "") and "max_seq_len is 0 (int); it must be" in err
+    asked: list[int] = []
+    monkeypatch.setattr(Llama, "build", lambda *args, **_: (asked.append(args[2]), talker_refused())[1])
+    for flags in ((), talker[:4], (*talker[:4], "--max_seq_len", "64")):
+        assert command("chat", *flags)[0] == 1
+    assert asked == [512, 4096, 64]
+
+
+def talker_refused() -> None:
+    raise InputError("no model is wanted")
+
+
 def test_a_prompt_that_is_too_long_is_named_by_its_line(talker: tuple, command: Callable) -> None:
     lines = '{"prompt": "a"}\n\n' + json.dumps({"prompt": "sea " * WINDOW}) + "\n"
     code, out, err = command("complete", *talker, "--jsonl", stdin=lines.encode())
