@@ -26,9 +26,10 @@ def main(
 ) -> None:
     """Print the model's answers to six dialogs, one of which it must refuse.
 
-    ckpt_dir: a folder with consolidated.NN.pth and params.json; tokenizer_path: tokenizer.model; without both, the
-    bundled demo model. max_seq_len: positions per dialog, answer included. device: cpu, cuda or mps; dtype: bfloat16,
-    float16 or float32. compile: on CUDA, faster steps after a slower start. quantize: int8 or int4.
+    ckpt_dir: a folder with consolidated.NN.pth and params.json; without it, the bundled demo model.
+    tokenizer_path: by default the tokenizer.model in that folder or beside it. max_seq_len: positions per dialog, answer included.
+    device: cpu, cuda or mps. dtype: bfloat16, float16 or float32. compile: on CUDA, faster steps after a slower start.
+    quantize: int8 or int4.
     """
     ckpt_dir, tokenizer_path = given_or_demo(ckpt_dir, tokenizer_path)
     generator = Llama.build(

@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     model = common.add_argument_group("the model")
     model.add_argument("--ckpt_dir", metavar="DIR", help="consolidated.NN.pth and params.json; default the demo model")
-    model.add_argument("--tokenizer_path", metavar="FILE", help="Meta's tokenizer.model")
+    model.add_argument("--tokenizer_path", metavar="FILE", help="Meta's tokenizer.model; default that in DIR or beside it")
     model.add_argument("--max_seq_len", type=int, default=512, metavar="N", help="ids in all; default 512, for chat 4096")
     model.add_argument("--device", help="cpu, cuda or mps; default the best there is")
     model.add_argument("--dtype", help="bfloat16, float16 or float32; default the stored one")

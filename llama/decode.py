@@ -20,7 +20,7 @@ import torch
 from .cache import Batch
 from .compiled import any_number_of_shapes
 from .errors import DeviceError
-from .host import as_wide_as_said, host_step
+from .host import host_step, matches_params
 from .model import Transformer, untouched
 from .parallel import ParallelLinear
 from .ranks import global_rank
@@ -120,7 +120,7 @@ class Decoder:
         if plain and (model.device.type == "cuda" if self.static is None else self.static):
             self._look()
             return self.captured
-        served = plain and model.device.type == "cpu" and model.dtype != torch.float64 and as_wide_as_said(model)
+        served = plain and model.device.type == "cpu" and model.dtype != torch.float64 and matches_params(model)
         return functools.partial(self.launched, host_step(model, n_rows) if served else model.hidden)
 
     def launched(

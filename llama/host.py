@@ -30,7 +30,7 @@ def host_step(model: Transformer, n_rows: int) -> Hidden:
     return NativeStep(model, n_rows) if NativeStep.serves(model, n_rows) else HostStep(model, n_rows)
 
 
-def as_wide_as_said(model: Transformer) -> bool:
+def matches_params(model: Transformer) -> bool:
     """Whether all layers have the widths that the model's params say: a caller may have put in narrower ones."""
     args = model.params
     inner, width = args.n_heads * args.head_dim, args.ffn_width

@@ -123,7 +123,7 @@ def lies(blocks: torch.Tensor, weight: torch.Tensor, inputs: int) -> bool:
     return True
 
 
-def telling(weight: torch.Tensor) -> torch.Tensor:
+def order_probe(weight: torch.Tensor) -> torch.Tensor:
     """Rows x (MOST, in) whose products with the first outputs of a weight (out, in) all but cancel. What is left of these is
     what rounding made of the sums, which tells one order from another; of other products one in ten thousand does."""
     x = torch.empty(MOST, weight.shape[1], dtype=torch.float32, device="cpu").normal_(
@@ -185,7 +185,7 @@ class Few:
         weights are looked at."""
         found = _ORDERS.setdefault((self.product.kind, self.in_features, self.out_features), [])
         if len(found) < LOOKED_AT:
-            x = telling(weight)
+            x = order_probe(weight)
             wanted = multiply(x)
             order = next((o for o in self.orders if torch.equal(self.set(**o)(x), wanted)), None)
             if order is None:

@@ -211,13 +211,13 @@ def test_chat_has_llama_2_s_window_unless_told(talker: tuple, command: Callable,
     code, out, err = command("chat", "--max_seq_len", "0", "--device", "cpu")
     assert (code, out) == (1, "") and "max_seq_len is 0 (int); it must be" in err
     asked: list[int] = []
-    monkeypatch.setattr(Llama, "build", lambda *args, **_: (asked.append(args[2]), talker_refused())[1])
+    monkeypatch.setattr(Llama, "build", lambda *args, **_: (asked.append(args[2]), no_model())[1])
     for flags in ((), talker[:4], (*talker[:4], "--max_seq_len", "64")):
         assert command("chat", *flags)[0] == 1
     assert asked == [512, 4096, 64]
 
 
-def talker_refused() -> None:
+def no_model() -> None:
     raise InputError("no model is wanted")
 
 
