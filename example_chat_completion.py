@@ -27,7 +27,8 @@ def main(
     """Print the model's answers to six dialogs, one of which it must refuse.
 
     ckpt_dir: a folder with consolidated.NN.pth and params.json; without it, the bundled demo model.
-    tokenizer_path: by default the tokenizer.model in that folder or beside it. max_seq_len: positions per dialog, answer included.
+    tokenizer_path: by default the tokenizer.model in that folder or beside it.
+    max_seq_len: positions per dialog, answer included.
     device: cpu, cuda or mps. dtype: bfloat16, float16 or float32. compile: on CUDA, faster steps after a slower start.
     quantize: int8 or int4.
     """

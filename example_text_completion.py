@@ -27,7 +27,8 @@ def main(
     """Print what the model makes of four beginnings.
 
     ckpt_dir: a folder with consolidated.NN.pth and params.json; without it, the bundled demo model.
-    tokenizer_path: by default the tokenizer.model in that folder or beside it. max_seq_len: positions per text, prompt and answer together.
+    tokenizer_path: by default the tokenizer.model in that folder or beside it.
+    max_seq_len: positions per text, prompt and answer together.
     device: cpu, cuda or mps. dtype: bfloat16, float16 or float32. compile: on CUDA, faster steps after a slower start.
     quantize: int8 or int4.
     """
