@@ -169,6 +169,7 @@ class Int4Cuda(_Int4):
         return torch.cat([_pack_int4_cuda(q) for q in pieces])
 
     def _product(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        x = x.to(scales.dtype)  # a caller's autocast may have made attention's outputs something else
         many = len(x) > FEW_CUDA and not torch.compiler.is_compiling()
         if many and _known_to_unpack(self.blocks.shape[3], self.blocks.device):
             scale, zero = scales.transpose(0, 1).unsqueeze(3).unbind(2)  # (out, groups, 1)
