@@ -152,6 +152,15 @@ _CALLS: dict[tuple[str, str], Any] = {
 }
 
 
+def _call(unpickler: Any) -> None:
+    function, args = unpickler.stack[-2:]
+    if not (
+        callable(function) and isinstance(args, tuple)
+    ):  # Python's own message spells the function out: for ever, if a tuple
+        raise ValueError("no call")
+    unpickler.stack[-2:] = [function(*args)]
+
+
 class _Opcodes(dict[int, Callable[[Any], None]]):
     def __missing__(self, code: int) -> Any:
         raise pickle.UnpicklingError(f"opcode {code}")
@@ -160,6 +169,7 @@ class _Opcodes(dict[int, Callable[[Any], None]]):
 class _Unpickler(pickle._Unpickler):  # the one in Python, which allocates nothing on a file's word
     dispatch = _Opcodes({code: pickle._Unpickler.dispatch[code] for code in _OPCODES})
     dispatch[ord("}")] = lambda self: self.append(_Names())
+    dispatch[ord("R")] = _call
     dispatch[ord("b")] = lambda self: self.stack.pop()  # attributes of what was made: none matters
 
     def find_class(self, module: str, name: str) -> Any:

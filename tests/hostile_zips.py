@@ -52,6 +52,7 @@ FRAGMENTS: dict[str, Callable[[], bytes]] = {
     "frame": lambda: b"\x95" + struct.pack("<Q", 1 << 62),
     "laughs": lambda: b")" + b"q\x00h\x00h\x00\x87" * 200,
     "laughs hashed": lambda: b"})" + b"q\x00h\x00h\x00\x87" * 200 + b"Ns",
+    "laughs called": lambda: b")" + b"q\x00h\x00h\x00\x87" * 200 + b"NR",
     "laughs in a storage": lambda: b")" + b"q\x00h\x00h\x00\x87" * 200 + b"Q",
     "laughs in a tensor": lambda: b"ctorch._utils\n_rebuild_tensor_v2\n)" + b"q\x00h\x00h\x00\x87" * 200 + b"\x85R",
     "deep": lambda: b"]" * 50_000 + b"a" * 49_999,
