@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from demo import evaluate  # noqa: E402
 from demo.corpus import Writer  # noqa: E402
 from demo.kinds import KINDS  # noqa: E402
-from llama import Llama, Tokenizer, loading, quantize  # noqa: E402
+from llama import Llama, Tokenizer, quantize  # noqa: E402
 from llama.cache import Batch  # noqa: E402
 from llama.chat import encode_dialog  # noqa: E402
 
@@ -37,7 +37,7 @@ WAYS = {
     "bfloat16": ({}, {}),
     "int8": ({"quantize": "int8"}, {}),
     "int4": ({"quantize": "int4"}, {}),
-    "int4, output layer in 4 bit": ({"quantize": "int4"}, {(loading, "HEAD"): "int4"}),
+    "int4, output layer in 4 bit": ({"quantize": "int4"}, {(quantize, "HEAD"): "int4"}),
     "int4, groups of 64": ({"quantize": "int4"}, {(quantize, "group_of"): lambda width: 64}),
 }
 

@@ -1,9 +1,9 @@
 """Two replicas beside one model: the same prompts, on the same cores.
 
     python benchmarks/replicas.py [--shape 1.1B] [--prompts 32] [--new 32] [--rows 8] [--runs 3] [--threads 2] [--work FOLDER]
+        [--json FILE]
 
-Every process keeps its model and answers all prompts in one call. Ways take turns;
-medians and extremes are printed, and benchmarks/results/replicas-SHAPE-cpu.json is written.
+Every process keeps its model and answers all prompts in one call. Ways take turns; medians and extremes are printed.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, SHAPES, checkpoint, fresh, report, tokenizer
+from common import SHAPES, checkpoint, fresh, report, tokenizer
 
 WAYS = {  # ranks, those that share one model, share of the threads that all ranks have together
     "1 replica, half the threads": (1, 1, 0.5),
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, help="where to keep the checkpoint (default: a temporary folder)")
+    parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     rates: dict[str, list[float]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as temporary:
@@ -68,8 +69,9 @@ def main() -> None:
     for way, each in rates.items():
         middle = statistics.median(each)
         print(f"{way:<29}{middle:7.1f} ids/s  ({min(each):.1f} to {max(each):.1f}){middle / one:8.2f}x")
-    out = ROOT / "benchmarks" / "results" / f"replicas-{a.shape}-cpu.json"
-    out.write_text(json.dumps({"setup": {k: v for k, v in vars(a).items() if k != "work"}, "ids/s": rates}, indent=1) + "\n")
+    if a.json:
+        setup = {k: v for k, v in vars(a).items() if k not in ("work", "json")}
+        a.json.write_text(json.dumps({"setup": setup, "ids/s": rates}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
