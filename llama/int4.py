@@ -45,7 +45,8 @@ class _Int4(Kernel):
         raise NotImplementedError
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """By the widths that the kernel needs."""
+        """By the widths that the kernel needs, and in its dtype: a caller's autocast gives attention's outputs another."""
+        x = x.to(self.scales.dtype)
         y = self._product(F.pad(x, (0, self.more_in)) if self.more_in else x, self.scales.flatten(1, -2))
         return y if self.plain else y[:, : self.out_features]
 
@@ -75,7 +76,9 @@ class Int4(_Int4):
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if self.few and self.few.takes(x):
             return self.few(x)
-        if self.plain and x.dtype == torch.bfloat16 and x.shape[0] <= FEW:  # at once: it is called for each weight of a step
+        if (
+            self.plain and x.dtype == self.scales.dtype == torch.bfloat16 and x.shape[0] <= FEW
+        ):  # at once: it is called for each weight of a step
             return torch._weight_int4pack_mm_for_cpu(x, self.blocks, self.group, self.scales.flatten(1, -2))
         return super().multiply(x)
 
@@ -169,7 +172,6 @@ class Int4Cuda(_Int4):
         return torch.cat([_pack_int4_cuda(q) for q in pieces])
 
     def _product(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        x = x.to(scales.dtype)  # a caller's autocast may have made attention's outputs something else
         many = len(x) > FEW_CUDA and not torch.compiler.is_compiling()
         if many and _known_to_unpack(self.blocks.shape[3], self.blocks.device):
             scale, zero = scales.transpose(0, 1).unsqueeze(3).unbind(2)  # (out, groups, 1)

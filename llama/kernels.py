@@ -40,6 +40,7 @@ class Packed(Kernel):
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if self.few and self.few.takes(x):
             return self.few(x)
+        x = x.to(self.blocks.dtype)  # as in Int4
         if len(x) < LEAST:
             return self.multiply(F.pad(x, (0, 0, 0, LEAST - len(x))))[: len(x)]
         return torch.ops.mkldnn._linear_pointwise(x, self.blocks, None, "none", [], "")

@@ -354,3 +354,16 @@ def test_widths_that_are_no_whole_groups(tmp_path: Path, tokenizer_path: Path) -
     assert args.ffn_width // 8 % 32 == 0
     with pytest.raises(DeviceError, match=r"attention\.wo"):
         memory.check_quantized(args, 8, torch.bfloat16, torch.device("cpu"), "int4")
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_under_a_callers_autocast(kind: str | None, dtype: torch.dtype) -> None:
+    """Which gives attention's outputs another dtype than the weights have. Answers are shielded from it."""
+    name = str(dtype).removeprefix("torch.")
+    model = Llama.build(DEMO, DEMO_TOKENIZER, 64, 1, device="cpu", dtype=name, quantize=kind).model
+    for ids in (torch.tensor([[1, 5, 9]]), torch.arange(1, 41)[None]):
+        want = model(ids, 0)
+        for foreign in (torch.float16, torch.bfloat16):
+            with torch.autocast("cpu", foreign):
+                assert (model(ids, 0) - want).norm() < 0.1 * want.norm()
