@@ -238,7 +238,7 @@ def read_prompts(jsonl: bool) -> tuple[list[str], list[str]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise InputError(f"line {number} is {kind(line.strip())}: not JSON ({e})") from e
         if not isinstance(record, dict) or list(record) != ["prompt"]:
             raise InputError(f'line {number} is {kind(record)}; it must be {{"prompt": TEXT}}, and nothing else')

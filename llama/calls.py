@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 from .chat import Dialog, Message, check_dialog, encode_dialog, is_unsafe
 from .engine import FinishReason, Request, common_prefix
-from .errors import InputError, kind
+from .errors import InputError, check_flag, kind
 from .sampling import Sampling
 from .text import check_stops
 from .tokenizer import Tokenizer, check_text
@@ -57,11 +57,11 @@ class Call:
     echo: bool = False
     stops: Sequence[str] | None = None  # None: ids are wanted, no text
     reuse: bool = False
+    details: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("logprobs", "echo", "reuse"):
-            if getattr(self, name) not in (True, False, None):
-                raise InputError(f"{name} is {kind(getattr(self, name))}; it must be True or False")
+        for name in ("logprobs", "echo", "reuse", "details"):
+            check_flag(getattr(self, name), name)
 
 
 @dataclass
@@ -185,12 +185,13 @@ class Planner:
         logprobs: bool = False,
         echo: bool = False,
         reuse: bool = False,
+        details: bool = False,
         each: str = "prompt {}",
     ) -> Call:
         texts, names = check_texts(prompts, "prompts", each)
         encoded = [self._encode(text) for text in texts]
         requests = self._requests(encoded, names, max_gen_len, seeds_of(seed, len(texts)))
-        return Call(requests, sampling, logprobs, echo, check_stops(stop), reuse)
+        return Call(requests, sampling, logprobs, echo, check_stops(stop), reuse, details)
 
     def dialogs(
         self,
@@ -201,6 +202,7 @@ class Planner:
         stop: str | Sequence[str],
         logprobs: bool = False,
         reuse: bool = False,
+        details: bool = False,
         each: str = "dialog {}",
     ) -> Call:
         """The request of a dialog that is not safe is over, and has no prompt."""
@@ -214,7 +216,7 @@ class Planner:
         requests = [Request([], 0, finish_reason="stop") for _ in dialogs]
         for row, request in zip(safe, asked, strict=True):
             requests[row] = request
-        return Call(requests, sampling, logprobs, False, check_stops(stop), reuse)
+        return Call(requests, sampling, logprobs, False, check_stops(stop), reuse, details)
 
     def scored(self, prompts: Iterable[str], continuations: Iterable[str]) -> list[Scored]:
         prompts, _ = check_texts(prompts, "prompts")

@@ -12,7 +12,7 @@ Roles: an optional `system` first, folded into the first `user`; then `user` and
 from collections.abc import Sequence
 from typing import Literal, TypedDict
 
-from .errors import InputError, kind
+from .errors import InputError, kind, shown
 from .tokenizer import Tokenizer, check_text
 
 Role = Literal["system", "user", "assistant"]
@@ -48,7 +48,7 @@ def check_dialog(dialog: Dialog, name: str) -> None:
             raise InputError(f"{name}, message {i} is {kind(message)}; it must be a dict with 'role' and 'content'")
         for key in ("role", "content"):
             if key not in message:
-                raise InputError(f"{name}, message {i} has no {key!r}; it has {sorted(map(str, message))}")
+                raise InputError(f"{name}, message {i} has no {key!r}; it has {shown([*message])}")
         check_text(message["content"], f"{name}, message {i}: its content")
         role = message["role"]
         if not isinstance(role, str) or role not in ("system", "user", "assistant"):

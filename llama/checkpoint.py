@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import archive
-from .errors import CheckpointError, InputError, kind, path_to, read_file, what_is_it
+from .errors import CheckpointError, InputError, kind, path_to, read_file, shown, what_is_it
 from .model import ModelArgs, Transformer
 from .quantize import KINDS
 from .ranks import model_parallel
@@ -244,7 +244,9 @@ def check(model: Transformer, shards: Shards) -> None:
             ("holds unknown", tensors.keys() - expected.keys() - NOT_WEIGHTS),
         ):
             if names:
-                some = ", ".join(sorted(map(str, names))[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                some = ", ".join(sorted(shown(name).strip("'") for name in names)[:3]) + (
+                    f" and {len(names) - 3} more" if len(names) > 3 else ""
+                )
                 raise CheckpointError(f"{file} {verb} {some}: damaged, or not of the model that params.json describes")
         for name, whole in expected.items():
             tensor, dim = tensors[name], split_dim(name)

@@ -5,7 +5,9 @@ because those who wrote against Meta's reference catch its bare assertions. Unli
 Each message names the value, the limit and the way out.
 """
 
+import itertools
 import os
+import reprlib
 from pathlib import Path
 
 
@@ -29,13 +31,40 @@ class DeviceError(LlamaError):
     """Where it runs: devices, ranks, process groups, memory."""
 
 
-def kind(value: object) -> str:
-    """A value and its type, cut short."""
+class _Short(reprlib.Repr):
+    """A few of the items, some levels deep: all of a list of lists of lists may take for ever."""
+
+    def repr_dict(self, x: dict[object, object], level: int) -> str:  # which reprlib sorts
+        items = itertools.islice(x.items(), self.maxdict if level > 0 else 0)
+        return "{" + ", ".join(f"{self.repr1(k, level - 1)}: {self.repr1(v, level - 1)}" for k, v in items) + "}"
+
+
+_SHORT = _Short()
+_SHORT.maxlevel = 3
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.maxdict = _SHORT.maxdeque = 20
+
+
+def shown(value: object) -> str:
+    """A value, cut short."""
     try:
-        text = repr(value)
+        return f"{_SHORT.repr(value):.60}"
     except Exception:  # a number of more digits than Python prints, or somebody's broken __repr__
-        text = "something"
-    return f"{text:.60} ({type(value).__name__})"
+        return "something"
+
+
+def kind(value: object) -> str:
+    """A value and its type."""
+    return f"{shown(value)} ({type(value).__name__})"
+
+
+def check_flag(value: object, name: str) -> None:
+    try:
+        sound = value in (True, False, None)
+    except Exception:  # an array of several
+        sound = False
+    if not sound:
+        raise InputError(f"{name} is {kind(value)}; it must be True or False")
 
 
 def path_to(value: str | os.PathLike[str], name: str, what: str, folder: bool = False) -> Path:

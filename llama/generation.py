@@ -27,7 +27,7 @@ from .chat import (
     Role,
 )
 from .engine import Engine, Token
-from .errors import CheckpointError, DeviceError, InputError, kind
+from .errors import CheckpointError, DeviceError, InputError, check_flag, kind
 from .model import ModelArgs, Transformer
 from .quantize import KINDS
 from .sampling import Sampling, sample_top_p
@@ -94,6 +94,7 @@ class Llama:
             if quantize is not None and (not isinstance(quantize, str) or quantize not in KINDS):
                 raise InputError(f"quantize is {kind(quantize)}; use {' or '.join(map(repr, KINDS))}, or leave it out")
             wanted = checkpoint.dtype_of(dtype)
+            check_flag(compile, "compile")
             if compile and where.type != "cuda":
                 raise DeviceError(f"compile=True is for CUDA, and this is {where}; leave it out: a step is not compiled here")
             params = checkpoint.read_params(ckpt_dir)
@@ -193,7 +194,9 @@ class Llama:
         details=True also "finish_reason", "prompt_tokens" and "new_tokens".
         """
         drawing = partial(Sampling, temperature, top_p, top_k, min_p, repetition_penalty)
-        answers = self._answers(lambda: self.planner.texts(prompts, max_gen_len, seed, drawing(), stop, logprobs, echo))
+        answers = self._answers(
+            lambda: self.planner.texts(prompts, max_gen_len, seed, drawing(), stop, logprobs, echo, details=details)
+        )
         return [{"generation": a.text, **self._details(a, logprobs, details)} for a in answers]
 
     def chat_completion(
@@ -217,7 +220,9 @@ class Llama:
         Each result has "generation", a message, and what `text_completion` adds.
         """
         drawing = partial(Sampling, temperature, top_p, top_k, min_p, repetition_penalty)
-        answers = self._answers(lambda: self.planner.dialogs(dialogs, max_gen_len, seed, drawing(), stop, logprobs))
+        answers = self._answers(
+            lambda: self.planner.dialogs(dialogs, max_gen_len, seed, drawing(), stop, logprobs, details=details)
+        )
         said = [a.text if a.request.prompt else UNSAFE_ERROR for a in answers]
         return [
             {"generation": {"role": "assistant", "content": text}, **self._details(answer, logprobs, details)}

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fs
 
-from .errors import DeviceError, InputError, LlamaError, NumberError
+from .errors import DeviceError, InputError, LlamaError, NumberError, kind
 
 T = TypeVar("T")
 
@@ -93,8 +93,8 @@ def model_parallel_size(wanted: int | None) -> int:
     world = _world()
     if wanted is None:
         return existing or world
-    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
-        raise DeviceError(f"model_parallel_size is {wanted!r}; it must be a whole number of ranks, 1 or more")
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted < 2**31:
+        raise DeviceError(f"model_parallel_size is {kind(wanted)}; it must be a whole number of ranks, 1 or more")
     if existing is not None and existing != wanted:
         raise DeviceError(
             f"model_parallel_size={wanted}, but this process already has model-parallel groups of {existing}; "

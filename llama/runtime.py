@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from . import ranks
-from .errors import DeviceError
+from .errors import DeviceError, shown
 
 T = TypeVar("T")
 
@@ -36,7 +36,8 @@ def start(device: str | torch.device | None = None, model_parallel_size: int | N
     `model_parallel_size` defaults to that of existing groups, then to the world's size. Raises DeviceError for a
     device that is not there, for more ranks than devices, and for a size that the world does not hold.
     """
-    gpus = torch.cuda.is_available() and not str(device).startswith("cpu")
+    on_cpu = isinstance(device, (str, torch.device)) and str(device).startswith("cpu")
+    gpus = torch.cuda.is_available() and not on_cpu
     ranks.join("cpu:gloo,cuda:nccl" if gpus else "gloo")
 
     def choose() -> tuple[int, torch.device]:
@@ -55,8 +56,8 @@ def choose_device(device: str | torch.device | None, world: int = 1) -> torch.de
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-    except (RuntimeError, TypeError, ValueError) as e:
-        raise DeviceError(f"device={device!r:.60} is not a device; use 'cpu', 'cuda', 'cuda:0' or 'mps'") from e
+    except Exception as e:  # torch raises many
+        raise DeviceError(f"device={shown(device)} is not a device; use 'cpu', 'cuda', 'cuda:0' or 'mps'") from e
     if chosen.type == "cpu":
         return torch.device("cpu")
     if chosen.type == "mps":
@@ -66,7 +67,7 @@ def choose_device(device: str | torch.device | None, world: int = 1) -> torch.de
             raise DeviceError(f"{world} ranks, but there is one MPS device; run one process, or use device='cpu'")
         return torch.device("mps")
     if chosen.type != "cuda":
-        raise DeviceError(f"device={device!r} is not supported; use 'cpu', 'cuda' or 'mps'")
+        raise DeviceError(f"device={shown(device)} is not supported; use 'cpu', 'cuda' or 'mps'")
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     local_rank, ranks_here = ranks.here()

@@ -44,13 +44,20 @@ def test_speed_measures_each_workload_with_each_peer(tmp_path: Path) -> None:
         ("turns.py", "--turns 2 --new 3 --runs 1", [" turn", "    1", "    2"]),
         ("load.py", "--runs 1", ["the reference's way", "ours, 1 rank", "ours, 2 ranks"]),
         ("load.py", "--quantize int4", ["from the shards", "from the file"]),
-        ("replicas.py", "--prompts 4 --new 4 --rows 2 --runs 1", ["1 replica ", "1 model on 2 ranks", "2 replicas"]),
     ],
     ids=lambda value: value if isinstance(value, str) and value.endswith(".py") else "",
 )
 def test_others_print_what_they_compare(script: str, args: str, rows: list[str]) -> None:
     lines = run(script, "--shape", "tiny", *args.split()).splitlines()
     assert all(any(line.startswith(row) for line in lines) for row in rows), lines
+
+
+def test_replicas_are_compared_with_one(tmp_path: Path) -> None:
+    sizes = "--prompts", 4, "--new", 4, "--rows", 2, "--runs", 1
+    printed = run("replicas.py", "--shape", "tiny", *sizes, "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())["ids/s"]
+    assert all(way in printed and min(rates) > 0 for way, rates in found.items())
+    assert set(found) == {"1 replica, half the threads", "1 replica", "1 model on 2 ranks", "2 replicas"}
 
 
 @pytest.mark.skipif(not (native.COMPILED or avx2.LIBRARY), reason="nothing is compiled here")

@@ -328,6 +328,8 @@ PLAIN = "tensors by name and nothing else"
         (lambda t: {k: v for k, v in t.items() if k != W2}, (FIRST, f"lacks {W2}", "damaged")),
         (lambda t: {k: v for k, v in t.items() if "norm" not in k}, (FIRST, "lacks", "and 2 more")),
         (lambda t: t.update(lora=torch.ones(1)), (FIRST, "holds unknown lora")),
+        (lambda t: t.update({"x" * 200_000: torch.ones(1)}), (FIRST, "holds unknown xxxx")),
+        (lambda t: t.update({"\x1b[2J": torch.ones(1)}), (FIRST, r"holds unknown \x1b[2J")),
         (lambda t: t.update({W2: t[W2].T.contiguous()}), (f"{W2} is (192, 64)", "(64, 192)", ONE_MODEL)),
         (lambda t: t.update({NORM: torch.ones(1, 64)}), (f"{NORM} is (1, 64)", "(64,)", ONE_MODEL)),
         (lambda t: t.update({EMBEDDING: torch.tensor(1.0)}), (f"{EMBEDDING} is ()", "(384, 64)", ONE_MODEL)),

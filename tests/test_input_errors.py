@@ -114,6 +114,34 @@ def test_sampling_arguments(idle: Llama, name: str, value: Any, limit: str) -> N
         refused(lambda: idle.chat_completion([[USER]], **arguments), InputError, *parts)
 
 
+@pytest.mark.parametrize("value", ["yes", 2, [True], torch.tensor([1, 0]), {}], ids=str)
+def test_flags(idle: Llama, small: SimpleNamespace, value: Any) -> None:
+    """Before anything is computed."""
+    for name in ("logprobs", "echo", "details"):
+        refused(lambda name=name: idle.text_completion(["a"], **{name: value}), InputError, f"{name} is", "True or False")
+    for name in ("logprobs", "details"):
+        refused(lambda name=name: idle.chat_completion([[USER]], **{name: value}), InputError, f"{name} is", "True or False")
+    refused(lambda: idle.text_completion_stream("a", reuse=value), InputError, "reuse is", "True or False")
+    refused(lambda: Llama.build("m", "t", 16, 2, device="cpu", compile=value), InputError, "compile is", "True or False")
+
+
+def test_values_that_would_take_for_ever_to_show(idle: Llama) -> None:
+    """A list of the same list, forty times over; each half as long would take twice the time."""
+    many: Any = []
+    for _ in range(40):
+        many = [many, many, many]
+    refused(lambda: idle.chat_completion([many]), InputError, "dialog 0")
+    refused(lambda: idle.generate([[1, many]], 4), InputError, "prompt 0")
+    refused(lambda: idle.generate([[1]], 4, temperature=many), InputError, "temperature")
+    refused(lambda: idle.tokenizer.decode([many]), InputError, "the ids to decode")
+    refused(
+        lambda: idle.chat_completion([[{"x" * 10**6: many} | {i: many for i in range(10**5)}]]), InputError, "has no 'role'"
+    )
+    for size in (many, 10**5000, "9" * 10**6):
+        refused(lambda size=size: Llama.build("m", "t", model_parallel_size=size), DeviceError, "model_parallel_size is")
+        refused(lambda size=size: Llama.build("m", "t", device=size), DeviceError, "is not a device")
+
+
 def test_a_temperature_next_to_zero_takes_the_likeliest_id(llama: Llama) -> None:
     """Divided by it the logits are infinite, and their softmax would be no numbers."""
     greedy = llama.generate([[1, 5], [1, 9]], 6, temperature=0)
@@ -151,7 +179,10 @@ ORDER = "then 'user' and 'assistant' in turn"
 @pytest.mark.parametrize(
     "dialog, parts",
     [
-        *[(bad, (f"{bad!r:.10}", "a list of dialogs, each a list of {'role'")) for bad in (None, 5, "hello", USER, {1, 2})],
+        *[
+            (bad, (f"{bad!r:.10}", "a list of dialogs, each a list of {'role'"))
+            for bad in (None, 5, "hello", {"role": "user"}, {1, 2})
+        ],
         *[
             ([USER, bad], ("message 1", f"{bad!r:.10}", "a dict with 'role' and 'content'"))
             for bad in (None, "hello", ["user"])
@@ -169,7 +200,7 @@ ORDER = "then 'user' and 'assistant' in turn"
             for bad in ("bot", "User", None, 5, [], {}, b"user")
         ],
         ([USER, {"role": "assistant"}], ("message 1 has no 'content'", "['role']")),
-        ([{"content": "hello", 5: 6}], ("message 0 has no 'role'", "['5', 'content']")),
+        ([{"content": "hello", 5: 6}], ("message 0 has no 'role'", "['content', 5]")),
         *[([by("user", bad)], ("message 0", f"{bad!r:.10}", "must be a string")) for bad in (None, 5, b"a", ["a"], {"a": 1})],
         ([by("user", "ab\ud800")], ("message 0", *SURROGATE)),
         ([by("user", "b" * 100)], ("has 116 ids", "max_seq_len=64", "shorten it")),

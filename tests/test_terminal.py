@@ -252,6 +252,7 @@ def test_nothing_on_standard_input_is_no_text(monkeypatch: pytest.MonkeyPatch) -
     [
         ('{"prompt": "a"}\n\n{"prompt": "b"\n', 'line 3 is \'{"prompt": "b"\' (str): not JSON'),
         ("5\n", "line 1 is 5 (int); it must be"),
+        ("[" * 100_000, "line 1 is '[[[["),
         ('{"prompt": "a", "max_gen_len": 5}\n', "and nothing else"),
         ('{"prompt": 5}\n', "line 1: its prompt is 5 (int); it must be a string"),
         ('{"prompt": "\\ud800"}\n', "line 1: its prompt holds a lone surrogate"),
