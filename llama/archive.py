@@ -18,7 +18,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-LARGEST_PICKLE = 1 << 20  # ten times that of a 70B shard; bounds the time and memory that the worst one takes
+LARGEST_PICKLE = 1 << 19  # five times that of a 70B shard; bounds the time and memory that the worst one takes
+MOST_ARGUMENTS = 16  # of one call: a pickle may pass the same long tuple again and again
 
 # What torch.save's protocol 2 is made of; others, which allocate what they name or call what they like, are not known.
 _OPCODES = b"\x80}]()\x85\x86\x87tNK\x88\x89GJM\x8aXqrhjcQRuseab."
@@ -111,7 +112,8 @@ def records(f: BinaryIO) -> dict[str, Record]:
 
 class _Names(dict[Any, Any]):
     def __setitem__(self, key: Any, value: Any) -> None:
-        if not isinstance(key, (str, int)):  # the hash of a tuple may take for ever
+        # The hash of a tuple may take for ever, and those of larger numbers may be made to collide.
+        if not isinstance(key, str) and not (isinstance(key, int) and abs(key) < 1 << 60):
             raise ValueError("a key is no name")
         super().__setitem__(key, value)
 
@@ -147,18 +149,23 @@ _CALLS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
     ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
-    ("torch._tensor", "_rebuild_from_type_v2"): lambda make, kind, args, state: make(*args) if make is _tensor else None,
+    ("torch._tensor", "_rebuild_from_type_v2"): lambda make, kind, args, state: (
+        make(*_arguments(args)) if make is _tensor else None
+    ),
     **{("torch", name): dtype for name, dtype in _STORAGES.items()},
 }
 
 
+def _arguments(args: Any) -> tuple[Any, ...]:
+    if not isinstance(args, tuple) or len(args) > MOST_ARGUMENTS:
+        raise ValueError("no arguments")
+    return args
+
+
 def _call(unpickler: Any) -> None:
+    """What REDUCE does; but of arguments that are none, Python's message spells out the callee, which may take for ever."""
     function, args = unpickler.stack[-2:]
-    if not (
-        callable(function) and isinstance(args, tuple)
-    ):  # Python's own message spells the function out: for ever, if a tuple
-        raise ValueError("no call")
-    unpickler.stack[-2:] = [function(*args)]
+    unpickler.stack[-2:] = [function(*_arguments(args))]
 
 
 class _Opcodes(dict[int, Callable[[Any], None]]):
@@ -179,4 +186,4 @@ class _Unpickler(pickle._Unpickler):  # the one in Python, which allocates nothi
         return found or (lambda *_: None)
 
     def persistent_load(self, pid: Any) -> Storage | None:
-        return _storage(*pid)
+        return _storage(*_arguments(pid))

@@ -27,7 +27,7 @@ import torch
 
 from . import checkpoint, loading
 from .checkpoint import Shards, expected_shapes, stamp
-from .errors import CheckpointError, DeviceError, InputError, kind
+from .errors import CheckpointError, DeviceError, InputError, kind, shown
 from .memory import gb
 from .model import Transformer
 from .quantize import KINDS, Quantized, group_of, kind_of, to_nibbles
@@ -35,6 +35,7 @@ from .ranks import world_size
 from .runtime import progress
 
 VERSION = "1"
+MOST_RECORDS = 10_000  # of a shard: ten times those of 70B
 LARGEST_HEADER = 1 << 22  # ten times that of 70B: what JSON makes of it is larger
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -49,7 +50,9 @@ def fingerprint(ckpt_dir: str | os.PathLike[str]) -> str | None:
     """Of the shards' contents; None where there are no shards."""
     digest, paths = hashlib.sha256(), sorted(Path(ckpt_dir).expanduser().glob("consolidated.[0-9][0-9].pth"))
     for path in paths:
-        digest.update(path.name.encode() + b"".join(_records(path)))
+        digest.update(path.name.encode())
+        for part in _records(path):
+            digest.update(part)
     return digest.hexdigest() if paths else None
 
 
@@ -57,6 +60,8 @@ def _records(path: Path) -> Iterator[bytes]:
     """What tells a shard's tensors from others: the checksums in it, which some writers leave out, and first numbers."""
     try:
         with path.open("rb") as f, zipfile.ZipFile(f) as archive:
+            if len(archive.infolist()) > MOST_RECORDS:
+                raise ValueError(f"more than {MOST_RECORDS:,} records")
             for entry in archive.infolist():
                 yield repr((entry.filename, entry.file_size, entry.CRC)).encode()
                 f.seek(entry.header_offset)
@@ -103,7 +108,7 @@ def open_saved(ckpt_dir: str | os.PathLike[str], wanted: str) -> Shards | None:
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise CheckpointError(f"{path}: cut off, damaged, or not written by this library; {again}") from e
     if about.get("version") != VERSION or about.get("kind") != wanted:
-        raise CheckpointError(f"{path}: of version {about.get('version')}, {about.get('kind')}; {again}")
+        raise CheckpointError(f"{path}: of version {shown(about.get('version'))}, {shown(about.get('kind'))}; {again}")
     beside = fingerprint(ckpt_dir)
     if beside not in (None, about.get("source")):
         raise CheckpointError(f"{path}: made from other weights than the shards beside it; {again}")
@@ -124,8 +129,9 @@ def check(model: Transformer, shards: Shards) -> None:
     wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     if wrong or stored not in checkpoint.DTYPES:
         name = wrong[0] if wrong else "tok_embeddings.weight"
+        held = shown(found[name]) if name in found else "missing"
         raise CheckpointError(
-            f"{file}: {name} is {found.get(name, 'missing')}, where params.json makes {expected.get(name, 'none')}: "
+            f"{file}: {shown(name)} is {held}, where params.json makes {expected.get(name, 'none')}: "
             "the file was made from another model, or is damaged; make it again with `python -m llama quantize`, or delete it"
         )
 

@@ -62,7 +62,10 @@ class Text:
 
 def may_stop(text: str, stops: Sequence[str]) -> int:
     """Where the longest suffix of the text begins that is a proper prefix of a stop string; len(text) if there is none."""
-    return min((len(text) - n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=len(text))
+    return min(
+        (len(text) - n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])),
+        default=len(text),
+    )
 
 
 def last_character(text: str) -> int:
@@ -70,7 +73,7 @@ def last_character(text: str) -> int:
     if not text or unicodedata.category(text[-1]) == "Cc":
         return len(text)
     start = len(text) - 1
-    while start and attaches(text[start], text[:start]):
+    while start and len(text) - start <= LONGEST and attaches(text[start], text[:start]):
         start -= 1
     return start if len(text) - start <= LONGEST else len(text)
 

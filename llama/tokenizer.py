@@ -9,13 +9,17 @@ from sentencepiece import SentencePieceProcessor
 
 from .errors import CheckpointError, InputError, kind, path_to, read_file, what_is_it
 
+LARGEST = 1 << 24  # bytes: other models' have some millions
+
 
 class Tokenizer:
     """A SentencePiece model. Llama 2's has 32,000 pieces, BOS 1, EOS 2 and no padding piece (`pad_id` -1)."""
 
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
         path = path_to(model_path, "tokenizer_path", "Meta's tokenizer.model, which lies beside the model folders")
-        data = read_file(path)
+        data = read_file(path, LARGEST + 1)
+        if len(data) > LARGEST:
+            raise CheckpointError(f"{path}: larger than {LARGEST:,} bytes, where Llama 2's has 499,723: it is another file")
         try:
             self.sp_model = SentencePieceProcessor()
             self.sp_model.LoadFromSerializedProto(data)
@@ -32,9 +36,11 @@ class Tokenizer:
             )
         try:  # what `decode` may meet
             self.sp_model.id_to_piece(list(range(self.n_words)))
-            self.sp_model.decode([self.sp_model.unk_id()])
+            unknown = self.sp_model.decode([self.sp_model.unk_id()])
         except UnicodeDecodeError as e:
             raise CheckpointError(f"{path}: damaged, as a piece's text is not UTF-8; fetch tokenizer.model again") from e
+        if len(unknown) > 100:
+            raise CheckpointError(f"{path}: damaged, as an unknown id is {len(unknown):,} letters; fetch tokenizer.model again")
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """The ids of `s`, after BOS and before EOS where asked for. Control pieces in the text are plain text. Raises

@@ -52,7 +52,13 @@ FRAGMENTS: dict[str, Callable[[], bytes]] = {
     "frame": lambda: b"\x95" + struct.pack("<Q", 1 << 62),
     "laughs": lambda: b")" + b"q\x00h\x00h\x00\x87" * 200,
     "laughs hashed": lambda: b"})" + b"q\x00h\x00h\x00\x87" * 200 + b"Ns",
-    "laughs called": lambda: b")" + b"q\x00h\x00h\x00\x87" * 200 + b"NR",
+    "laughs called": lambda: b")" + b"q\x00h\x00h\x00\x87" * 17 + b"NR",  # its text is 390 MB
+    "long pid": lambda: b"(" + b"N" * 240_000 + b"tq\x00" + b"h\x00Q" * 90_000,
+    "long arguments": lambda: b"(" + b"N" * 240_000 + b"tq\x00ctorch\nx\nq\x01" + b"h\x01h\x00R" * 50_000,
+    "colliding keys": lambda: (
+        b"}(" + b"".join(b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(1, 20_000))
+        + b"\x8a\x0a" + (20_000 * (2**61 - 1)).to_bytes(10, "little") + b"q\x00N" + b"h\x00N" * 80_000 + b"u"
+    ),
     "laughs in a storage": lambda: b")" + b"q\x00h\x00h\x00\x87" * 200 + b"Q",
     "laughs in a tensor": lambda: b"ctorch._utils\n_rebuild_tensor_v2\n)" + b"q\x00h\x00h\x00\x87" * 200 + b"\x85R",
     "deep": lambda: b"]" * 50_000 + b"a" * 49_999,

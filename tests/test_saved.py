@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -216,7 +217,33 @@ def test_a_file_of_another_version(small: SimpleNamespace, tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr(saved, "VERSION", "0")
         saved.save(folder, "int8")
-    refused(lambda: saved.open_saved(folder, "int8"), CheckpointError, "of version 0")
+    refused(lambda: saved.open_saved(folder, "int8"), CheckpointError, "of version '0', 'int8'")
+
+
+def test_a_shard_of_many_records_is_no_shard(small: SimpleNamespace, tmp_path: Path) -> None:
+    """Of each, 4 kB would be read, wherever it says that it begins."""
+    folder = shutil.copytree(small.folder, tmp_path / "m")
+    saved.save(folder, "int8")
+    with zipfile.ZipFile(folder / "consolidated.00.pth", "w") as archive:
+        for i in range(saved.MOST_RECORDS + 1):
+            archive.writestr(f"archive/data/{i}", b"")
+    refused(lambda: saved.open_saved(folder, "int8"), CheckpointError, "more than 10,000 records")
+
+
+def test_what_a_header_says_is_cut_short(small: SimpleNamespace, tmp_path: Path) -> None:
+    path = saved.save(shutil.copytree(small.folder, tmp_path / "m"), "int8")
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    for without, change in (
+        ("", {"__metadata__": header["__metadata__"] | {"version": "9" * 1_000_000}}),
+        ("norm.weight", {"x" * 1_000_000: header["norm.weight"]}),
+        ("", {"norm.weight": header["norm.weight"] | {"shape": [1] * 300_000 + [64]}}),
+    ):
+        kept = {k: v for k, v in header.items() if k != without}
+        text = json.dumps(kept | change).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+        refused(lambda: Llama.build(path.parent, small.tokenizer_path, 16, 2, device="cpu", quantize="int8"), CheckpointError)
 
 
 def test_wide_numbers_come_first(small: SimpleNamespace) -> None:

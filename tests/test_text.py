@@ -1,6 +1,7 @@
 """Text as its ids come: joined it is the whole answer, cut at no place inside a character, and stopped at strings."""
 
 import random
+import time
 import unicodedata
 from types import SimpleNamespace
 from typing import Any
@@ -95,6 +96,8 @@ def test_waiting_has_an_end(tokenizer: Tokenizer) -> None:
     for _ in range(2000):
         text.push(tokenizer.sp_model.encode("sea")[0])
     assert len(text.held) < 10 and len(text.ids.before) == 1
+    text, begun = Text(tokenizer, ["z" * 1_000_000]), time.process_time()  # is looked for no further than there is text
+    assert text.push(tokenizer.sp_model.encode("z")[-1]) == "" and time.process_time() - begun < 1
     text = Text(tokenizer)
     assert {text.push(tokenizer.bos_id) for _ in range(99)} == {""} and text.ids.before == []
 

@@ -38,6 +38,18 @@ def test_tokenizers_of_other_kinds(path: Path) -> None:
     refuse(path, "without BOS and EOS", "not Llama's")
 
 
+def test_a_shard_in_its_place(path: Path) -> None:
+    """Which is not read whole to find that out."""
+    with path.open("r+b") as f:
+        f.truncate(1 << 40)
+    refuse(path, "larger than 16,777,216 bytes", "another file")
+
+
+def test_an_unknown_piece_of_many_letters(path: Path) -> None:
+    path.write_bytes(train(unk_surface="\u0301" * 1000))
+    refuse(path, "an unknown id is", "damaged")
+
+
 def test_a_tokenizer_without_an_unknown_piece(path: Path) -> None:
     """Which sentencepiece loads, until it decodes one."""
     data = bytearray(path.read_bytes())
