@@ -112,8 +112,8 @@ def records(f: BinaryIO) -> dict[str, Record]:
 
 class _Names(dict[Any, Any]):
     def __setitem__(self, key: Any, value: Any) -> None:
-        # The hash of a tuple may take for ever, and those of larger numbers may be made to collide.
-        if not isinstance(key, str) and not (isinstance(key, int) and abs(key) < 1 << 60):
+        # The hash of a tuple may take for ever, and larger numbers may be chosen such that each is sought among all.
+        if not isinstance(key, str) and not (isinstance(key, int) and abs(key) < 1 << 12):
             raise ValueError("a key is no name")
         super().__setitem__(key, value)
 

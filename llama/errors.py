@@ -34,8 +34,14 @@ class DeviceError(LlamaError):
 class _Short(reprlib.Repr):
     """A few of the items, some levels deep: all of a list of lists of lists may take for ever."""
 
+    def repr1(self, x: object, level: int) -> str:  # which reprlib chooses by name, so that subclasses are shown whole
+        own = next((base for base in (dict, list, tuple, set, frozenset) if isinstance(x, base)), None)
+        return getattr(self, f"repr_{own.__name__}")(x, level) if own else super().repr1(x, level)
+
     def repr_dict(self, x: dict[object, object], level: int) -> str:  # which reprlib sorts
-        items = itertools.islice(x.items(), self.maxdict if level > 0 else 0)
+        if x and level <= 0:
+            return "{...}"
+        items = itertools.islice(x.items(), self.maxdict)
         return "{" + ", ".join(f"{self.repr1(k, level - 1)}: {self.repr1(v, level - 1)}" for k, v in items) + "}"
 
 

@@ -94,7 +94,7 @@ def model_parallel_size(wanted: int | None) -> int:
     if wanted is None:
         return existing or world
     if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted < 2**31:
-        raise DeviceError(f"model_parallel_size is {kind(wanted)}; it must be a whole number of ranks, 1 or more")
+        raise DeviceError(f"model_parallel_size is {kind(wanted)}; it must be a number of ranks, from 1 to 2,147,483,647")
     if existing is not None and existing != wanted:
         raise DeviceError(
             f"model_parallel_size={wanted}, but this process already has model-parallel groups of {existing}; "

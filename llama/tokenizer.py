@@ -7,7 +7,7 @@ from operator import index
 
 from sentencepiece import SentencePieceProcessor
 
-from .errors import CheckpointError, InputError, kind, path_to, read_file, what_is_it
+from .errors import CheckpointError, InputError, check_flag, kind, path_to, read_file, what_is_it
 
 LARGEST = 1 << 24  # bytes: other models' have some millions
 
@@ -46,6 +46,8 @@ class Tokenizer:
         """The ids of `s`, after BOS and before EOS where asked for. Control pieces in the text are plain text. Raises
         InputError for what is no text that UTF-8 can hold."""
         check_text(s, "the text to encode")
+        check_flag(bos, "bos")
+        check_flag(eos, "eos")
         return [self.bos_id] * bool(bos) + self.sp_model.encode(s) + [self.eos_id] * bool(eos)
 
     def decode(self, ids: Iterable[int]) -> str:

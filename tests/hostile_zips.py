@@ -1,10 +1,11 @@
 """Hostile shards: pickles that would run code or take for ever, zips that lie, bombs."""
 
 import io
+import itertools
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .hostile import FIRST, Edit, Wrong, answer, build, edited, home, put, sound
@@ -59,6 +60,14 @@ FRAGMENTS: dict[str, Callable[[], bytes]] = {
         b"}(" + b"".join(b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(1, 20_000))
         + b"\x8a\x0a" + (20_000 * (2**61 - 1)).to_bytes(10, "little") + b"q\x00N" + b"h\x00N" * 80_000 + b"u"
     ),
+    "keys on one way": lambda: (  # that a dict goes from slot to slot of 65,536 in search of the last of them
+        b"}(" + b"".join(b"M" + k.to_bytes(2, "little") + b"N" for k in itertools.islice(_slots(), 43_600))
+        + b"J" + (13_369_344).to_bytes(4, "little") + b"q\x00N" + b"h\x00N" * 110_000 + b"u"
+    ),
+    "long arguments of a type": lambda: (
+        b"(" + b"N" * 240_000 + b"tq\x00ctorch._tensor\n_rebuild_from_type_v2\nq\x01ctorch._utils\n_rebuild_tensor_v2\nq\x02"
+        + b"h\x01(h\x02Nh\x00NtR" * 20_000
+    ),
     "laughs in a storage": lambda: b")" + b"q\x00h\x00h\x00\x87" * 200 + b"Q",
     "laughs in a tensor": lambda: b"ctorch._utils\n_rebuild_tensor_v2\n)" + b"q\x00h\x00h\x00\x87" * 200 + b"\x85R",
     "deep": lambda: b"]" * 50_000 + b"a" * 49_999,
@@ -80,6 +89,13 @@ FRAGMENTS: dict[str, Callable[[], bytes]] = {
     "items": lambda: b"u", "surrogate": lambda: b"}X\x03\x00\x00\x00\xed\xa0\x80Ns",
     "long name": lambda: b"}" + _text("x" * 500_000) + b"Ns",
 }  # fmt: skip
+
+
+def _slots() -> Iterator[int]:
+    slot = 0
+    while True:
+        yield slot
+        slot = (5 * slot + 1) % 65536
 
 
 def _tensor_of(numel: int, size: tuple[int, ...], stride: tuple[int, ...], record: str = "0") -> bytes:

@@ -1,6 +1,7 @@
 """Bad arguments, prompts, dialogs, devices and ranks: one LlamaError each, with the value, the limit and the way out, before
 any work."""
 
+import collections
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ def idle(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Llama:
 
 # --- build -----------------------------------------------------------------------------------------------------------
 
-WHOLE, RANKS, DEVICES = "a whole number", "a whole number of ranks, 1 or more", "'cpu', 'cuda'"
+WHOLE, RANKS, DEVICES = "a whole number", "a number of ranks, from 1 to 2,147,483,647", "'cpu', 'cuda'"
 DTYPES = "use 'bfloat16', 'float16' or 'float32'"
 
 
@@ -140,6 +141,10 @@ def test_values_that_would_take_for_ever_to_show(idle: Llama) -> None:
     for size in (many, 10**5000, "9" * 10**6):
         refused(lambda size=size: Llama.build("m", "t", model_parallel_size=size), DeviceError, "model_parallel_size is")
         refused(lambda size=size: Llama.build("m", "t", device=size), DeviceError, "is not a device")
+    own = collections.OrderedDict(a=many)
+    refused(lambda: idle.chat_completion(own), InputError, "dialogs is {'a': [[[...], [...], [...]]")
+    refused(lambda: idle.chat_completion([[[{"role": "user"}]], 5]), InputError, "give one dialog here")
+    refused(lambda: idle.generate([{"a": {"b": {"c": {"d": 1}}}}], 4), InputError, "{'a': {'b': {'c': {...}}}} (dict)")
 
 
 def test_a_temperature_next_to_zero_takes_the_likeliest_id(llama: Llama) -> None:
@@ -221,6 +226,7 @@ def test_dialogs_that_are_no_list_of_them(idle: Llama) -> None:
 def test_encode_and_decode(tokenizer: Tokenizer) -> None:
     for bad in (None, 5, b"a", ["a"]):
         refused(lambda bad=bad: tokenizer.encode(bad, bos=True, eos=False), InputError, f"{bad!r}", "must be a string")
+    refused(lambda: tokenizer.encode("a", bos=torch.tensor([1, 0]), eos=False), InputError, "bos is", "True or False")
     refused(lambda: tokenizer.encode("ab\ud800c", bos=True, eos=False), InputError, *SURROGATE)
     for bad in (384, -1, 10**400):
         refused(lambda bad=bad: tokenizer.decode([5, bad]), InputError, f"{bad!r:.20}", "out of range", "0 to 383")

@@ -362,7 +362,7 @@ def test_forward_under_a_callers_autocast(kind: str | None, dtype: torch.dtype) 
     """Which gives attention's outputs another dtype than the weights have. Answers are shielded from it."""
     name = str(dtype).removeprefix("torch.")
     model = Llama.build(DEMO, DEMO_TOKENIZER, 64, 1, device="cpu", dtype=name, quantize=kind).model
-    for ids in (torch.tensor([[1, 5, 9]]), torch.arange(1, 41)[None]):
+    for ids in (torch.tensor([[1]]), torch.tensor([[1, 5, 9]]), torch.arange(1, 41)[None]):
         want = model(ids, 0)
         for foreign in (torch.float16, torch.bfloat16):
             with torch.autocast("cpu", foreign):

@@ -1,5 +1,6 @@
 """Quantized weights in a file: as good as the shards they were made from, or refused."""
 
+import functools
 import itertools
 import json
 import os
@@ -235,15 +236,17 @@ def test_what_a_header_says_is_cut_short(small: SimpleNamespace, tmp_path: Path)
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
-    for without, change in (
-        ("", {"__metadata__": header["__metadata__"] | {"version": "9" * 1_000_000}}),
-        ("norm.weight", {"x" * 1_000_000: header["norm.weight"]}),
-        ("", {"norm.weight": header["norm.weight"] | {"shape": [1] * 300_000 + [64]}}),
+    norm, end = header["norm.weight"], max(entry["data_offsets"][1] for name, entry in header.items() if name[0] != "_")
+    for change, part in (
+        ({"__metadata__": header["__metadata__"] | {"version": "9" * 1_000_000}}, "of version"),
+        ({"x" * 1_000_000: {"dtype": "I8", "shape": [0], "data_offsets": [end, end]}}, "params.json makes none"),
+        ({"norm.weight": norm | {"shape": [1] * 300_000 + norm["shape"]}}, "norm.weight' is (torch."),
     ):
-        kept = {k: v for k, v in header.items() if k != without}
-        text = json.dumps(kept | change).encode()
+        text = json.dumps(header | change).encode()
+        text += b" " * (-(8 + len(text)) % 64)
         path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
-        refused(lambda: Llama.build(path.parent, small.tokenizer_path, 16, 2, device="cpu", quantize="int8"), CheckpointError)
+        build = functools.partial(Llama.build, path.parent, small.tokenizer_path, 16, 2, device="cpu", quantize="int8")
+        refused(build, CheckpointError, part)
 
 
 def test_wide_numbers_come_first(small: SimpleNamespace) -> None:
