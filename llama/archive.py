@@ -149,9 +149,7 @@ _CALLS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
     ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
-    ("torch._tensor", "_rebuild_from_type_v2"): lambda make, kind, args, state: (
-        make(*_arguments(args)) if make is _tensor else None
-    ),
+    ("torch._tensor", "_rebuild_from_type_v2"): lambda make, kind, args, state: make(*args) if make is _tensor else None,
     **{("torch", name): dtype for name, dtype in _STORAGES.items()},
 }
 

@@ -127,6 +127,7 @@ class Int4Rows(Kernel):
         return few and weight.dtype.itemsize == 2 and not (native.COMPILED and weight.dtype == torch.bfloat16)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.dtype)
         parts = x.split(avx2.MOST)  # many are as fast so as by numbers that are unpacked once
         if avx2.takes(parts[0], self.nibbles):
             done = [avx2.multiply(part, self.nibbles, self.scales) for part in parts]

@@ -64,10 +64,6 @@ FRAGMENTS: dict[str, Callable[[], bytes]] = {
         b"}(" + b"".join(b"M" + k.to_bytes(2, "little") + b"N" for k in itertools.islice(_slots(), 43_600))
         + b"J" + (13_369_344).to_bytes(4, "little") + b"q\x00N" + b"h\x00N" * 110_000 + b"u"
     ),
-    "long arguments of a type": lambda: (
-        b"(" + b"N" * 240_000 + b"tq\x00ctorch._tensor\n_rebuild_from_type_v2\nq\x01ctorch._utils\n_rebuild_tensor_v2\nq\x02"
-        + b"h\x01(h\x02Nh\x00NtR" * 20_000
-    ),
     "laughs in a storage": lambda: b")" + b"q\x00h\x00h\x00\x87" * 200 + b"Q",
     "laughs in a tensor": lambda: b"ctorch._utils\n_rebuild_tensor_v2\n)" + b"q\x00h\x00h\x00\x87" * 200 + b"\x85R",
     "deep": lambda: b"]" * 50_000 + b"a" * 49_999,

@@ -95,13 +95,13 @@ def test_a_pickle_takes_no_more_time_or_memory_than_it_has_bytes(shard: Path, re
     """Tuples of tuples, whose hash and whose text take 3 ** 200 steps; what is copied or sought again and again; and lengths
     that nothing follows."""
     whole = shard.read_bytes()
-    slow = ("laughs hashed", "laughs called", "laughs in a tensor", "long pid", "long arguments", "colliding keys")
-    slow += ("keys on one way", "long arguments of a type")
-    for name in (*slow, "bytearray8", "memo bomb", "stride 0", "huge tensor"):
+    laughs = ("laughs hashed", "laughs called", "laughs in a tensor")
+    slow = ("long pid", "long arguments", "colliding keys", "keys on one way")
+    for name in (*laughs, *slow, "bytearray8", "memo bomb", "stride 0", "huge tensor"):
         program = b"\x80\x02}" + b"X\1\0\0\0x" + FRAGMENTS[name]() + b"s."
         begun = time.process_time()
         refused(resealed(whole, lambda record, data, new=program: new if record.endswith("data.pkl") else data))
-        assert time.process_time() - begun < 10
+        assert time.process_time() - begun < 4, name
 
 
 def test_paths_may_begin_at_home(shard: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -367,3 +367,13 @@ def test_forward_under_a_callers_autocast(kind: str | None, dtype: torch.dtype) 
         for foreign in (torch.float16, torch.bfloat16):
             with torch.autocast("cpu", foreign):
                 assert (model(ids, 0) - want).norm() < 0.1 * want.norm()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 200])
+@pytest.mark.parametrize("foreign", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int4_takes_rows_of_another_dtype(dtype: torch.dtype, foreign: torch.dtype, rows: int) -> None:
+    kernel = kernels.pack(quantize(random(384, 1024), "int4", dtype))
+    x = random(rows, 1024).to(foreign)
+    want = x.float() @ kernel.dense().float().t()  # type: ignore[union-attr]
+    assert (kernel(x) - want).norm() < 0.02 * want.norm()  # type: ignore[misc]
