@@ -244,10 +244,9 @@ def check(model: Transformer, shards: Shards) -> None:
             ("holds unknown", tensors.keys() - expected.keys() - NOT_WEIGHTS),
         ):
             if names:
-                some = ", ".join(sorted(shown(name).strip("'") for name in names)[:3]) + (
-                    f" and {len(names) - 3} more" if len(names) > 3 else ""
-                )
-                raise CheckpointError(f"{file} {verb} {some}: damaged, or not of the model that params.json describes")
+                some = ", ".join(sorted(shown(name).strip("'") for name in names)[:3])
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise CheckpointError(f"{file} {verb} {some}{more}: damaged, or not of the model that params.json describes")
         for name, whole in expected.items():
             tensor, dim = tensors[name], split_dim(name)
             part = whole if dim is None else tuple(w // n if d == dim else w for d, w in enumerate(whole))

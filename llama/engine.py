@@ -123,10 +123,8 @@ class Run:
         self.cache = self.model.ready_cache()
         self.follow()
         beyond, self.cache.logits = self.cache.logits, None
-        if (
-            beyond is not None and not ranks.from_rank0(beyond.sum()).isfinite()
-        ):  # a step taken before all were known to have ended
-            self.clear()
+        if beyond is not None and not ranks.from_rank0(beyond.sum()).isfinite():
+            self.clear()  # a step was taken before all rows were known to have ended
         kept = self.cache.turn or [] if reuse else []
         # A list of this call's own, which says that the cache is. A prompt's last id is computed anew: it has the logits.
         self.cache.turn = self.turn = kept[: common_prefix(kept, requests[0].prompt[:-1])]

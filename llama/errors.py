@@ -48,7 +48,7 @@ class _Short(reprlib.Repr):
 _SHORT = _Short()
 _SHORT.maxlevel = 3
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
-_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.maxdict = _SHORT.maxdeque = 20
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.maxdict = 20
 
 
 def shown(value: object) -> str:
@@ -65,6 +65,7 @@ def kind(value: object) -> str:
 
 
 def check_flag(value: object, name: str) -> None:
+    """Raise InputError unless it is True, False or None, or a number that equals one."""
     try:
         sound = value in (True, False, None)
     except Exception:  # an array of several

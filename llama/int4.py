@@ -76,9 +76,8 @@ class Int4(_Int4):
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if self.few and self.few.takes(x):
             return self.few(x)
-        if (
-            self.plain and x.dtype == self.scales.dtype == torch.bfloat16 and x.shape[0] <= FEW
-        ):  # at once: it is called for each weight of a step
+        # At once: it is called for each weight of a step.
+        if self.plain and x.dtype == self.scales.dtype == torch.bfloat16 and x.shape[0] <= FEW:
             return torch._weight_int4pack_mm_for_cpu(x, self.blocks, self.group, self.scales.flatten(1, -2))
         return super().multiply(x)
 

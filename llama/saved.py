@@ -35,7 +35,7 @@ from .ranks import world_size
 from .runtime import progress
 
 VERSION = "1"
-MOST_RECORDS = 10_000  # of a shard: ten times those of 70B
+MOST_RECORDS = 10_000  # of a shard: more than ten times those of 70B
 LARGEST_HEADER = 1 << 22  # ten times that of 70B: what JSON makes of it is larger
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
 CODES = {dtype: code for code, dtype in DTYPES.items()}

@@ -127,7 +127,7 @@ def test_flags(idle: Llama, small: SimpleNamespace, value: Any) -> None:
 
 
 def test_values_that_would_take_for_ever_to_show(idle: Llama) -> None:
-    """A list of the same list, forty times over; each half as long would take twice the time."""
+    """Forty lists, each three times the one before: all of it would be 3 ** 40 lists."""
     many: Any = []
     for _ in range(40):
         many = [many, many, many]
@@ -184,10 +184,7 @@ ORDER = "then 'user' and 'assistant' in turn"
 @pytest.mark.parametrize(
     "dialog, parts",
     [
-        *[
-            (bad, (f"{bad!r:.10}", "a list of dialogs, each a list of {'role'"))
-            for bad in (None, 5, "hello", {"role": "user"}, {1, 2})
-        ],
+        *[(bad, (f"{bad!r:.10}", "a list of dialogs, each a list of {'role'")) for bad in (None, 5, "hello", USER, {1, 2})],
         *[
             ([USER, bad], ("message 1", f"{bad!r:.10}", "a dict with 'role' and 'content'"))
             for bad in (None, "hello", ["user"])
