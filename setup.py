@@ -5,18 +5,21 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-# What the CPU must have is asked for when they are loaded (llama/library.py); without a C compiler all else is installed.
-FLAGS = {
-    "native": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mavx512vbmi",
-    "avx2": "-mavx2 -mfma -mf16c",
-}
+# Compiled from C: name, its files, and what the CPU must have, which is asked for when they are loaded (llama/library.py).
+# Without a C compiler all else is installed.
+EXTENSIONS = [
+    ("native", "native.c products.c", "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mf16c"),
+    ("avx2", "avx2.c", "-mavx2 -mfma -mf16c"),
+    ("pack", "pack.c", "-mavx2 -mfma -mf16c"),
+]
+SOURCES = sorted((Path(__file__).parent / "llama").glob("*.[ch]"))
+MARK = zlib.crc32(b"".join(file.read_bytes() for file in SOURCES))
 
 
-def extension(name: str, flags: str) -> Extension:
-    source, header = f"llama/{name}.c", "llama/native.h"
-    mark = zlib.crc32(b"".join((Path(__file__).parent / file).read_bytes() for file in (source, header)))
-    options = ["-O3", "-ffp-contract=off", f"-DSOURCE={mark}", *flags.split()]
-    return Extension(f"llama._{name}", [source], depends=[header], extra_compile_args=options, optional=True)
+def extension(name: str, files: str, flags: str) -> Extension:
+    sources, headers = [f"llama/{file}" for file in files.split()], [f"llama/{file.name}" for file in SOURCES]
+    options = ["-O3", "-ffp-contract=off", f"-DSOURCE={MARK}", *flags.split()]
+    return Extension(f"llama._{name}", sources, depends=headers, extra_compile_args=options, optional=True)
 
 
 ON_X86_LINUX = (sys.platform, platform.machine()) == ("linux", "x86_64")
@@ -29,7 +32,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=["llama", "llama._demo"],
-    ext_modules=[extension(*each) for each in FLAGS.items()] if ON_X86_LINUX else [],
+    ext_modules=[extension(*each) for each in EXTENSIONS] if ON_X86_LINUX else [],
     package_dir={"llama._demo": "demo"},
     package_data={"llama._demo": ["README.md", "tokenizer.model", "model/*"]},
     python_requires=">=3.10",

@@ -13,8 +13,9 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 
-from . import native, widened
+from . import library, native, widened
 from .attention import attend_one
+from .blocks import BlockedLinear
 from .cache import Batch
 from .library import filled
 from .model import RMSNorm, Transformer, TransformerBlock, norm_one, norm_rows
@@ -51,9 +52,8 @@ class NativeStep:
         norms = [m.weight.detach() for m in model.layers.modules() if isinstance(m, RMSNorm)]
         args = model.params
         return (
-            n_rows <= native.MOST
-            and not (args.dim % 32 or args.head_dim % 32 or args.ffn_width % 64)
-            and all(m.ranks == 1 and m.packed and m.packed.few for m in layers)
+            not (args.dim % 32 or args.head_dim % 32 or args.ffn_width % 64)
+            and all(m.ranks == 1 and in_blocks(m) for m in layers)
             and all(norm.shape == (args.dim,) and norm.is_contiguous() for norm in norms)
             and native.plain(model.tok_embeddings.weight.detach(), *norms)
             and model.dtype == torch.bfloat16
@@ -69,12 +69,12 @@ class NativeStep:
 
         self.model, self.h, self.turns, self.at = model, room(dim), room(hd, dtype=torch.float32), room(2, dtype=torch.int64)
         heads, y, z, normed = room((G + 2) * K, hd), room(inner), room(width), room(dim)
-        rows = {"n": B, "normed": normed, "room": room(max(dim, inner, width) + 4, dtype=torch.uint8)}
+        rows = {"n": B, "normed": normed, "room": room(2 * max(dim, inner, width), dtype=torch.uint8)}
         products = []
         self.kept: list[object] = [rows, z]  # native.c sees addresses
         for block in cast("list[TransformerBlock]", list(model.layers)):
-            wqkv, wo = few(block.attention.wqkv), few(block.attention.wo)
-            w13, w2 = few(block.feed_forward.w13), few(block.feed_forward.w2)
+            wqkv, wo = kernel_of(block.attention.wqkv), kernel_of(block.attention.wo)
+            w13, w2 = kernel_of(block.feed_forward.w13), kernel_of(block.feed_forward.w2)
             first, second = ({"norm": norm.weight.detach(), "eps": norm.eps} for norm in (block.attention_norm, block.ffn_norm))
             products += [
                 wqkv.filled(x=self.h, y=heads, **first, **rows),
@@ -83,7 +83,7 @@ class NativeStep:
                 w2.filled(x=z, y=self.h, residual=self.h, **rows),
             ]
             self.kept += [wqkv, wo, w13, w2, first, second]
-        self.products = (native.Product * len(products))(*products)
+        self.products = (library.Product * len(products))(*products)
         self.attention = {"q": heads, "turns": self.turns, "at": self.at, "y": y}
         self.sizes = {"n": B, "K": K, "G": G, "hd": hd, "q_stride": (G + 2) * K * hd}
         self.cache: torch.Tensor | None = None
@@ -112,9 +112,15 @@ class NativeStep:
         return model.norm(self.h)
 
 
-def few(layer: ParallelLinear) -> native.Few:
-    assert layer.packed and layer.packed.few
-    return layer.packed.few
+def kernel_of(layer: ParallelLinear) -> BlockedLinear:
+    assert isinstance(layer.packed, BlockedLinear)
+    return layer.packed
+
+
+def in_blocks(layer: ParallelLinear) -> bool:
+    """Whether native.c reads a layer's weight, as it is."""
+    packed = layer.packed
+    return isinstance(packed, BlockedLinear) and packed.library is native.COMPILED and not any(packed.padding)
 
 
 class HostLayer(NamedTuple):

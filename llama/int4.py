@@ -1,10 +1,9 @@
-"""How weights of 4 bits are held and multiplied.
+"""How weights of 4 bits are held and multiplied where blocks.py does not.
 
-    Int4        in PyTorch's blocks, for its kernel and native.c's
-    Int4Rows    row by row, for avx2.c's: where it is compiled and native.c serves not; in 16 bits, and groups of 64 inputs
+    Int4        on the CPU, in PyTorch's blocks, for its kernel
     Int4Cuda    as the tensor cores take them, for PyTorch's kernel
 
-Int4 and Int4Cuda unpack what they hold for many rows.
+Both unpack what they hold for many rows.
 """
 
 import functools
@@ -13,9 +12,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from . import avx2, native, widened
+from . import widened
 from .kernel import Kernel
-from .quantize import BLOCK, Quantized, from_nibbles, to_nibbles
+from .quantize import BLOCK, Quantized
 from .runtime import HUGE_PAGES
 
 FEW, FEW_CUDA = 96, 128  # rows up to which reading small numbers anew for each is faster than unpacking them once
@@ -34,8 +33,8 @@ class _Int4(Kernel):
         scales = torch.stack((weight.scale.t(), weight.zero.t()), dim=-1).to(weight.dtype)
         self.scales = F.pad(scales, (0, 0, 0, more)) if more else scales
         self.blocks = self._packed(q.split(max(1, BLOCK // 2 // q.shape[1] // multiple) * multiple))
-        self.more_in = q.shape[1] - self.in_features
-        self.plain = self.more_in == 0 and len(q) == self.out_features
+        self.padding = weight.front, q.shape[1] - weight.front - self.in_features
+        self.plain = not any(self.padding) and len(q) == self.out_features
 
     def _packed(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
         """From numbers (out, in) as they come."""
@@ -47,7 +46,7 @@ class _Int4(Kernel):
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """By the widths that the kernel needs, and in its dtype: a caller's autocast gives attention's outputs another."""
         x = x.to(self.scales.dtype)
-        y = self._product(F.pad(x, (0, self.more_in)) if self.more_in else x, self.scales.flatten(1, -2))
+        y = self._product(F.pad(x, self.padding) if any(self.padding) else x, self.scales.flatten(1, -2))
         return y if self.plain else y[:, : self.out_features]
 
     def held(self) -> Quantized:
@@ -62,20 +61,14 @@ class _Int4(Kernel):
             unit[:, i : i + self.group].fill_diagonal_(1)
             q.append(self._product(unit, ones)[:, : self.out_features].to(torch.int8))
         scale, zero = scales[:, : self.out_features].transpose(0, 1).bfloat16().unbind(-1)
-        return Quantized("int4", torch.cat(q).t().contiguous(), scale, zero, self.in_features, self.scales.dtype)
+        return Quantized("int4", torch.cat(q).t().contiguous(), scale, zero, self.in_features, self.scales.dtype, self.padding[0])
 
 
 class Int4(_Int4):
     def __init__(self, weight: Quantized) -> None:
         super().__init__(weight, 64)
-        if not self.more_in and _half_a_block() == 32:
-            self.few = native.Few.int4(self.blocks, self.scales, self.in_features, self.out_features)
-            if self.few:  # nothing is held twice
-                self.scales = self.few.kept[1].transpose(0, 1)  # (groups, out / 64, 64, 2)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        if self.few and self.few.takes(x):
-            return self.few(x)
         # At once: it is called for each weight of a step.
         if self.plain and x.dtype == self.scales.dtype == torch.bfloat16 and x.shape[0] <= FEW:
             return torch._weight_int4pack_mm_for_cpu(x, self.blocks, self.group, self.scales.flatten(1, -2))
@@ -102,40 +95,6 @@ class Int4(_Int4):
             return torch.addcmul(b, q, a, out=q).view(parts, width, n)
 
         return widened.by_pieces(x, len(self.blocks), piece)
-
-
-class Int4Rows(Kernel):
-    """Two inputs in a byte, as `to_nibbles` has them, but from 0 on; of groups of 64 inputs."""
-
-    kind = "int4"
-
-    def __init__(self, weight: Quantized) -> None:
-        assert weight.zero is not None
-        self.in_features, self.dtype = weight.in_features, weight.dtype
-        n, width = weight.q.shape
-        self.nibbles = HUGE_PAGES.room(n, width // 2, dtype=torch.uint8)
-        step = max(1, BLOCK // width)
-        for q, own in zip(weight.q.split(step), self.nibbles.split(step), strict=True):
-            torch.bitwise_xor(to_nibbles(q), 0x88, out=own)  # + 8 in each half
-        self.scales = HUGE_PAGES.room(n, width // avx2.GROUP, 2, dtype=torch.bfloat16)
-        torch.stack((weight.scale, weight.zero), dim=-1, out=self.scales)
-
-    @staticmethod
-    def serves(weight: Quantized) -> bool:
-        few = avx2.LIBRARY is not None and weight.group == avx2.GROUP and weight.in_features == weight.q.shape[1]
-        return few and weight.dtype.itemsize == 2 and not (native.COMPILED and weight.dtype == torch.bfloat16)
-
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.to(self.dtype)
-        parts = x.split(avx2.MOST)  # many are as fast so as by numbers that are unpacked once
-        if avx2.takes(parts[0], self.nibbles):
-            done = [avx2.multiply(part, self.nibbles, self.scales) for part in parts]
-            return torch.cat(done) if len(done) > 1 else done[0]
-        return F.linear(x, self.dense())
-
-    def held(self) -> Quantized:
-        scale, zero = self.scales.unbind(-1)
-        return Quantized("int4", from_nibbles(self.nibbles ^ 0x88), scale, zero, self.in_features, self.dtype)
 
 
 def _pack_int4(q: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import native
 from .quantize import Quantized
 
 
@@ -15,7 +14,6 @@ class Kernel:
 
     kind: str | None = None  # of quantization
     least = 1  # rows it multiplies; fewer cost as much, and the time to fill them up
-    few: native.Few | None = None  # what multiplies a few rows, where there is something faster
     again: Callable[..., Any]  # kernels.repacked
 
     def product(self, x: torch.Tensor) -> torch.Tensor:

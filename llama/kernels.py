@@ -3,29 +3,28 @@
 A parallel layer gives its weight to `pack` once, when it is loaded. Where there is nothing better than the weight itself
 and `widened.linear`, it gets None.
 
-    weight      device                form
-    bfloat16    CPU that multiplies   Packed: in blocks, for oneDNN's kernel
-                it natively
-    int8        CPU with VNNI         Int8Rows: the same; rows of x become 8 bit numbers, too
-                CUDA                  Int8Cuda: as it is, for cuBLAS; rows of x become 8 bit numbers, too
-                others                Int8: as it is; avx2.c multiplies a few rows
-    int4        CPU, CUDA             int4.py's
-
-Of the first, and of Int8Rows and Int4, native.c multiplies a few rows where it can (`few`), from what is packed so.
+    weight      device                        form
+    bfloat16    CPU that multiplies it        BlockedLinear (blocks.py): products.c; without a C compiler Packed: oneDNN
+    int8        CPU with AVX-512 or AVX2      BlockedLinear: products.c, avx2.c
+                CUDA                          Int8Cuda: as it is, for cuBLAS
+                others                        Int8: as it is, made a weight again
+    int4        CPU with AVX-512 or AVX2      BlockedLinear
+                other CPUs, CUDA              int4.py's
 """
 
-import functools
-import math
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
-from . import avx2, native, widened
+from . import widened
+from .blocks import STEP, BlockedLinear, Blocks, library_for
 from .errors import DeviceError
-from .int4 import FEW, Int4, Int4Cuda, Int4Rows
+from .int4 import Int4, Int4Cuda
 from .kernel import Kernel
-from .quantize import Quantized
+from .library import NUMBERS
+from .quantize import Quantized, group_of
 
 LEAST = 4  # rows: for fewer oneDNN takes slower kernels (on Zen 4 by a third), and for one row one that rounds otherwise
 
@@ -33,13 +32,10 @@ LEAST = 4  # rows: for fewer oneDNN takes slower kernels (on Zen 4 by a third), 
 class Packed(Kernel):
     def __init__(self, weight: torch.Tensor) -> None:
         self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-        few = native.Few.bf16(self.blocks, weight.detach())
-        self.few = few and few.agreeing(self.multiply, weight.detach())
-        self.least = 1 if self.few else LEAST
+
+    least = LEAST
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        if self.few and self.few.takes(x):
-            return self.few(x)
         x = x.to(self.blocks.dtype)  # as in Int4
         if len(x) < LEAST:
             return self.multiply(F.pad(x, (0, 0, 0, LEAST - len(x))))[: len(x)]
@@ -50,152 +46,101 @@ class Packed(Kernel):
 
 
 class Int8(Kernel):
-    """q as it is: multiplied by the CPU's kernel for few rows, else made a weight, which on a GPU a compiler may fuse."""
+    """q as it is, made a weight again for each product: a piece at a time on the CPU; on a GPU a compiler may fuse it."""
 
     kind = "int8"
 
     def __init__(self, weight: Quantized) -> None:
-        self.weight, self.scale = weight, weight.scale.flatten().to(weight.dtype)
+        self.weight = weight
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        q, scale = self.weight.q, self.scale.unsqueeze(1)
-        if avx2.takes(x, q):
-            return avx2.multiply(x, q, self.weight.scale)
-        # PyTorch's kernel reads beyond the end of widths that are no multiple of 16.
-        if x.is_cpu and len(x) <= FEW and not any(size % 32 for size in q.shape):
-            return torch.ops.aten._weight_int8pack_mm(x, q, self.scale)
-        if x.is_cpu and not torch.compiler.is_compiling():
+        weight = self.weight
+        x = x.to(weight.dtype)
+        if not x.is_cpu or torch.compiler.is_compiling() or weight.in_features != weight.q.shape[1]:
+            return F.linear(x, weight.dense())
+        groups = weight.scale.shape[1]
 
-            def piece(out: slice, buffer: torch.Tensor) -> torch.Tensor:
-                return buffer.copy_(q[out].view_as(buffer)).mul_(scale[out].view(len(buffer), -1, 1)).transpose(1, 2)
+        def piece(out: slice, buffer: torch.Tensor) -> torch.Tensor:
+            scale = weight.scale[out].view(len(buffer), -1, groups, 1).to(buffer.dtype)
+            buffer.copy_(weight.q[out].view_as(buffer)).unflatten(2, (groups, -1)).mul_(scale)
+            return buffer.transpose(1, 2)
 
-            return widened.by_pieces(x, len(q), piece)
-        return F.linear(x, q.to(x.dtype) * scale)  # scaled last, float16 would overflow
+        return widened.by_pieces(x, len(weight.q), piece)
 
     def held(self) -> Quantized:
         return self.weight
 
 
-@functools.cache
-def exact_in_8_bits() -> bool:
-    """Whether oneDNN sums products of 8 bits exactly: without VNNI, or kept from it by ONEDNN_MAX_CPU_ISA, it overflows."""
-    if not (torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()):
-        return False
-    with torch.device("cpu"):
-        q, scale = torch.full((64, 64), 127, dtype=torch.int8), torch.ones(64, 1, dtype=torch.float32)
-        x = torch.full((4, 64), 126, dtype=torch.float32)
-        return bool((Int8Rows(Quantized("int8", q, scale, None, 64, x.dtype)).multiply(x) == 126 * 127 * 64).all())
-
-
-def rounded(value: float, dtype: torch.dtype) -> float:
-    """A quotient of two numbers of this dtype, rounded as PyTorch rounds it: to float32's 24 bits, then to bfloat16's 8."""
-    for bits in (24, 8) if dtype == torch.bfloat16 else (24,):
-        if math.isfinite(value):
-            part, exponent = math.frexp(value)
-            value = math.ldexp(round(part * (1 << bits)), exponent - bits)
-    return value
-
-
-def largest_of_rows(x: torch.Tensor) -> torch.Tensor:
-    """(N, in) -> (N, 1)."""
-    return torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True)
-
-
-def in_8_bits(
-    x: torch.Tensor, largest_of_all: Callable[[torch.Tensor], torch.Tensor] | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows x (N, in) as float32 numbers -126..126, yet to be rounded, and what they are to be multiplied by, (N, 1)."""
-    largest = largest_of_rows(x)
-    scales = ((largest_of_all(largest) if largest_of_all else largest) / 126).clamp_(min=1e-30)
-    return x.float() * scales.float().reciprocal(), scales
-
-
-class Int8Rows(Kernel):
-    """Each row of x becomes whole numbers -126..126, too, so that 8 bit numbers are multiplied and summed exactly.
-
-    A row's scale is its largest number over 126, rounded to x's dtype: the same however many rows there are.
-    """
-
-    kind = "int8"
-
-    def __init__(self, weight: Quantized) -> None:
-        self.blocks = torch.ops.onednn.qlinear_prepack(weight.q.contiguous(), None)  # else it is misread
-        self.scale, self.dtype = weight.scale.flatten(), weight.dtype
-        self.zero = torch.zeros_like(self.scale, dtype=torch.int64)
-        self.out = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
-        if self.dtype == torch.bfloat16:
-            few = native.Few.int8(self.blocks, weight.q, self.scale)
-            self.few = few and few.agreeing(self.multiply, weight.q)
-
-    def multiply(self, x: torch.Tensor, largest_of_all: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
-        """`largest_of_all`: from the largest number of each row here, (N, 1), that of the whole row, where this is a part."""
-        if self.few and self.few.takes(x):
-            return self.few(x, largest_of_all(largest_of_rows(x)) if largest_of_all else None)
-        if x.dtype == torch.float16:  # whose least numbers are too large for scales
-            x = x.float()
-        scales: torch.Tensor | float
-        if x.shape[0] == 1 and largest_of_all is None:  # the same by plain numbers, with fewer small kernels
-            scales = rounded(max(x.abs().max().item() / 126, 1e-30), x.dtype)
-            x = x.float() * (1 / scales)
-        else:
-            x, scales = in_8_bits(x, largest_of_all)
-        # Unsigned with a zero point of 128: signed rows take a slow path. Cutting after + 128.5 is rounding.
-        n = len(x)
-        rows = torch.empty(max(n, LEAST), x.shape[1], dtype=torch.uint8, device="cpu")
-        rows[:n].copy_(x.add_(128.5))
-        weight = self.blocks, self.scale, self.zero
-        y = torch.ops.onednn.qlinear_pointwise(rows, 1.0, 128, *weight, None, 1.0, 0, self.out, "none", [], "")
-        return y[:n].mul_(scales).to(self.dtype)  # scales of another dtype would take ten times as long
-
-    def held(self) -> Quantized:
-        q = self.blocks.to_dense().t().contiguous()
-        return Quantized("int8", q, self.scale.unsqueeze(1), None, q.shape[1], self.dtype)
+def in_two_digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows x (N, in) as whole numbers of 15 bits, 128 * high + low, in int8 (2, N, in), and the scale of each row, (N, 1)."""
+    scale = (torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True) / 16256).clamp_(min=1e-30)  # 127 * 128
+    whole = (x / scale).round_()
+    high = (whole / 128).round_()
+    return torch.stack((high, whole - 128 * high)).clamp_(-128, 127).to(torch.int8), scale
 
 
 class Int8Cuda(Kernel):
-    """As Int8Rows, but that ranks scale their own parts of rows, by cuBLAS: which multiplies many rows as fast as in bfloat16,
-    and of few reads weights at 85% of the best kernel's rate. Rounding the rows takes many small kernels: a single row that
-    is compiled is not rounded, and all of its product is one kernel."""
+    """A scale for each row of the weight, and whole numbers on both sides, by cuBLAS: rows of x become 15 bits, which keeps
+    what is small beside a large value as well as groups of 8 bits do. Rounding the rows takes many small kernels: a single
+    row that is compiled is not rounded, and all of its product is one kernel."""
 
     kind = "int8"
 
     def __init__(self, weight: Quantized) -> None:
-        self.weight, self.scale = weight, weight.scale.flatten()
+        self.weight, self.scale = weight, weight.scale.flatten().float()
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         q, n, dtype = self.weight.q, len(x), self.weight.dtype
         if n == 1 and torch.compiler.is_compiling():
             return ((x.float() * q.float()).sum(1) * self.scale).to(dtype).unsqueeze(0)
-        x, scales = in_8_bits(x.float() if dtype == torch.float16 else x)
-        rows = x.new_zeros(max(n, 32), x.shape[1], dtype=torch.int8)  # PyTorch asks for 17 or more
-        rows[:n] = x.add_(128.5).floor_().sub_(128)
-        y = x.new_empty(n, len(q), dtype=torch.float32 if dtype == torch.float16 else dtype)
-        torch.mul(torch._int_mm(rows, q.t())[:n], self.scale, out=y)  # in float32, yet nothing of it stays in memory
-        return y.mul_(scales).to(dtype)
+        digits, scales = in_two_digits(x.float())
+        rows = q.new_zeros(max(2 * n, 32), x.shape[1])  # PyTorch asks for 17 or more
+        rows[: 2 * n] = digits.flatten(0, 1)
+        high, low = torch._int_mm(rows, q.t())[: 2 * n].float().view(2, n, -1)
+        return (high.mul_(128).add_(low).mul_(self.scale).mul_(scales)).to(dtype)
 
     def held(self) -> Quantized:
         return self.weight
 
     @staticmethod
     def serves(weight: Quantized) -> bool:
-        return not any(size % 8 for size in weight.q.shape) and torch.cuda.get_device_capability(weight.device) >= (7, 5)
+        fits = weight.scale.shape[1] == 1 and not any(size % 8 for size in weight.q.shape)
+        return fits and torch.cuda.get_device_capability(weight.device) >= (7, 5)
+
+
+def blocked(kind: str | None, weight: torch.Tensor | Quantized, in_features: int) -> bool:
+    """Whether a weight that becomes of this kind, None for bfloat16, is to lie in blocks."""
+    if weight.device.type != "cpu" or weight.dtype not in NUMBERS or library_for(kind or "bfloat16") is None:
+        return False
+    return kind is not None or (weight.dtype == torch.bfloat16 and in_features % 2 == 0)
+
+
+def pack_rows(kind: str | None, views: Sequence[torch.Tensor], dtype: torch.dtype, first: int, last: int) -> Kernel | None:
+    """The inputs first..last of the rows of all the views (outs, in), in blocks, made in one go: quantized by groups of whole
+    rows, or in bfloat16. None where another form is to be had, by `pack`."""
+    view = views[0]
+    big = kind is not None or sum(map(len, views)) * (last - first) * 2 >= widened.SMALLEST
+    if not big or not blocked(kind, view, last - first) or dtype not in NUMBERS or (kind is None and dtype != view.dtype):
+        return None
+    group = group_of(view.shape[1]) if kind else 2
+    begin, end = first // group * group, min(-(-last // group) * group, view.shape[1])
+    made = Blocks.of_rows(kind or "bfloat16", [v[:, begin:end] for v in views], group if kind else STEP)
+    return BlockedLinear(replace(made, in_features=last - first, front=first - begin), dtype)
 
 
 def pack(weight: torch.Tensor | Quantized) -> Kernel | None:
     """The form that multiplies (..., in) to (..., out) fastest, for a weight (out, in); None: the weight as it is."""
-    on_cpu, dtype = weight.device.type == "cpu", weight.dtype
     if isinstance(weight, Quantized):
-        check(weight.kind, weight.device, dtype)
+        check(weight.kind, weight.device, weight.dtype)
+        if blocked(weight.kind, weight, weight.in_features) and weight.group % STEP == 0:
+            return BlockedLinear(Blocks.of_quantized(weight), weight.dtype)
         if weight.kind == "int4":
-            if not on_cpu:
-                return Int4Cuda(weight)
-            return Int4Rows(weight) if Int4Rows.serves(weight) else Int4(weight)
-        if weight.device.type == "cuda" and Int8Cuda.serves(weight):
-            return Int8Cuda(weight)
-        return Int8Rows(weight) if on_cpu and exact_in_8_bits() else Int8(weight)
-    if not on_cpu or dtype != torch.bfloat16 or weight.nbytes < widened.SMALLEST:
+            return Int4(weight) if weight.device.type == "cpu" else Int4Cuda(weight)
+        return Int8Cuda(weight) if weight.device.type == "cuda" and Int8Cuda.serves(weight) else Int8(weight)
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or weight.nbytes < widened.SMALLEST:
         return None
-    return Packed(weight) if widened.native(dtype) else None
+    made = pack_rows(None, [weight.detach().contiguous()], weight.dtype, 0, weight.shape[1])
+    return made or (Packed(weight) if widened.native(weight.dtype) else None)
 
 
 def repacked(held: torch.Tensor | Quantized) -> Kernel | torch.Tensor | Quantized:

@@ -5,13 +5,15 @@ import importlib.util
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
-from ctypes import c_long, c_uint, c_void_p
+from ctypes import c_float, c_long, c_uint, c_void_p
 from pathlib import Path
 from typing import Any
 
 import torch
 
 HERE = Path(__file__).parent
+BF16, FP16, FP32, INT8, INT4 = range(5)  # of weights; the first three also of what they multiply
+NUMBERS = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
 
 
 class Library:
@@ -42,8 +44,8 @@ def load(name: str, structures: Sequence[Any], functions: Mapping[str, Sequence[
         serves = made.library.serves()
     except (AttributeError, OSError, ValueError):
         return None
-    files = [HERE / f"{name}.c", HERE / "native.h"]  # which are there in a clone
-    changed = all(file.exists() for file in files) and source != zlib.crc32(b"".join(file.read_bytes() for file in files))
+    files = sorted(HERE.glob("*.[ch]"))  # which are there in a clone
+    changed = bool(files) and source != zlib.crc32(b"".join(file.read_bytes() for file in files))
     if changed or sizes != [*map(ctypes.sizeof, structures)]:
         warnings.warn(f"llama/{name}.c has changed since it was compiled, and is not used; install llama again", stacklevel=2)
         return None
@@ -53,6 +55,20 @@ def load(name: str, structures: Sequence[Any], functions: Mapping[str, Sequence[
 def fields(*kinds: tuple[Any, str]) -> Any:
     """Of a structure: the names that have each kind."""
     return [(name, kind) for kind, names in kinds for name in names.split()]
+
+
+class Product(ctypes.Structure):
+    """native.h explains it."""
+
+    _fields_ = fields(
+        (c_long, "kind numbers"),
+        (c_void_p, "weight scales"),
+        (c_long, "group in_ out gated"),
+        (c_void_p, "norm"),
+        (c_float, "eps unused"),
+        (c_void_p, "x y residual normed room"),
+        (c_long, "n threads next"),
+    )
 
 
 def filled(structure: Any, **fields: Any) -> Any:

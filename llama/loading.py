@@ -18,6 +18,8 @@ from torch import nn
 from .checkpoint import NOT_FINITE, Shards, split_dim
 from .errors import CheckpointError
 from .model import Transformer
+from .kernel import Kernel
+from .kernels import pack_rows
 from .parallel import JoinedColumnParallelLinear, ParallelLinear, RowParallelLinear
 from .quantize import Quantized, from_nibbles, kind_of, quantize
 from .ranks import model_parallel
@@ -61,8 +63,8 @@ def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device:
         shards.check_unchanged()
         for view in next(ahead, (None, [], []))[2]:
             advise(view, WILLNEED)  # the disk reads the next one while this one is packed
-        if isinstance(module, ParallelLinear) and kind is not None:
-            module.hold(_quantized_part(module, names, shards, kind, dtype, device))
+        if isinstance(module, ParallelLinear) and (kernel := _packed(module, names, views, shards, kind, dtype, device)):
+            module.hold(kernel)
             for view in views:
                 advise(view, DONTNEED)
             trim()
@@ -106,17 +108,37 @@ def quantized(name: str, shards: Shards, kind: str, dtype: torch.dtype, device: 
             yield found.columns(width * rank // ranks, width * (rank + 1) // ranks) if by_columns else found
 
 
-def _quantized_part(
-    module: ParallelLinear, names: list[str], shards: Shards, kind: str, dtype: torch.dtype, device: torch.device
-) -> Quantized:
-    """This rank's part of a layer's weights, as it was saved, or quantized now."""
-    own = kind_of(names[0], kind)
-    assert own is not None
-    if f"{names[0]}.scale" in shards.first:
-        parts = [_saved(name, shards.first, own, module.in_features, dtype).to(device, dtype) for name in names]
-    else:
-        parts = [part for name in names for part in quantized(name, shards, own, dtype, device)]
-    return Quantized.cat(parts)
+def _packed(
+    module: ParallelLinear,
+    names: list[str],
+    views: list[torch.Tensor],
+    shards: Shards,
+    kind: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Kernel | Quantized | None:
+    """This rank's part of a layer's weights in the kernel's form, as it was saved, or packed now; None: as it is."""
+    own = kind and kind_of(names[0], kind)
+    if own and f"{names[0]}.scale" in shards.first:
+        return Quantized.cat(
+            [_saved(name, shards.first, own, module.in_features, dtype).to(device, dtype) for name in names]
+        )
+    if device.type == "cpu":
+        by_columns, (rank, ranks), width = split_dim(names[0]) == 1, model_parallel(), views[0].shape[1]
+        first, last = 0, width
+        if by_columns and own:
+            views = [torch.cat(views, dim=1)] if len(views) > 1 else views
+            width = views[0].shape[1]
+            first, last = width * rank // ranks, width * (rank + 1) // ranks
+        elif by_columns and len(views) > 1:
+            return None
+        if kernel := pack_rows(own, views, dtype, first, last):
+            for view in views:
+                _refuse_what_is_not_finite(view, names, shards)
+            return kernel
+    if own is None:
+        return None
+    return Quantized.cat([part for name in names for part in quantized(name, shards, own, dtype, device)])
 
 
 def _saved(name: str, tensors: dict[str, torch.Tensor], kind: str, in_features: int, dtype: torch.dtype) -> Quantized:

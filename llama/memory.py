@@ -9,7 +9,7 @@ from .attention import BLOCK
 from .errors import DeviceError
 from .kernels import check
 from .model import ModelArgs, check_ranks
-from .quantize import HEAD, KINDS, bytes_per_weight, check_width
+from .quantize import HEAD, KINDS, bytes_per_weight
 
 PREFILL_CHUNK = 2048  # ids of prompts in one forward: enough to fill any machine; bounds what activations take
 LOGPROB_CHUNK = 512  # positions whose logits stand in memory at once
@@ -80,11 +80,9 @@ def possible(args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.devi
 
 
 def check_quantized(args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.device, kind: str | None) -> None:
-    """Raise DeviceError where there is no kernel for a model of this kind, or a rank's part cannot be quantized."""
+    """Raise DeviceError where there is no kernel for a model of this kind."""
     if kind is not None:
         check(kind, device, dtype)
-        check_width("feed_forward.w2", args.ffn_width, kind, ranks)
-        check_width("attention.wo", args.dim, kind, ranks)
 
 
 def preflight(

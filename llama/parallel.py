@@ -21,9 +21,9 @@ from fairscale.nn.model_parallel.mappings import (
 from torch import nn
 
 from .errors import DeviceError
-from .kernels import Int8Rows, Kernel, pack
+from .kernels import Kernel, pack
 from .quantize import Quantized, quantize
-from .ranks import largest_of_all, model_parallel
+from .ranks import model_parallel
 from .widened import linear
 
 
@@ -48,9 +48,9 @@ class ParallelLinear(nn.Module):
     packed: Kernel | None = None
     times_held = 0  # by all layers of all models: as it grows, captured steps look whether their weights are still there
 
-    def hold(self, weight: torch.Tensor | Quantized) -> None:
+    def hold(self, weight: torch.Tensor | Quantized | Kernel) -> None:
         """Take this rank's weight, for inference, in the form that multiplies fastest."""
-        self.packed = pack(weight)
+        self.packed = weight if isinstance(weight, Kernel) else pack(weight)
         ParallelLinear.times_held += 1
         self.weight = nn.Parameter(weight, requires_grad=False) if self.packed is None else None  # type: ignore[arg-type]
 
@@ -150,12 +150,6 @@ class RowParallelLinear(ParallelLinear, fs_layers.RowParallelLinear):
         self.input_size_per_partition = divide(in_features, self.ranks, "input features of a linear layer")
         self.bias = None
         self.weight = _weight(out_features, self.input_size_per_partition)
-
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        if self.ranks > 1 and isinstance(self.packed, Int8Rows):  # scaled as on one rank, to be summed as there
-            y = self.packed.multiply(x.reshape(-1, x.shape[-1]), largest_of_all)
-            return y.view(*x.shape[:-1], y.shape[-1])
-        return super().multiply(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.multiply(x)

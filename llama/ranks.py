@@ -248,13 +248,6 @@ def from_rank0(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def largest_of_all(tensor: torch.Tensor) -> torch.Tensor:
-    """Number by number, the largest of the model-parallel group's tensors."""
-    largest = tensor.float()  # which every backend reduces
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=fs.get_model_parallel_group())
-    return largest.to(tensor.dtype)
-
-
 def _exchange(mine: T) -> list[T]:
     said: list[Any] = [None] * _world()
     with linked(), unbroken():

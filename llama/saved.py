@@ -78,7 +78,8 @@ def layout(model: Transformer, stored: torch.dtype, wanted: str) -> Layout:
         if own is None:
             found[name] = stored, shape
         elif own == "int8":
-            found[name], found[f"{name}.scale"] = (torch.int8, shape), (torch.float32, (shape[0], 1))
+            groups = -(-shape[1] // group_of(shape[1]))
+            found[name], found[f"{name}.scale"] = (torch.int8, (shape[0], groups * group_of(shape[1]))), (torch.bfloat16, (shape[0], groups))
         else:
             groups = -(-shape[1] // group_of(shape[1]))
             found[name] = torch.uint8, (shape[0], groups * group_of(shape[1]) // 2)

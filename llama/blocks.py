@@ -1,0 +1,187 @@
+"""Weights in the blocks that products.c and avx2.c multiply, whatever the number of rows.
+
+A weight (out, in) lies as (out / 64, in / per, 64, 4): 4 bytes of an output beside 4 of the next, which hold `per` inputs,
+
+    bfloat16    2
+    int8        4, each 128 more than its value
+    int4        8, each 8 more than its value; inputs 0..3 in the low halves of the bytes, 4..7 in the high ones
+
+and each group of inputs has scales (out / 64, groups, 64, 1), in int4 scales and zeros (out / 64, groups, 64, 2). What is
+beyond the weight's own outputs and inputs multiplies to 0. Such blocks are what a saved file holds (saved.py).
+"""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_long, c_void_p
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from . import avx2, library, native
+from .kernel import Kernel
+from .library import BF16, INT4, INT8, NUMBERS, Product, fields, filled, load
+from .quantize import Quantized
+from .runtime import HUGE_PAGES
+
+OUT = 64  # outputs of a block
+STEP = 32  # inputs of x that share a scale
+PER = {"bfloat16": 2, "int8": 4, "int4": 8}  # inputs in 4 bytes
+KINDS = {"bfloat16": BF16, "int8": INT8, "int4": INT4}
+
+
+class Packing(ctypes.Structure):
+    """pack.c explains it."""
+
+    _fields_ = fields((c_long, "kind numbers"), (c_void_p, "rows weight scales"), (c_long, "group in_ width out next"))
+
+
+PACK = load("pack", [Packing], {"pack": [Packing]})
+
+
+def library_for(kind: str) -> library.Library | None:
+    """What multiplies blocks of this kind on this machine."""
+    if PACK is None:
+        return None
+    return native.COMPILED or (avx2.LIBRARY if kind != "bfloat16" else None)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A weight (out_features, in_features) in blocks, of inputs from `front` of the first group on."""
+
+    kind: str  # "bfloat16", "int8" or "int4"
+    weight: torch.Tensor  # uint8
+    scales: torch.Tensor | None  # bfloat16; None in bfloat16
+    in_features: int
+    out_features: int
+    front: int = 0
+
+    @property
+    def width(self) -> int:
+        """Inputs, with what is beyond the weight's own."""
+        return self.weight.shape[1] * PER[self.kind]
+
+    @property
+    def group(self) -> int:
+        return self.width // self.scales.shape[1] if self.scales is not None else self.width
+
+    @staticmethod
+    def room(kind: str, out_features: int, in_features: int, group: int) -> "Blocks":
+        """Blocks yet to be filled, side by side with what was asked for before."""
+        n, width = -(-out_features // OUT), -(-in_features // group) * group
+        weight = HUGE_PAGES.room(n, width // PER[kind], OUT, 4, dtype=torch.uint8)
+        scales = None
+        if kind != "bfloat16":
+            scales = HUGE_PAGES.room(n, width // group, OUT, 2 if kind == "int4" else 1, dtype=torch.bfloat16)
+        return Blocks(kind, weight, scales, in_features, out_features)
+
+    @staticmethod
+    def of_rows(kind: str, views: Sequence[torch.Tensor], group: int) -> "Blocks":
+        """The rows of all the views (outs, in), one view after the other, quantized by groups unless kind is bfloat16."""
+        assert PACK is not None
+        made = Blocks.room(kind, sum(map(len, views)), views[0].shape[1], group)
+        assert all(v.stride(1) == 1 and v.dtype == views[0].dtype for v in views)
+        rows = torch.cat([v.data_ptr() + torch.arange(len(v)) * (v.stride(0) * v.element_size()) for v in views])
+        fields = {"kind": KINDS[kind], "numbers": NUMBERS[views[0].dtype], "rows": rows, "weight": made.weight}
+        sizes = {"group": group, "in_": made.in_features, "width": made.width, "out": made.out_features}
+        PACK.call("pack", ctypes.byref(filled(Packing(), scales=made.scales, **fields, **sizes)))
+        return made
+
+    @staticmethod
+    def of_quantized(held: Quantized) -> "Blocks":
+        """By PyTorch alone: the readable twin of pack.c, and for what was quantized elsewhere."""
+        q = F.pad(held.q, (0, 0, 0, -len(held.q) % OUT)).unflatten(0, (-1, OUT))  # (blocks, 64, width)
+        parts = [held.scale] if held.zero is None else [held.scale, held.zero]
+        scales = torch.stack([F.pad(part, (0, 0, 0, -len(part) % OUT)) for part in parts], -1).bfloat16()
+        if held.kind == "int8":
+            values = (q.to(torch.int16) + 128).to(torch.uint8).unflatten(2, (-1, 4))
+        else:
+            halves = (q + 8).view(torch.uint8).unflatten(2, (-1, 2, 4))
+            values = halves[..., 0, :] | halves[..., 1, :] << 4
+        weight = values.transpose(1, 2).contiguous()  # (n, width / per, 64, 4)
+        scales = scales.unflatten(0, (-1, OUT)).transpose(1, 2).contiguous()
+        return Blocks(held.kind, weight, scales, held.in_features, len(held.q), held.front)
+
+    def quantized(self, dtype: torch.dtype) -> Quantized:
+        """The values (out, in), with those of `front` and of the last group, and their scales."""
+        assert self.scales is not None
+        rows, n = self.weight.transpose(1, 2), self.out_features  # (blocks, 64, width / per, 4)
+        if self.kind == "int8":
+            q = (rows.to(torch.int16) - 128).to(torch.int8)
+        else:
+            q = torch.stack((rows & 15, rows >> 4), -2).view(torch.int8) - 8
+        parts = [part.transpose(1, 2).flatten(0, 1)[:n] for part in self.scales.unbind(-1)]
+        zero = parts[1] if self.kind == "int4" else None
+        return Quantized(self.kind, q.flatten(2).flatten(0, 1)[:n], parts[0], zero, self.in_features, dtype, self.front)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """(out, in), as what it stands for."""
+        if self.kind == "bfloat16":
+            rows = self.weight.view(torch.bfloat16).transpose(1, 2).flatten(2).flatten(0, 1)[: self.out_features]
+            return rows[:, self.front : self.front + self.in_features].to(dtype).contiguous()
+        return self.quantized(dtype).dense()
+
+    def outputs(self, first: int, last: int) -> "Blocks":
+        """The outputs first..last alone, which are whole blocks or the last ones."""
+        blocks = slice(first // OUT, -(-last // OUT))
+        scales = None if self.scales is None else self.scales[blocks]
+        return replace(self, weight=self.weight[blocks], scales=scales, out_features=last - first)
+
+    def inputs(self, first: int, last: int) -> "Blocks":
+        """The inputs first..last alone: whole groups that hold them, of which the first has `front` others before them."""
+        unit = self.group if self.scales is not None else 2
+        begin, end = first // unit, -(-last // unit)
+        weight = self.weight[:, begin * unit // PER[self.kind] : end * unit // PER[self.kind]]
+        scales = None if self.scales is None else self.scales[:, begin:end]
+        return replace(self, weight=weight, scales=scales, in_features=last - first, front=first - begin * unit)
+
+
+class BlockedLinear(Kernel):
+    """A weight in blocks. What multiplies quantized ones is rounded, too: to 8 bits, with a scale for each 32 inputs of a row."""
+
+    def __init__(self, blocks: Blocks, dtype: torch.dtype) -> None:
+        self.blocks, self.dtype = blocks, dtype
+        self.kind = None if blocks.kind == "bfloat16" else blocks.kind
+        self.in_features, self.out_features = blocks.in_features, blocks.out_features
+        self.padding = (blocks.front, blocks.width - blocks.front - blocks.in_features)
+        found = library_for(blocks.kind)
+        assert found is not None
+        self.library = found
+        group = blocks.group if self.kind else STEP
+        self.product_of = filled(
+            Product(),
+            kind=KINDS[blocks.kind],
+            numbers=NUMBERS[dtype],
+            weight=blocks.weight,
+            scales=blocks.scales,
+            group=group,
+            in_=blocks.width,
+            out=self.out_features,
+        )
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.dtype)  # a caller's autocast gives attention's outputs another
+        if x.shape[1] != self.in_features or not library.plain(x):  # where errors are raised, and others look on
+            return F.linear(x, self.dense())
+        x = F.pad(x, self.padding) if any(self.padding) else x.contiguous()
+        n = len(x)
+        y, room = x.new_empty(n, self.out_features), torch.empty(self.room(n), dtype=torch.uint8, device="cpu")
+        if n:
+            self.library.call("multiply", ctypes.byref(self.filled(n=n, x=x, y=y, room=room)))
+        return y
+
+    def filled(self, **fields: object) -> Product:
+        """The product, with more of its fields set."""
+        return filled(Product.from_buffer_copy(self.product_of), **fields)
+
+    def room(self, n: int) -> int:
+        """Bytes that n rows need: their 8-bit values, scales, and sums."""
+        width = self.blocks.width
+        return n * (width + 12 * width // STEP) if self.kind else 0
+
+    def held(self) -> torch.Tensor | Quantized:
+        return self.blocks.quantized(self.dtype) if self.kind else self.dense()
+
+    def dense(self) -> torch.Tensor:
+        return self.blocks.dense(self.dtype)
