@@ -17,9 +17,9 @@ INLINE __m256 load(const int kind, const void *x, long k) {
 
 INLINE void store(const Product *p, long r, long o, float y) {
   const long at = r * p->out + o;
-  if (p->numbers == FP32) ((float *)p->y)[at] = y;
-  if (p->numbers == FP16) ((uint16_t *)p->y)[at] = _cvtss_sh(y, 0);
-  if (p->numbers == BF16) ((bf16_t *)p->y)[at] = to_bf16(y);
+  if (p->y_numbers == FP32) ((float *)p->y)[at] = y;
+  if (p->y_numbers == FP16) ((uint16_t *)p->y)[at] = _cvtss_sh(y, 0);
+  if (p->y_numbers == BF16) ((bf16_t *)p->y)[at] = to_bf16(y);
 }
 
 INLINE float total(__m256 x) {
@@ -38,7 +38,7 @@ INLINE void floats(const Product *p, const int kind, long o, long first, const i
   EACH(i, m) EACH(r, n) sum[i][r] = _mm256_setzero_ps();
   for (long k = 0; k < p->in; k += 32)
     EACH(i, m) {
-      ahead(w + (i * p->in + k) * bytes);
+      _mm_prefetch(w + ((i + m) * p->in + k) * bytes, _MM_HINT_T1); /* of the next outputs */
       EACH(j, 4) {
         const __m256 v = load(kind, w + i * p->in * bytes, k + 8 * j);
         EACH(r, n) sum[i][r] = _mm256_fmadd_ps(v, _mm256_loadu_ps(x + r * p->in + k + 8 * j), sum[i][r]);
@@ -74,7 +74,7 @@ static void as_they_lie(void *shared) { /* what a thread does */
 
 /* ---- weights in blocks ---- */
 
-enum { LANES = 8, PARTS = OUT / LANES, TILE = 3 }; /* outputs of a register; registers of a block; rows at once */
+enum { LANES = 8, PARTS = OUT / LANES, TILE = 3, CHUNK = 32 * TILE }; /* as in products.c */
 
 INLINE __m256i spread(const int8_t *x) { /* 4 bytes, to each lane */
   int32_t four;
@@ -145,8 +145,9 @@ INLINE void block(const Product *p, const int kind, long b, long first, const in
   for (int begin = 0; begin < OUT; begin += parts * LANES) {
     const uint8_t *w = (const uint8_t *)p->weight + b * OUT * p->in / (kind == INT8 ? 1 : 2) + 4 * begin;
     whole(p, w, p->scales + (b * OUT * groups + begin) * (kind == INT8 ? 1 : 2), first, kind, parts, n, y);
-    for (long r = 0; r < n; r++)
-      for (long i = 0; i < parts * LANES && b * OUT + begin + i < p->out; i++) store(p, first + r, b * OUT + begin + i, y[r][i]);
+    for (long r = 0; r < n; r += p->digits)
+      for (long i = 0; i < parts * LANES && b * OUT + begin + i < p->out; i++)
+        store(p, (first + r) / p->digits, b * OUT + begin + i, p->digits == 2 ? y[r][i] + y[r + 1][i] : y[r][i]);
   }
 }
 
@@ -162,9 +163,9 @@ static void outputs(const Product *p, long b, long first, long n) {
 static void make_ready(void *shared) { /* what a thread does: the next row, in 8 bits, or in float32 */
   Product *p = shared;
   const int size = p->numbers == FP32 ? 4 : 2;
-  for (long r; (r = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->n;) {
+  for (long r; (r = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->n / p->digits;) {
     const char *x = (const char *)p->x + r * p->in * size;
-    if (p->kind == INT8 || p->kind == INT4) quantize_row(p, x, r);
+    if (p->kind == INT8 || p->kind == INT4) quantize_row(p, x, r * p->digits);
     else to_floats(x, p->numbers, p->in, (float *)p->room + r * p->in);
   }
 }

@@ -27,6 +27,6 @@ def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     (n, width), out, numbers = x.shape, len(weight), NUMBERS[x.dtype]
     y, room = x.new_empty(n, out), torch.empty(n, width, dtype=torch.float32, device="cpu")
     tensors = {"weight": weight, "x": x, "y": y, "room": room}
-    made = filled(Product(), kind=numbers, numbers=numbers, in_=width, out=out, n=n, **tensors)
+    made = filled(Product(), kind=numbers, numbers=numbers, y_numbers=numbers, digits=1, in_=width, out=out, n=n, **tensors)
     LIBRARY.call("multiply", ctypes.byref(made))
     return y

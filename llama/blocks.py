@@ -141,7 +141,7 @@ class BlockedLinear(Kernel):
     """A weight in blocks. What multiplies quantized ones is rounded, too: to 8 bits, with a scale for each 32 inputs of a row."""
 
     def __init__(self, blocks: Blocks, dtype: torch.dtype) -> None:
-        self.blocks, self.dtype = blocks, dtype
+        self.blocks, self.dtype, self.out_dtype, self.digits = blocks, dtype, dtype, 1
         self.kind = None if blocks.kind == "bfloat16" else blocks.kind
         self.in_features, self.out_features = blocks.in_features, blocks.out_features
         self.padding = (blocks.front, blocks.width - blocks.front - blocks.in_features)
@@ -153,6 +153,8 @@ class BlockedLinear(Kernel):
             Product(),
             kind=KINDS[blocks.kind],
             numbers=NUMBERS[dtype],
+            y_numbers=NUMBERS[dtype],
+            digits=1,
             weight=blocks.weight,
             scales=blocks.scales,
             group=group,
@@ -160,13 +162,19 @@ class BlockedLinear(Kernel):
             out=self.out_features,
         )
 
+    def for_logits(self) -> None:
+        if self.kind:
+            self.digits = 2
+        self.out_dtype = torch.float32
+        filled(self.product_of, digits=self.digits, y_numbers=NUMBERS[self.out_dtype])
+
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.dtype)  # a caller's autocast gives attention's outputs another
         if x.shape[1] != self.in_features or not library.plain(x):  # where errors are raised, and others look on
             return F.linear(x, self.dense())
         x = F.pad(x, self.padding) if any(self.padding) else x.contiguous()
-        n = len(x)
-        y, room = x.new_empty(n, self.out_features), torch.empty(self.room(n), dtype=torch.uint8, device="cpu")
+        n = len(x) * self.digits
+        y, room = x.new_empty(len(x), self.out_features, dtype=self.out_dtype), torch.empty(self.room(n), dtype=torch.uint8, device="cpu")
         if n:
             self.library.call("multiply", ctypes.byref(self.filled(n=n, x=x, y=y, room=room)))
         return y

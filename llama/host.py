@@ -143,7 +143,7 @@ def product(layer: JoinedColumnParallelLinear | RowParallelLinear) -> Product:
     if layer.packed:
         return layer.packed.multiply
     assert layer.weight is not None
-    return functools.partial(F.linear if widened.native(layer.weight.dtype) else widened.linear, weight=layer.weight)
+    return functools.partial(widened.linear, weight=layer.weight)
 
 
 class HostStep:

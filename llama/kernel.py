@@ -32,6 +32,9 @@ class Kernel:
         """x (N, in) -> (N, out)."""
         raise NotImplementedError
 
+    def for_logits(self) -> None:
+        """Multiply as exactly as it can from now on: what comes out tells which token is the likeliest."""
+
     def held(self) -> torch.Tensor | Quantized:
         """What `pack` was given."""
         raise NotImplementedError

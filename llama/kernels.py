@@ -122,7 +122,7 @@ def pack_rows(kind: str | None, views: Sequence[torch.Tensor], dtype: torch.dtyp
     big = kind is not None or sum(map(len, views)) * (last - first) * 2 >= widened.SMALLEST
     if not big or not blocked(kind, view, last - first) or dtype not in NUMBERS or (kind is None and dtype != view.dtype):
         return None
-    group = group_of(view.shape[1]) if kind else 2
+    group = group_of(view.shape[1], kind) if kind else 2
     begin, end = first // group * group, min(-(-last // group) * group, view.shape[1])
     made = Blocks.of_rows(kind or "bfloat16", [v[:, begin:end] for v in views], group if kind else STEP)
     return BlockedLinear(replace(made, in_features=last - first, front=first - begin), dtype)

@@ -61,7 +61,7 @@ class Product(ctypes.Structure):
     """native.h explains it."""
 
     _fields_ = fields(
-        (c_long, "kind numbers"),
+        (c_long, "kind numbers y_numbers digits"),
         (c_void_p, "weight scales"),
         (c_long, "group in_ out gated"),
         (c_void_p, "norm"),

@@ -12,7 +12,8 @@ typedef uint16_t bf16_t;
 typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel, of PyTorch's own threads */
 
 /* Prefetch what comes 16 kB later: the CPU's own prefetcher looks less far ahead. */
-INLINE void ahead(const void *weight) { _mm_prefetch((const char *)weight + 16384, _MM_HINT_T1); }
+enum { AHEAD = 16384 };
+INLINE void ahead(const void *weight) { _mm_prefetch((const char *)weight + AHEAD, _MM_HINT_T1); }
 
 /* Claim a share of the tasks that are left, one after the other: memory is read in long runs, and no thread waits long. */
 INLINE long take(long *next, long threads, long tasks, long *end) {
@@ -52,7 +53,9 @@ enum { BF16, FP16, FP32, INT8, INT4 }; /* of a weight; the first three also of x
 enum { OUT = 64, STEP = 32 }; /* STEP: inputs of x that share a scale */
 
 typedef struct Product {
-  long kind, numbers;   /* of the weight; of x and y */
+  long kind, numbers;   /* of the weight; of x */
+  long y_numbers;       /* of y */
+  long digits;          /* INT8 and INT4: of a row of x, 1, or 2, as which it takes two rows of 8 bits: n is twice as many */
   const void *weight;
   const bf16_t *scales; /* INT8: (out / OUT, in / group, OUT); INT4: (.., 2), scale and zero */
   long group, in, out;  /* where it is gated, out is half of what is multiplied */
@@ -94,27 +97,40 @@ INLINE void to_floats(const void *x, long numbers, long n, float *y) { /* n is a
       _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)x + i))));
 }
 
-/* NaN and infinity make a step's scale one of these, and so the row's products. */
-INLINE void quantize_row(const Product *p, const void *x, long row) {
+/* The step s of `row`, v, which becomes what is left of it. NaN and infinity make its scale one of these, and so the products. */
+INLINE void quantize_step(const Product *p, float v[STEP], long row, long s) {
   const Quantized q = quantized(p, row);
-  const int size = p->numbers == FP32 ? 4 : 2, offset = p->kind == INT8 ? 128 : 8;
-  for (long k = 0; k < p->in / p->group; k++) q.sums[k] = 0;
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff); /* of bits, in whose order NaN comes last */
+  __m256i most = _mm256_setzero_si256(), sum = most, values[4];
+  EACH(i, 4) most = _mm256_max_epi32(most, _mm256_and_si256(magnitude, _mm256_loadu_si256((const __m256i *)(v + 8 * i))));
+  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+  const float largest = as_float(_mm_cvtsi128_si32(four)), scale = (largest < 1e-30f ? 1e-30f : largest) / 127, factor = 1 / scale;
+  EACH(i, 4) {
+    const __m256 x = _mm256_loadu_ps(v + 8 * i);
+    values[i] = _mm256_cvtps_epi32(_mm256_mul_ps(x, _mm256_set1_ps(factor)));
+    sum = _mm256_add_epi32(sum, values[i]);
+    if (p->digits == 2)
+      _mm256_storeu_ps(v + 8 * i, _mm256_sub_ps(x, _mm256_mul_ps(_mm256_cvtepi32_ps(values[i]), _mm256_set1_ps(scale))));
+  }
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(values[0], values[1]), _mm256_packs_epi32(values[2], values[3]));
+  _mm256_storeu_si256((__m256i *)(q.values + s * STEP), /* packs_ go by halves of a register */
+                      _mm256_permutevar8x32_epi32(bytes, _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0)));
+  four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  const int32_t total = _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+  q.scales[s] = scale;
+  q.bias[s] = -(p->kind == INT8 ? 128 : 8) * total;
+  q.sums[s * STEP / p->group] += scale * (float)total;
+}
+
+INLINE void quantize_row(const Product *p, const void *x, long row) {
+  const int size = p->numbers == FP32 ? 4 : 2;
+  for (long d = 0; d < p->digits; d++) memset(quantized(p, row + d).sums, 0, p->in / p->group * 4);
   for (long s = 0; s < p->in / STEP; s++) {
     float v[STEP];
-    int32_t most = 0, sum = 0;
     to_floats((const char *)x + s * STEP * size, p->numbers, STEP, v);
-    for (int i = 0; i < STEP; i++) {
-      const int32_t bits = as_bits(v[i]) & 0x7fffffff; /* in whose order NaN comes last */
-      most = bits > most ? bits : most;
-    }
-    const float largest = as_float(most), scale = (largest < 1e-30f ? 1e-30f : largest) / 127, factor = 1 / scale;
-    for (int i = 0; i < STEP; i++) { /* 1.5 * 2^23 leaves a whole number in the last bits */
-      const int8_t value = (int8_t)as_bits(v[i] * factor + 12582912.0f);
-      q.values[s * STEP + i] = value;
-      sum += value;
-    }
-    q.scales[s] = scale;
-    q.bias[s] = -offset * sum;
-    q.sums[s * STEP / p->group] += scale * (float)sum;
+    for (long d = 0; d < p->digits; d++) quantize_step(p, v, row + d, s);
   }
 }

@@ -3,7 +3,7 @@
 
 #include "native.h"
 
-enum { WIDEST = 128, RANGES = 6 }; /* inputs of a group; what fit4 tries */
+enum { WIDEST = 128, SHARES = 4, REFITS = 3 }; /* inputs of a group; what fit4 tries */
 
 typedef struct Packing {
   long kind, numbers;      /* of the blocks; of the rows */
@@ -14,39 +14,100 @@ typedef struct Packing {
 } Packing;
 
 INLINE float widened(bf16_t x) { return as_float((uint32_t)x << 16); }
-INLINE float clamped(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+INLINE __m256 all(float x) { return _mm256_set1_ps(x); }
+INLINE __m256 rounded(__m256 x, float low, float high) {
+  return _mm256_max_ps(all(low), _mm256_min_ps(all(high), _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)));
+}
+
+/* Sums go by 8 lanes, and these in turn. */
+INLINE float total(__m256 x) {
+  float lanes[8];
+  _mm256_storeu_ps(lanes, x);
+  for (int j = 1; j < 8; j++) lanes[0] += lanes[j];
+  return lanes[0];
+}
+
+INLINE void extremes(const float *v, long group, float *low, float *high) {
+  __m256 least = _mm256_loadu_ps(v), most = least;
+  for (long i = 8; i < group; i += 8) {
+    least = _mm256_min_ps(least, _mm256_loadu_ps(v + i));
+    most = _mm256_max_ps(most, _mm256_loadu_ps(v + i));
+  }
+  float lanes[2][8];
+  _mm256_storeu_ps(lanes[0], least);
+  _mm256_storeu_ps(lanes[1], most);
+  *low = lanes[0][0], *high = lanes[1][0];
+  for (int j = 1; j < 8; j++) {
+    *low = lanes[0][j] < *low ? lanes[0][j] : *low;
+    *high = lanes[1][j] > *high ? lanes[1][j] : *high;
+  }
+}
 
 /* INT8: a group's largest value becomes 127, as its scale is rounded. */
 static void fit8(const float *v, long group, uint8_t *bytes, bf16_t *scales) {
-  float largest = 1e-30f * 127;
-  for (long i = 0; i < group; i++) largest = fabsf(v[i]) > largest ? fabsf(v[i]) : largest;
-  *scales = to_bf16(largest / 127);
-  const float scale = widened(*scales);
-  for (long i = 0; i < group; i++) bytes[i] = (uint8_t)(128 + (int)clamped(rintf(v[i] / scale), -127, 127));
+  float low, high;
+  extremes(v, group, &low, &high);
+  const float largest = high > -low ? high : -low, wanted = largest / 127;
+  *scales = to_bf16(wanted < 1e-30f ? 1e-30f : wanted);
+  const __m256 scale = all(widened(*scales));
+  int32_t values[WIDEST];
+  for (long i = 0; i < group; i += 8)
+    _mm256_storeu_si256((__m256i *)(values + i),
+                        _mm256_cvtps_epi32(rounded(_mm256_div_ps(_mm256_loadu_ps(v + i), scale), -127, 127)));
+  for (long i = 0; i < group; i++) bytes[i] = (uint8_t)(values[i] + 128);
 }
 
-/* INT4: of some shares of a group's range the one with the least squared error. */
-static void fit4(const float *v, long group, uint8_t *bytes, bf16_t *scales) {
-  static const float ranges[RANGES] = {1.0f, 0.98f, 0.96f, 0.94f, 0.92f, 0.9f};
-  float low = v[0], high = v[0], least = INFINITY;
-  for (long i = 0; i < group; i++) low = v[i] < low ? v[i] : low, high = v[i] > high ? v[i] : high;
-  for (int r = 0; r < RANGES; r++) {
-    const float part = ranges[r] / 15, wanted = (high - low) * part;
-    const bf16_t s = to_bf16(wanted < 1e-30f ? 1e-30f : wanted), z = to_bf16((high + low + widened(s)) / 2);
-    const float scale = widened(s), zero = widened(z);
-    float whole[WIDEST], errors[8] = {0}, error = 0;
-    for (long i = 0; i < group; i++) whole[i] = clamped(rintf((v[i] - zero) / scale), -8, 7);
-    for (long i = 0; i < group; i += 8)
-      for (int j = 0; j < 8; j++) {
-        const float d = whole[i + j] * scale + zero - v[i + j];
-        errors[j] += d * d;
-      }
-    for (int j = 0; j < 8; j++) error += errors[j];
-    if (error < least) {
-      least = error, scales[0] = s, scales[1] = z;
-      for (long i = 0; i < group; i++) bytes[i] = (uint8_t)(8 + (int)whole[i]);
-    }
+/* INT4: a scale and a zero, and how much they miss of a group. */
+typedef struct Fit {
+  float scale, zero, error;
+} Fit;
+
+INLINE __m256 whole(const float *v, float factor, float zero) {
+  return rounded(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(v), all(zero)), all(factor)), -8, 7);
+}
+
+INLINE void attempt(const float *v, long group, float scale, float zero, Fit *best) {
+  const float s = widened(to_bf16(scale < 1e-30f ? 1e-30f : scale)), z = widened(to_bf16(zero)), factor = 1 / s;
+  __m256 errors = _mm256_setzero_ps();
+  for (long i = 0; i < group; i += 8) {
+    const __m256 value = _mm256_add_ps(_mm256_mul_ps(whole(v + i, factor, z), all(s)), all(z));
+    const __m256 d = _mm256_sub_ps(value, _mm256_loadu_ps(v + i));
+    errors = _mm256_add_ps(errors, _mm256_mul_ps(d, d));
   }
+  const float error = total(errors);
+  if (error < best->error) *best = (Fit){s, z, error};
+}
+
+/* The least squared error of some shares of the group's range, and of least squares for the values that it gives. */
+static void fit4(const float *v, long group, uint8_t *bytes, bf16_t *scales) {
+  float low, high;
+  extremes(v, group, &low, &high);
+  Fit best = {1e-30f, 0, INFINITY};
+  for (int a = 0; a < SHARES; a++)
+    for (int b = 0; b < SHARES; b++) {
+      const float from = low + a * 0.02f * (high - low), to = high - b * 0.02f * (high - low), scale = (to - from) / 15;
+      attempt(v, group, scale, from + 8 * scale, &best);
+    }
+  __m256 x = _mm256_setzero_ps();
+  for (long i = 0; i < group; i += 8) x = _mm256_add_ps(x, _mm256_loadu_ps(v + i));
+  for (int refit = 0; refit < REFITS; refit++) {
+    __m256 q = _mm256_setzero_ps(), qq = q, qx = q;
+    for (long i = 0; i < group; i += 8) {
+      const __m256 n = whole(v + i, 1 / best.scale, best.zero);
+      q = _mm256_add_ps(q, n);
+      qq = _mm256_add_ps(qq, _mm256_mul_ps(n, n));
+      qx = _mm256_add_ps(qx, _mm256_mul_ps(n, _mm256_loadu_ps(v + i)));
+    }
+    const float of_q = total(q), of_x = total(x), spread = group * total(qq) - of_q * of_q;
+    const float scale = (group * total(qx) - of_q * of_x) / spread;
+    if (!(spread > 0 && scale > 1e-30f)) continue;
+    attempt(v, group, scale, (of_x - widened(to_bf16(scale)) * of_q) / group, &best);
+  }
+  scales[0] = to_bf16(best.scale), scales[1] = to_bf16(best.zero);
+  int32_t values[WIDEST];
+  for (long i = 0; i < group; i += 8)
+    _mm256_storeu_si256((__m256i *)(values + i), _mm256_cvtps_epi32(whole(v + i, 1 / best.scale, best.zero)));
+  for (long i = 0; i < group; i++) bytes[i] = (uint8_t)(values[i] + 8);
 }
 
 /* Columns k to k + count of OUT rows, 4 bytes of each beside those of the next. */

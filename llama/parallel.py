@@ -46,11 +46,14 @@ class ParallelLinear(nn.Module):
     in_features: int
     weight: nn.Parameter | None
     packed: Kernel | None = None
+    gather_output = False  # True for the layer that makes logits
     times_held = 0  # by all layers of all models: as it grows, captured steps look whether their weights are still there
 
     def hold(self, weight: torch.Tensor | Quantized | Kernel) -> None:
         """Take this rank's weight, for inference, in the form that multiplies fastest."""
         self.packed = weight if isinstance(weight, Kernel) else pack(weight)
+        if self.packed and self.gather_output:
+            self.packed.for_logits()
         ParallelLinear.times_held += 1
         self.weight = nn.Parameter(weight, requires_grad=False) if self.packed is None else None  # type: ignore[arg-type]
 
@@ -58,6 +61,8 @@ class ParallelLinear(nn.Module):
         super().__setstate__(state)
         if isinstance(self.packed, torch.Tensor):  # another machine packed it, and this one does not
             self.hold(self.packed)
+        elif self.packed and self.gather_output:
+            self.packed.for_logits()
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:  # `to` another dtype or device
         if self.packed is None:

@@ -6,7 +6,7 @@
 
 #include "avx512.h"
 
-enum { PARTS = OUT / LANES, TILE = 6 }; /* registers of a block; rows at once */
+enum { PARTS = OUT / LANES, TILE = 4, CHUNK = 32 * TILE }; /* registers of a block; rows at once; rows of a task */
 
 INLINE __m512i spread(const void *x) { /* 4 bytes, to each lane */
   int32_t four;
@@ -20,14 +20,31 @@ INLINE __m512i dot(__m512i sum, __m512i weight, __m512i x) {
   return sum;
 }
 
+/* What to prefetch while a block of so many bytes is multiplied: a single tile of rows what comes next; of several tiles, which
+ * find the block in a cache, each its share of the next block, so that memory does not rest meanwhile. */
+typedef struct Ahead {
+  const char *from;
+  long by, also; /* for each 256 bytes of the block; how far from it another line */
+} Ahead;
+
+INLINE Ahead next_block(const Product *p, const void *w, long bytes, long first) {
+  const long tiles = (p->n + TILE - 1) / TILE, tile = first / TILE;
+  if (tiles == 1 || tiles > CHUNK / TILE) return (Ahead){(const char *)w + AHEAD, 4 * OUT, 0};
+  return (Ahead){(const char *)w + bytes + bytes * tile / tiles, 4 * OUT / tiles, 64};
+}
+
 /* The kernels: y of outputs 64 b and on, of rows first to first + n. */
 
 INLINE void bf16(const Product *p, long b, long first, const int n, __m512 y[TILE][PARTS]) {
   const bf16_t *w = (const bf16_t *)p->weight + b * OUT * p->in, *x = (const bf16_t *)p->x + first * p->in;
   __m512 sum[TILE][PARTS];
   EACH(r, n) EACH(i, PARTS) sum[r][i] = _mm512_setzero_ps();
+  const Ahead next = next_block(p, w, 2 * OUT * p->in, first);
+  const char *prefetched = next.from;
   for (long k = 0; k < p->in; k += 2, w += 2 * OUT) {
-    ahead(w);
+    _mm_prefetch(prefetched, _MM_HINT_T1);
+        _mm_prefetch(prefetched + next.also, _MM_HINT_T1);
+    prefetched += next.by;
     __m512bh v[PARTS];
     EACH(i, PARTS) v[i] = (__m512bh)_mm512_loadu_si512(w + 2 * LANES * i);
     EACH(r, n) {
@@ -50,26 +67,22 @@ INLINE void whole(const Product *p, long b, long first, const int kind, const in
   const Quantized x = quantized(p, first);
   const long steps = p->in / STEP, groups = p->in / p->group, of_group = p->group / STEP, per = kind == INT8 ? 4 : 8;
   const uint8_t *w = (const uint8_t *)p->weight + b * OUT * p->in * 4 / per;
+  const Ahead next = next_block(p, w, OUT * p->in * 4 / per, first);
+  const char *prefetched = next.from;
   const bf16_t *scales = p->scales + b * OUT * groups * (kind == INT8 ? 1 : 2);
   const __m512i low = _mm512_set1_epi8(15);
+  float part[TILE][PARTS][LANES] __attribute__((aligned(64)));
   EACH(r, n) EACH(i, PARTS) y[r][i] = _mm512_setzero_ps();
+  EACH(r, n) EACH(i, PARTS) _mm512_store_ps(part[r][i], _mm512_setzero_ps());
   for (long g = 0, s = 0; g < groups; g++) {
-    __m512 scale[PARTS], zero[PARTS];
-    EACH(i, PARTS) {
-      if (kind == INT8) {
-        scale[i] = load(scales + g * OUT + i * LANES);
-      } else {
-        const __m512i both = _mm512_loadu_si512(scales + 2 * (g * OUT + i * LANES));
-        scale[i] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-        zero[i] = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
-      }
-    }
     for (const long end = s + of_group; s < end; s++) {
       __asm__ volatile("" ::: "memory"); /* y stays in memory: the registers hold sums */
       __m512i sum[TILE][PARTS];
       EACH(r, n) EACH(i, PARTS) sum[r][i] = _mm512_set1_epi32(x.bias[r * steps + s]);
       EACH(j, kind == INT8 ? 8 : 4) {
-        ahead(w);
+        _mm_prefetch(prefetched, _MM_HINT_T1);
+        _mm_prefetch(prefetched + next.also, _MM_HINT_T1);
+        prefetched += next.by;
         __m512i v[PARTS], bytes[PARTS];
         EACH(i, PARTS) {
           bytes[i] = _mm512_loadu_si512(w + 64 * i);
@@ -82,10 +95,23 @@ INLINE void whole(const Product *p, long b, long first, const int kind, const in
         }
         w += 4 * OUT;
       }
-      EACH(i, PARTS) EACH(r, n) {
-        const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][i]), _mm512_set1_ps(x.scales[r * steps + s]));
-        y[r][i] = _mm512_fmadd_ps(product, scale[i], y[r][i]);
+      EACH(i, PARTS) EACH(r, n)
+        _mm512_store_ps(part[r][i], _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][i]), _mm512_set1_ps(x.scales[r * steps + s]), _mm512_load_ps(part[r][i])));
+    }
+    __asm__ volatile("" ::: "memory");
+    __m512 scale[PARTS], zero[PARTS];
+    EACH(i, PARTS) {
+      if (kind == INT8) {
+        scale[i] = load(scales + g * OUT + i * LANES);
+      } else {
+        const __m512i both = _mm512_loadu_si512(scales + 2 * (g * OUT + i * LANES));
+        scale[i] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+        zero[i] = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
       }
+    }
+    EACH(i, PARTS) EACH(r, n) {
+      y[r][i] = _mm512_fmadd_ps(_mm512_load_ps(part[r][i]), scale[i], y[r][i]);
+      _mm512_store_ps(part[r][i], _mm512_setzero_ps());
     }
     if (kind == INT4) EACH(i, PARTS) EACH(r, n)
       y[r][i] = _mm512_fmadd_ps(zero[i], _mm512_set1_ps(x.sums[r * groups + g]), y[r][i]);
@@ -115,12 +141,13 @@ static void outputs(const Product *p, long b, long first, long n) {
   __m512 y[TILE][PARTS], up[TILE][PARTS];
   kernels[p->kind](p, b, first, n, y);
   if (p->gated) kernels[p->kind](p, b + p->out / OUT, first, n, up);
-  for (long r = 0; r < n; r++) EACH(i, PARTS) {
-    const long at = (first + r) * p->out + b * OUT + i * LANES;
+  for (long r = 0; r < n; r += p->digits) EACH(i, PARTS) {
+    const long at = (first + r) / p->digits * p->out + b * OUT + i * LANES;
     const __mmask16 those = mask(p->out - b * OUT - i * LANES);
-    if (p->numbers == FP32) {
+    if (p->digits == 2) y[r][i] = _mm512_add_ps(y[r][i], y[r + 1][i]);
+    if (p->y_numbers == FP32) {
       _mm512_mask_storeu_ps((float *)p->y + at, those, y[r][i]);
-    } else if (p->numbers == FP16) {
+    } else if (p->y_numbers == FP16) {
       _mm256_mask_storeu_epi16((uint16_t *)p->y + at, those, _mm512_cvtps_ph(y[r][i], 0));
     } else {
       __m512 v = rounded(y[r][i]);
@@ -131,16 +158,16 @@ static void outputs(const Product *p, long b, long first, long n) {
   }
 }
 
-static void make_ready(void *shared) { /* what a thread does: the next row, normalized and quantized */
+static void make_ready(void *shared) { /* what a thread does: the next row of x, normalized and quantized */
   Product *p = shared;
   const int size = p->numbers == FP32 ? 4 : 2;
-  for (long r; (r = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->n;) {
+  for (long r; (r = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->n / p->digits;) {
     const void *x = (const char *)p->x + r * p->in * size;
     if (p->norm) {
       normalize(x, p->norm, p->eps, p->in, p->normed + r * p->in);
       x = p->normed + r * p->in;
     }
-    if (p->kind != BF16) quantize_row(p, x, r);
+    if (p->kind != BF16) quantize_row(p, x, r * p->digits);
   }
 }
 

@@ -78,11 +78,11 @@ def layout(model: Transformer, stored: torch.dtype, wanted: str) -> Layout:
         if own is None:
             found[name] = stored, shape
         elif own == "int8":
-            groups = -(-shape[1] // group_of(shape[1]))
-            found[name], found[f"{name}.scale"] = (torch.int8, (shape[0], groups * group_of(shape[1]))), (torch.bfloat16, (shape[0], groups))
+            groups = -(-shape[1] // group_of(shape[1], own))
+            found[name], found[f"{name}.scale"] = (torch.int8, (shape[0], groups * group_of(shape[1], own))), (torch.bfloat16, (shape[0], groups))
         else:
-            groups = -(-shape[1] // group_of(shape[1]))
-            found[name] = torch.uint8, (shape[0], groups * group_of(shape[1]) // 2)
+            groups = -(-shape[1] // group_of(shape[1], own))
+            found[name] = torch.uint8, (shape[0], groups * group_of(shape[1], own) // 2)
             found[f"{name}.scale"] = found[f"{name}.zero"] = torch.bfloat16, (shape[0], groups)
     return dict(sorted(found.items(), key=lambda item: (-item[1][0].itemsize, item[0])))  # so that each is aligned
 

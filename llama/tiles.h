@@ -1,14 +1,14 @@
-/* How products of blocks are shared among threads; what includes this has TILE, `outputs` and `make_ready`. */
+/* How products of blocks are shared among threads; what includes this has TILE, CHUNK, `outputs` and `make_ready`. */
 
-enum { CHUNK = 32 * TILE, FEW = 8 }; /* rows of a task; rows that one thread makes ready alone */
+enum { FEW = 8 }; /* rows that one thread makes ready alone */
 
 static void in_tiles(void *shared) { /* what a thread does: blocks, and of each the rows by chunks */
   Product *p = shared;
-  const long chunks = (p->n + CHUNK - 1) / CHUNK, tasks = (p->out + OUT - 1) / OUT * chunks;
+  const long tile = TILE / p->digits * p->digits, chunks = (p->n + CHUNK - 1) / CHUNK, tasks = (p->out + OUT - 1) / OUT * chunks;
   for (long t, end; (t = take(&p->next, p->threads, tasks, &end)) < tasks;)
     for (; t < end; t++) {
       const long begin = t % chunks * CHUNK, stop = begin + CHUNK < p->n ? begin + CHUNK : p->n;
-      for (long r = begin; r < stop; r += TILE) outputs(p, t / chunks, r, stop - r < TILE ? stop - r : TILE);
+      for (long r = begin; r < stop; r += tile) outputs(p, t / chunks, r, stop - r < tile ? stop - r : tile);
     }
 }
 

@@ -38,13 +38,15 @@ def native(dtype: torch.dtype) -> bool:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`F.linear`, x (..., in) times a weight (out, in), by what is fastest on a CPU that does not multiply them natively."""
-    if not weight.is_cpu or native(weight.dtype) or weight.nbytes < SMALLEST or torch.compiler.is_compiling():
+    """`F.linear`, x (..., in) times a weight (out, in), by what is fastest on this CPU for its dtype and number of rows."""
+    if not weight.is_cpu or weight.nbytes < SMALLEST or torch.compiler.is_compiling():
         return F.linear(x, weight)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     derived = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if avx2.takes(rows, weight):
+    if (weight.dtype == torch.float32 or not native(weight.dtype)) and avx2.takes(rows, weight):
         y = avx2.multiply(rows, weight)
+    elif native(weight.dtype):
+        return F.linear(x, weight)
     elif len(rows) <= 1 or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1] or derived:
         return F.linear(x, weight)
     elif len(rows) <= SINGLY:
