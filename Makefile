@@ -3,7 +3,7 @@
 # make grid    every number of shards on every number of ranks (1 to 8), about two minutes
 # make fuzz    hostile files, tokenizers and calls at random, half an hour; MINUTES=5 make fuzz for less
 # make supply  all tests on the lowest versions that setup.py allows and on the highest there are; installs both in build/
-# make bench   this library beside transformers and llama.cpp, about a quarter of an hour; installs both
+# make bench   this library beside transformers and llama.cpp, about a quarter of an hour; installs all peers
 PYTHON ?= python3
 BIN := .venv/bin
 

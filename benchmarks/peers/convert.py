@@ -1,4 +1,4 @@
-"""A checkpoint in Meta's layout, written anew as transformers and as llama.cpp want it: the same weights, once.
+"""A checkpoint in Meta's layout, written anew as each peer wants it: the same weights, once.
 
     python -m peers.convert '{"peer": "llama.cpp:Q8_0", ...}'    # a peers.Job; started by speed.py
 
@@ -9,7 +9,9 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from common import report
@@ -114,35 +116,67 @@ def quantize(source: str, path: Path, type_: str, threads: int) -> None:
         raise SystemExit(f"llama.cpp does not quantize {source} to {type_}")
 
 
-def convert(job: Job, weights: Weights, args: ModelArgs) -> None:
-    """Write what the job's peer reads, unless it is there. A part that an interrupted run left is not taken for the whole."""
-    dtype, part = getattr(torch, job.dtype), Path(f"{job.converted}.part")
-    if job.peer == "transformers" and not Path(job.hf).exists():
+def write_ctranslate2(hf: str, folder: Path, vocab_size: int, quantization: str | None) -> None:
+    """By its own converter, but for the vocabulary: CTranslate2 takes tokens by their names, and ids are all that we have."""
+    from ctranslate2.converters import TransformersConverter
+
+    class Converter(TransformersConverter):
+        def load_tokenizer(self, *_: object, **__: object) -> SimpleNamespace:
+            vocab = {str(id_): id_ for id_ in range(vocab_size)}
+            return SimpleNamespace(get_vocab=lambda: vocab, unk_token="0", bos_token="1", eos_token="2")
+
+    Converter(hf, low_cpu_mem_usage=True).convert(str(folder), quantization=quantization)
+
+
+def once(path: str, write: Callable[[Path], None]) -> None:
+    """Write a file or a folder, unless it is there. A part that an interrupted run left is not taken for the whole."""
+    if not Path(path).exists():
+        part = Path(f"{path}.part")
         shutil.rmtree(part, ignore_errors=True)
-        write_hf(weights, args, dtype, part)
-        os.replace(part, job.hf)
-    if job.peer.startswith("llama.cpp") and not Path(job.gguf).exists():
+        write(part)
+        os.replace(part, path)
+
+
+def convert(job: Job, weights: Weights, args: ModelArgs) -> None:
+    """Write what the job's peer reads, unless it is there, and what that is made from."""
+    read = {"transformers": job.hf, "llama.cpp": job.gguf, "openvino": job.openvino, "ctranslate2": job.ctranslate2}
+    if job.kind not in read or Path(read[job.kind]).exists():
+        return
+    dtype = getattr(torch, job.dtype)
+    if job.kind == "llama.cpp":
         plain = Job(**vars(job) | {"peer": "llama.cpp"}).gguf
-        if not Path(plain).exists():
-            write_gguf(weights, args, dtype, part)
-            os.replace(part, plain)
-        if plain != job.gguf:
-            quantize(plain, part, job.variant, job.threads)
-            os.replace(part, job.gguf)
+        once(plain, lambda part: write_gguf(weights, args, dtype, part))
+        once(job.gguf, lambda part: quantize(plain, part, job.variant, job.threads))
+        return
+    once(job.hf, lambda part: write_hf(weights, args, dtype, part))
+    if job.kind == "openvino":
+        from peers import convert_openvino
+
+        once(job.openvino, lambda part: convert_openvino.write(job.hf, part, job.variant))
+    if job.kind == "ctranslate2":
+        once(job.ctranslate2, lambda part: write_ctranslate2(job.hf, part, args.vocab_size, job.variant or None))
 
 
 def step_bytes(job: Job, weights: Weights) -> int:
-    if job.peer.startswith("llama.cpp"):
+    if job.kind == "llama.cpp":
         import gguf
 
         return sum(int(t.n_bytes) for t in gguf.GGUFReader(job.gguf).tensors if t.name != "token_embd.weight")
+    if job.kind == "openvino":
+        from peers import convert_openvino
+
+        return convert_openvino.step_bytes(job.openvino)
+    read = {name: w for name, w in weights.items() if not name.startswith("tok_embeddings")}
+    if job.kind == "ctranslate2":  # float32 as it is loaded, or int8 with a scale for each row
+        packed = job.variant == "int8"
+        return sum(w.numel() + 4 * len(w) if packed and w.ndim == 2 else 4 * w.numel() for w in read.values())
     dtype, kind = getattr(torch, job.dtype), job.quantize if job.quantize in KINDS else None
 
     def size(name: str, weight: torch.Tensor) -> float:
         of_its_own = kind and HEAD if name.startswith("output") else None if weight.ndim == 1 else kind
         return weight.numel() * bytes_per_weight(of_its_own, dtype)
 
-    return round(sum(size(name, w) for name, w in weights.items() if not name.startswith("tok_embeddings")))
+    return round(sum(size(name, w) for name, w in read.items()))
 
 
 def main() -> None:
