@@ -47,17 +47,17 @@ def checkpoint(folder: Path, shape: str, shards: int = 1) -> Path:
     return path
 
 
-def tokenizer(folder: Path) -> Path:
-    """A SentencePiece model of 32,000 made-up words: the size counts here, not the text."""
+def tokenizer(folder: Path, pieces: int = VOCAB) -> Path:
+    """A SentencePiece model of made-up words: the size counts here, not the text."""
     path = folder / "tokenizer.model"
     if not path.exists():
         draw, model = random.Random(0), io.BytesIO()
-        words = {"".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(33000)}
+        words = {"".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(pieces + 1000)}
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sorted(words)),
             model_writer=model,
             model_type="word",
-            vocab_size=VOCAB,
+            vocab_size=pieces,
             pad_id=-1,
             minloglevel=2,
         )

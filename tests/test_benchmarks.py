@@ -74,6 +74,18 @@ def test_quality_has_a_line_for_each_way(tmp_path: Path, small: SimpleNamespace)
     assert ways["bfloat16"]["kl"] < ways["int8"]["kl"] < ways["int4"]["kl"] < ways["int4, output layer in 4 bit"]["kl"]
 
 
+def test_quality_scores_tokens_and_answers(tmp_path: Path, small: SimpleNamespace) -> None:
+    given = {"texts": [[1, 40, 50, 60], [1, 70]], "questions": [[1, 40], [1, 50, 60]], "answers": [[41, 42, 43], [61]]}
+    (tmp_path / "ids.json").write_text(json.dumps(given))
+    model = "--ckpt_dir", small.folder, "--tokenizer_path", small.tokenizer_path, "--ids", tmp_path / "ids.json"
+    printed = run("quality.py", *model, "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["positions"] == 4 and found["answers"] == {"count": 2, "positions": 4}
+    assert "4 positions" in printed and "2 answers" in printed
+    assert all(0 <= way["answers"]["same"] <= 2 and 0 < way["answers"]["kl"] < 5 for way in found["ways"].values())
+    assert found["ways"]["int4"]["weights"] < found["ways"]["int8"]["weights"] < found["ways"]["bfloat16"]["weights"]
+
+
 def test_peers_get_the_environment_that_was_given() -> None:
     """This library sets variables when it is imported, which would make a peer faster or slower than its users see it."""
     ours = {"LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "THP_MEM_ALLOC_ENABLE"}

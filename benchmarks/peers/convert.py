@@ -157,6 +157,14 @@ def convert(job: Job, weights: Weights, args: ModelArgs) -> None:
         once(job.ctranslate2, lambda part: write_ctranslate2(job.hf, part, args.vocab_size, job.variant or None))
 
 
+def matrix_bytes(path: str) -> int:
+    """Return the bytes of all matrices in a GGUF file that a step reads: the embedding only if it is the output layer, too."""
+    import gguf
+
+    sizes = {t.name: int(t.n_bytes) for t in gguf.GGUFReader(path).tensors if len(t.shape) == 2}
+    return sum(size for name, size in sizes.items() if name != "token_embd.weight" or "output.weight" not in sizes)
+
+
 def step_bytes(job: Job, weights: Weights) -> int:
     if job.kind == "llama.cpp":
         import gguf
@@ -179,16 +187,20 @@ def step_bytes(job: Job, weights: Weights) -> int:
     return round(sum(size(name, w) for name, w in read.items()))
 
 
-def main() -> None:
-    job = Job(**json.loads(sys.argv[1]))
-    shards = sorted(Path(job.ckpt).glob("*.pth"))
+def read(ckpt: str | Path) -> tuple[Weights, ModelArgs]:
+    """Map the only shard of a checkpoint."""
+    shards = sorted(Path(ckpt).glob("*.pth"))
     if len(shards) != 1:
-        raise SystemExit(f"{job.ckpt} has {len(shards)} shards; the benchmark measures checkpoints of one")
+        raise SystemExit(f"{ckpt} has {len(shards)} shards; the benchmark measures checkpoints of one")
     stored = torch.load(shards[0], map_location="cpu", weights_only=True, mmap=True)
     weights = {name: w for name, w in stored.items() if name != "rope.freqs"}
-    params = json.loads(Path(job.ckpt, "params.json").read_text())
-    vocab_size = len(weights["tok_embeddings.weight"])
-    args = ModelArgs(**params | {"vocab_size": vocab_size, "max_seq_len": 4096})
+    params = json.loads(Path(ckpt, "params.json").read_text())
+    return weights, ModelArgs(**params | {"vocab_size": len(weights["tok_embeddings.weight"]), "max_seq_len": 4096})
+
+
+def main() -> None:
+    job = Job(**json.loads(sys.argv[1]))
+    weights, args = read(job.ckpt)
     convert(job, weights, args)
     report(bytes=step_bytes(job, weights))
 

@@ -1,6 +1,8 @@
 """llama.cpp, by the calls of its C interface (llama-cpp-python wraps them one by one), so that no Python slows it."""
 
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import llama_cpp
 import numpy as np
@@ -8,6 +10,22 @@ import numpy as np
 from peers import Answer, Job
 
 CHUNK = 512  # ids in one call: its n_batch and n_ubatch
+Entries = list[tuple[int, int, int, bool]]
+T = TypeVar("T")
+
+
+@llama_cpp.llama_log_callback
+def quiet(level: int, text: bytes, data: object) -> None:
+    """Print nothing."""
+
+
+def be_quiet() -> None:
+    """Keep llama.cpp from saying on stderr what it loads and quantizes."""
+    llama_cpp.llama_log_set(quiet, None)
+
+
+def likeliest(logits: np.ndarray) -> int:
+    return int(logits.argmax())
 
 
 class LlamaCpp:
@@ -28,13 +46,18 @@ class LlamaCpp:
         context = self._context(len(prompts), max(len(p) for p in prompts) + new)
         begun = time.perf_counter()
         entries = [(row, i, id_, i == len(p) - 1) for row, p in enumerate(prompts) for i, id_ in enumerate(p)]
-        ids = [[id_] for id_ in self._decode(context, entries)]
+        ids = [[id_] for id_ in self._decode(context, entries, likeliest)]
         first = time.perf_counter()
         for step in range(new - 1):
             entries = [(row, len(p) + step, ids[row][-1], True) for row, p in enumerate(prompts)]
-            for row, id_ in enumerate(self._decode(context, entries)):
+            for row, id_ in enumerate(self._decode(context, entries, likeliest)):
                 ids[row].append(id_)
         return Answer(first - begun, time.perf_counter() - first, ids)
+
+    def logits(self, tokens: list[int]) -> np.ndarray:
+        """Return (S, vocab): what is to follow each token of one row."""
+        context = self._context(1, len(tokens))
+        return np.stack(self._decode(context, [(0, i, token, True) for i, token in enumerate(tokens)], np.copy))
 
     def _context(self, rows: int, length: int) -> llama_cpp.llama_context_p:
         """An empty cache of a workload's size. It is kept, so that only the first measurement touches new memory."""
@@ -49,8 +72,8 @@ class LlamaCpp:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), False)
         return context
 
-    def _decode(self, context: llama_cpp.llama_context_p, entries: list[tuple[int, int, int, bool]]) -> list[int]:
-        """Feed ids as (row, position, id, is its successor wanted?); returns the likeliest successors, in order."""
+    def _decode(self, context: llama_cpp.llama_context_p, entries: Entries, of: Callable[[np.ndarray], T]) -> list[T]:
+        """Feed ids as (row, position, id, is its successor wanted?); returns what `of` makes of those logits, in order."""
         batch, successors = self.batch, []
         for begin in range(0, len(entries), CHUNK):
             chunk = entries[begin : begin + CHUNK]
@@ -63,5 +86,5 @@ class LlamaCpp:
             for i, (*_, wanted) in enumerate(chunk):
                 if wanted:
                     logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, i), (self.n_vocab,))
-                    successors.append(int(logits.argmax()))
+                    successors.append(of(logits))
         return successors
