@@ -44,7 +44,7 @@ from smollm2 import QUESTIONS, SmolLM2, holds, prepare  # noqa: E402
 from demo import evaluate  # noqa: E402
 from demo.corpus import Writer  # noqa: E402
 from demo.kinds import KINDS  # noqa: E402
-from llama import Llama, Tokenizer, quantize  # noqa: E402
+from llama import Llama, Tokenizer, kernels, quantize  # noqa: E402
 from llama.chat import encode_dialog  # noqa: E402
 
 PIECE, STORIES, WINDOW, NEW = 256, 60, 1024, 64
@@ -55,7 +55,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[tuple[Any, str], Any]]] = {
     "int8": ({"quantize": "int8"}, {}),
     "int4": ({"quantize": "int4"}, {}),
     "int4, output layer in 4 bit": ({"quantize": "int4"}, {(quantize, "HEAD"): "int4"}),
-    "int4, groups of 64": ({"quantize": "int4"}, {(quantize, "group_of"): lambda width: 64}),
+    "int4, groups of 64": ({"quantize": "int4"}, {(kernels, "group_of"): lambda width, kind: 64}),
 }
 LLAMA_CPP = "BF16", "Q8_0", "Q4_0", "Q4_K_M"
 OF_BFLOAT16 = "of bfloat16's"
