@@ -80,11 +80,11 @@ def parser() -> argparse.ArgumentParser:
     quantize = commands.add_parser(
         "quantize",
         allow_abbrev=False,
-        help="save a model's weights in 8 or 4 bit, beside it",
-        description="Quantize a model's weights once, into a file beside them that --quantize then reads.",
+        help="save a model's weights in 8 or 4 bit, or as they are for faster loading, beside it",
+        description="Write a model's weights once as the CPU reads them, into a file beside them that is loaded from then on.",
     )
     quantize.add_argument("--ckpt_dir", metavar="DIR", required=True, help="consolidated.NN.pth and params.json")
-    quantize.add_argument("kind", choices=KINDS, metavar="KIND", help="int8 or int4")
+    quantize.add_argument("kind", choices=saved.SAVED, metavar="KIND", help="int8, int4, or bfloat16: as they are")
     quantize.set_defaults(run=run_quantize)
     planned = commands.add_parser(
         "plan",

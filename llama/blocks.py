@@ -11,6 +11,7 @@ beyond the weight's own outputs and inputs multiplies to 0. Such blocks are what
 """
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from ctypes import c_long, c_void_p
 from dataclasses import dataclass, replace
@@ -64,17 +65,22 @@ class Blocks:
 
     @property
     def group(self) -> int:
-        return self.width // self.scales.shape[1] if self.scales is not None else self.width
+        return self.width // self.scales.shape[1] if self.scales is not None else STEP
+
+    @staticmethod
+    def shapes(kind: str, out_features: int, in_features: int, group: int) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+        """Of `weight` and of `scales`."""
+        n, width = -(-out_features // OUT), -(-in_features // group) * group
+        scales = None if kind == "bfloat16" else (n, width // group, OUT, 2 if kind == "int4" else 1)
+        return (n, width // PER[kind], OUT, 4), scales
 
     @staticmethod
     def room(kind: str, out_features: int, in_features: int, group: int) -> "Blocks":
         """Blocks yet to be filled, side by side with what was asked for before."""
-        n, width = -(-out_features // OUT), -(-in_features // group) * group
-        weight = HUGE_PAGES.room(n, width // PER[kind], OUT, 4, dtype=torch.uint8)
-        scales = None
-        if kind != "bfloat16":
-            scales = HUGE_PAGES.room(n, width // group, OUT, 2 if kind == "int4" else 1, dtype=torch.bfloat16)
-        return Blocks(kind, weight, scales, in_features, out_features)
+        weight, scales = Blocks.shapes(kind, out_features, in_features, group)
+        room = HUGE_PAGES.room(*weight, dtype=torch.uint8)
+        scaled = HUGE_PAGES.room(*scales, dtype=torch.bfloat16) if scales else None
+        return Blocks(kind, room, scaled, in_features, out_features)
 
     @staticmethod
     def of_rows(kind: str, views: Sequence[torch.Tensor], group: int) -> "Blocks":
@@ -103,6 +109,27 @@ class Blocks:
         scales = scales.unflatten(0, (-1, OUT)).transpose(1, 2).contiguous()
         return Blocks(held.kind, weight, scales, held.in_features, len(held.q), held.front)
 
+    @staticmethod
+    def of_dense(weight: torch.Tensor) -> "Blocks":
+        """In bfloat16, by PyTorch alone."""
+        rows = F.pad(weight.bfloat16(), (0, -weight.shape[1] % STEP, 0, -len(weight) % OUT)).unflatten(0, (-1, OUT))
+        blocks = rows.view(torch.uint8).unflatten(2, (-1, 4)).transpose(1, 2).contiguous()
+        return Blocks("bfloat16", blocks, None, weight.shape[1], len(weight))
+
+    @staticmethod
+    def joined(parts: "Sequence[Blocks]") -> "Blocks | None":
+        """A copy of all of them, one after the other; None where the outputs of one end within a block."""
+        first, ends = parts[0], itertools.accumulate(len(part.weight) for part in parts)
+        if any(part.out_features % OUT for part in parts[:-1]):
+            return None
+        n = sum(part.out_features for part in parts)
+        made = replace(Blocks.room(first.kind, n, first.width, first.group), in_features=first.in_features, front=first.front)
+        for part, end in zip(parts, ends, strict=True):
+            made.weight[end - len(part.weight) : end].copy_(part.weight)
+            if made.scales is not None and part.scales is not None:
+                made.scales[end - len(part.weight) : end].copy_(part.scales)
+        return made
+
     def quantized(self, dtype: torch.dtype) -> Quantized:
         """The values (out, in), with those of `front` and of the last group, and their scales."""
         assert self.scales is not None
@@ -123,14 +150,14 @@ class Blocks:
         return self.quantized(dtype).dense()
 
     def outputs(self, first: int, last: int) -> "Blocks":
-        """The outputs first..last alone, which are whole blocks or the last ones."""
+        """The outputs first..last alone, of which the first begins a block."""
         blocks = slice(first // OUT, -(-last // OUT))
         scales = None if self.scales is None else self.scales[blocks]
         return replace(self, weight=self.weight[blocks], scales=scales, out_features=last - first)
 
     def inputs(self, first: int, last: int) -> "Blocks":
         """The inputs first..last alone: whole groups that hold them, of which the first has `front` others before them."""
-        unit = self.group if self.scales is not None else 2
+        unit = self.group
         begin, end = first // unit, -(-last // unit)
         weight = self.weight[:, begin * unit // PER[self.kind] : end * unit // PER[self.kind]]
         scales = None if self.scales is None else self.scales[:, begin:end]
@@ -138,7 +165,7 @@ class Blocks:
 
 
 class BlockedLinear(Kernel):
-    """A weight in blocks. What multiplies quantized ones is rounded, too: to 8 bits, with a scale for each 32 inputs of a row."""
+    """A weight in blocks. What it multiplies is rounded, too, if it is quantized: to 8 bits, with a scale for each 32 inputs."""
 
     def __init__(self, blocks: Blocks, dtype: torch.dtype) -> None:
         self.blocks, self.dtype, self.out_dtype, self.digits = blocks, dtype, dtype, 1
@@ -148,7 +175,6 @@ class BlockedLinear(Kernel):
         found = library_for(blocks.kind)
         assert found is not None
         self.library = found
-        group = blocks.group if self.kind else STEP
         self.product_of = filled(
             Product(),
             kind=KINDS[blocks.kind],
@@ -157,7 +183,7 @@ class BlockedLinear(Kernel):
             digits=1,
             weight=blocks.weight,
             scales=blocks.scales,
-            group=group,
+            group=blocks.group,
             in_=blocks.width,
             out=self.out_features,
         )
@@ -174,7 +200,10 @@ class BlockedLinear(Kernel):
             return F.linear(x, self.dense())
         x = F.pad(x, self.padding) if any(self.padding) else x.contiguous()
         n = len(x) * self.digits
-        y, room = x.new_empty(len(x), self.out_features, dtype=self.out_dtype), torch.empty(self.room(n), dtype=torch.uint8, device="cpu")
+        y, room = (
+            x.new_empty(len(x), self.out_features, dtype=self.out_dtype),
+            torch.empty(self.room(n), dtype=torch.uint8, device="cpu"),
+        )
         if n:
             self.library.call("multiply", ctypes.byref(self.filled(n=n, x=x, y=y, room=room)))
         return y

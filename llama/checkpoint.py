@@ -51,9 +51,10 @@ def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
 class Shards(dict[str, dict[str, torch.Tensor]]):
     """File name -> tensor name -> mapped tensor; and what stood at the files' paths before they were mapped."""
 
-    def __init__(self, tensors: dict[str, dict[str, torch.Tensor]], stamps: dict[Path, Any]) -> None:
+    def __init__(self, tensors: dict[str, dict[str, torch.Tensor]], stamps: dict[Path, Any], saved: str | None = None) -> None:
+        """saved: the kind of the weights in a file of ours (saved.py)."""
         super().__init__(tensors)
-        self.stamps = stamps
+        self.stamps, self.saved = stamps, saved
 
     @property
     def first(self) -> dict[str, torch.Tensor]:

@@ -99,10 +99,11 @@ class Llama:
                 raise DeviceError(f"compile=True is for CUDA, and this is {where}; leave it out: a step is not compiled here")
             params = checkpoint.read_params(ckpt_dir)
             tokenizer = Tokenizer(tokenizer_path)
-            quantized = saved.open_saved(ckpt_dir, quantize) if quantize else None
-            shards = quantized or checkpoint.open_shards(ckpt_dir)
+            fits = where.type == "cpu" and (quantize is not None or wanted in (None, torch.bfloat16))
+            opened = saved.open_saved(ckpt_dir, quantize or "bfloat16", fits)
+            shards = opened or checkpoint.open_shards(ckpt_dir)
             model = checkpoint.build_on_meta(params, shards, int(max_seq_len), int(max_batch_size), tokenizer.n_words)
-            (saved if quantized else checkpoint).check(model, shards)
+            (saved if opened else checkpoint).check(model, shards)
             stored = shards.first["tok_embeddings.weight"].dtype
             n_ranks = ranks.model_parallel()[1]
             memory.check_quantized(model.params, n_ranks, wanted or stored, where, quantize)

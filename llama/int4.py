@@ -61,7 +61,9 @@ class _Int4(Kernel):
             unit[:, i : i + self.group].fill_diagonal_(1)
             q.append(self._product(unit, ones)[:, : self.out_features].to(torch.int8))
         scale, zero = scales[:, : self.out_features].transpose(0, 1).bfloat16().unbind(-1)
-        return Quantized("int4", torch.cat(q).t().contiguous(), scale, zero, self.in_features, self.scales.dtype, self.padding[0])
+        return Quantized(
+            "int4", torch.cat(q).t().contiguous(), scale, zero, self.in_features, self.scales.dtype, self.padding[0]
+        )
 
 
 class Int4(_Int4):

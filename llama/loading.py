@@ -15,13 +15,15 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from .blocks import OUT, BlockedLinear, Blocks, library_for
 from .checkpoint import NOT_FINITE, Shards, split_dim
 from .errors import CheckpointError
-from .model import Transformer
 from .kernel import Kernel
 from .kernels import pack_rows
+from .library import NUMBERS
+from .model import Transformer
 from .parallel import JoinedColumnParallelLinear, ParallelLinear, RowParallelLinear
-from .quantize import Quantized, from_nibbles, kind_of, quantize
+from .quantize import Quantized, kind_of, quantize
 from .ranks import model_parallel
 from .runtime import progress
 
@@ -53,7 +55,8 @@ def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device:
     for prefix, module in model.named_modules():
         if "weight" in module._parameters:
             names = module.names(prefix) if isinstance(module, JoinedColumnParallelLinear) else [f"{prefix}.weight"]
-            as_a_whole = kind is not None and isinstance(module, RowParallelLinear)  # scales are those of whole rows
+            # Scales are those of whole rows, and of a saved file the names alone count.
+            as_a_whole = shards.saved or (kind is not None and isinstance(module, RowParallelLinear))
             views = [v for name in names for v in (all_of(name, shards) if as_a_whole else _part_of(name, shards))]
             plan.append((module, names, views))
     # The largest first: while little is held yet, one tensor more weighs least.
@@ -63,14 +66,17 @@ def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device:
         shards.check_unchanged()
         for view in next(ahead, (None, [], []))[2]:
             advise(view, WILLNEED)  # the disk reads the next one while this one is packed
-        if isinstance(module, ParallelLinear) and (kernel := _packed(module, names, views, shards, kind, dtype, device)):
-            module.hold(kernel)
+        if (
+            isinstance(module, ParallelLinear)
+            and (packed := _packed(module, names, views, shards, kind, dtype, device)) is not None
+        ):
+            module.hold(packed)
             for view in views:
                 advise(view, DONTNEED)
             trim()
             continue
         weight = views[0] if _in_place(views, dtype, device) else _join(views, split_dim(names[0]) or 0, dtype, device)
-        _refuse_what_is_not_finite(weight, names, shards)
+        refuse_what_is_not_finite(weight, names, shards)
         if isinstance(module, ParallelLinear):
             module.hold(weight)
         else:
@@ -103,7 +109,7 @@ def quantized(name: str, shards: Shards, kind: str, dtype: torch.dtype, device: 
         for i in range(0, views[0].shape[0], step):
             rows = [view[i : i + step].to(device) for view in views]
             block = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
-            _refuse_what_is_not_finite(block, [name], shards)
+            refuse_what_is_not_finite(block, [name], shards)
             found = quantize(block, kind, dtype)
             yield found.columns(width * rank // ranks, width * (rank + 1) // ranks) if by_columns else found
 
@@ -116,13 +122,11 @@ def _packed(
     kind: str | None,
     dtype: torch.dtype,
     device: torch.device,
-) -> Kernel | Quantized | None:
+) -> Kernel | Quantized | torch.Tensor | None:
     """This rank's part of a layer's weights in the kernel's form, as it was saved, or packed now; None: as it is."""
     own = kind and kind_of(names[0], kind)
-    if own and f"{names[0]}.scale" in shards.first:
-        return Quantized.cat(
-            [_saved(name, shards.first, own, module.in_features, dtype).to(device, dtype) for name in names]
-        )
+    if shards.saved:
+        return _saved(module, names, shards.first, kind_of(names[0], shards.saved) or "", dtype, device)
     if device.type == "cpu":
         by_columns, (rank, ranks), width = split_dim(names[0]) == 1, model_parallel(), views[0].shape[1]
         first, last = 0, width
@@ -134,31 +138,49 @@ def _packed(
             return None
         if kernel := pack_rows(own, views, dtype, first, last):
             for view in views:
-                _refuse_what_is_not_finite(view, names, shards)
+                refuse_what_is_not_finite(view, names, shards)
             return kernel
     if own is None:
         return None
     return Quantized.cat([part for name in names for part in quantized(name, shards, own, dtype, device)])
 
 
-def _saved(name: str, tensors: dict[str, torch.Tensor], kind: str, in_features: int, dtype: torch.dtype) -> Quantized:
-    """This rank's part of a weight that is stored quantized (saved.py)."""
-    rank, ranks = model_parallel()
-    q, scale, zero = (tensors.get(name + suffix) for suffix in ("", ".scale", ".zero"))
-    assert q is not None and scale is not None
-    if split_dim(name) == 0:
-        rows = slice(len(q) * rank // ranks, len(q) * (rank + 1) // ranks)
-        q, scale, zero = q[rows], scale[rows], None if zero is None else zero[rows]
-    for part, numbers in (("scale", scale), ("zero", zero)):
-        if numbers is not None and not (numbers.isfinite().all() and (part == "zero" or numbers.min() > 0)):
-            raise CheckpointError(f"{name}.{part} holds what it cannot: the file of quantized weights is damaged; delete it")
-    found = Quantized(kind, q if zero is None else from_nibbles(q), scale, zero, in_features, dtype)
-    if split_dim(name) == 0:
-        return found
-    return found.columns(in_features * rank // ranks, in_features * (rank + 1) // ranks)
+def _saved(
+    module: ParallelLinear,
+    names: list[str],
+    tensors: dict[str, torch.Tensor],
+    kind: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Kernel | Quantized | torch.Tensor:
+    """This rank's part of weights that are stored in blocks (saved.py): as they lie there, or, where this machine, device, or
+    number of ranks has another form, made anew."""
+    (rank, ranks), parts, aligned = model_parallel(), [], True
+    for name, (out, width) in zip(names, module.whole_shapes(), strict=True):
+        scales = tensors.get(f"{name}.scale")
+        if scales is not None:
+            positive = scales if kind == "int8" else scales[..., 0]
+            if not (scales.isfinite().all() and positive.min() > 0):
+                raise CheckpointError(f"{name}.scale holds what it cannot: the file is damaged; delete it")
+        whole = Blocks(kind, tensors[name], scales, width, out)
+        if split_dim(name) == 0:
+            first, last = out * rank // ranks, out * (rank + 1) // ranks
+            aligned &= first % OUT == 0
+            parts.append((whole, first, last))
+        else:
+            parts.append((whole.inputs(width * rank // ranks, width * (rank + 1) // ranks), 0, out))
+    read = dtype == torch.bfloat16 if kind == "bfloat16" else dtype in NUMBERS
+    if aligned and read and device.type == "cpu" and library_for(kind):
+        made = Blocks.joined([whole.outputs(first, last) for whole, first, last in parts])
+        if made is not None:
+            return BlockedLinear(made, dtype)
+    if kind == "bfloat16":
+        return torch.cat([whole.dense(dtype)[first:last] for whole, first, last in parts]).to(device)
+    return Quantized.cat([whole.quantized(dtype).rows(first, last) for whole, first, last in parts]).to(device, dtype)
 
 
-def _refuse_what_is_not_finite(weight: torch.Tensor, names: list[str], shards: Shards) -> None:
+def refuse_what_is_not_finite(weight: torch.Tensor, names: list[str], shards: Shards) -> None:
+    """Raise CheckpointError for NaN and infinity in a weight that was read from these names, or made so by its dtype."""
     # A sum is finite only if all its terms are, and costs one pass; it may overflow, so ask again if it is not.
     if weight.sum().isfinite() or weight.isfinite().all():
         return

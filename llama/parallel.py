@@ -44,10 +44,15 @@ def _weight(rows: int, columns: int) -> nn.Parameter:
 
 class ParallelLinear(nn.Module):
     in_features: int
+    out_features: int
     weight: nn.Parameter | None
     packed: Kernel | None = None
     gather_output = False  # True for the layer that makes logits
     times_held = 0  # by all layers of all models: as it grows, captured steps look whether their weights are still there
+
+    def whole_shapes(self) -> list[tuple[int, int]]:
+        """(out, in) of each stored weight that it is made of, on all ranks together."""
+        return [(self.out_features, self.in_features)]
 
     def hold(self, weight: torch.Tensor | Quantized | Kernel) -> None:
         """Take this rank's weight, for inference, in the form that multiplies fastest."""
@@ -125,6 +130,9 @@ class JoinedColumnParallelLinear(ColumnParallelLinear):
     def __init__(self, in_features: int, parts: dict[str, int]) -> None:
         super().__init__(in_features, sum(parts.values()))
         self.parts = {name: divide(out, self.ranks, f"output features of {name}") for name, out in parts.items()}
+
+    def whole_shapes(self) -> list[tuple[int, int]]:
+        return [(out * self.ranks, self.in_features) for out in self.parts.values()]
 
     def names(self, prefix: str) -> list[str]:
         """Of the parts' weights in `state_dict`, for a prefix such as "layers.0.attention.wqkv."."""

@@ -8,9 +8,9 @@ A weight (out, in) becomes small whole numbers q. Each group of neighbouring inp
     int8    q -127..127; no zero; on a GPU one group, the whole row
     int4    q -8..7
 
-Groups are of 128 inputs, in 4 bit of 64, and of 32 in rows of fewer than 2,048; scales and zeros are bfloat16. Both are read off the weight as it was
-trained. So they need no text, and are the same whatever the number of shards and ranks: a rank holds its part of what one rank
-would hold. On CPUs pack.c does the same, faster.
+Groups are of 128 inputs, in 4 bit of 64, and of 32 in rows of fewer than 2,048; scales and zeros are bfloat16. Both are read
+off the weight as it was trained. So they need no text, and are the same whatever the number of shards and ranks: a rank holds its
+part of what one rank would hold. On CPUs pack.c does the same, faster.
 """
 
 import functools
@@ -67,8 +67,13 @@ class Quantized:
         begin, end = first // self.group, -(-last // self.group)
         q = self.q[:, begin * self.group : end * self.group].contiguous()
         zero = None if self.zero is None else self.zero[:, begin:end]
-        own = {"in_features": last - first, "front": first - begin * self.group}
-        return replace(self, q=q, scale=self.scale[:, begin:end], zero=zero, **own)
+        front, scale = first - begin * self.group, self.scale[:, begin:end]
+        return replace(self, q=q, scale=scale, zero=zero, in_features=last - first, front=front)
+
+    def rows(self, first: int, last: int) -> "Quantized":
+        """The outputs first..last alone."""
+        zero = None if self.zero is None else self.zero[first:last]
+        return replace(self, q=self.q[first:last], scale=self.scale[first:last], zero=zero)
 
     @staticmethod
     def cat(parts: "list[Quantized]") -> "Quantized":
@@ -81,7 +86,9 @@ class Quantized:
 
 def kind_of(name: str, kind: str) -> str | None:
     """What a weight of Meta's name becomes in a model of this kind; None: it stays as it is."""
-    return None if "norm" in name or name == "tok_embeddings.weight" else HEAD if name == "output.weight" else kind
+    if "norm" in name or name == "tok_embeddings.weight":
+        return None
+    return HEAD if name == "output.weight" and kind in KINDS else kind
 
 
 def group_of(in_features: int, kind: str) -> int:
@@ -137,17 +144,6 @@ KINDS: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torc
     "int8": _int8,
     "int4": _int4,
 }
-
-
-def to_nibbles(q: torch.Tensor) -> torch.Tensor:
-    """Whole numbers -8..7, int8 (out, in) -> uint8 (out, in / 2): inputs 2i and 2i + 1 in the low and the high half."""
-    return (q[:, ::2] & 15 | q[:, 1::2] << 4).view(torch.uint8)
-
-
-def from_nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """`to_nibbles`, undone."""
-    signed = packed.view(torch.int8)
-    return torch.stack((signed << 4 >> 4, signed >> 4), dim=-1).flatten(1)
 
 
 def bytes_per_weight(kind: str | None, dtype: torch.dtype) -> float:

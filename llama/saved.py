@@ -1,14 +1,15 @@
-"""Quantized weights in a file beside the model, `int8.safetensors` or `int4.safetensors`: half or a third of the shards.
+"""Weights in a file beside the model, as the CPU's kernels read them: `bfloat16.safetensors`, `int8.safetensors`,
+`int4.safetensors`.
 
-`save` writes it once, in one process, tensor by tensor; `Llama.build(..., quantize=...)` then maps it and is spared the
-quantizing. It holds the whole model, so it serves any number of ranks, and the shards may be gone. In the safetensors
+`save` writes it once, in one process, tensor by tensor; `Llama.build` then copies it into memory, and is spared the packing
+and quantizing. It holds the whole model, so it serves any number of ranks, and the shards may be gone. In the safetensors
 format it has, by Meta's names, embedding and norms as they were stored, and for every other weight
 
-    NAME.weight          int8 (out, in); in 4 bit uint8 (out, in / 2), inputs 2i and 2i + 1 in the low and the high half
-    NAME.weight.scale    (out, groups)
-    NAME.weight.zero     (out, groups), in 4 bit
+    NAME.weight          its blocks (blocks.py), uint8 (out / 64, in / per, 64, 4)
+    NAME.weight.scale    in 8 and 4 bit, bfloat16 (out / 64, groups, 64, 1), or (.., 2): with zeros
 
-which mean what quantize.py says. Its header names the shards it was made from, by the checksums inside them.
+Its header names the layout, so that another may be told from it, and the shards it was made from, by the checksums inside
+them. Where no kernel reads blocks (a GPU, another CPU, ranks whose parts begin within a block) they are taken apart again.
 """
 
 import contextlib
@@ -26,19 +27,21 @@ from typing import Any
 import torch
 
 from . import checkpoint, loading
+from .blocks import PACK, STEP, Blocks
 from .checkpoint import Shards, expected_shapes, stamp
 from .errors import CheckpointError, DeviceError, InputError, kind, shown
 from .memory import gb
 from .model import Transformer
-from .quantize import KINDS, Quantized, group_of, kind_of, to_nibbles
+from .quantize import KINDS, Quantized, group_of, kind_of, quantize
 from .ranks import world_size
 from .runtime import progress
 
-VERSION = "1"
+LAYOUT = "blocks of 64 outputs, 4 bytes each, version 2"
 MOST_RECORDS = 10_000  # of a shard: more than ten times those of 70B
 LARGEST_HEADER = 1 << 22  # ten times that of 70B: what JSON makes of it is larger
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+SAVED = ["bfloat16", *KINDS]
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # what a file holds
 
 
@@ -77,21 +80,26 @@ def layout(model: Transformer, stored: torch.dtype, wanted: str) -> Layout:
         own = kind_of(name, wanted)
         if own is None:
             found[name] = stored, shape
-        elif own == "int8":
-            groups = -(-shape[1] // group_of(shape[1], own))
-            found[name], found[f"{name}.scale"] = (torch.int8, (shape[0], groups * group_of(shape[1], own))), (torch.bfloat16, (shape[0], groups))
         else:
-            groups = -(-shape[1] // group_of(shape[1], own))
-            found[name] = torch.uint8, (shape[0], groups * group_of(shape[1], own) // 2)
-            found[f"{name}.scale"] = found[f"{name}.zero"] = torch.bfloat16, (shape[0], groups)
+            weight, scales = Blocks.shapes(own, shape[0], shape[1], group_for(own, shape[1]))
+            found[name] = torch.uint8, weight
+            if scales:
+                found[f"{name}.scale"] = torch.bfloat16, scales
     return dict(sorted(found.items(), key=lambda item: (-item[1][0].itemsize, item[0])))  # so that each is aligned
 
 
-def open_saved(ckpt_dir: str | os.PathLike[str], wanted: str) -> Shards | None:
-    """The file beside a model, mapped, as one shard; None if there is none. Raises CheckpointError unless it was made from
-    the shards beside it, where there are any."""
+def group_for(kind: str, in_features: int) -> int:
+    return STEP if kind == "bfloat16" else group_of(in_features, kind)
+
+
+def open_saved(ckpt_dir: str | os.PathLike[str], wanted: str, fits: bool = True) -> Shards | None:
+    """The file beside a model, mapped, as one shard; None if there is none, or if it does not fit what is to be built and there
+    are shards. Raises CheckpointError unless it was made from the shards beside it, where there are any."""
     path = path_of(ckpt_dir, wanted)
     if not path.is_file():
+        return None
+    beside = fingerprint(ckpt_dir)
+    if beside and not fits:
         return None
     again = "make it again with `python -m llama quantize`, or delete it"
     before = stamp(path)
@@ -108,12 +116,11 @@ def open_saved(ckpt_dir: str | os.PathLike[str], wanted: str) -> Shards | None:
         tensors = {name: _view(mapped, entry) for name, entry in header.items()}
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise CheckpointError(f"{path}: cut off, damaged, or not written by this library; {again}") from e
-    if about.get("version") != VERSION or about.get("kind") != wanted:
-        raise CheckpointError(f"{path}: of version {shown(about.get('version'))}, {shown(about.get('kind'))}; {again}")
-    beside = fingerprint(ckpt_dir)
+    if about.get("layout") != LAYOUT or about.get("kind") != wanted:
+        raise CheckpointError(f"{path}: its layout is {shown(about.get('layout'))}, {shown(about.get('kind'))}; {again}")
     if beside not in (None, about.get("source")):
         raise CheckpointError(f"{path}: made from other weights than the shards beside it; {again}")
-    return Shards({path.name: tensors}, {path: before})
+    return Shards({path.name: tensors}, {path: before}, wanted)
 
 
 def _view(mapped: torch.Tensor, entry: dict[str, Any]) -> torch.Tensor:
@@ -138,9 +145,9 @@ def check(model: Transformer, shards: Shards) -> None:
 
 
 def save(ckpt_dir: str | os.PathLike[str], wanted: str) -> Path:
-    """Quantize the checkpoint of a folder ("int8" or "int4") into a file there, in place of the one before; its path."""
-    if not isinstance(wanted, str) or wanted not in KINDS:
-        raise InputError(f"the weights are to be saved as {kind(wanted)}; use {' or '.join(map(repr, KINDS))}")
+    """Write a folder's checkpoint as "bfloat16", "int8" or "int4" into a file there, in place of the one before; its path."""
+    if not isinstance(wanted, str) or wanted not in SAVED:
+        raise InputError(f"the weights are to be saved as {kind(wanted)}; use {', '.join(map(repr, SAVED))}")
     if world_size() > 1:
         raise DeviceError("saving quantized weights is work for one process: run it without torchrun")
     params, shards = checkpoint.read_params(ckpt_dir), checkpoint.open_shards(ckpt_dir)
@@ -148,11 +155,14 @@ def save(ckpt_dir: str | os.PathLike[str], wanted: str) -> Path:
     words = embedding.shape[0] if embedding is not None and embedding.ndim == 2 else 1
     model = checkpoint.build_on_meta(params, shards, 1, 1, words)
     checkpoint.check(model, shards)
-    parts = layout(model, shards.first["tok_embeddings.weight"].dtype, wanted)
+    stored = shards.first["tok_embeddings.weight"].dtype
+    if wanted == "bfloat16" and stored != torch.bfloat16:
+        raise InputError(f"the weights are stored as {stored}, of which bfloat16 would lose digits; save them as int8 or int4")
+    parts = layout(model, stored, wanted)
 
     sizes = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in parts.items()}
     ends = dict(zip(parts, itertools.accumulate(sizes.values()), strict=True))
-    header: dict[str, Any] = {"__metadata__": {"version": VERSION, "kind": wanted, "source": fingerprint(ckpt_dir)}}
+    header: dict[str, Any] = {"__metadata__": {"layout": LAYOUT, "kind": wanted, "source": fingerprint(ckpt_dir)}}
     for name, (dtype, shape) in parts.items():
         header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": (ends[name] - sizes[name], ends[name])}
     text = json.dumps(header).encode()
@@ -161,7 +171,7 @@ def save(ckpt_dir: str | os.PathLike[str], wanted: str) -> Path:
 
     path = path_of(ckpt_dir, wanted)
     part = path.with_suffix(f".{os.getpid()}.part")  # another may be at it, too
-    names = [name for name in parts if not name.endswith((".scale", ".zero"))]
+    names = [name for name in parts if not name.endswith(".scale")]
     try:
         size, free = begin + sum(sizes.values()), shutil.disk_usage(path.parent).free
         if free < size:
@@ -189,12 +199,19 @@ def save(ckpt_dir: str | os.PathLike[str], wanted: str) -> Path:
 
 def _written(name: str, shards: Shards, wanted: str) -> Iterator[tuple[str, torch.Tensor]]:
     """What stands in the file for a stored weight."""
-    whole, own = loading.all_of(name, shards), kind_of(name, wanted)
+    parts, own, dim = loading.all_of(name, shards), kind_of(name, wanted), checkpoint.split_dim(name)
+    for part in parts:
+        loading.refuse_what_is_not_finite(part, [name], shards)
     if own is None:
-        yield name, torch.cat(whole, dim=checkpoint.split_dim(name) or 0).contiguous()
+        yield name, torch.cat(parts, dim=dim or 0).contiguous()
         return
-    found = Quantized.cat(list(loading.quantized(name, shards, own, whole[0].dtype, torch.device("cpu"))))
-    yield name, found.q.contiguous() if found.zero is None else to_nibbles(found.q)
-    yield f"{name}.scale", found.scale.contiguous()
-    if found.zero is not None:
-        yield f"{name}.zero", found.zero.contiguous()
+    rows = [torch.cat(parts, dim=1)] if dim == 1 and len(parts) > 1 else parts
+    if PACK is not None:
+        blocks = Blocks.of_rows(own, rows, group_for(own, rows[0].shape[1]))
+    elif own == "bfloat16":
+        blocks = Blocks.of_dense(torch.cat(rows))
+    else:
+        blocks = Blocks.of_quantized(Quantized.cat([quantize(part, own) for part in rows]))
+    yield name, blocks.weight
+    if blocks.scales is not None:
+        yield f"{name}.scale", blocks.scales
