@@ -98,8 +98,9 @@ class Blocks:
     def of_quantized(held: Quantized) -> "Blocks":
         """By PyTorch alone: the readable twin of pack.c, and for what was quantized elsewhere."""
         q = F.pad(held.q, (0, 0, 0, -len(held.q) % OUT)).unflatten(0, (-1, OUT))  # (blocks, 64, width)
-        parts = [held.scale] if held.zero is None else [held.scale, held.zero]
-        scales = torch.stack([F.pad(part, (0, 0, 0, -len(part) % OUT)) for part in parts], -1).bfloat16()
+        beyond = (0, 0, 0, -len(held.q) % OUT)
+        parts = [F.pad(held.scale, beyond, value=1e-30)] + ([] if held.zero is None else [F.pad(held.zero, beyond)])
+        scales = torch.stack(parts, -1).bfloat16()
         if held.kind == "int8":
             values = (q.to(torch.int16) + 128).to(torch.uint8).unflatten(2, (-1, 4))
         else:

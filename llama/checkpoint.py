@@ -140,6 +140,8 @@ def _what_instead(folder: Path) -> str:
     for kind_ in KINDS:
         if f"{kind_}.safetensors" in names:
             return f"it holds quantized weights: build with quantize={kind_!r}"
+    if "bfloat16.safetensors" in names:
+        return "it holds weights saved as they are, in bfloat16: build without quantize"
     if any(n == "config.json" or n.endswith(".safetensors") or n.startswith("pytorch_model") for n in names):
         return (
             "the folder is in Hugging Face layout; this library reads Meta's own files "

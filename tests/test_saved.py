@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from llama import CheckpointError, DeviceError, Llama, ModelArgs, Transformer, loading, saved
+from llama import CheckpointError, DeviceError, InputError, Llama, ModelArgs, Transformer, kernels, loading, saved
 from llama.__main__ import main as command
+from llama.blocks import BlockedLinear
 
 from .support import refused, write_shards
 
@@ -41,7 +42,8 @@ def test_a_saved_file_answers_as_the_shards_it_was_made_from(
 ) -> None:
     ids = torch.arange(3, 63).view(2, 30)
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "quantize", lambda *_: pytest.fail("quantized again"))
+        for again in ("quantize", "pack_rows"):
+            patch.setattr(loading, again, lambda *_: pytest.fail("quantized again"))
         from_file = build(kept, small, dtype=dtype).model.forward(ids, 0)
         for shard in kept.glob("*.pth"):
             shard.rename(shard.with_suffix(".away"))
@@ -52,6 +54,71 @@ def test_a_saved_file_answers_as_the_shards_it_was_made_from(
         away.rename(away.with_suffix(".pth"))
     (kept / "int4.safetensors").unlink()
     assert torch.equal(build(kept, small, dtype=dtype).model.forward(ids, 0), from_file) and torch.equal(alone, from_file)
+
+
+@pytest.fixture
+def in_bfloat16(small: SimpleNamespace, tmp_path: Path) -> Path:
+    """A folder of two shards in bfloat16, and bfloat16.safetensors."""
+    folder = write_shards(tmp_path / "m", small.params, {name: w.bfloat16() for name, w in small.weights.items()}, 2)
+    saved.save(folder, "bfloat16")
+    return folder
+
+
+def test_weights_saved_as_they_are_make_the_same_model(in_bfloat16: Path, small: SimpleNamespace) -> None:
+    model = build(in_bfloat16, small, quantize=None).model
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, small.weights[name].bfloat16()), name
+    (in_bfloat16 / "bfloat16.safetensors").rename(in_bfloat16 / "away")
+    ids = torch.arange(3, 63).view(2, 30)
+    logits = build(in_bfloat16, small, quantize=None).model.forward(ids, 0)
+    torch.testing.assert_close(model.forward(ids, 0), logits, atol=0.05, rtol=0.05)
+
+
+def test_weights_saved_as_they_are_serve_any_dtype_where_there_are_no_shards(in_bfloat16: Path, small: SimpleNamespace) -> None:
+    for shard in in_bfloat16.glob("*.pth"):
+        shard.unlink()
+    weight = build(in_bfloat16, small, quantize=None, dtype="float32").model.layers[1].feed_forward.w2.weight
+    assert torch.equal(weight, small.weights["layers.1.feed_forward.w2.weight"].bfloat16().float())
+    with pytest.raises(CheckpointError, match=r"in bfloat16: build without quantize"):
+        build(in_bfloat16, small)
+
+
+def test_a_file_that_does_not_fit_is_left_for_the_shards(in_bfloat16: Path, small: SimpleNamespace) -> None:
+    """A damaged file shows that nobody reads it."""
+    (in_bfloat16 / "bfloat16.safetensors").write_bytes(b"damaged")
+    build(in_bfloat16, small, quantize=None, dtype="float32")
+    with pytest.raises(CheckpointError, match=r"bfloat16.safetensors: cut off, damaged"):
+        build(in_bfloat16, small, quantize=None)
+
+
+def test_weights_of_more_digits_are_not_saved_in_bfloat16(small: SimpleNamespace, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path, small.params, small.weights)
+    refused(lambda: saved.save(folder, "bfloat16"), InputError, "stored as torch.float32")
+
+
+@pytest.mark.parametrize("kind", saved.SAVED)
+def test_the_file_is_the_same_without_compiled_code(in_bfloat16: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    file = in_bfloat16 / f"{kind}.safetensors"
+    saved.save(in_bfloat16, kind)
+    compiled = file.read_bytes()
+    monkeypatch.setattr(saved, "PACK", None)
+    saved.save(in_bfloat16, kind)
+    assert file.read_bytes() == compiled
+
+
+@pytest.mark.parametrize("kind", saved.SAVED)
+def test_a_file_is_taken_apart_where_no_kernel_reads_blocks(
+    in_bfloat16: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    saved.save(in_bfloat16, kind)
+    asked = None if kind == "bfloat16" else kind
+    weights = build(in_bfloat16, small, quantize=asked).model.state_dict()
+    for module in (loading, kernels):
+        monkeypatch.setattr(module, "library_for", lambda kind: None)
+    apart = build(in_bfloat16, small, quantize=asked).model
+    assert not any(isinstance(getattr(m, "packed", None), BlockedLinear) for m in apart.modules())
+    for name, weight in apart.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
 
 
 def test_the_file_is_one_that_others_can_read(kept: Path) -> None:
@@ -108,7 +175,7 @@ def test_a_damaged_file_is_refused(kept: Path, small: SimpleNamespace, damage: s
     elif damage == "dtype":
         header[name]["dtype"] = "I8"
     elif damage == "missing":
-        del header[name + ".zero"]
+        del header[name + ".scale"]
     elif damage == "other":
         header["other"] = header[name]
     elif damage == "about":
@@ -144,7 +211,7 @@ def test_saving_leaves_nothing_half_done(small: SimpleNamespace, tmp_path: Path,
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "quantize", full)
+        patch.setattr(saved, "_written", full)
         with pytest.raises(CheckpointError, match=r"cannot be written: No space left on device"):
             saved.save(folder, "int8")
     assert sorted(p.name for p in folder.iterdir()) == ["consolidated.00.pth", "params.json"]
@@ -191,19 +258,19 @@ def test_other_weights_are_told_where_writers_leave_the_checksums_out(small: Sim
 
 def test_two_who_save_do_not_meet(small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second begins, and fails, while the first is at it; ranks are refused."""
-    folder, plain, met = write_shards(tmp_path, small.params, small.weights), loading.quantize, []
+    folder, plain, met = write_shards(tmp_path, small.params, small.weights), saved._written, []
 
     def meeting(*args: Any) -> Any:
         if not met:
             met.append(True)
             with monkeypatch.context() as patch:
                 patch.setattr(saved.os, "getpid", lambda: -1)
-                patch.setattr(loading, "quantize", lambda *_: pytest.fail("the second"))
+                patch.setattr(saved, "_written", lambda *_: pytest.fail("the second"))
                 with pytest.raises(pytest.fail.Exception):
                     saved.save(folder, "int8")
         return plain(*args)
 
-    monkeypatch.setattr(loading, "quantize", meeting)
+    monkeypatch.setattr(saved, "_written", meeting)
     saved.save(folder, "int8")
     build(folder, small, quantize="int8")
     assert met and sorted(p.name for p in folder.iterdir()) == ["consolidated.00.pth", "int8.safetensors", "params.json"]
@@ -216,9 +283,9 @@ def test_two_who_save_do_not_meet(small: SimpleNamespace, tmp_path: Path, monkey
 def test_a_file_of_another_version(small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shutil.copytree(small.folder, tmp_path / "m")
     with monkeypatch.context() as patch:
-        patch.setattr(saved, "VERSION", "0")
+        patch.setattr(saved, "LAYOUT", "another")
         saved.save(folder, "int8")
-    refused(lambda: saved.open_saved(folder, "int8"), CheckpointError, "of version '0', 'int8'")
+    refused(lambda: saved.open_saved(folder, "int8"), CheckpointError, "its layout is 'another', 'int8'")
 
 
 def test_a_shard_of_many_records_is_no_shard(small: SimpleNamespace, tmp_path: Path) -> None:
@@ -238,7 +305,7 @@ def test_what_a_header_says_is_cut_short(small: SimpleNamespace, tmp_path: Path)
     header = json.loads(data[8 : 8 + size])
     norm, end = header["norm.weight"], max(entry["data_offsets"][1] for name, entry in header.items() if name[0] != "_")
     for change, part in (
-        ({"__metadata__": header["__metadata__"] | {"version": "9" * 1_000_000}}, "of version"),
+        ({"__metadata__": header["__metadata__"] | {"layout": "9" * 1_000_000}}, "its layout is"),
         ({"x" * 1_000_000: {"dtype": "I8", "shape": [0], "data_offsets": [end, end]}}, "params.json makes none"),
         ({"norm.weight": norm | {"shape": [1] * 300_000 + norm["shape"]}}, "norm.weight' is (torch."),
     ):
