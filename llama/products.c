@@ -1,12 +1,16 @@
 /* Products of any number of rows by weights of bfloat16, 8 and 4 bits, on CPUs with AVX-512's instructions for these.
  *
- * Few rows read the weights once, at the rate at which memory gives them; of many, TILE at a time multiply a block of the weight,
- * which stays in a cache. A row's sums go in the same order whatever rows there are beside it. native.py fills
- * the structure; no size and no address is checked here. */
+ * A few rows read the weights once, at the rate at which memory gives them. Of many, TILE at a time multiply a block of the weight,
+ * which stays in a cache meanwhile. A row's sums go in the same order whatever rows there are beside it. blocks.py fills the
+ * structure; no size and no address is checked here. */
 
 #include "avx512.h"
 
-enum { PARTS = OUT / LANES, TILE = 4, CHUNK = 32 * TILE }; /* registers of a block; rows at once; rows of a task */
+enum {
+  PARTS = OUT / LANES, /* registers of a block's outputs */
+  TILE = 4,            /* rows at once: their 16 sums, as many partial sums in memory, and what is multiplied */
+  CHUNK = 32 * TILE    /* rows of a task */
+};
 
 INLINE __m512i spread(const void *x) { /* 4 bytes, to each lane */
   int32_t four;
@@ -33,18 +37,21 @@ INLINE Ahead next_block(const Product *p, const void *w, long bytes, long first)
   return (Ahead){(const char *)w + bytes + bytes * tile / tiles, 4 * OUT / tiles, 64};
 }
 
+INLINE void prefetch(Ahead *next) {
+  _mm_prefetch(next->from, _MM_HINT_T1);
+  _mm_prefetch(next->from + next->also, _MM_HINT_T1);
+  next->from += next->by;
+}
+
 /* The kernels: y of outputs 64 b and on, of rows first to first + n. */
 
 INLINE void bf16(const Product *p, long b, long first, const int n, __m512 y[TILE][PARTS]) {
   const bf16_t *w = (const bf16_t *)p->weight + b * OUT * p->in, *x = (const bf16_t *)p->x + first * p->in;
+  Ahead next = next_block(p, w, 2 * OUT * p->in, first);
   __m512 sum[TILE][PARTS];
   EACH(r, n) EACH(i, PARTS) sum[r][i] = _mm512_setzero_ps();
-  const Ahead next = next_block(p, w, 2 * OUT * p->in, first);
-  const char *prefetched = next.from;
   for (long k = 0; k < p->in; k += 2, w += 2 * OUT) {
-    _mm_prefetch(prefetched, _MM_HINT_T1);
-        _mm_prefetch(prefetched + next.also, _MM_HINT_T1);
-    prefetched += next.by;
+    prefetch(&next);
     __m512bh v[PARTS];
     EACH(i, PARTS) v[i] = (__m512bh)_mm512_loadu_si512(w + 2 * LANES * i);
     EACH(r, n) {
@@ -56,33 +63,28 @@ INLINE void bf16(const Product *p, long b, long first, const int n, __m512 y[TIL
 }
 
 /* Four inputs of OUT outputs, added to the sums of n rows. */
-#define FOUR(k) \
-  EACH(r, n) { \
+#define FOUR(k)                                                         \
+  EACH(r, n) {                                                          \
     const __m512i four = spread(x.values + r * p->in + s * STEP + (k)); \
-    EACH(i, PARTS) sum[r][i] = dot(sum[r][i], v[i], four); \
+    EACH(i, PARTS) sum[r][i] = dot(sum[r][i], v[i], four);              \
   }
 
-/* INT8 and INT4. */
+/* INT8 and INT4. Whole sums of a step are scaled by x's scale, and these of a group by the weight's. */
 INLINE void whole(const Product *p, long b, long first, const int kind, const int n, __m512 y[TILE][PARTS]) {
   const Quantized x = quantized(p, first);
   const long steps = p->in / STEP, groups = p->in / p->group, of_group = p->group / STEP, per = kind == INT8 ? 4 : 8;
   const uint8_t *w = (const uint8_t *)p->weight + b * OUT * p->in * 4 / per;
-  const Ahead next = next_block(p, w, OUT * p->in * 4 / per, first);
-  const char *prefetched = next.from;
   const bf16_t *scales = p->scales + b * OUT * groups * (kind == INT8 ? 1 : 2);
   const __m512i low = _mm512_set1_epi8(15);
+  Ahead next = next_block(p, w, OUT * p->in * 4 / per, first);
   float part[TILE][PARTS][LANES] __attribute__((aligned(64)));
   EACH(r, n) EACH(i, PARTS) y[r][i] = _mm512_setzero_ps();
-  EACH(r, n) EACH(i, PARTS) _mm512_store_ps(part[r][i], _mm512_setzero_ps());
   for (long g = 0, s = 0; g < groups; g++) {
-    for (const long end = s + of_group; s < end; s++) {
-      __asm__ volatile("" ::: "memory"); /* y stays in memory: the registers hold sums */
+    for (long step = 0; step < of_group; step++, s++) {
       __m512i sum[TILE][PARTS];
       EACH(r, n) EACH(i, PARTS) sum[r][i] = _mm512_set1_epi32(x.bias[r * steps + s]);
       EACH(j, kind == INT8 ? 8 : 4) {
-        _mm_prefetch(prefetched, _MM_HINT_T1);
-        _mm_prefetch(prefetched + next.also, _MM_HINT_T1);
-        prefetched += next.by;
+        prefetch(&next);
         __m512i v[PARTS], bytes[PARTS];
         EACH(i, PARTS) {
           bytes[i] = _mm512_loadu_si512(w + 64 * i);
@@ -95,41 +97,41 @@ INLINE void whole(const Product *p, long b, long first, const int kind, const in
         }
         w += 4 * OUT;
       }
-      EACH(i, PARTS) EACH(r, n)
-        _mm512_store_ps(part[r][i], _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][i]), _mm512_set1_ps(x.scales[r * steps + s]), _mm512_load_ps(part[r][i])));
+      const __mmask16 begun = step ? 0xffff : 0; /* else there is nothing to add to */
+      EACH(i, PARTS) EACH(r, n) {
+        const __m512 scale = _mm512_set1_ps(x.scales[r * steps + s]), before = _mm512_maskz_load_ps(begun, part[r][i]);
+        _mm512_store_ps(part[r][i], _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][i]), scale, before));
+      }
+      __asm__ volatile("" ::: "memory"); /* y and part stay in memory: the registers hold sums */
     }
-    __asm__ volatile("" ::: "memory");
-    __m512 scale[PARTS], zero[PARTS];
     EACH(i, PARTS) {
+      __m512 scale, zero = _mm512_setzero_ps();
       if (kind == INT8) {
-        scale[i] = load(scales + g * OUT + i * LANES);
+        scale = load(scales + g * OUT + i * LANES);
       } else {
         const __m512i both = _mm512_loadu_si512(scales + 2 * (g * OUT + i * LANES));
-        scale[i] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-        zero[i] = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
+        scale = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+        zero = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
+      }
+      EACH(r, n) {
+        y[r][i] = _mm512_fmadd_ps(_mm512_load_ps(part[r][i]), scale, y[r][i]);
+        if (kind == INT4) y[r][i] = _mm512_fmadd_ps(zero, _mm512_set1_ps(x.sums[r * groups + g]), y[r][i]);
       }
     }
-    EACH(i, PARTS) EACH(r, n) {
-      y[r][i] = _mm512_fmadd_ps(_mm512_load_ps(part[r][i]), scale[i], y[r][i]);
-      _mm512_store_ps(part[r][i], _mm512_setzero_ps());
-    }
-    if (kind == INT4) EACH(i, PARTS) EACH(r, n)
-      y[r][i] = _mm512_fmadd_ps(zero[i], _mm512_set1_ps(x.sums[r * groups + g]), y[r][i]);
   }
 }
 INLINE void int8(const Product *p, long b, long first, const int n, __m512 y[TILE][PARTS]) { whole(p, b, first, INT8, n, y); }
 INLINE void int4(const Product *p, long b, long first, const int n, __m512 y[TILE][PARTS]) { whole(p, b, first, INT4, n, y); }
 
-#define ROWS(kernel) /* by the number of rows, which decides how many registers there must be */                      \
-  static void __attribute__((noinline)) kernel##_rows(const Product *p, long b, long first, long n, __m512 y[TILE][PARTS]) { \
-    switch (n) {                                                                                                       \
-      case 1: kernel(p, b, first, 1, y); break;                                                                        \
-      case 2: kernel(p, b, first, 2, y); break;                                                                        \
-      case 3: kernel(p, b, first, 3, y); break;                                                                        \
-      case 4: kernel(p, b, first, 4, y); break;                                                                        \
-      case 5: kernel(p, b, first, 5, y); break;                                                                        \
-      default: kernel(p, b, first, TILE, y);                                                                           \
-    }                                                                                                                  \
+#define ROWS(kernel) /* by the number of rows, which decides how many registers there must be */                  \
+  static void __attribute__((noinline))                                                                           \
+  kernel##_rows(const Product *p, long b, long first, long n, __m512 y[TILE][PARTS]) {                            \
+    switch (n) {                                                                                                  \
+      case 1: kernel(p, b, first, 1, y); break;                                                                   \
+      case 2: kernel(p, b, first, 2, y); break;                                                                   \
+      case 3: kernel(p, b, first, 3, y); break;                                                                   \
+      default: kernel(p, b, first, TILE, y);                                                                      \
+    }                                                                                                             \
   }
 ROWS(bf16)
 ROWS(int8)
