@@ -69,7 +69,7 @@ class NativeStep:
 
         self.model, self.h, self.turns, self.at = model, room(dim), room(hd, dtype=torch.float32), room(2, dtype=torch.int64)
         heads, y, z, normed = room((G + 2) * K, hd), room(inner), room(width), room(dim)
-        rows = {"n": B, "normed": normed, "room": room(2 * max(dim, inner, width), dtype=torch.uint8)}
+        rows = {"normed": normed, "room": room(3 * max(dim, inner, width), dtype=torch.uint8)}
         products = []
         self.kept: list[object] = [rows, z]  # native.c sees addresses
         for block in cast("list[TransformerBlock]", list(model.layers)):
@@ -77,10 +77,10 @@ class NativeStep:
             w13, w2 = kernel_of(block.feed_forward.w13), kernel_of(block.feed_forward.w2)
             first, second = ({"norm": norm.weight.detach(), "eps": norm.eps} for norm in (block.attention_norm, block.ffn_norm))
             products += [
-                wqkv.filled(x=self.h, y=heads, **first, **rows),
-                wo.filled(x=y, y=self.h, residual=self.h, **rows),
-                w13.filled(x=self.h, y=z, gated=1, out=width, **second, **rows),
-                w2.filled(x=z, y=self.h, residual=self.h, **rows),
+                wqkv.filled(B, x=self.h, y=heads, **first, **rows),
+                wo.filled(B, x=y, y=self.h, residual=self.h, **rows),
+                w13.filled(B, x=self.h, y=z, gated=1, out=width, **second, **rows),
+                w2.filled(B, x=z, y=self.h, residual=self.h, **rows),
             ]
             self.kept += [wqkv, wo, w13, w2, first, second]
         self.products = (library.Product * len(products))(*products)

@@ -140,13 +140,13 @@ ROWS(int4)
 /* y of 64 outputs of n rows, from the kernel's sums. */
 static void outputs(const Product *p, long b, long first, long n) {
   static void (*const kernels[])(const Product *, long, long, long, __m512[TILE][PARTS]) = {bf16_rows, 0, 0, int8_rows, int4_rows};
-  __m512 y[TILE][PARTS], up[TILE][PARTS];
+  __m512 y[TILE][PARTS], up[TILE][PARTS] = {0};
   kernels[p->kind](p, b, first, n, y);
   if (p->gated) kernels[p->kind](p, b + p->out / OUT, first, n, up);
   for (long r = 0; r < n; r += p->digits) EACH(i, PARTS) {
     const long at = (first + r) / p->digits * p->out + b * OUT + i * LANES;
     const __mmask16 those = mask(p->out - b * OUT - i * LANES);
-    if (p->digits == 2) y[r][i] = _mm512_add_ps(y[r][i], y[r + 1][i]);
+    if (p->digits == 2) y[r][i] = _mm512_add_ps(y[r][i], y[r + 1][i]), up[r][i] = _mm512_add_ps(up[r][i], up[r + 1][i]);
     if (p->y_numbers == FP32) {
       _mm512_mask_storeu_ps((float *)p->y + at, those, y[r][i]);
     } else if (p->y_numbers == FP16) {
