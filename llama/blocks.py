@@ -132,8 +132,8 @@ class Blocks:
         """The inputs first..last alone: whole groups that hold them, of which the first has `front` others before them."""
         unit = self.group if self.scales is not None else 2
         begin, end = first // unit, -(-last // unit)
-        weight = self.weight[:, begin * unit // PER[self.kind] : end * unit // PER[self.kind]]
-        scales = None if self.scales is None else self.scales[:, begin:end]
+        weight = self.weight[:, begin * unit // PER[self.kind] : end * unit // PER[self.kind]].contiguous()
+        scales = None if self.scales is None else self.scales[:, begin:end].contiguous()
         return replace(self, weight=weight, scales=scales, in_features=last - first, front=first - begin * unit)
 
 
