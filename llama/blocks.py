@@ -82,7 +82,7 @@ class Blocks:
         assert PACK is not None
         made = Blocks.room(kind, sum(map(len, views)), views[0].shape[1], group)
         assert all(v.stride(1) == 1 and v.dtype == views[0].dtype for v in views)
-        rows = torch.cat([v.data_ptr() + torch.arange(len(v)) * (v.stride(0) * v.element_size()) for v in views])
+        rows = torch.cat([v.data_ptr() + torch.arange(len(v), device="cpu") * (v.stride(0) * v.element_size()) for v in views])
         fields = {"kind": KINDS[kind], "numbers": NUMBERS[views[0].dtype], "rows": rows, "weight": made.weight}
         sizes = {"group": group, "in_": made.in_features, "width": made.width, "out": made.out_features}
         PACK.call("pack", ctypes.byref(filled(Packing(), scales=made.scales, **fields, **sizes)))

@@ -245,6 +245,16 @@ def test_rows_of_several_views_are_packed_one_after_the_other(kind: str, threads
 
 
 @packs
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+def test_weights_are_packed_whatever_device_is_the_callers_default(kind: str) -> None:
+    rows = random(70, 96).bfloat16()
+    want = Blocks.of_rows(kind, [rows], STEP)
+    with torch.device("meta"):
+        got = Blocks.of_rows(kind, [rows], STEP)
+    assert torch.equal(got.weight, want.weight)
+
+
+@packs
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize(("out", "width"), SHAPES)
 def test_what_lies_in_blocks_is_given_back_as_it_was(kind: str, out: int, width: int) -> None:
