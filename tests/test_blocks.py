@@ -15,6 +15,8 @@ from llama import avx2, blocks, kernels, native, widened
 from llama.blocks import STEP, BlockedLinear, Blocks
 from llama.quantize import Quantized, group_of, quantize
 
+from .support import in_whole_rows
+
 packs = pytest.mark.skipif(blocks.PACK is None, reason="pack.c is not compiled, or this CPU has no AVX2")
 DTYPES = torch.bfloat16, torch.float16, torch.float32
 HALF_A_STEP = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}  # by which a result is rounded at most
@@ -331,14 +333,8 @@ def test_what_c_may_not_look_at_goes_through_pytorch(kind: str) -> None:
 FORMS = {
     "int8 in blocks": lambda weight: BlockedLinear(Blocks.of_quantized(quantize(weight, "int8")), weight.dtype),
     "int4 in blocks": lambda weight: BlockedLinear(Blocks.of_quantized(quantize(weight, "int4")), weight.dtype),
-    "int8 on a GPU": lambda weight: kernels.Int8Cuda(whole_rows(weight)),
+    "int8 on a GPU": lambda weight: kernels.Int8Cuda(in_whole_rows(weight, weight.dtype)),
 }
-
-
-def whole_rows(weight: torch.Tensor) -> Quantized:
-    """int8 with a scale for each row, as `quantize` makes it on a GPU."""
-    scale = weight.float().abs().amax(1, keepdim=True) / 127
-    return Quantized("int8", (weight / scale).round().to(torch.int8), scale.bfloat16(), None, weight.shape[1], weight.dtype)
 
 
 @packs
@@ -358,10 +354,3 @@ def test_what_stands_beside_a_large_activation_is_not_lost(form: str) -> None:
 
     assert lost(kernel(x)) < 0.03
     assert lost(in_8_bits(x, group=4096) @ own.T) > 0.15  # with one scale for the whole row
-
-
-@pytest.mark.parametrize(("kind", "most"), [("int8", 4.5e-5), ("int4", 0.0066)])
-def test_the_error_of_quantized_gaussian_weights(kind: str, most: float) -> None:
-    """Squared, as a share of the weights' own squares."""
-    weight = random(64, 4096)
-    assert (quantize(weight, kind).dense() - weight).square().mean() < most * weight.square().mean()

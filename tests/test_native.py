@@ -27,7 +27,9 @@ from .support import ROOT
 
 compiled = pytest.mark.skipif(native.COMPILED is None, reason="native.c is not compiled, or this CPU is no such CPU")
 MANY = 18  # rows of a step: several tiles, of which the last is not full
-ARGS = ModelArgs(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=96, multiple_of=64, max_seq_len=80, max_batch_size=MANY)
+ARGS = ModelArgs(
+    dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=96, multiple_of=64, max_seq_len=80, max_batch_size=MANY
+)
 
 
 def random(*shape: int) -> torch.Tensor:
