@@ -88,7 +88,7 @@ class Blocks:
         assert PACK is not None
         made = Blocks.room(kind, sum(map(len, views)), views[0].shape[1], group)
         assert all(v.stride(1) == 1 and v.dtype == views[0].dtype for v in views)
-        rows = torch.cat([v.data_ptr() + torch.arange(len(v)) * (v.stride(0) * v.element_size()) for v in views])
+        rows = torch.cat([v.data_ptr() + torch.arange(len(v), device="cpu") * (v.stride(0) * v.element_size()) for v in views])
         fields = {"kind": KINDS[kind], "numbers": NUMBERS[views[0].dtype], "rows": rows, "weight": made.weight}
         sizes = {"group": group, "in_": made.in_features, "width": made.width, "out": made.out_features}
         PACK.call("pack", ctypes.byref(filled(Packing(), scales=made.scales, **fields, **sizes)))
@@ -160,8 +160,8 @@ class Blocks:
         """The inputs first..last alone: whole groups that hold them, of which the first has `front` others before them."""
         unit = self.group
         begin, end = first // unit, -(-last // unit)
-        weight = self.weight[:, begin * unit // PER[self.kind] : end * unit // PER[self.kind]]
-        scales = None if self.scales is None else self.scales[:, begin:end]
+        weight = self.weight[:, begin * unit // PER[self.kind] : end * unit // PER[self.kind]].contiguous()
+        scales = None if self.scales is None else self.scales[:, begin:end].contiguous()
         return replace(self, weight=weight, scales=scales, in_features=last - first, front=first - begin * unit)
 
 

@@ -44,9 +44,10 @@ def weight_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype, kind: str | No
 def multiplied_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype, kind: str | None = None) -> int:
     """One rank's share of all weights but the embedding: matrices are split, norms are on every rank."""
     kv_width = args.kv_heads * args.head_dim
-    layer = 2 * args.dim * args.dim + 2 * args.dim * kv_width + 3 * args.dim * args.ffn_width
-    output = args.vocab_size * args.dim
-    matrices = args.n_layers * layer * bytes_per_weight(kind, dtype) + output * bytes_per_weight(kind and HEAD, dtype)
+    by_dim = 2 * args.dim * args.dim + 2 * args.dim * kv_width + 2 * args.dim * args.ffn_width  # in a layer, by their inputs
+    matrices = args.n_layers * by_dim * bytes_per_weight(kind, dtype, args.dim)
+    matrices += args.n_layers * args.dim * args.ffn_width * bytes_per_weight(kind, dtype, args.ffn_width)
+    matrices += args.vocab_size * args.dim * bytes_per_weight(kind and HEAD, dtype, args.dim)
     norms = (2 * args.n_layers + 1) * args.dim * dtype.itemsize
     return int(matrices) // ranks + norms
 

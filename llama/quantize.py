@@ -146,9 +146,11 @@ KINDS: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torc
 }
 
 
-def bytes_per_weight(kind: str | None, dtype: torch.dtype) -> float:
-    """Of a wide matrix."""
-    return {None: float(dtype.itemsize), "int8": 1 + 2 / 128, "int4": 0.5 + 4 / 64}[kind]
+def bytes_per_weight(kind: str | None, dtype: torch.dtype, in_features: int = WIDE) -> float:
+    """With its share of scales and zeros."""
+    if kind is None:
+        return float(dtype.itemsize)
+    return {"int8": 1 + 2 / group_of(in_features, kind), "int4": 0.5 + 4 / group_of(in_features, kind)}[kind]
 
 
 def quantize(weight: torch.Tensor, kind: str, dtype: torch.dtype | None = None) -> Quantized:

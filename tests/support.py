@@ -14,6 +14,7 @@ import sentencepiece
 import torch
 
 from llama import LlamaError
+from llama.quantize import KINDS, Quantized
 
 ROOT = Path(__file__).parents[1]
 TEXT = """The quick brown fox jumps over the lazy dog near the river. Once upon a time there was a little bear.
@@ -111,6 +112,11 @@ def plain_logits(params: dict, weights: dict[str, torch.Tensor], ids: list[int])
         gate = torch.nn.functional.silu(x @ w[f"{f}.w1.weight"].T)
         h = h + (gate * (x @ w[f"{f}.w3.weight"].T)) @ w[f"{f}.w2.weight"].T
     return norm(h, "norm.weight") @ w["output.weight"].T
+
+
+def in_whole_rows(weight: torch.Tensor, dtype: torch.dtype) -> Quantized:
+    """int8 with a scale for each row, which `quantize` makes on a GPU alone."""
+    return Quantized("int8", *KINDS["int8"](weight.float().unsqueeze(1)), weight.shape[1], dtype)
 
 
 def environment(**env: str) -> dict[str, str]:

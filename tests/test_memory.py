@@ -26,14 +26,14 @@ BF16, FP32 = torch.bfloat16, torch.float32
     [
         (SEVEN_B, BF16, 1, 20 * 10**9, {"max_seq_len", "max_batch_size", "ranks"}),
         (SEVEN_B, BF16, 1, 14 * 10**9, {"max_seq_len", "ranks"}),
-        (SHORT, BF16, 1, 7 * 10**9, {"int8", "ranks"}),
+        (SHORT, BF16, 1, 71 * 10**8, {"int8", "ranks"}),
         (HALF, BF16, 1, 13_490_000_000, {"max_batch_size=1 with max_seq_len", "int4", "ranks"}),
         (SEVEN_B, FP32, 1, 40 * 10**9, {"max_seq_len", "max_batch_size", "dtype", "int4", "ranks"}),
         (SEVEN_B, FP32, 2, 17 * 10**9, {"max_seq_len", "max_batch_size", "dtype", "ranks"}),
         (SEVEN_B, FP32, 1, 16 * 10**9, {"ranks"}),
-        (SEVEN_B, FP32, 16, 25 * 10**8, {"max_seq_len", "max_batch_size", "dtype", "ranks"}),
-        (SEVEN_B, BF16, 32, 7 * 10**8, {"max_seq_len", "max_batch_size"}),
-        (CODE, FP32, 16, 25 * 10**8, {"max_seq_len", "max_batch_size", "dtype"}),
+        (SEVEN_B, FP32, 16, 25 * 10**8, {"max_seq_len", "max_batch_size", "dtype", "int4", "ranks"}),
+        (SEVEN_B, BF16, 32, 7 * 10**8, {"max_seq_len", "max_batch_size", "int4"}),
+        (CODE, FP32, 16, 25 * 10**8, {"max_seq_len", "max_batch_size", "dtype", "int4"}),
         (SEVEN_B, FP32, 1, 10**6, set()),
     ],
 )

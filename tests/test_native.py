@@ -1,4 +1,5 @@
-"""native.c gives what PyTorch gives: to the last bit, but for attention and 4 bits, which sum in an order of their own."""
+"""native.c gives what PyTorch gives: to the last bit, but for attention, which sums in an order of its own. test_blocks.py has
+the products."""
 
 import ctypes
 import subprocess
@@ -12,20 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from llama import ModelArgs, Transformer, avx2, kernels, library, native, widened
+from llama import ModelArgs, Transformer, avx2, blocks, kernels, library, native, widened
 from llama.attention import attend_plainly
+from llama.blocks import BlockedLinear
 from llama.cache import Batch
 from llama.decode import Decoder
 from llama.host import HostStep, NativeStep
 from llama.model import RMSNorm, norm_one, norm_rows
 from llama.parallel import ParallelLinear
-from llama.quantize import Quantized, quantize
+from llama.quantize import quantize
 
 from .support import ROOT
 
-elsewhere = native.COMPILED is None or torch.cpu._is_amx_tile_supported()  # where oneDNN's sums are others
-compiled = pytest.mark.skipif(elsewhere, reason="native.c is not compiled, or this CPU is not one whose oneDNN it knows")
-ARGS = ModelArgs(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=96, multiple_of=64, max_seq_len=80, max_batch_size=18)
+compiled = pytest.mark.skipif(native.COMPILED is None, reason="native.c is not compiled, or this CPU is no such CPU")
+MANY = 18  # rows of a step: several tiles, of which the last is not full
+ARGS = ModelArgs(
+    dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=96, multiple_of=64, max_seq_len=80, max_batch_size=MANY
+)
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -36,21 +40,10 @@ def rows(n: int, width: int, scale: float = 1) -> torch.Tensor:
     return random(n, width).mul_(scale).bfloat16()
 
 
-def packed(weight: torch.Tensor, kind: str) -> tuple[kernels.Kernel, native.Few]:
-    """The kernel that is left without native.c, and what native.c multiplies by."""
-    kernel = kernels.pack(quantize(weight, kind) if kind != "bf16" else weight)
-    assert kernel
-    few, kernel.few = kernel.few, None
-    assert few  # or it does not give what it should
-    return kernel, few
-
-
-def unrounded(kernel: kernels.Kernel) -> torch.Tensor:
-    """What a weight of int4 stands for."""
-    held = kernel.held()
-    assert isinstance(held, Quantized) and held.zero is not None
-    groups = held.q.unflatten(1, (held.scale.shape[1], -1)).double() * held.scale.double().unsqueeze(-1)
-    return (groups + held.zero.double().unsqueeze(-1)).flatten(1)
+def in_blocks(weight: torch.Tensor) -> BlockedLinear:
+    kernel = kernels.pack(weight)
+    assert isinstance(kernel, BlockedLinear)
+    return kernel
 
 
 @pytest.fixture(autouse=True)
@@ -58,61 +51,9 @@ def however_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(widened, "SMALLEST", 0)
 
 
-@compiled
-@pytest.mark.parametrize(("out", "width"), [(64, 64), (100, 192), (200, 1088), (1100, 2752)])
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
-def test_few_rows_are_multiplied_as_many_are(kind: str, out: int, width: int) -> None:
-    kernel, few = packed(rows(out, width, 0.1), kind)
-    for n, scale in [(1, 3), (2, 3), (3, 3), (4, 3), (5, 3), (11, 3), (native.MOST, 3), (1, 1e-29), (2, 1e-29)]:
-        x = rows(n, width, scale)
-        assert few.takes(x)
-        if kind == "int4":
-            torch.testing.assert_close(few(x).double(), x.double() @ unrounded(kernel).T, atol=1e-4, rtol=2**-8)
-        else:
-            assert torch.equal(few(x), kernel.multiply(x))
-
-
-@compiled
-def test_what_is_packed_otherwise_is_left_alone() -> None:
-    """oneDNN packs 8 bits in narrower blocks where there are more threads than blocks of 64 outputs."""
-    weight, x, before = quantize(rows(512, 256, 0.1), "int8"), rows(3, 256), torch.get_num_threads()
-    kernels.pack(weight)  # once as usual
-    torch.set_num_threads(16)
-    try:
-        packed_by_many = kernels.pack(weight)
-    finally:
-        torch.set_num_threads(before)
-    assert packed_by_many
-    torch.testing.assert_close(packed_by_many(x), x @ weight.dense().T, atol=0.05, rtol=0.05)
-
-
-@compiled
-@pytest.mark.parametrize("out, width", [(391, 640), (640, 640), (896, 896), (768, 768), (512, 1024), (256, 1728), (384, 2048)])
-def test_no_order_of_sums_is_taken_for_another(out: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One shows in a number of ten thousand only, unless one looks where it does."""
-    weight, x = rows(out, width), rows(16 * 60, width)
-    kernel, few = packed(weight, "bf16")
-    wanted = [kernel.multiply(some) for some in x.split(16)]
-    for order in few.orders:
-        monkeypatch.setattr(native, "_ORDERS", {})
-        few.orders = [order]
-        same = all(torch.equal(few.set(**order)(some), right) for some, right in zip(x.split(16), wanted, strict=True))
-        assert (few.agreeing(kernel.multiply, weight) is not None) == same
-
-
-@compiled
-def test_parts_of_rows_are_scaled_as_whole_ones() -> None:
-    kernel, few = packed(rows(100, 192), "int8")
-    x, largest = rows(3, 192), torch.tensor([[4.0], [9.0], [5.5]]).bfloat16()
-    assert isinstance(kernel, kernels.Int8Rows)
-    assert torch.equal(few(x, largest), kernel.multiply(x, lambda own: largest))
-
-
-def product(few: native.Few, x: torch.Tensor, y: torch.Tensor, **fields: object) -> torch.Tensor:
-    native.call(
-        "multiply",
-        ctypes.byref(few.filled(n=len(x), x=x, y=y, room=torch.empty(few.room(len(x)), dtype=torch.uint8), **fields)),
-    )
+def product(kernel: BlockedLinear, x: torch.Tensor, y: torch.Tensor, **fields: object) -> torch.Tensor:
+    """With more around it, as a step has it."""
+    native.call("multiply", ctypes.byref(kernel.filled(n=len(x), x=x, y=y, **fields)))
     return y
 
 
@@ -123,9 +64,9 @@ def test_the_gate_of_every_number() -> None:
     numbers = numbers.where(numbers.isfinite() & (numbers.abs() > 1e-37), 0)
     weight = torch.zeros(2 << 16, 64, dtype=torch.bfloat16)
     weight[: 1 << 16, 0], weight[1 << 16 :, 0] = numbers, 1
-    _, few = packed(weight, "bf16")
+    kernel = in_blocks(weight)
     x = torch.eye(1, 64, dtype=torch.bfloat16)
-    y, wanted = product(few, x, rows(1, 1 << 16), gated=1, out=1 << 16), F.silu(numbers)
+    y, wanted = product(kernel, x, rows(1, 1 << 16), gated=1, out=1 << 16), F.silu(numbers)
     normal = wanted.abs() > 1e-37
     assert torch.equal(y[0][normal], wanted[normal]) and not y[0][~normal].abs().max() > 1e-37
     up = rows(1, 1 << 16)
@@ -137,30 +78,18 @@ def test_the_gate_of_every_number() -> None:
 @compiled
 @pytest.mark.parametrize("width", [96, 2048, 5120])
 def test_norms_and_residuals(width: int) -> None:
-    _, few = packed(rows(100, width), "bf16")
+    kernel = in_blocks(rows(100, width))
     norm, normed = rows(1, width), rows(40, width)
     for scale in (1e-30, 1e-3, 1, 1e18, 1e22):  # squares of nothing, and beyond float32
         x = rows(40, width, scale)
         for part, ours in ((x[:16], norm_rows), (x[:1], norm_one)):
             wanted = ours(part, 1e-5) * norm
-            y = product(few, part, rows(len(part), 100), norm=norm, eps=1e-5, normed=normed)
-            assert torch.equal(normed[: len(part)], wanted) and torch.equal(y, few(wanted))
+            y = product(kernel, part, rows(len(part), 100), norm=norm, eps=1e-5, normed=normed)
+            assert torch.equal(normed[: len(part)], wanted) and torch.equal(y, kernel(wanted))
         assert torch.equal(native.normalized(x, norm[0], 1e-5), norm_rows(x, 1e-5) * norm)
     h = rows(5, 100)
-    wanted = h + few(x[:5])
-    assert torch.equal(product(few, x[:5], h, residual=h), wanted)
-
-
-@compiled
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
-def test_what_is_no_number_stays_in_its_row(kind: str) -> None:
-    _, few = packed(rows(100, 192), kind)
-    x = rows(4, 192)
-    x[1, 7], x[2, 9] = float("nan"), float("inf")
-    y = few(x)
-    assert y[1].isnan().all() and not y[2].isfinite().any()
-    assert torch.equal(y[[0, 3]], few(x[[0, 3]]))
-    assert not few(torch.zeros_like(x)).any()
+    wanted = h + kernel(x[:5])
+    assert torch.equal(product(kernel, x[:5], h, residual=h), wanted)
 
 
 @compiled
@@ -199,7 +128,7 @@ def test_a_step_is_the_models(kind: str, threads: int) -> None:
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
-            for n in (1, 3, native.MOST):
+            for n in (1, 3, MANY):
                 assert NativeStep.serves(made, n)
                 step = NativeStep(made, n)
                 for start in (0, 1, 60):
@@ -244,12 +173,13 @@ def test_a_step_holds_what_it_was_made_of() -> None:
         lambda made: made.tok_embeddings.float(),
         lambda made: setattr(made.layers[1].ffn_norm.weight, "data", rows(1, 256)[0, ::2]),
         lambda made: setattr(made.layers[1].ffn_norm.weight, "data", rows(1, 1)[0]),
-        lambda made: setattr(made.layers[1].feed_forward.w2.packed, "few", None),
+        lambda made: setattr(made.layers[1].feed_forward.w2.packed, "library", avx2.LIBRARY),
+        lambda made: setattr(made.layers[1].feed_forward.w2, "packed", None),
     ],
 )
 def test_other_models_are_not_its_own(change: Callable[[Transformer], object]) -> None:
     made = model("bf16")
-    assert NativeStep.serves(made, 2) and not NativeStep.serves(made, native.MOST + 1)
+    assert NativeStep.serves(made, 2) and NativeStep.serves(made, 500)
     change(made)
     assert not NativeStep.serves(made, 2)
 
@@ -267,13 +197,11 @@ def test_it_takes_only_what_lies_as_it_reads() -> None:
     q, k = rows(2, 64).view(1, 2, 1, 64), rows(2, 64).view(1, 2, 1, 64)
     assert native.attends(q, k, k) and not native.attends(q, k.clone().requires_grad_(), k)
     assert not native.attends(q, k[:, :1], k[:, :1]) and not native.attends(q, k, k[..., :32])
-    kernel = kernels.pack(rows(64, 64))
-    assert kernel and torch.equal(torch.vmap(kernel)(x.unsqueeze(0)), kernel(x).unsqueeze(0))
 
 
 @compiled
 def test_who_takes_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """native.c those of bfloat16 and few rows that nobody watches; and what has another dtype, none."""
+    """native.c those of bfloat16 that nobody watches; and what has another dtype, none."""
     made, seen = model("bf16"), []
     run: Callable[..., torch.Tensor] = NativeStep.__call__
     monkeypatch.setattr(NativeStep, "__call__", lambda self, ids, batch: (seen.append(len(ids)), run(self, ids, batch))[1])
@@ -284,25 +212,14 @@ def test_who_takes_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with torch.inference_mode():
         step(2)
-        step(native.MOST)
-        assert seen == [2, native.MOST]
-        step(native.MOST + 1)
+        step(MANY)
+        assert seen == [2, MANY]
         handle = made.layers[0].register_forward_hook(lambda *args: None)
         step(2)
         handle.remove()
         made.float()
         step(2)
-        assert seen == [2, native.MOST]
-
-
-@compiled
-def test_rows_that_are_not_for_it_raise_as_ever() -> None:
-    kernel = kernels.pack(rows(100, 192))
-    assert kernel and kernel.few
-    for x in (rows(1, 191), rows(1, 193)):
-        with pytest.raises(RuntimeError):
-            kernel(x)
-    assert not kernel.few.takes(random(1, 192)) and not kernel.few.takes(rows(192, 2).t())
+        assert seen == [2, MANY]
 
 
 @pytest.mark.parametrize("content", [b"", b"no library"])
@@ -312,13 +229,19 @@ def test_without_it(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     spec = SimpleNamespace(origin=str(tmp_path / "_native.so")) if content else None
     monkeypatch.setattr(library.importlib.util, "find_spec", lambda *args: spec)
     for module, name, found in (
-        (native, "COMPILED", library.load("native", [native.Rows, native.Product, native.Attention], native.FUNCTIONS)),
-        (avx2, "LIBRARY", library.load("avx2", [avx2.Product], {"multiply": [avx2.Product]})),
+        (native, "COMPILED", library.load("native", [native.Rows, library.Product, native.Attention], native.FUNCTIONS)),
+        (avx2, "LIBRARY", library.load("avx2", [library.Product], {"multiply": [library.Product]})),
+        (blocks, "PACK", library.load("pack", [blocks.Packing], {"pack": [blocks.Packing]})),
     ):
         assert found is None
         monkeypatch.setattr(module, name, found)
-    kernel = kernels.pack(rows(100, 192))
-    assert kernel is None or kernel.few is None
+    for weight in (rows(100, 192), quantize(rows(100, 192), "int8"), quantize(rows(100, 192), "int4")):
+        assert not isinstance(kernels.pack(weight), BlockedLinear)
+    ids, made = torch.tensor([5, 9]), model("int4")
+    with torch.inference_mode():
+        assert not NativeStep.serves(made, 2)
+        made.allocate()
+        assert HostStep(made, 2)(ids, Batch.of([(0, 0, 1), (1, 0, 1)])).isfinite().all()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it is compiled on Linux alone")

@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from llama import DeviceError, InputError, Llama, ModelArgs, int4, kernels, loading, memory, saved, widened
+from llama import DeviceError, InputError, Llama, ModelArgs, blocks, int4, kernels, loading, memory, saved, widened
+from llama.blocks import BlockedLinear
 from llama.checkpoint import open_shards
 from llama.parallel import ColumnParallelLinear, RowParallelLinear
-from llama.quantize import Quantized, check_width, from_nibbles, quantize, to_nibbles
+from llama.quantize import Quantized, from_nibbles, quantize, to_nibbles
 
 from .conftest import SMALL
-from .support import ROOT, random_weights, run, torchrun, write_shards
+from .support import ROOT, in_whole_rows, random_weights, run, torchrun, write_shards
 
 DEMO, DEMO_TOKENIZER = ROOT / "demo/model", ROOT / "demo/tokenizer.model"
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 SHAPES = (384, 192), (344, 172), (64, 1088), (20, 7)  # the second and the last: no multiple of what kernels need
-vnni = pytest.mark.skipif(not kernels.exact_in_8_bits(), reason="no exact products of 8 bits")
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -32,20 +32,37 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return (torch.randn(shape, generator=g) * torch.rand(shape[0], 1, generator=g)).to(dtype)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def in_groups(x: torch.Tensor, group: int) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (64, 2304)], ids=str)
 def test_quantized_weights_stay_near(shape: tuple[int, int]) -> None:
     weight = random(*shape)
     eight, four = quantize(weight, "int8"), quantize(weight, "int4")
-    assert eight.q.abs().max() == 127 and (eight.dense() - weight).abs().le(eight.scale * 0.501).all()
-    # Plainly, between the least and the greatest of a group; trying narrower ranges may only help.
-    group = torch.nn.functional.pad(weight, (0, -shape[1] % four.group)).unflatten(1, (-1, four.group))
-    low, high = group.amin(-1, keepdim=True), group.amax(-1, keepdim=True)
-    step = (high - low) / 15
-    plain = ((group - low) / step.clamp(min=1e-9)).round() * step + low
-    error = (four.dense() - weight).square().sum()
-    assert error < 1.01 * (plain - group).square().sum()
+    error = in_groups(eight.dense() - weight, eight.group).abs()
+    assert (error <= 0.76 * eight.scale.unsqueeze(2)).all()  # half a step; and for the largest, as the scale is rounded
+    assert in_groups(eight.q, eight.group).abs().amax(2).ge(126).all()
     assert four.q.min() == -8 and four.q.max() == 7
     assert torch.equal(from_nibbles(to_nibbles(four.q)), four.q)
+
+
+def test_an_outlier_coarsens_its_own_group_alone() -> None:
+    weight = random(64, 2304)
+    with_one = weight.clone()
+    with_one[:, 200] = 50
+    for kind in ("int8", "int4"):
+        before, after = quantize(weight, kind), quantize(with_one, kind)
+        others = torch.arange(2304) // before.group != 200 // before.group
+        assert torch.equal(after.dense()[:, others], before.dense()[:, others])
+
+
+@pytest.mark.parametrize(("kind", "most"), [("int8", 4.5e-5), ("int4", 0.00665)])
+def test_the_squared_error_of_gaussian_weights(kind: str, most: float) -> None:
+    """As a share of the weights' own squares. In 4 bit the nearest numbers between the least and the greatest of a group miss
+    by 0.0080, and the best shares of that range by 0.0067: least squares do better."""
+    weight = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+    assert (quantize(weight, kind).dense() - weight).square().mean() < most * weight.square().mean()
 
 
 def test_weights_of_zero_stay_zero() -> None:
@@ -60,48 +77,37 @@ def test_weights_of_zero_stay_zero() -> None:
         )
 
 
-FORMS = {
-    "Int8": ("int8", kernels.Int8),
-    "Int8Rows": ("int8", kernels.Int8Rows),
-    "Int8Cuda": ("int8", kernels.Int8Cuda),
-    "Int4": ("int4", kernels.Int4),
-    "Int4Rows": ("int4", kernels.Int4Rows),
-}
-
-
-CASES = [
-    pytest.param(form, shape, dtype, marks=vnni if form in ("Int8Rows", "Int8Cuda") else ())
-    for form, shape, dtype in itertools.product(FORMS, SHAPES, DTYPES)
-    if form != "Int4Rows" or (shape == (64, 1088) and dtype != torch.float32)  # what alone it is for
-]
+FORMS = {"Int8": ("int8", kernels.Int8), "Int8Cuda": ("int8", kernels.Int8Cuda), "Int4": ("int4", kernels.Int4)}
 
 
 @pytest.mark.parametrize("n", [1, 3, 130])
-@pytest.mark.parametrize(("form", "shape", "dtype"), CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
 def test_products_are_those_of_the_numbers_held(
     form: str, shape: tuple[int, int], dtype: torch.dtype, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By the forms that need no C; test_blocks.py has the others. PyTorch's product of 8 bits is the CPU's, too."""
     monkeypatch.setattr(widened, "PIECE", 1 << 15)  # so that there are several
     kind, make = FORMS[form]
-    held = quantize(random(*shape, dtype=dtype), kind)
+    weight = random(*shape, dtype=dtype)
+    held = in_whole_rows(weight, dtype) if form == "Int8Cuda" else quantize(weight, kind)
     kernel, x = make(held), random(n, shape[1]).to(dtype)
-    if form in ("Int8Rows", "Int8Cuda"):  # the rows in 8 bit as well, to the digit
-        exact = x.float() if dtype == torch.float16 else x
-        scale = (exact.abs().amax(1, keepdim=True) / 126).float()
-        rows = (x.float() / scale).add(128.5).floor().sub(128) * scale
-        assert (rows - x.float()).abs().le(scale * 0.501).all()
-    else:
-        rows = x.float()
-    want = rows.double() @ dataclasses.replace(held, dtype=torch.float64).dense().T
+    rows = x.double()
+    if form == "Int8Cuda":  # the rows in whole numbers of 15 bits as well, to the digit
+        scale = (x.float().abs().amax(1, keepdim=True) / 16256).double()
+        rows = (rows / scale).round() * scale
+    want = rows @ dataclasses.replace(held, dtype=torch.float64).dense().T
     got = kernel(x)
     assert got.dtype == dtype
     tolerance = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    if form == "Int8Cuda" and dtype == torch.float32:
+        tolerance = 3e-5  # a number halfway between two may be rounded otherwise in float32
     assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
     assert kernel(x.view(1, n, -1)).shape == (1, n, shape[0])
-    if form != "Int8Rows":  # which is for steps that are not compiled
-        torch._dynamo.reset()
-        compiled = torch.compile(kernel, fullgraph=True, dynamic=False, backend="eager")(x)
-        assert compiled.dtype == dtype and (compiled.double() - want).abs().max() <= max(tolerance, 1e-2) * want.abs().max()
+    torch._dynamo.reset()
+    compiled = torch.compile(kernel, fullgraph=True, dynamic=False, backend="eager")(x)
+    assert compiled.dtype == dtype and (compiled.double() - want).abs().max() <= max(tolerance, 1e-2) * want.abs().max()
 
     for again in (kernel, copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel))):
         back = again.held()
@@ -115,9 +121,7 @@ def test_products_are_those_of_the_numbers_held(
 def test_many_rows_are_multiplied_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """int4's two ways, where blocks end within the weight; and the one that is left where blocks cannot be read."""
     kernel, x = kernels.Int4(quantize(random(200, 192, dtype=torch.bfloat16), "int4")), random(7, 192, dtype=torch.bfloat16)
-    fast, kernel.few = kernel(x), None
     few, by_pieces, unpacked = kernel(x), widened.by_pieces, []
-    torch.testing.assert_close(fast, few, atol=0.05, rtol=0.02)
     monkeypatch.setattr(widened, "by_pieces", lambda x, *rest: (unpacked.append(len(x)), by_pieces(x, *rest))[1])
     monkeypatch.setattr(int4, "FEW", 0)
     monkeypatch.setattr(widened, "PIECE", 192 * 64 * 2)
@@ -125,15 +129,6 @@ def test_many_rows_are_multiplied_as_few_are(monkeypatch: pytest.MonkeyPatch) ->
     assert unpacked == ([7] if int4._half_a_block() else [])
     monkeypatch.setattr(int4, "_half_a_block", lambda: None)
     assert torch.equal(kernel(x), few)
-
-
-@vnni
-def test_8_bits_on_a_gpu_are_those_of_the_cpu() -> None:
-    """By cuBLAS's operator, which the CPU has too."""
-    held = quantize(random(384, 192, dtype=torch.bfloat16), "int8")
-    for n in (1, 2, 5, 40):
-        x = random(n, 192, dtype=torch.bfloat16)
-        assert torch.equal(kernels.Int8Cuda(held)(x), kernels.Int8Rows(held)(x))
 
 
 def as_cuda_packs(q: torch.Tensor, tiles: int) -> torch.Tensor:
@@ -189,32 +184,24 @@ def test_a_quantized_model_answers_nearly_as_the_plain_one(
     torch.testing.assert_close(weights["output.weight"].float(), small.weights["output.weight"], atol=5e-3, rtol=0)
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_rank_holds_its_part_of_what_one_rank_holds(
-    small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, ranks: int
 ) -> None:
-    """Read from 1 and 4 shards, and from the saved file."""
+    """Read from 1 and 4 shards; of wo's 64 inputs four ranks have half a group each."""
 
-    def part(name: str, shards: Any, rank: int, ranks: int) -> Quantized:
+    def part(name: str, folder: Path, rank: int, ranks: int) -> torch.Tensor:
         monkeypatch.setattr(loading, "model_parallel", lambda: (rank, ranks))
-        found = Quantized.cat(list(loading.quantized(name, shards, kind, torch.float32, torch.device("cpu"))))
-        (file,) = opened.values()
-        width = small.weights[name].shape[1]
-        again = loading._saved(name, file, kind, width, torch.float32)
-        assert torch.equal(again.q, found.q) and torch.equal(again.dense(), found.dense())
-        return found
+        found = loading.quantized(name, open_shards(folder), kind, torch.float32, torch.device("cpu"))
+        kernel = kernels.pack(Quantized.cat(list(found)))
+        assert kernel
+        return kernel.dense()
 
-    folders = [write_shards(tmp_path / str(n), small.params, small.weights, n) for n in (1, 4)]
-    saved.save(folders[1], kind)
-    opened = saved.open_saved(folders[1], kind)
-    assert opened
-    for folder, name in itertools.product(folders, ("layers.1.attention.wo.weight", "layers.1.feed_forward.w1.weight")):
-        whole = part(name, open_shards(folder), 0, 1)
-        for ranks in (2,):
-            parts = [part(name, open_shards(folder), rank, ranks) for rank in range(ranks)]
-            dim = 1 if "wo" in name else 0
-            assert torch.equal(torch.cat([p.q for p in parts], dim), whole.q)
-            assert torch.equal(torch.cat([p.dense() for p in parts], dim), whole.dense())
+    for n, name in itertools.product((1, 4), ("layers.1.attention.wo.weight", "layers.1.feed_forward.w1.weight")):
+        folder = write_shards(tmp_path / str(n), small.params, small.weights, n)
+        parts = [part(name, folder, rank, ranks) for rank in range(ranks)]
+        assert torch.equal(torch.cat(parts, 1 if "wo" in name else 0), quantize(small.weights[name], kind).dense())
 
 
 def test_the_demo_models_answers_in_8_bit_are_the_same_from_any_shards_on_1_and_2_ranks(tmp_path: Path) -> None:
@@ -238,10 +225,10 @@ def test_the_demo_models_answers_in_8_bit_are_the_same_from_any_shards_on_1_and_
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_row_does_not_depend_on_the_others(small: SimpleNamespace, kind: str, dtype: str) -> None:
-    """One row, several, and a prompt as a whole; int4's kernels for few and many rows of bfloat16 round differently."""
+    """One row, several, and a prompt as a whole; PyTorch's int4 for few and many rows of bfloat16 rounds differently."""
     llama = Llama.build(small.folder, small.tokenizer_path, 128, 4, device="cpu", dtype=dtype, quantize=kind)
     ids = torch.randint(3, 384, (4, 100), generator=torch.Generator().manual_seed(5))
-    same = kind == "int8" or dtype == "float32"
+    same = kind == "int8" or dtype == "float32" or blocks.library_for(kind)
     for inference in (False, True):  # norms have kernels of their own there
         with torch.inference_mode(inference):
             together = llama.model.forward(ids[:, :1], 0)
@@ -257,10 +244,9 @@ def test_float16_neither_overflows_nor_loses_what_is_small() -> None:
     held = quantize(random(64, 4096) * 0.02, "int8")
     want = x.half().double() @ held.dense().double().T
     assert (kernels.Int8(held.to(held.device, torch.float16))(x.half()).double() - want).abs().max() < 0.01 * want.abs().max()
-    if kernels.exact_in_8_bits():
-        x = random(8, 4096) * 1e-4
-        want, kernel = x.half().double() @ held.dense().double().T, kernels.Int8Rows(held.to(held.device, torch.float16))
-        assert (kernel(x.half()).double() - want).norm() < 0.03 * want.norm()
+    x = random(8, 4096) * 1e-4
+    want, kernel = x.half().double() @ held.dense().double().T, kernels.pack(held.to(held.device, torch.float16))
+    assert kernel and (kernel(x.half()).double() - want).norm() < 0.03 * want.norm()
 
 
 @pytest.mark.parametrize("kind, most", [("int8", 1e-3), ("int4", 0.03)])
@@ -288,10 +274,12 @@ def test_the_bytes_counted_are_those_held(tmp_path: Path, tokenizer_path: Path, 
     llama = Llama.build(folder, tokenizer_path, 16, 1, device="cpu", dtype=dtype, quantize=kind)
     held = sum(p.nbytes for p in llama.model.parameters())
     for layer in layers_of(llama).values():
-        kernel = layer.packed
-        weight = kernel.held()
-        scales = kernel.scales.nbytes if kernel.kind == "int4" else weight.scale.nbytes
-        held += scales + (weight.q.numel() // 2 if kernel.kind == "int4" else weight.q.numel())
+        kernel, weight = layer.packed, layer.packed.held()
+        if isinstance(kernel, BlockedLinear):
+            held += kernel.blocks.weight.nbytes + kernel.blocks.scales.nbytes
+        else:
+            numbers = weight.q.numel() // 2 if kernel.kind == "int4" else weight.q.numel()
+            held += numbers + sum(part.nbytes for part in (weight.scale, weight.zero) if part is not None)
     assert memory.weight_bytes(llama.model.params, 1, dtype, kind) == pytest.approx(held, rel=0.01)
 
 
@@ -317,21 +305,6 @@ def test_what_has_no_kernel_says_what_to_use(monkeypatch: pytest.MonkeyPatch) ->
     kernels.check("int4", torch.device("cuda"), torch.bfloat16)
     for kind, device in (("int8", "cuda"), ("int8", "mps"), ("int4", "cpu")):
         kernels.check(kind, torch.device(device), torch.float16)
-    with pytest.raises(
-        DeviceError, match=r"11008 inputs, 1376 on each.* 64 that share.*use quantize='int8', or 1 or 2 or 4 rank"
-    ):
-        check_width("layers.0.feed_forward.w2", 11008, "int4", 8)
-    check_width("layers.0.feed_forward.w2", 11008, "int4", 4)
-    check_width("layers.0.feed_forward.w2", 11008, "int8", 8)
-
-
-def test_int4_is_better_than_the_nearest_number() -> None:
-    weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
-    low, high = weight.view(64, -1, 64).aminmax(dim=-1, keepdim=True)
-    scale = (high - low) / 15
-    nearest = (((weight.view(64, -1, 64) - low) / scale).round() * scale + low).view(64, -1)
-    ours = quantize(weight, "int4").dense()
-    assert (ours - weight).square().mean() < 0.95 * (nearest - weight).square().mean()
 
 
 def test_a_row_of_zeros_has_a_scale() -> None:
@@ -339,7 +312,7 @@ def test_a_row_of_zeros_has_a_scale() -> None:
 
 
 def test_widths_that_are_no_whole_groups(tmp_path: Path, tokenizer_path: Path) -> None:
-    """They are filled up on one rank; several cannot divide them."""
+    """They are filled up."""
     params = {**SMALL, "multiple_of": 8}
     width = ModelArgs(**{**params, "vocab_size": 384}).ffn_width
     assert width % 32
@@ -348,12 +321,6 @@ def test_widths_that_are_no_whole_groups(tmp_path: Path, tokenizer_path: Path) -
     llama = Llama.build(folder, tokenizer_path, 16, 1, device="cpu", dtype="bfloat16", quantize="int4")
     want = quantize(weights["layers.0.feed_forward.w2.weight"], "int4", torch.bfloat16).dense()
     assert torch.equal(llama.model.layers[0].feed_forward.w2.dense(), want)
-    with pytest.raises(DeviceError, match=r"or 1 rank\(s\)"):
-        check_width("w", 88, "int4", 2)
-    args = ModelArgs(dim=128, n_layers=1, n_heads=8, vocab_size=64, multiple_of=256)
-    assert args.ffn_width // 8 % 32 == 0
-    with pytest.raises(DeviceError, match=r"attention\.wo"):
-        memory.check_quantized(args, 8, torch.bfloat16, torch.device("cpu"), "int4")
 
 
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])
