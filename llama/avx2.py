@@ -1,5 +1,5 @@
-"""What avx2.c does, which setup.py compiles where there is a C compiler: products on CPUs with AVX2, here those of a few rows by
-weights of 16 and 32 bits as they lie (blocks.py has those of 8 and 4). The structure is that of native.h."""
+"""What avx2.c does, which setup.py compiles where there is a C compiler: products on CPUs with AVX2, here those of a few rows
+by weights of 16 and 32 bits as they lie (blocks.py has those of 8 and 4). The structure is that of native.h."""
 
 import ctypes
 

@@ -138,7 +138,8 @@ class Blocks:
 
 
 class BlockedLinear(Kernel):
-    """A weight in blocks. What multiplies quantized ones is rounded, too: to 8 bits, with a scale for each 32 inputs of a row."""
+    """A weight in blocks. What multiplies quantized ones is rounded, too: to 8 bits, with a scale for each 32 inputs of a
+    row."""
 
     def __init__(self, blocks: Blocks, dtype: torch.dtype) -> None:
         self.blocks, self.dtype, self.out_dtype, self.digits = blocks, dtype, dtype, 1
@@ -174,7 +175,8 @@ class BlockedLinear(Kernel):
             return F.linear(x, self.dense())
         x = F.pad(x, self.padding) if any(self.padding) else x.contiguous()
         n = len(x) * self.digits
-        y, room = x.new_empty(len(x), self.out_features, dtype=self.out_dtype), torch.empty(self.room(n), dtype=torch.uint8, device="cpu")
+        y = x.new_empty(len(x), self.out_features, dtype=self.out_dtype)
+        room = torch.empty(self.room(n), dtype=torch.uint8, device="cpu")
         if n:
             self.library.call("multiply", ctypes.byref(self.filled(n=n, x=x, y=y, room=room)))
         return y

@@ -1,8 +1,8 @@
 """What native.c and products.c do, which setup.py compiles where there is a C compiler: products of weights that lie in blocks
 (blocks.py), and whole decode steps, on CPUs with AVX-512's instructions for bfloat16 and 8 bits.
 
-Where there is none, or another CPU, the same is done without it, slower. Norms, gates and rotations give the same to the last bit,
-except that numbers too small for bfloat16's normal form become 0. The structures are those of native.h and native.c.
+Where there is none, or another CPU, the same is done without it, slower. Norms, gates and rotations give the same to the last
+bit, except that numbers too small for bfloat16's normal form become 0. The structures are those of native.h and native.c.
 """
 
 import ctypes

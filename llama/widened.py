@@ -45,9 +45,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     derived = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if (weight.dtype == torch.float32 or not native(weight.dtype)) and avx2.takes(rows, weight):
         y = avx2.multiply(rows, weight)
-    elif native(weight.dtype):
-        return F.linear(x, weight)
-    elif len(rows) <= 1 or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1] or derived:
+    elif native(weight.dtype) or len(rows) <= 1 or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1] or derived:
         return F.linear(x, weight)
     elif len(rows) <= SINGLY:
         y = torch.cat([F.linear(row, weight) for row in rows.split(1)])

@@ -52,7 +52,7 @@ SIGNATURES = {
     llama.sampling.sample_top_p: "probs, p",
 }
 # A file imports only from files above it.
-ROOMS = """errors ranks runtime demo library avx2 quantize widened native kernel int4 kernels parallel cache attention
+ROOMS = """errors ranks runtime demo library avx2 quantize widened native kernel blocks int4 kernels parallel cache attention
 rotary compiled model host decode memory plan tokenizer chat sampling engine text calls archive checkpoint
 loading saved generation conversation terminal __init__ __main__""".split()
 
