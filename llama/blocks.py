@@ -184,7 +184,6 @@ class BlockedLinear(Kernel):
             kind=KINDS[blocks.kind],
             numbers=NUMBERS[dtype],
             y_numbers=NUMBERS[dtype],
-            digits=self.digits,
             weight=blocks.weight,
             scales=blocks.scales,
             group=blocks.group,
@@ -196,7 +195,7 @@ class BlockedLinear(Kernel):
         if self.kind:
             self.digits = 2
         self.out_dtype = torch.float32
-        filled(self.product_of, digits=self.digits, y_numbers=NUMBERS[self.out_dtype])
+        filled(self.product_of, y_numbers=NUMBERS[self.out_dtype])
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.dtype)  # a caller's autocast gives attention's outputs another
@@ -211,7 +210,7 @@ class BlockedLinear(Kernel):
 
     def filled(self, n: int, **fields: object) -> Product:
         """The product of n rows, with more of its fields set."""
-        return filled(Product.from_buffer_copy(self.product_of), n=n * self.digits, **fields)
+        return filled(Product.from_buffer_copy(self.product_of), n=n * self.digits, digits=self.digits, **fields)
 
     def room(self, n: int) -> int:
         """Bytes that n rows need: their 8-bit values, scales, and sums."""

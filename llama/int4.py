@@ -55,15 +55,14 @@ class _Int4(Kernel):
         ones = torch.zeros_like(scales, dtype=torch.bfloat16)
         ones[..., 0] = 1
         width = self.group * len(scales)
-        q = []
+        parts = []
         for i in range(0, width, self.group):
             unit = ones.new_zeros(self.group, width)
             unit[:, i : i + self.group].fill_diagonal_(1)
-            q.append(self._product(unit, ones)[:, : self.out_features].to(torch.int8))
+            parts.append(self._product(unit, ones)[:, : self.out_features].to(torch.int8))
         scale, zero = scales[:, : self.out_features].transpose(0, 1).bfloat16().unbind(-1)
-        return Quantized(
-            "int4", torch.cat(q).t().contiguous(), scale, zero, self.in_features, self.scales.dtype, self.padding[0]
-        )
+        q, dtype = torch.cat(parts).t().contiguous(), self.scales.dtype
+        return Quantized("int4", q, scale, zero, self.in_features, dtype, self.padding[0])
 
 
 class Int4(_Int4):

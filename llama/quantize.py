@@ -9,8 +9,8 @@ A weight (out, in) becomes small whole numbers q. Each group of neighbouring inp
     int4    q -8..7
 
 Groups are of 128 inputs, in 4 bit of 64, and of 32 in rows of fewer than 2,048; scales and zeros are bfloat16. Both are read
-off the weight as it was trained. So they need no text, and are the same whatever the number of shards and ranks: a rank holds its
-part of what one rank would hold. On CPUs pack.c does the same, faster.
+off the weight as it was trained. So they need no text, and are the same whatever the number of shards and ranks: a rank holds
+its part of what one rank would hold. On CPUs pack.c does the same, faster.
 """
 
 import functools
@@ -112,7 +112,7 @@ def _int4(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     """The least squared error of some shares of each group's range, and of least squares for the values that it gives."""
     low, high = groups.aminmax(dim=-1, keepdim=True)
     span, size = high - low, groups.shape[-1]
-    best = torch.full_like(low, 1e-30), torch.zeros_like(low), torch.full_like(low, math.inf)
+    best = torch.full_like(low, 1e-30), 0 * span, torch.full_like(low, math.inf)  # NaN and infinity remain: nothing is better
 
     def whole(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         return ((groups - zero) * scale.reciprocal()).round_().clamp_(-8, 7)

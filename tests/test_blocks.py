@@ -37,7 +37,7 @@ class Way(NamedTuple):
         if found is None or blocks.PACK is None:
             pytest.skip(f"no compiled products by {self.library} here")
         kernel = BlockedLinear(made, self.dtype)
-        kernel.library = found
+        kernel.library, kernel.digits = found, self.digits
         if self.digits == 2:
             kernel.for_logits()
         return kernel

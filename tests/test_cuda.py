@@ -83,9 +83,9 @@ def test_shards_load_onto_the_gpu(tmp_path: Path, small: SimpleNamespace) -> Non
 def test_quantized_products(kind: str, shape: tuple[int, int]) -> None:
     """Of a single row, of few and of many, also of widths that no kernel has."""
     g = torch.Generator().manual_seed(1)
-    held = quantize(torch.randn(shape, generator=g).bfloat16(), kind).to(torch.device("cuda"), torch.bfloat16)
+    held = quantize(torch.randn(shape, generator=g).cuda().bfloat16(), kind)
     kernel = kernels.pack(held)
-    assert kernel
+    assert kernel and held.scale.shape[1] == (1 if kind == "int8" else -(-shape[1] // 32))
     for rows in (1, 3, 8, 17, 40, 300):
         x = torch.randn(rows, shape[1], generator=g).cuda().bfloat16()
         want = x.double() @ kernel.dense().double().t()
@@ -99,12 +99,13 @@ def test_quantized_products(kind: str, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_quantized_models_answer_as_on_the_cpu(tmp_path: Path, small: SimpleNamespace, kind: str, compile: bool) -> None:
-    """From one shard, and from a saved file made of four; in captured steps as in others."""
+    """From one shard, and from a saved file made of four; in captured steps as in others. In 8 bit the GPU has a scale for each
+    row where the CPU, and the file, have groups."""
     prompt, options = [[1, 5, 9, 30, 8, 77]], dict(quantize=kind, dtype="bfloat16")
     llama = build(small, device="cuda", compile=compile, **options)
     ids = torch.tensor(prompt)
     want = build(small, device="cpu", **options).model.forward(ids, 0)
-    assert (llama.model.forward(ids, 0).cpu() - want).norm() < 0.02 * want.norm()
+    assert (llama.model.forward(ids, 0).cpu() - want).norm() < 0.03 * want.norm()
     with torch.autocast("cuda", torch.float16):  # as test_quantize has it of the CPU
         assert (llama.model.forward(ids, 0).cpu() - want).norm() < 0.05 * want.norm()
     answers = []
@@ -116,7 +117,7 @@ def test_quantized_models_answer_as_on_the_cpu(tmp_path: Path, small: SimpleName
     folder = write_shards(tmp_path, small.params, small.weights, 4)
     saved.save(folder, kind)
     from_file = build(small, folder, device="cuda", compile=compile, **options).generate(PROMPTS, 100, 0.0, logprobs=True)
-    assert compile or from_file == answers[0]  # what is tuned anew may sum in another order
+    assert compile or kind == "int8" or from_file == answers[0]  # what is tuned anew may sum in another order
 
 
 def test_hooks_see_every_step(small: SimpleNamespace) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from llama import Llama, avx2, decode, kernels, native, widened
+from llama import Llama, avx2, decode, native, widened
 from llama.cache import Batch
 from llama.decode import Step, bucket, unwatched
 from llama.errors import DeviceError, InputError
@@ -257,17 +257,22 @@ def test_a_model_that_changes_under_a_stream_ends_it(small: SimpleNamespace) -> 
 def test_a_compiled_block_serves_all_layers(
     small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, dtype: str, kind: str | None
 ) -> None:
-    """Four graphs, without breaks, for every layer, position, bucket and call; another number of rows compiles anew."""
-    monkeypatch.setattr(kernels, "Int8Rows", kernels.Int8Cuda)  # the CPU's own is not for compiling
-    monkeypatch.setattr(native, "COMPILED", None)  # nor these
+    """Four graphs, without breaks, for every layer, position, bucket and call; another number of rows compiles anew. In 16
+    bits what is compiled may round otherwise, and two ids that are nearly as likely part the answers."""
+    monkeypatch.setattr(native, "COMPILED", None)  # what rounds the rows is not for compiling
     monkeypatch.setattr(avx2, "LIBRARY", None)
     llama = Llama.build(small.folder, small.tokenizer_path, 300, 4, device="cpu", dtype=dtype, quantize=kind)
     llama.engine.decoder.static = True
-    want = llama.generate(PROMPTS, 150, temperature=0)
+    want, values = llama.generate(PROMPTS, 150, temperature=0, logprobs=True)
     torch._dynamo.reset()
     graphs = []
     llama.model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph)
-    assert llama.generate(PROMPTS, 150, temperature=0) == want
+    got, mine = llama.generate(PROMPTS, 150, temperature=0, logprobs=True)
+    assert values and mine
+    for ids, expected, row, wanted in zip(got, want, mine, values, strict=True):
+        same = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), len(expected))
+        assert same == len(expected) or (dtype != "float32" and same > 30)
+        assert row[:same] == pytest.approx(wanted[:same], abs=1e-4 if dtype == "float32" else 0.1)
     assert len(llama.engine.decoder.steps) == 2 and len(graphs) == 4
     llama.generate(PROMPTS[:1], 3, temperature=0)
     assert len(graphs) == 8

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import Llama, ModelArgs, Transformer, avx2, kernels, widened
+from llama import Llama, ModelArgs, Transformer, avx2, kernels, native, widened
 from llama.attention import attend, attend_in_blocks, attend_plainly
 from llama.model import Attention
 from llama.parallel import ColumnParallelLinear, JoinedColumnParallelLinear, RowParallelLinear
@@ -24,6 +24,7 @@ EXACT = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half a step of what is
 def nothing_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on most CPUs, where nothing is compiled."""
     monkeypatch.setattr(avx2, "LIBRARY", None)
+    monkeypatch.setattr(native, "COMPILED", None)
     monkeypatch.setattr(widened, "WIDENED", frozenset(EXACT))
     monkeypatch.setattr(widened, "SMALLEST", 0)
 
@@ -32,20 +33,23 @@ def nothing_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("n", [1, 2, 5, 64, 300])
 def test_packed_products_are_those_of_the_weight(n: int) -> None:
     weight, x = torch.randn(1100, 320).bfloat16(), torch.randn(n, 320).bfloat16()
-    packed = kernels.pack(weight)
-    assert isinstance(packed, kernels.Packed)
+    packed = kernels.Packed(weight)
     exact = x.double() @ weight.double().T
     torch.testing.assert_close(packed(x).double(), exact, atol=0.02, rtol=2**-8)  # half a bfloat16 step, and the sum's own
     assert torch.equal(packed.dense(), weight)
 
 
 @packs
-def test_what_one_machine_packed_another_unpacks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_one_machine_packed_another_unpacks(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    if not compiled:
+        monkeypatch.setattr(native, "COMPILED", None)
     layer = RowParallelLinear(512, 1024)
     layer.hold(torch.randn(1024, 512).bfloat16())
     dense, sent = layer.dense(), pickle.dumps(layer)
     assert layer.packed is not None
     assert torch.equal(pickle.loads(sent).packed.dense(), dense)
+    monkeypatch.setattr(native, "COMPILED", None)
     monkeypatch.setattr(widened, "WIDENED", frozenset({torch.bfloat16}))
     there = pickle.loads(sent)
     assert there.packed is None and torch.equal(there.weight, dense)

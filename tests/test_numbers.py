@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import Llama, NumberError, Sampling, native, widened
+from llama import Llama, NumberError, Sampling, widened
 from llama.engine import Request
 
 from .support import refused
@@ -142,11 +142,13 @@ def test_the_id_is_named_whose_log_probability_is_none(llama: Llama, monkeypatch
     refused(call, NumberError, "the log probability of id 1 is")
 
 
-def test_weights_that_are_none_are_loaded_and_told(small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+def test_weights_that_are_none_are_loaded_and_told(
+    small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, kind: str | None
+) -> None:
     """By the caller's own `load_state_dict`, into weights that were packed."""
     monkeypatch.setattr(widened, "SMALLEST", 0)
-    monkeypatch.setattr(native, "_ORDERS", {})
-    llama = Llama.build(small.folder, small.tokenizer_path, 32, 1, device="cpu", dtype="bfloat16")
+    llama = Llama.build(small.folder, small.tokenizer_path, 32, 1, device="cpu", dtype="bfloat16", quantize=kind)
     weights = {name: weight.clone() for name, weight in llama.model.state_dict().items()}
     for value in (float("nan"), float("inf")):
         weights["layers.0.attention.wo.weight"][3, 5] = value
