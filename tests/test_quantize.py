@@ -183,6 +183,14 @@ def test_a_quantized_model_answers_nearly_as_the_plain_one(
     torch.testing.assert_close(weights["output.weight"].float(), small.weights["output.weight"], atol=5e-3, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_part_of_a_row_of_a_single_group_is_multiplied(kind: str) -> None:
+    held, x = quantize(random(64, 32), kind), random(3, 16)
+    kernel = kernels.pack(held.columns(8, 24))
+    assert kernel and torch.equal(kernel.dense(), held.dense()[:, 8:24])
+    torch.testing.assert_close(kernel(x), x @ held.dense()[:, 8:24].T, atol=0.05, rtol=0.02)
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_rank_holds_its_part_of_what_one_rank_holds(
