@@ -6,6 +6,7 @@ reach it.
 
 import numbers
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -102,6 +103,8 @@ class Llama:
             fits = where.type == "cpu" and (quantize is not None or wanted in (None, torch.bfloat16))
             opened = saved.open_saved(ckpt_dir, quantize or "bfloat16", fits)
             shards = opened or checkpoint.open_shards(ckpt_dir)
+            if opened and quantize == "int8" and where.type != "cpu" and ranks.global_rank() == 0:
+                print(f"int8.safetensors is for CPUs, and slow on {where}: build from the .pth files instead", file=sys.stderr)
             model = checkpoint.build_on_meta(params, shards, int(max_seq_len), int(max_batch_size), tokenizer.n_words)
             (saved if opened else checkpoint).check(model, shards)
             stored = shards.first["tok_embeddings.weight"].dtype

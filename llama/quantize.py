@@ -5,7 +5,7 @@ A weight (out, in) becomes small whole numbers q. Each group of neighbouring inp
 
     weight[o, i] = q[o, i] * scale[o, i // group] + zero[o, i // group]
 
-    int8    q -127..127; no zero; on a GPU one group, the whole row
+    int8    q -127..127; no zero; on a GPU a row of 2,048 inputs or more is one group
     int4    q -8..7
 
 Groups are of 128 inputs, in 4 bit of 64, and of 32 in rows of fewer than 2,048; scales and zeros are bfloat16. Both are read
@@ -22,9 +22,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-HEAD = "int8"  # the output layer's kind, in both: in 4 bit it costs a third more divergence, and saves 4% of the time
+HEAD = "int8"  # the output layer's kind, in both: in 4 bit it costs most of the quality, and saves 4% of the time
 WIDE = 2048  # inputs of a row that has larger groups: a tenth faster than 32, and 1.016 and 0.5625 bytes a weight in all
-SHARES, REFITS = [share * torch.tensor(0.02) for share in range(4)], 3  # of a group's range, left out at either end; in float32
+SHARE = torch.tensor(0.02, dtype=torch.float32, device="cpu")
+SHARES, REFITS = [(share * SHARE).item() for share in range(4)], 3  # of a group's range, left out at either end; as in pack.c
 BLOCK = 1 << 20  # weights quantized at a time: what is computed on the way stays in a cache
 
 
@@ -156,7 +157,9 @@ def bytes_per_weight(kind: str | None, dtype: torch.dtype, in_features: int = WI
 def quantize(weight: torch.Tensor, kind: str, dtype: torch.dtype | None = None) -> Quantized:
     """A weight (out, in), which is to multiply `dtype`, or its own."""
     width = weight.shape[1]
-    group = width if kind == "int8" and not weight.is_cpu else group_of(width, kind)
+    # cuBLAS multiplies whole rows; those of small models, which suffer most, stay in groups.
+    whole_rows = kind == "int8" and not weight.is_cpu and width >= WIDE
+    group = width if whole_rows else group_of(width, kind)
     step = max(1, BLOCK // width)
     parts = []
     for i in range(0, len(weight), step):
