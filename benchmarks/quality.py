@@ -44,7 +44,7 @@ from smollm2 import QUESTIONS, SmolLM2, holds, prepare  # noqa: E402
 from demo import evaluate  # noqa: E402
 from demo.corpus import Writer  # noqa: E402
 from demo.kinds import KINDS  # noqa: E402
-from llama import Llama, Tokenizer, kernels, quantize  # noqa: E402
+from llama import Llama, Tokenizer, blocks, kernels, quantize  # noqa: E402
 from llama.chat import encode_dialog  # noqa: E402
 
 PIECE, STORIES, WINDOW, NEW = 256, 60, 1024, 64
@@ -53,6 +53,7 @@ Sequence = tuple[list[int], int]  # tokens, and how many of them are not scored
 WAYS: dict[str, tuple[dict[str, Any], dict[tuple[Any, str], Any]]] = {
     "bfloat16": ({}, {}),
     "int8": ({"quantize": "int8"}, {}),
+    "int8, activations of 8 bits": ({"quantize": "int8"}, {(blocks, "NARROW_DIGITS"): 1}),  # as in wide rows
     "int4": ({"quantize": "int4"}, {}),
     "int4, output layer in 4 bit": ({"quantize": "int4"}, {(quantize, "HEAD"): "int4"}),
     "int4, groups of 64": ({"quantize": "int4"}, {(kernels, "group_of"): lambda width, kind: 64}),

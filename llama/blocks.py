@@ -27,6 +27,7 @@ from .runtime import HUGE_PAGES
 
 OUT = 64  # outputs of a block
 STEP = 32  # inputs of x that share a scale
+NARROW_DIGITS = 2  # 8-bit values for each number that narrow rows multiply: small models suffer most, and cost least
 PER = {"bfloat16": 2, "int8": 4, "int4": 8}  # inputs in 4 bytes
 KINDS = {"bfloat16": BF16, "int8": INT8, "int4": INT4}
 
@@ -172,8 +173,7 @@ class BlockedLinear(Kernel):
     def __init__(self, blocks: Blocks, dtype: torch.dtype) -> None:
         self.blocks, self.dtype, self.out_dtype = blocks, dtype, dtype
         self.kind = None if blocks.kind == "bfloat16" else blocks.kind
-        # Narrow rows, which small models have, take 16 bits: their errors hardly cancel, and they cost little.
-        self.digits = 2 if self.kind and blocks.group == STEP else 1
+        self.digits = NARROW_DIGITS if self.kind and blocks.group == STEP else 1
         self.in_features, self.out_features = blocks.in_features, blocks.out_features
         self.padding = (blocks.front, blocks.width - blocks.front - blocks.in_features)
         found = library_for(blocks.kind)
