@@ -1,10 +1,10 @@
-"""Time from nothing until the first token, from a warm page cache: this library beside llama.cpp, each from its own file.
+"""Measure the time from loading to the first token, and peak memory, with the files in the page cache: beside llama.cpp.
 
     python benchmarks/first_token.py [--shape 1.1B] [--runs 5] [--threads 2] [--work FOLDER] [--json FILE]
 
 For bfloat16, int8 and int4: from the shards (.pth), from the file that `python -m llama quantize` writes, and llama.cpp from
-its BF16, Q8_0 and Q4_0. Each run is a fresh process, and they take turns; imports are not counted. A first process of each is
-not counted either: it brings the files into memory.
+its BF16, Q8_0 and Q4_0. Each run is a fresh process, and the ways take turns. Imports, and the first run of each way, which
+fills the cache, are not counted.
 """
 
 import argparse

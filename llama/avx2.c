@@ -47,7 +47,7 @@ INLINE void floats(const Product *p, const int kind, long o, long first, const i
   EACH(i, m) EACH(r, n) store(p, first + r, o + i, total(sum[i][r]));
 }
 
-INLINE void some(const Product *p, const int kind, long o, long end, long first, const int m, const int n) {
+INLINE void outputs_in_turn(const Product *p, const int kind, long o, long end, long first, const int m, const int n) {
   for (; o + m <= end; o += m) floats(p, kind, o, first, m, n);
   for (; o < end; o++) floats(p, kind, o, first, 1, n);
 }
@@ -55,10 +55,10 @@ INLINE void some(const Product *p, const int kind, long o, long end, long first,
 #define KIND(name, kind)                                                            \
   static void name(const Product *p, long o, long end) {                            \
     for (long first = 0; first < p->n; first += MOST) switch (p->n - first) {       \
-        case 1: some(p, kind, o, end, first, kind == FP32 ? 4 : 2, 1); break;       \
-        case 2: some(p, kind, o, end, first, 2, 2); break;                          \
-        case 3: some(p, kind, o, end, first, 2, 3); break;                          \
-        default: some(p, kind, o, end, first, 2, MOST);                             \
+        case 1: outputs_in_turn(p, kind, o, end, first, kind == FP32 ? 4 : 2, 1); break;       \
+        case 2: outputs_in_turn(p, kind, o, end, first, 2, 2); break;                          \
+        case 3: outputs_in_turn(p, kind, o, end, first, 2, 3); break;                          \
+        default: outputs_in_turn(p, kind, o, end, first, 2, MOST);                             \
       }                                                                             \
   }
 KIND(bf16, BF16)
@@ -105,9 +105,9 @@ static void as_they_lie(void *shared) { /* what a thread does */
   Product *p = shared;
   const int wide = __builtin_cpu_supports("avx512f");
   static void (*const kinds[])(const Product *, long, long) = {bf16, fp16, fp32};
-  void (*const some)(const Product *, long, long) = p->kind == FP32 && wide ? fp32_wide : kinds[p->kind];
+  void (*const kernel)(const Product *, long, long) = p->kind == FP32 && wide ? fp32_wide : kinds[p->kind];
   for (long b, end, tasks = (p->out + OUTS - 1) / OUTS; (b = take(&p->next, p->threads, tasks, &end)) < tasks;)
-    for (; b < end; b++) some(p, b * OUTS, b + 1 < tasks ? (b + 1) * OUTS : p->out);
+    for (; b < end; b++) kernel(p, b * OUTS, b + 1 < tasks ? (b + 1) * OUTS : p->out);
 }
 
 /* ---- weights in blocks ---- */
@@ -120,10 +120,11 @@ INLINE __m256i spread(const int8_t *x) { /* 4 bytes, to each lane */
   return _mm256_set1_epi32(four);
 }
 
-/* y of `parts` registers of outputs, of n rows. 4 bits are summed in 16, where the 32 products of a step's inputs just fit. */
-INLINE void whole(const Product *p, const uint8_t *w, const bf16_t *scales, long first, const int kind, const int parts,
-                  const int n, float y[TILE][OUT]) {
-  const Quantized x = quantized(p, first);
+/* y of `parts` registers of outputs, of n rows. INT4 is summed in 16 bits: a lane takes 16 products of a step, each at most
+ * 15 * 127, together 30,480, which is below 32,768. */
+INLINE void multiply_quantized(const Product *p, const uint8_t *w, const bf16_t *scales, long first, const int kind,
+                               const int parts, const int n, float y[TILE][OUT]) {
+  const QuantizedRows x = quantized(p, first);
   const long steps = p->in / STEP, groups = p->in / p->group, of_group = p->group / STEP;
   const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), offset = _mm256_set1_epi8((char)128);
   EACH(r, n) EACH(i, parts) _mm256_storeu_ps(y[r] + i * LANES, _mm256_setzero_ps());
@@ -182,7 +183,7 @@ INLINE void block(const Product *p, const int kind, long b, long first, const in
   float y[TILE][OUT];
   for (int begin = 0; begin < OUT; begin += parts * LANES) {
     const uint8_t *w = (const uint8_t *)p->weight + b * OUT * p->in / (kind == INT8 ? 1 : 2) + 4 * begin;
-    whole(p, w, p->scales + (b * OUT * groups + begin) * (kind == INT8 ? 1 : 2), first, kind, parts, n, y);
+    multiply_quantized(p, w, p->scales + (b * OUT * groups + begin) * (kind == INT8 ? 1 : 2), first, kind, parts, n, y);
     for (long r = 0; r < n; r += p->digits)
       for (long i = 0; i < parts * LANES && b * OUT + begin + i < p->out; i++)
         store(p, (first + r) / p->digits, b * OUT + begin + i, p->digits == 2 ? y[r][i] + y[r + 1][i] : y[r][i]);

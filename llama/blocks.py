@@ -1,13 +1,14 @@
 """Weights in the blocks that products.c and avx2.c multiply, whatever the number of rows.
 
-A weight (out, in) lies as (out / 64, in / per, 64, 4): 4 bytes of an output beside 4 of the next, which hold `per` inputs,
+A weight (out, in) is stored as bytes (out / 64, in / per, 64, 4): for each 64 outputs, and each `per` inputs, 4 bytes for
+every output, one output after the other. Those 4 bytes hold `per` inputs:
 
     bfloat16    2
     int8        4, each 128 more than its value
     int4        8, each 8 more than its value; inputs 0..3 in the low halves of the bytes, 4..7 in the high ones
 
-and each group of inputs has scales (out / 64, groups, 64, 1), in int4 scales and zeros (out / 64, groups, 64, 2). What is
-beyond the weight's own outputs and inputs multiplies to 0. Such blocks are what a saved file holds (saved.py).
+and each group of inputs has scales (out / 64, groups, 64, 1), in int4 scales and zeros (out / 64, groups, 64, 2). x is padded
+with zeros for inputs beyond the weight's own, and outputs beyond its own are not stored. Saved files hold such blocks (saved.py).
 """
 
 import ctypes
@@ -27,7 +28,8 @@ from .runtime import HUGE_PAGES
 
 OUT = 64  # outputs of a block
 STEP = 32  # inputs of x that share a scale
-NARROW_DIGITS = 2  # 8-bit values for each number that narrow rows multiply: small models suffer most, and cost least
+# 8-bit values for each activation in narrow rows: rounding hurts small models most, and a second digit costs them least.
+NARROW_DIGITS = 2
 PER = {"bfloat16": 2, "int8": 4, "int4": 8}  # inputs in 4 bytes
 KINDS = {"bfloat16": BF16, "int8": INT8, "int4": INT4}
 
@@ -50,7 +52,7 @@ def library_for(kind: str) -> library.Library | None:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A weight (out_features, in_features) in blocks, of inputs from `front` of the first group on."""
+    """A weight (out_features, in_features) in blocks; the first group begins with `front` inputs that are not the weight's."""
 
     kind: str  # "bfloat16", "int8" or "int4"
     weight: torch.Tensor  # uint8
@@ -77,7 +79,7 @@ class Blocks:
 
     @staticmethod
     def room(kind: str, out_features: int, in_features: int, group: int) -> "Blocks":
-        """Blocks yet to be filled, side by side with what was asked for before."""
+        """Allocate blocks to be filled, next to those allocated before (huge pages)."""
         weight, scales = Blocks.shapes(kind, out_features, in_features, group)
         room = HUGE_PAGES.room(*weight, dtype=torch.uint8)
         scaled = HUGE_PAGES.room(*scales, dtype=torch.bfloat16) if scales else None
@@ -97,7 +99,7 @@ class Blocks:
 
     @staticmethod
     def of_quantized(held: Quantized) -> "Blocks":
-        """By PyTorch alone: the readable twin of pack.c, and for what was quantized elsewhere."""
+        """Put a quantized weight into blocks with PyTorch alone, as pack.c does; also one that was quantized elsewhere."""
         q = F.pad(held.q, (0, 0, 0, -len(held.q) % OUT)).unflatten(0, (-1, OUT))  # (blocks, 64, width)
         beyond = (0, 0, 0, -len(held.q) % OUT)
         parts = [F.pad(held.scale, beyond, value=1e-30)] + ([] if held.zero is None else [F.pad(held.zero, beyond)])
@@ -120,7 +122,7 @@ class Blocks:
 
     @staticmethod
     def joined(parts: "Sequence[Blocks]") -> "Blocks | None":
-        """A copy of all of them, one after the other; None where the outputs of one end within a block."""
+        """Copy all parts into one, one after the other; None if one before the last has outputs that are no multiple of 64."""
         first, ends = parts[0], itertools.accumulate(len(part.weight) for part in parts)
         if any(part.out_features % OUT for part in parts[:-1]):
             return None
@@ -133,7 +135,7 @@ class Blocks:
         return made
 
     def quantized(self, dtype: torch.dtype) -> Quantized:
-        """The values (out, in), with those of `front` and of the last group, and their scales."""
+        """Return the values (out, width) and their scales: whole groups, with the inputs before and after the weight's own."""
         assert self.scales is not None
         rows, n = self.weight.transpose(1, 2), self.out_features  # (blocks, 64, width / per, 4)
         if self.kind == "int8":
@@ -167,8 +169,8 @@ class Blocks:
 
 
 class BlockedLinear(Kernel):
-    """A weight in blocks. What it multiplies is rounded, too, if it is quantized: to 8 bits, or to 16, with a scale for each 32
-    inputs."""
+    """Multiply by a weight in blocks. If the weight is quantized, so are the rows of x: to 8 bits, with a scale for each 32
+    inputs, and with `digits` 2 also what is left, to 8 more."""
 
     def __init__(self, blocks: Blocks, dtype: torch.dtype) -> None:
         self.blocks, self.dtype, self.out_dtype = blocks, dtype, dtype
@@ -199,7 +201,9 @@ class BlockedLinear(Kernel):
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.dtype)  # a caller's autocast gives attention's outputs another
-        if x.shape[1] != self.in_features or not library.plain(x):  # where errors are raised, and others look on
+        if x.shape[1] != self.in_features or not library.plain(
+            x
+        ):  # which raises the error for a wrong width, and can be traced
             return F.linear(x, self.dense())
         x = F.pad(x, self.padding) if any(self.padding) else x.contiguous()
         y = x.new_empty(len(x), self.out_features, dtype=self.out_dtype)

@@ -28,7 +28,7 @@ Hidden = Callable[[torch.Tensor, Batch], torch.Tensor]
 
 def host_step(model: Transformer, n_rows: int) -> Hidden:
     """`Transformer.hidden` for one id of each of so many rows."""
-    return NativeStep(model, n_rows) if NativeStep.serves(model, n_rows) else HostStep(model, n_rows)
+    return NativeStep(model, n_rows) if NativeStep.serves(model) else HostStep(model, n_rows)
 
 
 def matches_params(model: Transformer) -> bool:
@@ -47,7 +47,7 @@ class NativeStep:
     """In one call of native.c, which goes through the layers by itself: in bfloat16, on one rank."""
 
     @staticmethod
-    def serves(model: Transformer, n_rows: int) -> bool:
+    def serves(model: Transformer) -> bool:
         layers = [m for m in model.layers.modules() if isinstance(m, JoinedColumnParallelLinear | RowParallelLinear)]
         norms = [m.weight.detach() for m in model.layers.modules() if isinstance(m, RMSNorm)]
         args = model.params

@@ -6,8 +6,8 @@ and `widened.linear`, it gets None.
     weight      device                        form
     bfloat16    CPU that multiplies it        BlockedLinear (blocks.py): products.c; without a C compiler Packed: oneDNN
     int8        CPU with AVX-512 or AVX2      BlockedLinear: products.c, avx2.c
-                CUDA                          Int8Cuda: as it is, for cuBLAS
-                others                        Int8: as it is, made a weight again
+                CUDA, one scale per row       Int8Cuda: as it is, for cuBLAS
+                others                        Int8: as it is, dequantized for each product
     int4        CPU with AVX-512 or AVX2      BlockedLinear
                 other CPUs, CUDA              int4.py's
 """
@@ -46,7 +46,7 @@ class Packed(Kernel):
 
 
 class Int8(Kernel):
-    """q as it is, made a weight again for each product: a piece at a time on the CPU; on a GPU a compiler may fuse it."""
+    """Keep q as it is, and dequantize it for each product: a piece at a time on the CPU; on a GPU a compiler may fuse it."""
 
     kind = "int8"
 
@@ -80,8 +80,8 @@ def in_two_digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Int8Cuda(Kernel):
-    """A scale for each row of the weight, and whole numbers on both sides, by cuBLAS: rows of x become 15 bits, which keeps
-    what is small beside a large value as well as groups of 8 bits do. Rounding the rows takes many small kernels: a single
+    """One scale for each row of the weight; cuBLAS multiplies int8 by int8. Rows of x are rounded to 15 bits, so that values
+    beside a large one lose no more than in groups of 8 bits. Rounding the rows takes many small kernels: a single
     row that is compiled is not rounded, and all of its product is one kernel."""
 
     kind = "int8"
@@ -109,15 +109,15 @@ class Int8Cuda(Kernel):
 
 
 def blocked(kind: str | None, weight: torch.Tensor | Quantized, in_features: int) -> bool:
-    """Whether a weight that becomes of this kind, None for bfloat16, is to lie in blocks."""
+    """Tell whether a weight is to be held in blocks once it is of this kind; None means bfloat16."""
     if weight.device.type != "cpu" or weight.dtype not in NUMBERS or library_for(kind or "bfloat16") is None:
         return False
     return kind is not None or (weight.dtype == torch.bfloat16 and in_features % 2 == 0)
 
 
 def pack_rows(kind: str | None, views: Sequence[torch.Tensor], dtype: torch.dtype, first: int, last: int) -> Kernel | None:
-    """The inputs first..last of the rows of all the views (outs, in), in blocks, made in one go: quantized by groups of whole
-    rows, or in bfloat16. None where another form is to be had, by `pack`."""
+    """Pack the inputs first..last of the rows of all views (outs, in) into blocks in one call of pack.c, quantized by groups of
+    the whole row, or in bfloat16. Return None where blocks do not serve; `pack` then chooses the form."""
     view = views[0]
     big = kind is not None or sum(map(len, views)) * (last - first) * 2 >= widened.SMALLEST
     if not big or not blocked(kind, view, last - first) or dtype not in NUMBERS or (kind is None and dtype != view.dtype):

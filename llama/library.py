@@ -47,7 +47,8 @@ def load(name: str, structures: Sequence[Any], functions: Mapping[str, Sequence[
     files = sorted(HERE.glob("*.[ch]"))  # which are there in a clone
     changed = bool(files) and source != zlib.crc32(b"".join(file.read_bytes() for file in files))
     if changed or sizes != [*map(ctypes.sizeof, structures)]:
-        warnings.warn(f"llama/{name}.c has changed since it was compiled, and is not used; install llama again", stacklevel=2)
+        message = f"a .c or .h file in llama/ has changed since _{name} was compiled, which is not used; install llama again"
+        warnings.warn(message, stacklevel=2)
         return None
     return made if serves else None
 

@@ -55,7 +55,7 @@ def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device:
     for prefix, module in model.named_modules():
         if "weight" in module._parameters:
             names = module.names(prefix) if isinstance(module, JoinedColumnParallelLinear) else [f"{prefix}.weight"]
-            # Scales are those of whole rows, and of a saved file the names alone count.
+            # Groups are those of whole rows; of a saved file, `_saved` reads tensors by name, and views only give the order.
             as_a_whole = shards.saved or (kind is not None and isinstance(module, RowParallelLinear))
             views = [v for name in names for v in (all_of(name, shards) if as_a_whole else _part_of(name, shards))]
             plan.append((module, names, views))
@@ -153,15 +153,18 @@ def _saved(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Kernel | Quantized | torch.Tensor:
-    """This rank's part of weights that are stored in blocks (saved.py): as they lie there, or, where this machine, device, or
-    number of ranks has another form, made anew."""
+    """Return this rank's part of weights saved in blocks (saved.py): copied as blocks where a kernel reads them, else taken
+    apart for another device or CPU, or for ranks whose part begins within a block."""
     (rank, ranks), parts, aligned = model_parallel(), [], True
     for name, (out, width) in zip(names, module.whole_shapes(), strict=True):
         scales = tensors.get(f"{name}.scale")
         if scales is not None:
             positive = scales if kind == "int8" else scales[..., 0]
             if not (scales.isfinite().all() and positive.min() > 0):
-                raise CheckpointError(f"{name}.scale holds what it cannot: the file is damaged; delete it")
+                raise CheckpointError(
+                    f"{name}.scale: not all scales are finite and above 0: the file is damaged; "
+                    "make it again with `python -m llama quantize`, or delete it"
+                )
         whole = Blocks(kind, tensors[name], scales, width, out)
         if split_dim(name) == 0:
             first, last = out * rank // ranks, out * (rank + 1) // ranks

@@ -46,7 +46,7 @@ INLINE bf16_t to_bf16(float x) { /* rounded to the nearest, ties to even */
 
 enum { BF16, FP16, FP32, INT8, INT4 }; /* of a weight; the first three also of x and y */
 
-/* Quantized weights, and in native.c those of BF16, lie in blocks of OUT outputs by all inputs, (out / OUT, in / per, OUT, per):
+/* Weights of INT8, INT4 and (in products.c) BF16 lie in blocks of OUT outputs by all inputs, (out / OUT, in / per, OUT, per):
  * 4 bytes of an output beside 4 of the next. Those hold `per` inputs: 2 of BF16; 4 of INT8, each 128 more than its value; 8 of
  * INT4, each 8 more than its value, input i of the first four in the low half of byte i, of the last four in the high half.
  * A group of `group` inputs has a scale of its own for each output, and in INT4 a zero, what a value of 0 stands for. */
@@ -55,37 +55,37 @@ enum { OUT = 64, STEP = 32 }; /* STEP: inputs of x that share a scale */
 typedef struct Product {
   long kind, numbers;   /* of the weight; of x */
   long y_numbers;       /* of y */
-  long digits;          /* INT8 and INT4: of a row of x, 1, or 2, as which it takes two rows of 8 bits: n is twice as many */
+  long digits;          /* 8-bit rows for each row of x: 1, or with INT8 and INT4 2, the second of what the first leaves */
   const void *weight;
   const bf16_t *scales; /* INT8: (out / OUT, in / group, OUT); INT4: (.., 2), scale and zero */
   long group, in, out;  /* where it is gated, out is half of what is multiplied */
   long gated;           /* y = silu(first half of the outputs) * second half */
   const bf16_t *norm;   /* (in), or none: what the rows are normalized by before */
   float eps, unused;
-  const void *x;          /* (n, in) */
-  void *y;                /* (n, out) */
-  const bf16_t *residual; /* (n, out), or none: what is added; may be y */
-  bf16_t *normed;         /* room for (n, in) */
+  const void *x;          /* (n / digits, in) */
+  void *y;                /* (n / digits, out) */
+  const bf16_t *residual; /* (n / digits, out), or none: what is added; may be y */
+  bf16_t *normed;         /* buffer for (n / digits, in) */
   void *room;             /* INT8 and INT4: for n * (in + 12 * in / STEP) bytes; avx2.c's others: for (n, in) floats */
-  long n, threads, next;
+  long n, threads, next;  /* n: 8-bit rows, `digits` for each row of x; next: the next task, counted up by the threads */
 } Product;
 
-/* Rows of x for quantized weights: 8-bit values and a scale for each STEP inputs. `bias` is what a weight's offset adds to the
- * sum of products of such a step, negated; `sums` are those of the values of each group of the weight, scaled. */
-typedef struct Quantized {
+/* Rows of x, quantized: 8-bit values, and a scale for each STEP inputs. `bias`, for each step, is -offset * (sum of its values),
+ * which takes away what the weight's offset (128 or 8) adds. `sums`, for each group of the weight: the sum of its dequantized x. */
+typedef struct QuantizedRows {
   int8_t *values;
   float *scales;
   int32_t *bias;
   float *sums;
-} Quantized;
+} QuantizedRows;
 
-INLINE Quantized quantized(const Product *p, long row) {
+INLINE QuantizedRows quantized(const Product *p, long row) {
   const long steps = p->in / STEP, groups = p->in / p->group;
   int8_t *values = p->room;
   float *scales = (float *)(values + p->n * p->in);
   int32_t *bias = (int32_t *)(scales + p->n * steps);
   float *sums = (float *)(bias + p->n * steps);
-  return (Quantized){values + row * p->in, scales + row * steps, bias + row * steps, sums + row * groups};
+  return (QuantizedRows){values + row * p->in, scales + row * steps, bias + row * steps, sums + row * groups};
 }
 
 INLINE void to_floats(const void *x, long numbers, long n, float *y) { /* n is a multiple of 8 */
@@ -97,9 +97,10 @@ INLINE void to_floats(const void *x, long numbers, long n, float *y) { /* n is a
       _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)x + i))));
 }
 
-/* The step s of `row`, v, which becomes what is left of it. NaN and infinity make its scale one of these, and so the products. */
+/* Quantize step s of `row`, v. With 2 digits v becomes what rounding left. NaN or infinity in v makes the scale and so all
+ * products not finite. */
 INLINE void quantize_step(const Product *p, float v[STEP], long row, long s) {
-  const Quantized q = quantized(p, row);
+  const QuantizedRows q = quantized(p, row);
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff); /* of bits, in whose order NaN comes last */
   __m256i most = _mm256_setzero_si256(), sum = most, values[4];
   EACH(i, 4) most = _mm256_max_epi32(most, _mm256_and_si256(magnitude, _mm256_loadu_si256((const __m256i *)(v + 8 * i))));

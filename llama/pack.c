@@ -1,4 +1,4 @@
-/* Weights into the blocks that products.c and avx2.c read (native.h), quantized as quantize.py says, to the same values. native.py
+/* Weights into the blocks that products.c and avx2.c read (native.h), quantized as quantize.py says, to the same values. blocks.py
  * fills the structure; no size and no address is checked here. */
 
 #include "native.h"
@@ -8,7 +8,7 @@ enum { WIDEST = 128, SHARES = 4, REFITS = 3 }; /* inputs of a group; what fit4 t
 typedef struct Packing {
   long kind, numbers;      /* of the blocks; of the rows */
   const void *const *rows; /* the addresses of the weight's rows, (out), each of `in` numbers */
-  uint8_t *weight;         /* the blocks, of `width` inputs and of outputs up to a multiple of OUT; what is beyond the weight is 0 */
+  uint8_t *weight;         /* the blocks, (width, out rounded up to OUT); weights beyond in and out are packed as if they were 0 */
   bf16_t *scales;
   long group, in, width, out, next;
 } Packing;
@@ -43,7 +43,7 @@ INLINE void extremes(const float *v, long group, float *low, float *high) {
   }
 }
 
-/* INT8: a group's largest value becomes 127, as its scale is rounded. */
+/* INT8: the largest magnitude of a group becomes 127, whichever way rounding to bfloat16 moves its scale. */
 static void fit8(const float *v, long group, uint8_t *bytes, bf16_t *scales) {
   float low, high;
   extremes(v, group, &low, &high);
@@ -62,7 +62,7 @@ typedef struct Fit {
   float scale, zero, error;
 } Fit;
 
-INLINE __m256 whole(const float *v, float factor, float zero) {
+INLINE __m256 rounded_q(const float *v, float factor, float zero) {
   return rounded(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(v), all(zero)), all(factor)), -8, 7);
 }
 
@@ -70,7 +70,7 @@ INLINE void attempt(const float *v, long group, float scale, float zero, Fit *be
   const float s = widened(to_bf16(scale < 1e-30f ? 1e-30f : scale)), z = widened(to_bf16(zero)), factor = 1 / s;
   __m256 errors = _mm256_setzero_ps();
   for (long i = 0; i < group; i += 8) {
-    const __m256 value = _mm256_add_ps(_mm256_mul_ps(whole(v + i, factor, z), all(s)), all(z));
+    const __m256 value = _mm256_add_ps(_mm256_mul_ps(rounded_q(v + i, factor, z), all(s)), all(z));
     const __m256 d = _mm256_sub_ps(value, _mm256_loadu_ps(v + i));
     errors = _mm256_add_ps(errors, _mm256_mul_ps(d, d));
   }
@@ -78,7 +78,7 @@ INLINE void attempt(const float *v, long group, float scale, float zero, Fit *be
   if (error < best->error) *best = (Fit){s, z, error};
 }
 
-/* The least squared error of some shares of the group's range, and of least squares for the values that it gives. */
+/* The scale and zero of least squared error: of ranges with either end cut by 0, 2, 4 or 6%, then refitted by least squares. */
 static void fit4(const float *v, long group, uint8_t *bytes, bf16_t *scales) {
   float low, high;
   extremes(v, group, &low, &high);
@@ -93,7 +93,7 @@ static void fit4(const float *v, long group, uint8_t *bytes, bf16_t *scales) {
   for (int refit = 0; refit < REFITS; refit++) {
     __m256 q = _mm256_setzero_ps(), qq = q, qx = q;
     for (long i = 0; i < group; i += 8) {
-      const __m256 n = whole(v + i, 1 / best.scale, best.zero);
+      const __m256 n = rounded_q(v + i, 1 / best.scale, best.zero);
       q = _mm256_add_ps(q, n);
       qq = _mm256_add_ps(qq, _mm256_mul_ps(n, n));
       qx = _mm256_add_ps(qx, _mm256_mul_ps(n, _mm256_loadu_ps(v + i)));
@@ -106,7 +106,7 @@ static void fit4(const float *v, long group, uint8_t *bytes, bf16_t *scales) {
   scales[0] = to_bf16(best.scale), scales[1] = to_bf16(best.zero);
   int32_t values[WIDEST];
   for (long i = 0; i < group; i += 8)
-    _mm256_storeu_si256((__m256i *)(values + i), _mm256_cvtps_epi32(whole(v + i, 1 / best.scale, best.zero)));
+    _mm256_storeu_si256((__m256i *)(values + i), _mm256_cvtps_epi32(rounded_q(v + i, 1 / best.scale, best.zero)));
   for (long i = 0; i < group; i++) bytes[i] = (uint8_t)(values[i] + 8);
 }
 
@@ -156,7 +156,7 @@ void pack(Parallel parallel, unsigned threads, const Packing *given) {
   parallel(pack_blocks, &p, threads, 0);
 }
 
-/* What native.py is to find; and whether this CPU has it all. */
+/* What library.py checks: the sources' checksum and the structure's size; and whether this CPU has AVX2 and FMA. */
 const long interface[] = {SOURCE, sizeof(Packing)};
 
 int serves(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }

@@ -24,8 +24,8 @@ INLINE __m512i dot(__m512i sum, __m512i weight, __m512i x) {
   return sum;
 }
 
-/* What to prefetch while a block of so many bytes is multiplied: a single tile of rows what comes next; of several tiles, which
- * find the block in a cache, each its share of the next block, so that memory does not rest meanwhile. */
+/* What to prefetch while a block is multiplied. With one tile of rows: the weights AHEAD of it. With several, which find the
+ * block in a cache: each tile a share of the next block, so that memory is read all the time. */
 typedef struct Ahead {
   const char *from;
   long by, also; /* for each 256 bytes of the block; how far from it another line */
@@ -69,9 +69,9 @@ INLINE void bf16(const Product *p, long b, long first, const int n, __m512 y[TIL
     EACH(i, PARTS) sum[r][i] = dot(sum[r][i], v[i], four);              \
   }
 
-/* INT8 and INT4. Whole sums of a step are scaled by x's scale, and these of a group by the weight's. */
-INLINE void whole(const Product *p, long b, long first, const int kind, const int n, __m512 y[TILE][PARTS]) {
-  const Quantized x = quantized(p, first);
+/* INT8 and INT4: each step's integer sum is multiplied by x's scale and added up, and a group's total by the weight's scale. */
+INLINE void multiply_quantized(const Product *p, long b, long first, const int kind, const int n, __m512 y[TILE][PARTS]) {
+  const QuantizedRows x = quantized(p, first);
   const long steps = p->in / STEP, groups = p->in / p->group, of_group = p->group / STEP, per = kind == INT8 ? 4 : 8;
   const uint8_t *w = (const uint8_t *)p->weight + b * OUT * p->in * 4 / per;
   const bf16_t *scales = p->scales + b * OUT * groups * (kind == INT8 ? 1 : 2);
@@ -120,8 +120,8 @@ INLINE void whole(const Product *p, long b, long first, const int kind, const in
     }
   }
 }
-INLINE void int8(const Product *p, long b, long first, const int n, __m512 y[TILE][PARTS]) { whole(p, b, first, INT8, n, y); }
-INLINE void int4(const Product *p, long b, long first, const int n, __m512 y[TILE][PARTS]) { whole(p, b, first, INT4, n, y); }
+INLINE void int8(const Product *p, long b, long first, const int n, __m512 y[TILE][PARTS]) { multiply_quantized(p, b, first, INT8, n, y); }
+INLINE void int4(const Product *p, long b, long first, const int n, __m512 y[TILE][PARTS]) { multiply_quantized(p, b, first, INT4, n, y); }
 
 #define ROWS(kernel) /* by the number of rows, which decides how many registers there must be */                  \
   static void __attribute__((noinline))                                                                           \

@@ -8,7 +8,7 @@ format it has, by Meta's names, embedding and norms as they were stored, and for
     NAME.weight          its blocks (blocks.py), uint8 (out / 64, in / per, 64, 4)
     NAME.weight.scale    in 8 and 4 bit, bfloat16 (out / 64, groups, 64, 1), or (.., 2): with zeros
 
-Its header names the layout, so that another may be told from it, and the shards it was made from, by the checksums inside
+Its header names the layout, so that a file of another one is refused, and the shards it was made from, by the checksums inside
 them. Where no kernel reads blocks (a GPU, another CPU, ranks whose parts begin within a block) they are taken apart again.
 """
 
@@ -93,8 +93,8 @@ def group_for(kind: str, in_features: int) -> int:
 
 
 def open_saved(ckpt_dir: str | os.PathLike[str], wanted: str, fits: bool = True) -> Shards | None:
-    """The file beside a model, mapped, as one shard; None if there is none, or if it does not fit what is to be built and there
-    are shards. Raises CheckpointError unless it was made from the shards beside it, where there are any."""
+    """Map the file beside a model, as one shard. None if there is none, or if it is not for this device or dtype (`fits`) and
+    there are shards. Raises CheckpointError if it is damaged, or was made from other shards than those beside it."""
     path = path_of(ckpt_dir, wanted)
     if not path.is_file():
         return None
@@ -117,7 +117,8 @@ def open_saved(ckpt_dir: str | os.PathLike[str], wanted: str, fits: bool = True)
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise CheckpointError(f"{path}: cut off, damaged, or not written by this library; {again}") from e
     if about.get("layout") != LAYOUT or about.get("kind") != wanted:
-        raise CheckpointError(f"{path}: its layout is {shown(about.get('layout'))}, {shown(about.get('kind'))}; {again}")
+        found = f"{shown(about.get('layout'))}, {shown(about.get('kind'))}"
+        raise CheckpointError(f"{path}: its layout is {found}; this version reads {LAYOUT!r}, {wanted!r}; {again}")
     if beside not in (None, about.get("source")):
         raise CheckpointError(f"{path}: made from other weights than the shards beside it; {again}")
     return Shards({path.name: tensors}, {path: before}, wanted)
@@ -147,9 +148,9 @@ def check(model: Transformer, shards: Shards) -> None:
 def save(ckpt_dir: str | os.PathLike[str], wanted: str) -> Path:
     """Write a folder's checkpoint as "bfloat16", "int8" or "int4" into a file there, in place of the one before; its path."""
     if not isinstance(wanted, str) or wanted not in SAVED:
-        raise InputError(f"the weights are to be saved as {kind(wanted)}; use {', '.join(map(repr, SAVED))}")
+        raise InputError(f"the kind to save is {kind(wanted)}; it must be one of {', '.join(map(repr, SAVED))}")
     if world_size() > 1:
-        raise DeviceError("saving quantized weights is work for one process: run it without torchrun")
+        raise DeviceError(f"saving weights takes one process, and this job has {world_size()}: run it without torchrun")
     params, shards = checkpoint.read_params(ckpt_dir), checkpoint.open_shards(ckpt_dir)
     embedding = shards.first.get("tok_embeddings.weight")
     words = embedding.shape[0] if embedding is not None and embedding.ndim == 2 else 1
@@ -157,7 +158,7 @@ def save(ckpt_dir: str | os.PathLike[str], wanted: str) -> Path:
     checkpoint.check(model, shards)
     stored = shards.first["tok_embeddings.weight"].dtype
     if wanted == "bfloat16" and stored != torch.bfloat16:
-        raise InputError(f"the weights are stored as {stored}, of which bfloat16 would lose digits; save them as int8 or int4")
+        raise InputError(f"the weights are stored as {stored}, and saving them as bfloat16 loses precision; save int8 or int4")
     parts = layout(model, stored, wanted)
 
     sizes = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in parts.items()}

@@ -43,7 +43,7 @@ class Way(NamedTuple):
         return kernel
 
     def held(self, weight: torch.Tensor) -> tuple[BlockedLinear, torch.Tensor]:
-        """A weight in blocks, and the numbers that it then stands for."""
+        """Return the weight in blocks, and its dequantized values in float64."""
         if self.kind == "bfloat16":
             return self.kernel(Blocks.of_rows(self.kind, [weight.bfloat16()], STEP)), weight.bfloat16().double()
         held = quantize(weight, self.kind, self.dtype)
@@ -100,7 +100,7 @@ def assert_product(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, least
 
 
 @every_way
-def test_products_are_those_of_rounded_rows_and_the_numbers_held(way: Way) -> None:
+def test_products_are_those_of_rounded_rows_and_dequantized_weights(way: Way) -> None:
     for out, width in SHAPES:
         kernel, weight = way.held(random(out, width))
         for n in ROWS:
