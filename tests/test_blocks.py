@@ -354,3 +354,18 @@ def test_what_stands_beside_a_large_activation_is_not_lost(form: str) -> None:
 
     assert lost(kernel(x)) < 0.03
     assert lost(in_8_bits(x, group=4096) @ own.T) > 0.15  # with one scale for the whole row
+
+
+@packs
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_rows_of_small_models_keep_16_bits_of_activations(kind: str) -> None:
+    """Where one is large, 8 bits would leave few for its neighbours; of wide rows they do."""
+    lost = {}
+    for width in (576, 2304):
+        weight, x = random(64, width), random(4, width, seed=1)
+        x[:, ::STEP] *= 100
+        kernel = kernels.pack_rows(kind, [weight], torch.float32, 0, width)
+        assert isinstance(kernel, BlockedLinear)
+        want = x.double() @ kernel.blocks.quantized(torch.float64).dense().T
+        lost[width] = ((kernel(x) - want).norm() / want.norm()).item()
+    assert lost[576] < 1e-4 < 1e-3 < lost[2304]
