@@ -8,7 +8,7 @@ every output, one output after the other. Those 4 bytes hold `per` inputs:
     int4        8, each 8 more than its value; inputs 0..3 in the low halves of the bytes, 4..7 in the high ones
 
 and each group of inputs has scales (out / 64, groups, 64, 1), in int4 scales and zeros (out / 64, groups, 64, 2). x is padded
-with zeros for inputs beyond the weight's own, and outputs beyond its own are not stored. Saved files hold blocks, too (saved.py).
+with zeros for inputs beyond the weight's own, and outputs beyond its own are not stored. Saved files hold blocks, too.
 """
 
 import ctypes
