@@ -4,8 +4,6 @@
 
 #include "native.h"
 
-#include <cpuid.h>
-
 enum { OUTS = 16, MOST = 4 }; /* of weights as they lie: outputs of a task, and rows and outputs at once */
 
 INLINE __m256 load(const int kind, const void *x, long k) {
@@ -217,10 +215,7 @@ void multiply(Parallel parallel, unsigned threads, const Product *given) {
   parallel(p.kind == INT8 || p.kind == INT4 ? in_tiles : as_they_lie, &p, threads, 0);
 }
 
-/* What avx2.py is to find; and whether this CPU has it all, of which F16C has no name in older compilers. */
+/* What library.py checks; and whether this CPU has it all. */
 const long interface[] = {SOURCE, sizeof(Product)};
 
-int serves(void) {
-  unsigned a, b, c, d;
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
-}
+int serves(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }

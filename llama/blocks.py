@@ -89,10 +89,13 @@ class Blocks:
     def of_rows(kind: str, views: Sequence[torch.Tensor], group: int) -> "Blocks":
         """The rows of all the views (outs, in), one view after the other, quantized by groups unless kind is bfloat16."""
         assert PACK is not None
+        numbers = BF16 if kind == "bfloat16" else NUMBERS.get(views[0].dtype)
+        if any(NUMBERS.get(v.dtype) != numbers or v.shape[1] != views[0].shape[1] or not v.is_cpu for v in views):
+            raise ValueError(f"rows of {[v.dtype for v in views]} do not make blocks of {kind}")  # C would read beyond them
+        views = [v if v.stride(1) == 1 else v.contiguous() for v in views]
         made = Blocks.room(kind, sum(map(len, views)), views[0].shape[1], group)
-        assert all(v.stride(1) == 1 and v.dtype == views[0].dtype for v in views)
         rows = torch.cat([v.data_ptr() + torch.arange(len(v), device="cpu") * (v.stride(0) * v.element_size()) for v in views])
-        fields = {"kind": KINDS[kind], "numbers": NUMBERS[views[0].dtype], "rows": rows, "weight": made.weight}
+        fields = {"kind": KINDS[kind], "numbers": numbers, "rows": rows, "weight": made.weight}
         sizes = {"group": group, "in_": made.in_features, "width": made.width, "out": made.out_features}
         PACK.call("pack", ctypes.byref(filled(Packing(), scales=made.scales, **fields, **sizes)))
         return made
@@ -210,6 +213,16 @@ class BlockedLinear(Kernel):
         room = torch.empty(self.room(len(x)), dtype=torch.uint8, device="cpu")
         if len(x):
             self.library.call("multiply", ctypes.byref(self.filled(len(x), x=x, y=y, room=room)))
+        return y
+
+    def swiglu(self, x: torch.Tensor) -> torch.Tensor | None:
+        half, plain = self.out_features // 2, library.plain(x) and not torch.is_grad_enabled()
+        fits = x.ndim == 2 and x.shape[1] == self.in_features and x.dtype == self.dtype == torch.bfloat16 and len(x)
+        if self.library is not native.COMPILED or not plain or not fits or half % OUT or any(self.padding):
+            return None
+        x, y = x.contiguous(), x.new_empty(len(x), half)
+        room = torch.empty(self.room(len(x)), dtype=torch.uint8, device="cpu")
+        self.library.call("multiply", ctypes.byref(self.filled(len(x), x=x, y=y, room=room, gated=1, out=half)))
         return y
 
     def filled(self, n: int, **fields: object) -> Product:

@@ -120,7 +120,9 @@ def kernel_of(layer: ParallelLinear) -> BlockedLinear:
 def in_blocks(layer: ParallelLinear) -> bool:
     """Whether native.c reads a layer's weight, as it is."""
     packed = layer.packed
-    return isinstance(packed, BlockedLinear) and packed.library is native.COMPILED and not any(packed.padding)
+    if not isinstance(packed, BlockedLinear) or packed.library is not native.COMPILED or any(packed.padding):
+        return False
+    return packed.dtype == packed.out_dtype == torch.bfloat16  # a caller may have made one layer float32
 
 
 class HostLayer(NamedTuple):

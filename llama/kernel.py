@@ -32,6 +32,10 @@ class Kernel:
         """x (N, in) -> (N, out)."""
         raise NotImplementedError
 
+    def swiglu(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Return silu of the first half of the outputs times the second, (N, out / 2), if there is a kernel that does both."""
+        return None
+
     def for_logits(self) -> None:
         """Multiply as exactly as it can from now on: what comes out tells which token is the likeliest."""
 

@@ -12,6 +12,7 @@ and `widened.linear`, it gets None.
                 other CPUs, CUDA              int4.py's
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -26,6 +27,7 @@ from .kernel import Kernel
 from .library import NUMBERS
 from .quantize import Quantized, group_of
 
+AT_ONCE = 512  # rows that Int8Cuda rounds at a time: what it makes on the way stays small
 LEAST = 4  # rows: for fewer oneDNN takes slower kernels (on Zen 4 by a third), and for one row one that rounds otherwise
 
 
@@ -93,10 +95,12 @@ class Int8Cuda(Kernel):
         q, n, dtype = self.weight.q, len(x), self.weight.dtype
         if n == 1 and torch.compiler.is_compiling():
             return ((x.float() * q.float()).sum(1) * self.scale).to(dtype).unsqueeze(0)
+        if n > AT_ONCE:
+            return torch.cat([self.multiply(rows) for rows in x.split(AT_ONCE)])
         digits, scales = in_two_digits(x.float())
         rows = q.new_zeros(max(2 * n, 32), x.shape[1])  # PyTorch asks for 17 or more
         rows[: 2 * n] = digits.flatten(0, 1)
-        high, low = torch._int_mm(rows, q.t())[: 2 * n].float().view(2, n, -1)
+        high, low = torch._int_mm(rows, q.t())[: 2 * n].float().view(2, n, len(q))
         return (high.mul_(128).add_(low).mul_(self.scale).mul_(scales)).to(dtype)
 
     def held(self) -> Quantized:
@@ -115,16 +119,29 @@ def blocked(kind: str | None, weight: torch.Tensor | Quantized, in_features: int
     return kind is not None or (weight.dtype == torch.bfloat16 and in_features % 2 == 0)
 
 
-def pack_rows(kind: str | None, views: Sequence[torch.Tensor], dtype: torch.dtype, first: int, last: int) -> Kernel | None:
-    """Pack the inputs first..last of the rows of all views (outs, in) into blocks in one call of pack.c, quantized by groups of
-    the whole row, or in bfloat16. Return None where blocks do not serve; `pack` then chooses the form."""
-    view = views[0]
-    big = kind is not None or sum(map(len, views)) * (last - first) * 2 >= widened.SMALLEST
-    if not big or not blocked(kind, view, last - first) or dtype not in NUMBERS or (kind is None and dtype != view.dtype):
+def pack_rows(
+    kind: str | None, views: Sequence[torch.Tensor], dtype: torch.dtype, width: int, first: int, last: int
+) -> Kernel | None:
+    """Pack the inputs first..last of rows of `width` inputs into blocks in one call of pack.c, quantized by groups of the whole
+    row, or in bfloat16. The views are rows (outs, width), one after the other, or, if narrower, columns side by side.
+
+    Return None where blocks do not serve; `pack` then chooses the form.
+    """
+    view, *others = views
+    n = sum(map(len, views)) if view.shape[1] == width else len(view)
+    big = kind is not None or n * (last - first) * 2 >= widened.SMALLEST
+    alike = all(other.dtype == view.dtype for other in others)
+    fits = dtype in NUMBERS and (kind is not None or dtype == view.dtype)
+    if not (big and alike and fits) or not blocked(kind, view, last - first):
         return None
-    group = group_of(view.shape[1], kind) if kind else 2
-    begin, end = first // group * group, min(-(-last // group) * group, view.shape[1])
-    made = Blocks.of_rows(kind or "bfloat16", [v[:, begin:end] for v in views], group if kind else STEP)
+    group = group_of(width, kind) if kind else STEP
+    begin, end = first // group * group, min(-(-last // group) * group, width)
+    if view.shape[1] == width:
+        rows = [v[:, begin:end] for v in views]
+    else:
+        starts = itertools.accumulate((v.shape[1] for v in views), initial=0)
+        rows = [torch.cat([v[:, max(begin - at, 0) : max(end - at, 0)] for v, at in zip(views, starts, strict=False)], dim=1)]
+    made = Blocks.of_rows(kind or "bfloat16", rows, group)
     return BlockedLinear(replace(made, in_features=last - first, front=first - begin), dtype)
 
 
@@ -139,7 +156,7 @@ def pack(weight: torch.Tensor | Quantized) -> Kernel | None:
         return Int8Cuda(weight) if weight.device.type == "cuda" and Int8Cuda.serves(weight) else Int8(weight)
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or weight.nbytes < widened.SMALLEST:
         return None
-    made = pack_rows(None, [weight.detach().contiguous()], weight.dtype, 0, weight.shape[1])
+    made = pack_rows(None, [weight.detach()], weight.dtype, weight.shape[1], 0, weight.shape[1])
     return made or (Packed(weight) if widened.native(weight.dtype) else None)
 
 

@@ -56,8 +56,13 @@ def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device:
         if "weight" in module._parameters:
             names = module.names(prefix) if isinstance(module, JoinedColumnParallelLinear) else [f"{prefix}.weight"]
             # Groups are those of whole rows; of a saved file, `_saved` reads tensors by name, and views only give the order.
-            as_a_whole = shards.saved or (kind is not None and isinstance(module, RowParallelLinear))
-            views = [v for name in names for v in (all_of(name, shards) if as_a_whole else _part_of(name, shards))]
+            saved_whole, by_groups = (
+                shards.saved and isinstance(module, ParallelLinear),
+                kind and isinstance(module, RowParallelLinear),
+            )
+            views = [v for n in names for v in (all_of(n, shards) if saved_whole or by_groups else _part_of(n, shards))]
+            if saved_whole:
+                views += [shards.first[f"{n}.scale"] for n in names if f"{n}.scale" in shards.first]
             plan.append((module, names, views))
     # The largest first: while little is held yet, one tensor more weighs least.
     plan.sort(key=lambda item: -sum(view.numel() for view in item[2]))
@@ -128,15 +133,12 @@ def _packed(
     if shards.saved:
         return _saved(module, names, shards.first, kind_of(names[0], shards.saved) or "", dtype, device)
     if device.type == "cpu":
-        by_columns, (rank, ranks), width = split_dim(names[0]) == 1, model_parallel(), views[0].shape[1]
+        by_columns, (rank, ranks) = split_dim(names[0]) == 1, model_parallel()
+        width = sum(view.shape[1] for view in views) if by_columns else views[0].shape[1]
         first, last = 0, width
-        if by_columns and own:
-            views = [torch.cat(views, dim=1)] if len(views) > 1 else views
-            width = views[0].shape[1]
+        if by_columns and own:  # whole rows, of which this rank takes a part
             first, last = width * rank // ranks, width * (rank + 1) // ranks
-        elif by_columns and len(views) > 1:
-            return None
-        if kernel := pack_rows(own, views, dtype, first, last):
+        if kernel := pack_rows(own, views, dtype, width, first, last):
             for view in views:
                 refuse_what_is_not_finite(view, names, shards)
             return kernel
@@ -165,6 +167,10 @@ def _saved(
                     f"{name}.scale: not all scales are finite and above 0: the file is damaged; "
                     "make it again with `python -m llama quantize`, or delete it"
                 )
+        if kind == "bfloat16":
+            weight = tensors[name].view(torch.bfloat16)
+            if not (weight.sum().isfinite() or weight.isfinite().all()):  # a sum costs one pass, but may overflow
+                raise CheckpointError(f"{name} {NOT_FINITE}")
         whole = Blocks(kind, tensors[name], scales, width, out)
         if split_dim(name) == 0:
             first, last = out * rank // ranks, out * (rank + 1) // ranks

@@ -176,6 +176,9 @@ class FeedForward(nn.Module):
         return self.w2(self.gated(x))
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
+        packed = self.w13.packed
+        if packed and self.w13.ranks == 1 and untouched([self.w13]) and (y := packed.swiglu(x)) is not None:
+            return y
         both = self.w13(x)
         if native.rows_taken(both, both.shape[-1] // 2):
             return native.gated(both)

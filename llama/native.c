@@ -145,11 +145,11 @@ void layers(Parallel parallel, unsigned threads, const Product *products, const 
   }
 }
 
-/* What native.py is to find; and whether this CPU has it all. */
+/* What library.py checks; and whether this CPU has it all. */
 const long interface[] = {SOURCE, sizeof(Rows), sizeof(Product), sizeof(Attention)};
 
 int serves(void) {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16") &&
-         __builtin_cpu_supports("avx512vnni");
+         __builtin_cpu_supports("avx512vnni") && has_f16c();
 }

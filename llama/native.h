@@ -1,5 +1,6 @@
 /* What the files of C share: products of rows by weights, and the 8-bit form that quantized weights multiply. */
 
+#include <cpuid.h>
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
@@ -23,6 +24,12 @@ INLINE long take(long *next, long threads, long tasks, long *end) {
     if (first >= tasks) return first;
     if (__atomic_compare_exchange_n(next, &first, *end, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return first;
   }
+}
+
+/* F16C, which has no name in __builtin_cpu_supports of older compilers. */
+static inline int has_f16c(void) {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
 }
 
 INLINE float as_float(uint32_t bits) {

@@ -156,7 +156,7 @@ void pack(Parallel parallel, unsigned threads, const Packing *given) {
   parallel(pack_blocks, &p, threads, 0);
 }
 
-/* What library.py checks: the sources' checksum and the structure's size; and whether this CPU has AVX2 and FMA. */
+/* What library.py checks: the sources' checksum and the structure's size; and whether this CPU has it all. */
 const long interface[] = {SOURCE, sizeof(Packing)};
 
-int serves(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+int serves(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }

@@ -75,7 +75,8 @@ class ParallelLinear(nn.Module):
         held = self.packed.held()
         if isinstance(held, Quantized):
             like = fn(torch.empty(0, dtype=held.dtype, device=held.device))
-            self.hold(held.to(like.device, like.dtype))
+            if (like.device, like.dtype) != (held.device, held.dtype):
+                self.hold(held.to(like.device, like.dtype))
         else:
             self.hold(fn(held))
         return self
@@ -117,7 +118,8 @@ class ColumnParallelLinear(ParallelLinear, fs_layers.ColumnParallelLinear):
         if self.ranks == 1:
             return self.multiply(x)
         y = self.multiply(copy_to_model_parallel_region(x))
-        return gather_from_model_parallel_region(y) if self.gather_output else y
+        # Kernels differ in the dtype of logits, and machines in their kernels: what ranks send must not.
+        return gather_from_model_parallel_region(y.float()) if self.gather_output else y
 
 
 class JoinedColumnParallelLinear(ColumnParallelLinear):

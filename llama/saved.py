@@ -157,8 +157,10 @@ def save(ckpt_dir: str | os.PathLike[str], wanted: str) -> Path:
     model = checkpoint.build_on_meta(params, shards, 1, 1, words)
     checkpoint.check(model, shards)
     stored = shards.first["tok_embeddings.weight"].dtype
-    if wanted == "bfloat16" and stored != torch.bfloat16:
-        raise InputError(f"the weights are stored as {stored}, and saving them as bfloat16 loses precision; save int8 or int4")
+    for name in expected_shapes(model) if wanted == "bfloat16" else ():
+        for tensors in shards.values():
+            if (held := tensors[name].dtype) != torch.bfloat16:
+                raise InputError(f"{name} is stored as {held}, and saving it as bfloat16 loses precision; save int8 or int4")
     parts = layout(model, stored, wanted)
 
     sizes = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in parts.items()}
@@ -207,6 +209,8 @@ def _written(name: str, shards: Shards, wanted: str) -> Iterator[tuple[str, torc
         yield name, torch.cat(parts, dim=dim or 0).contiguous()
         return
     rows = [torch.cat(parts, dim=1)] if dim == 1 and len(parts) > 1 else parts
+    if any(part.dtype != rows[0].dtype for part in rows):
+        rows = [part.float() for part in rows]
     if PACK is not None:
         blocks = Blocks.of_rows(own, rows, group_for(own, rows[0].shape[1]))
     elif own == "bfloat16":

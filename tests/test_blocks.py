@@ -179,7 +179,7 @@ def test_a_part_that_is_no_whole_groups_multiplies_as_those_inputs_of_the_whole(
     if way.kind != "bfloat16":
         assert parts[0].front == first % group_of(width, way.kind)
         parts.append(Blocks.of_quantized(quantize(rows, way.kind).columns(first, last)))
-        packed = kernels.pack_rows(way.kind, [rows], way.dtype, first, last)
+        packed = kernels.pack_rows(way.kind, [rows], way.dtype, width, first, last)
         assert isinstance(packed, BlockedLinear)
         parts.append(packed.blocks)
     x = random(5, last - first, seed=1).to(way.dtype)
@@ -194,8 +194,8 @@ def test_a_part_that_is_no_whole_groups_multiplies_as_those_inputs_of_the_whole(
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_the_ranks_products_add_up_to_that_of_the_whole(kind: str) -> None:
     rows, x = random(70, 176), random(5, 176, seed=1)
-    whole = kernels.pack_rows(kind, [rows], torch.float32, 0, 176)
-    parts = [kernels.pack_rows(kind, [rows], torch.float32, first, first + 44) for first in range(0, 176, 44)]
+    whole = kernels.pack_rows(kind, [rows], torch.float32, 176, 0, 176)
+    parts = [kernels.pack_rows(kind, [rows], torch.float32, 176, first, first + 44) for first in range(0, 176, 44)]
     assert whole and all(parts)
     assert torch.equal(torch.cat([part.dense() for part in parts if part], 1), whole.dense())
     total = sum(part(own) for part, own in zip(parts, x.split(44, 1), strict=True) if part)
@@ -299,7 +299,7 @@ def test_without_compiled_code_the_products_are_nearly_the_same(kind: str | None
         monkeypatch.setattr(module, name, None)
     other = kernels.pack(weight)
     assert isinstance(other, {"int8": kernels.Int8, "int4": kernels.Int4}.get(kind or "", kernels.Packed | None))
-    assert kernels.pack_rows(kind, [rows], rows.dtype, 0, 192) is None
+    assert kernels.pack_rows(kind, [rows], rows.dtype, 192, 0, 192) is None
     want = rows.float() if other is None else other.dense().float()
     if kind and ours:
         assert torch.equal(ours.dense().float(), want)
@@ -364,7 +364,7 @@ def test_rows_of_small_models_keep_16_bits_of_activations(kind: str) -> None:
     for width in (576, 2304):
         weight, x = random(64, width), random(4, width, seed=1)
         x[:, ::STEP] *= 100
-        kernel = kernels.pack_rows(kind, [weight], torch.float32, 0, width)
+        kernel = kernels.pack_rows(kind, [weight], torch.float32, width, 0, width)
         assert isinstance(kernel, BlockedLinear)
         want = x.double() @ kernel.blocks.quantized(torch.float64).dense().T
         lost[width] = ((kernel(x) - want).norm() / want.norm()).item()
