@@ -185,6 +185,27 @@ def test_other_models_are_not_its_own(change: Callable[[Transformer], object]) -
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_quantized_layer_of_another_dtype_takes_no_part_in_a_step_of_bfloat16(dtype: torch.dtype) -> None:
+    """C would read and write beyond its rows."""
+    made = model("int8")
+    assert NativeStep.serves(made)
+    made.layers[1].feed_forward.w2.to(dtype)
+    assert not NativeStep.serves(made)
+
+
+@compiled
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_the_gate_within_the_product_is_the_gate_after_it(kind: str) -> None:
+    feed_forward = model(kind).layers[0].feed_forward
+    for n in (1, 5, 130):
+        x = rows(n, 128)
+        with torch.inference_mode():
+            y = feed_forward.w13.packed.swiglu(x)
+            assert y is not None and torch.equal(y, native.gated(feed_forward.w13(x)))
+
+
+@compiled
 def test_it_takes_only_what_lies_as_it_reads() -> None:
     """Else PyTorch's errors and gradients are lost, or what is traced is empty."""
     x, norm = rows(2, 64), RMSNorm(64).bfloat16()

@@ -94,6 +94,38 @@ def test_a_bfloat16_file_is_not_read_for_float32(in_bfloat16: Path, small: Simpl
 def test_weights_of_more_digits_are_not_saved_in_bfloat16(small: SimpleNamespace, tmp_path: Path) -> None:
     folder = write_shards(tmp_path, small.params, small.weights)
     refused(lambda: saved.save(folder, "bfloat16"), InputError, "stored as torch.float32")
+    one = {name: w if name == "output.weight" else w.bfloat16() for name, w in small.weights.items()}
+    folder = write_shards(tmp_path / "one", small.params, one)
+    refused(lambda: saved.save(folder, "bfloat16"), InputError, "output.weight is stored as torch.float32")
+
+
+def test_a_bfloat16_file_that_holds_nan_is_refused(in_bfloat16: Path, small: SimpleNamespace) -> None:
+    path = in_bfloat16 / "bfloat16.safetensors"
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    first = 8 + length + json.loads(data[8 : 8 + length])["layers.1.attention.wo.weight"]["data_offsets"][0]
+    data[first : first + 2] = b"\xff\xff"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"layers.1.attention.wo.weight holds NaN"):
+        build(in_bfloat16, small, quantize=None)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_weights_stored_in_any_order_and_of_several_dtypes_are_quantized(
+    small: SimpleNamespace, tmp_path: Path, quantize: str
+) -> None:
+    """Transposed in the file, or wq in another dtype than wk: C is given rows of one dtype, side by side."""
+    weights = {name: w.bfloat16() for name, w in small.weights.items()}
+    plain = build(write_shards(tmp_path / "plain", small.params, weights), small, quantize=quantize)
+    odd = write_shards(tmp_path / "odd", small.params, weights)
+    stored = torch.load(odd / "consolidated.00.pth")
+    for name in ("layers.0.attention.wo.weight", "layers.1.feed_forward.w1.weight"):
+        stored[name] = stored[name].t().contiguous().t()
+    stored["layers.0.attention.wq.weight"] = stored["layers.0.attention.wq.weight"].float()
+    torch.save(stored, odd / "consolidated.00.pth")
+    for folder in (odd, saved.save(odd, quantize).parent):
+        ids = torch.arange(3, 33).view(1, 30)
+        assert torch.equal(build(folder, small, quantize=quantize).model.forward(ids, 0), plain.model.forward(ids, 0))
 
 
 @pytest.mark.parametrize("kind", saved.SAVED)
