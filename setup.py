@@ -8,7 +8,7 @@ from setuptools import Extension, setup
 # Compiled from C: name, its files, and what the CPU must have, which is asked for when they are loaded (llama/library.py).
 # Without a C compiler all else is installed.
 EXTENSIONS = [
-    ("native", "native.c products.c", "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mf16c"),
+    ("native", "native.c products.c prompt.c", "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mf16c"),
     ("avx2", "avx2.c", "-mavx2 -mfma -mf16c"),
     ("pack", "pack.c", "-mavx2 -mfma -mf16c"),
 ]

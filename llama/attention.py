@@ -25,7 +25,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     if S == 1:
         return attend_one(q.squeeze(1), k, v, mask).unsqueeze(1)
     if q.device.type == "cpu" and not q.requires_grad:
-        return attend_in_blocks(q, k, v)  # faster than the kernel
+        if native.attends_prompt(q, k, v):
+            return native.attend_prompt(q, k, v)
+        return attend_in_blocks(q, k, v)  # faster than PyTorch's kernel
     q = q.permute(0, 2, 3, 1, 4).reshape(B * K, G, S, hd)
     k = k.flatten(0, 1).unsqueeze(1).expand(-1, G, -1, -1)  # (B * K, G, L, hd), G a view of stride 0
     v = v.flatten(0, 1).unsqueeze(1).expand(-1, G, -1, -1)

@@ -146,7 +146,7 @@ void layers(Parallel parallel, unsigned threads, const Product *products, const 
 }
 
 /* What library.py checks; and whether this CPU has it all. */
-const long interface[] = {SOURCE, sizeof(Rows), sizeof(Product), sizeof(Attention)};
+const long interface[] = {SOURCE, sizeof(Rows), sizeof(Product), sizeof(Attention), 18 * sizeof(long)};
 
 int serves(void) {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&

@@ -1,5 +1,5 @@
-"""What native.c and products.c do, which setup.py compiles where there is a C compiler: products of weights that lie in blocks
-(blocks.py), and whole decode steps, on CPUs with AVX-512's instructions for bfloat16 and 8 bits.
+"""What native.c, products.c and prompt.c do, which setup.py compiles where there is a C compiler: products of weights that lie in
+blocks (blocks.py), attention of prompts, and whole decode steps, on CPUs with AVX-512's instructions for bfloat16 and 8 bits.
 
 Where there is none, or another CPU, the same is done without it, slower. Norms, gates and rotations give the same to the last
 bit, except that numbers too small for bfloat16's normal form become 0. The structures are those of native.h and native.c.
@@ -26,13 +26,25 @@ class Attention(ctypes.Structure):
     )
 
 
+class Prompt(ctypes.Structure):
+    """prompt.c explains it."""
+
+    _fields_ = fields(
+        (c_void_p, "q keys values y room"),
+        (c_long, "B S K G hd L q_batch q_stride kv_batch kv_head kv_stride threads next"),
+    )
+
+
+LONGEST = 1 << 15  # positions whose scores a thread of prompt.c holds on its stack: 24 bytes for each
+
 FUNCTIONS: dict[str, list[Any]] = {
     "rows": [Rows],
     "multiply": [library.Product],
     "attend": [Attention],
+    "prompt": [Prompt],
     "layers": [library.Product, Attention, c_long],
 }
-COMPILED = load("native", [Rows, library.Product, Attention], FUNCTIONS) if widened.native(torch.bfloat16) else None
+COMPILED = load("native", [Rows, library.Product, Attention, Prompt], FUNCTIONS) if widened.native(torch.bfloat16) else None
 
 
 def call(name: str, *args: Any) -> None:
@@ -62,6 +74,25 @@ def attend_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
     sizes = {"n": B, "K": K, "G": G, "hd": hd, "slots": L, "q_stride": K * G * hd}
     strides = {"row_stride": k.stride(0), "head_stride": k.stride(1)}
     call("attend", ctypes.byref(filled(Attention(), **tensors, **sizes, **strides)))
+    return y
+
+
+def attends_prompt(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether `attend_prompt` does: q (B, S, K, G, hd), k and v (B, K, L, hd) of any strides but for features."""
+    _, S, K, G, hd = q.shape
+    same = k.shape == v.shape and k.stride() == v.stride() and k.shape[:2] == (len(q), K) and k.shape[3] == hd
+    packed = q.stride()[2:] == (G * hd, hd, 1) and k.stride(3) == 1
+    return same and packed and hd % 64 == 0 and 0 < S <= k.shape[2] <= LONGEST and plain(q, k, v)
+
+
+def attend_prompt(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """q (B, S, K, G, hd), the last S positions of k and v (B, K, L, hd) -> (B, S, K, G, hd): each sees itself and those before."""
+    B, S, K, G, hd = q.shape
+    L, y = k.shape[2], torch.empty(q.shape, dtype=q.dtype, device="cpu")
+    room = torch.empty(2, B * K, -(-L // 64) * 64, hd, dtype=q.dtype, device="cpu")
+    sizes = {"B": B, "S": S, "K": K, "G": G, "hd": hd, "L": L, "q_batch": q.stride(0), "q_stride": q.stride(1)}
+    strides = {"kv_batch": k.stride(0), "kv_head": k.stride(1), "kv_stride": k.stride(2)}
+    call("prompt", ctypes.byref(filled(Prompt(), q=q, keys=k, values=v, y=y, room=room, **sizes, **strides)))
     return y
 
 

@@ -150,7 +150,7 @@ def test_a_shard_touched_while_it_is_read(
     """At the first weight, it is noticed before the second is read; at the last, before the model is given out."""
     folder = shutil.copytree(small.folder, tmp_path / "m")
     read: list[int] = []
-    look = loading._refuse_what_is_not_finite
+    look = loading.refuse_what_is_not_finite
 
     def touched(*args: Any) -> None:
         read.append(1)
@@ -158,7 +158,7 @@ def test_a_shard_touched_while_it_is_read(
             os.utime(folder / "consolidated.00.pth", ns=(0, 5))
         look(*args)
 
-    monkeypatch.setattr(loading, "_refuse_what_is_not_finite", touched)
+    monkeypatch.setattr(loading, "refuse_what_is_not_finite", touched)
     call = lambda: Llama.build(folder, small.tokenizer_path, 16, 1, device="cpu")  # noqa: E731
     refused(call, CheckpointError, "while it was being read")
     assert len(read) == at

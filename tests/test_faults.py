@@ -26,11 +26,11 @@ ENDINGS = signal.SIGINT, signal.SIGTERM
 SLOW = """
 import runpy, time
 from llama import loading
-def slow(*args, plain=loading.quantize):
+def slow(*args, plain=loading.refuse_what_is_not_finite):
     print("quantizing", flush=True)
     time.sleep(2)
-    return plain(*args)
-loading.quantize = slow
+    plain(*args)
+loading.refuse_what_is_not_finite = slow
 runpy.run_module("llama", run_name="__main__", alter_sys=True)
 """
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc, to see what is left")
@@ -273,13 +273,13 @@ def test_a_disk_that_fails_late(doomed: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_shard_that_changes_while_it_is_saved(doomed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, shard = saved.loading.quantize, doomed / "consolidated.00.pth"
+    plain, shard = saved.loading.refuse_what_is_not_finite, doomed / "consolidated.00.pth"
 
-    def meanwhile(*args: Any) -> Any:
+    def meanwhile(*args: Any) -> None:
         os.utime(shard, ns=(time.time_ns(), time.time_ns()))
-        return plain(*args)
+        plain(*args)
 
-    monkeypatch.setattr(saved.loading, "quantize", meanwhile)
+    monkeypatch.setattr(saved.loading, "refuse_what_is_not_finite", meanwhile)
     kept_as_it_was(doomed, r"consolidated\.00\.pth is another file, or other contents, now, while it was being read")
 
 

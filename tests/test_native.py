@@ -195,6 +195,30 @@ def test_a_quantized_layer_of_another_dtype_takes_no_part_in_a_step_of_bfloat16(
 
 
 @compiled
+@pytest.mark.parametrize(
+    "shape", [(1, 5, 5, 2, 3, 64), (2, 64, 200, 2, 4, 64), (3, 17, 17, 4, 8, 128), (1, 130, 131, 1, 1, 64)]
+)
+def test_attention_of_a_prompt(shape: tuple[int, ...]) -> None:
+    """As in float32; and each row as alone, wherever a prompt is cut, be keys and values new or in the cache."""
+    B, S, L, K, G, hd = shape
+    q, kv = random(B, S, K, G, hd).bfloat16(), random(B, L, 2, K, hd).bfloat16()
+    k, v = kv.permute(2, 0, 3, 1, 4).unbind()
+    assert native.attends_prompt(q, k, v)
+    y = native.attend_prompt(q, k, v)
+    hidden = torch.full((S, L), float("-inf")).triu(L - S + 1)
+    wanted = attend_plainly(q.float(), k.float(), v.float(), hidden.expand(1, 1, S, L))
+    torch.testing.assert_close(y.float(), wanted, atol=0.01, rtol=0.01)
+    cached = [torch.cat((part, part.new_zeros(B, K, 9, hd)), 2)[:, :, :L] for part in (k, v)]
+    assert torch.equal(native.attend_prompt(q, *cached), y)
+    for n in {1, 3, S // 2 + 1}:
+        assert torch.equal(native.attend_prompt(q[:, :n], k[:, :, : L - S + n], v[:, :, : L - S + n]), y[:, :n])
+        assert torch.equal(native.attend_prompt(q[-1:, -n:], k[-1:], v[-1:]), y[-1:, -n:])
+    k[0, 0, L - S + 2] = float("nan")  # which later rows see, and none before
+    y = native.attend_prompt(q, k, v)[0, :, 0]
+    assert y[:2].isfinite().all() and y[2:].isnan().all()
+
+
+@compiled
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
 def test_the_gate_within_the_product_is_the_gate_after_it(kind: str) -> None:
     feed_forward = model(kind).layers[0].feed_forward

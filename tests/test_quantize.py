@@ -232,7 +232,8 @@ def test_the_demo_models_answers_in_8_bit_are_the_same_from_any_shards_on_1_and_
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_row_does_not_depend_on_the_others(small: SimpleNamespace, kind: str, dtype: str) -> None:
-    """One row, several, and a prompt as a whole; PyTorch's int4 for few and many rows of bfloat16 rounds differently."""
+    """PyTorch's int4 for few and many rows of bfloat16 rounds differently. In float32, attention of several rows differs in the
+    last bit, and that bit may round an activation to the next of its 16-bit values."""
     llama = Llama.build(small.folder, small.tokenizer_path, 128, 4, device="cpu", dtype=dtype, quantize=kind)
     ids = torch.randint(3, 384, (4, 100), generator=torch.Generator().manual_seed(5))
     same = kind == "int8" or dtype == "float32" or blocks.library_for(kind)
@@ -241,7 +242,7 @@ def test_a_row_does_not_depend_on_the_others(small: SimpleNamespace, kind: str, 
             together = llama.model.forward(ids[:, :1], 0)
             for row in range(4):
                 alone = llama.model.forward(ids[row : row + 1, :1], 0)[0]
-                torch.testing.assert_close(alone, together[row], atol=1e-4 if same else 0.1, rtol=0)
+                torch.testing.assert_close(alone, together[row], atol=5e-4 if same else 0.1, rtol=0)
 
 
 def test_float16_neither_overflows_nor_loses_what_is_small() -> None:
@@ -297,7 +298,7 @@ def test_the_bytes_counted_are_those_held(tmp_path: Path, tokenizer_path: Path, 
 def test_other_kinds_are_refused(bad: Any) -> None:
     with pytest.raises(InputError, match=r"quantize is .*use 'int8' or 'int4'"):
         Llama.build("nowhere", "nowhere", quantize=bad)
-    with pytest.raises(InputError, match=r"use 'int8' or 'int4'"):
+    with pytest.raises(InputError, match=r"kind to save is .*one of 'bfloat16', 'int8', 'int4'"):
         saved.save("nowhere", bad)
 
 
