@@ -1,5 +1,5 @@
-"""What native.c, products.c and prompt.c do, which setup.py compiles where there is a C compiler: products of weights that lie in
-blocks (blocks.py), attention of prompts, and whole decode steps, on CPUs with AVX-512's instructions for bfloat16 and 8 bits.
+"""What native.c, products.c and prompt.c do, which setup.py compiles where there is a C compiler: products of weights in blocks
+(blocks.py), attention of prompts, and whole decode steps, on CPUs with AVX-512's instructions for bfloat16 and 8 bits.
 
 Where there is none, or another CPU, the same is done without it, slower. Norms, gates and rotations give the same to the last
 bit, except that numbers too small for bfloat16's normal form become 0. The structures are those of native.h and native.c.
@@ -86,7 +86,7 @@ def attends_prompt(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
 
 
 def attend_prompt(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """q (B, S, K, G, hd), the last S positions of k and v (B, K, L, hd) -> (B, S, K, G, hd): each sees itself and those before."""
+    """Attend causally: q (B, S, K, G, hd), of the last S positions of k and v (B, K, L, hd) -> (B, S, K, G, hd)."""
     B, S, K, G, hd = q.shape
     L, y = k.shape[2], torch.empty(q.shape, dtype=q.dtype, device="cpu")
     room = torch.empty(2, B * K, -(-L // 64) * 64, hd, dtype=q.dtype, device="cpu")
