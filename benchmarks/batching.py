@@ -8,12 +8,14 @@ the extremes are printed, and what was computed: decode steps, and forwards that
 """
 
 import argparse
+import collections
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from common import checkpoint, tokenizer
 
@@ -39,6 +41,14 @@ def continuous(llama: Llama, todo: list[Request]) -> Iterator[None]:
         yield
 
 
+def counted(counts: collections.Counter[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        counts[name] += 1
+        return function(*args, **options)
+
+    return call
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="1.1B")
@@ -52,18 +62,20 @@ def main() -> None:
         work = a.work or Path(temporary)
         window = 10 * a.shortest + 40
         llama = Llama.build(checkpoint(work, a.shape), tokenizer(work), window, a.rows)
-        forwards: list[int] = []
-        llama.model.tok_embeddings.register_forward_hook(lambda module, ids, y: forwards.append(len(ids[0])))
+        engine, counts = llama.engine, collections.Counter[str]()  # a hook on the model would have it go another way
+        begin = engine.backend.begin
+        engine.prefill = counted(counts, "forwards", engine.prefill)  # type: ignore[method-assign]
+        engine.backend.begin = lambda *args: counted(counts, "steps", begin(*args))  # type: ignore[method-assign]
         seconds: dict[str, list[float]] = {"waves": [], "continuous": []}
         for _ in range(a.runs):
             for way, answer in (("waves", in_waves), ("continuous", continuous)):
-                forwards.clear()
+                counts.clear()
                 begun = time.perf_counter()
                 n_ids = sum(1 for _ in answer(llama, requests(a.prompts, a.shortest)))
                 seconds[way].append(time.perf_counter() - begun)
-                steps = sum(n == min(a.rows, a.prompts) for n in forwards)
                 if len(seconds[way]) == 1:
-                    print(f"{way:<12}{n_ids} ids, {steps} steps and {len(forwards) - steps} forwards of prompts", flush=True)
+                    made = f"{counts['steps']} steps and {counts['forwards']} forwards of prompts"
+                    print(f"{way:<12}{n_ids} ids, {made}", flush=True)
         for way, each in seconds.items():
             middle = statistics.median(each)
             print(f"{way:<12}{n_ids / middle:8.1f} ids/s   {middle:7.2f} s ({min(each):.2f} to {max(each):.2f})")

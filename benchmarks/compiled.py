@@ -1,10 +1,16 @@
-"""Decode steps with what setup.py compiled from C and without it, in turns in one process, on the same random weights.
+"""Decode steps, each way that there is on a CPU, in turns in one process, on the same random weights.
 
     python benchmarks/compiled.py [--shape 1.1B] [--kinds none,int8,int4] [--rows 1,4] [--runs 12] [--threads 2] [--work FOLDER]
 
-Each run reads memory plainly, and takes two steps of both, of which the faster counts. Runs are told apart by the rate of the
+    one call    all layers in one call of native.c, where it takes the model
+    layers      the engine layer by layer, with what setup.py compiled from C
+    plain       the engine without it, as LLAMA_COMPILED=0 has it
+    module      `Transformer.forward` over the weights of the first two, which a model takes that a caller has changed
+
+Each run reads memory plainly, and takes two steps of each, of which the faster counts. Runs are told apart by the rate of the
 plain read, which in virtual machines may move within minutes: medians are of those below and above the middle of what was seen.
-As on a CPU with AVX2 alone: ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/compiled.py
+The ratio is that of plain steps to the fastest. As on a CPU with AVX2 alone: ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+python benchmarks/compiled.py
 """
 
 import argparse
@@ -20,21 +26,21 @@ from unittest import mock
 import torch
 from common import SHAPES, checkpoint, tokenizer
 
-from llama import Llama, avx2, native
+from llama import Llama, avx2, blocks, host, native
 from llama.cache import Batch
-from llama.host import Hidden, host_step
+from llama.forward import Forward
 
 READ = 500_000_000  # bytes
+WAYS = "one call", "layers", "plain", "module"
+Step = Callable[[torch.Tensor, int], torch.Tensor]  # tokens (B,), and where all of them stand -> logits
 
 
 def without() -> contextlib.ExitStack:
+    """As where nothing was compiled: models that are built meanwhile, and their steps."""
     stack = contextlib.ExitStack()
-    stack.enter_context(mock.patch.object(native, "COMPILED", None))
-    stack.enter_context(mock.patch.object(avx2, "LIBRARY", None))
+    for module, name in ((native, "COMPILED"), (avx2, "LIBRARY"), (blocks, "PACK")):
+        stack.enter_context(mock.patch.object(module, name, None))
     return stack
-
-
-WAYS: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {"with": contextlib.nullcontext, "without": without}
 
 
 def seconds(do: Callable[[], object]) -> float:
@@ -43,23 +49,41 @@ def seconds(do: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def step(llama: Llama, hidden: Hidden, ids: torch.Tensor, at: int) -> torch.Tensor:
-    return llama.model.logits(hidden(ids, Batch.of([(row, at, 1) for row in range(len(ids))])))
+def of_engine(forward: Forward, hidden: Callable[[torch.Tensor, Batch], torch.Tensor]) -> Step:
+    def step(tokens: torch.Tensor, at: int) -> torch.Tensor:
+        return forward.logits(hidden(tokens, Batch.of([(row, at, 1) for row in range(len(tokens))])))
+
+    return step
 
 
-def runs(models: dict[str, Llama], rows: int, n: int) -> Iterator[dict[str, float]]:
+def steps_of(compiled: Llama, plain: Llama, rows: int) -> dict[str, Step]:
+    """A step of so many rows, by the name of its way."""
+    forward, other = compiled.engine.forward(), plain.engine.forward()
+    steps = {"layers": of_engine(forward, forward.hidden), "plain": of_engine(other, other.hidden)}
+    if host.why_not(forward) is None:
+        steps["one call"] = of_engine(forward, host.NativeStep(forward, rows))
+    steps["module"] = lambda tokens, at: compiled.model.forward(tokens.unsqueeze(1), at)
+    return steps
+
+
+def runs(steps: dict[str, Step], rows: int, n: int) -> Iterator[dict[str, float]]:
     """The plain read's rate, bytes per second, and what a step takes, seconds."""
-    memory, ids, steps = torch.ones(READ // 4), torch.full((rows,), 5), {}
-    for way, entered in WAYS.items():
-        with entered():
-            steps[way] = host_step(models[way].model, rows)
+    memory, tokens = torch.ones(READ // 4), torch.full((rows,), 5)
     for run in range(n):
         found = {"read": READ / seconds(memory.sum)}
-        for way, entered in WAYS.items():
-            with entered():
+        for way, step in steps.items():
+            with without() if way == "plain" else contextlib.nullcontext():
                 positions = (20 + 2 * run % 200, 21 + 2 * run % 200)
-                found[way] = min(seconds(functools.partial(step, models[way], steps[way], ids, at)) for at in positions)
+                found[way] = min(seconds(functools.partial(step, tokens, at)) for at in positions)
         yield found
+
+
+def line(kind: str, rows: int, these: list[dict[str, float]]) -> str:
+    """The medians of some runs."""
+    medians = {name: statistics.median(run[name] for run in these) for name in these[0]}
+    ratio = statistics.median(run["plain"] / min(run[way] for way in WAYS if way in run) for run in these)
+    columns = [f"{medians[way] * 1e3:10.1f}" if way in medians else f"{'-':>10}" for way in WAYS]
+    return f"{kind:8}{rows:5}{len(these):6}{medians['read'] / 1e9:12.0f}{''.join(columns)}{ratio:7.2f}x"
 
 
 def main() -> None:
@@ -75,22 +99,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
         work = a.work or Path(temporary)
         folder, vocabulary = checkpoint(work, a.shape), tokenizer(work)
-        print(f"{'weights':8}{'rows':>5}{'runs':>6}{'read, GB/s':>12}{'with, ms':>10}{'without':>10}{'ratio':>8}")
+        print("steps in ms")
+        print(f"{'weights':8}{'rows':>5}{'runs':>6}{'read, GB/s':>12}{''.join(f'{way:>10}' for way in WAYS)}{'ratio':>8}")
         for kind in a.kinds.split(","):
-            models, quantize = {}, None if kind == "none" else kind
-            for way, entered in WAYS.items():
-                with entered():
-                    models[way] = Llama.build(folder, vocabulary, 256, 16, device="cpu", quantize=quantize)
+            build = functools.partial(Llama.build, folder, vocabulary, 256, 16, device="cpu")
+            compiled = build(quantize=None if kind == "none" else kind)
+            with without():
+                plain = build(quantize=None if kind == "none" else kind)
             for rows in map(int, a.rows.split(",")):
-                found = list(runs(models, rows, a.runs))
+                found = list(runs(steps_of(compiled, plain, rows), rows, a.runs))
                 rates = [run["read"] for run in found]
                 middle = (min(rates) + max(rates)) / 2 if max(rates) > 1.3 * min(rates) else 0  # else there is one mode
                 for these in ([r for r in found if r["read"] < middle], [r for r in found if r["read"] >= middle]):
                     if these:
-                        read, took, other = (statistics.median(r[name] for r in these) for name in ("read", "with", "without"))
-                        ratio = statistics.median(r["without"] / r["with"] for r in these)
-                        figures = f"{read / 1e9:12.0f}{took * 1e3:10.1f}{other * 1e3:10.1f}{ratio:7.2f}x"
-                        print(f"{kind:8}{rows:5}{len(these):6}{figures}", flush=True)
+                        print(line(kind, rows, these), flush=True)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def quantized(folder: str, tokenizer_path: str, kind: str, save: str) -> None:
     llama.tokenizer.eos_id = -2  # nothing ends the answer
     (ids,), _ = llama.generate([[1, 7, 77, 777]], 8, temperature=0)
     speed = len(ids) / (time.perf_counter() - begun)
-    weights = memory.weight_bytes(args, 1, llama.model.dtype, kind)
+    weights = memory.weight_bytes(args, 1, llama.model.norm.weight.dtype, kind)
     report(seconds=seconds, peak=peak_rss(), weights=weights, speed=speed, ids=ids)
 
 

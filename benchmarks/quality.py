@@ -44,8 +44,10 @@ from smollm2 import QUESTIONS, SmolLM2, holds, prepare  # noqa: E402
 from demo import evaluate  # noqa: E402
 from demo.corpus import Writer  # noqa: E402
 from demo.kinds import KINDS  # noqa: E402
-from llama import Llama, Tokenizer, blocks, kernels, quantize  # noqa: E402
+from llama import Llama, Tokenizer, Transformer, blocks, kernels, quantize  # noqa: E402
+from llama.cache import Batch  # noqa: E402
 from llama.chat import encode_dialog  # noqa: E402
+from llama.packed import PackedWeight  # noqa: E402
 
 PIECE, STORIES, WINDOW, NEW = 256, 60, 1024, 64
 Sequence = tuple[list[int], int]  # tokens, and how many of them are not scored
@@ -76,11 +78,14 @@ class Model(Protocol):
 class Ours:
     def __init__(self, ckpt_dir: Path, tokenizer_path: Path, **options: Any) -> None:
         self.llama = Llama.build(ckpt_dir, tokenizer_path, WINDOW, 1, **options)
-        self.weights, self.file = held(self.llama.model.layers, self.llama.model.output), None
+        self.weights, self.file = held(self.llama.model), None
 
     def logits(self, tokens: list[int]) -> torch.Tensor:
+        forward = self.llama.engine.forward()
         with torch.inference_mode():
-            return self.llama.model(torch.tensor([tokens]), 0)[0].cpu()
+            batch = Batch.of([(0, 0, len(tokens))], forward.device)
+            hidden = forward.hidden(torch.tensor(tokens, device=forward.device), batch, keep=False)
+            return forward.logits(hidden).cpu()
 
     def answer(self, question: list[int]) -> list[int]:
         return self.llama.generate([question], NEW, temperature=0)[0][0]
@@ -110,8 +115,8 @@ class LlamaCpp:
         return answer[: answer.index(self.eos)] if self.eos in answer else answer
 
 
-def held(*parts: torch.nn.Module) -> int:
-    """Return the bytes of all matrices in modules, and of what lies beside them, in whatever form a kernel holds them."""
+def held(model: Transformer) -> int:
+    """Return the bytes of all matrices but the embedding, with what lies beside them, in whatever form a kernel holds them."""
     seen: dict[Any, Any] = {}  # what it holds stays alive, so that no other object gets its id
     found = 0
 
@@ -122,17 +127,17 @@ def held(*parts: torch.nn.Module) -> int:
         if key in seen:
             return
         seen[key] = value
-        if isinstance(value, torch.nn.Parameter) and value.ndim == 1:  # of a norm
-            return
         if isinstance(value, torch.Tensor):
             found += value.nbytes
         elif isinstance(value, dict | list | tuple):
             for each in value.values() if isinstance(value, dict) else value:
                 visit(each)
-        elif isinstance(value, torch.nn.Module) or type(value).__module__.startswith("llama."):
+        elif type(value).__module__.startswith("llama."):
             visit(getattr(value, "__dict__", {}))
 
-    visit(parts)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2 and name != "tok_embeddings.weight":
+            visit(weight.shared.kernel if isinstance(weight, PackedWeight) else weight)
     return found
 
 

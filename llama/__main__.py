@@ -5,6 +5,7 @@ python -m llama complete --ckpt_dir llama-2-7b --tokenizer_path tokenizer.model 
 torchrun --nproc_per_node 2 -m llama chat --ckpt_dir llama-2-13b-chat --tokenizer_path tokenizer.model
 python -m llama quantize --ckpt_dir llama-2-7b int8
 python -m llama plan --model 70B --max_seq_len 4096
+python -m llama info
 """
 
 import argparse
@@ -26,6 +27,7 @@ from .conversation import Conversation, checked
 from .demo import given_or_demo
 from .errors import InputError, LlamaError, kind
 from .generation import Llama
+from .info import info
 from .memory import gb
 from .model import ModelArgs
 from .quantize import KINDS
@@ -58,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     draw.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
 
     main = argparse.ArgumentParser("python -m llama", description="Llama 2 in the terminal.", allow_abbrev=False)
-    commands = main.add_subparsers(dest="command", required=True, metavar="chat | complete | quantize | plan")
+    commands = main.add_subparsers(dest="command", required=True, metavar="chat | complete | quantize | plan | info")
     chat = commands.add_parser(
         "chat", parents=[common], allow_abbrev=False, help="talk with a chat model", description="Talk with a chat model."
     )
@@ -105,6 +107,15 @@ def parser() -> argparse.ArgumentParser:
     planned.add_argument("--memory", type=float, metavar="GB", help="of any other machine, with its")
     planned.add_argument("--bandwidth", type=float, metavar="GB/s", help="of that memory")
     planned.set_defaults(run=run_plan)
+    told = commands.add_parser(
+        "info",
+        allow_abbrev=False,
+        help="tell how this machine runs a model, and why not faster",
+        description="Print versions, device, compiled code and backends, each with the reason why it cannot be used.",
+    )
+    told.add_argument("--ckpt_dir", metavar="DIR", help="a checkpoint, of which it tells how decode steps go")
+    told.add_argument("--device", help="cpu, cuda or mps; default the fastest there is")
+    told.set_defaults(run=lambda args: Terminal().write(f"{info(args.ckpt_dir, args.device)}\n"))
     return main
 
 
@@ -214,7 +225,7 @@ def short_name(model: str) -> str:
 def described(ckpt_dir: str) -> tuple[ModelArgs, torch.dtype]:
     """A checkpoint's shape and dtype; of one that has no shards yet, as far as params.json tells."""
     params = checkpoint.read_params(ckpt_dir)
-    if any(Path(ckpt_dir).glob("consolidated.*.pth")):
+    if checkpoint.shard_paths(Path(ckpt_dir).expanduser()):
         embedding = checkpoint.open_shards(ckpt_dir).first.get("tok_embeddings.weight")
         if embedding is not None and embedding.ndim == 2:
             return ModelArgs(**{**params, "vocab_size": len(embedding)}), embedding.dtype

@@ -2,8 +2,9 @@
 
 Such a file is a zip of uncompressed records. One, `data.pkl`, is a pickle that says which tensor lies where; each of the
 others is one storage. `torch.load` believes much of what a file says, also with `weights_only`: that a record is as long
-as its directory says, that a pickle's tuples can be hashed in time, that so many bytes are to be allocated. Here a pickle
-can make names, numbers and descriptions of tensors, and all that these claim is held against the file.
+as its directory says, that a pickle's tuples can be hashed in time, that so many bytes are to be allocated; and it does
+not read protocols 4 and 5. Here a pickle can make names, numbers and descriptions of tensors, and all that these claim is
+held against the file.
 """
 
 import math
@@ -21,8 +22,9 @@ import torch
 LARGEST_PICKLE = 1 << 19  # five times that of a 70B shard; bounds the time and memory that the worst one takes
 MOST_ARGUMENTS = 16  # of one call: a pickle may pass the same long tuple again and again
 
-# What torch.save's protocol 2 is made of; others, which allocate what they name or call what they like, are not known.
-_OPCODES = b"\x80}]()\x85\x86\x87tNK\x88\x89GJM\x8aXqrhjcQRuseab."
+# What torch.save's pickles are made of, in protocols 2 to 5; other opcodes, which allocate what they name or call what they
+# like, are not known.
+_OPCODES = b"\x80}]()\x85\x86\x87tNK\x88\x89GJM\x8aXqrhjcQRuseab." + b"\x95\x8c\x94\x93"
 _STORAGES = {
     "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
     "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,

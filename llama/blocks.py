@@ -199,8 +199,15 @@ class BlockedLinear(Kernel):
     def for_logits(self) -> None:
         if self.kind:
             self.digits = 2
-        self.out_dtype = torch.float32
-        filled(self.product_of, y_numbers=NUMBERS[self.out_dtype])
+            self.out_dtype = torch.float32
+            filled(self.product_of, y_numbers=NUMBERS[self.out_dtype])
+
+    def part(self, first: int, last: int) -> "BlockedLinear | None":
+        if first % OUT:
+            return None
+        made = BlockedLinear(self.blocks.outputs(first, last), self.dtype)
+        made.digits = self.digits
+        return made
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.dtype)  # a caller's autocast gives attention's outputs another

@@ -17,9 +17,12 @@ side by side, with no padding, through everything that works id by id, and only 
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+
+if TYPE_CHECKING:
+    from .model import Transformer
 
 
 class Span(NamedTuple):
@@ -111,20 +114,53 @@ def chunked(lengths: list[int], most: int, block: int = 1) -> Iterator[list[tupl
 class KVCache:
     """Keys and values of every layer in one allocation, (n_layers, 2, rows, n_kv_heads, positions, head_dim).
 
-    Each head's slots lie side by side, so that a step reads them as one stream.
+    Each head's positions lie side by side, so that a step reads them as one stream. `cache_k` and `cache_v` of the model's
+    attention layers are views of it, (rows, positions, n_kv_heads, head_dim).
     """
 
-    def __init__(
-        self, n_layers: int, rows: int, n_kv_heads: int, positions: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        # Made outside inference mode: an inference tensor could not be written by a later call outside of it.
-        with torch.inference_mode(False):
-            shape = (n_layers, 2, rows, n_kv_heads, positions, head_dim)
-            self.data = torch.zeros(shape, dtype=dtype, device=device)
-        self.layers = self.data.unbind()
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data = data
+        self.layers = data.unbind()
+        self.views = [tuple(layer.transpose(2, 3).unbind()) for layer in self.layers]  # cache_k and cache_v
         self.logits: torch.Tensor | None = None  # of the last step, (rows, vocab)
         self.stream: torch.cuda.Stream | None = None  # on which it was launched
-        self.turn: list[int] | None = None  # ids that row 0 is known to hold; a new list for each call that has the cache
+        self.turn: list[int] | None = None  # tokens whose keys and values row 0 holds; each call makes a new list
+        self.made_by: object = None  # the weights that computed them
+        self.version = -1  # of `data` after the engine's last write: any other write changes it
+
+    def is_of(self, model: "Transformer") -> bool:
+        """Tell whether the model's layers look at this cache, and compute in its dtype, on its device."""
+        weight, layers = model.norm.weight, cast("list[Any]", list(model.layers))
+        fits = (self.data.device, self.data.dtype, len(self.views)) == (weight.device, weight.dtype, len(layers))
+        return fits and all(
+            layer.attention.cache_k is keys and layer.attention.cache_v is values
+            for layer, (keys, values) in zip(layers, self.views, strict=True)
+        )
+
+    def seen(self) -> None:
+        """Record the version of the cache, after the engine's own writes."""
+        self.version = self.data._version
+
+    def untouched(self) -> bool:
+        """Tell whether nobody but the engine has written into the cache since `seen`."""
+        return self.version == self.data._version
+
+    @staticmethod
+    def adopt(model: "Transformer") -> "KVCache":
+        """Copy the layers' caches into one allocation, and make them views of it."""
+        layers = [layer.attention for layer in cast("list[Any]", list(model.layers))]
+        weight, (rows, positions, heads, head_dim) = model.norm.weight, layers[0].cache_k.shape
+        # Made outside inference mode: an inference tensor could not be written by a later call outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            shape = (len(layers), 2, rows, heads, positions, head_dim)
+            cache = KVCache(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
+            for i, attention in enumerate(layers):
+                for name, own in zip(("cache_k", "cache_v"), cache.views[i], strict=True):
+                    before = getattr(attention, name)
+                    if not before.is_meta and before.any():  # else nothing of the new one takes memory yet
+                        own.copy_(before)
+                    setattr(attention, name, own)
+        return cache
 
 
 def write(layer: torch.Tensor, batch: Batch, kv: torch.Tensor) -> None:

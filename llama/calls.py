@@ -25,6 +25,11 @@ class CompletionPrediction(Details, total=False):
     generation: str
 
 
+class InfillingPrediction(Details, total=False):
+    generation: str
+    full_text: str
+
+
 class ChatPrediction(Details, total=False):
     generation: Message
 
@@ -58,6 +63,7 @@ class Call:
     stops: Sequence[str] | None = None  # None: ids are wanted, no text
     reuse: bool = False
     details: bool = False
+    stop_token: int | None = None  # None: EOS
 
     def __post_init__(self) -> None:
         for name in ("logprobs", "echo", "reuse", "details"):
@@ -168,12 +174,17 @@ class Planner:
         sampling: Sampling,
         logprobs: bool = False,
         echo: bool = False,
+        stop_token: int | None = None,
     ) -> Call:
+        words = self.tokenizer.n_words
+        whole = isinstance(stop_token, numbers.Integral) and not isinstance(stop_token, bool)
+        if stop_token is not None and not (whole and 0 <= int(stop_token) < words):
+            raise InputError(f"stop_token is {kind(stop_token)}; it must be a token, from 0 to {words - 1}, or None for EOS")
         given = listed(prompts, "prompt_tokens", "a list of lists of token ids")
         names = named("prompt {}", given)
         rows = [listed(prompt, name, "a list of token ids") for prompt, name in zip(given, names, strict=True)]
         requests = self._requests(rows, names, max_gen_len, seeds_of(seed, len(rows)))
-        return Call(requests, sampling, logprobs, echo)
+        return Call(requests, sampling, logprobs, echo, stop_token=None if stop_token is None else int(stop_token))
 
     def texts(
         self,
@@ -217,6 +228,31 @@ class Planner:
         for row, request in zip(safe, asked, strict=True):
             requests[row] = request
         return Call(requests, sampling, logprobs, False, check_stops(stop), reuse, details)
+
+    def infilling(
+        self, prefixes: Iterable[str], suffixes: Iterable[str], suffix_first: bool
+    ) -> tuple[list[str], list[str], list[list[int]]]:
+        """Return the texts, checked, and the prompt of each pair: in Code Llama's format of prefix, suffix and middle."""
+        tokenizer = self.tokenizer
+        check_flag(suffix_first, "suffix_first")
+        before, _ = check_texts(prefixes, "prefixes", "prefix {}")
+        after, _ = check_texts(suffixes, "suffixes", "suffix {}")
+        if len(before) != len(after):
+            raise InputError(f"{len(before)} prefixes, but {len(after)} suffixes; give one to each")
+        if min(tokenizer.prefix_id, tokenizer.middle_id, tokenizer.suffix_id, tokenizer.eot_id) < 0:
+            raise InputError(
+                "this tokenizer has no tokens for infilling (▁<PRE>, ▁<MID>, ▁<SUF>, ▁<EOT>), so its model cannot; "
+                "use Code Llama 7B or 13B with their own tokenizer.model"
+            )
+        prompts = []
+        for prefix, suffix in zip(before, after, strict=True):
+            known, rest = tokenizer.encode(prefix, bos=False, eos=False), tokenizer.encode_infilling(suffix)
+            if suffix_first:
+                prompt = [tokenizer.prefix_id, tokenizer.suffix_id, *rest, tokenizer.middle_id, *known]
+            else:
+                prompt = [tokenizer.prefix_id, *known, tokenizer.suffix_id, *rest, tokenizer.middle_id]
+            prompts.append([tokenizer.bos_id, *prompt])
+        return before, after, prompts
 
     def scored(self, prompts: Iterable[str], continuations: Iterable[str]) -> list[Scored]:
         prompts, _ = check_texts(prompts, "prompts")

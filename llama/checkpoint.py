@@ -28,7 +28,7 @@ SPLIT: dict[str, int | None] = {
     "attention_norm": None, "ffn_norm": None, "norm": None,
     "output": 0,
 }  # fmt: skip
-NOT_WEIGHTS = {"rope.freqs"}  # in Meta's files, but computed here
+NOT_WEIGHTS = re.compile(r"rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope\.freqs")  # in Meta's files; computed here
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 LARGEST_PARAMS = 1 << 20  # bytes of params.json, which has about 100
@@ -156,18 +156,33 @@ def _what_instead(folder: Path) -> str:
 # --- shards ----------------------------------------------------------------------------------------------------------
 
 
+def shard_paths(folder: Path) -> list[Path]:
+    """Return the shards in a folder: all .pth files, in the order of their names."""
+    return [folder / name for name in _names(folder) if name.endswith(".pth")]
+
+
+def stored_dtype(ckpt_dir: str | os.PathLike[str]) -> torch.dtype | None:
+    """Return the dtype of a folder's shards; None where there are none."""
+    if not shard_paths(Path(ckpt_dir).expanduser()):
+        return None
+    embedding = open_shards(ckpt_dir).first.get("tok_embeddings.weight")
+    return None if embedding is None else embedding.dtype
+
+
 def open_shards(ckpt_dir: str | os.PathLike[str]) -> Shards:
-    """Map every consolidated.NN.pth; reads names and shapes, no numbers."""
+    """Map every shard; reads names and shapes, no values. Raises CheckpointError if one is missing or damaged."""
     folder = Path(ckpt_dir).expanduser()
-    found = {int(m[1]): folder / m[0] for n in _names(folder) if (m := re.fullmatch(r"consolidated\.([0-9]{2})\.pth", n))}
-    if not found:
+    paths = shard_paths(folder)
+    if not paths:
         raise CheckpointError(f"{folder}: no consolidated.NN.pth; {_what_instead(folder)}")
-    missing = [f"consolidated.{i:02d}.pth" for i in range(max(found)) if i not in found]
+    numbers = [int(m[1]) for path in paths if (m := re.fullmatch(r"consolidated\.([0-9]{2})\.pth", path.name))]
+    missing = [f"consolidated.{i:02d}.pth" for i in range(max(numbers, default=0)) if i not in numbers]
     if missing:
+        last = f"consolidated.{max(numbers):02d}.pth"
         raise CheckpointError(
-            f"{folder}: {', '.join(missing[:8])} missing; the shards here go up to {found[max(found)].name}, and all are needed"
+            f"{folder}: {', '.join(missing[:8])} missing; the shards here go up to {last}, and all are needed"
         )
-    stamps = {found[i]: stamp(found[i]) for i in sorted(found)}
+    stamps = {path: stamp(path) for path in paths}
     return Shards({path.name: _open(path) for path in stamps}, stamps)
 
 
@@ -193,7 +208,7 @@ def _open(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{path}: holds a {type(tensors).__name__}; Meta's shards hold tensors by name and nothing else")
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or (tensor is None and name not in NOT_WEIGHTS):
+        if not isinstance(name, str) or (tensor is None and not NOT_WEIGHTS.fullmatch(name)):
             raise CheckpointError(
                 f"{path}: {name!r:.80} is no plain tensor; Meta's shards hold tensors by name and nothing else"
             )
@@ -222,7 +237,8 @@ def build_on_meta(
         with torch.device("meta"):
             model = Transformer(args)
     except (RuntimeError, OverflowError) as e:
-        raise CheckpointError(f"params.json describes tensors larger than any memory: {params}") from e
+        sizes = f"max_seq_len={max_seq_len} and max_batch_size={max_batch_size}"
+        raise CheckpointError(f"params.json with {sizes} describes tensors larger than any memory: {params}") from e
     return model
 
 
@@ -244,7 +260,7 @@ def check(model: Transformer, shards: Shards) -> None:
     for file, tensors in shards.items():
         for verb, names in (
             ("lacks", expected.keys() - tensors.keys()),
-            ("holds unknown", tensors.keys() - expected.keys() - NOT_WEIGHTS),
+            ("holds unknown", {name for name in tensors.keys() - expected.keys() if not NOT_WEIGHTS.fullmatch(name)}),
         ):
             if names:
                 some = ", ".join(sorted(shown(name).strip("'") for name in names)[:3])

@@ -1,10 +1,8 @@
-"""A block of the Transformer by torch.compile, for decode steps: one code for all layers, made anew for each number of rows.
+"""A layer by torch.compile, for decode steps: one code for all layers, made anew for each number of rows.
 
-It is compiled in three parts. Attention, which lies between the first two, is a kernel already, and the only part for which
-it matters how many slots a step sees. And what w2 multiplies is to stand in memory: fused into that product, it would be
+It is compiled in three parts. Attention, which lies between the first two, is a kernel already, and the only part for which it
+matters how many positions a step sees. And what w2 multiplies is to stand in memory: fused into that product, it would be
 computed anew for each output. On several ranks the sums over them part it once more.
-
-Blocks, models and `where` are those of model.py, which imports this file.
 """
 
 import contextlib
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 from fairscale.nn.model_parallel.mappings import reduce_from_model_parallel_region
 
-from .parallel import RowParallelLinear
+from .forward import Forward, ForwardContext, Layer, Product
 
 
 def tuned() -> dict[str, Any]:
@@ -27,49 +25,49 @@ def tuned() -> dict[str, Any]:
     return {"options": {"coordinate_descent_tuning": True} | early}
 
 
-def before(block: Any, x: torch.Tensor, where: Any, cache: torch.Tensor | None) -> torch.Tensor:
-    return block.attention.project(block.attention_norm(x), where, cache)[0]
+def before(layer: Layer, x: torch.Tensor, context: ForwardContext, cache: torch.Tensor | None) -> torch.Tensor:
+    return layer.project(layer.attention_norm.apply(x), context, cache)[0]
 
 
-def between(block: Any, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    h = x + (block.attention.wo(y) if block.attention.wo.ranks == 1 else y)
-    return h, block.feed_forward.gated(block.ffn_norm(h))
+def between(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    h = x + (layer.wo.multiply(y) if layer.ranks == 1 else y)
+    return h, layer.gated(layer.ffn_norm.apply(h))
 
 
-def after(block: Any, h: torch.Tensor, gated: torch.Tensor) -> torch.Tensor:
-    return h + block.feed_forward.w2(gated)
+def after(layer: Layer, h: torch.Tensor, gated: torch.Tensor) -> torch.Tensor:
+    return h + layer.w2.multiply(gated)
 
 
-def product(layer: RowParallelLinear, x: torch.Tensor) -> torch.Tensor:
-    return layer.multiply(x)
+def product(weight: Product, x: torch.Tensor) -> torch.Tensor:
+    return weight.multiply(x)
 
 
-def logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    return model.output(hidden).float()
+def logits(forward: Forward, hidden: torch.Tensor) -> torch.Tensor:
+    return forward.output.multiply(hidden).float()
 
 
-class CompiledBlock:
-    """What `TransformerBlock.__call__` and `Transformer.logits` do, compiled with `options`, or with those of `tuned`."""
+class CompiledLayer:
+    """What `Layer.__call__` and `Forward.logits` do, compiled with `options`, or with those of `tuned`."""
 
     def __init__(self, **options: Any) -> None:
         whole: Any = functools.partial(torch.compile, fullgraph=True, dynamic=False, **(options or tuned()))
         self.before, self.between, self.after = map(whole, (before, between, after))
         self.product, self.head = whole(product), whole(logits)
 
-    def __call__(self, block: Any, x: torch.Tensor, where: Any, cache: torch.Tensor | None) -> torch.Tensor:
-        q = self.before(block, x, where, cache)
-        y = block.attention.attend(q, None, where, cache)
-        if block.attention.wo.ranks == 1:
-            return self.after(block, *self.between(block, x, y))
-        h, gated = self.between(block, x, self.summed(block.attention.wo, y))
-        return h + self.summed(block.feed_forward.w2, gated)
+    def __call__(self, layer: Layer, x: torch.Tensor, context: ForwardContext, cache: torch.Tensor | None) -> torch.Tensor:
+        q = self.before(layer, x, context, cache)
+        y = layer.attend(q, None, context, cache)
+        if layer.ranks == 1:
+            return self.after(layer, *self.between(layer, x, y))
+        h, gated = self.between(layer, x, self.summed(layer.wo, y))
+        return h + self.summed(layer.w2, gated)
 
-    def summed(self, layer: RowParallelLinear, x: torch.Tensor) -> torch.Tensor:
-        """What the layer gives: its product is compiled; its sum over the ranks, which cannot be, is not."""
-        return reduce_from_model_parallel_region(self.product(layer, x))
+    def summed(self, weight: Product, x: torch.Tensor) -> torch.Tensor:
+        """Multiply, compiled, and sum over the ranks, which cannot be."""
+        return reduce_from_model_parallel_region(self.product(weight, x))
 
-    def logits(self, model: Any, hidden: torch.Tensor) -> torch.Tensor:
-        return self.head(model, hidden) if model.output.ranks == 1 else model.logits(hidden)
+    def logits(self, forward: Forward, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head(forward, hidden) if forward.ranks == 1 else forward.logits(hidden)
 
 
 def any_number_of_shapes() -> contextlib.AbstractContextManager[Any]:

@@ -14,8 +14,9 @@ from typing import TypeVar
 
 import torch
 
-from . import calls, checkpoint, loading, memory, ranks, runtime, saved
-from .calls import Answer, Call, ChatPrediction, CompletionPrediction, Details, Planner, Score
+from . import backends, calls, checkpoint, loading, memory, ranks, runtime, saved
+from .backends import Backend
+from .calls import Answer, Call, ChatPrediction, CompletionPrediction, Details, InfillingPrediction, Planner, Score
 from .chat import (
     B_INST,
     B_SYS,
@@ -71,6 +72,7 @@ class Llama:
         dtype: str | torch.dtype | None = None,
         compile: bool = False,
         quantize: str | None = None,
+        backend: str = "auto",
     ) -> "Llama":
         """Load a checkpoint of Meta's, in any number of shards, on any number of ranks that divides its key/value heads.
 
@@ -80,6 +82,8 @@ class Llama:
         compile: on CUDA, have torch.compile fuse a decode step's small kernels and tune the products of a single row; the
         first step of each number of rows takes seconds.
         quantize: "int8" or "int4", of the matrices, while they are read; `dtype` is then that of all else.
+        backend: how to compute: "auto", or one of those that `python -m llama info` lists. "eager" keeps plain tensors
+        (quantized weights dequantized) and runs `Transformer.forward`, as all do once a caller has changed the model.
         Raises LlamaError (CheckpointError, DeviceError, InputError) before any weight is loaded; only numbers that are not
         finite, and files that change meanwhile, are found while loading. On the CPU the weights may be the mapped file:
         replace it, never overwrite it.
@@ -98,6 +102,12 @@ class Llama:
             check_flag(compile, "compile")
             if compile and where.type != "cuda":
                 raise DeviceError(f"compile=True is for CUDA, and this is {where}; leave it out: a step is not compiled here")
+            if compile and backend not in ("auto", "torch_compile"):
+                raise InputError(
+                    f"compile=True is backend='torch_compile', and backend is {kind(backend)}; leave one of them out"
+                )
+            served_by = backends.choose("torch_compile" if compile else backend, where)
+            held = quantize if served_by.packs else None
             params = checkpoint.read_params(ckpt_dir)
             tokenizer = Tokenizer(tokenizer_path)
             fits = where.type == "cpu" and (quantize is not None or wanted in (None, torch.bfloat16))
@@ -109,21 +119,21 @@ class Llama:
             (saved if opened else checkpoint).check(model, shards)
             stored = shards.first["tok_embeddings.weight"].dtype
             n_ranks = ranks.model_parallel()[1]
-            memory.check_quantized(model.params, n_ranks, wanted or stored, where, quantize)
-            memory.preflight(model.params, n_ranks, wanted or stored, where, runtime.free_memory(where), quantize)
+            memory.check_quantized(model.params, n_ranks, wanted or stored, where, held)
+            memory.preflight(model.params, n_ranks, wanted or stored, where, runtime.free_memory(where), held)
             return tokenizer, shards, model, wanted or stored
 
         tokenizer, shards, model, chosen = ranks.together(
-            plan, alike=lambda made: (*checkpoint.marks(*made), quantize, compile, int(seed))
+            plan, alike=lambda made: (*checkpoint.marks(*made), quantize, compile, backend, int(seed))
         )
-        ranks.together(lambda: loading.load_weights(model, shards, chosen, where, quantize))
-        ranks.together(model.allocate)
-        if compile:
-            model.compile()
+        served_by = backends.choose("torch_compile" if compile else backend, where)
+        if ranks.global_rank() == 0 and (slow := backends.slower(served_by, where, model.params, chosen)):
+            print(slow, file=sys.stderr)
+        ranks.together(lambda: loading.load_weights(model, shards, chosen, where, quantize, served_by.packs))
         torch.manual_seed(int(seed))
-        return Llama(model.eval(), tokenizer)
+        return ranks.together(lambda: Llama(model.eval(), tokenizer, served_by()))
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, backend: Backend | None = None) -> None:
         if model.vocab_size != tokenizer.n_words:
             raise CheckpointError(
                 f"the model has a vocabulary of {model.vocab_size}, but the tokenizer has {tokenizer.n_words} pieces: "
@@ -131,8 +141,23 @@ class Llama:
             )
         self.model = model
         self.tokenizer = tokenizer
-        self.engine = Engine(model)
-        self.planner = Planner(tokenizer, model.params.max_seq_len)
+        self._engine = Engine(model, backend)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of `model`, made anew if a caller has replaced that."""
+        if self._engine.model is not self.model:
+            self._engine = Engine(self.model, self._engine.backend)
+        return self._engine
+
+    @property
+    def backend(self) -> str:
+        """The backend's name. A changed model runs its own `forward` instead: see `build`."""
+        return self._engine.backend.name
+
+    @property
+    def planner(self) -> Planner:
+        return Planner(self.tokenizer, self.model.params.max_seq_len)
 
     def generate(
         self,
@@ -147,15 +172,19 @@ class Llama:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int | Iterable[int] | None = None,
+        stop_token: int | None = None,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """New ids for each prompt, and their log probabilities or None.
 
         Row i gets at most min(max_gen_len, max_seq_len - its length) ids, and ends before EOS. temperature 0 takes the
         likeliest id, else ids are drawn: see `Sampling`. logprobs: log_softmax of the raw logits at each id. echo: the
-        prompt's ids come first, the very first with 0.0. Raises InputError, naming the row, before any work.
+        prompt's ids come first, the very first with 0.0. stop_token: what ends a row in place of EOS. Raises InputError, naming
+        the row, before any work.
         """
         drawing = partial(Sampling, temperature, top_p, top_k, min_p, repetition_penalty)
-        answers = self._answers(lambda: self.planner.ids(prompt_tokens, max_gen_len, seed, drawing(), logprobs, echo))
+        answers = self._answers(
+            lambda: self.planner.ids(prompt_tokens, max_gen_len, seed, drawing(), logprobs, echo, stop_token), own=True
+        )
         return [a.ids for a in answers], [a.logprobs for a in answers] if logprobs else None
 
     def tokens(
@@ -174,7 +203,8 @@ class Llama:
     ) -> Iterator[Token]:
         """`generate`, id by id as they are made: rows take turns, each in its own order. EOS is not yielded."""
         drawing = partial(Sampling, temperature, top_p, top_k, min_p, repetition_penalty)
-        return self._tokens(self._agreed(lambda: self.planner.ids(prompts, max_gen_len, seed, drawing(), logprobs, echo)))
+        call = self._agreed(lambda: self.planner.ids(prompts, max_gen_len, seed, drawing(), logprobs, echo))
+        return self._tokens(call, watched=True)
 
     def text_completion(
         self,
@@ -232,6 +262,39 @@ class Llama:
             {"generation": {"role": "assistant", "content": text}, **self._details(answer, logprobs, details)}
             for text, answer in zip(said, answers, strict=True)
         ]
+
+    def text_infilling(
+        self,
+        prefixes: Iterable[str],
+        suffixes: Iterable[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        suffix_first: bool = False,
+    ) -> list[InfillingPrediction]:
+        """Generate the text between each prefix and suffix, as Code Llama does. suffix_first: it precedes in the prompt.
+
+        Each result has "generation" and "full_text", which is prefix, generation and suffix; with logprobs=True also "tokens"
+        and "logprobs". Raises InputError for a tokenizer without the four tokens that infilling needs.
+        """
+        before, after, prompts = ranks.together(
+            lambda: self.planner.infilling(prefixes, suffixes, suffix_first), alike=lambda planned: planned
+        )
+        tokens, values = self.generate(
+            prompt_tokens=prompts,
+            max_gen_len=self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len,
+            temperature=temperature,
+            top_p=top_p,
+            logprobs=logprobs,
+            stop_token=self.tokenizer.eot_id,
+        )
+        results: list[InfillingPrediction] = []
+        for i, (prefix, suffix) in enumerate(zip(before, after, strict=True)):
+            text = self.tokenizer.decode_infilling(tokens[i])
+            more: Details = {} if values is None else {"tokens": self._pieces(tokens[i]), "logprobs": values[i]}
+            results.append({"generation": text, "full_text": prefix + text + suffix, **more})
+        return results
 
     def text_completion_stream(
         self,
@@ -292,13 +355,15 @@ class Llama:
             return self.engine.score([s.ids for s in some], [s.start for s in some], [s.name for s in some])
 
         with self.engine.lock:
-            scored = ranks.together(lambda: self.planner.scored(prompts, continuations), alike=lambda scored: scored)
+            scored = ranks.together(
+                lambda: self.planner.scored(prompts, continuations), alike=lambda scored: (scored, self.engine.why_eager())
+            )
             values = self._divided([len(s.ids) for s in scored], work)
         return [Score(self._pieces(s.ids[s.start :]), found) for s, found in zip(scored, values, strict=True)]
 
     def _agreed(self, plan: Callable[[], Call]) -> Call:
         """What is to be done, the same on all ranks."""
-        call = ranks.together(plan, alike=lambda call: call)
+        call = ranks.together(plan, alike=lambda call: (call, self.engine.why_eager()))  # a hook on one rank alone is an error
         if ranks.replica()[1] > 1 and not call.sampling.greedy and all(r.seed is None for r in call.requests):
             seeds = ranks.on_rank0(lambda: torch.randint(-(2**63), 2**63 - 1, (len(call.requests),)).tolist())
             for request, seed in zip(call.requests, seeds, strict=True):
@@ -315,8 +380,45 @@ class Llama:
         }
         return [by_row[row] for row in range(len(lengths))]
 
-    def _answers(self, plan: Callable[[], Call]) -> list[Answer]:
-        """All that the loop yields, row by row."""
+    def _generate_is_replaced(self) -> bool:
+        return getattr(self.generate, "__func__", None) is not _GENERATE
+
+    def _answers_of_generate(self, call: Call) -> list[Answer]:
+        """Return the answers of a caller's own `generate`, called as the reference calls it."""
+        asked = [request for request in call.requests if request.prompt]
+        defaults = Sampling()
+        options = {
+            n: v for n, v in vars(call.sampling).items() if n not in ("temperature", "top_p") and v != getattr(defaults, n)
+        }
+        if any(request.seed is not None for request in asked):
+            options["seed"] = [request.seed for request in asked]
+        tokens, logprobs = self.generate(
+            prompt_tokens=[request.prompt for request in asked],
+            max_gen_len=max((request.most for request in asked), default=0),
+            temperature=call.sampling.temperature, top_p=call.sampling.top_p,
+            logprobs=call.logprobs, **({"echo": True} if call.echo else {}), **options,
+        )  # fmt: skip
+        found = dict(zip(map(id, asked), zip(tokens, logprobs or [[] for _ in tokens], strict=True), strict=True))
+        answers = []
+        for request in call.requests:
+            answer, text = Answer(request), Text(self.tokenizer, call.stops or ())
+            ids, values = found.get(id(request), ([], []))
+            answer.ids, answer.logprobs = list(ids), list(values)
+            for n, token in enumerate(answer.ids, 1):
+                answer.text += text.push(token)
+                if text.stopped:
+                    answer.ids, answer.logprobs, request.finish_reason = answer.ids[:n], answer.logprobs[:n], "stop"
+                    break
+            answer.text += text.end()
+            request.made = len(answer.ids) - (len(request.prompt) if call.echo else 0)
+            request.finish_reason = request.finish_reason or ("stop" if request.made < request.most else "length")
+            answers.append(answer)
+        return answers
+
+    def _answers(self, plan: Callable[[], Call], own: bool = False) -> list[Answer]:
+        """Collect each row's answer. own: called by `Llama.generate` itself."""
+        if not own and self._generate_is_replaced():
+            return self._answers_of_generate(self._agreed(plan))
         with self.engine.lock:
             call = self._agreed(plan)
 
@@ -363,16 +465,23 @@ class Llama:
         answer.text += "".join(t.end() for t in text)
         return answer
 
-    def _tokens(self, call: Call) -> Iterator[Token]:
-        return self.engine.run(call.requests, call.sampling, self.tokenizer.eos_id, call.logprobs, call.echo, call.reuse)
+    def _tokens(self, call: Call, watched: bool = False) -> Iterator[Token]:
+        # As they are now: a caller may have put others there.
+        eos_id, sampler = self.tokenizer.eos_id if call.stop_token is None else call.stop_token, sample_top_p
+        return self.engine.run(call.requests, call.sampling, eos_id, call.logprobs, call.echo, call.reuse, sampler, watched)
 
     def _stream(self, plan: Callable[[], Call]) -> Stream:
+        if self._generate_is_replaced():
+            raise InputError(
+                "generate has been replaced, and streams do not go through it; use text_completion or chat_completion, "
+                "or override the stream's own method as well"
+            )
         with self.engine.lock:
             call = self._agreed(plan)
         (request,), stops = call.requests, call.stops or ()
         if not request.prompt:
             return Stream(request, (piece for piece in [UNSAFE_ERROR]))
-        return Stream(request, pieces(request, self._tokens(call), Text(self.tokenizer, stops)))
+        return Stream(request, pieces(request, self._tokens(call, watched=True), Text(self.tokenizer, stops)))
 
     def _details(self, answer: Answer, logprobs: bool, details: bool) -> Details:
         found: Details = {}
@@ -383,6 +492,8 @@ class Llama:
     def _pieces(self, ids: list[int]) -> list[str]:
         return [self.tokenizer.decode([id_]) for id_ in ids]
 
+
+_GENERATE = Llama.generate
 
 __all__ = [
     "B_INST", "B_SYS", "E_INST", "E_SYS", "SPECIAL_TAGS", "UNSAFE_ERROR", "ChatPrediction", "CompletionPrediction", "Dialog",

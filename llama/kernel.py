@@ -36,6 +36,10 @@ class Kernel:
         """Return silu of the first half of the outputs times the second, (N, out / 2), if there is a kernel that does both."""
         return None
 
+    def part(self, first: int, last: int) -> "Kernel | None":
+        """Return a kernel of the outputs first..last alone; None where that would take a copy."""
+        return None
+
     def for_logits(self) -> None:
         """Multiply as exactly as it can from now on: what comes out tells which token is the likeliest."""
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import os
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -33,24 +34,38 @@ class Library:
         getattr(self.library, name)(self.parallel, torch.get_num_threads(), *args)
 
 
+REASONS: dict[str, str] = {}  # why a library has not been loaded
+AGAIN = "install llama again where there is a C compiler (gcc)"
+
+
 def load(name: str, structures: Sequence[Any], functions: Mapping[str, Sequence[Any]]) -> Library | None:
-    """The library of llama/<name>.c, if it was compiled, from what stands there, and this CPU has what it needs."""
+    """Return the library _<name>, if it was compiled from the C that stands here, and this CPU has what it needs; else None,
+    and say why in REASONS."""
+    if os.environ.get("LLAMA_COMPILED") == "0":
+        REASONS[name] = "switched off by LLAMA_COMPILED=0"
+        return None
     spec = importlib.util.find_spec(f"._{name}", __package__)
     if spec is None or spec.origin is None:
+        REASONS[name] = f"_{name} has not been compiled: {AGAIN}"
         return None
     try:
         made = Library(spec.origin, functions)
         source, *sizes = (c_long * (1 + len(structures))).in_dll(made.library, "interface")
         serves = made.library.serves()
-    except (AttributeError, OSError, ValueError):
+    except (AttributeError, OSError, ValueError) as e:
+        REASONS[name] = f"_{name} cannot be loaded ({' '.join(str(e).split()):.80}): {AGAIN}"
         return None
     files = sorted(HERE.glob("*.[ch]"))  # which are there in a clone
     changed = bool(files) and source != zlib.crc32(b"".join(file.read_bytes() for file in files))
     if changed or sizes != [*map(ctypes.sizeof, structures)]:
         message = f"a .c or .h file in llama/ has changed since _{name} was compiled, which is not used; install llama again"
         warnings.warn(message, stacklevel=2)
+        REASONS[name] = f"a .c or .h file in llama/ has changed since _{name} was compiled: install llama again"
         return None
-    return made if serves else None
+    if not serves:
+        REASONS[name] = f"this CPU lacks instructions that _{name} needs"
+        return None
+    return made
 
 
 def fields(*kinds: tuple[Any, str]) -> Any:

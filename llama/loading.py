@@ -9,12 +9,14 @@ are found here, as they are read.
 import ctypes
 import itertools
 import mmap
+import re
 import sys
 from collections.abc import Iterator
+from typing import cast
 
 import torch
-from torch import nn
 
+from . import packed
 from .blocks import OUT, BlockedLinear, Blocks, library_for
 from .checkpoint import NOT_FINITE, Shards, split_dim
 from .errors import CheckpointError
@@ -22,7 +24,8 @@ from .kernel import Kernel
 from .kernels import pack_rows
 from .library import NUMBERS
 from .model import Transformer
-from .parallel import JoinedColumnParallelLinear, ParallelLinear, RowParallelLinear
+from .packed import PackedWeight
+from .parallel import ColumnParallelLinear, RowParallelLinear
 from .quantize import Quantized, kind_of, quantize
 from .ranks import model_parallel
 from .runtime import progress
@@ -45,50 +48,77 @@ def cut(parts: list[torch.Tensor], dim: int, rank: int, ranks: int) -> list[torc
     return views
 
 
+# Linear layers of one input, which the engine multiplies as one: their weights are parts of one, one after the other.
+JOINT = {
+    "attention.wq": ("attention.wq", "attention.wk", "attention.wv"),
+    "feed_forward.w1": ("feed_forward.w1", "feed_forward.w3"),
+}
+FOLLOW = {name for names in JOINT.values() for name in names[1:]}
+
+
+def weights_of(model: Transformer, joint: bool) -> list[list[str]]:
+    """Return the names of a model's weights: those that are to be parts of one together if `joint`, all others alone."""
+    found = []
+    for name, _ in model.named_parameters():
+        layer, own = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name).groups("")  # type: ignore[union-attr]
+        if not joint or own not in FOLLOW:
+            names = JOINT.get(own, (own,)) if joint else (own,)
+            found.append([f"{layer or ''}{each}.weight" for each in names])
+    return found
+
+
 @torch.inference_mode(False)  # else the weights could never be written again
-def load_weights(model: Transformer, shards: Shards, dtype: torch.dtype, device: torch.device, kind: str | None = None) -> None:
+def load_weights(
+    model: Transformer,
+    shards: Shards,
+    dtype: torch.dtype,
+    device: torch.device,
+    kind: str | None = None,
+    packs: bool = True,
+) -> None:
     """Fill a model made on `meta` with this rank's part of the shards, its matrices quantized if `kind` is given.
 
+    packs: whether weights may be packed for kernels; else all are plain tensors, quantized ones dequantized.
     Raises CheckpointError for NaN and infinity, and where a file changes or goes before the last number is read.
     """
-    plan: list[tuple[nn.Module, list[str], list[torch.Tensor]]] = []  # each weight, its names, and what it is read from
-    for prefix, module in model.named_modules():
-        if "weight" in module._parameters:
-            names = module.names(prefix) if isinstance(module, JoinedColumnParallelLinear) else [f"{prefix}.weight"]
-            # Groups are those of whole rows; of a saved file, `_saved` reads tensors by name, and views only give the order.
-            saved_whole, by_groups = (
-                shards.saved and isinstance(module, ParallelLinear),
-                kind and isinstance(module, RowParallelLinear),
-            )
-            views = [v for n in names for v in (all_of(n, shards) if saved_whole or by_groups else _part_of(n, shards))]
-            if saved_whole:
-                views += [shards.first[f"{n}.scale"] for n in names if f"{n}.scale" in shards.first]
-            plan.append((module, names, views))
-    # The largest first: while little is held yet, one tensor more weighs least.
-    plan.sort(key=lambda item: -sum(view.numel() for view in item[2]))
+    plan: list[tuple[list[str], list[torch.Tensor]]] = []  # the names of each weight, and what it is read from
+    for names in weights_of(model, joint=packs):
+        # Quantization groups are those of unsplit rows. A saved file is read by name in `_saved`; views only give the order.
+        linear = split_dim(names[0]) is not None and names[0] != "tok_embeddings.weight"
+        by_groups = linear and kind and split_dim(names[0]) == 1
+        saved_whole = shards.saved and linear
+        views = [v for n in names for v in (all_of(n, shards) if saved_whole or by_groups else _part_of(n, shards))]
+        if saved_whole:
+            views += [shards.first[f"{n}.scale"] for n in names if f"{n}.scale" in shards.first]
+        plan.append((names, views))
+    # The largest first: the temporary copy then adds least to peak memory.
+    plan.sort(key=lambda item: -sum(view.numel() for view in item[1]))
     ahead = itertools.islice(plan, 1, None)
-    for module, names, views in progress(plan, lambda item: sum(v.nbytes for v in item[2]), "loading"):
+    for names, views in progress(plan, lambda item: sum(v.nbytes for v in item[1]), "loading"):
         shards.check_unchanged()
-        for view in next(ahead, (None, [], []))[2]:
+        for view in next(ahead, ([], []))[1]:
             advise(view, WILLNEED)  # the disk reads the next one while this one is packed
-        if (
-            isinstance(module, ParallelLinear)
-            and (packed := _packed(module, names, views, shards, kind, dtype, device)) is not None
-        ):
-            module.hold(packed)
+        modules = [model.get_submodule(name.removesuffix(".weight")) for name in names]
+        linears = [module for module in modules if isinstance(module, ColumnParallelLinear | RowParallelLinear)]
+        made: Kernel | Quantized | torch.Tensor | None = None
+        if linears:
+            made = _packed(linears, names, views, shards, kind, dtype, device, packs)
+        if made is None:
+            made = views[0] if _in_place(views, dtype, device) else _join(views, split_dim(names[0]) or 0, dtype, device)
+            refuse_what_is_not_finite(made, names, shards)
+        else:
             for view in views:
                 advise(view, DONTNEED)
             trim()
-            continue
-        weight = views[0] if _in_place(views, dtype, device) else _join(views, split_dim(names[0]) or 0, dtype, device)
-        refuse_what_is_not_finite(weight, names, shards)
-        if isinstance(module, ParallelLinear):
-            module.hold(weight)
-        else:
-            module.weight = nn.Parameter(weight, requires_grad=False)
-        if module.weight is None and weight is views[0]:  # packed straight from the file
+        shapes = [tuple(cast(torch.Tensor, module.weight).shape) for module in modules]
+        outs, width = [shape[0] for shape in shapes], shapes[0][-1]
+        is_output = names[0] == "output.weight"
+        parameters = packed.parameters(made, outs, width, dtype, device, packs and bool(linears), is_output)
+        if made is views[0] and isinstance(parameters[0], PackedWeight):  # packed straight from the file
             advise(views[0], DONTNEED)
-        del weight  # before the next one is made
+        for module, parameter in zip(modules, parameters, strict=True):
+            module.weight = parameter
+        del made, parameters  # before the next one is made
     shards.check_unchanged()
 
 
@@ -120,19 +150,20 @@ def quantized(name: str, shards: Shards, kind: str, dtype: torch.dtype, device: 
 
 
 def _packed(
-    module: ParallelLinear,
+    modules: list[ColumnParallelLinear | RowParallelLinear],
     names: list[str],
     views: list[torch.Tensor],
     shards: Shards,
     kind: str | None,
     dtype: torch.dtype,
     device: torch.device,
+    packs: bool,
 ) -> Kernel | Quantized | torch.Tensor | None:
-    """This rank's part of a layer's weights in the kernel's form, as it was saved, or packed now; None: as it is."""
+    """Return this rank's part of weights in the kernel's form, as it was saved, or packed now; None: as it is."""
     own = kind and kind_of(names[0], kind)
     if shards.saved:
-        return _saved(module, names, shards.first, kind_of(names[0], shards.saved) or "", dtype, device)
-    if device.type == "cpu":
+        return _saved(modules, names, shards.first, kind_of(names[0], shards.saved) or "", dtype, device, packs)
+    if device.type == "cpu" and packs:
         by_columns, (rank, ranks) = split_dim(names[0]) == 1, model_parallel()
         width = sum(view.shape[1] for view in views) if by_columns else views[0].shape[1]
         first, last = 0, width
@@ -144,21 +175,24 @@ def _packed(
             return kernel
     if own is None:
         return None
-    return Quantized.cat([part for name in names for part in quantized(name, shards, own, dtype, device)])
+    made = Quantized.cat([part for name in names for part in quantized(name, shards, own, dtype, device)])
+    return made if packs else made.dense()
 
 
 def _saved(
-    module: ParallelLinear,
+    modules: list[ColumnParallelLinear | RowParallelLinear],
     names: list[str],
     tensors: dict[str, torch.Tensor],
     kind: str,
     dtype: torch.dtype,
     device: torch.device,
+    packs: bool,
 ) -> Kernel | Quantized | torch.Tensor:
     """Return this rank's part of weights saved in blocks (saved.py): copied as blocks where a kernel reads them, else taken
     apart for another device or CPU, or for ranks whose part begins within a block."""
     (rank, ranks), parts, aligned = model_parallel(), [], True
-    for name, (out, width) in zip(names, module.whole_shapes(), strict=True):
+    for name, module in zip(names, modules, strict=True):
+        out, width = module.out_features, module.in_features
         scales = tensors.get(f"{name}.scale")
         if scales is not None:
             positive = scales if kind == "int8" else scales[..., 0]
@@ -179,13 +213,14 @@ def _saved(
         else:
             parts.append((whole.inputs(width * rank // ranks, width * (rank + 1) // ranks), 0, out))
     read = dtype == torch.bfloat16 if kind == "bfloat16" else dtype in NUMBERS
-    if aligned and read and device.type == "cpu" and library_for(kind):
-        made = Blocks.joined([whole.outputs(first, last) for whole, first, last in parts])
-        if made is not None:
-            return BlockedLinear(made, dtype)
+    if packs and aligned and read and device.type == "cpu" and library_for(kind):
+        joined = Blocks.joined([whole.outputs(first, last) for whole, first, last in parts])
+        if joined is not None:
+            return BlockedLinear(joined, dtype)
     if kind == "bfloat16":
         return torch.cat([whole.dense(dtype)[first:last] for whole, first, last in parts]).to(device)
-    return Quantized.cat([whole.quantized(dtype).rows(first, last) for whole, first, last in parts]).to(device, dtype)
+    made = Quantized.cat([whole.quantized(dtype).rows(first, last) for whole, first, last in parts]).to(device, dtype)
+    return made if packs else made.dense()
 
 
 def refuse_what_is_not_finite(weight: torch.Tensor, names: list[str], shards: Shards) -> None:

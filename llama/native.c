@@ -74,11 +74,11 @@ INLINE void score(const bf16_t *q, const bf16_t *keys, long hd, const int n, flo
 }
 
 /* y = the sum of values (end, hd) times weights (end), of n registers of hd. */
-INLINE void mix(const float *weights, const bf16_t *values, long hd, long end, const int n, __m512 by, bf16_t *y) {
+INLINE void mix(const float *weights, const bf16_t *values, long hd, long end, const int n, bf16_t *y) {
   __m512 sum[4] = {0};
   for (long slot = 0; slot < end; slot++)
     EACH(i, n) sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(weights[slot]), load(values + slot * hd + i * LANES), sum[i]);
-  EACH(i, n) store(y + i * LANES, _mm512_mul_ps(sum[i], by));
+  EACH(i, n) store(y + i * LANES, sum[i]);
 }
 
 /* The G queries of a row's key/value head over slots 0..end. */
@@ -93,18 +93,23 @@ static void attend_head(const Attention *a, const bf16_t *q, const bf16_t *keys,
   for (long g = 0; g < a->G; g++) {
     float *s = scores + g * a->slots;
     __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-    for (long k = 0; k < end; k += LANES)
-      most = _mm512_mask_max_ps(most, mask(end - k), most, _mm512_maskz_loadu_ps(mask(end - k), s + k));
-    const __m512 top = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(most)), scale);
+    for (long k = 0; k < end; k += LANES) { /* rounded where the reference rounds them */
+      const __m512 x = rounded(_mm512_mul_ps(rounded(_mm512_maskz_loadu_ps(mask(end - k), s + k)), scale));
+      most = _mm512_mask_max_ps(most, mask(end - k), most, x);
+      _mm512_mask_storeu_ps(s + k, mask(end - k), x);
+    }
+    const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
     for (long k = 0; k < end; k += LANES) {
-      const __m512 e = exponential(_mm512_sub_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask(end - k), s + k), scale), top));
+      const __m512 e = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask(end - k), s + k), top));
       sum = _mm512_mask_add_ps(sum, mask(end - k), sum, e);
       _mm512_mask_storeu_ps(s + k, mask(end - k), e);
     }
     const __m512 by = _mm512_set1_ps(1 / _mm512_reduce_add_ps(sum));
+    for (long k = 0; k < end; k += LANES)
+      _mm512_mask_storeu_ps(s + k, mask(end - k), rounded(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask(end - k), s + k), by)));
     long k = 0;
-    for (; k + 4 * LANES <= a->hd; k += 4 * LANES) mix(s, values + k, a->hd, end, 4, by, y + g * a->hd + k);
-    for (; k < a->hd; k += 2 * LANES) mix(s, values + k, a->hd, end, 2, by, y + g * a->hd + k);
+    for (; k + 4 * LANES <= a->hd; k += 4 * LANES) mix(s, values + k, a->hd, end, 4, y + g * a->hd + k);
+    for (; k < a->hd; k += 2 * LANES) mix(s, values + k, a->hd, end, 2, y + g * a->hd + k);
   }
 }
 
@@ -146,7 +151,7 @@ void layers(Parallel parallel, unsigned threads, const Product *products, const 
 }
 
 /* What library.py checks; and whether this CPU has it all. */
-const long interface[] = {SOURCE, sizeof(Rows), sizeof(Product), sizeof(Attention), 18 * sizeof(long)};
+const long interface[] = {SOURCE, sizeof(Rows), sizeof(Product), sizeof(Attention), 19 * sizeof(long)};
 
 int serves(void) {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&

@@ -30,12 +30,10 @@ class Prompt(ctypes.Structure):
     """prompt.c explains it."""
 
     _fields_ = fields(
-        (c_void_p, "q keys values y room"),
-        (c_long, "B S K G hd L q_batch q_stride kv_batch kv_head kv_stride threads next"),
+        (c_void_p, "q keys values y room scores"),
+        (c_long, "B S K G hd L q_batch q_stride kv_batch kv_head kv_stride begun next"),
     )
 
-
-LONGEST = 1 << 15  # positions whose scores a thread of prompt.c holds on its stack: 24 bytes for each
 
 FUNCTIONS: dict[str, list[Any]] = {
     "rows": [Rows],
@@ -45,6 +43,8 @@ FUNCTIONS: dict[str, list[Any]] = {
     "layers": [library.Product, Attention, c_long],
 }
 COMPILED = load("native", [Rows, library.Product, Attention, Prompt], FUNCTIONS) if widened.native(torch.bfloat16) else None
+if not widened.native(torch.bfloat16):
+    library.REASONS["native"] = "this CPU has no instructions for bfloat16 (AVX-512), or they are switched off"
 
 
 def call(name: str, *args: Any) -> None:
@@ -82,7 +82,7 @@ def attends_prompt(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     _, S, K, G, hd = q.shape
     same = k.shape == v.shape and k.stride() == v.stride() and k.shape[:2] == (len(q), K) and k.shape[3] == hd
     packed = q.stride()[2:] == (G * hd, hd, 1) and k.stride(3) == 1
-    return same and packed and hd % 64 == 0 and 0 < S <= k.shape[2] <= LONGEST and plain(q, k, v)
+    return same and packed and hd % 64 == 0 and 0 < S <= k.shape[2] and plain(q, k, v)
 
 
 def attend_prompt(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -90,9 +90,10 @@ def attend_prompt(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Te
     B, S, K, G, hd = q.shape
     L, y = k.shape[2], torch.empty(q.shape, dtype=q.dtype, device="cpu")
     room = torch.empty(2, B * K, -(-L // 64) * 64, hd, dtype=q.dtype, device="cpu")
+    scores = torch.empty(torch.get_num_threads(), 6, room.shape[2], dtype=torch.float32, device="cpu")
     sizes = {"B": B, "S": S, "K": K, "G": G, "hd": hd, "L": L, "q_batch": q.stride(0), "q_stride": q.stride(1)}
     strides = {"kv_batch": k.stride(0), "kv_head": k.stride(1), "kv_stride": k.stride(2)}
-    call("prompt", ctypes.byref(filled(Prompt(), q=q, keys=k, values=v, y=y, room=room, **sizes, **strides)))
+    call("prompt", ctypes.byref(filled(Prompt(), q=q, keys=k, values=v, y=y, room=room, scores=scores, **sizes, **strides)))
     return y
 
 

@@ -1,9 +1,9 @@
 /* Causal attention of a prompt's rows in bfloat16, on CPUs with AVX-512's instructions for it.
  *
- * Keys and values are packed first, as weights are: of 64 keys the same two features side by side, and of two keys all
- * features. Then each thread takes TILE query rows at a time: their scores of all keys that they see, in float32, stay in its
- * cache until softmax has made them weights, in bfloat16, of the values. A row's sums go in the same order whatever rows there
- * are beside it. native.py fills the structure; no size and no address is checked here. */
+ * Keys are packed as pairs of features, of 64 keys side by side; values as pairs of positions, of all features side by side. Each
+ * thread then takes TILE query rows at a time; their float32 scores stay in the CPU's cache until softmax has made them
+ * probabilities in bfloat16. A row's sums have the same order whatever other rows there are. native.py fills the structure; sizes
+ * and addresses are not checked here. */
 
 #include "avx512.h"
 
@@ -14,7 +14,8 @@ typedef struct Prompt {
   const bf16_t *keys, *values; /* (B, K, L, hd), of which batch, head and position have strides */
   bf16_t *y;                   /* (B, S, K, G, hd) */
   bf16_t *room;                /* (2, B, K, blocks, 64, hd), blocks of 64 positions that hold L: packed keys, packed values */
-  long B, S, K, G, hd, L, q_batch, q_stride, kv_batch, kv_head, kv_stride, threads, next;
+  float *scores;               /* for each thread (TILE, 64 * blocks), and half as much behind it for probabilities */
+  long B, S, K, G, hd, L, q_batch, q_stride, kv_batch, kv_head, kv_stride, begun, next; /* begun: threads */
 } Prompt;
 
 static inline long blocks(const Prompt *a) { return (a->L + KEYS - 1) / KEYS; }
@@ -38,7 +39,7 @@ static void pack_block(void *shared) { /* a thread: the next 64 positions of a h
   }
 }
 
-/* sum += n rows x (2 * pairs) times (pairs, 64) pairs at a stride. */
+/* sum (TILE, 64) += x (TILE, 2 * pairs) times (pairs, 64) pairs, whose rows are `stride` apart. */
 INLINE void tile(const bf16_t *const x[TILE], const uint32_t *pairs_of_64, long stride, long pairs, __m512 sum[TILE][PARTS]) {
   for (long k = 0; k < pairs; k++, pairs_of_64 += stride) {
     __m512bh v[PARTS];
@@ -51,26 +52,32 @@ INLINE void tile(const bf16_t *const x[TILE], const uint32_t *pairs_of_64, long 
   }
 }
 
-/* Scores (end) in float32 -> exp(score * scale - largest) in bfloat16, 0 up to `beyond`. Return their sum. */
-INLINE float weigh(const float *scores, float scale, long end, long beyond, bf16_t *weights) {
+/* Softmax of scores (end), rounded where the reference rounds them: weights in bfloat16, 0 from `end` to `beyond`. */
+INLINE void weigh(float *scores, __m512 scale, long end, long beyond, bf16_t *weights) {
   __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-  for (long k = 0; k < end; k += LANES) most = _mm512_mask_max_ps(most, mask(end - k), most, _mm512_loadu_ps(scores + k));
-  const __m512 by = _mm512_set1_ps(scale), top = _mm512_set1_ps(_mm512_reduce_max_ps(most) * scale);
-  for (long k = 0; k < beyond; k += LANES) {
-    __m512 e = _mm512_setzero_ps();
-    if (k < end) e = _mm512_maskz_mov_ps(mask(end - k), exponential(_mm512_fmsub_ps(_mm512_loadu_ps(scores + k), by, top)));
-    sum = _mm512_add_ps(sum, e);
-    store(weights + k, e);
+  for (long k = 0; k < end; k += LANES) {
+    const __m512 score = rounded(_mm512_mul_ps(rounded(_mm512_loadu_ps(scores + k)), scale));
+    _mm512_storeu_ps(scores + k, score);
+    most = _mm512_mask_max_ps(most, mask(end - k), most, score);
   }
-  return _mm512_reduce_add_ps(sum);
+  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+  for (long k = 0; k < end; k += LANES) {
+    const __m512 e = _mm512_maskz_mov_ps(mask(end - k), exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + k), top)));
+    sum = _mm512_add_ps(sum, e);
+    _mm512_storeu_ps(scores + k, e);
+  }
+  const __m512 by = _mm512_set1_ps(1 / _mm512_reduce_add_ps(sum));
+  for (long k = 0; k < beyond; k += LANES)
+    store(weights + k, k < end ? _mm512_mul_ps(_mm512_loadu_ps(scores + k), by) : _mm512_setzero_ps());
 }
 
 static void attend_tiles(void *shared) { /* a thread: the next rows of a head, those that see the most first */
   Prompt *a = shared;
   const long hd = a->hd, n = blocks(a), rows = a->S * a->G, tiles = (rows + TILE - 1) / TILE, heads = a->B * a->K;
-  const float scale = 1 / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss((float)hd)));
-  float scores[TILE][n * KEYS];
-  bf16_t weights[TILE][n * KEYS];
+  const __m512 scale = _mm512_set1_ps(1 / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss((float)hd))));
+  const long width = n * KEYS;
+  float *scores = a->scores + __atomic_fetch_add(&a->begun, 1, __ATOMIC_RELAXED) * TILE * width * 3 / 2;
+  bf16_t *weights = (bf16_t *)(scores + TILE * width);
   for (long t; (t = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) < heads * tiles;) {
     const long head = t / tiles, first = (tiles - 1 - t % tiles) * TILE, here = rows - first < TILE ? rows - first : TILE;
     const bf16_t *x[TILE], *w[TILE];
@@ -80,32 +87,31 @@ static void attend_tiles(void *shared) { /* a thread: the next rows of a head, t
       const long row = first + (r < here ? r : 0), s = row / a->G, inner = (head % a->K * a->G + row % a->G) * hd;
       x[r] = a->q + head / a->K * a->q_batch + s * a->q_stride + inner;
       y[r] = a->y + (head / a->K * a->S + s) * a->K * a->G * hd + inner;
-      w[r] = weights[r], end[r] = a->L - a->S + s + 1;
+      w[r] = weights + r * width, end[r] = a->L - a->S + s + 1;
     }
     const long seen = (end[here - 1] + KEYS - 1) / KEYS;
     const uint32_t *keys = (const uint32_t *)(a->room + head * n * KEYS * hd), *values = keys + heads * n * KEYS * hd / 2;
     for (long b = 0; b < seen; b++) {
       __m512 sum[TILE][PARTS] = {0};
       tile(x, keys + b * KEYS * hd / 2, KEYS, hd / 2, sum);
-      EACH(r, TILE) EACH(i, PARTS) _mm512_storeu_ps(scores[r] + b * KEYS + i * LANES, sum[r][i]);
+      EACH(r, TILE) EACH(i, PARTS) _mm512_storeu_ps(scores + r * width + b * KEYS + i * LANES, sum[r][i]);
     }
-    float total[TILE];
-    for (long r = 0; r < TILE; r++) total[r] = weigh(scores[r], scale, end[r], seen * KEYS, weights[r]);
+    for (long r = 0; r < TILE; r++) weigh(scores + r * width, scale, end[r], seen * KEYS, weights + r * width);
     for (long d = 0; d < hd; d += KEYS) {
       __m512 sum[TILE][PARTS] = {0};
       tile(w, values + d, hd, (end[here - 1] + 1) / 2, sum);
       for (long r = 0; r < here; r++)
-        EACH(i, PARTS) store(y[r] + d + i * LANES, _mm512_div_ps(sum[r][i], _mm512_set1_ps(total[r])));
+        EACH(i, PARTS) store(y[r] + d + i * LANES, sum[r][i]);
     }
   }
 }
 
 void prompt(Parallel parallel, unsigned threads, const Prompt *given) {
   Prompt a = *given;
-  a.next = 0;
+  a.next = a.begun = 0;
   parallel(pack_block, &a, threads, 0);
   a.next = 0;
   parallel(attend_tiles, &a, threads, 0);
 }
 
-_Static_assert(sizeof(Prompt) == 18 * sizeof(long), "native.c says this size to library.py");
+_Static_assert(sizeof(Prompt) == 19 * sizeof(long), "native.c says this size to library.py");

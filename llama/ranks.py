@@ -206,7 +206,7 @@ def together(work: Callable[[], T], alike: Callable[[T], object] | None = None) 
     if others:
         raise InputError(
             f"rank(s) {', '.join(others)} were given other input than rank 0, or made another call: make the same "
-            "calls with the same input on every rank; replicas divide the prompts among themselves"
+            "calls with the same input on every rank, and change the model alike; replicas divide the prompts among themselves"
         )
     return result  # type: ignore[return-value]
 

@@ -1,6 +1,7 @@
 """The choice of the next id. Nothing here waits for the device."""
 
 import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -72,15 +73,26 @@ def sample_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
     return draw(*candidates(probs, p))
 
 
-def next_ids(logits: torch.Tensor, sampling: Sampling, noise: torch.Tensor | None = None) -> torch.Tensor:
+def next_ids(
+    logits: torch.Tensor,
+    sampling: Sampling,
+    noise: torch.Tensor | None = None,
+    sampler: Callable[[torch.Tensor, float], torch.Tensor] = sample_top_p,
+) -> torch.Tensor:
     """logits (B, vocab), already penalized -> ids (B,).
 
     The draw divides by exponential noise and takes the largest: by `noise` (B, vocab) of the ids, or, without it, by what
-    torch's default generator gives, as `sample_top_p`.
+    torch's default generator gives, as `sample_top_p`. Another sampler than that chooses by itself, of probabilities that
+    top_k and min_p have narrowed.
     """
     if sampling.greedy:
         return logits.argmax(dim=-1)
     probs = torch.softmax(logits / sampling.temperature, dim=-1)
+    if sampler is not sample_top_p:
+        if sampling.top_k or sampling.min_p:
+            narrowed, ids = candidates(probs, 1.0, sampling.top_k, sampling.min_p)
+            probs = torch.zeros_like(probs).scatter_(-1, ids, narrowed)
+        return sampler(probs, sampling.top_p).reshape(len(probs))
     return draw(*candidates(probs, sampling.top_p, sampling.top_k, sampling.min_p), noise).squeeze(-1)
 
 

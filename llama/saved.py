@@ -51,7 +51,7 @@ def path_of(ckpt_dir: str | os.PathLike[str], wanted: str) -> Path:
 
 def fingerprint(ckpt_dir: str | os.PathLike[str]) -> str | None:
     """Of the shards' contents; None where there are no shards."""
-    digest, paths = hashlib.sha256(), sorted(Path(ckpt_dir).expanduser().glob("consolidated.[0-9][0-9].pth"))
+    digest, paths = hashlib.sha256(), checkpoint.shard_paths(Path(ckpt_dir).expanduser())
     for path in paths:
         digest.update(path.name.encode())
         for part in _records(path):

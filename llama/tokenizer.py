@@ -42,6 +42,12 @@ class Tokenizer:
         if len(unknown) > 100:
             raise CheckpointError(f"{path}: damaged, as an unknown id is {len(unknown):,} letters; fetch tokenizer.model again")
 
+        # Code Llama's, of which some tokenizers have none: -1
+        pieces = ("\u2581<PRE>", "\u2581<MID>", "\u2581<SUF>", "\u2581<EOT>")
+        self.prefix_id, self.middle_id, self.suffix_id, self.eot_id = (
+            -1 if (id_ := self.sp_model.piece_to_id(piece)) == self.sp_model.unk_id() else id_ for piece in pieces
+        )
+
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """The ids of `s`, after BOS and before EOS where asked for. Control pieces in the text are plain text. Raises
         InputError for what is no text that UTF-8 can hold."""
@@ -50,16 +56,29 @@ class Tokenizer:
         check_flag(eos, "eos")
         return [self.bos_id] * bool(bos) + self.sp_model.encode(s) + [self.eos_id] * bool(eos)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; BOS and EOS have none. Raises InputError for what is no id."""
+    def decode(self, ids: Iterable[int] | int) -> str:
+        """The text of the ids, or of one; BOS and EOS have none. Raises InputError for what is no id."""
         try:
-            ids = [index(i) for i in ids]
+            ids = [index(i) for i in ids] if isinstance(ids, Iterable) else [index(ids)]
         except TypeError as e:
             raise InputError(f"the ids to decode are {kind(ids)}; they must be a list of whole numbers") from e
         for i in ids:
             if not 0 <= i < self.n_words:
                 raise InputError(f"token id {kind(i)} is out of range: this tokenizer has the ids 0 to {self.n_words - 1}")
         return self.sp_model.decode(ids)
+
+    def encode_infilling(self, s: str) -> list[int]:
+        """Return the tokens of `s` in the middle of a text: without the space that SentencePiece puts before a text."""
+        check_text(s, "the text to encode")
+        before = self.sp_model.encode(MARK)
+        return self.sp_model.encode(MARK + s)[len(before) :]
+
+    def decode_infilling(self, ids: Iterable[int]) -> str:
+        """Return the text of tokens in the middle of a text, with the space that they may begin with."""
+        return self.decode([*self.sp_model.encode(MARK), *ids]).removeprefix(MARK)
+
+
+MARK = "\u263a"  # is joined with no letter beside it
 
 
 class Detokenizer:

@@ -5,11 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import Llama, Tokenizer, runtime
-from llama.decode import Step
+from llama import Llama, Tokenizer, Transformer, runtime
+from llama.backends import CudaGraphs, Step
 
 from .fault_server import FILES, SHARD, Downloader, FaultServer, files_of
 from .support import ROOT, random_weights, train_tokenizer, write_shards
+
+# Tests are of small tensors, for which threads take longer to meet than to compute: on a busy machine 200 times as long.
+torch.set_num_threads(1)
 
 SMALL = dict(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, multiple_of=32, norm_eps=1e-5, vocab_size=-1)
 SMALL_HIDDEN, VOCAB = 192, 384
@@ -54,6 +57,14 @@ def llama(shared_llama: Llama) -> Llama:
     return shared_llama
 
 
+@pytest.fixture(scope="session")
+def reference(small: SimpleNamespace) -> Transformer:
+    """The small model as plain tensors, which only `Transformer.forward` computes with: what the others are held against."""
+    return Llama.build(
+        small.folder, small.tokenizer_path, max_seq_len=64, max_batch_size=6, device="cpu", backend="eager"
+    ).model
+
+
 @pytest.fixture
 def as_on_cuda(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Steps in static memory, over a bucket with a mask, each launched before the ids of the one before are read."""
@@ -65,10 +76,9 @@ def as_on_cuda(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         step.logits = step.logits if fixed is None else fixed.copy_(step.logits)
 
     monkeypatch.setattr(Step, "run", into_the_same_memory)
-    monkeypatch.setattr(llama.engine.decoder, "static", True)
+    monkeypatch.setattr(llama.engine, "backend", CudaGraphs())
     monkeypatch.setattr(runtime, "runs_ahead", lambda device: True)
     yield
-    llama.engine.decoder.steps.clear()
 
 
 @pytest.fixture

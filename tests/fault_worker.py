@@ -14,20 +14,19 @@ from typing import Any
 
 import torch
 
-from llama import Llama
+from llama import Llama, packed
 from llama.engine import Rows
-from llama.model import FeedForward
-from llama.parallel import RowParallelLinear
+from llama.forward import Layer
 
 MOST = 40  # ids of an answer
 # Where: the function, and how often it has been called by then. The model has two layers.
-PLACES: dict[str, tuple[type, str, int]] = {
-    "load": (RowParallelLinear, "hold", 2),
-    "prefill": (FeedForward, "forward", 2),
-    "decode": (FeedForward, "forward", 12),
-    "score": (FeedForward, "forward", 2),
+PLACES: dict[str, tuple[Any, str, int]] = {
+    "load": (packed, "parameters", 2),
+    "prefill": (Layer, "gated", 2),
+    "decode": (Layer, "gated", 12),
+    "score": (Layer, "gated", 2),
     "start": (Rows, "__init__", 1),
-    "call": (FeedForward, "forward", 0),
+    "call": (Layer, "gated", 0),
 }
 
 
@@ -52,8 +51,9 @@ def pause(result: Any) -> Any:
     return result
 
 
-def unlink(result: Any) -> None:
+def unlink(result: Any) -> Any:
     (Path(doomed) / "consolidated.00.pth").unlink()
+    return result
 
 
 def plant(what: str, where: str) -> Callable[[], None]:

@@ -1,11 +1,11 @@
-"""What tests share: a tokenizer trained on the spot, checkpoints in Meta's layout, a plain twin of the model, ranks."""
+"""What tests share: a tokenizer trained on the spot, checkpoints in Meta's layout, packed models, ranks."""
 
 import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import pytest
 import sentencepiece
 import torch
 
-from llama import LlamaError
-from llama.quantize import KINDS, Quantized
+from llama import LlamaError, Transformer
+from llama.packed import parameters
+from llama.quantize import KINDS, Quantized, quantize
 
 ROOT = Path(__file__).parents[1]
 TEXT = """The quick brown fox jumps over the lazy dog near the river. Once upon a time there was a little bear.
@@ -23,7 +24,7 @@ What is the capital of France? The capital of France is Paris. How do I get ther
 Always answer with a short poem. I am a helpful assistant; thank you, friend. Good morning, good night."""
 
 
-def train_tokenizer(path: Path, vocab_size: int = 384, normalization: str = "identity") -> Path:
+def train_tokenizer(path: Path, vocab_size: int = 384, normalization: str = "identity", pieces: Sequence[str] = ()) -> Path:
     """A SentencePiece BPE model like Llama 2's: byte fallback, BOS 1, EOS 2, no padding piece."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -35,6 +36,7 @@ def train_tokenizer(path: Path, vocab_size: int = 384, normalization: str = "ide
         pad_id=-1,
         normalization_rule_name=normalization,
         remove_extra_whitespaces=False,
+        user_defined_symbols=list(pieces),
         minloglevel=2,
     )
     path.write_bytes(model.getvalue())
@@ -85,33 +87,28 @@ def write_shards(folder: Path, params: dict, weights: dict[str, torch.Tensor], n
     return folder
 
 
-def plain_logits(params: dict, weights: dict[str, torch.Tensor], ids: list[int]) -> torch.Tensor:
-    """The whole model on one sequence, written down plainly: no cache, no batch. ids (S,) -> logits (S, vocab)."""
-    w = {k: v.float() for k, v in weights.items()}
-    H, dim, S = params["n_heads"], params["dim"], len(ids)
-    K, hd, eps = params.get("n_kv_heads", H), dim // H, params["norm_eps"]
-    angles = torch.outer(torch.arange(S).float(), params.get("rope_theta", 10000.0) ** (-torch.arange(0, hd, 2) / hd))
-    turn = torch.polar(torch.ones_like(angles), angles)[:, None]  # (S, 1, hd/2)
+def packed_model(model: Transformer, kind: str | None, scale: float = 0.1) -> Transformer:
+    """The model with other random weights, packed as `Llama.build` packs them: in its dtype, or quantized."""
 
-    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w[name]
+    def pack(*modules: torch.nn.Module) -> None:
+        shapes = [tuple(module.weight.shape) for module in modules]  # type: ignore[union-attr, arg-type, operator]
+        weight = torch.cat([torch.randn(shape, generator=generator).mul_(scale) for shape in shapes]).to(dtype)
+        made, outs = quantize(weight, kind) if kind else weight, [out for out, _ in shapes]
+        logits = modules[0] is model.output
+        for module, parameter in zip(
+            modules, parameters(made, outs, weight.shape[1], dtype, weight.device, logits=logits), strict=True
+        ):
+            module.weight = parameter
 
-    def rope(x: torch.Tensor) -> torch.Tensor:
-        return torch.view_as_real(torch.view_as_complex(x.reshape(S, -1, hd // 2, 2)) * turn).flatten(2)
-
-    h = w["tok_embeddings.weight"][torch.tensor(ids)]
-    for i in range(params["n_layers"]):
-        a, f = f"layers.{i}.attention", f"layers.{i}.feed_forward"
-        x = norm(h, f"layers.{i}.attention_norm.weight")
-        q, k, v = (x @ w[f"{a}.{m}.weight"].T for m in ("wq", "wk", "wv"))
-        q, k, v = rope(q), rope(k).repeat_interleave(H // K, 1), v.view(S, K, hd).repeat_interleave(H // K, 1)
-        scores = torch.einsum("shd,thd->hst", q, k) / hd**0.5
-        scores = scores.masked_fill(torch.ones(S, S).triu(1).bool(), float("-inf")).softmax(-1)
-        h = h + torch.einsum("hst,thd->shd", scores, v).flatten(1) @ w[f"{a}.wo.weight"].T
-        x = norm(h, f"layers.{i}.ffn_norm.weight")
-        gate = torch.nn.functional.silu(x @ w[f"{f}.w1.weight"].T)
-        h = h + (gate * (x @ w[f"{f}.w3.weight"].T)) @ w[f"{f}.w2.weight"].T
-    return norm(h, "norm.weight") @ w["output.weight"].T
+    generator, dtype = torch.Generator().manual_seed(7), model.norm.weight.dtype
+    for layer in model.layers:
+        attention, feed_forward = layer.attention, layer.feed_forward
+        pack(attention.wq, attention.wk, attention.wv)
+        pack(attention.wo)
+        pack(feed_forward.w1, feed_forward.w3)
+        pack(feed_forward.w2)
+    pack(model.output)
+    return model
 
 
 def in_whole_rows(weight: torch.Tensor, dtype: torch.dtype) -> Quantized:

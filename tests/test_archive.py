@@ -18,8 +18,9 @@ from .support import write_shards
 FIRST = "consolidated.00.pth"
 
 
-def test_what_torch_reads(tmp_path: Path) -> None:
-    """Tensors of every dtype and stride, shared storages, and none at all."""
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_what_torch_reads(tmp_path: Path, protocol: int) -> None:
+    """Tensors of every dtype and stride, shared storages, and none at all, by every protocol of pickle."""
     a = torch.arange(12.0).view(3, 4)
     tensors = {
         "a": a,
@@ -34,7 +35,7 @@ def test_what_torch_reads(tmp_path: Path) -> None:
     tensors["named"].note = tensors["tagged"].note = "attributes are not kept"
     kinds = ("bfloat16", "float16", "float64", "int8", "uint8", "int16", "int32", "int64", "bool")
     tensors |= {kind: a.to(getattr(torch, kind)) for kind in kinds}
-    torch.save(tensors, tmp_path / "tensors.pth")
+    torch.save(tensors, tmp_path / "tensors.pth", pickle_protocol=protocol)
     found = archive.read(tmp_path / "tensors.pth")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():

@@ -9,7 +9,8 @@ import torch
 
 from llama import Llama, avx2, library, native, widened
 
-from .support import plain_logits, write_shards
+from .support import write_shards
+from .test_kernels import float32_twin
 
 compiled = pytest.mark.skipif(avx2.LIBRARY is None, reason="avx2.c is not compiled, or this CPU has no AVX2")
 STEP = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # half of what is rounded last
@@ -97,13 +98,13 @@ def test_a_model_where_the_cpu_has_nothing_of_16_bits(
     weights = {name: w.to(dtype) for name, w in small.weights.items()}
     folder = write_shards(tmp_path, small.params, weights)
     llama = Llama.build(folder, small.tokenizer_path, 64, 12, device="cpu", quantize=quantized)
-    exact = {name: w.float() for name, w in llama.model.state_dict().items()}
+    twin = float32_twin(small.params, llama.model.state_dict())
     prompts = [[1, *range(5 * i + 5, 5 * i + 15)] for i in range(12)]
     atol = {None: 25 * STEP[dtype], "int8": 0.12, "int4": 0.12}[quantized]
     for rows in (prompts, prompts[:1]):
         answers, values = llama.generate(rows, 5, temperature=0, logprobs=True)
         for prompt, answer, given in zip(rows, answers, values or [], strict=True):
-            after = plain_logits(small.params, exact, prompt + answer)[len(prompt) - 1 : -1].log_softmax(1)
+            after = twin.forward(torch.tensor([prompt + answer]), 0)[0, len(prompt) - 1 : -1].log_softmax(1)
             chosen = after.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
             torch.testing.assert_close(torch.tensor(given), chosen, atol=atol, rtol=0)
             assert (after.amax(1) - chosen).max() < 2 * atol

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama import Llama, engine, kernels, widened
+from llama import Llama, blocks, engine, kernels, widened
+from llama.forward import Norm, rotate_
 from llama.model import RMSNorm
-from llama.rotary import rotate_
 
 from .support import random_weights, write_shards
 
@@ -44,6 +44,8 @@ def test_answers_are_the_same_alone_and_in_any_batch(
 ) -> None:
     """Ids and log probabilities, greedy and drawn. Prompts are of all lengths and read in pieces; rows end at different
     steps, and others take their places."""
+    if kind == "int4" and blocks.library_for("int4") is None:
+        pytest.skip("PyTorch's kernel for 4 bits rounds otherwise for few rows than for many")
     monkeypatch.setattr(widened, "SMALLEST", 0)  # these weights, too, are packed
     monkeypatch.setattr(engine, "PREFILL_CHUNK", 512)
     params = dict(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=32, norm_eps=1e-5, vocab_size=-1)
@@ -70,15 +72,15 @@ def test_answers_are_the_same_alone_and_in_any_batch(
 @exact
 def test_a_row_is_multiplied_alike_alone_and_among_others() -> None:
     """Where nothing is compiled: oneDNN's kernel for a single row rounds otherwise."""
-    packed = kernels.Packed(torch.randn(3000, 2048).bfloat16())
+    kernel = kernels.Packed(torch.randn(3000, 2048).bfloat16())
     x = torch.randn(60, 2048).bfloat16()
     for n in (1, 2, 3, 7):
-        assert torch.equal(torch.cat([packed(rows) for rows in x.split(n)]), packed(x))
+        assert torch.equal(torch.cat([kernel(rows) for rows in x.split(n)]), kernel(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_row_is_normed_alike_alone_and_among_others(dtype: torch.dtype) -> None:
-    norm = RMSNorm(512, eps=1e-5).to(dtype)
+    norm = Norm(RMSNorm(512, eps=1e-5).to(dtype))
     x = (torch.randn(1500, 512) * torch.logspace(-3, 2, 1500).unsqueeze(1)).to(dtype)
     with torch.no_grad():
         assert torch.equal(torch.cat([norm(row) for row in x.split(1)]), norm(x))

@@ -62,7 +62,12 @@ def test_replicas_are_compared_with_one(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not (native.COMPILED or avx2.LIBRARY), reason="nothing is compiled here")
 def test_compiled_code_beside_none() -> None:
-    assert "int8        1 " in run("compiled.py", "--shape", "tiny", "--runs", 2, "--kinds", "int8", "--rows", 1)
+    """And, with native.c, a step in one call: a line has a figure for each, where the weights are large enough or quantized."""
+    printed = run("compiled.py", "--shape", "tiny", "--runs", 2, "--kinds", "none,int8", "--rows", "1,3")
+    head, *lines = printed.splitlines()[1:]
+    assert all(way in head for way in ("one call", "layers", "plain", "module"))
+    assert {tuple(line.split()[:2]) for line in lines} == {(kind, rows) for kind in ("none", "int8") for rows in "13"}
+    assert all("-" not in line.split() or line.startswith("none") or native.COMPILED is None for line in lines), lines
 
 
 def test_quality_has_a_line_for_each_way(tmp_path: Path, small: SimpleNamespace) -> None:

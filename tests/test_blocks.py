@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from llama import avx2, blocks, kernels, native, widened
 from llama.blocks import STEP, BlockedLinear, Blocks
+from llama.library import Library
 from llama.quantize import Quantized, group_of, quantize
 
 from .support import in_whole_rows
@@ -32,10 +33,14 @@ class Way(NamedTuple):
     dtype: torch.dtype
     digits: int
 
-    def kernel(self, made: Blocks) -> BlockedLinear:
+    def found(self) -> Library:
         found = LIBRARIES[self.library]
         if found is None or blocks.PACK is None:
             pytest.skip(f"no compiled products by {self.library} here")
+        return found
+
+    def kernel(self, made: Blocks) -> BlockedLinear:
+        found = self.found()
         kernel = BlockedLinear(made, self.dtype)
         kernel.library, kernel.digits = found, self.digits
         if self.digits == 2:
@@ -44,6 +49,7 @@ class Way(NamedTuple):
 
     def held(self, weight: torch.Tensor) -> tuple[BlockedLinear, torch.Tensor]:
         """Return the weight in blocks, and its dequantized values in float64."""
+        self.found()
         if self.kind == "bfloat16":
             return self.kernel(Blocks.of_rows(self.kind, [weight.bfloat16()], STEP)), weight.bfloat16().double()
         held = quantize(weight, self.kind, self.dtype)
@@ -200,6 +206,22 @@ def test_the_ranks_products_add_up_to_that_of_the_whole(kind: str) -> None:
     assert torch.equal(torch.cat([part.dense() for part in parts if part], 1), whole.dense())
     total = sum(part(own) for part, own in zip(parts, x.split(44, 1), strict=True) if part)
     assert (total - whole(x)).norm() < 0.01 * whole(x).norm()
+
+
+@packs
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+def test_a_part_of_the_outputs_multiplies_as_those_outputs_of_the_whole(kind: str) -> None:
+    """To the bit, of the same memory, if the first one begins a block."""
+    if kind == "bfloat16" and native.COMPILED is None:
+        pytest.skip("no compiled products by AVX-512 here")
+    whole = BlockedLinear(Blocks.of_rows(kind, [random(200, 192).bfloat16()], STEP), torch.bfloat16)
+    x = random(5, 192, seed=1).bfloat16()
+    for first, last in ((0, 64), (64, 200), (128, 150)):
+        part = whole.part(first, last)
+        assert part is not None and torch.equal(part(x), whole(x)[:, first:last])
+        assert torch.equal(part.dense(), whole.dense()[first:last])
+        assert part.blocks.weight.untyped_storage().data_ptr() == whole.blocks.weight.untyped_storage().data_ptr()
+    assert whole.part(32, 64) is None
 
 
 # --- packing -------------------------------------------------------------------------------------------------------------

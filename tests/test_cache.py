@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from llama import Llama
 from llama.cache import Batch, KVCache, Span, chunked, read, write
 
 
@@ -27,7 +28,7 @@ def test_masks_show_each_query_the_slots_up_to_its_own() -> None:
 
 
 def test_write_and_read() -> None:
-    cache = KVCache(2, 3, 2, 5, 4, torch.float32, torch.device("cpu"))
+    cache = KVCache(torch.zeros(2, 2, 3, 2, 5, 4))
     kv = torch.randn(3, 2, 2, 4)
     k, v = kv.unbind(1)
     batch = Batch.of([(1, 0, 2), (2, 3, 1)])
@@ -38,6 +39,34 @@ def test_write_and_read() -> None:
     assert torch.equal(cache.data[1, 0, 2, :, 3], k[2])
     assert cache.data[0].count_nonzero() == 0 and cache.data[1].count_nonzero() == 2 * k.numel()
     assert keys.data_ptr() == cache.data[1, 0, 1].data_ptr()  # a view, not a copy
+    assert torch.equal(cache.views[1][0][1, :2], k[:2]) and torch.equal(cache.views[1][1][2, 3], v[2])
+
+
+def test_the_layers_look_at_views_of_the_cache(llama: Llama) -> None:
+    model, cache = llama.model, llama.engine.forward().cache
+    args = model.params
+    shape = args.max_batch_size, args.max_seq_len, args.kv_heads, args.head_dim
+    for layer, (k, v) in zip(model.layers, cache.data, strict=True):
+        for held, data in ((layer.attention.cache_k, k), (layer.attention.cache_v, v)):
+            assert tuple(held.shape) == shape
+            assert held.data_ptr() == data.data_ptr() and torch.equal(held.transpose(1, 2), data)
+
+
+def test_adopting_keeps_what_the_layers_hold(llama: Llama) -> None:
+    """Whether the caller put another tensor there, or the model has another dtype now."""
+    model = llama.model
+    cache = llama.engine.forward().cache
+    assert llama.engine.forward().cache is cache and cache.is_of(model)
+    cache.seen()
+    mine = torch.randn_like(model.layers[1].attention.cache_v)
+    model.layers[1].attention.cache_v = mine
+    assert cache.untouched() and not cache.is_of(model)
+    again = llama.engine.forward().cache
+    assert again is not cache and again.is_of(model) and again.turn is None
+    assert torch.equal(again.data[1, 1], mine.transpose(1, 2)) and torch.equal(again.data[0], cache.data[0])
+    again.seen()
+    model.layers[1].attention.cache_v[0, 0] = 1
+    assert not again.untouched()
 
 
 def test_chunks_hold_all_pieces_in_order() -> None:

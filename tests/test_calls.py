@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from llama import InputError, Llama, Tokenizer, calls, engine
+from llama import InputError, Llama, Tokenizer, Transformer, calls, engine
+from llama.forward import Forward
 
-from .support import plain_logits
+from .counting import counted
 
 PROMPTS = ["Once upon", "The capital of France is", "", "one, two, three, ", "sea"]
 CONTINUATIONS = [" a time there was", " Paris.", "good morning", "four", " shells by the sea shore and he counts them all"]
@@ -38,15 +39,13 @@ def test_a_score_is_the_echoed_log_probabilities(llama: Llama, monkeypatch: pyte
 
 
 def test_one_pass_over_the_packed_ids(llama: Llama) -> None:
-    forwards: list[int] = []
-    handle = llama.model.tok_embeddings.register_forward_hook(lambda m, args, y: forwards.append(args[0].numel()))
-    llama.score(PROMPTS, CONTINUATIONS)
-    handle.remove()
+    with counted() as forwards:
+        llama.score(PROMPTS, CONTINUATIONS)
     encode = llama.tokenizer.encode
     assert forwards == [sum(len(encode(p + c, bos=True, eos=False)) for p, c in zip(PROMPTS, CONTINUATIONS, strict=True))]
 
 
-def test_a_piece_over_the_border_counts_from_its_first_id(llama: Llama, small: SimpleNamespace) -> None:
+def test_a_piece_over_the_border_counts_from_its_first_id(llama: Llama, reference: Transformer) -> None:
     """ "capit" + "al": the ids of the whole are not the prompt's and more."""
     tokenizer: Tokenizer = llama.tokenizer
     prompt, whole = "The capit", "The capital"
@@ -55,14 +54,14 @@ def test_a_piece_over_the_border_counts_from_its_first_id(llama: Llama, small: S
     assert start < len(before)
     (score,) = llama.score([prompt], ["al"])
     assert score.tokens == [tokenizer.decode([i]) for i in ids[start:]]
-    table = plain_logits(small.params, small.weights, ids).log_softmax(-1)
+    table = reference.forward(torch.tensor([ids]), 0)[0].log_softmax(-1)
     assert score.logprobs == pytest.approx([table[i - 1, ids[i]].item() for i in range(start, len(ids))], abs=1e-4)
 
 
 @pytest.fixture
 def idle(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Llama:
     """A model that must not run."""
-    monkeypatch.setattr(llama.model, "hidden", lambda *_: pytest.fail("the model ran"))
+    monkeypatch.setattr(Forward, "hidden", lambda *_, **__: pytest.fail("the model ran"))
     return llama
 
 

@@ -92,6 +92,18 @@ def test_of_weights_multiplied_as_one_the_damaged_is_named(
         Llama.build(write_shards(tmp_path, small.params, weights, 2), tokenizer_path, 16, 2, device="cpu", dtype=dtype)
 
 
+def test_shards_of_any_names_are_joined_in_their_order(tmp_path: Path, small: SimpleNamespace, tokenizer_path: Path) -> None:
+    """As the reference does, whatever they are called; and with the frequencies that older files hold for each layer."""
+    folder = write_shards(tmp_path, small.params, small.weights, 2)
+    for old, new in (("consolidated.00.pth", "my model.2.pth"), ("consolidated.01.pth", "my model.3.pth")):
+        tensors = torch.load(folder / old)
+        tensors["layers.1.attention.inner_attention.rope.freqs"] = torch.ones(4)
+        torch.save(tensors, folder / new)
+        (folder / old).unlink()
+    llama = Llama.build(folder, tokenizer_path, 16, 1, device="cpu")
+    assert all(torch.equal(weight, small.weights[name]) for name, weight in llama.model.state_dict().items())
+
+
 def altered(folder: Path, change: Callable[[dict], None], n: int = 2) -> Path:
     """A checkpoint in n shards, of which the last holds something else."""
     write_shards(folder, SMALL, random_weights(SMALL, 384, 192), n)

@@ -361,7 +361,8 @@ def test_nan_and_infinity(refuse: Refuse, tmp_path: Path, halves: Path, dtype: t
 def test_numbers_too_large_for_the_dtype_asked_for(refuse: Refuse, copy: Path, small: SimpleNamespace) -> None:
     change_tensors(copy / FIRST, lambda tensors: tensors.update({W2: tensors[W2] * 1e6}))
     refuse(copy, W2, "too large for torch.float16", "'bfloat16'", reads=True, dtype="float16")
-    assert Llama.build(copy, small.tokenizer_path, 16, 2, device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+    model = Llama.build(copy, small.tokenizer_path, 16, 2, device="cpu", dtype="bfloat16").model
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_what_is_in_order_loads(copy: Path, small: SimpleNamespace) -> None:
@@ -370,8 +371,9 @@ def test_what_is_in_order_loads(copy: Path, small: SimpleNamespace) -> None:
     def check(change: Callable[[dict], Any], dtype: torch.dtype) -> None:
         change_tensors(copy / FIRST, change)
         stored = torch.load(copy / FIRST)
-        model = Llama.build(copy, small.tokenizer_path, 16, 2, device="cpu").model
-        assert {p.dtype for p in model.parameters()} == {dtype} and model.allocate().data.dtype == dtype
+        llama = Llama.build(copy, small.tokenizer_path, 16, 2, device="cpu")
+        model = llama.model
+        assert {p.dtype for p in model.parameters()} == {llama.engine.forward().cache.data.dtype} == {dtype}
         assert all(torch.equal(weight, stored[name].to(dtype)) for name, weight in model.state_dict().items())
         assert not any(p.requires_grad for p in model.parameters())
 

@@ -10,7 +10,9 @@ import torch
 from llama import InputError, Llama
 from llama.chat import UNSAFE_ERROR, Message, encode_dialog
 from llama.conversation import HELP, Conversation
+from llama.forward import Forward
 
+from .counting import counted
 from .support import refused
 
 WINDOW = 192
@@ -62,16 +64,13 @@ def test_each_turn_is_answered_as_its_whole_dialog(llama: Llama) -> None:
         assert talk.dialog() == dialog and talk.cut_off == "max_gen_len=8"
 
 
-def test_a_turn_computes_only_what_is_new(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
-    computed = []
-    hidden = talk.llama.model.hidden
-    counting = lambda ids, batch, **options: computed.append(len(ids)) or hidden(ids, batch, **options)  # noqa: E731
-    monkeypatch.setattr(talk.llama.model, "hidden", counting)
-    talk.says("one, two, three, four, five")
-    first = computed[0]
-    assert first == len(encode_dialog(talk.llama.tokenizer, [message("user", "one, two, three, four, five")]))
-    computed.clear()
-    talk.says("six")
+def test_a_turn_computes_only_what_is_new(talk: Talk) -> None:
+    with counted() as computed:
+        talk.says("one, two, three, four, five")
+        first = computed[0]
+        assert first == len(encode_dialog(talk.llama.tokenizer, [message("user", "one, two, three, four, five")]))
+        computed.clear()
+        talk.says("six")
     assert computed[0] <= len(encode_dialog(talk.llama.tokenizer, talk.dialog()[:3])) - first
 
 
@@ -127,7 +126,7 @@ def test_what_no_message_may_hold_is_refused_before_anything_is_computed(
 ) -> None:
     talk.says("good morning")
     before = talk.dialog()
-    monkeypatch.setattr(talk.llama.model, "hidden", None)
+    monkeypatch.setattr(Forward, "hidden", None)
     with pytest.raises(InputError) as error:
         talk.says(line)
     assert str(error.value) == UNSAFE_ERROR or "lone surrogate" in str(error.value)
@@ -141,7 +140,7 @@ def test_a_special_tag_ends_an_answer_and_so_never_spoils_the_dialog(talk: Talk,
     monkeypatch.setattr(talk, "stream_options", talk.stream_options | {"max_gen_len": 60})
     with monkeypatch.context() as scripted:
         one = torch.eye(model.vocab_size)
-        scripted.setattr(model, "logits", lambda hidden: one[next(script)].expand(len(hidden), -1))
+        scripted.setattr(Forward, "logits", lambda self, hidden: one[next(script)].expand(len(hidden), -1))
         assert talk.says("good morning") == "six seven "
     assert talk.cut_off is None
     assert talk.says("seven?")

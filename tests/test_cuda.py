@@ -1,4 +1,4 @@
-"""What only a GPU can show: captured steps, compiled blocks, and the CPU's answers."""
+"""What only a GPU can show: captured steps, compiled layers, and the CPU's answers."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from llama import Llama, int4, kernels, saved
+from llama.backends import CudaGraphs, TorchCompile
 from llama.quantize import Quantized, quantize
 
 from .support import write_shards
+from .test_kernels import engine_logits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 PROMPTS = [[1, 5, 9, 30, 8], [1, 7], [1, *range(20, 150)]]
@@ -17,6 +19,15 @@ PROMPTS = [[1, 5, 9, 30, 8], [1, 7], [1, *range(20, 150)]]
 
 def build(small: SimpleNamespace, folder: Path | None = None, **options: object) -> Llama:
     return Llama.build(folder or small.folder, small.tokenizer_path, 300, 4, **options)  # type: ignore[arg-type]
+
+
+def captured(llama: Llama, captures: bool) -> CudaGraphs:
+    """Have all steps made anew, captured or not."""
+    backend = llama.engine.backend
+    assert isinstance(backend, CudaGraphs)
+    backend.captures = captures
+    backend.steps.clear()
+    return backend
 
 
 def test_float32_answers_are_the_cpus(small: SimpleNamespace) -> None:
@@ -32,20 +43,21 @@ def test_float32_answers_are_the_cpus(small: SimpleNamespace) -> None:
 def test_captured_and_uncaptured_greedy_ids_are_equal(small: SimpleNamespace, compile: bool, dtype: str) -> None:
     """Across buckets, rows and calls, and after a call of other rows in between."""
     llama = build(small, device="cuda", dtype=dtype, compile=compile)
-    llama.engine.decoder.captures = False
+    assert llama.backend == ("torch_compile" if compile else "cuda_graphs")
+    captured(llama, False)
     want = [llama.generate(prompts, 160, temperature=0)[0] for prompts in (PROMPTS, PROMPTS[:1], PROMPTS)]
-    llama.engine.decoder.captures = True
-    llama.engine.decoder.steps.clear()
+    backend = captured(llama, True)
     got = [llama.generate(prompts, 160, temperature=0)[0] for prompts in (PROMPTS, PROMPTS[:1], PROMPTS)]
-    assert llama.engine.decoder.captures, "nothing was captured"
+    assert backend.captures, "nothing was captured"
     assert got == want
-    assert all(step.replay.__name__ == "replay" for step in llama.engine.decoder.steps.values())
+    assert backend.steps and all(step.replay.__name__ == "replay" for step in backend.steps.values())
 
 
 def test_drawn_ids_do_not_depend_on_capture(small: SimpleNamespace) -> None:
-    llama, answers = build(small, device="cuda"), []
-    for static in (False, None):
-        llama.engine.decoder.static = static
+    """Nor on static memory."""
+    answers = []
+    for backend in ("torch", "cuda_graphs"):
+        llama = build(small, device="cuda", backend=backend)
         torch.manual_seed(3)
         answers.append(llama.generate(PROMPTS, 60, temperature=0.7, top_p=0.9)[0])
     assert answers[0] == answers[1]
@@ -105,15 +117,15 @@ def test_quantized_models_answer_as_on_the_cpu(tmp_path: Path, small: SimpleName
     llama = build(small, device="cuda", compile=compile, **options)
     ids = torch.tensor(prompt)
     want = build(small, device="cpu", **options).model.forward(ids, 0)
-    assert (llama.model.forward(ids, 0).cpu() - want).norm() < 0.03 * want.norm()
+    for logits in (engine_logits(llama.engine.forward(), ids.cuda(), 0), llama.model.forward(ids, 0)):
+        assert (logits.cpu() - want).norm() < 0.03 * want.norm()
     with torch.autocast("cuda", torch.float16):  # as test_quantize has it of the CPU
         assert (llama.model.forward(ids, 0).cpu() - want).norm() < 0.05 * want.norm()
     answers = []
     for captures in (False, True):
-        llama.engine.decoder.captures = captures
-        llama.engine.decoder.steps.clear()
+        backend = captured(llama, captures)
         answers.append(llama.generate(PROMPTS, 100, temperature=0, logprobs=True))
-    assert llama.engine.decoder.captures and answers[0] == answers[1]
+    assert backend.captures and backend.steps and answers[0] == answers[1]
     folder = write_shards(tmp_path, small.params, small.weights, 4)
     saved.save(folder, kind)
     from_file = build(small, folder, device="cuda", compile=compile, **options).generate(PROMPTS, 100, 0.0, logprobs=True)
@@ -125,7 +137,19 @@ def test_hooks_see_every_step(small: SimpleNamespace) -> None:
     llama = build(small, device="cuda")
     want, seen = llama.generate(PROMPTS[:1], 6, temperature=0), []
     for module in (llama.model.tok_embeddings, llama.model.layers[0].feed_forward.w2, llama.model.output):
-        handle = module.register_forward_hook(lambda module, args, y: seen.append(len(y)))
+        handle = module.register_forward_hook(lambda module, args, y: seen.append(y.shape[1]))
         assert llama.generate(PROMPTS[:1], 6, temperature=0) == want
         handle.remove()
-    assert seen == [5, 1, 1, 1, 1, 1] * 2 + [1] * 6
+    assert seen == [5, 1, 1, 1, 1, 1] * 3
+    assert llama.generate(PROMPTS[:1], 6, temperature=0) == want and len(seen) == 3 * 6
+
+
+def test_the_fastest_is_chosen(small: SimpleNamespace) -> None:
+    """On a GPU by itself the one that captures; the others by name. All give the same ids."""
+    answers = {}
+    for name in ("auto", "eager", "torch", "cuda_graphs", "torch_compile"):
+        llama = build(small, device="cuda", backend=name)
+        assert llama.backend == ("cuda_graphs" if name == "auto" else name)
+        assert isinstance(llama.engine.backend, TorchCompile) == (name == "torch_compile")
+        answers[name] = llama.generate(PROMPTS, 40, temperature=0)[0]
+    assert all(answer == answers["eager"] for answer in answers.values())

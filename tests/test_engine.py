@@ -4,25 +4,21 @@ import itertools
 import random
 import statistics
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
-from llama import InputError, Llama, Sampling, engine, runtime
-from llama.decode import Decoder
+from llama import InputError, Llama, Sampling, backends, engine, runtime
+from llama.backends import CudaGraphs
+from llama.cache import Batch, KVCache
 from llama.engine import Request
+from llama.forward import Forward, Layer
+
+from .counting import counted
 
 GREEDY = Sampling(0)
 PROMPTS = [[1, *range(7 * i + 5, 7 * i + 6 + i % 5)] for i in range(20)]  # 2 to 6 ids
-
-
-def counted(llama: Llama) -> tuple[list[int], Callable[[], None]]:
-    """The ids of each forward, and what ends the count."""
-    forwards: list[int] = []
-    handle = llama.model.tok_embeddings.register_forward_hook(lambda m, args, y: forwards.append(args[0].numel()))
-    return forwards, handle.remove
 
 
 @pytest.fixture
@@ -71,9 +67,8 @@ def test_a_free_slot_is_taken_at_once(llama: Llama) -> None:
     lengths = [round(4 * 10 ** (i / 63)) for i in range(64)]
     random.Random(0).shuffle(lengths)
     requests = [Request(PROMPTS[i % 20] + [200], n) for i, n in enumerate(lengths)]
-    forwards, stop = counted(llama)
-    order = [token.row for token in llama.engine.run(requests, GREEDY, eos_id=-1)]
-    stop()
+    with counted() as forwards:
+        order = [token.row for token in llama.engine.run(requests, GREEDY, eos_id=-1)]
     assert [order.count(row) for row in range(64)] == lengths == [r.made for r in requests]
     assert {r.finish_reason for r in requests} == {"length"}
 
@@ -176,28 +171,26 @@ def test_a_turn_computes_only_what_is_new(llama: Llama, late: bool, left: int | 
     """A dialog that grows, an answer that is left early, and one that is said anew; logits as if from scratch."""
     if late:
         request.getfixturevalue("as_on_cuda")
-    llama.model.allocate()
+    llama.engine.state.cache = KVCache.adopt(llama.model)
     ids, written = [1, 5, 9, 30, 8], 0
     for more in ([44, 45, 46], [7], [50, 51, 52, 53]):
-        forwards, stop = counted(llama)
-        new, values = turn(llama, ids, 6, stop=left)
-        stop()
+        with counted() as forwards:
+            new, values = turn(llama, ids, 6, stop=left)
         assert forwards[0] == len(ids) - written
         written = len(ids) + len(new) - 1
         want, expected = turn(llama, ids, 6, reuse=False, stop=left)
         assert new == want and values == pytest.approx(expected, abs=1e-4)
         turn(llama, ids, 6, stop=left)  # another call has forgotten it
         ids = ids + new + more
-    forwards, stop = counted(llama)
-    same = turn(llama, ids[:10], 4)
+    with counted() as forwards:
+        same = turn(llama, ids[:10], 4)
     assert forwards[0] == 1 and same[0] == turn(llama, ids[:10], 4, reuse=False)[0]  # all but the last id are there
     turn(llama, ids, 1)
-    forwards.clear()
-    assert turn(llama, [*ids[:7], 99, *ids[8:]], 2)[1] != [] and forwards[0] == len(ids) - 7
-    stop()
+    with counted() as forwards:
+        assert turn(llama, [*ids[:7], 99, *ids[8:]], 2)[1] != [] and forwards[0] == len(ids) - 7
 
 
-@pytest.mark.parametrize("use", ["generate", "forward", "allocate", "stream"])
+@pytest.mark.parametrize("use", ["generate", "forward", "layer's cache", "another cache", "changed model", "stream"])
 def test_any_other_use_of_the_cache_forgets(llama: Llama, use: str) -> None:
     want = turn(llama, PROMPTS[4], 4, reuse=False)
     turn(llama, PROMPTS[4], 4)
@@ -205,13 +198,19 @@ def test_any_other_use_of_the_cache_forgets(llama: Llama, use: str) -> None:
         llama.generate([[1, 9]], 2, temperature=0)
     elif use == "forward":
         llama.model.forward(torch.tensor([[1, 9]]), 0)
-    elif use == "allocate":
-        llama.model.allocate()
+    elif use == "layer's cache":  # written by the caller
+        llama.model.layers[1].attention.cache_v[0, 2] = 7
+    elif use == "another cache":
+        attention = llama.model.layers[1].attention
+        attention.cache_k = attention.cache_k.clone()
+    elif use == "changed model":
+        hook = llama.model.register_forward_hook(lambda *_: None)
+        llama.generate([[1, 9]], 2, temperature=0)
+        hook.remove()
     else:
         next(llama.tokens([[1, 9]], 2, temperature=0))
-    forwards, stop = counted(llama)
-    got = turn(llama, PROMPTS[4], 4)
-    stop()
+    with counted() as forwards:
+        got = turn(llama, PROMPTS[4], 4)
     assert got[0] == want[0] and forwards[0] == len(PROMPTS[4])
 
 
@@ -254,7 +253,7 @@ def test_a_failed_call_leaves_no_trace(
     if late:
         request.getfixturevalue("as_on_cuda")
     for call, at in ((batch, 3), (stream, 1), (stream, 2)):
-        cache = llama.model.ready_cache()
+        cache = llama.engine.forward().cache
         cache.turn = None
         cache.data.zero_()  # no right keys and values from before
         if where == "consumer":
@@ -263,13 +262,13 @@ def test_a_failed_call_leaves_no_trace(
                     raise Fault
         else:
             target, name = {
-                "a layer": (llama.model.layers[0].feed_forward, "forward"),
+                "a layer": (Layer, "gated"),
                 "prefill": (llama.engine, "prefill"),
-                "step": (type(llama.engine.decoder), "captured" if late else "launched"),
+                "step": (CudaGraphs, "take") if late else (backends, "launched"),
                 "choice": (engine, "next_ids"),
                 "text": (llama.tokenizer.sp_model, "is_byte"),
             }[where]
-            at = 1 if where == "prefill" else at
+            at = {"prefill": 1, "a layer": 2 * at - 1}.get(where, at)  # of two layers
             with monkeypatch.context() as patch:
                 patch.setattr(target, name, failing(getattr(target, name), at))
                 with pytest.raises(Fault):
@@ -286,35 +285,11 @@ def test_a_stream_overtaken_while_prompts_wait_says_so(llama: Llama, rows: Calla
         next(stream)
 
 
-@pytest.mark.parametrize("tiny", [True, False])
-def test_a_small_model_steps_by_one_thread(llama: Llama, tiny: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where others keep the cores busy, two that wait for each other after each product take 30 times as long. A prompt is
-    read by all; and so is everything in threads other than the main one, since new threads begin with what is set."""
-    assert llama.engine.small
-    monkeypatch.setattr(llama.engine, "small", tiny)
-    seen: list[int] = []
-    hook = llama.model.output.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        stream = llama.tokens([[1, 5]], 3, temperature=0)
-        for _ in stream:
-            assert torch.get_num_threads() == 3  # between two ids the caller's own
-        assert seen == [3, 1, 1] if tiny else [3] * 3
-        seen.clear()
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(llama.generate, [[1, 5]], 3, 0).result()
-            assert seen == [3] * 3 and pool.submit(torch.get_num_threads).result() == 3
-    finally:
-        torch.set_num_threads(before)
-        hook.remove()
-
-
 def test_as_many_steps_as_ids_need(llama: Llama, as_on_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """None is launched whose logits nobody could want."""
     steps: list[int] = []
-    captured = Decoder.captured
-    monkeypatch.setattr(Decoder, "captured", lambda self, *args: (steps.append(1), captured(self, *args))[1])
+    take = CudaGraphs.take
+    monkeypatch.setattr(CudaGraphs, "take", lambda self, *args: (steps.append(1), take(self, *args))[1])
     run = llama.engine.run([Request([1, 5], 8)], GREEDY, eos_id=-1)
     assert len(list(run)) == 8 and len(steps) == 7
 
@@ -329,8 +304,14 @@ def test_the_prompt_s_first_id_is_penalized_too(llama: Llama) -> None:
 def test_prompts_are_cut_where_blocks_end(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "PREFILL_CHUNK", 24)
     monkeypatch.setattr(engine, "BLOCK", 8)
-    seen, hidden = [], llama.model.hidden
-    monkeypatch.setattr(llama.model, "hidden", lambda ids, batch, *a, **k: (seen.append(batch), hidden(ids, batch, *a, **k))[1])
+    seen: list[Batch] = []
+    hidden = Forward.hidden
+
+    def seeing(self: Forward, tokens: torch.Tensor, batch: Batch, *args: Any, **options: Any) -> torch.Tensor:
+        seen.append(batch)
+        return hidden(self, tokens, batch, *args, **options)
+
+    monkeypatch.setattr(Forward, "hidden", seeing)
     llama.generate([[1, *range(20, 40)], [1, *range(50, 61)]], 1, 0)
     spans = [span for batch in seen for span in batch.spans]
     assert len(seen) == 2 and all(span.end % 8 == 0 or span.end in (21, 12) for span in spans)

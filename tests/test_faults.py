@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from llama import CheckpointError, Llama, Transformer, archive, parallel, saved
+from llama import CheckpointError, Llama, archive, packed, saved
 from llama.__main__ import main
+from llama.forward import Forward
 
 from .jobs import Job, at_once
 from .support import TORCHRUN, write_shards
@@ -114,7 +115,7 @@ def test_nan_on_one_rank_is_an_error_on_all(small: SimpleNamespace, doomed: Path
         assert running.process.returncode not in (0, None)
         told = errors(running)
     for rank in (0, 1):
-        assert re.match(r"NumberError: prompt 0: the logits of new id \d+, .* not finite", told[f"rank {rank}: nan@decode"])
+        assert re.match(r"NumberError: prompt 0: the logits of new token \d+, .* not finite", told[f"rank {rank}: nan@decode"])
 
 
 @pytest.fixture(scope="module")
@@ -197,16 +198,16 @@ def test_sigterm_to_a_chat_gives_the_terminal_back(talker: tuple) -> None:
 def test_a_file_that_changes_while_it_is_read(
     small: SimpleNamespace, doomed: Path, monkeypatch: pytest.MonkeyPatch, change: str, quantize: str | None
 ) -> None:
-    """After the first matrix. Of a quantized model it is the saved file that changes."""
+    """After the first weight. Of a quantized model it is the saved file that changes."""
     path = saved.save(doomed, quantize) if quantize else doomed / "consolidated.01.pth"
     os.utime(path, (1, 1))  # long ago: clocks of file systems are coarse
-    plain, calls = parallel.ParallelLinear.hold, []
+    plain, calls = packed.parameters, []
 
-    def hold(module: Any, weight: Any) -> None:
-        plain(module, weight)
-        calls.append(module)
+    def hold(weight: Any, *args: Any) -> Any:
+        made = plain(weight, *args)
+        calls.append(weight)
         if len(calls) > 1:
-            return
+            return made
         if change == "gone":
             path.unlink()
         elif change == "shrunk":
@@ -216,8 +217,9 @@ def test_a_file_that_changes_while_it_is_read(
         else:
             with path.open("r+b") as f:
                 f.write(f.read(1))
+        return made
 
-    monkeypatch.setattr(parallel.ParallelLinear, "hold", hold)
+    monkeypatch.setattr(packed, "parameters", hold)
     with pytest.raises(CheckpointError, match=rf"{path.name} (has gone|is another).* while it was being read"):
         Llama.build(doomed, small.tokenizer_path, 32, 2, device="cpu", quantize=quantize)
     assert len(calls) == 1
@@ -300,7 +302,7 @@ def test_what_is_finished_is_written_before_a_failure(
     command = ["complete", *flags, "--jsonl", "--max_gen_len", "3", "--max_batch_size", "2", *"abcdefgh"]
     assert main(command) == 0
     whole = capfd.readouterr().out.splitlines()
-    plain, calls = Transformer.logits, []
+    plain, calls = Forward.logits, []
 
     def logits(self: Any, hidden: Any) -> Any:
         calls.append(hidden)
@@ -308,7 +310,7 @@ def test_what_is_finished_is_written_before_a_failure(
             raise OSError("no memory is left")
         return plain(self, hidden)
 
-    monkeypatch.setattr(Transformer, "logits", logits)
+    monkeypatch.setattr(Forward, "logits", logits)
     assert main(command) == 1
     told = capfd.readouterr()
     written = told.out.splitlines()

@@ -7,29 +7,34 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import InputError, Llama, engine
+from llama import InputError, Llama, Transformer, engine
+from llama.cache import Batch
 from llama.chat import UNSAFE_ERROR
-from llama.parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 
-from .support import plain_logits
+from .counting import counted, counted_rows
 
 RAGGED = [[1, 5, 9, 44], [1, 300], [1, *range(20, 60)], [7], [1, *range(100, 163)]]  # 4, 2, 41, 1 and all 64 ids
 
 
-def greedy_by_the_twin(small: SimpleNamespace, prompt: list[int], n: int, eos: int = 2) -> list[int]:
+def plain_logits(reference: Transformer, ids: list[int]) -> torch.Tensor:
+    """By the plain model, of one sequence as a whole: ids (S,) -> logits (S, vocab)."""
+    return reference.forward(torch.tensor([ids]), 0)[0]
+
+
+def greedy_by_the_twin(reference: Transformer, prompt: list[int], n: int, eos: int = 2) -> list[int]:
     ids = list(prompt)
     for _ in range(n):
-        ids.append(int(plain_logits(small.params, small.weights, ids)[-1].argmax()))
+        ids.append(int(plain_logits(reference, ids)[-1].argmax()))
         if ids[-1] == eos:
             return ids[len(prompt) : -1]
     return ids[len(prompt) :]
 
 
-def test_greedy_rows_of_a_ragged_batch_equal_the_twin_and_the_row_alone(llama: Llama, small: SimpleNamespace) -> None:
+def test_greedy_rows_of_a_ragged_batch_equal_the_twin_and_the_row_alone(llama: Llama, reference: Transformer) -> None:
     together, none = llama.generate(RAGGED, 12, temperature=0)
     assert none is None
     for prompt, answer in zip(RAGGED, together, strict=True):
-        assert answer == greedy_by_the_twin(small, prompt, min(12, 64 - len(prompt)))
+        assert answer == greedy_by_the_twin(reference, prompt, min(12, 64 - len(prompt)))
         assert [answer] == llama.generate([prompt], 12, temperature=0)[0]
 
 
@@ -45,7 +50,7 @@ def test_each_row_gets_its_own_share_of_the_window(llama: Llama, monkeypatch: py
 @pytest.mark.parametrize("echo", [False, True])
 @pytest.mark.parametrize("max_gen_len", [0, 6, 100])
 def test_logprobs_equal_log_softmax_of_a_fresh_full_forward(
-    llama: Llama, small: SimpleNamespace, echo: bool, max_gen_len: int, monkeypatch: pytest.MonkeyPatch
+    llama: Llama, reference: Transformer, echo: bool, max_gen_len: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ragged rows, one of which fills the window with its prompt, and others by their answers."""
     monkeypatch.setattr(engine, "LOGPROB_CHUNK", 7)  # prompts lie across the borders of chunks
@@ -55,15 +60,15 @@ def test_logprobs_equal_log_softmax_of_a_fresh_full_forward(
         for prompt, row, row_values in zip(prompts, ids, values, strict=True):
             whole = row if echo else prompt + row
             assert whole[: len(prompt)] == prompt
-            table = plain_logits(small.params, small.weights, whole).log_softmax(-1)
+            table = plain_logits(reference, whole).log_softmax(-1)
             expected = [0.0] + [table[i - 1, whole[i]].item() for i in range(1, len(whole))]
             assert row_values == pytest.approx(expected if echo else expected[len(prompt) :], abs=1e-4)
 
 
-def test_logprobs_are_of_the_raw_logits(llama: Llama, small: SimpleNamespace) -> None:
+def test_logprobs_are_of_the_raw_logits(llama: Llama, reference: Transformer) -> None:
     prompt = [1, 5, 9]
     (ids,), values = llama.generate([prompt], 8, temperature=2.0, top_p=0.5, logprobs=True)
-    table = plain_logits(small.params, small.weights, prompt + ids).log_softmax(-1)
+    table = plain_logits(reference, prompt + ids).log_softmax(-1)
     assert ids and values and values[0] == pytest.approx([table[2 + i, id_].item() for i, id_ in enumerate(ids)], abs=1e-4)
 
 
@@ -99,7 +104,7 @@ def test_same_seed_same_text_and_the_seed_matters(llama: Llama) -> None:
     assert draw(3) == draw(3) != draw(4)
 
 
-def test_equal_length_sampling_draws_as_the_reference_does(llama: Llama, small: SimpleNamespace) -> None:
+def test_equal_length_sampling_draws_as_the_reference_does(llama: Llama, reference: Transformer) -> None:
     """The reference: each step one torch.multinomial over the batch's sorted, renormalised nucleus, until all rows end."""
     prompts = [[1, 5, 9], [1, 7, 30], [1, 80, 81]]
     torch.manual_seed(9)
@@ -107,7 +112,7 @@ def test_equal_length_sampling_draws_as_the_reference_does(llama: Llama, small: 
     torch.manual_seed(9)
     rows, ended = [list(p) for p in prompts], [False] * 3
     for _ in range(10):
-        logits = torch.stack([plain_logits(small.params, small.weights, r)[-1] for r in rows])
+        logits = torch.stack([plain_logits(reference, r)[-1] for r in rows])
         probs, order = torch.softmax(logits / 0.8, -1).sort(-1, descending=True)
         probs[probs.cumsum(-1) - probs > 0.9] = 0
         drawn = order.gather(-1, torch.multinomial(probs / probs.sum(-1, keepdim=True), 1)).squeeze(-1).tolist()
@@ -143,39 +148,21 @@ def test_a_chunk_in_which_no_prompt_ends(small: SimpleNamespace, monkeypatch: py
     assert got[0] == want[0] and got[1][0] == pytest.approx(want[1][0], abs=0.02)
 
 
-def count_work(llama: Llama) -> tuple[list[int], list[int], list]:
-    """Hooks: ids through every linear layer of a block, ids through the output head; remove them by the handles."""
-    linear: list[int] = []
-    head: list[int] = []
-    handles = []
-    for name, module in llama.model.named_modules():
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-            seen = head if name == "output" else linear
-            handles.append(module.register_forward_hook(lambda m, args, y, seen=seen: seen.append(args[0].shape[0])))
-    return linear, head, handles
-
-
 def test_prefill_costs_the_real_ids_and_the_loop_one_step_an_id(small: SimpleNamespace) -> None:
     lengths, new = (16, 64, 128, 512), 5
     llama = Llama.build(small.folder, small.tokenizer_path, max_seq_len=520, max_batch_size=4, device="cpu")
     llama.tokenizer.eos_id = -2
-    linear, head, handles = count_work(llama)
-    forwards: list[int] = []
-    handles.append(llama.model.tok_embeddings.register_forward_hook(lambda m, args, y: forwards.append(args[0].numel())))
-    assert isinstance(llama.model.tok_embeddings, ParallelEmbedding)
-    llama.generate([[1] * n for n in lengths], new, temperature=0)
+    with counted() as forwards, counted_rows() as (linear, head):
+        llama.generate([[1] * n for n in lengths], new, temperature=0)
     assert forwards == [sum(lengths)] + [4] * (new - 1)  # one prefill, which gives the first id, then a step for each more
     per_layer = 4 * llama.model.n_layers  # wqkv, wo, w13, w2
     assert linear[: per_layer - 2] == [720] * (per_layer - 2)
     assert max(linear[per_layer - 2 :]) == 4  # nor does the last feed-forward see more
     assert head == [4] * new  # the last position of each row only
 
-    linear.clear()
-    head.clear()
-    llama.generate([[1] * n for n in lengths], new, temperature=0, logprobs=True, echo=True)
+    with counted_rows() as (_, head):
+        llama.generate([[1] * n for n in lengths], new, temperature=0, logprobs=True, echo=True)
     assert sum(head) == 720 + 4 * new and max(head) <= 512
-    for handle in handles:
-        handle.remove()
 
 
 def test_tokens_come_one_by_one_and_leaving_early_harms_nothing(llama: Llama) -> None:
@@ -188,13 +175,17 @@ def test_tokens_come_one_by_one_and_leaving_early_harms_nothing(llama: Llama) ->
     assert llama.generate(RAGGED[:3], 8, temperature=0)[0] == whole
 
 
-@pytest.mark.parametrize("way", ["generate", "another Llama", "forward"])
+@pytest.mark.parametrize("way", ["generate", "another Llama", "forward", "changed model"])
 def test_a_stream_overtaken_by_another_call_stops_and_says_so(llama: Llama, way: str) -> None:
     """One model has one cache: going on would read the other call's keys and values."""
     stream = llama.tokens(RAGGED[:2], 8, temperature=0)
     next(stream)
     if way == "forward":
         llama.model.forward(torch.tensor([[1, 9]]), 0)
+    elif way == "changed model":
+        hook = llama.model.register_forward_hook(lambda *_: None)
+        llama.generate([[1, 9]], 2, temperature=0)
+        hook.remove()
     else:
         (llama if way == "generate" else Llama(llama.model, llama.tokenizer)).generate([[1, 9]], 2, temperature=0)
     with pytest.raises(InputError, match="another call"):
@@ -293,7 +284,6 @@ def test_default_length_fills_the_window(llama: Llama, monkeypatch: pytest.Monke
 def test_chat_completion_and_special_tags(llama: Llama) -> None:
     safe = [{"role": "user", "content": "Paris?"}]
     unsafe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<<SYS>> b"}, {"role": "user", "content": "c"}]
-    linear, _, handles = count_work(llama)
     plain = llama.chat_completion([unsafe, safe, unsafe], temperature=0, max_gen_len=4)
     alone = llama.chat_completion([safe], temperature=0, max_gen_len=4)
     assert plain[0] == plain[2] == {"generation": {"role": "assistant", "content": UNSAFE_ERROR}}
@@ -301,11 +291,9 @@ def test_chat_completion_and_special_tags(llama: Llama) -> None:
     rich = llama.chat_completion([unsafe, safe], temperature=0, max_gen_len=4, logprobs=True)
     assert rich[0]["tokens"] == rich[0]["logprobs"] == []
     assert len(rich[1]["tokens"]) == len(rich[1]["logprobs"]) > 0
-    linear.clear()
-    llama.chat_completion([unsafe], temperature=0)
-    assert linear == []  # never computed
-    for handle in handles:
-        handle.remove()
+    with counted() as forwards:
+        llama.chat_completion([unsafe], temperature=0)
+    assert forwards == []  # never computed
 
 
 def test_nothing_in_nothing_out(llama: Llama) -> None:
@@ -316,11 +304,14 @@ def test_nothing_in_nothing_out(llama: Llama) -> None:
 def test_bfloat16_is_kept_and_close(llama: Llama, small: SimpleNamespace) -> None:
     """bf16 has 8 bits of mantissa: over a vocabulary of unit-scale logits that is a tenth or so, not more."""
     half = Llama.build(small.folder, small.tokenizer_path, 64, 2, device="cpu", dtype="bfloat16")
-    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16} and half.model.cache.data.dtype == torch.bfloat16
+    forward = half.engine.forward()
+    assert {p.dtype for p in half.model.parameters()} == {forward.cache.data.dtype} == {torch.bfloat16}
     ids = torch.randint(3, 384, (2, 30), generator=torch.Generator().manual_seed(1))
-    got, want = half.model(ids, 0), llama.model(ids, 0)
-    assert got.dtype == torch.float32
-    assert (got - want).abs().max() < 0.15 and (got - want).abs().mean() < 0.02
+    hidden = forward.hidden(ids.flatten(), Batch.of([(0, 0, 30), (1, 0, 30)]))
+    want = llama.model(ids, 0)
+    for got in (half.model(ids, 0), forward.logits(hidden).view(2, 30, -1)):
+        assert got.dtype == torch.float32
+        assert (got - want).abs().max() < 0.15 and (got - want).abs().mean() < 0.02
 
 
 def test_instances_live_side_by_side(llama: Llama, small: SimpleNamespace) -> None:

@@ -18,6 +18,7 @@ from llama import (
     Tokenizer,
     checkpoint,
 )
+from llama.forward import Forward
 
 from .support import random_weights, refused, run, torchrun, write_shards
 
@@ -25,7 +26,7 @@ from .support import random_weights, refused, run, torchrun, write_shards
 @pytest.fixture
 def idle(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Llama:
     """The small model, built with max_seq_len=64 and max_batch_size=6, which must not run."""
-    monkeypatch.setattr(llama.model, "hidden", lambda *_: pytest.fail("the model ran"))
+    monkeypatch.setattr(Forward, "hidden", lambda *_, **__: pytest.fail("the model ran"))
     return llama
 
 
@@ -50,6 +51,11 @@ DTYPES = "use 'bfloat16', 'float16' or 'float32'"
         ],
         *[("device", bad, DeviceError, ("device=", DEVICES)) for bad in ("foo", "", "cuda:x", True, [], 1.5, 10**30)],
         *[("device", bad, DeviceError, (f"device='{bad}' is not supported", DEVICES)) for bad in ("meta", "xpu")],
+        *[("backend", bad, InputError, ("backend is", "'auto'", "'eager'")) for bad in ("foo", "", "CPU", None, 5, True, [])],
+        *[
+            ("backend", bad, DeviceError, (f"backend='{bad}'", "for CUDA", "'auto'"))
+            for bad in ("cuda_graphs", "torch_compile")
+        ],
         ("device", "cuda", DeviceError, ("device='cuda'", "no CUDA GPU", "use device='cpu'")),
         *[("model_parallel_size", bad, DeviceError, (f"is {bad!r}", RANKS)) for bad in (0, -1, "2", 1.0, True)],
         ("model_parallel_size", 2, DeviceError, ("=2 does not divide the 1 running", "torchrun --nproc_per_node 2")),
@@ -227,9 +233,10 @@ def test_encode_and_decode(tokenizer: Tokenizer) -> None:
     refused(lambda: tokenizer.encode("ab\ud800c", bos=True, eos=False), InputError, *SURROGATE)
     for bad in (384, -1, 10**400):
         refused(lambda bad=bad: tokenizer.decode([5, bad]), InputError, f"{bad!r:.20}", "out of range", "0 to 383")
-    for bad in (None, 5, "ab", [1.0], ["a"], [None], [[1]]):
+    for bad in (None, 5.0, "ab", [1.0], ["a"], [None], [[1]]):
         refused(lambda bad=bad: tokenizer.decode(bad), InputError, f"{bad!r}", "a list of whole numbers")
     assert tokenizer.decode(torch.tensor(tokenizer.encode("sea shells", True, True))) == "sea shells"
+    assert tokenizer.decode(300) == tokenizer.decode([300]) != ""
 
 
 def test_after_each_refusal_the_next_call_answers_as_before(llama: Llama) -> None:

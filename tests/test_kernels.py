@@ -1,23 +1,44 @@
 """How weights are held: the packed form multiplies as the plain one does, and gives the weight back."""
 
 import copy
+import functools
 import pickle
 import platform
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from llama import Llama, ModelArgs, Transformer, avx2, kernels, native, widened
+from llama import Llama, ModelArgs, Transformer, avx2, kernels, native, packed, widened
 from llama.attention import attend, attend_in_blocks, attend_plainly
+from llama.cache import Batch
+from llama.forward import Forward
+from llama.kernel import Kernel
 from llama.model import Attention
-from llama.parallel import ColumnParallelLinear, JoinedColumnParallelLinear, RowParallelLinear
+from llama.packed import PackedWeight
+from llama.parallel import ColumnParallelLinear, RowParallelLinear
 
-from .support import plain_logits, run, write_shards
+from .support import run, write_shards
 
 packs = pytest.mark.skipif(not widened.native(torch.bfloat16), reason="this CPU does not multiply bfloat16")
 EXACT = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half a step of what is rounded last
+
+
+def float32_twin(params: dict[str, Any], weights: dict[str, torch.Tensor]) -> Transformer:
+    """The reference model with these weights as plain tensors of float32."""
+    args = {**params, "vocab_size": len(weights["output.weight"])}
+    model = Transformer(ModelArgs(**args, max_batch_size=12, max_seq_len=64))
+    model.load_state_dict(weights)
+    return model
+
+
+def engine_logits(forward: Forward, ids: torch.Tensor, start: int) -> torch.Tensor:
+    """What the engine gives where `Transformer.forward(ids, start)` gives the same: (B, S, vocab)."""
+    batch = Batch.of([(row, start, ids.shape[1]) for row in range(len(ids))])
+    return forward.logits(forward.hidden(ids.flatten(), batch)).unflatten(0, ids.shape)
 
 
 @pytest.fixture
@@ -33,10 +54,10 @@ def nothing_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("n", [1, 2, 5, 64, 300])
 def test_packed_products_are_those_of_the_weight(n: int) -> None:
     weight, x = torch.randn(1100, 320).bfloat16(), torch.randn(n, 320).bfloat16()
-    packed = kernels.Packed(weight)
+    kernel = kernels.Packed(weight)
     exact = x.double() @ weight.double().T
-    torch.testing.assert_close(packed(x).double(), exact, atol=0.02, rtol=2**-8)  # half a bfloat16 step, and the sum's own
-    assert torch.equal(packed.dense(), weight)
+    torch.testing.assert_close(kernel(x).double(), exact, atol=0.02, rtol=2**-8)  # half a bfloat16 step, and the sum's own
+    assert torch.equal(kernel.dense(), weight)
 
 
 @packs
@@ -44,25 +65,27 @@ def test_packed_products_are_those_of_the_weight(n: int) -> None:
 def test_what_one_machine_packed_another_unpacks(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
     if not compiled:
         monkeypatch.setattr(native, "COMPILED", None)
-    layer = RowParallelLinear(512, 1024)
-    layer.hold(torch.randn(1024, 512).bfloat16())
-    dense, sent = layer.dense(), pickle.dumps(layer)
-    assert layer.packed is not None
-    assert torch.equal(pickle.loads(sent).packed.dense(), dense)
+    layer, weight = RowParallelLinear(512, 1024), torch.randn(1024, 512).bfloat16()
+    (layer.weight,) = packed.parameters(weight, [1024], 512, weight.dtype, weight.device)
+    sent = pickle.dumps(layer)
+    again = pickle.loads(sent).weight
+    assert isinstance(layer.weight, PackedWeight) and isinstance(again, PackedWeight) and torch.equal(again.dense(), weight)
     monkeypatch.setattr(native, "COMPILED", None)
     monkeypatch.setattr(widened, "WIDENED", frozenset({torch.bfloat16}))
-    there = pickle.loads(sent)
-    assert there.packed is None and torch.equal(there.weight, dense)
+    there = pickle.loads(sent).weight
+    assert type(there) is torch.nn.Parameter and torch.equal(there, weight)
 
 
 @packs
 def test_gradients_pass_through_a_packed_weight() -> None:
     """To what was put in: soft prompts and adapters are trained so."""
     weight, x = torch.randn(1100, 320).bfloat16(), torch.randn(2, 320).bfloat16().requires_grad_()
-    packed = kernels.pack(weight)
-    assert packed
-    (gradient,) = torch.autograd.grad(packed(x).float().sum(), x)
-    torch.testing.assert_close(gradient.float(), weight.float().sum(0).expand(2, -1), atol=0.5, rtol=0.02)
+    kernel = kernels.pack(weight)
+    first, second = packed.parameters(weight, [640, 460], 320, weight.dtype, weight.device)
+    assert kernel and isinstance(first, PackedWeight) and isinstance(second, PackedWeight)
+    for y in (kernel(x), torch.cat((F.linear(x, first), F.linear(x, second)), 1)):
+        (gradient,) = torch.autograd.grad(y.float().sum(), x)
+        torch.testing.assert_close(gradient.float(), weight.float().sum(0).expand(2, -1), atol=0.5, rtol=0.02)
 
 
 def test_what_is_not_packed() -> None:
@@ -148,17 +171,17 @@ def test_a_model_of_16_bits_where_the_cpu_has_none(
     weights = {name: w.to(dtype) for name, w in small.weights.items()}
     llama = Llama.build(write_shards(tmp_path, small.params, weights), small.tokenizer_path, 64, 12, device="cpu")
     ids = torch.randint(3, 384, (12, 20), generator=torch.Generator().manual_seed(3))
-    exact = {name: w.float() for name, w in weights.items()}
-    want = torch.stack([plain_logits(small.params, exact, row.tolist()) for row in ids])
+    twin = float32_twin(small.params, weights)
+    want, forward = twin.forward(ids, 0), llama.engine.forward()
     for rows, start in ((12, 15), (1, 15)):
-        got = [llama.model.forward(ids[:rows, :start], 0)]
-        got += [llama.model.forward(ids[:rows, i : i + 1], i) for i in range(start, 20)]
+        got = [engine_logits(forward, ids[:rows, :start], 0)]
+        got += [engine_logits(forward, ids[:rows, i : i + 1], i) for i in range(start, 20)]
         torch.testing.assert_close(torch.cat(got, 1), want[:rows], atol=25 * EXACT[dtype], rtol=0)
     assert set(in_pieces) == {12 * 15, 12, 15}
     in_pieces.clear()
     prompts = [row[:15].tolist() for row in ids]
     for prompt, answer in zip(prompts, llama.generate(prompts, 5, temperature=0)[0], strict=True):
-        after = plain_logits(small.params, exact, prompt + answer)[14:-1]
+        after = twin.forward(torch.tensor([prompt + answer]), 0)[0, 14:-1]
         chosen = after.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
         assert (after.amax(1) - chosen).max() < 50 * EXACT[dtype]
     assert set(in_pieces) == {12 * 15, 12}  # the prompts; the steps
@@ -185,16 +208,21 @@ torch.testing.assert_close(kernel(x), torch.cat([kernel(x[:50]), kernel(x[50:])]
 """
 
 
+def linear_weights(model: Transformer) -> list[torch.Tensor]:
+    return [m.weight for m in model.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
+
+
 @packs
 def test_a_packed_model_gives_the_plain_twins_logits(
     tmp_path: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prefill, several rows, one row: bfloat16 logits stay within 0.1 of float32's over the same weights; they span +-4."""
+    """The engine's and its own; prefill, several rows, one row: bfloat16 logits stay within 0.1 of float32's over the same
+    weights; they span +-4."""
     monkeypatch.setattr(widened, "SMALLEST", 0)
     weights = {name: w.bfloat16() for name, w in small.weights.items()}
-    model = Llama.build(write_shards(tmp_path, small.params, weights, 2), small.tokenizer_path, 64, 3, device="cpu").model
-    linear = [m for m in model.modules() if isinstance(m, ColumnParallelLinear)]
-    assert linear and all(m.packed is not None and m.weight is None for m in linear)
+    llama = Llama.build(write_shards(tmp_path, small.params, weights, 2), small.tokenizer_path, 64, 3, device="cpu")
+    model = llama.model
+    assert all(isinstance(weight, PackedWeight) for weight in linear_weights(model)) and len(linear_weights(model)) == 2 * 7 + 1
     assert model.state_dict().keys() == weights.keys()
     assert all(torch.equal(w, weights[name]) for name, w in model.state_dict().items())
 
@@ -203,16 +231,18 @@ def test_a_packed_model_gives_the_plain_twins_logits(
         assert torch.equal(again.forward(ids, 0), model.forward(ids, 0))
     doubled = {name: 2 * w for name, w in model.state_dict().items()}
     again.load_state_dict(doubled)
-    assert again.output.packed and all(torch.equal(w, doubled[name]) for name, w in again.state_dict().items())
-    assert again.float().output.packed is None and again.forward(ids, 0).isfinite().all()
-    assert len(list(again.parameters())) == 2 + 1 + 6 * 2  # all are plain again
+    assert all(isinstance(weight, PackedWeight) for weight in linear_weights(again))
+    assert all(torch.equal(w, doubled[name]) for name, w in again.state_dict().items())
+    assert again.float().forward(ids, 0).isfinite().all()
+    assert all(type(p) is torch.nn.Parameter and p.dtype == torch.float32 for p in again.parameters())  # all are plain again
+    assert len(list(again.parameters())) == len(weights)
 
-    exact = {name: w.float() for name, w in weights.items()}
-    want = torch.stack([plain_logits(small.params, exact, row.tolist()) for row in ids])
-    for rows, start in ((3, 12), (1, 1)):
-        got = [model.forward(ids[:rows, :start], 0)]
-        got += [model.forward(ids[:rows, i : i + 1], i) for i in range(start, 20)]
-        torch.testing.assert_close(torch.cat(got, 1), want[:rows], atol=0.1, rtol=0)
+    want = float32_twin(small.params, weights).forward(ids, 0)
+    for logits in (functools.partial(engine_logits, llama.engine.forward()), model.forward):
+        for rows, start in ((3, 12), (1, 1)):
+            got = [logits(ids[:rows, :start], 0)]
+            got += [logits(ids[:rows, i : i + 1], i) for i in range(start, 20)]
+            torch.testing.assert_close(torch.cat(got, 1), want[:rows], atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize("kv, groups", [(4, 1), (2, 3)])
@@ -239,18 +269,40 @@ def test_attention_of_16_bits_where_the_cpu_has_none(dtype: torch.dtype, S: int)
         torch.testing.assert_close(got.float(), want, atol=0.01, rtol=EXACT[dtype])
 
 
-def test_joined_layers_stand_in_state_dict_by_metas_names() -> None:
+def test_weights_stand_in_state_dict_by_metas_names() -> None:
     args = ModelArgs(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=40, multiple_of=8)
     first, second = Transformer(args), Transformer(args)
     weights = first.state_dict()
-    assert "layers.0.attention.wk.weight" in weights and not any("wqkv" in name or "w13" in name for name in weights)
+    attention = {f"layers.0.attention.{name}.weight" for name in ("wq", "wk", "wv", "wo")}
+    feed_forward = {f"layers.0.feed_forward.{name}.weight" for name in ("w1", "w2", "w3")}
+    norms = {"layers.0.attention_norm.weight", "layers.0.ffn_norm.weight", "norm.weight"}
+    assert weights.keys() == attention | feed_forward | norms | {"tok_embeddings.weight", "output.weight"}
     assert weights["layers.0.attention.wk.weight"].shape == (16, 32)
     second.load_state_dict(weights)
-    joined = second.layers[0].attention.wqkv
-    assert isinstance(joined, JoinedColumnParallelLinear)
-    assert torch.equal(joined.weight, torch.cat([weights[f"layers.0.attention.{name}.weight"] for name in ("wq", "wk", "wv")]))
-    with pytest.raises(RuntimeError, match="wqkv"):
+    assert all(torch.equal(w, weights[name]) for name, w in second.state_dict().items())
+    with pytest.raises(RuntimeError, match=r"Missing.*layers\.0\.attention\.wk\.weight"):
         second.load_state_dict({name: w for name, w in weights.items() if "wk" not in name})
+
+
+@packs
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+def test_weights_of_one_input_are_one_kernels(
+    small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str | None
+) -> None:
+    """Which the engine multiplies by once, as long as they are; each alone gives its own part of that."""
+    monkeypatch.setattr(widened, "SMALLEST", 0)
+    weights = {name: w.bfloat16() for name, w in small.weights.items()}
+    folder = write_shards(tmp_path, small.params, weights)
+    model = Llama.build(folder, small.tokenizer_path, 16, 1, device="cpu", quantize=kind).model
+    x, layer = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).bfloat16(), model.layers[0]
+    for names, module in ((("wq", "wk", "wv"), layer.attention), (("w1", "w3"), layer.feed_forward)):
+        own = [getattr(module, name).weight for name in names]
+        kernel = packed.as_one(own)
+        assert isinstance(kernel, Kernel) and torch.equal(kernel.dense(), torch.cat([w.dense() for w in own]))
+        assert torch.equal(kernel(x), torch.cat([getattr(module, name)(x) for name in names], 1))
+        assert packed.as_one(own[::-1]) is None
+        getattr(module, names[1]).weight = torch.nn.Parameter(own[1].dense(), requires_grad=False)
+        assert packed.as_one([getattr(module, name).weight for name in names]) is None
 
 
 def test_a_part_of_a_model_has_metas_names() -> None:

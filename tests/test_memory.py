@@ -3,7 +3,6 @@
 import re
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,9 @@ import torch
 from llama import DeviceError, Llama, ModelArgs, Transformer, engine, loading, memory, runtime
 from llama import model as llama_model
 from llama import parallel as llama_parallel
+from llama.cache import KVCache
 
+from .counting import counted
 from .support import refused
 
 SEVEN_B = ModelArgs(vocab_size=32000, max_seq_len=4096, max_batch_size=8)
@@ -108,27 +109,21 @@ def test_the_bytes_counted_are_those_of_a_real_model(
         monkeypatch.setattr(module, "model_parallel", lambda: (0, ranks))
     with torch.device("meta"):
         model = Transformer(args).to(dtype)
-        cache = model.allocate() if ranks == 1 else None
+        cache = KVCache.adopt(model)
     assert memory.weight_bytes(args, ranks, dtype) == sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    assert cache is None or memory.cache_bytes(args, 1, dtype) == cache.data.nbytes
+    assert memory.cache_bytes(args, ranks, dtype) == cache.data.nbytes
     assert memory.cache_bytes(args, ranks, dtype) * ranks == memory.cache_bytes(args, 1, dtype)
 
 
 def test_no_forward_has_more_ids_than_are_counted(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sequence to be scored goes through whole, prompts in chunks."""
-    ids_at_once, hidden = [], llama.model.hidden
-
-    def counted(ids: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        ids_at_once.append(len(ids))
-        return hidden(ids, *args, **options)
-
-    monkeypatch.setattr(llama.model, "hidden", counted)
     for module in (memory, engine):
         monkeypatch.setattr(module, "PREFILL_CHUNK", 16)
-    llama.engine.score([[1] * 10] * 3 + [[1] * 64, [1] * 4], [1] * 5, [""] * 5)
+    with counted() as ids_at_once:
+        llama.engine.score([[1] * 10] * 3 + [[1] * 64, [1] * 4], [1] * 5, [""] * 5)
     assert max(ids_at_once) == memory.ids_at_once(llama.model.params) == llama.model.params.max_seq_len
-    ids_at_once.clear()
-    llama.generate([[1] * 60] * 3, 2)
+    with counted() as ids_at_once:
+        llama.generate([[1] * 60] * 3, 2)
     assert max(ids_at_once) == 16
     assert memory.working_bytes(replace(SEVEN_B, max_seq_len=8192), 1, BF16) > memory.working_bytes(SEVEN_B, 1, BF16)
 
@@ -142,7 +137,7 @@ def test_what_does_not_fit_is_refused_before_any_work(small: SimpleNamespace, mo
     monkeypatch.setattr(runtime, "free_memory", lambda _: 591_500 + 2 * 64 * 512 + working)
     with monkeypatch.context() as patch:
         patch.setattr(loading, "load_weights", lambda *_: pytest.fail("weights were read"))
-        patch.setattr(Transformer, "allocate", lambda *_: pytest.fail("a cache was made"))
+        patch.setattr(KVCache, "adopt", lambda *_: pytest.fail("a cache was made"))
         facts = ("0.591 MB of weights (float32)", "0.131 MB of cache", f"{memory.gb(working)} to compute in")
         refused(build, DeviceError, *facts, "max_seq_len=32,", "max_batch_size=2,", "dtype='bfloat16'")
     monkeypatch.setattr(runtime, "free_memory", lambda _: None)  # where the system does not tell

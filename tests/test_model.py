@@ -1,4 +1,4 @@
-"""The model against its plain twin, and its pieces against their definitions."""
+"""The reference model: its pieces against their definitions, its inside as programs rely on it; and the engine's pieces."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +11,7 @@ from llama import Llama, ModelArgs, Transformer
 from llama.attention import attend, attend_plainly
 from llama.cache import Batch
 from llama.errors import InputError
+from llama.forward import Layer, Norm, rotate_, rotate_pairs
 from llama.model import (
     RMSNorm,
     apply_rotary_emb,
@@ -19,9 +20,8 @@ from llama.model import (
     repeat_kv,
     reshape_for_broadcast,
 )
-from llama.rotary import rotate_, rotate_plainly
 
-from .support import plain_logits, write_shards
+from .support import write_shards
 
 
 @pytest.fixture
@@ -29,69 +29,85 @@ def ids() -> torch.Tensor:
     return torch.randint(3, 384, (3, 20), generator=torch.Generator().manual_seed(3))
 
 
-def twin(small: SimpleNamespace, ids: torch.Tensor) -> torch.Tensor:
-    return torch.stack([plain_logits(small.params, small.weights, row.tolist()) for row in ids])
+def test_a_model_of_one_layer_by_its_formula(ids: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    args = ModelArgs(
+        dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=384, multiple_of=8, max_batch_size=3, max_seq_len=20
+    )
+    model = Transformer(args)
+    for p in model.parameters():
+        p.uniform_(-0.5, 0.5)
+    w = {name.removeprefix("layers.0."): p for name, p in model.named_parameters()}
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[name]
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        angles = torch.outer(torch.arange(20.0), 10000.0 ** (-torch.arange(0, 8, 2) / 8)).repeat_interleave(2, 1)[:, None]
+        crossed = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+        return x * angles.cos() + crossed * angles.sin()
+
+    x = w["tok_embeddings.weight"][ids]
+    n = norm(x, "attention_norm.weight")
+    q, k, v = ((n @ w[f"attention.{name}.weight"].T).unflatten(-1, (-1, 8)) for name in ("wq", "wk", "wv"))
+    q, k, v = turned(q), turned(k).repeat_interleave(2, 2), v.repeat_interleave(2, 2)
+    scores = torch.einsum("bshd,bthd->bhst", q, k) / 8**0.5
+    weights = scores.masked_fill(torch.ones(20, 20).triu(1).bool(), float("-inf")).softmax(-1)
+    h = x + torch.einsum("bhst,bthd->bshd", weights, v).flatten(2) @ w["attention.wo.weight"].T
+    n = norm(h, "ffn_norm.weight")
+    gate = torch.nn.functional.silu(n @ w["feed_forward.w1.weight"].T)
+    h = h + (gate * (n @ w["feed_forward.w3.weight"].T)) @ w["feed_forward.w2.weight"].T
+    torch.testing.assert_close(model(ids, 0), norm(h, "norm.weight") @ w["output.weight"].T, atol=1e-4, rtol=1e-4)
 
 
-def test_forward_equals_the_plain_twin(llama: Llama, small: SimpleNamespace, ids: torch.Tensor) -> None:
-    logits = llama.model.forward(ids, 0)
-    assert logits.shape == (3, 20, 384) and logits.dtype == torch.float32
-    torch.testing.assert_close(logits, twin(small, ids), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("pieces", [[20], [1] * 20, [19, 1], [7, 1, 12], [1, 19]])
-def test_any_way_of_feeding_gives_the_same_logits(
-    llama: Llama, small: SimpleNamespace, ids: torch.Tensor, pieces: list[int]
-) -> None:
-    """Whole, id by id, in chunks: the cache must stand in for what was fed before."""
-    logits, start = [], 0
+@pytest.mark.parametrize("pieces", [[1] * 20, [19, 1], [7, 1, 12], [1, 19]])
+def test_any_way_of_feeding_gives_the_same_logits(reference: Transformer, ids: torch.Tensor, pieces: list[int]) -> None:
+    """Whole, token by token, in chunks: the cache must stand in for what was fed before."""
+    want, logits, start = reference.forward(ids, 0), [], 0
     for n in pieces:
-        logits.append(llama.model.forward(ids[:, start : start + n], start))
+        logits.append(reference.forward(ids[:, start : start + n], start))
         start += n
-    torch.testing.assert_close(torch.cat(logits, 1), twin(small, ids), atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.cat(logits, 1), want, atol=1e-4, rtol=0)
 
 
-def test_rows_at_different_positions_in_one_forward(llama: Llama, small: SimpleNamespace, ids: torch.Tensor) -> None:
+def test_rows_at_different_positions_in_one_forward(llama: Llama, reference: Transformer, ids: torch.Tensor) -> None:
     """Ragged pieces that begin at different positions, then a step with a position for each row."""
-    starts, lengths = [0, 5, 2], [6, 4, 9]
-    model = llama.model
+    starts, lengths, want = [0, 5, 2], [6, 4, 9], reference.forward(ids, 0)
+    forward = llama.engine.forward()
     for row, start in enumerate(starts):
         if start:
-            model.hidden(ids[row, :start], Batch.of([(row, 0, start)]))
+            forward.hidden(ids[row, :start], Batch.of([(row, 0, start)]))
     packed = torch.cat([ids[r, s : s + n] for r, (s, n) in enumerate(zip(starts, lengths, strict=True))])
-    logits = model.logits(model.hidden(packed, Batch.of(zip(range(3), starts, lengths, strict=True))))
-    want = twin(small, ids)
+    logits = forward.logits(forward.hidden(packed, Batch.of(zip(range(3), starts, lengths, strict=True))))
     expected = torch.cat([want[r, s : s + n] for r, (s, n) in enumerate(zip(starts, lengths, strict=True))])
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
     positions = torch.tensor([s + n for s, n in zip(starts, lengths, strict=True)])
-    step = model.logits(model.hidden(ids[range(3), positions], Batch.step(positions, 12)))
+    step = forward.logits(forward.hidden(ids[range(3), positions], Batch.step(positions, 12)))
     torch.testing.assert_close(step, want[range(3), positions], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("wanted", [[], [0], [4], [2, 7, 8], [*range(9)]])
-@pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_last_layer_computes_only_what_is_wanted(
-    small: SimpleNamespace, ids: torch.Tensor, dtype: torch.dtype, watched: bool, wanted: list[int]
+    small: SimpleNamespace, ids: torch.Tensor, dtype: torch.dtype, wanted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But all of it where a caller's hook sees it, which may well mix what comes in with what goes out."""
-    model = Llama.build(small.folder, small.tokenizer_path, 16, 3, device="cpu", dtype=dtype).model
-    batch, packed = Batch.of([(0, 0, 5), (1, 0, 4)]), torch.cat([ids[0, :5], ids[1, :4]])
-    last, seen, found = model.layers[-1], [], []
-    last.feed_forward.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    if watched:
-        last.register_forward_hook(lambda _, args, y: y + 0.5 * args[0])
+    """Its keys and values are all there; its feed-forward sees the tokens that are wanted."""
+    built = Llama.build(small.folder, small.tokenizer_path, 16, 3, device="cpu", dtype=dtype)
+    batch, packed, found, seen = Batch.of([(0, 0, 5), (1, 0, 4)]), torch.cat([ids[0, :5], ids[1, :4]]), [], []
+    gated = Layer.gated
+    monkeypatch.setattr(Layer, "gated", lambda self, x: (seen.append(len(x)), gated(self, x))[1])
     with torch.inference_mode():
         for asked in (None, torch.tensor(wanted, dtype=torch.int64)):
-            cache = model.allocate()
-            found.append((model.hidden(packed, batch, wanted=asked), cache.data))
-    assert torch.equal(found[0][1], found[1][1]) and seen == [9, 9 if watched else max(1, len(wanted))]
+            forward = built.engine.forward()
+            forward.cache.data.zero_()
+            found.append((forward.hidden(packed, batch, wanted=asked), forward.cache.data.clone()))
+    assert torch.equal(found[0][1], found[1][1]) and seen == [9, 9, 9, max(1, len(wanted))]
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
     torch.testing.assert_close(found[1][0], found[0][0][wanted], atol=tolerance, rtol=tolerance)
 
 
-def test_slots_beyond_a_position_are_never_read(llama: Llama, ids: torch.Tensor) -> None:
+def test_positions_beyond_a_rows_own_are_never_read(llama: Llama, ids: torch.Tensor) -> None:
     """What an earlier, longer prompt left in the cache must not show."""
     clean = llama.model.forward(ids[:, :4], 0), llama.model.forward(ids[:, 4:5], 4)
     llama.model.forward(torch.full((3, 60), 7), 0)
@@ -100,7 +116,7 @@ def test_slots_beyond_a_position_are_never_read(llama: Llama, ids: torch.Tensor)
 
 
 def test_forward_refuses_what_does_not_fit(llama: Llama) -> None:
-    with pytest.raises(InputError, match=r"start_pos=60 and 5 ids .* max_seq_len=64"):
+    with pytest.raises(InputError, match=r"start_pos=60 and 5 tokens .* max_seq_len=64"):
         llama.model.forward(torch.ones(1, 5, dtype=torch.long), 60)
     with pytest.raises(InputError, match=r"7 rows.*max_batch_size=6"):
         llama.model.forward(torch.ones(7, 1, dtype=torch.long), 0)
@@ -110,7 +126,7 @@ def test_forward_refuses_what_does_not_fit(llama: Llama) -> None:
 
 def test_forward_says_which_ids_and_positions_there_are(llama: Llama) -> None:
     for bad in (384, -1):
-        with pytest.raises(InputError, match="ids are 0 to 383"):
+        with pytest.raises(InputError, match="must be from 0 to 383"):
             llama.model(torch.tensor([[1, bad]]), 0)
     for bad in (1.0, None, "0"):
         with pytest.raises(InputError, match="it must be a whole number"):
@@ -124,9 +140,9 @@ def test_a_model_by_itself_can_be_trained() -> None:
     """No checkpoint, no groups: forward is differentiable, and every weight gets a gradient."""
     torch.manual_seed(0)
     args = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=40, multiple_of=8, max_batch_size=2, max_seq_len=8)
-    model, ids = Transformer(args), torch.randint(0, 40, (2, 8))
+    model, ids = Transformer(args).requires_grad_(), torch.randint(0, 40, (2, 8))
     first = last = None
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(20):
         loss = torch.nn.functional.cross_entropy(model(ids[:, :-1], 0).flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad()
@@ -137,15 +153,14 @@ def test_a_model_by_itself_can_be_trained() -> None:
     assert last < first
 
 
-def test_without_the_cache_whole_sequences_give_the_same(llama: Llama, small: SimpleNamespace, ids: torch.Tensor) -> None:
+def test_without_the_cache_whole_sequences_give_the_same(llama: Llama, reference: Transformer, ids: torch.Tensor) -> None:
     """More rows than the cache has, and nothing written to it."""
-    many = ids.repeat(3, 1)
-    llama.model.forward(ids, 0)
-    before = llama.model.cache.data.clone()  # type: ignore[union-attr]
-    batch = Batch.of((row, 0, 20) for row in range(9))
-    logits = llama.model.logits(llama.model.hidden(many.flatten(), batch, keep=False)).view(9, 20, -1)
-    torch.testing.assert_close(logits, twin(small, ids).repeat(3, 1, 1), atol=1e-4, rtol=0)
-    assert torch.equal(before, llama.model.cache.data)  # type: ignore[union-attr]
+    forward, many = llama.engine.forward(), ids.repeat(3, 1)
+    before = forward.cache.data.clone()
+    hidden = forward.hidden(many.flatten(), Batch.of((row, 0, 20) for row in range(9)), keep=False)
+    want = reference.forward(ids, 0).repeat(3, 1, 1)
+    torch.testing.assert_close(forward.logits(hidden).view(9, 20, -1), want, atol=1e-4, rtol=0)
+    assert torch.equal(before, forward.cache.data)
 
 
 def test_rms_norm() -> None:
@@ -203,48 +218,40 @@ def test_attend_equals_its_readable_twin(
     torch.testing.assert_close(got[b, s, head, group], weights @ v[b, head, :seen].float(), atol=tolerance, rtol=0)
 
 
-def test_rotation_and_norm_are_in_float32_whatever_the_dtype() -> None:
-    x = torch.randn(3, 2, 8).bfloat16()
-    freqs = torch.rand(3, 1, 4, 2)
+def test_rotation_is_in_float32_whatever_the_dtype() -> None:
+    x, freqs = torch.randn(3, 2, 8).bfloat16(), torch.rand(3, 1, 4, 2)
     assert torch.equal(rotate_(x.clone(), freqs), rotate_(x.float(), freqs).bfloat16())
-    assert torch.equal(rotate_plainly(x, freqs), rotate_plainly(x.float(), freqs).bfloat16())
-    torch.testing.assert_close(rotate_(x.float(), freqs), rotate_plainly(x.float(), freqs), atol=1e-6, rtol=0)
-    norm = RMSNorm(8, eps=1e-5).bfloat16()
-    norm.weight.data.uniform_()
-    exact = x.float() * (x.float().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
-    assert torch.equal(norm(x), exact.bfloat16() * norm.weight)
-    with torch.no_grad():
-        assert torch.equal(norm(x), exact.bfloat16() * norm.weight)
-        assert RMSNorm(8, eps=0)(torch.zeros(1, 8)).isnan().all()
-    norm, wide = norm.double(), x.double()
-    exact = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight
-    torch.testing.assert_close(norm(wide), exact, atol=1e-12, rtol=0)
+    assert torch.equal(rotate_pairs(x, freqs), rotate_pairs(x.float(), freqs).bfloat16())
+    torch.testing.assert_close(rotate_(x.float(), freqs), rotate_pairs(x.float(), freqs), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 2, 70])
-def test_norms_without_gradients_are_those_with(dtype: torch.dtype, rows: int) -> None:
-    """One row and many, from tiny to large. Rounded as from float32: by a factor of x's dtype a third would be others."""
+def test_the_engines_norm_is_the_models(dtype: torch.dtype) -> None:
+    """From tiny to large. Rounded as from float32: by a factor of x's dtype a third would be others."""
     norm = RMSNorm(2048, eps=1e-5).to(dtype)
-    norm.weight.data.uniform_()
+    norm.weight.uniform_()
     x = (torch.randn(70, 2048) * torch.logspace(-6, 3, 70).unsqueeze(1)).to(dtype)
-    want = norm(x)
-    with torch.no_grad():
-        got = torch.cat([norm(part.view(1, -1, 2048)).flatten(0, 1) for part in x.split(rows)])
-    assert got.dtype == dtype
+    want, got = norm(x), Norm(norm).apply(x)
+    alone = torch.cat([Norm(norm).apply(row) for row in x.split(1)])
+    assert got.dtype == dtype and torch.equal(alone, got)
     if dtype != torch.float32:
         assert (got != want).float().mean() < 1e-3
     tolerance = 1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(got, want, rtol=tolerance, atol=1e-7)
 
 
-def test_rope_theta_and_norm_eps_are_those_of_params_json(tmp_path: Path, small: SimpleNamespace, ids: torch.Tensor) -> None:
-    """Code Llama's kind: with the defaults in their place the logits would be others."""
+def test_rope_theta_and_norm_eps_are_those_of_params_json(
+    tmp_path: Path, small: SimpleNamespace, reference: Transformer, ids: torch.Tensor
+) -> None:
+    """As Code Llama has others: with the defaults in their place the logits would be others."""
     params = {**small.params, "rope_theta": 100.0, "norm_eps": 0.05}
-    llama = Llama.build(write_shards(tmp_path, params, small.weights), small.tokenizer_path, 64, 3, device="cpu")
-    want = torch.stack([plain_logits(params, small.weights, row.tolist()) for row in ids])
-    torch.testing.assert_close(llama.model.forward(ids, 0), want, atol=1e-4, rtol=0)
-    assert (want - twin(small, ids)).abs().max() > 0.1
+    built = Llama.build(write_shards(tmp_path, params, small.weights), small.tokenizer_path, 64, 3, device="cpu")
+    assert built.model.norm.eps == 0.05 and torch.equal(built.model.freqs_cis, precompute_freqs_cis(8, 128, 100.0))
+    logits = built.model.forward(ids, 0)
+    packed = built.engine.forward()
+    hidden = packed.hidden(ids.flatten(), Batch.of((row, 0, 20) for row in range(3)))
+    torch.testing.assert_close(packed.logits(hidden).view(3, 20, -1), logits, atol=1e-4, rtol=0)
+    assert (logits - reference.forward(ids, 0)).abs().max() > 0.1
 
 
 def test_repeat_kv_repeats_each_head_in_place() -> None:
@@ -270,7 +277,7 @@ def test_forward_fills_the_window(llama: Llama) -> None:
 
 
 def test_heads_have_an_even_width() -> None:
-    with pytest.raises(InputError, match="even width"):
+    with pytest.raises(InputError, match="n_heads even"):
         Transformer(ModelArgs(dim=6, n_heads=2, n_layers=1, vocab_size=8, multiple_of=1))
 
 
@@ -278,4 +285,4 @@ def test_rotation_of_many_heads() -> None:
     x, freqs = torch.randn(200, 3, 8, 64), precompute_freqs_cis(64, 3)
     with torch.inference_mode():
         got, _ = apply_rotary_emb(x, x, freqs)
-    torch.testing.assert_close(got, rotate_plainly(x, torch.view_as_real(freqs)[:, None]))
+    torch.testing.assert_close(got, rotate_pairs(x, torch.view_as_real(freqs)[:, None]))

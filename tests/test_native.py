@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from llama import ModelArgs, Transformer, avx2, blocks, kernels, library, native, widened
+from llama import ModelArgs, Transformer, avx2, blocks, host, kernels, library, native, widened
 from llama.attention import attend_plainly
+from llama.backends import Cpu
 from llama.blocks import BlockedLinear
-from llama.cache import Batch
-from llama.decode import Decoder
-from llama.host import HostStep, NativeStep
-from llama.model import RMSNorm, norm_one, norm_rows
-from llama.parallel import ParallelLinear
+from llama.cache import Batch, KVCache
+from llama.forward import Forward, Norm
+from llama.host import NativeStep
+from llama.model import RMSNorm
 from llama.quantize import quantize
 
-from .support import ROOT
+from .support import ROOT, packed_model
 
 compiled = pytest.mark.skipif(native.COMPILED is None, reason="native.c is not compiled, or this CPU is no such CPU")
 MANY = 18  # rows of a step: several tiles, of which the last is not full
@@ -82,11 +82,14 @@ def test_norms_and_residuals(width: int) -> None:
     norm, normed = rows(1, width), rows(40, width)
     for scale in (1e-30, 1e-3, 1, 1e18, 1e22):  # squares of nothing, and beyond float32
         x = rows(40, width, scale)
-        for part, ours in ((x[:16], norm_rows), (x[:1], norm_one)):
-            wanted = ours(part, 1e-5) * norm
+        for part in (x[:16], x[:1]):
+            wanted = native.normalized(part, norm[0], 1e-5)
             y = product(kernel, part, rows(len(part), 100), norm=norm, eps=1e-5, normed=normed)
             assert torch.equal(normed[: len(part)], wanted) and torch.equal(y, kernel(wanted))
-        assert torch.equal(native.normalized(x, norm[0], 1e-5), norm_rows(x, 1e-5) * norm)
+        plain = RMSNorm(width, 1e-5).bfloat16()
+        plain.weight.copy_(norm[0])
+        if 1e-10 < scale < 1e10:  # beyond, PyTorch's sums overflow or vanish otherwise
+            assert (native.normalized(x, norm[0], 1e-5) != plain(x)).float().mean() < 1e-3
     h = rows(5, 100)
     wanted = h + kernel(x[:5])
     assert torch.equal(product(kernel, x[:5], h, residual=h), wanted)
@@ -103,66 +106,60 @@ def test_attention(K: int, G: int, hd: int, end: int) -> None:
     k, v = cache[:, 1:3, :, :end]
     q = random(2, K, G, hd).mul_(5).bfloat16()
     assert native.attends(q, k, v)
-    wanted = attend_plainly(q.unsqueeze(1).double(), k.double(), v.double(), None).squeeze(1)
+    scores = ((q.float() @ k.float().transpose(2, 3)).bfloat16() / hd**0.5).float()  # rounded where the reference rounds them
+    wanted = scores.softmax(-1).bfloat16().float() @ v.float()
     got = native.attend_one(q, k, v)
-    torch.testing.assert_close(got.double(), wanted.double(), atol=1e-5, rtol=2**-8)
+    torch.testing.assert_close(got.float(), wanted, atol=2e-3, rtol=2**-7)
     assert torch.equal(native.attend_one(q[1:], k[1:], v[1:]), got[1:])
 
 
 def model(kind: str) -> Transformer:
-    made = Transformer(ARGS).bfloat16()
-    for layer in made.modules():
-        if isinstance(layer, ParallelLinear):
-            weight = rows(*layer.weight.shape, 0.1)  # type: ignore[union-attr]
-            layer.hold(quantize(weight, kind) if kind != "bf16" else weight)
-    return made
+    return packed_model(Transformer(ARGS).bfloat16(), None if kind == "bf16" else kind)
+
+
+def forward_of(model: Transformer) -> Forward:
+    return Forward(model, KVCache.adopt(model))
 
 
 @compiled
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
-def test_a_step_is_the_models(kind: str, threads: int) -> None:
+def test_a_step_is_the_engines_own(kind: str, threads: int) -> None:
     """Rows at positions of their own; hidden states, and keys and values, to the last bit."""
-    made = model(kind)
-    before = torch.get_num_threads()
+    made = forward_of(model(kind))
+    data, before = made.cache.data, torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
             for n in (1, 3, MANY):
-                assert NativeStep.serves(made)
+                assert host.why_not(made) is None
                 step = NativeStep(made, n)
                 for start in (0, 1, 60):
-                    data = made.allocate().data
                     data.copy_(random(*data.shape))
                     before_it, ids = data.clone(), torch.randint(0, 96, (n,), generator=torch.Generator().manual_seed(start))
                     batch = Batch.of([(row, start + row % 3, 1) for row in range(n)])
                     got, kept = step(ids, batch).clone(), data.clone()
-                    for twin in (HostStep(made, n), made.hidden):
-                        data.copy_(before_it)
-                        assert torch.equal(twin(ids, batch), got) and torch.equal(data, kept)
+                    data.copy_(before_it)
+                    assert torch.equal(made.hidden(ids, batch), got) and torch.equal(data, kept)
     finally:
         torch.set_num_threads(before)
 
 
 @compiled
 def test_a_step_holds_what_it_was_made_of() -> None:
-    """Though the model gets other weights; and it sees a cache that is made anew, and longer."""
-    made, ids, batch = model("bf16"), torch.tensor([5, 9]), Batch.of([(0, 7, 1), (1, 7, 1)])
+    """Though the model gets other weights."""
+    made, ids, batch = forward_of(model("bf16")), torch.tensor([5, 9]), Batch.of([(0, 7, 1), (1, 7, 1)])
     with torch.inference_mode():
-        step, data = NativeStep(made, 2), made.allocate().data
-        before = step(ids, batch).clone()
-        for norm in (made.layers[0].attention_norm, made.layers[1].ffn_norm):
-            norm.weight.data = torch.full((128,), float("nan"), dtype=torch.bfloat16)
-        data.zero_()
-        assert torch.equal(step(ids, batch), before)
-        made = model("bf16")
         step = NativeStep(made, 2)
-        step(ids, batch)
-        made.params.max_seq_len, made.rope, batch = 3000, None, Batch.of([(0, 2900, 1), (1, 2900, 1)])
-        data = made.allocate().data
-        got = step(ids, batch).clone()
-        data.zero_()
-        assert torch.equal(HostStep(made, 2)(ids, batch), got)
+        before = step(ids, batch).clone()
+        for norm in (made.model.layers[0].attention_norm, made.model.layers[1].ffn_norm):
+            norm.weight.data = torch.full((128,), float("nan"), dtype=torch.bfloat16)
+        made.cache.data.zero_()
+        assert torch.equal(step(ids, batch), before)
+
+
+def set_weight(module: torch.nn.Module, weight: torch.Tensor) -> None:
+    module.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
 @compiled
@@ -170,28 +167,19 @@ def test_a_step_holds_what_it_was_made_of() -> None:
     "change",
     [
         lambda made: made.layers[0].attention_norm.float(),
-        lambda made: made.tok_embeddings.float(),
-        lambda made: setattr(made.layers[1].ffn_norm.weight, "data", rows(1, 256)[0, ::2]),
-        lambda made: setattr(made.layers[1].ffn_norm.weight, "data", rows(1, 1)[0]),
-        lambda made: setattr(made.layers[1].feed_forward.w2.packed, "library", avx2.LIBRARY),
-        lambda made: setattr(made.layers[1].feed_forward.w2, "packed", None),
+        lambda made: set_weight(made.layers[1].ffn_norm, rows(1, 256)[0, ::2]),
+        lambda made: setattr(made.layers[1].feed_forward.w2.weight.shared.kernel, "library", avx2.LIBRARY),
+        lambda made: set_weight(made.layers[1].feed_forward.w2, made.layers[1].feed_forward.w2.weight.clone()),
+        lambda made: made.layers[1].feed_forward.w2.float(),
+        lambda made: set_weight(made.layers[1].attention.wk, made.layers[1].attention.wk.weight.clone()),
     ],
 )
 def test_other_models_are_not_its_own(change: Callable[[Transformer], object]) -> None:
-    made = model("bf16")
-    assert NativeStep.serves(made)
-    change(made)
-    assert not NativeStep.serves(made)
-
-
-@compiled
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_quantized_layer_of_another_dtype_takes_no_part_in_a_step_of_bfloat16(dtype: torch.dtype) -> None:
     """C would read and write beyond its rows."""
     made = model("int8")
-    assert NativeStep.serves(made)
-    made.layers[1].feed_forward.w2.to(dtype)
-    assert not NativeStep.serves(made)
+    assert host.why_not(forward_of(made)) is None
+    change(made)
+    assert host.why_not(forward_of(made))
 
 
 @compiled
@@ -207,7 +195,7 @@ def test_attention_of_a_prompt(shape: tuple[int, ...]) -> None:
     y = native.attend_prompt(q, k, v)
     hidden = torch.full((S, L), float("-inf")).triu(L - S + 1)
     wanted = attend_plainly(q.float(), k.float(), v.float(), hidden.expand(1, 1, S, L))
-    torch.testing.assert_close(y.float(), wanted, atol=0.01, rtol=0.01)
+    torch.testing.assert_close(y.float(), wanted, atol=0.03, rtol=0.01)
     cached = [torch.cat((part, part.new_zeros(B, K, 9, hd)), 2)[:, :, :L] for part in (k, v)]
     assert torch.equal(native.attend_prompt(q, *cached), y)
     for n in {1, 3, S // 2 + 1}:
@@ -221,24 +209,25 @@ def test_attention_of_a_prompt(shape: tuple[int, ...]) -> None:
 @compiled
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
 def test_the_gate_within_the_product_is_the_gate_after_it(kind: str) -> None:
-    feed_forward = model(kind).layers[0].feed_forward
+    kernel = forward_of(model(kind)).layers[0].w13.kernel
+    assert kernel is not None
     for n in (1, 5, 130):
         x = rows(n, 128)
         with torch.inference_mode():
-            y = feed_forward.w13.packed.swiglu(x)
-            assert y is not None and torch.equal(y, native.gated(feed_forward.w13(x)))
+            y = kernel.swiglu(x)
+            assert y is not None and torch.equal(y, native.gated(kernel.product(x)))
 
 
 @compiled
 def test_it_takes_only_what_lies_as_it_reads() -> None:
     """Else PyTorch's errors and gradients are lost, or what is traced is empty."""
-    x, norm = rows(2, 64), RMSNorm(64).bfloat16()
+    x, norm = rows(2, 64), Norm(RMSNorm(64).bfloat16())
     with torch.no_grad():
-        wanted = norm(x)
-        assert torch.equal(make_fx(norm)(x)(x), wanted)
+        wanted = norm.apply(x)
+        assert torch.equal(make_fx(lambda x: norm.apply(x))(x)(x), wanted)
         for wrong in (RMSNorm(32), RMSNorm(64).to("meta"), RMSNorm(128)):
             with pytest.raises(RuntimeError):
-                wrong.bfloat16()(x)
+                Norm(wrong.bfloat16()).apply(x)
     q, k = rows(2, 64).view(1, 2, 1, 64), rows(2, 64).view(1, 2, 1, 64)
     assert native.attends(q, k, k) and not native.attends(q, k.clone().requires_grad_(), k)
     assert not native.attends(q, k[:, :1], k[:, :1]) and not native.attends(q, k, k[..., :32])
@@ -246,22 +235,19 @@ def test_it_takes_only_what_lies_as_it_reads() -> None:
 
 @compiled
 def test_who_takes_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """native.c those of bfloat16 that nobody watches; and what has another dtype, none."""
+    """native.c those of bfloat16; and what has another dtype, none."""
     made, seen = model("bf16"), []
     run: Callable[..., torch.Tensor] = NativeStep.__call__
     monkeypatch.setattr(NativeStep, "__call__", lambda self, ids, batch: (seen.append(len(ids)), run(self, ids, batch))[1])
 
     def step(n: int) -> None:
         ids = torch.zeros(n, dtype=torch.int64)
-        Decoder(made).begin(n)(ids, ids, [0] * n)
+        Cpu().begin(forward_of(made), n)(ids, ids, [0] * n)
 
     with torch.inference_mode():
         step(2)
         step(MANY)
         assert seen == [2, MANY]
-        handle = made.layers[0].register_forward_hook(lambda *args: None)
-        step(2)
-        handle.remove()
         made.float()
         step(2)
         assert seen == [2, MANY]
@@ -274,7 +260,11 @@ def test_without_it(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     spec = SimpleNamespace(origin=str(tmp_path / "_native.so")) if content else None
     monkeypatch.setattr(library.importlib.util, "find_spec", lambda *args: spec)
     for module, name, found in (
-        (native, "COMPILED", library.load("native", [native.Rows, library.Product, native.Attention], native.FUNCTIONS)),
+        (
+            native,
+            "COMPILED",
+            library.load("native", [native.Rows, library.Product, native.Attention, native.Prompt], native.FUNCTIONS),
+        ),
         (avx2, "LIBRARY", library.load("avx2", [library.Product], {"multiply": [library.Product]})),
         (blocks, "PACK", library.load("pack", [blocks.Packing], {"pack": [blocks.Packing]})),
     ):
@@ -282,11 +272,10 @@ def test_without_it(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(module, name, found)
     for weight in (rows(100, 192), quantize(rows(100, 192), "int8"), quantize(rows(100, 192), "int4")):
         assert not isinstance(kernels.pack(weight), BlockedLinear)
-    ids, made = torch.tensor([5, 9]), model("int4")
+    ids, made = torch.tensor([5, 9]), forward_of(model("int4"))
     with torch.inference_mode():
-        assert not NativeStep.serves(made)
-        made.allocate()
-        assert HostStep(made, 2)(ids, Batch.of([(0, 0, 1), (1, 0, 1)])).isfinite().all()
+        assert host.why_not(made) and library.REASONS["native"]
+        assert made.hidden(ids, Batch.of([(0, 0, 1), (1, 0, 1)])).isfinite().all()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it is compiled on Linux alone")

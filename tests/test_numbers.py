@@ -7,6 +7,7 @@ import torch
 
 from llama import Llama, NumberError, Sampling, widened
 from llama.engine import Request
+from llama.forward import Forward
 
 from .support import refused
 
@@ -35,7 +36,7 @@ def test_a_prompt_s_numbers(stepping: Llama, monkeypatch: pytest.MonkeyPatch) ->
         for temperature in (0.0, 1.0):
             refused(
                 lambda t=temperature: stepping.generate(PROMPTS, 8, temperature=t),
-                NumberError, "prompt 1: the logits of new id 1, at position 3, are not finite", "checklist.chk",
+                NumberError, "prompt 1: the logits of new token 1, at position 3, are not finite", "checklist.chk",
             )  # fmt: skip
     assert stepping.generate(PROMPTS, 8, temperature=0) == want
 
@@ -47,7 +48,7 @@ def test_a_step_s_numbers(stepping: Llama, monkeypatch: pytest.MonkeyPatch) -> N
     with monkeypatch.context() as patch:
         plant(stepping, patch, want[third])
         got: list[int] = []
-        with pytest.raises(NumberError, match=f"new id {third + 2}, at position {third + 3},"):
+        with pytest.raises(NumberError, match=f"new token {third + 2}, at position {third + 3},"):
             got.extend(token.id for token in stepping.tokens([[1, 5]], 8, temperature=0))
         assert got == want[: third + 1]
     assert stepping.generate([[1, 5]], 8, temperature=0)[0] == [want]
@@ -68,20 +69,49 @@ def test_what_a_row_leaves_is_not_the_next_one_s(stepping: Llama, monkeypatch: p
     assert got == want
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
-def test_a_single_infinite_logit(llama: Llama, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
-    """One that is never chosen, too: a minus infinity."""
-    forward = type(llama.model).logits
+def logits_of_7(value: float, monkeypatch: pytest.MonkeyPatch, others: float | None = None) -> None:
+    """Plant a value among the logits, and `others`, if given, as all the rest."""
+    plain = Forward.logits
 
-    def logits(self: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        found = forward(self, hidden)
+    def logits(self: Forward, hidden: torch.Tensor) -> torch.Tensor:
+        found = plain(self, hidden)
+        found = found if others is None else torch.full_like(found, others)
         found[..., 7] = value
         return found
 
-    monkeypatch.setattr(type(llama.model), "logits", logits)
+    monkeypatch.setattr(Forward, "logits", logits)
+
+
+@pytest.mark.parametrize(
+    "value, others",
+    [(float("inf"), None), (float("nan"), None), (float("-inf"), float("-inf")), (float("nan"), float("-inf"))],
+)
+def test_a_single_logit(llama: Llama, monkeypatch: pytest.MonkeyPatch, value: float, others: float | None) -> None:
+    """Infinite, or no number, among finite ones, or all masked."""
+    logits_of_7(value, monkeypatch, others)
     refused(
-        lambda: llama.generate(PROMPTS, 4, 0), NumberError, "prompt 0: the logits of new id 1, at position 2, are not finite"
+        lambda: llama.generate(PROMPTS, 4, 0), NumberError, "prompt 0: the logits of new token 1, at position 2, are not finite"
     )
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_masked_logit_is_no_error(stepping: Llama, monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
+    """Minus infinity beside finite logits is how a caller forbids an id: it is never chosen, but may stand in a prompt."""
+    free, _ = stepping.generate(PROMPTS, 8, temperature, seed=1)
+    chosen = free[0][0]
+    plain = Forward.logits
+
+    def logits(self: Forward, hidden: torch.Tensor) -> torch.Tensor:
+        found = plain(self, hidden)
+        found[..., chosen] = float("-inf")
+        return found
+
+    monkeypatch.setattr(Forward, "logits", logits)
+    masked, values = stepping.generate(PROMPTS, 8, temperature, seed=1, logprobs=True)
+    assert all(masked) and not any(chosen in ids for ids in masked)
+    assert all(value > float("-inf") for row in values or [] for value in row)
+    (ids,), given = stepping.generate([[1, 5, chosen, 9]], 2, 0, logprobs=True, echo=True)
+    assert given and [value == float("-inf") for value in given[0]] == [i > 0 and id_ == chosen for i, id_ in enumerate(ids)]
 
 
 def test_log_probabilities(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +122,7 @@ def test_log_probabilities(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Non
         refused(lambda: llama.score(["The", "b"], [" fox", "ab"]), NumberError, "prompt 1 with its continuation")
         refused(
             lambda: llama.generate([[1, 5], [1, bad, 9]], 2, temperature=0, logprobs=True, echo=True),
-            NumberError, "prompt 1: the log probability of id",
+            NumberError, "prompt 1: a token's log probability",
         )  # fmt: skip
     assert llama.score(["The", "a"], [" fox", "b"]) == want
 
@@ -114,7 +144,7 @@ def test_a_step_beyond_the_end_harms_no_later_call(stepping: Llama, monkeypatch:
 
     want = greedy(-1)
     eos = next(id_ for id_ in want if id_ not in prompt)
-    stepping.model.ready_cache().turn = None
+    stepping.engine.forward().cache.turn = None
     with monkeypatch.context() as patch:
         plant(stepping, patch, eos)
         assert greedy(eos) == greedy(eos) == want[: want.index(eos)]
@@ -128,7 +158,7 @@ def test_after_an_error_nothing_is_kept(stepping: Llama, monkeypatch: pytest.Mon
         return [token.id for token in stepping.engine.run([Request(list(prompt), 6)], Sampling(0), eos_id=-1, reuse=True)]
 
     want = greedy()
-    stepping.model.ready_cache().turn = None
+    stepping.engine.forward().cache.turn = None
     with monkeypatch.context() as patch:
         plant(stepping, patch, next(id_ for id_ in want if id_ not in prompt))
         with pytest.raises(NumberError):
@@ -139,7 +169,7 @@ def test_after_an_error_nothing_is_kept(stepping: Llama, monkeypatch: pytest.Mon
 def test_the_id_is_named_whose_log_probability_is_none(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(llama, monkeypatch, 30)
     call = lambda: llama.generate([[1, 9, 30, 44]], 2, 0, logprobs=True, echo=True)  # noqa: E731
-    refused(call, NumberError, "the log probability of id 1 is")
+    refused(call, NumberError, "a token's log probability is")
 
 
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])

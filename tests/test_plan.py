@@ -12,6 +12,7 @@ from llama import DeviceError, Llama, ModelArgs, Transformer, memory, plan
 from llama import model as llama_model
 from llama import parallel as llama_parallel
 from llama.__main__ import main as command
+from llama.cache import KVCache
 
 from .support import ROOT, refused, write_shards
 
@@ -74,7 +75,9 @@ def test_the_bytes_of_a_step_are_those_of_a_real_model(llama: Llama, monkeypatch
     on_ranks(ranks, monkeypatch)
     with torch.device("meta"):
         model = Transformer(args).to(BF16)
-        held = sum(p.nbytes for name, p in model.named_parameters() if "embedding" not in name) + model.allocate().data.nbytes
+        held = (
+            sum(p.nbytes for name, p in model.named_parameters() if "embedding" not in name) + KVCache.adopt(model).data.nbytes
+        )
     assert plan.step_bytes(args, ranks, BF16) == held
     once_a_second = plan.Machine("one", 1, held / 1e9)
     table = cells(plan.report("small", args, [ranks], BF16, None, [once_a_second], CUDA))

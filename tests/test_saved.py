@@ -17,6 +17,7 @@ import torch
 from llama import CheckpointError, DeviceError, InputError, Llama, ModelArgs, Transformer, kernels, loading, saved
 from llama.__main__ import main as command
 from llama.blocks import BlockedLinear
+from llama.packed import PackedWeight
 
 from .support import refused, write_shards
 
@@ -148,7 +149,7 @@ def test_a_file_is_taken_apart_where_no_kernel_reads_blocks(
     for module in (loading, kernels):
         monkeypatch.setattr(module, "library_for", lambda kind: None)
     apart = build(in_bfloat16, small, quantize=asked).model
-    assert not any(isinstance(getattr(m, "packed", None), BlockedLinear) for m in apart.modules())
+    assert not any(isinstance(p, PackedWeight) and isinstance(p.shared.kernel, BlockedLinear) for p in apart.parameters())
     for name, weight in apart.state_dict().items():
         assert torch.equal(weight, weights[name]), name
 

@@ -5,12 +5,14 @@ import time
 import torch
 
 from llama import Llama
+from llama.model import precompute_freqs_cis
 from peers import Answer, Job
 
 
 class Ours:
     def __init__(self, job: Job) -> None:
         torch.set_num_threads(job.threads)
+        self.device = job.device
         options = {"compile": job.variant.endswith("compile"), "quantize": job.quantize}
         # On a GPU captured steps point into the cache: it gets the one for all workloads at once.
         sizes = (job.window, job.rows) if job.device == "cuda" else (512, 1)
@@ -18,7 +20,7 @@ class Ours:
         self.llama.tokenizer.eos_id = -2  # nothing ends a row
 
     def generate(self, prompts: list[list[int]], new: int) -> Answer:
-        if self.llama.model.device.type == "cpu":
+        if self.device == "cpu":
             self._make_room(len(prompts), max(len(p) for p in prompts) + new)
         begun = time.perf_counter()
         stream = self.llama.tokens(prompts, new, temperature=0)
@@ -37,6 +39,8 @@ class Ours:
         model, args = self.llama.model, self.llama.model.params
         if rows > args.max_batch_size or length > args.max_seq_len:
             args.max_batch_size, args.max_seq_len = rows, length
-            model.rope = None  # as long as the window; made anew by the next forward
-            model.allocate()
-            self.llama = Llama(model, self.llama.tokenizer)  # which takes the window as it is now
+            model.freqs_cis = precompute_freqs_cis(args.head_dim, 2 * length, args.rope_theta)
+            for layer in model.layers:  # the next call makes the engine's cache of these sizes
+                attention = layer.attention
+                shape = rows, length, attention.n_local_kv_heads, attention.head_dim
+                attention.cache_k, attention.cache_v = (torch.empty(shape, device="meta") for _ in range(2))

@@ -1,0 +1,270 @@
+"""Weights that a kernel holds in its own form, as parameters of ordinary modules.
+
+A `PackedWeight` is a tensor (out, in) without memory of its own: some rows, or all, of what a kernel multiplies by.
+
+    F.linear(x, weight)          the kernel's product
+    weight.float(), 2 * weight   computed from a plain copy; a quantized weight is dequantized
+    weight.mul_(2), weight[0]=x  the copy is changed and packed again; quantized rows are quantized again
+    weight[0], weight.t()        refused: what is written to a view would be lost
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .blocks import BlockedLinear, Blocks
+from .errors import InputError
+from .kernel import Kernel
+from .kernels import pack
+from .quantize import Quantized, quantize
+
+PLAIN = 'build with backend="eager", which keeps plain tensors'
+
+
+class SharedKernel:
+    """A kernel (out, in), and how to change rows of it: all weights that are parts of it see the change."""
+
+    changes = 0  # edits of any kernel so far, of which no tensor has a version
+
+    def __init__(self, kernel: Kernel, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.kernel, self.shape, self.dtype, self.device = kernel, shape, dtype, device
+        self.logits = False
+        self.parts: dict[tuple[int, int], Kernel | None] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _shared, (self.kernel, self.shape, self.dtype, self.device, self.logits)
+
+    def for_logits(self) -> None:
+        """Multiply as exactly as the kernel can from now on."""
+        self.logits = True
+        self.kernel.for_logits()
+        self.parts = {}
+
+    def part(self, first: int, last: int) -> Kernel | None:
+        """Return a kernel of the rows first..last alone, None where that takes a copy."""
+        if (first, last) == (0, self.shape[0]):
+            return self.kernel
+        if (first, last) not in self.parts:
+            self.parts[first, last] = self.kernel.part(first, last)
+        return self.parts[first, last]
+
+    def replace(self, first: int, last: int, rows: torch.Tensor) -> None:
+        """Pack other values (last - first, in) in place of the rows first..last; the others stay as they are."""
+        held = self.kernel.held()
+        if isinstance(held, Quantized):
+            new = quantize(rows.to(self.device), held.kind, held.dtype)
+            parts = held.rows(0, first), new, held.rows(last, self.shape[0])
+            held = Quantized.cat([part for part in parts if len(part.q)])
+        else:
+            held = held.clone()
+            held[first:last] = rows
+        if isinstance(self.kernel, BlockedLinear) and isinstance(held, torch.Tensor):  # however small
+            self.kernel = BlockedLinear(Blocks.of_dense(held), self.dtype)
+        else:
+            kernel = pack(held)
+            assert kernel is not None
+            self.kernel = kernel
+        self.parts = {}
+        if self.logits:
+            self.for_logits()
+        SharedKernel.changes += 1
+
+
+def _shared(kernel: Any, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, logits: bool) -> SharedKernel:
+    made = SharedKernel(kernel, shape, dtype, device)
+    if logits and isinstance(kernel, Kernel):
+        made.for_logits()
+    return made
+
+
+class PackedWeight(torch.Tensor):
+    """The rows first..last of a shared kernel."""
+
+    shared: SharedKernel
+    first: int
+    last: int
+
+    @staticmethod
+    def __new__(cls, shared: SharedKernel, first: int, last: int) -> "PackedWeight":
+        self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, (last - first, shared.shape[1]), dtype=shared.dtype, device=shared.device, requires_grad=False
+        )
+        self.shared, self.first, self.last = shared, first, last
+        return self
+
+    def __init__(self, shared: SharedKernel, first: int, last: int) -> None:
+        pass
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in) -> (..., out)."""
+        part = self.shared.part(self.first, self.last)
+        return part.product(x) if part else self.shared.kernel.product(x)[..., self.first : self.last]
+
+    def dense(self) -> torch.Tensor:
+        """Return a plain copy."""
+        part = self.shared.part(self.first, self.last)
+        return part.dense() if part else self.shared.kernel.dense()[self.first : self.last].clone()
+
+    def assign(self, values: torch.Tensor) -> None:
+        self.shared.replace(self.first, self.last, values)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = _FUNCTIONS.get(func)
+        result = own(*args, **(kwargs or {})) if own else NotImplemented
+        if result is not NotImplemented:
+            return result
+        with torch._C.DisableTorchFunctionSubclass():  # results are plain tensors, not of this class
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func is torch.ops.aten.detach.default:
+            with torch.inference_mode(False):
+                return PackedWeight(args[0].shared, args[0].first, args[0].last)
+        if (
+            result := func.decompose(*args, **(kwargs or {}))
+        ) is not NotImplemented:  # a composite, which inference mode does not take apart
+            return result
+        values = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | (kwargs or {})
+        written: list[tuple[Any, Any]] = []  # packed weights that the operation writes to, and the copies that it is given
+        given = {}
+        for argument in func._schema.arguments:
+            value = values.get(argument.name)
+            copies = given[argument.name] = tree_map(_plain, value)
+            if argument.alias_info is None:
+                continue
+            pairs = [(old, new) for old, new in zip(tree_leaves(value), tree_leaves(copies), strict=True) if old is not new]
+            if pairs and not argument.alias_info.is_write:
+                raise InputError(
+                    f"{func} makes a view of a packed weight, and what is written to a view would be lost: {PLAIN}"
+                )
+            written += pairs
+        positional = [given[argument.name] for argument in func._schema.arguments[: len(args)]]
+        result = func(*positional, **{name: given[name] for name in kwargs or {}})
+        for weight, copy_ in written:
+            weight.assign(copy_)
+        for weight, copy_ in written:
+            if result is copy_:
+                return weight
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _restored(copy.deepcopy(self.shared, memo), self.first, self.last)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if isinstance(self, nn.Parameter):
+            return _restored, (self.shared, self.first, self.last)
+        return self.dense().__reduce_ex__(protocol)  # a state_dict is saved as plain tensors
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"PackedWeight({tuple(self.shape)}, {self.shared.kernel.kind or self.dtype})"
+
+
+def _plain(value: Any) -> Any:
+    return value.dense() if isinstance(value, PackedWeight) else value
+
+
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    if not isinstance(weight, PackedWeight):
+        return NotImplemented
+    y = weight.product(input)
+    if torch.is_autocast_enabled(input.device.type):  # as of a plain weight's product
+        y = y.to(torch.get_autocast_dtype(input.device.type))
+    return y if bias is None else y + bias
+
+
+def _set_item(weight: Any, index: Any, value: Any) -> Any:
+    if not isinstance(weight, PackedWeight):
+        return NotImplemented
+    values = weight.dense()
+    values[index] = _plain(value)
+    weight.assign(values)
+
+
+def _set_data(weight: Any, data: Any) -> Any:
+    same = [(t.shared, t.first, t.last) if isinstance(t, PackedWeight) else t for t in (weight, data)]
+    if same[0] != same[1]:
+        raise InputError(f"the data of a packed weight cannot be another tensor; copy_ values into it, or {PLAIN}")
+
+
+def _requires_grad(weight: Any, requires_grad: bool = True) -> Any:
+    if requires_grad:
+        raise InputError(f"a packed weight takes no gradient: to train, {PLAIN}")
+    return weight
+
+
+def _may_take_data(weight: Any, data: Any) -> Any:
+    """Have `Module.to` make a new parameter unless both tensors are packed."""
+    return isinstance(weight, PackedWeight) and isinstance(data, PackedWeight)
+
+
+_FUNCTIONS: dict[Any, Any] = {
+    torch._has_compatible_shallow_copy_type: _may_take_data,
+    F.linear: _linear,
+    torch.Tensor.__setitem__: _set_item,
+    torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    torch.Tensor.requires_grad.__set__: _requires_grad,  # type: ignore[attr-defined]
+    torch.Tensor.requires_grad_: _requires_grad,
+}
+
+
+def _restored(shared: SharedKernel, first: int, last: int) -> nn.Parameter:
+    """Return a copied or unpickled weight; a plain tensor if this machine cannot pack it."""
+    if isinstance(shared.kernel, torch.Tensor):
+        return nn.Parameter(shared.kernel[first:last], requires_grad=False)
+    if isinstance(shared.kernel, Quantized):
+        return nn.Parameter(shared.kernel.rows(first, last).dense(), requires_grad=False)
+    return nn.Parameter(PackedWeight(shared, first, last), requires_grad=False)
+
+
+def parameters(
+    weight: torch.Tensor | Quantized | Kernel,
+    outs: Sequence[int],
+    in_features: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    packs: bool = True,
+    logits: bool = False,
+) -> list[nn.Parameter]:
+    """Split one weight (sum of outs, in) into parameters (out, in): packed for the fastest kernel if `packs`, else views.
+    logits: it computes logits, so the kernel multiplies as exactly as it can."""
+    kernel = weight if isinstance(weight, Kernel) else pack(weight) if packs else None
+    if kernel is None:
+        assert isinstance(weight, torch.Tensor)
+        return [nn.Parameter(part, requires_grad=False) for part in weight.split(list(outs))]
+    shared, made, first = SharedKernel(kernel, (sum(outs), in_features), dtype, device), [], 0
+    if logits:
+        shared.for_logits()
+    for out in outs:
+        made.append(nn.Parameter(PackedWeight(shared, first, first + out), requires_grad=False))
+        first += out
+    return made
+
+
+def as_one(weights: Sequence[torch.Tensor]) -> Kernel | torch.Tensor | None:
+    """Return the weight (sum of outs, in) of which these are the parts in order, without a copy; None if there is none."""
+    first = weights[0]
+    if isinstance(first, PackedWeight):
+        if len(weights) == 1:
+            return first.shared.part(first.first, first.last)
+        ends = [0, *(w.last if isinstance(w, PackedWeight) and w.shared is first.shared else -1 for w in weights)]
+        starts = [w.first if isinstance(w, PackedWeight) else -1 for w in weights]
+        return first.shared.kernel if starts == ends[:-1] and ends[-1] == first.shared.shape[0] else None
+    if len(weights) == 1:
+        return first.detach()
+    address = first.data_ptr()
+    for weight in weights:
+        alike = (weight.dtype, weight.device, weight.shape[1:]) == (first.dtype, first.device, first.shape[1:])
+        if isinstance(weight, PackedWeight) or not weight.is_contiguous() or not alike or weight.data_ptr() != address:
+            return None
+        address += weight.nbytes
+    rows, width = sum(map(len, weights)), first.shape[1]
+    if first.untyped_storage().data_ptr() != weights[-1].untyped_storage().data_ptr():
+        return None
+    return first.detach().as_strided((rows, width), (width, 1))
