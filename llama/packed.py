@@ -125,8 +125,7 @@ class PackedWeight(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
-            with torch.inference_mode(False):
-                return PackedWeight(args[0].shared, args[0].first, args[0].last)
+            return _alias(args[0])
         if (
             result := func.decompose(*args, **(kwargs or {}))
         ) is not NotImplemented:  # a composite, which inference mode does not take apart
@@ -170,6 +169,11 @@ def _plain(value: Any) -> Any:
     return value.dense() if isinstance(value, PackedWeight) else value
 
 
+def _alias(weight: PackedWeight) -> PackedWeight:
+    with torch.inference_mode(False):
+        return PackedWeight(weight.shared, weight.first, weight.last)
+
+
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if not isinstance(weight, PackedWeight):
         return NotImplemented
@@ -207,6 +211,9 @@ def _may_take_data(weight: Any, data: Any) -> Any:
 _FUNCTIONS: dict[Any, Any] = {
     torch._has_compatible_shallow_copy_type: _may_take_data,
     F.linear: _linear,
+    # Here, not by __torch_dispatch__: at the first call of that PyTorch imports its distributed tensors, 40 MB in 0.7 seconds.
+    torch.Tensor.detach: _alias,
+    torch.Tensor.data.__get__: _alias,  # type: ignore[attr-defined]
     torch.Tensor.__setitem__: _set_item,
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     torch.Tensor.requires_grad.__set__: _requires_grad,  # type: ignore[attr-defined]

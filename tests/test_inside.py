@@ -23,6 +23,8 @@ import llama.model as reference
 from llama import InputError, Llama, ModelArgs, Transformer, widened
 from llama.packed import PackedWeight
 
+from .support import run
+
 PROMPTS = [[1, 5, 9, 30, 8], [1, 7]]
 FORMS = ["plain", "packed", "int8"]
 
@@ -351,6 +353,16 @@ def test_what_a_packed_weight_cannot_do_it_refuses(built: Llama) -> None:
     ):
         with pytest.raises(InputError, match='build with backend="eager", which keeps plain tensors'):
             use()
+
+
+def test_packed_weights_import_nothing_heavy(small: SimpleNamespace) -> None:
+    """PyTorch's distributed tensors, and sympy with them, take 40 MB, and most of a second of each start."""
+    code = (
+        f"import sys; from llama import Llama; paths = {str(small.folder)!r}, {str(small.tokenizer_path)!r}\n"
+        "llama = Llama.build(*paths, 64, 2, device='cpu', quantize='int8'); llama.generate([[1, 5]], 2)\n"
+        "print(type(llama.model.output.weight).__name__, 'sympy' in sys.modules)"
+    )
+    assert run("-c", code).stdout == "PackedWeight False\n"
 
 
 @pytest.mark.parametrize("form", ["packed", "int8"], indirect=True)
