@@ -1,8 +1,8 @@
 """How a model computes, chosen once: by name, or the fastest that can serve it.
 
     eager           `Transformer.forward`, module by module, on plain tensors; it also serves a model that a caller has changed
-    torch           the engine (forward.py), with PyTorch's kernels, launched one by one
-    cpu             the engine, with this library's compiled kernels; where native.c takes the model, a decode step is one call
+    torch           the engine (forward.py), layer by layer on any device, its kernels launched one by one
+    cpu             the engine with this library's compiled kernels; where native.c takes the model, a decode step is one call
     cuda_graphs     the engine; a decode step is captured once and then replayed with one launch
     torch_compile   cuda_graphs, with the small kernels of a layer fused by torch.compile
 
@@ -290,8 +290,8 @@ def slower(backend: type[Backend], device: torch.device, args: reference.ModelAr
     """Return what makes decoding slower on this CPU than it could be, in one line; None if nothing does."""
     if device.type != "cpu" or (sys.platform, platform.machine()) != ("linux", "x86_64"):
         return None
-    if backend.name == "torch" and (why := no_compiled_code()):
-        return f"llama: decoding is slower than it could be, without compiled kernels: {why}"
+    if backend.name in ("torch", "cpu") and library.MISSING:  # be it one of them, as after an update of some files
+        return f"llama: decoding is slower than it could be, without compiled kernels: {library.REASONS[min(library.MISSING)]}"
     packed = 2 * args.dim * args.ffn_width * dtype.itemsize >= widened.SMALLEST  # else steps take microseconds anyway
     if backend.name == "cpu" and native.COMPILED and dtype == torch.bfloat16 and packed and (why := host.odd_width(args)):
         return f"llama: decoding is slower than it could be, layer by layer: {why}"

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from . import avx2, library, native
 from .kernel import Kernel
 from .library import BF16, INT4, INT8, NUMBERS, Product, fields, filled, load
+from .pages import HUGE_PAGES
 from .quantize import Quantized
-from .runtime import HUGE_PAGES
 
 OUT = 64  # outputs of a block
 STEP = 32  # inputs of x that share a scale

@@ -193,9 +193,8 @@ class Forward:
         self.norm, self.output = Norm(model.norm), Product(model.output.weight)
         self.ranks = model.output.ranks
         model.freqs_cis = model.freqs_cis.to(self.device)
-        self.freqs = torch.view_as_real(model.freqs_cis.resolve_conj()).unsqueeze(
-            1
-        )  # (positions, 1, hd/2, 2): cosines and sines
+        cosines_and_sines = torch.view_as_real(model.freqs_cis.resolve_conj())
+        self.freqs = cosines_and_sines.unsqueeze(1)  # (positions, 1, hd/2, 2)
 
     def marks(self) -> list[Any]:
         """Return what changes when a weight is replaced or edited in place, though not through `.data`, which nobody counts."""

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from . import backends, calls, checkpoint, loading, memory, ranks, runtime, saved
+from . import backends, calls, checkpoint, loading, memory, ranks, runtime, sampling, saved
 from .backends import Backend
 from .calls import Answer, Call, ChatPrediction, CompletionPrediction, Details, InfillingPrediction, Planner, Score
 from .chat import (
@@ -313,7 +313,8 @@ class Llama:
         """Continue one text, and yield the continuation piece by piece: see `Stream`.
 
         reuse: keys and values that the last stream with `reuse` left in the cache serve for the ids that both prompts
-        begin with; any other use of the cache forgets them. Raises InputError at the call, not at the first piece.
+        begin with; any other use of the cache forgets them, and so do edits of weights (through `.data` too if they are packed;
+        plain ones count no such edit: then leave `reuse` out once). Raises InputError at the call, not at the first piece.
         """
         drawing = partial(Sampling, temperature, top_p, top_k, min_p, repetition_penalty)
         return self._stream(
@@ -364,6 +365,8 @@ class Llama:
     def _agreed(self, plan: Callable[[], Call]) -> Call:
         """What is to be done, the same on all ranks."""
         call = ranks.together(plan, alike=lambda call: (call, self.engine.why_eager()))  # a hook on one rank alone is an error
+        if sample_top_p is not sampling.sample_top_p and any(request.seed is not None for request in call.requests):
+            raise InputError("seed is for this library's sample_top_p, and another has been put in its place; leave seed out")
         if ranks.replica()[1] > 1 and not call.sampling.greedy and all(r.seed is None for r in call.requests):
             seeds = ranks.on_rank0(lambda: torch.randint(-(2**63), 2**63 - 1, (len(call.requests),)).tolist())
             for request, seed in zip(call.requests, seeds, strict=True):

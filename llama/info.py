@@ -41,7 +41,7 @@ def info(ckpt_dir: str | os.PathLike[str] | None = None, device: str | torch.dev
         stored = checkpoint.stored_dtype(ckpt_dir) or torch.bfloat16
         lines.append(("checkpoint", f"dim {args.dim}, {args.n_layers} layers, feed-forward width {args.ffn_width}, {stored}"))
         if chosen.name == "cpu":
-            why = host.shape_why_not(args, stored, 1)
+            why = host.shape_why_not(args, stored, ranks.world_size())
             lines.append(("decode steps", f"layer by layer: {why}" if why else "one call of compiled code for all layers"))
     return "\n".join(f"{label:<24}{text}" for label, text in lines)
 

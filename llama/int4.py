@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from . import widened
 from .kernel import Kernel
+from .pages import HUGE_PAGES
 from .quantize import BLOCK, Quantized
-from .runtime import HUGE_PAGES
 
 FEW, FEW_CUDA = 96, 128  # rows up to which reading small numbers anew for each is faster than unpacking them once
 

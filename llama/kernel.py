@@ -13,7 +13,6 @@ class Kernel:
     """A weight (out, in) in a form of its own, which multiplies x (..., in) to (..., out)."""
 
     kind: str | None = None  # of quantization
-    least = 1  # rows it multiplies; fewer cost as much, and the time to fill them up
     again: Callable[..., Any]  # kernels.repacked
 
     def product(self, x: torch.Tensor) -> torch.Tensor:

@@ -35,8 +35,6 @@ class Packed(Kernel):
     def __init__(self, weight: torch.Tensor) -> None:
         self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
 
-    least = LEAST
-
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.blocks.dtype)  # as in Int4
         if len(x) < LEAST:

@@ -35,6 +35,7 @@ class Library:
 
 
 REASONS: dict[str, str] = {}  # why a library has not been loaded
+MISSING: set[str] = set()  # those that this CPU could use
 AGAIN = "install llama again where there is a C compiler (gcc)"
 
 
@@ -42,10 +43,12 @@ def load(name: str, structures: Sequence[Any], functions: Mapping[str, Sequence[
     """Return the library _<name>, if it was compiled from the C that stands here, and this CPU has what it needs; else None,
     and say why in REASONS."""
     if os.environ.get("LLAMA_COMPILED") == "0":
+        MISSING.add(name)
         REASONS[name] = "switched off by LLAMA_COMPILED=0"
         return None
     spec = importlib.util.find_spec(f"._{name}", __package__)
     if spec is None or spec.origin is None:
+        MISSING.add(name)
         REASONS[name] = f"_{name} has not been compiled: {AGAIN}"
         return None
     try:
@@ -53,6 +56,7 @@ def load(name: str, structures: Sequence[Any], functions: Mapping[str, Sequence[
         source, *sizes = (c_long * (1 + len(structures))).in_dll(made.library, "interface")
         serves = made.library.serves()
     except (AttributeError, OSError, ValueError) as e:
+        MISSING.add(name)
         REASONS[name] = f"_{name} cannot be loaded ({' '.join(str(e).split()):.80}): {AGAIN}"
         return None
     files = sorted(HERE.glob("*.[ch]"))  # which are there in a clone
@@ -60,6 +64,7 @@ def load(name: str, structures: Sequence[Any], functions: Mapping[str, Sequence[
     if changed or sizes != [*map(ctypes.sizeof, structures)]:
         message = f"a .c or .h file in llama/ has changed since _{name} was compiled, which is not used; install llama again"
         warnings.warn(message, stacklevel=2)
+        MISSING.add(name)
         REASONS[name] = f"a .c or .h file in llama/ has changed since _{name} was compiled: install llama again"
         return None
     if not serves:

@@ -126,9 +126,8 @@ class PackedWeight(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return _alias(args[0])
-        if (
-            result := func.decompose(*args, **(kwargs or {}))
-        ) is not NotImplemented:  # a composite, which inference mode does not take apart
+        result = func.decompose(*args, **(kwargs or {}))  # of a composite, which inference mode does not take apart
+        if result is not NotImplemented:
             return result
         values = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | (kwargs or {})
         written: list[tuple[Any, Any]] = []  # packed weights that the operation writes to, and the copies that it is given

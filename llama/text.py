@@ -7,7 +7,7 @@ from types import TracebackType
 
 from .engine import FinishReason, Request, Token
 from .errors import InputError, kind
-from .tokenizer import Detokenizer, Tokenizer, check_text
+from .tokenizer import Tokenizer, check_text, detokenizer
 
 JOINER = "\u200d"  # makes one character of two: a family of its people
 LONGEST = 64  # code points of one character, for which a stream waits
@@ -32,7 +32,7 @@ class Text:
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
-        self.ids = Detokenizer(tokenizer)
+        self.ids = detokenizer(tokenizer)
         self.stops = stops
         self.stopped = False
         self.held = ""

@@ -2,7 +2,7 @@
 
 import codecs
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import index
 
 from sentencepiece import SentencePieceProcessor
@@ -136,6 +136,41 @@ class Detokenizer:
         if text:
             self._begun()
         return text
+
+
+_DECODE = Tokenizer.decode
+
+
+class OwnDecoding:
+    """What `Detokenizer` does, by a caller's own `decode`: of all tokens at each one, as it may make anything of them."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self.decode, self.ids, self.sent = decode, list[int](), ""
+
+    def begin(self, ids: list[int]) -> str:
+        self.ids, self.sent = list(ids), self.decode(ids)
+        return self.sent
+
+    def push(self, id_: int) -> str:
+        """Return the text that is new; none while a character is incomplete, or if the text so far has changed."""
+        self.ids.append(id_)
+        text = self.decode(self.ids)
+        return "" if text.endswith("\ufffd") else self._send(text)
+
+    def end(self) -> str:
+        return self._send(self.decode(self.ids))
+
+    def _send(self, text: str) -> str:
+        if not text.startswith(self.sent):
+            return ""
+        new, self.sent = text[len(self.sent) :], text
+        return new
+
+
+def detokenizer(tokenizer: Tokenizer) -> Detokenizer | OwnDecoding:
+    """Return what makes a row's text, by the tokenizer's own `decode` if a caller has put one there."""
+    ours = getattr(tokenizer.decode, "__func__", None) is _DECODE
+    return Detokenizer(tokenizer) if ours else OwnDecoding(tokenizer.decode)
 
 
 def check_text(text: str, name: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from llama import DeviceError, InputError, Llama, Transformer, avx2, backends, blocks, info, native, widened
+from llama import DeviceError, InputError, Llama, Transformer, avx2, backends, blocks, info, library, native, widened
 from llama.backends import Backend, Cpu, CudaGraphs, Step, Torch, TorchCompile, bucket, changed
 from llama.cache import Batch, KVCache
 from llama.forward import Forward
@@ -129,6 +129,20 @@ def test_a_cpu_without_the_instructions_is_told_so(wide: SimpleNamespace) -> Non
     assert done.stderr.count("\n") == 1 and "slower than it could be, without compiled kernels: switched off" in done.stderr
     told = run("-m", "llama", "info", "--ckpt_dir", wide.folder, "--device", "cpu", LLAMA_COMPILED="0").stdout
     assert "backend: cpu            not available: switched off by LLAMA_COMPILED=0" in told
+
+
+@pytest.mark.skipif(avx2.LIBRARY is None, reason="nothing is compiled here")
+@pytest.mark.parametrize("name", ["native", "avx2", "pack"])
+def test_a_part_of_the_compiled_code_that_is_missing_is_told(
+    wide: SimpleNamespace, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not only all of it."""
+    monkeypatch.setattr(library, "MISSING", {name})
+    monkeypatch.setitem(library.REASONS, name, f"_{name} has not been compiled")
+    assert build(wide).backend == "cpu"
+    assert capsys.readouterr().err == (
+        f"llama: decoding is slower than it could be, without compiled kernels: _{name} has not been compiled\n"
+    )
 
 
 def test_backends_by_name(wide: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:

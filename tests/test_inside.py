@@ -323,9 +323,39 @@ def test_calls_go_through_what_the_caller_put_there(built: Llama, monkeypatch: p
     shouted = built.text_completion(["Tom said THE"], 0, max_gen_len=4)
     built.tokenizer = Shouting(built.tokenizer)  # type: ignore[assignment]
     assert built.text_completion(["the"], 0, max_gen_len=4) == shouted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "sample_top_p", lambda probs, p: probs.argmin(-1, keepdim=True))
+        with pytest.raises(InputError, match="seed is for this library's sample_top_p"):
+            built.generate([[1, 5]], 1, temperature=0.7, seed=3)
     monkeypatch.setattr(generation, "sample_top_p", lambda probs, p: probs.argmin(-1, keepdim=True))
     tokens = built.generate([[1, 5]], 1, temperature=0.7)[0][0]
     assert tokens == [int(built.model(torch.tensor([[1, 5]]), 0)[0, -1].argmin())]
+
+
+def test_a_callers_own_decode_makes_the_text(built: Llama) -> None:
+    """Of answers, echoes, streams, dialogs and single tokens."""
+
+    class Shouting:
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.__dict__["inner"], name)
+
+        def decode(self, ids: list[int]) -> str:
+            return self.inner.decode(ids).upper()
+
+    dialog = [{"role": "user", "content": "hi"}]
+
+    def texts() -> list[str]:
+        whole = built.text_completion(["the", "once upon"], 0, max_gen_len=6, echo=True, logprobs=True)
+        said = built.chat_completion([dialog], 0, max_gen_len=6)[0]["generation"]["content"]
+        stream = "".join(built.text_completion_stream("the", 0, max_gen_len=6))
+        return [*(w["generation"] for w in whole), *whole[0]["tokens"], said, stream]
+
+    plain = texts()
+    built.tokenizer = Shouting(built.tokenizer)  # type: ignore[assignment]
+    assert texts() == [text.upper() for text in plain] != plain
 
 
 def test_settings_are_looked_up_at_each_call(built: Llama) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llama import DeviceError, Llama, ranks, runtime
+from llama.pages import HugePages
 
 from .support import refused, run, torchrun
 
@@ -179,9 +180,9 @@ def test_free_memory_is_known_and_shared_by_the_ranks_here(monkeypatch: pytest.M
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's")
 def test_tensors_in_huge_pages_lie_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.HugePages, "size", 4096)
+    monkeypatch.setattr(HugePages, "size", 4096)
     pages, made = (
-        runtime.HugePages(),
+        HugePages(),
         [torch.randn(n, 3).bfloat16() for n in (5, 100, 1000, 7, 600)],
     )  # some larger than what is asked for
     with torch.inference_mode():
