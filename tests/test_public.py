@@ -63,8 +63,8 @@ SIGNATURES = {
 }
 # A file imports only from files above it.
 ROOMS = """errors ranks runtime demo library pages avx2 quantize widened native kernel blocks int4 kernels packed parallel
-attention model cache forward compiled host backends memory plan tokenizer chat sampling engine text calls archive checkpoint loading
-saved info generation conversation terminal __init__ __main__""".split()
+attention model cache forward compiled host backends memory plan tokenizer chat sampling engine text calls archive checkpoint
+loading saved info generation conversation terminal __init__ __main__""".split()
 
 
 @pytest.mark.parametrize("module", NAMES)
