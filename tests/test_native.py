@@ -259,6 +259,8 @@ def test_without_it(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "_native.so").write_bytes(content)
     spec = SimpleNamespace(origin=str(tmp_path / "_native.so")) if content else None
     monkeypatch.setattr(library.importlib.util, "find_spec", lambda *args: spec)
+    monkeypatch.setattr(library, "MISSING", set())
+    monkeypatch.setattr(library, "REASONS", {})
     for module, name, found in (
         (
             native,
