@@ -11,7 +11,7 @@ BIN := .venv/bin
 
 setup: .venv/installed
 
-.venv/installed: requirements.txt setup.py $(wildcard llama/*.[ch])
+.venv/installed: requirements.txt setup.py $(wildcard llama/kernels/csrc/*.[ch])
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt -e '.[dev]'
 	touch $@

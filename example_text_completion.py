@@ -8,7 +8,7 @@ import sys
 
 import fire
 
-from llama import Llama, LlamaError, given_or_demo
+from llama import Llama, LlamaError, resolve_model_paths
 
 
 def main(
@@ -32,7 +32,7 @@ def main(
     device: cpu, cuda or mps. dtype: bfloat16, float16 or float32. compile: on CUDA, faster steps after a slower start.
     quantize: int8 or int4.
     """
-    ckpt_dir, tokenizer_path = given_or_demo(ckpt_dir, tokenizer_path)
+    ckpt_dir, tokenizer_path = resolve_model_paths(ckpt_dir, tokenizer_path)
     generator = Llama.build(
         ckpt_dir=ckpt_dir,
         tokenizer_path=tokenizer_path,

@@ -3,23 +3,28 @@ import sys
 import zlib
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
-# Compiled from C: name, its files, and what the CPU must have, which is asked for when they are loaded (llama/library.py).
+# Compiled from C: name, its files, and what the CPU must have, which is asked for when they are loaded (llama/kernels/c_extension.py).
 # Without a C compiler all else is installed.
 EXTENSIONS = [
-    ("native", "native.c products.c prompt.c", "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mf16c"),
-    ("avx2", "avx2.c", "-mavx2 -mfma -mf16c"),
+    (
+        "avx512",
+        "decode_avx512.c linear_avx512.c prompt_attention_avx512.c",
+        "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mf16c",
+    ),
+    ("avx2", "linear_avx2.c", "-mavx2 -mfma -mf16c"),
     ("pack", "pack.c", "-mavx2 -mfma -mf16c"),
 ]
-SOURCES = sorted((Path(__file__).parent / "llama").glob("*.[ch]"))
+CSRC = "llama/kernels/csrc"
+SOURCES = sorted((Path(__file__).parent / CSRC).glob("*.[ch]"))
 MARK = zlib.crc32(b"".join(file.read_bytes() for file in SOURCES))
 
 
 def extension(name: str, files: str, flags: str) -> Extension:
-    sources, headers = [f"llama/{file}" for file in files.split()], [f"llama/{file.name}" for file in SOURCES]
+    sources, headers = [f"{CSRC}/{file}" for file in files.split()], [f"{CSRC}/{file.name}" for file in SOURCES]
     options = ["-O3", "-ffp-contract=off", f"-DSOURCE={MARK}", *flags.split()]
-    return Extension(f"llama._{name}", sources, depends=headers, extra_compile_args=options, optional=True)
+    return Extension(f"llama.kernels._{name}", sources, depends=headers, extra_compile_args=options, optional=True)
 
 
 ON_X86_LINUX = (sys.platform, platform.machine()) == ("linux", "x86_64")
@@ -31,7 +36,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["llama", "llama._demo"],
+    packages=[*find_packages(include=["llama", "llama.*"]), "llama._demo"],
     ext_modules=[extension(*each) for each in EXTENSIONS] if ON_X86_LINUX else [],
     package_dir={"llama._demo": "demo"},
     package_data={"llama._demo": ["README.md", "tokenizer.model", "model/*"]},

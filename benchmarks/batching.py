@@ -19,8 +19,8 @@ from typing import Any
 
 from common import checkpoint, tokenizer
 
-from llama import Llama, Sampling
-from llama.engine import Request
+from llama import Llama, SamplingParams
+from llama.engine.requests import GenerationCall, Request
 
 
 def requests(n: int, shortest: int) -> list[Request]:
@@ -37,7 +37,7 @@ def in_waves(llama: Llama, todo: list[Request]) -> Iterator[None]:
 
 
 def continuous(llama: Llama, todo: list[Request]) -> Iterator[None]:
-    for _ in llama.engine.run(todo, Sampling(0), eos_id=-1):
+    for _ in llama.engine.run(GenerationCall(todo, SamplingParams(0)), eos_id=-1):
         yield
 
 

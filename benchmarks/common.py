@@ -14,7 +14,7 @@ import sentencepiece  # noqa: E402
 import torch  # noqa: E402
 
 from llama import ModelArgs, Transformer  # noqa: E402
-from llama.checkpoint import split_dim  # noqa: E402
+from llama.checkpoint.shards import split_dim  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {  # params.json of TinyLlama 1.1B, Llama 2 7B and 13B, and of a model that measures nothing but the benchmark itself

@@ -26,9 +26,11 @@ from unittest import mock
 import torch
 from common import SHAPES, checkpoint, tokenizer
 
-from llama import Llama, avx2, blocks, host, native
-from llama.cache import Batch
-from llama.forward import Forward
+from llama import Llama
+from llama.backends import cpu
+from llama.engine.forward import EngineForward
+from llama.engine.kv_cache import RaggedBatch
+from llama.kernels import avx2, avx512, c_extension, pack
 
 READ = 500_000_000  # bytes
 WAYS = "one call", "layers", "plain", "module"
@@ -38,8 +40,8 @@ Step = Callable[[torch.Tensor, int], torch.Tensor]  # tokens (B,), and where all
 def without() -> contextlib.ExitStack:
     """As where nothing was compiled: models that are built meanwhile, and their steps."""
     stack = contextlib.ExitStack()
-    for module, name in ((native, "COMPILED"), (avx2, "LIBRARY"), (blocks, "PACK")):
-        stack.enter_context(mock.patch.object(module, name, None))
+    for module, name in ((avx512, "status"), (avx2, "status"), (pack, "status")):
+        stack.enter_context(mock.patch.object(module, name, lambda: c_extension.ExtensionStatus(None)))
     return stack
 
 
@@ -49,9 +51,9 @@ def seconds(do: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def of_engine(forward: Forward, hidden: Callable[[torch.Tensor, Batch], torch.Tensor]) -> Step:
+def of_engine(forward: EngineForward, hidden: Callable[[torch.Tensor, RaggedBatch], torch.Tensor]) -> Step:
     def step(tokens: torch.Tensor, at: int) -> torch.Tensor:
-        return forward.logits(hidden(tokens, Batch.of([(row, at, 1) for row in range(len(tokens))])))
+        return forward.logits(hidden(tokens, RaggedBatch.from_segments([(row, at, 1) for row in range(len(tokens))])))
 
     return step
 
@@ -60,8 +62,8 @@ def steps_of(compiled: Llama, plain: Llama, rows: int) -> dict[str, Step]:
     """A step of so many rows, by the name of its way."""
     forward, other = compiled.engine.forward(), plain.engine.forward()
     steps = {"layers": of_engine(forward, forward.hidden), "plain": of_engine(other, other.hidden)}
-    if host.why_not(forward) is None:
-        steps["one call"] = of_engine(forward, host.NativeStep(forward, rows))
+    if cpu.why_unsupported(forward) is None:
+        steps["one call"] = of_engine(forward, cpu.FusedDecodeStep(forward, rows))
     steps["module"] = lambda tokens, at: compiled.model.forward(tokens.unsqueeze(1), at)
     return steps
 

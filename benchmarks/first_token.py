@@ -18,7 +18,7 @@ from common import checkpoint, fresh, tokenizer
 from peers import Job
 from speed import Worker
 
-from llama import saved
+from llama.checkpoint import packed_file
 
 KINDS = {"bfloat16": ("ours", "llama.cpp"), "int8": ("ours:int8", "llama.cpp:Q8_0"), "int4": ("ours:int4", "llama.cpp:Q4_0")}
 
@@ -31,8 +31,8 @@ def with_saved(folder: Path) -> Path:
         if not (beside / file.name).exists():
             (beside / file.name).hardlink_to(file)
     for kind in KINDS:
-        if not saved.path_of(beside, kind).exists():
-            saved.save(beside, kind)
+        if not packed_file.packed_file_path(beside, kind).exists():
+            packed_file.save_packed_file(beside, kind)
     return beside
 
 

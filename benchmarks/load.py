@@ -22,7 +22,9 @@ from pathlib import Path
 import torch
 from common import checkpoint, fresh, peak_rss, report, tokenizer
 
-from llama import Llama, memory, saved
+from llama import Llama
+from llama.checkpoint import packed_file
+from llama.planning import estimate
 
 
 def reference_way(folder: str) -> None:
@@ -52,7 +54,7 @@ def measure(way: str, folder: str, tokenizer_path: str) -> None:
 def quantized(folder: str, tokenizer_path: str, kind: str, save: str) -> None:
     if save == "save":
         begun = time.perf_counter()
-        path = saved.save(folder, kind)
+        path = packed_file.save_packed_file(folder, kind)
         return report(seconds=time.perf_counter() - begun, peak=peak_rss(), bytes=path.stat().st_size)
     begun = time.perf_counter()
     llama = Llama.build(folder, tokenizer_path, max_seq_len=512, max_batch_size=1, device="cpu", quantize=kind)
@@ -61,12 +63,12 @@ def quantized(folder: str, tokenizer_path: str, kind: str, save: str) -> None:
     llama.tokenizer.eos_id = -2  # nothing ends the answer
     (ids,), _ = llama.generate([[1, 7, 77, 777]], 8, temperature=0)
     speed = len(ids) / (time.perf_counter() - begun)
-    weights = memory.weight_bytes(args, 1, llama.model.norm.weight.dtype, kind)
+    weights = estimate.weight_bytes(args, 1, llama.model.norm.weight.dtype, kind)
     report(seconds=seconds, peak=peak_rss(), weights=weights, speed=speed, ids=ids)
 
 
 def measure_quantized(a: argparse.Namespace, folder: Path, tokenizer_path: Path) -> None:
-    saved.path_of(folder, a.quantize).unlink(missing_ok=True)
+    packed_file.packed_file_path(folder, a.quantize).unlink(missing_ok=True)
     stored = sum(path.stat().st_size for path in folder.glob("*.pth"))
     steps = {"from the shards": "", "writing the file": "save", "from the file": ""}
     command = ("--quantized", folder, tokenizer_path, a.quantize)

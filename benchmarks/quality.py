@@ -44,10 +44,12 @@ from smollm2 import QUESTIONS, SmolLM2, holds, prepare  # noqa: E402
 from demo import evaluate  # noqa: E402
 from demo.corpus import Writer  # noqa: E402
 from demo.kinds import KINDS  # noqa: E402
-from llama import Llama, Tokenizer, Transformer, blocks, kernels, quantize  # noqa: E402
-from llama.cache import Batch  # noqa: E402
+from llama import Llama, Tokenizer, Transformer  # noqa: E402
 from llama.chat import encode_dialog  # noqa: E402
-from llama.packed import PackedWeight  # noqa: E402
+from llama.engine.kv_cache import RaggedBatch  # noqa: E402
+from llama.kernels import blocked_linear, packing  # noqa: E402
+from llama.kernels.packed_weight import PackedWeight  # noqa: E402
+from llama.quantization import weight as quantized_weight  # noqa: E402
 
 PIECE, STORIES, WINDOW, NEW = 256, 60, 1024, 64
 Sequence = tuple[list[int], int]  # tokens, and how many of them are not scored
@@ -55,10 +57,10 @@ Sequence = tuple[list[int], int]  # tokens, and how many of them are not scored
 WAYS: dict[str, tuple[dict[str, Any], dict[tuple[Any, str], Any]]] = {
     "bfloat16": ({}, {}),
     "int8": ({"quantize": "int8"}, {}),
-    "int8, activations of 8 bits": ({"quantize": "int8"}, {(blocks, "NARROW_DIGITS"): 1}),  # as in wide rows
+    "int8, activations of 8 bits": ({"quantize": "int8"}, {(blocked_linear, "NARROW_DIGITS"): 1}),  # as in wide rows
     "int4": ({"quantize": "int4"}, {}),
-    "int4, output layer in 4 bit": ({"quantize": "int4"}, {(quantize, "HEAD"): "int4"}),
-    "int4, groups of 64": ({"quantize": "int4"}, {(kernels, "group_of"): lambda width, kind: 64}),
+    "int4, output layer in 4 bit": ({"quantize": "int4"}, {(quantized_weight, "OUTPUT_FORMAT"): "int4"}),
+    "int4, groups of 64": ({"quantize": "int4"}, {(packing, "group_size"): lambda width, format: 64}),
 }
 LLAMA_CPP = "BF16", "Q8_0", "Q4_0", "Q4_K_M"
 OF_BFLOAT16 = "of bfloat16's"
@@ -83,8 +85,8 @@ class Ours:
     def logits(self, tokens: list[int]) -> torch.Tensor:
         forward = self.llama.engine.forward()
         with torch.inference_mode():
-            batch = Batch.of([(0, 0, len(tokens))], forward.device)
-            hidden = forward.hidden(torch.tensor(tokens, device=forward.device), batch, keep=False)
+            batch = RaggedBatch.from_segments([(0, 0, len(tokens))], forward.device)
+            hidden = forward.hidden_states(torch.tensor(tokens, device=forward.device), batch, use_cache=False)
             return forward.logits(hidden).cpu()
 
     def answer(self, question: list[int]) -> list[int]:

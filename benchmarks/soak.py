@@ -30,8 +30,8 @@ from typing import Any
 
 import torch
 
-from llama import Dialog, Llama, LlamaError, given_or_demo
-from llama.generation import UNSAFE_ERROR, Message
+from llama import Dialog, Llama, LlamaError, resolve_model_paths
+from llama.chat import UNSAFE_ERROR, Message
 
 HERE = Path(__file__).parent
 WINDOW, ROWS = 256, 4
@@ -125,8 +125,8 @@ def ids(llama: Llama, draw: Draw) -> None:
     answers, _ = llama.generate(prompts, 12, temperature=0)
     hold(all(len(a) <= min(12, WINDOW - len(p)) for a, p in zip(answers, prompts, strict=True)), "no id beyond the window")
     taken: list[list[int]] = [[] for _ in prompts]
-    for token, _ in zip(llama.tokens(prompts, 12, temperature=0), range(draw.randint(1, 30)), strict=False):
-        taken[token.row].append(token.id)
+    for token, _ in zip(llama.generate_stream(prompts, 12, temperature=0), range(draw.randint(1, 30)), strict=False):
+        taken[token.prompt_index].append(token.token)
     hold(all(a[: len(t)] == t for a, t in zip(answers, taken, strict=True)), "ids one by one are those of the batch")
     hold(llama.generate([], 12) == ([], None), "nothing for nothing")
 
@@ -380,7 +380,7 @@ def main(argv: list[str] | None = None) -> int:
     if a.plot:
         import matplotlib  # noqa: F401  # now, not in two hours
 
-    folder, tokenizer = given_or_demo(a.ckpt_dir, a.tokenizer_path)
+    folder, tokenizer = resolve_model_paths(a.ckpt_dir, a.tokenizer_path)
 
     def build(kind: str) -> Llama:
         return Llama.build(folder, tokenizer, WINDOW, ROWS, device="cpu", quantize=None if kind == "stored" else kind)

@@ -42,8 +42,8 @@ from peers import Job, names
 from report import plot, table
 
 from llama import ModelArgs, Tokenizer
-from llama.memory import cache_bytes
-from llama.runtime import free_memory
+from llama.planning.estimate import cache_bytes
+from llama.planning.free_memory import free_memory
 
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 WORKLOADS = "prefill-512,decode-1,decode-4,decode-8,ragged,context-128,context-1024,context-4000"

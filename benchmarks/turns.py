@@ -15,7 +15,8 @@ from pathlib import Path
 from common import checkpoint, tokenizer
 
 from llama import Llama
-from llama.engine import Request, Sampling
+from llama.engine.requests import GenerationCall, Request
+from llama.sampling import SamplingParams
 
 QUESTION = 12
 
@@ -26,11 +27,11 @@ def conversation(llama: Llama, turns: int, new: int, reuse: bool) -> tuple[list[
     for turn in range(turns):
         ids += [1000 + 31 * turn + i for i in range(QUESTION)]
         begun = time.perf_counter()
-        stream = llama.engine.run([Request(list(ids), new)], Sampling(0), eos_id=-1, reuse=reuse)
-        answer = [next(stream).id]
+        stream = llama.engine.run(GenerationCall([Request(list(ids), new)], SamplingParams(0), reuse=reuse), -1)
+        answer = [next(stream).token]
         seconds.append(time.perf_counter() - begun)
         lengths.append(len(ids))
-        ids += answer + [token.id for token in stream]
+        ids += answer + [token.token for token in stream]
     return lengths, seconds
 
 

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from demo.corpus import Document, documents
 from llama import ModelArgs, Tokenizer, Transformer
-from llama.cache import Batch
 from llama.chat import encode_dialog
+from llama.engine.kv_cache import RaggedBatch
 
 HERE = Path(__file__).parent
 SEED = 1
@@ -88,7 +88,7 @@ def encode(tokenizer: Tokenizer, document: Document) -> tuple[list[int], set[int
     return ids, learned
 
 
-def batches(tokenizer: Tokenizer, seed: int, workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, Batch]]:
+def batches(tokenizer: Tokenizer, seed: int, workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, RaggedBatch]]:
     """(ids, targets, where) for ever. Documents lie packed, each with its own attention; a target of -1 is not learned."""
     stream, rows, n_ids = documents(seed), [], 0
     while True:
@@ -103,7 +103,7 @@ def batches(tokenizer: Tokenizer, seed: int, workers: int) -> Iterator[tuple[tor
         if n_ids >= BATCH_TOKENS // workers or len(rows) == BATCH_ROWS // workers:
             rows.sort(key=lambda row: len(row[0]))
             packed = [torch.tensor([id_ for row in rows for id_ in row[i]]) for i in (0, 1)]
-            yield packed[0], packed[1], Batch.of((i, 0, len(row[0])) for i, row in enumerate(rows))
+            yield packed[0], packed[1], RaggedBatch.of((i, 0, len(row[0])) for i, row in enumerate(rows))
             rows, n_ids = [], 0
 
 
@@ -122,7 +122,7 @@ def learning_rate(step: int, done: float) -> float:
     return min(1.0, (step + 1) / WARMUP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def loss_of(model: Transformer, ids: torch.Tensor, targets: torch.Tensor, where: Batch) -> torch.Tensor:
+def loss_of(model: Transformer, ids: torch.Tensor, targets: torch.Tensor, where: RaggedBatch) -> torch.Tensor:
     hidden = model.hidden(ids, where, keep=False)
     learned = targets >= 0  # logits only where something is learned
     return F.cross_entropy(model.logits(hidden[learned]), targets[learned])
@@ -190,7 +190,7 @@ def work(rank: int, workers: int, meeting: str, args: argparse.Namespace) -> Non
     for step, (ids, targets, where) in enumerate(batches(tokenizer, args.seed + 1 + rank, workers), 1):
         if device != "cpu":
             ids, targets = ids.to(device), targets.to(device)
-            where = Batch(where.rows.to(device), where.positions.to(device), where.spans)
+            where = RaggedBatch(where.rows.to(device), where.positions.to(device), where.spans)
         loss = loss_of(model, ids, targets, where)
         optimizer.zero_grad(set_to_none=False)
         loss.backward()

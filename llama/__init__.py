@@ -1,16 +1,23 @@
-"""Llama 2 inference: Meta's checkpoints, on any machine."""
-
-from .demo import given_or_demo
-from .errors import CheckpointError, DeviceError, InputError, LlamaError, NumberError
-from .generation import Dialog, Llama, Score
-from .info import info
-from .model import ModelArgs, Transformer
-from .sampling import Sampling
-from .text import Stream
-from .tokenizer import Tokenizer
+"""Llama 2 inference with Meta's checkpoints, on any machine."""
 
 __version__ = "0.1.0"
+
+from .backends.report import info
+from .chat import Dialog
+from .checkpoint.packed_file import save_packed_file
+from .checkpoint.paths import resolve_model_paths
+from .engine.request_builder import validate_options
+from .engine.results import Score
+from .engine.stream import Stream
+from .errors import CheckpointError, DeviceError, InputError, LlamaError, NonFiniteError
+from .generation import Llama
+from .model import ModelArgs, Transformer
+from .planning import plan
+from .sampling import SamplingParams
+from .tokenizer import Tokenizer
+
 __all__ = [
-    "CheckpointError", "DeviceError", "Dialog", "InputError", "Llama", "LlamaError", "ModelArgs", "NumberError", "Sampling",
-    "Score", "Stream", "Tokenizer", "Transformer", "given_or_demo", "info",
+    "CheckpointError", "DeviceError", "Dialog", "InputError", "Llama", "LlamaError", "ModelArgs", "NonFiniteError",
+    "SamplingParams", "Score", "Stream", "Tokenizer", "Transformer", "info", "plan", "resolve_model_paths",
+    "save_packed_file", "validate_options",
 ]  # fmt: skip

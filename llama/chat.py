@@ -12,7 +12,7 @@ Roles: an optional `system` first, folded into the first `user`; then `user` and
 from collections.abc import Sequence
 from typing import Literal, TypedDict
 
-from .errors import InputError, kind, shown
+from .errors import InputError, describe, short_repr
 from .tokenizer import Tokenizer, check_text
 
 Role = Literal["system", "user", "assistant"]
@@ -24,10 +24,8 @@ class Message(TypedDict):
 
 
 Dialog = Sequence[Message]
-
 B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
-
 SPECIAL_TAGS = [B_INST, E_INST, "<<SYS>>", "<</SYS>>"]
 UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
@@ -40,19 +38,21 @@ def is_unsafe(dialog: Dialog) -> bool:
 def check_dialog(dialog: Dialog, name: str) -> None:
     """Raise InputError, with `name` and the message's index, unless the dialog has the form described above."""
     if isinstance(dialog, (str, bytes, dict)) or not isinstance(dialog, Sequence):
-        raise InputError(f"{name} is {kind(dialog)}; give a list of dialogs, each a list of {{'role': ..., 'content': ...}}")
+        raise InputError(
+            f"{name} is {describe(dialog)}; give a list of dialogs, each a list of {{'role': ..., 'content': ...}}"
+        )
     for i, message in enumerate(dialog):
         if isinstance(message, list) and message and isinstance(message[0], dict):
             raise InputError(f"{name}, message {i} is a list: give one dialog here, not a list of dialogs")
         if not isinstance(message, dict):
-            raise InputError(f"{name}, message {i} is {kind(message)}; it must be a dict with 'role' and 'content'")
+            raise InputError(f"{name}, message {i} is {describe(message)}; it must be a dict with 'role' and 'content'")
         for key in ("role", "content"):
             if key not in message:
-                raise InputError(f"{name}, message {i} has no {key!r}; it has {shown([*message])}")
+                raise InputError(f"{name}, message {i} has no {key!r}; it has {short_repr([*message])}")
         check_text(message["content"], f"{name}, message {i}: its content")
         role = message["role"]
         if not isinstance(role, str) or role not in ("system", "user", "assistant"):
-            raise InputError(f"{name}, message {i}: its role is {kind(role)}; roles are 'system', 'user' and 'assistant'")
+            raise InputError(f"{name}, message {i}: its role is {describe(role)}; roles are 'system', 'user' and 'assistant'")
 
     turns = [m["role"] for m in dialog]
     system = turns[:1] == ["system"]

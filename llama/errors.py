@@ -23,7 +23,7 @@ class CheckpointError(LlamaError):
     """The files of a model: shards, `params.json`, `tokenizer.model`."""
 
 
-class NumberError(LlamaError):
+class NonFiniteError(LlamaError):
     """What a model computes: logits that are not finite."""
 
 
@@ -31,7 +31,7 @@ class DeviceError(LlamaError):
     """Where it runs: devices, ranks, process groups, memory."""
 
 
-class _Short(reprlib.Repr):
+class _ShortRepr(reprlib.Repr):
     """A few of the items, some levels deep: all of a list of lists of lists may take for ever."""
 
     def repr1(self, x: object, level: int) -> str:  # which reprlib chooses by name, so that subclasses are shown whole
@@ -45,23 +45,23 @@ class _Short(reprlib.Repr):
         return "{" + ", ".join(f"{self.repr1(k, level - 1)}: {self.repr1(v, level - 1)}" for k, v in items) + "}"
 
 
-_SHORT = _Short()
-_SHORT.maxlevel = 3
-_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
-_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.maxdict = 20
+_SHORT_REPR = _ShortRepr()
+_SHORT_REPR.maxlevel = 3
+_SHORT_REPR.maxstring = _SHORT_REPR.maxlong = _SHORT_REPR.maxother = 200
+_SHORT_REPR.maxlist = _SHORT_REPR.maxtuple = _SHORT_REPR.maxset = _SHORT_REPR.maxfrozenset = _SHORT_REPR.maxdict = 20
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """A value, cut short."""
     try:
-        return f"{_SHORT.repr(value):.60}"
+        return f"{_SHORT_REPR.repr(value):.60}"
     except Exception:  # a number of more digits than Python prints, or somebody's broken __repr__
         return "something"
 
 
-def kind(value: object) -> str:
+def describe(value: object) -> str:
     """A value and its type."""
-    return f"{shown(value)} ({type(value).__name__})"
+    return f"{short_repr(value)} ({type(value).__name__})"
 
 
 def check_flag(value: object, name: str) -> None:
@@ -71,17 +71,17 @@ def check_flag(value: object, name: str) -> None:
     except Exception:  # an array of several
         sound = False
     if not sound:
-        raise InputError(f"{name} is {kind(value)}; it must be True or False")
+        raise InputError(f"{name} is {describe(value)}; it must be True or False")
 
 
-def path_to(value: str | os.PathLike[str], name: str, what: str, folder: bool = False) -> Path:
+def check_path(value: str | os.PathLike[str], name: str, what: str, folder: bool = False) -> Path:
     """The path given as argument `name`, which must lead to `what`: a file, or a folder, that is there."""
     try:
         path = Path(value).expanduser()
         path.stat()
         wrong = "" if path.is_dir() == folder else "a file, not a folder" if folder else "a folder, not a file"
     except TypeError as e:
-        raise CheckpointError(f"{name} is {kind(value)}; it must be the path of {what}") from e
+        raise CheckpointError(f"{name} is {describe(value)}; it must be the path of {what}") from e
     except (OSError, ValueError, RuntimeError) as e:  # nothing there, forbidden, too long, or nobody's home
         wrong = getattr(e, "strerror", None) or str(e)
     if wrong:
@@ -100,7 +100,7 @@ def read_file(path: Path, size: int = -1) -> bytes:
         raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
 
 
-def what_is_it(head: bytes) -> str:
+def identify_format(head: bytes) -> str:
     """What a file's first bytes say it is, for those who got another file than they think."""
     text = head.lstrip().lower()
     known = {
@@ -110,3 +110,8 @@ def what_is_it(head: bytes) -> str:
         b"": "it is empty" if not head else "it is cut off or damaged, or of another format",
     }
     return next(name for start, name in known.items() if text.startswith(start))
+
+
+def format_bytes(n: int) -> str:
+    """Bytes, to be read."""
+    return f"{n / 1e9:.2f} GB" if n >= 1e7 else f"{n / 1e6:.3f} MB"

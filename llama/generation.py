@@ -1,7 +1,6 @@
-"""`Llama`: build, generate, complete texts, answer dialogs, at once or as streams; score.
+"""`Llama`: build a model; generate, complete texts, answer dialogs, at once or as streams; score.
 
-One loop serves all of them: `Engine.run`, which yields each new id as it is made. Text and dialogs are ids before they
-reach it.
+Text and dialogs become tokens here; `Engine.run` serves all of the calls, and yields each new token as it is generated.
 """
 
 import numbers
@@ -14,9 +13,8 @@ from typing import TypeVar
 
 import torch
 
-from . import backends, calls, checkpoint, loading, memory, ranks, runtime, sampling, saved
-from .backends import Backend
-from .calls import Answer, Call, ChatPrediction, CompletionPrediction, Details, InfillingPrediction, Planner, Score
+from . import sampling
+from .backends.registry import choose_backend, slowdown_warning
 from .chat import (
     B_INST,
     B_SYS,
@@ -28,35 +26,48 @@ from .chat import (
     Message,
     Role,
 )
-from .engine import Engine, Token
-from .errors import CheckpointError, DeviceError, InputError, check_flag, kind
+from .checkpoint import loading, packed_file, params, shards, validate
+from .distributed.agreement import gather_from_replicas, run_on_all_ranks, run_on_rank0
+from .distributed.groups import global_rank, model_parallel, replica
+from .distributed.setup import initialize
+from .engine.backend import Backend
+from .engine.checks import device_of
+from .engine.collect import collect_results, results_of_replaced_generate
+from .engine.engine import Engine
+from .engine.incremental_text import IncrementalText
+from .engine.request_builder import RequestBuilder, partition_by_length
+from .engine.requests import GeneratedToken, GenerationCall
+from .engine.results import ChatPrediction, CompletionPrediction, GenerationResult, InfillingPrediction, ResultDetails, Score
+from .engine.stream import Stream, text_chunks
+from .errors import CheckpointError, DeviceError, InputError, check_flag, describe
+from .kernels.host_memory import set_environment
 from .model import ModelArgs, Transformer
-from .quantize import KINDS
-from .sampling import Sampling, sample_top_p
-from .text import Stream, Text, pieces
+from .planning import estimate, free_memory
+from .quantization.weight import FORMATS
+from .sampling import SamplingParams, sample_top_p
 from .tokenizer import Tokenizer
 
 T = TypeVar("T")
 
 
 class Llama:
-    """A model and its tokenizer. It has one cache, and so serves one call at a time; calls of other threads wait.
+    """A model and its tokenizer. It has one KV cache and serves one call at a time; calls of other threads wait.
 
-    What the calls for ids, texts, dialogs and streams have in common, each off by default:
+    Options that the calls share, each off by default:
 
-    top_k, min_p, repetition_penalty: see `Sampling`.
-    seed: the answer then depends on prompt, options and this number alone, whatever ran before or runs beside it. A list
-    gives each prompt its own, as for several answers to one. None: all draw from torch's default generator.
-    stop: one string or several, before which an answer's text ends. Lists of ids and log probabilities go on to the id
-    that made a stop string complete. Calls for ids have none: it is text that they end.
-    details: whether a result says why it ended, "finish_reason" ("stop": EOS or a stop string; "length": max_gen_len or
-    the window), and how many ids the prompt and the answer (without EOS) have.
+    top_k, min_p, repetition_penalty: see `SamplingParams`.
+    seed: makes an answer depend on the prompt, the options and this number alone, whatever ran before or runs beside it. A list
+    gives each prompt its own, for several answers to one prompt. None: all sample from torch's default generator.
+    stop: one string or several; an answer's text ends just before the first of them. Tokens and log probabilities include the
+    token that completed it. Calls for tokens have no stop strings.
+    details: add to each result "finish_reason" ("stop": EOS or a stop string; "length": max_gen_len or the end of the context)
+    and the number of tokens of the prompt and of the answer, without EOS.
 
-    Prompts may be any number: max_batch_size of them run at a time, and where one ends the next takes its place.
+    Calls take any number of prompts: max_batch_size of them run at a time, and a finished one is replaced at once.
 
-    On several ranks all make the same calls with the same input, else each raises InputError, and all get the same results.
-    Replicas divide the prompts of a call among themselves, and draw without `seed` by seeds that rank 0 draws; a stream
-    each makes as a whole. Logits that are not finite raise NumberError.
+    On several ranks, all make the same calls with the same input, or each raises InputError, and all get the same results.
+    Replicas divide a call's prompts among themselves and, without `seed`, sample with seeds that rank 0 draws; each replica
+    computes a stream as a whole. Logits that are not finite raise NonFiniteError.
     """
 
     @staticmethod
@@ -74,64 +85,60 @@ class Llama:
         quantize: str | None = None,
         backend: str = "auto",
     ) -> "Llama":
-        """Load a checkpoint of Meta's, in any number of shards, on any number of ranks that divides its key/value heads.
+        """Load a checkpoint in Meta's layout, with any number of shards, on any number of ranks that divides its heads.
 
-        max_seq_len: positions per row, prompt and answer together; max_batch_size: rows at a time. Both size the cache.
-        model_parallel_size: ranks that share one model; default WORLD_SIZE, or 1 in plain python.
-        seed: of torch's default generator. device: default CUDA, else MPS, else CPU. dtype: default the stored one.
-        compile: on CUDA, have torch.compile fuse a decode step's small kernels and tune the products of a single row; the
-        first step of each number of rows takes seconds.
-        quantize: "int8" or "int4", of the matrices, while they are read; `dtype` is then that of all else.
-        backend: how to compute: "auto", or one of those that `python -m llama info` lists. "eager" keeps plain tensors
-        (quantized weights dequantized) and runs `Transformer.forward`, as all do once a caller has changed the model.
-        Raises LlamaError (CheckpointError, DeviceError, InputError) before any weight is loaded; only numbers that are not
-        finite, and files that change meanwhile, are found while loading. On the CPU the weights may be the mapped file:
-        replace it, never overwrite it.
+        max_seq_len: context length in tokens, prompt and answer together. max_batch_size: rows of the batch. Both size the
+        KV cache.
+        model_parallel_size: ranks that share one model; by default all, or 1 in plain python.
+        seed: for torch's default generator.
+        device: by default CUDA, else MPS, else the CPU. dtype: by default the stored one.
+        compile: on CUDA, let torch.compile fuse the small kernels of a decode step and tune the products of a single row; the
+        first step with each number of rows then takes seconds.
+        quantize: "int8" or "int4" for the matrices, while they are read; `dtype` then applies to the rest.
+        backend: "auto", or a name that `python -m llama info` lists. "eager" keeps plain tensors (quantized weights are
+        dequantized) and always runs `Transformer.forward`, as the others do once a caller has changed the model.
+
+        Raises CheckpointError, DeviceError or InputError, all of them LlamaError, before any weight is loaded; only weights
+        that are not finite and files that change meanwhile are found while loading. On the CPU, weights may stay memory-mapped:
+        replace a checkpoint's files, never overwrite them.
         """
-        where = runtime.start(device, model_parallel_size)
+        set_environment()
+        where = initialize(device, model_parallel_size)
 
-        def plan() -> tuple[Tokenizer, checkpoint.Shards, Transformer, torch.dtype]:
-            for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-                if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 1 <= value < 2**31:
-                    raise InputError(f"{name} is {kind(value)}; it must be a whole number from 1 to {2**31 - 1:,}")
-            if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**64:
-                raise InputError(f"seed is {kind(seed)}; it must be a whole number from -2**63 to 2**64 - 1")
-            if quantize is not None and (not isinstance(quantize, str) or quantize not in KINDS):
-                raise InputError(f"quantize is {kind(quantize)}; use {' or '.join(map(repr, KINDS))}, or leave it out")
-            wanted = checkpoint.dtype_of(dtype)
-            check_flag(compile, "compile")
-            if compile and where.type != "cuda":
-                raise DeviceError(f"compile=True is for CUDA, and this is {where}; leave it out: a step is not compiled here")
-            if compile and backend not in ("auto", "torch_compile"):
-                raise InputError(
-                    f"compile=True is backend='torch_compile', and backend is {kind(backend)}; leave one of them out"
-                )
-            served_by = backends.choose("torch_compile" if compile else backend, where)
-            held = quantize if served_by.packs else None
-            params = checkpoint.read_params(ckpt_dir)
+        def check() -> tuple[Tokenizer, shards.Shards, Transformer, torch.dtype]:
+            _check_build_arguments(max_seq_len, max_batch_size, seed, compile, quantize, backend, where)
+            chosen_dtype = params.parse_dtype(dtype)
+            backend_class = choose_backend("torch_compile" if compile else backend, where)
+            config = params.read_params(ckpt_dir)
             tokenizer = Tokenizer(tokenizer_path)
-            fits = where.type == "cpu" and (quantize is not None or wanted in (None, torch.bfloat16))
-            opened = saved.open_saved(ckpt_dir, quantize or "bfloat16", fits)
-            shards = opened or checkpoint.open_shards(ckpt_dir)
-            if opened and quantize == "int8" and where.type != "cpu" and ranks.global_rank() == 0:
+            fits = where.type == "cpu" and (quantize is not None or chosen_dtype in (None, torch.bfloat16))
+            packed = packed_file.open_packed_file(ckpt_dir, quantize or "bfloat16", fits)
+            files = packed or shards.open_shards(ckpt_dir)
+            if packed and quantize == "int8" and where.type != "cpu" and global_rank() == 0:
                 print(f"int8.safetensors is for CPUs, and slow on {where}: build from the .pth files instead", file=sys.stderr)
-            model = checkpoint.build_on_meta(params, shards, int(max_seq_len), int(max_batch_size), tokenizer.n_words)
-            (saved if opened else checkpoint).check(model, shards)
-            stored = shards.first["tok_embeddings.weight"].dtype
-            n_ranks = ranks.model_parallel()[1]
-            memory.check_quantized(model.params, n_ranks, wanted or stored, where, held)
-            memory.preflight(model.params, n_ranks, wanted or stored, where, runtime.free_memory(where), held)
-            return tokenizer, shards, model, wanted or stored
+            model = validate.build_on_meta(config, files, int(max_seq_len), int(max_batch_size), tokenizer.n_words)
+            if packed:
+                packed_file.check_packed_file(model, files)
+            else:
+                validate.check_shards(model, files)
+            weights_dtype = chosen_dtype or files.first["tok_embeddings.weight"].dtype
+            held_as = quantize if backend_class.packs_weights else None
+            sizes = model.params, model_parallel()[1], weights_dtype, where
+            estimate.check_quantization(*sizes, held_as)
+            estimate.check_memory(*sizes, free_memory.free_memory(where), held_as)
+            return tokenizer, files, model, weights_dtype
 
-        tokenizer, shards, model, chosen = ranks.together(
-            plan, alike=lambda made: (*checkpoint.marks(*made), quantize, compile, backend, int(seed))
+        tokenizer, files, model, weights_dtype = run_on_all_ranks(
+            check,
+            must_match=lambda checked: (*validate.build_fingerprint(*checked), quantize, compile, backend, int(seed)),
         )
-        served_by = backends.choose("torch_compile" if compile else backend, where)
-        if ranks.global_rank() == 0 and (slow := backends.slower(served_by, where, model.params, chosen)):
-            print(slow, file=sys.stderr)
-        ranks.together(lambda: loading.load_weights(model, shards, chosen, where, quantize, served_by.packs))
+        backend_class = choose_backend("torch_compile" if compile else backend, where)
+        if global_rank() == 0 and (warning := slowdown_warning(backend_class, where, model.params, weights_dtype)):
+            print(warning, file=sys.stderr)
+        packs = backend_class.packs_weights
+        run_on_all_ranks(lambda: loading.load_weights(model, files, weights_dtype, where, quantize, packs))
         torch.manual_seed(int(seed))
-        return ranks.together(lambda: Llama(model.eval(), tokenizer, served_by()))
+        return run_on_all_ranks(lambda: Llama(model.eval(), tokenizer, backend_class()))
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, backend: Backend | None = None) -> None:
         if model.vocab_size != tokenizer.n_words:
@@ -141,23 +148,30 @@ class Llama:
             )
         self.model = model
         self.tokenizer = tokenizer
-        self._engine = Engine(model, backend)
+        self._engine = Engine(model, backend or choose_backend("auto", device_of(model))())
+
+    def __repr__(self) -> str:
+        args, parameter = self.model.params, next(self.model.parameters())
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        return (
+            f"<Llama: {args.n_layers} layers of dim {args.dim}, {dtype} on {parameter.device}, backend {self.backend}, "
+            f"max_seq_len={args.max_seq_len}, max_batch_size={args.max_batch_size}>"
+        )
+
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if not name.startswith("_") or name.startswith("__")]
 
     @property
     def engine(self) -> Engine:
-        """The engine of `model`, made anew if a caller has replaced that."""
+        """The engine of `model`; a new one if a caller has replaced the model."""
         if self._engine.model is not self.model:
             self._engine = Engine(self.model, self._engine.backend)
         return self._engine
 
     @property
     def backend(self) -> str:
-        """The backend's name. A changed model runs its own `forward` instead: see `build`."""
+        """The name of the backend. A changed model runs its own `forward` instead: see `build`."""
         return self._engine.backend.name
-
-    @property
-    def planner(self) -> Planner:
-        return Planner(self.tokenizer, self.model.params.max_seq_len)
 
     def generate(
         self,
@@ -174,22 +188,23 @@ class Llama:
         seed: int | Iterable[int] | None = None,
         stop_token: int | None = None,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """New ids for each prompt, and their log probabilities or None.
+        """Generate tokens after each prompt; return them, and their log probabilities or None.
 
-        Row i gets at most min(max_gen_len, max_seq_len - its length) ids, and ends before EOS. temperature 0 takes the
-        likeliest id, else ids are drawn: see `Sampling`. logprobs: log_softmax of the raw logits at each id. echo: the
-        prompt's ids come first, the very first with 0.0. stop_token: what ends a row in place of EOS. Raises InputError, naming
-        the row, before any work.
+        A prompt gets at most min(max_gen_len, max_seq_len - its length) tokens; EOS ends it and is not returned. temperature 0
+        takes the likeliest token; otherwise see `SamplingParams`. logprobs: log_softmax of the raw logits at each token. echo:
+        return the prompt's tokens first, the very first with 0.0. stop_token: ends an answer in place of EOS. Raises
+        InputError, naming the prompt, before any computation.
         """
-        drawing = partial(Sampling, temperature, top_p, top_k, min_p, repetition_penalty)
-        answers = self._answers(
-            lambda: self.planner.ids(prompt_tokens, max_gen_len, seed, drawing(), logprobs, echo, stop_token), own=True
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        results = self._results(
+            lambda: self._requests.from_tokens(prompt_tokens, max_gen_len, seed, params(), logprobs, echo, stop_token),
+            called_by_generate=True,
         )
-        return [a.ids for a in answers], [a.logprobs for a in answers] if logprobs else None
+        return [r.tokens for r in results], [r.logprobs for r in results] if logprobs else None
 
-    def tokens(
+    def generate_stream(
         self,
-        prompts: Iterable[Iterable[int]],
+        prompt_tokens: Iterable[Iterable[int]],
         max_gen_len: int,
         temperature: float = 0.6,
         top_p: float = 0.9,
@@ -200,11 +215,16 @@ class Llama:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int | Iterable[int] | None = None,
-    ) -> Iterator[Token]:
-        """`generate`, id by id as they are made: rows take turns, each in its own order. EOS is not yielded."""
-        drawing = partial(Sampling, temperature, top_p, top_k, min_p, repetition_penalty)
-        call = self._agreed(lambda: self.planner.ids(prompts, max_gen_len, seed, drawing(), logprobs, echo))
-        return self._tokens(call, watched=True)
+    ) -> Iterator[GeneratedToken]:
+        """Do what `generate` does, and yield each token as it is generated: (prompt_index, token, logprob).
+
+        The tokens of one prompt come in order, those of different prompts mixed. EOS is not yielded.
+        """
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        call = self._validate_on_all_ranks(
+            lambda: self._requests.from_tokens(prompt_tokens, max_gen_len, seed, params(), logprobs, echo)
+        )
+        return self._run(call, watched=True)
 
     def text_completion(
         self,
@@ -222,16 +242,43 @@ class Llama:
         stop: str | Sequence[str] = (),
         details: bool = False,
     ) -> list[CompletionPrediction]:
-        """Continue each text. max_gen_len defaults to what the window holds. See `generate` and `Llama` for the rest.
+        """Continue each text. max_gen_len defaults to the rest of the context. See `generate` and `Llama` for the options.
 
-        Each result has "generation"; with logprobs=True also "tokens" (each id decoded by itself) and "logprobs"; with
+        Each result has "generation"; with logprobs=True also "tokens" (each decoded by itself) and "logprobs"; with
         details=True also "finish_reason", "prompt_tokens" and "new_tokens".
         """
-        drawing = partial(Sampling, temperature, top_p, top_k, min_p, repetition_penalty)
-        answers = self._answers(
-            lambda: self.planner.texts(prompts, max_gen_len, seed, drawing(), stop, logprobs, echo, details=details)
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        results = self._results(
+            lambda: self._requests.from_texts(prompts, max_gen_len, seed, params(), stop, logprobs, echo, details=details)
         )
-        return [{"generation": a.text, **self._details(a, logprobs, details)} for a in answers]
+        return [{"generation": r.text, **self._details(r, logprobs, details)} for r in results]
+
+    def iter_text_completion(
+        self,
+        prompts: Iterable[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        *,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | Iterable[int] | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[CompletionPrediction]:
+        """Continue each text, and yield the results in order, each as soon as it and all before it are finished.
+
+        Results have `text_completion`'s details. With replicas, all results come at once, when the last is finished.
+        """
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        call = self._validate_on_all_ranks(
+            lambda: self._requests.from_texts(prompts, max_gen_len, seed, params(), stop, details=True)
+        )
+        if replica()[1] > 1 or self._generate_is_replaced():
+            results = iter(self._results(lambda: call))
+        else:
+            results = collect_results(call, self._run(call, watched=True), self.tokenizer)
+        return ({"generation": r.text, **self._details(r, False, True)} for r in results)
 
     def chat_completion(
         self,
@@ -248,19 +295,21 @@ class Llama:
         stop: str | Sequence[str] = (),
         details: bool = False,
     ) -> list[ChatPrediction]:
-        """Answer each dialog, as the assistant. max_gen_len defaults to what the window holds. See `Llama` for the rest.
+        """Answer each dialog as the assistant. max_gen_len defaults to the rest of the context. See `Llama` for the options.
 
-        A dialog that holds a special tag of the format is answered with UNSAFE_ERROR, and computed no further.
+        A dialog that contains a special tag of the format is answered with UNSAFE_ERROR, without computation.
         Each result has "generation", a message, and what `text_completion` adds.
         """
-        drawing = partial(Sampling, temperature, top_p, top_k, min_p, repetition_penalty)
-        answers = self._answers(
-            lambda: self.planner.dialogs(dialogs, max_gen_len, seed, drawing(), stop, logprobs, details=details)
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        results = self._results(
+            lambda: self._requests.from_dialogs(dialogs, max_gen_len, seed, params(), stop, logprobs, details=details)
         )
-        said = [a.text if a.request.prompt else UNSAFE_ERROR for a in answers]
         return [
-            {"generation": {"role": "assistant", "content": text}, **self._details(answer, logprobs, details)}
-            for text, answer in zip(said, answers, strict=True)
+            {
+                "generation": {"role": "assistant", "content": r.text if r.request.prompt else UNSAFE_ERROR},
+                **self._details(r, logprobs, details),
+            }
+            for r in results
         ]
 
     def text_infilling(
@@ -273,15 +322,15 @@ class Llama:
         logprobs: bool = False,
         suffix_first: bool = False,
     ) -> list[InfillingPrediction]:
-        """Generate the text between each prefix and suffix, as Code Llama does. suffix_first: it precedes in the prompt.
+        """Generate the text between each prefix and suffix, as Code Llama does. suffix_first: the suffix leads the prompt.
 
         Each result has "generation" and "full_text", which is prefix, generation and suffix; with logprobs=True also "tokens"
         and "logprobs". Raises InputError for a tokenizer without the four tokens that infilling needs.
         """
-        before, after, prompts = ranks.together(
-            lambda: self.planner.infilling(prefixes, suffixes, suffix_first), alike=lambda planned: planned
+        before, after, prompts = run_on_all_ranks(
+            lambda: self._requests.for_infilling(prefixes, suffixes, suffix_first), must_match=lambda checked: checked
         )
-        tokens, values = self.generate(
+        generated, values = self.generate(
             prompt_tokens=prompts,
             max_gen_len=self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len,
             temperature=temperature,
@@ -291,9 +340,11 @@ class Llama:
         )
         results: list[InfillingPrediction] = []
         for i, (prefix, suffix) in enumerate(zip(before, after, strict=True)):
-            text = self.tokenizer.decode_infilling(tokens[i])
-            more: Details = {} if values is None else {"tokens": self._pieces(tokens[i]), "logprobs": values[i]}
-            results.append({"generation": text, "full_text": prefix + text + suffix, **more})
+            text = self.tokenizer.decode_infilling(generated[i])
+            details: ResultDetails = {}
+            if values is not None:
+                details = {"tokens": self._decode_each(generated[i]), "logprobs": values[i]}
+            results.append({"generation": text, "full_text": prefix + text + suffix, **details})
         return results
 
     def text_completion_stream(
@@ -310,15 +361,16 @@ class Llama:
         stop: str | Sequence[str] = (),
         reuse: bool = False,
     ) -> Stream:
-        """Continue one text, and yield the continuation piece by piece: see `Stream`.
+        """Continue one text, and yield the continuation in chunks: see `Stream`.
 
-        reuse: keys and values that the last stream with `reuse` left in the cache serve for the ids that both prompts
-        begin with; any other use of the cache forgets them, and so do edits of weights (through `.data` too if they are packed;
-        plain ones count no such edit: then leave `reuse` out once). Raises InputError at the call, not at the first piece.
+        reuse: skip the tokens that this prompt shares with the beginning of the last stream with `reuse`, whose keys and values
+        are still in the cache. Any other use of the cache discards them, and so does an edit of the weights; only an edit of
+        plain weights through `.data` goes unnoticed: leave `reuse` out once after it. Raises InputError at the call, not at the
+        first chunk.
         """
-        drawing = partial(Sampling, temperature, top_p, top_k, min_p, repetition_penalty)
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
         return self._stream(
-            lambda: self.planner.texts([prompt], max_gen_len, seed, drawing(), stop, reuse=reuse, each="the prompt")
+            lambda: self._requests.from_texts([prompt], max_gen_len, seed, params(), stop, reuse=reuse, label="the prompt")
         )
 
     def chat_completion_stream(
@@ -335,170 +387,136 @@ class Llama:
         stop: str | Sequence[str] = (),
         reuse: bool = False,
     ) -> Stream:
-        """Answer one dialog, and yield the answer piece by piece: see `text_completion_stream`.
+        """Answer one dialog, and yield the answer in chunks: see `text_completion_stream`.
 
-        With `reuse` a dialog's next turn computes only what is new in it. UNSAFE_ERROR is a stream of one piece.
+        With `reuse`, the next turn of a dialog computes only what is new in it. UNSAFE_ERROR is a stream of one chunk.
         """
-        drawing = partial(Sampling, temperature, top_p, top_k, min_p, repetition_penalty)
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
         return self._stream(
-            lambda: self.planner.dialogs([dialog], max_gen_len, seed, drawing(), stop, reuse=reuse, each="the dialog")
+            lambda: self._requests.from_dialogs([dialog], max_gen_len, seed, params(), stop, reuse=reuse, label="the dialog")
         )
 
     def score(self, prompts: Iterable[str], continuations: Iterable[str]) -> list[Score]:
-        """The log probability of each continuation after its prompt, in one pass; nothing is generated.
+        """Return the log probability of each continuation after its prompt, computed in one pass; nothing is generated.
 
-        Any number of pairs. A continuation's ids are those of prompt + continuation, from the first on that the prompt
-        alone has not: where the tokenizer joins letters over the border, the joined piece counts.
+        A continuation's tokens are those of prompt + continuation, from the first one on that the prompt alone does not have:
+        where the tokenizer joins letters across the border, the joined token counts.
         """
 
-        def work(rows: list[int]) -> list[list[float]]:
-            some = [scored[row] for row in rows]
-            return self.engine.score([s.ids for s in some], [s.start for s in some], [s.name for s in some])
+        def score_rows(rows: list[int]) -> list[list[float]]:
+            some = [requests[row] for row in rows]
+            return self.engine.score([r.tokens for r in some], [r.start for r in some], [r.label for r in some])
 
         with self.engine.lock:
-            scored = ranks.together(
-                lambda: self.planner.scored(prompts, continuations), alike=lambda scored: (scored, self.engine.why_eager())
+            requests = run_on_all_ranks(
+                lambda: self._requests.for_scoring(prompts, continuations),
+                must_match=lambda checked: (checked, self.engine.why_reference_loop()),
             )
-            values = self._divided([len(s.ids) for s in scored], work)
-        return [Score(self._pieces(s.ids[s.start :]), found) for s, found in zip(scored, values, strict=True)]
+            logprobs = self._shard_across_replicas([len(r.tokens) for r in requests], score_rows)
+        return [Score(self._decode_each(r.tokens[r.start :]), values) for r, values in zip(requests, logprobs, strict=True)]
 
-    def _agreed(self, plan: Callable[[], Call]) -> Call:
-        """What is to be done, the same on all ranks."""
-        call = ranks.together(plan, alike=lambda call: (call, self.engine.why_eager()))  # a hook on one rank alone is an error
+    @property
+    def _requests(self) -> RequestBuilder:
+        return RequestBuilder(self.tokenizer, self.model.params.max_seq_len)
+
+    def _validate_on_all_ranks(self, make_call: Callable[[], GenerationCall]) -> GenerationCall:
+        """Return the call, the same on all ranks; give replicas the seeds that rank 0 draws where there is none."""
+        call = run_on_all_ranks(make_call, must_match=lambda call: (call, self.engine.why_reference_loop()))
         if sample_top_p is not sampling.sample_top_p and any(request.seed is not None for request in call.requests):
             raise InputError("seed is for this library's sample_top_p, and another has been put in its place; leave seed out")
-        if ranks.replica()[1] > 1 and not call.sampling.greedy and all(r.seed is None for r in call.requests):
-            seeds = ranks.on_rank0(lambda: torch.randint(-(2**63), 2**63 - 1, (len(call.requests),)).tolist())
+        if replica()[1] > 1 and not call.sampling.greedy and all(r.seed is None for r in call.requests):
+            n = len(call.requests)
+            seeds = run_on_rank0(lambda: torch.randint(-(2**63), 2**63 - 1, (n,)).tolist())
             for request, seed in zip(call.requests, seeds, strict=True):
                 request.seed = seed
         return call
 
-    def _divided(self, lengths: list[int], work: Callable[[list[int]], list[T]]) -> list[T]:
-        """A result for each row, from the replicas that do the work for some rows each."""
-        index, count = ranks.replica()
-        hands = calls.dealt(lengths, count)
-        results = ranks.on_every_replica(lambda: work(hands[index]))
+    def _shard_across_replicas(self, lengths: list[int], work: Callable[[list[int]], list[T]]) -> list[T]:
+        """Return a result for each row, of which each replica computes some: `work` maps row indices to their results."""
+        index, count = replica()
+        parts = partition_by_length(lengths, count)
+        results = gather_from_replicas(lambda: work(parts[index]))
         by_row = {
-            row: result for hand, part in zip(hands, results, strict=True) for row, result in zip(hand, part, strict=True)
+            row: result
+            for part, part_results in zip(parts, results, strict=True)
+            for row, result in zip(part, part_results, strict=True)
         }
         return [by_row[row] for row in range(len(lengths))]
 
     def _generate_is_replaced(self) -> bool:
         return getattr(self.generate, "__func__", None) is not _GENERATE
 
-    def _answers_of_generate(self, call: Call) -> list[Answer]:
-        """Return the answers of a caller's own `generate`, called as the reference calls it."""
-        asked = [request for request in call.requests if request.prompt]
-        defaults = Sampling()
-        options = {
-            n: v for n, v in vars(call.sampling).items() if n not in ("temperature", "top_p") and v != getattr(defaults, n)
-        }
-        if any(request.seed is not None for request in asked):
-            options["seed"] = [request.seed for request in asked]
-        tokens, logprobs = self.generate(
-            prompt_tokens=[request.prompt for request in asked],
-            max_gen_len=max((request.most for request in asked), default=0),
-            temperature=call.sampling.temperature, top_p=call.sampling.top_p,
-            logprobs=call.logprobs, **({"echo": True} if call.echo else {}), **options,
-        )  # fmt: skip
-        found = dict(zip(map(id, asked), zip(tokens, logprobs or [[] for _ in tokens], strict=True), strict=True))
-        answers = []
-        for request in call.requests:
-            answer, text = Answer(request), Text(self.tokenizer, call.stops or ())
-            ids, values = found.get(id(request), ([], []))
-            answer.ids, answer.logprobs = list(ids), list(values)
-            for n, token in enumerate(answer.ids, 1):
-                answer.text += text.push(token)
-                if text.stopped:
-                    answer.ids, answer.logprobs, request.finish_reason = answer.ids[:n], answer.logprobs[:n], "stop"
-                    break
-            answer.text += text.end()
-            request.made = len(answer.ids) - (len(request.prompt) if call.echo else 0)
-            request.finish_reason = request.finish_reason or ("stop" if request.made < request.most else "length")
-            answers.append(answer)
-        return answers
-
-    def _answers(self, plan: Callable[[], Call], own: bool = False) -> list[Answer]:
-        """Collect each row's answer. own: called by `Llama.generate` itself."""
-        if not own and self._generate_is_replaced():
-            return self._answers_of_generate(self._agreed(plan))
+    def _results(self, make_call: Callable[[], GenerationCall], called_by_generate: bool = False) -> list[GenerationResult]:
+        """Run a call to its end: a result for each request. A caller's own `generate` is used by all calls but itself."""
+        if not called_by_generate and self._generate_is_replaced():
+            return results_of_replaced_generate(self.generate, self._validate_on_all_ranks(make_call), self.tokenizer)
         with self.engine.lock:
-            call = self._agreed(plan)
+            call = self._validate_on_all_ranks(make_call)
 
-            def work(rows: list[int]) -> list[Answer]:
-                return list(self._gathered(replace(call, requests=[call.requests[row] for row in rows])))
+            def run_rows(rows: list[int]) -> list[GenerationResult]:
+                part = replace(call, requests=[call.requests[row] for row in rows])
+                return list(collect_results(part, self._run(part), self.tokenizer))
 
-            return self._divided([len(request.prompt) for request in call.requests], work)
+            return self._shard_across_replicas([len(request.prompt) for request in call.requests], run_rows)
 
-    def finished(self, plan: Callable[[], Call]) -> Iterator[Answer]:
-        """The answers in order, each as soon as it and all before it are done; those of replicas, when all are."""
-        if ranks.replica()[1] > 1:
-            yield from self._answers(plan)
-            return
-        with self.engine.lock:
-            call = self._agreed(plan)
-        yield from self._gathered(call)
+    def _run(self, call: GenerationCall, watched: bool = False) -> Iterator[GeneratedToken]:
+        # Looked up at each call: a caller may have replaced the tokenizer, its eos_id, or sample_top_p.
+        eos_id = self.tokenizer.eos_id if call.stop_token is None else call.stop_token
+        return self.engine.run(call, eos_id, sample_top_p, watched)
 
-    def _gathered(self, call: Call) -> Iterator[Answer]:
-        """What this replica makes of a call, in order; text only where there are stops, be it none."""
-        answers = [Answer(request) for request in call.requests]
-        texts = [Text(self.tokenizer, call.stops) for _ in answers] if call.stops is not None else []
-        if call.echo:
-            for answer, text in zip(answers, texts, strict=False):
-                answer.text = text.begin(answer.request.prompt)
-        done = 0
-        for row, id_, logprob in self._tokens(call):
-            while not call.echo and answers[done].request.finish_reason:  # the one at hand has none yet
-                yield self._whole(answers[done], texts[done : done + 1])
-                done += 1
-            answer = answers[row]
-            answer.ids.append(id_)
-            if logprob is not None:
-                answer.logprobs.append(logprob)
-            if texts and answer.request.made:  # else it is the prompt's own
-                answer.text += texts[row].push(id_)
-                if texts[row].stopped:
-                    answer.request.finish_reason = "stop"
-        for i in range(done, len(answers)):
-            yield self._whole(answers[i], texts[i : i + 1])
-
-    @staticmethod
-    def _whole(answer: Answer, text: list[Text]) -> Answer:
-        """With what its text held back."""
-        answer.text += "".join(t.end() for t in text)
-        return answer
-
-    def _tokens(self, call: Call, watched: bool = False) -> Iterator[Token]:
-        # As they are now: a caller may have put others there.
-        eos_id, sampler = self.tokenizer.eos_id if call.stop_token is None else call.stop_token, sample_top_p
-        return self.engine.run(call.requests, call.sampling, eos_id, call.logprobs, call.echo, call.reuse, sampler, watched)
-
-    def _stream(self, plan: Callable[[], Call]) -> Stream:
+    def _stream(self, make_call: Callable[[], GenerationCall]) -> Stream:
         if self._generate_is_replaced():
             raise InputError(
                 "generate has been replaced, and streams do not go through it; use text_completion or chat_completion, "
                 "or override the stream's own method as well"
             )
         with self.engine.lock:
-            call = self._agreed(plan)
-        (request,), stops = call.requests, call.stops or ()
+            call = self._validate_on_all_ranks(make_call)
+        (request,) = call.requests
         if not request.prompt:
-            return Stream(request, (piece for piece in [UNSAFE_ERROR]))
-        return Stream(request, pieces(request, self._tokens(call, watched=True), Text(self.tokenizer, stops)))
+            return Stream(request, (chunk for chunk in [UNSAFE_ERROR]))
+        text = IncrementalText(self.tokenizer, call.stop or ())
+        return Stream(request, text_chunks(request, self._run(call, watched=True), text))
 
-    def _details(self, answer: Answer, logprobs: bool, details: bool) -> Details:
-        found: Details = {}
+    def _details(self, result: GenerationResult, logprobs: bool, details: bool) -> ResultDetails:
+        added: ResultDetails = {}
         if logprobs:
-            found["tokens"], found["logprobs"] = self._pieces(answer.ids), answer.logprobs
-        return {**found, **answer.details()} if details else found
+            added["tokens"], added["logprobs"] = self._decode_each(result.tokens), result.logprobs
+        return {**added, **result.details()} if details else added
 
-    def _pieces(self, ids: list[int]) -> list[str]:
-        return [self.tokenizer.decode([id_]) for id_ in ids]
+    def _decode_each(self, tokens: list[int]) -> list[str]:
+        return [self.tokenizer.decode([token]) for token in tokens]
 
 
 _GENERATE = Llama.generate
 
+
+def _check_build_arguments(
+    max_seq_len: int,
+    max_batch_size: int,
+    seed: int,
+    compile: bool,
+    quantize: str | None,
+    backend: str,
+    device: torch.device,
+) -> None:
+    """Raise InputError or DeviceError for arguments of `build` that need no file to be refused."""
+    for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 1 <= value < 2**31:
+            raise InputError(f"{name} is {describe(value)}; it must be a whole number from 1 to {2**31 - 1:,}")
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**64:
+        raise InputError(f"seed is {describe(seed)}; it must be a whole number from -2**63 to 2**64 - 1")
+    if quantize is not None and (not isinstance(quantize, str) or quantize not in FORMATS):
+        raise InputError(f"quantize is {describe(quantize)}; use {' or '.join(map(repr, FORMATS))}, or leave it out")
+    check_flag(compile, "compile")
+    if compile and device.type != "cuda":
+        raise DeviceError(f"compile=True is for CUDA, and this is {device}; leave it out: a step is not compiled here")
+    if compile and backend not in ("auto", "torch_compile"):
+        raise InputError(f"compile=True is backend='torch_compile', and backend is {describe(backend)}; leave one of them out")
+
+
 __all__ = [
     "B_INST", "B_SYS", "E_INST", "E_SYS", "SPECIAL_TAGS", "UNSAFE_ERROR", "ChatPrediction", "CompletionPrediction", "Dialog",
-    "Llama", "Message", "ModelArgs", "Role", "Sampling", "Score", "Stream", "Token", "Tokenizer", "Transformer", "sample_top_p",
+    "GeneratedToken", "Llama", "Message", "ModelArgs", "Role", "SamplingParams", "Score", "Stream", "Tokenizer", "Transformer",
+    "sample_top_p",
 ]  # fmt: skip

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .errors import InputError, kind
-from .parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, divide
-from .ranks import model_parallel
+from .distributed.groups import model_parallel
+from .errors import InputError, describe
+from .layers.embedding import ParallelEmbedding
+from .layers.linear import ColumnParallelLinear, RowParallelLinear, divide
 
 
 @dataclass
@@ -250,7 +251,7 @@ class Transformer(nn.Module):
         try:
             start_pos = operator.index(start_pos)  # NumPy's integers, too
         except TypeError as e:
-            raise InputError(f"start_pos is {kind(start_pos)}; it must be a whole number") from e
+            raise InputError(f"start_pos is {describe(start_pos)}; it must be a whole number") from e
         if start_pos < 0 or start_pos + S > args.max_seq_len:
             raise InputError(f"start_pos={start_pos} and {S} tokens do not fit into max_seq_len={args.max_seq_len}")
         if tokens.is_cpu and tokens.numel() and not 0 <= tokens.min() <= tokens.max() < args.vocab_size:

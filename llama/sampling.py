@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import InputError, kind
+from .errors import InputError, describe
 
 _LIMITS = {
     "temperature": (0.0, 1e30, "from 0 (the likeliest id) to 1e30"),
@@ -17,7 +17,7 @@ _LIMITS = {
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How the next id is chosen, in this order. Raises InputError when it is made with a value out of range.
 
     repetition_penalty: logits of ids that the row holds already, prompt or answer, are divided by it if positive, else
@@ -36,10 +36,10 @@ class Sampling:
         for name, (least, most, limit) in _LIMITS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Real) or not least <= value <= most:  # type: ignore[operator]
-                raise InputError(f"{name} is {kind(value)}; it must be a number, {limit}")
+                raise InputError(f"{name} is {describe(value)}; it must be a number, {limit}")
             object.__setattr__(self, name, float(value))  # NumPy's are welcome
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, numbers.Integral) or int(self.top_k) < 0:
-            raise InputError(f"top_k is {kind(self.top_k)}; it must be a whole number, 0 (all ids) or more")
+            raise InputError(f"top_k is {describe(self.top_k)}; it must be a whole number, 0 (all ids) or more")
         object.__setattr__(self, "top_k", int(self.top_k))
 
     @property
@@ -47,7 +47,7 @@ class Sampling:
         return self.temperature < 1e-20  # 0, or so near that dividing by it would overflow
 
 
-def candidates(probs: torch.Tensor, top_p: float, top_k: int = 0, min_p: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+def filter_probs(probs: torch.Tensor, top_p: float, top_k: int = 0, min_p: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """probs (B, vocab) -> what may be drawn, likeliest first, the rest 0, and the ids: (B, vocab) both, or (B, top_k)."""
     probs, ids = torch.sort(probs, dim=-1, descending=True)
     if top_k:
@@ -58,7 +58,7 @@ def candidates(probs: torch.Tensor, top_p: float, top_k: int = 0, min_p: float =
     return probs / probs.sum(dim=-1, keepdim=True), ids
 
 
-def draw(probs: torch.Tensor, ids: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+def sample_exponential(probs: torch.Tensor, ids: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
     """One of the candidates of each row, (B, 1)."""
     noise = torch.empty_like(probs).exponential_(1) if noise is None else noise.gather(-1, ids)
     return ids.gather(-1, (probs / noise).argmax(dim=-1, keepdim=True))
@@ -70,12 +70,12 @@ def sample_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
     The nucleus is every id, from the likeliest on, before which less than or exactly p is gathered; so the likeliest is
     always in it. Draws from torch's default generator exactly as torch.multinomial(probs, 1) does, which would wait.
     """
-    return draw(*candidates(probs, p))
+    return sample_exponential(*filter_probs(probs, p))
 
 
-def next_ids(
+def sample(
     logits: torch.Tensor,
-    sampling: Sampling,
+    sampling: SamplingParams,
     noise: torch.Tensor | None = None,
     sampler: Callable[[torch.Tensor, float], torch.Tensor] = sample_top_p,
 ) -> torch.Tensor:
@@ -90,13 +90,13 @@ def next_ids(
     probs = torch.softmax(logits / sampling.temperature, dim=-1)
     if sampler is not sample_top_p:
         if sampling.top_k or sampling.min_p:
-            narrowed, ids = candidates(probs, 1.0, sampling.top_k, sampling.min_p)
+            narrowed, ids = filter_probs(probs, 1.0, sampling.top_k, sampling.min_p)
             probs = torch.zeros_like(probs).scatter_(-1, ids, narrowed)
         return sampler(probs, sampling.top_p).reshape(len(probs))
-    return draw(*candidates(probs, sampling.top_p, sampling.top_k, sampling.min_p), noise).squeeze(-1)
+    return sample_exponential(*filter_probs(probs, sampling.top_p, sampling.top_k, sampling.min_p), noise).squeeze(-1)
 
 
-def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+def apply_repetition_penalty(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
     """logits (B, vocab) with those of the ids in `seen` (B, vocab), bool, made less likely by a penalty above 1."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
@@ -111,7 +111,7 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
-def seeded_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
+def seeded_exponential(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
     """Exponential noise (B, vocab), float32, of seeds and positions (B,) int64, made where they are.
 
     A number of its own for each seed, position and id, which no other row, call, rank or device can change. So what is
@@ -124,6 +124,6 @@ def seeded_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> to
     return -torch.log1p(-uniform)  # finest near 0, where what is drawn lies
 
 
-def logprobs_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """log_softmax of the raw logits (N, vocab) at ids (N,) -> (N,)."""
     return torch.log_softmax(logits, dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)

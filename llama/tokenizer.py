@@ -7,25 +7,25 @@ from operator import index
 
 from sentencepiece import SentencePieceProcessor
 
-from .errors import CheckpointError, InputError, check_flag, kind, path_to, read_file, what_is_it
+from .errors import CheckpointError, InputError, check_flag, check_path, describe, identify_format, read_file
 
-LARGEST = 1 << 24  # bytes: other models' have some millions
+MAX_BYTES = 1 << 24  # bytes: other models' have some millions
 
 
 class Tokenizer:
     """A SentencePiece model. Llama 2's has 32,000 pieces, BOS 1, EOS 2 and no padding piece (`pad_id` -1)."""
 
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
-        path = path_to(model_path, "tokenizer_path", "Meta's tokenizer.model, which lies beside the model folders")
-        data = read_file(path, LARGEST + 1)
-        if len(data) > LARGEST:
-            raise CheckpointError(f"{path}: larger than {LARGEST:,} bytes, where Llama 2's has 499,723: it is another file")
+        path = check_path(model_path, "tokenizer_path", "Meta's tokenizer.model, which lies beside the model folders")
+        data = read_file(path, MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise CheckpointError(f"{path}: larger than {MAX_BYTES:,} bytes, where Llama 2's has 499,723: it is another file")
         try:
             self.sp_model = SentencePieceProcessor()
             self.sp_model.LoadFromSerializedProto(data)
             self.n_words: int = self.sp_model.vocab_size()
         except Exception as e:  # sentencepiece raises RuntimeError and others by version
-            found = what_is_it(data[:64])
+            found = identify_format(data[:64])
             raise CheckpointError(f"{path}: not a SentencePiece model ({found}); fetch tokenizer.model again") from e
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()
@@ -61,24 +61,24 @@ class Tokenizer:
         try:
             ids = [index(i) for i in ids] if isinstance(ids, Iterable) else [index(ids)]
         except TypeError as e:
-            raise InputError(f"the ids to decode are {kind(ids)}; they must be a list of whole numbers") from e
+            raise InputError(f"the ids to decode are {describe(ids)}; they must be a list of whole numbers") from e
         for i in ids:
             if not 0 <= i < self.n_words:
-                raise InputError(f"token id {kind(i)} is out of range: this tokenizer has the ids 0 to {self.n_words - 1}")
+                raise InputError(f"token id {describe(i)} is out of range: this tokenizer has the ids 0 to {self.n_words - 1}")
         return self.sp_model.decode(ids)
 
     def encode_infilling(self, s: str) -> list[int]:
         """Return the tokens of `s` in the middle of a text: without the space that SentencePiece puts before a text."""
         check_text(s, "the text to encode")
-        before = self.sp_model.encode(MARK)
-        return self.sp_model.encode(MARK + s)[len(before) :]
+        before = self.sp_model.encode(_ANCHOR)
+        return self.sp_model.encode(_ANCHOR + s)[len(before) :]
 
     def decode_infilling(self, ids: Iterable[int]) -> str:
         """Return the text of tokens in the middle of a text, with the space that they may begin with."""
-        return self.decode([*self.sp_model.encode(MARK), *ids]).removeprefix(MARK)
+        return self.decode([*self.sp_model.encode(_ANCHOR), *ids]).removeprefix(_ANCHOR)
 
 
-MARK = "\u263a"  # is joined with no letter beside it
+_ANCHOR = "\u263a"  # is joined with no letter beside it
 
 
 class Detokenizer:
@@ -141,7 +141,7 @@ class Detokenizer:
 _DECODE = Tokenizer.decode
 
 
-class OwnDecoding:
+class CustomDetokenizer:
     """What `Detokenizer` does, by a caller's own `decode`: of all tokens at each one, as it may make anything of them."""
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
@@ -167,16 +167,16 @@ class OwnDecoding:
         return new
 
 
-def detokenizer(tokenizer: Tokenizer) -> Detokenizer | OwnDecoding:
+def make_detokenizer(tokenizer: Tokenizer) -> Detokenizer | CustomDetokenizer:
     """Return what makes a row's text, by the tokenizer's own `decode` if a caller has put one there."""
     ours = getattr(tokenizer.decode, "__func__", None) is _DECODE
-    return Detokenizer(tokenizer) if ours else OwnDecoding(tokenizer.decode)
+    return Detokenizer(tokenizer) if ours else CustomDetokenizer(tokenizer.decode)
 
 
 def check_text(text: str, name: str) -> None:
     """Raise InputError, with `name`, unless the text is one that can be encoded."""
     if not isinstance(text, str):
-        raise InputError(f"{name} is {kind(text)}; it must be a string")
+        raise InputError(f"{name} is {describe(text)}; it must be a string")
     try:
         text.encode()
     except UnicodeEncodeError as e:

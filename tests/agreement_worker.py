@@ -38,7 +38,7 @@ def answers(llama: Llama) -> dict[str, Any]:
     found["none"] = [llama.generate([], 4), llama.score([], [])]
     with llama.text_completion_stream("The", 1.0, max_gen_len=6, seed=4) as stream:
         found["stream"] = "".join(stream)
-    found["tokens"] = [token.id for token in llama.tokens(PROMPTS[:2], 4, temperature=0)]
+    found["tokens"] = [token.token for token in llama.generate_stream(PROMPTS[:2], 4, temperature=0)]
     return found
 
 
@@ -46,7 +46,7 @@ def of_several(llama: Llama, build: Callable[..., Llama], folder: str) -> dict[s
     mine = 5 if RANK == LAST else 6
     torch.manual_seed(RANK)  # rank 0's draws are everyone's
     found: dict[str, Any] = {"drawn": llama.generate([[1, 5]] * 6, 8, temperature=1.0)[0]}
-    found["drawn in a stream"] = [token.id for token in llama.tokens([[1, 5]], 8, temperature=1.0)]
+    found["drawn in a stream"] = [token.token for token in llama.generate_stream([[1, 5]], 8, temperature=1.0)]
     found["refused"] = [
         refused(lambda: llama.generate([[1, mine]], 4)),
         refused(lambda: llama.generate([[1, 5]], mine)),

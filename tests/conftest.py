@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import Llama, Tokenizer, Transformer, runtime
-from llama.backends import CudaGraphs, Step
+from llama import Llama, Tokenizer, Transformer
+from llama.backends.cuda_graphs import CapturedStep, CudaGraphsBackend
+from llama.engine import async_copy
 
 from .fault_server import FILES, SHARD, Downloader, FaultServer, files_of
 from .support import ROOT, random_weights, train_tokenizer, write_shards
@@ -68,16 +69,16 @@ def reference(small: SimpleNamespace) -> Transformer:
 @pytest.fixture
 def as_on_cuda(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Steps in static memory, over a bucket with a mask, each launched before the ids of the one before are read."""
-    run = Step.run
+    run = CapturedStep.run
 
-    def into_the_same_memory(step: Step) -> None:
+    def into_the_same_memory(step: CapturedStep) -> None:
         fixed = step.logits
         run(step)
         step.logits = step.logits if fixed is None else fixed.copy_(step.logits)
 
-    monkeypatch.setattr(Step, "run", into_the_same_memory)
-    monkeypatch.setattr(llama.engine, "backend", CudaGraphs())
-    monkeypatch.setattr(runtime, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(CapturedStep, "run", into_the_same_memory)
+    monkeypatch.setattr(llama.engine, "backend", CudaGraphsBackend())
+    monkeypatch.setattr(async_copy, "supports_async", lambda device: True)
     yield
 
 

@@ -7,21 +7,21 @@ from typing import Any
 import pytest
 import torch
 
-from llama.forward import Forward, Product
+from llama.engine.forward import EngineForward, MergedLinear
 
 
 @contextlib.contextmanager
 def counted() -> Iterator[list[int]]:
     """The number of tokens of each forward."""
     numbers: list[int] = []
-    hidden = Forward.hidden
+    hidden = EngineForward.hidden_states
 
-    def counting(self: Forward, tokens: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    def counting(self: EngineForward, tokens: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         numbers.append(len(tokens))
         return hidden(self, tokens, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Forward, "hidden", counting)
+        patch.setattr(EngineForward, "hidden_states", counting)
         yield numbers
 
 
@@ -30,19 +30,19 @@ def counted_rows() -> Iterator[tuple[list[int], list[int]]]:
     """The rows that each product of the layers multiplies, and those that become logits."""
     linear: list[int] = []
     head: list[int] = []
-    multiply, logits = Product.multiply, Forward.logits
+    multiply, logits = MergedLinear.forward, EngineForward.logits
 
-    def multiplying(self: Product, x: torch.Tensor) -> torch.Tensor:
+    def multiplying(self: MergedLinear, x: torch.Tensor) -> torch.Tensor:
         linear.append(len(x))
         return multiply(self, x)
 
-    def computing(self: Forward, hidden: torch.Tensor) -> torch.Tensor:
+    def computing(self: EngineForward, hidden: torch.Tensor) -> torch.Tensor:
         head.append(len(hidden))
         found = logits(self, hidden)
         linear.pop()  # the head's own product
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Product, "multiply", multiplying)
-        patch.setattr(Forward, "logits", computing)
+        patch.setattr(MergedLinear, "forward", multiplying)
+        patch.setattr(EngineForward, "logits", computing)
         yield linear, head

@@ -14,19 +14,20 @@ from typing import Any
 
 import torch
 
-from llama import Llama, packed
-from llama.engine import Rows
-from llama.forward import Layer
+from llama import Llama
+from llama.engine.decode_state import DecodeState
+from llama.engine.forward import EngineLayer
+from llama.kernels import packed_weight
 
 MOST = 40  # ids of an answer
 # Where: the function, and how often it has been called by then. The model has two layers.
 PLACES: dict[str, tuple[Any, str, int]] = {
-    "load": (packed, "parameters", 2),
-    "prefill": (Layer, "gated", 2),
-    "decode": (Layer, "gated", 12),
-    "score": (Layer, "gated", 2),
-    "start": (Rows, "__init__", 1),
-    "call": (Layer, "gated", 0),
+    "load": (packed_weight, "make_parameters", 2),
+    "prefill": (EngineLayer, "swiglu", 2),
+    "decode": (EngineLayer, "swiglu", 12),
+    "score": (EngineLayer, "swiglu", 2),
+    "start": (DecodeState, "__init__", 1),
+    "call": (EngineLayer, "swiglu", 0),
 }
 
 

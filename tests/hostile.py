@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from llama import Llama, Tokenizer, checkpoint, saved
+from llama import Llama, Tokenizer
+from llama.checkpoint import packed_file, shards
 
 from .support import random_weights, train_tokenizer, write_shards
 
@@ -53,17 +54,17 @@ def sound(which: str) -> dict[str, bytes]:
     write_shards(folder, PARAMS, weights, 2 if which == "two" else 1)
     train_tokenizer(folder / "tokenizer.model", VOCAB)
     if kind:
-        saved.save(folder, kind)
+        packed_file.save_packed_file(folder, kind)
     return {name: (folder / name).read_bytes() for name in names}
 
 
-def opened(folder: Path, which: str) -> checkpoint.Shards:
+def opened(folder: Path, which: str) -> shards.Shards:
     kind = FOLDERS[which][1]
-    return (saved.open_saved(folder, kind) if kind else None) or checkpoint.open_shards(folder)
+    return (packed_file.open_packed_file(folder, kind) if kind else None) or shards.open_shards(folder)
 
 
 @functools.lru_cache
-def sound_tensors(which: str) -> checkpoint.Shards:
+def sound_tensors(which: str) -> shards.Shards:
     return {
         file: {n: t.clone() for n, t in tensors.items()} for file, tensors in opened(put(which, sound(which)), which).items()
     }
@@ -239,9 +240,9 @@ OTHERS: dict[str, Callable[[torch.Tensor], Any]] = {
 }  # fmt: skip
 
 
-def play_contents(shards: int, changes: Sequence[Edit], order: int = 0) -> None:
+def play_contents(n_shards: int, changes: Sequence[Edit], order: int = 0) -> None:
     """A sound model's tensors, altered, and saved by torch.save."""
-    which = "two" if shards == 2 else "one"
+    which = "two" if n_shards == 2 else "one"
     files = {f: dict(tensors) for f, tensors in sound_tensors(which).items()}
     altered: set[tuple[int, str]] = set()
     for shard, how, at, more in changes:
@@ -270,7 +271,7 @@ def play_contents(shards: int, changes: Sequence[Edit], order: int = 0) -> None:
     llama = build(folder)
     stored = [tensors for _, tensors in (named[order % len(named) :] + named[: order % len(named)])]
     for name, weight in llama.model.state_dict().items():
-        dim = checkpoint.split_dim(name)
+        dim = shards.split_dim(name)
         parts = [t[name] for t in stored][: None if dim is not None else 1]
         whole = torch.cat([p.detach() for p in parts], dim=dim or 0).to(weight.dtype)
         if not torch.equal(weight, whole) or not whole.isfinite().all():

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from llama import Llama
-from llama.backends import TorchCompile
+from llama.backends.torch_compile import TorchCompileBackend
 
 PROMPTS = [[1, 5, 9, 44], [1, 300], [1, *range(20, 40)]]
 
@@ -21,7 +21,7 @@ def drawn(llama: Llama) -> list:
     stopped = llama.text_completion(["The"] * 6, max_gen_len=6, seed=range(6), stop=stops, details=True)
     stream = "".join(llama.chat_completion_stream([{"role": "user", "content": "a"}], max_gen_len=4, seed=1))
     scores = [round(score.total, 2) for score in llama.score(["The fox", "sea"], [" jumps", " shells"])]
-    llama.engine.backend = TorchCompile(backend="eager")
+    llama.engine.backend = TorchCompileBackend(backend="eager")
     compiled, _ = llama.generate(PROMPTS, 6, temperature=0)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:  # the others have their steps already
         weight = llama.model.layers[0].feed_forward.w2.weight

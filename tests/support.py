@@ -14,8 +14,10 @@ import sentencepiece
 import torch
 
 from llama import LlamaError, Transformer
-from llama.packed import parameters
-from llama.quantize import KINDS, Quantized, quantize
+from llama.kernels.c_extension import ExtensionStatus
+from llama.kernels.packed_weight import make_parameters
+from llama.quantization.quantize import QUANTIZERS, quantize
+from llama.quantization.weight import QuantizedWeight
 
 ROOT = Path(__file__).parents[1]
 TEXT = """The quick brown fox jumps over the lazy dog near the river. Once upon a time there was a little bear.
@@ -96,7 +98,7 @@ def packed_model(model: Transformer, kind: str | None, scale: float = 0.1) -> Tr
         made, outs = quantize(weight, kind) if kind else weight, [out for out, _ in shapes]
         logits = modules[0] is model.output
         for module, parameter in zip(
-            modules, parameters(made, outs, weight.shape[1], dtype, weight.device, logits=logits), strict=True
+            modules, make_parameters(made, outs, weight.shape[1], dtype, weight.device, logits=logits), strict=True
         ):
             module.weight = parameter
 
@@ -111,9 +113,9 @@ def packed_model(model: Transformer, kind: str | None, scale: float = 0.1) -> Tr
     return model
 
 
-def in_whole_rows(weight: torch.Tensor, dtype: torch.dtype) -> Quantized:
+def in_whole_rows(weight: torch.Tensor, dtype: torch.dtype) -> QuantizedWeight:
     """int8 with a scale for each row, which `quantize` makes on a GPU alone."""
-    return Quantized("int8", *KINDS["int8"](weight.float().unsqueeze(1)), weight.shape[1], dtype)
+    return QuantizedWeight("int8", *QUANTIZERS["int8"](weight.float().unsqueeze(1)), weight.shape[1], dtype)
 
 
 def environment(**env: str) -> dict[str, str]:
@@ -143,3 +145,8 @@ def refused(call: Callable[[], Any], error: type[LlamaError], *parts: str) -> No
     assert isinstance(caught.value, LlamaError) and isinstance(caught.value, AssertionError)
     message = str(caught.value)
     assert [part for part in parts if part not in message] == [] and len(message) < 700, message
+
+
+def no_extension() -> ExtensionStatus:
+    """To be put in place of a kernel module's `status`: nothing is compiled."""
+    return ExtensionStatus(None, "not compiled, says this test", not_compiled=True)

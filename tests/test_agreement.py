@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llama import calls
+from llama.engine import request_builder
 
 from .support import run, torchrun
 
@@ -50,8 +50,8 @@ def test_ranks_are_of_one_mind(small: SimpleNamespace, tmp_path: Path, one_rank:
 
 
 def test_prompts_are_dealt_by_length() -> None:
-    assert calls.dealt([9, 1, 8, 2, 7], 1) == [[0, 1, 2, 3, 4]]
-    hands = calls.dealt([9, 1, 8, 1, 7, 1, 6, 1], 2)
+    assert request_builder.partition_by_length([9, 1, 8, 2, 7], 1) == [[0, 1, 2, 3, 4]]
+    hands = request_builder.partition_by_length([9, 1, 8, 1, 7, 1, 6, 1], 2)
     assert sorted(row for hand in hands for row in hand) == list(range(8)) and all(hand == sorted(hand) for hand in hands)
     assert [sum([9, 1, 8, 1, 7, 1, 6, 1][row] for row in hand) for hand in hands] == [18, 16]
-    assert calls.dealt([5], 2) == [[0], []]
+    assert request_builder.partition_by_length([5], 2) == [[0], []]

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import CheckpointError, Llama, archive, saved
+from llama import CheckpointError, Llama
+from llama.checkpoint import packed_file, torch_file
 
 from .hostile_zips import FRAGMENTS, resealed
 from .support import write_shards
@@ -36,7 +37,7 @@ def test_what_torch_reads(tmp_path: Path, protocol: int) -> None:
     kinds = ("bfloat16", "float16", "float64", "int8", "uint8", "int16", "int32", "int64", "bool")
     tensors |= {kind: a.to(getattr(torch, kind)) for kind in kinds}
     torch.save(tensors, tmp_path / "tensors.pth", pickle_protocol=protocol)
-    found = archive.read(tmp_path / "tensors.pth")
+    found = torch_file.read_torch_file(tmp_path / "tensors.pth")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and found[name].stride() == tensor.stride()
@@ -50,7 +51,7 @@ def test_numbers_of_another_byte_order(tmp_path: Path) -> None:
     assert data.count(b"little") == 1
     (tmp_path / "big.pth").write_bytes(data.replace(b"little", b"big   "))
     with pytest.raises(ValueError, match="little-endian"):
-        archive.read(tmp_path / "big.pth")
+        torch_file.read_torch_file(tmp_path / "big.pth")
 
 
 def test_an_entry_that_is_no_weight_may_be_anything(shard: Path, small: SimpleNamespace) -> None:
@@ -107,7 +108,7 @@ def test_a_pickle_takes_no_more_time_or_memory_than_it_has_bytes(shard: Path, re
 
 def test_paths_may_begin_at_home(shard: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(shard.parents[1]))
-    assert saved.save("~/model", "int8") == shard.parent / "int8.safetensors"
+    assert packed_file.save_packed_file("~/model", "int8") == shard.parent / "int8.safetensors"
     for kind in (None, "int8"):
         Llama.build("~/model", small.tokenizer_path, 16, 2, device="cpu", quantize=kind)
     for nowhere in ("~/nothing", "~nobody-of-that-name/model"):
@@ -122,19 +123,19 @@ def test_a_changed_name_does_not_match_the_checksum(tmp_path: Path) -> None:
     data[at : at + 1] = b"c"
     (tmp_path / "x.pth").write_bytes(data)
     with pytest.raises(ValueError, match="checksum"):
-        archive.read(tmp_path / "x.pth")
+        torch_file.read_torch_file(tmp_path / "x.pth")
 
 
 def test_tensors_of_nothing_are_read(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2, 3), "none": torch.ones(5, 0)}, tmp_path / "x.pth")
-    assert archive.read(tmp_path / "x.pth")["none"].shape == (5, 0)
+    assert torch_file.read_torch_file(tmp_path / "x.pth")["none"].shape == (5, 0)
 
 
 def test_a_pickle_of_any_length_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"a": torch.ones(2, 3)}, tmp_path / "x.pth")
-    monkeypatch.setattr(archive, "LARGEST_PICKLE", 10)
+    monkeypatch.setattr(torch_file, "MAX_PICKLE_BYTES", 10)
     with pytest.raises(pickle.UnpicklingError, match="bytes say what it holds"):
-        archive.read(tmp_path / "x.pth")
+        torch_file.read_torch_file(tmp_path / "x.pth")
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -150,4 +151,4 @@ def test_zips_that_say_two_things(tmp_path: Path) -> None:
     for data, why in ((b"PK\x03\x05" + whole[4:], "is not where"), (bytes(encrypted), "encrypted"), (twice, "is not where")):
         (tmp_path / "y.pth").write_bytes(data)
         with (tmp_path / "y.pth").open("rb") as f, pytest.raises(ValueError, match=why):
-            archive.records(f)
+            torch_file.zip_records(f)

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from llama import Llama, avx2, library, native, widened
+from llama import Llama, tuning
+from llama.kernels import avx2, avx512, c_extension, half_precision
 
-from .support import write_shards
+from .support import no_extension, write_shards
 from .test_kernels import float32_twin
 
-compiled = pytest.mark.skipif(avx2.LIBRARY is None, reason="avx2.c is not compiled, or this CPU has no AVX2")
+compiled = pytest.mark.skipif(avx2.extension() is None, reason="avx2.c is not compiled, or this CPU has no AVX2")
 STEP = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # half of what is rounded last
 
 
@@ -26,14 +27,18 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def test_products(out: int, width: int, dtype: torch.dtype) -> None:
     weight = random(out, width).mul_(0.1).to(dtype)
     for scale in (3, 0.05):
-        x = random(avx2.MOST_FP32 if dtype == torch.float32 else avx2.MOST, width).mul_(scale).to(dtype)
+        x = (
+            random(tuning.AVX2_MAX_ROWS_FP32 if dtype == torch.float32 else tuning.AVX2_MAX_ROWS_16BIT, width)
+            .mul_(scale)
+            .to(dtype)
+        )
         x[:, width // 3] *= 20
-        assert avx2.takes(x, weight)
-        y, want = avx2.multiply(x, weight), x.double() @ weight.double().T
+        assert avx2.supports(x, weight)
+        y, want = avx2.linear(x, weight), x.double() @ weight.double().T
         assert y.dtype == dtype
         torch.testing.assert_close(y.double(), want, atol=1e-6 * want.abs().max().item(), rtol=STEP[dtype] * 1.01)
         for n in (1, 2, 3, 4, 5, 7):  # a row is the same whatever stands beside it
-            assert torch.equal(avx2.multiply(x[-n:], weight), y[-n:])
+            assert torch.equal(avx2.linear(x[-n:], weight), y[-n:])
 
 
 @compiled
@@ -41,23 +46,23 @@ def test_products(out: int, width: int, dtype: torch.dtype) -> None:
 def test_what_is_no_number_stays_in_its_row(dtype: torch.dtype) -> None:
     weight, x = random(37, 1088, dtype=dtype), random(6, 1088, dtype=dtype)
     x[1, 7], x[2, 9] = float("nan"), float("inf")
-    y = avx2.multiply(x, weight)
+    y = avx2.linear(x, weight)
     assert y[1].isnan().all() and not y[2].isfinite().any()
-    assert torch.equal(y[[0, 3, 4, 5]], avx2.multiply(x[[0, 3, 4, 5]], weight))
-    assert not avx2.multiply(torch.zeros_like(x), weight).any()
+    assert torch.equal(y[[0, 3, 4, 5]], avx2.linear(x[[0, 3, 4, 5]], weight))
+    assert not avx2.linear(torch.zeros_like(x), weight).any()
 
 
 @compiled
-@pytest.mark.parametrize("n", [1, 3, avx2.MOST_FP32, avx2.MOST_FP32 + 1])
+@pytest.mark.parametrize("n", [1, 3, tuning.AVX2_MAX_ROWS_FP32, tuning.AVX2_MAX_ROWS_FP32 + 1])
 def test_few_rows_of_float32_are_multiplied_by_it(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(widened, "SMALLEST", 0)
-    seen, multiply = [], avx2.multiply
-    monkeypatch.setattr(avx2, "multiply", lambda x, w: (seen.append(len(x)), multiply(x, w))[1])
+    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)
+    seen, multiply = [], avx2.linear
+    monkeypatch.setattr(avx2, "linear", lambda x, w: (seen.append(len(x)), multiply(x, w))[1])
     x, weight = random(n, 2, 64), random(100, 64)
-    y = widened.linear(x[:, 0], weight)
-    assert seen == ([n] if n <= avx2.MOST_FP32 else [])
+    y = half_precision.linear(x[:, 0], weight)
+    assert seen == ([n] if n <= tuning.AVX2_MAX_ROWS_FP32 else [])
     torch.testing.assert_close(y, x[:, 0] @ weight.T, atol=1e-5, rtol=0)
-    (gradient,) = torch.autograd.grad(widened.linear(x.requires_grad_(), weight).sum(), x)
+    (gradient,) = torch.autograd.grad(half_precision.linear(x.requires_grad_(), weight).sum(), x)
     torch.testing.assert_close(gradient, weight.sum(0).expand(n, 2, -1), atol=1e-5, rtol=1e-5)
 
 
@@ -65,16 +70,16 @@ def test_few_rows_of_float32_are_multiplied_by_it(n: int, monkeypatch: pytest.Mo
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # of PyTorch, in forward mode
 def test_what_it_does_not_take() -> None:
     x, w = random(3, 64, dtype=torch.bfloat16), random(8, 64, dtype=torch.bfloat16)
-    assert avx2.takes(x, w) and avx2.takes(x.float(), w.float())
+    assert avx2.supports(x, w) and avx2.supports(x.float(), w.float())
     wrong = [
         (x.float(), w), (x.double(), w.double()), (x.half(), w), (x[:, :32], w[:, :32]), (x[:, :63].contiguous(), w),
         (x, w[:, :32]), (x, random(64, 8, dtype=torch.bfloat16).t()), (x[0], w), (x[:0], w), (x, w.to(torch.int8)),
-        (random(avx2.MOST + 1, 64, dtype=torch.bfloat16), w), (random(avx2.MOST_FP32 + 1, 64), w.float()),
+        (random(tuning.AVX2_MAX_ROWS_16BIT + 1, 64, dtype=torch.bfloat16), w), (random(tuning.AVX2_MAX_ROWS_FP32 + 1, 64), w.float()),
         (x, w.clone().requires_grad_()), (x.to("meta"), w),
     ]  # fmt: skip
-    assert not any(avx2.takes(*each) for each in wrong)
+    assert not any(avx2.supports(*each) for each in wrong)
     with torch.autograd.forward_ad.dual_level():
-        assert not avx2.takes(torch.autograd.forward_ad.make_dual(x, x), w)
+        assert not avx2.supports(torch.autograd.forward_ad.make_dual(x, x), w)
 
 
 @compiled
@@ -84,17 +89,17 @@ def test_a_model_where_the_cpu_has_nothing_of_16_bits(
     tmp_path: Path, small: SimpleNamespace, dtype: torch.dtype, quantized: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps of one row and several; log probabilities are those of a full forward in float32 by the weights held."""
-    monkeypatch.setattr(widened, "WIDENED", frozenset({torch.float16, torch.bfloat16}))
-    monkeypatch.setattr(widened, "SMALLEST", 0)
-    monkeypatch.setattr(native, "COMPILED", None)
+    monkeypatch.setattr(half_precision, "slow_dtypes", lambda: frozenset({torch.float16, torch.bfloat16}))
+    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)
+    monkeypatch.setattr(avx512, "status", no_extension)
     seen: set[tuple[int, int]] = set()
-    call = avx2.LIBRARY.call  # type: ignore[union-attr]
+    call = avx2.extension().call  # type: ignore[union-attr]
 
     def counted(name: str, product: Any) -> None:
         seen.add((product._obj.n // product._obj.digits, product._obj.kind))
         call(name, product)
 
-    monkeypatch.setattr(avx2.LIBRARY, "call", counted)
+    monkeypatch.setattr(avx2.extension(), "call", counted)
     weights = {name: w.to(dtype) for name, w in small.weights.items()}
     folder = write_shards(tmp_path, small.params, weights)
     llama = Llama.build(folder, small.tokenizer_path, 64, 12, device="cpu", quantize=quantized)
@@ -108,5 +113,5 @@ def test_a_model_where_the_cpu_has_nothing_of_16_bits(
             chosen = after.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
             torch.testing.assert_close(torch.tensor(given), chosen, atol=atol, rtol=0)
             assert (after.amax(1) - chosen).max() < 2 * atol
-    kind = {None: library.NUMBERS[dtype], "int8": library.INT8, "int4": library.INT4}[quantized]
+    kind = {None: c_extension.DTYPE_CODES[dtype], "int8": c_extension.INT8, "int4": c_extension.INT4}[quantized]
     assert {(12, kind), (1, kind)} <= seen

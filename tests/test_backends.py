@@ -8,19 +8,26 @@ import json
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from llama import DeviceError, InputError, Llama, Transformer, avx2, backends, blocks, info, library, native, widened
-from llama.backends import Backend, Cpu, CudaGraphs, Step, Torch, TorchCompile, bucket, changed
-from llama.cache import Batch, KVCache
-from llama.forward import Forward
-from llama.packed import PackedWeight
+from llama import DeviceError, InputError, Llama, Transformer, info, tuning
+from llama.backends import registry
+from llama.backends.cpu import CpuBackend
+from llama.backends.cuda_graphs import CapturedStep, CudaGraphsBackend, context_bucket
+from llama.backends.layerwise import TorchBackend
+from llama.backends.torch_compile import TorchCompileBackend
+from llama.engine.backend import Backend
+from llama.engine.forward import EngineForward
+from llama.engine.kv_cache import KVCache, RaggedBatch
+from llama.engine.unmodified import why_modified
+from llama.kernels import avx2, avx512, pack
+from llama.kernels.packed_weight import PackedWeight
 
-from .support import TORCHRUN, random_weights, run, write_shards
+from .support import TORCHRUN, no_extension, random_weights, run, write_shards
 
 PROMPTS = [[1, 5, 9, 30, 8], [1, 7], [1, 80, 81]]
 WINDOW = 40
@@ -36,10 +43,10 @@ def wide(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Simp
 
 @pytest.fixture(params=["with compiled code", "without"])
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
-    monkeypatch.setattr(widened, "SMALLEST", 0)  # these weights, too, are packed
+    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)  # these weights, too, are packed
     if request.param == "without":
-        for module, name in ((native, "COMPILED"), (avx2, "LIBRARY"), (blocks, "PACK")):
-            monkeypatch.setattr(module, name, None)
+        for module, name in ((avx512, "status"), (avx2, "status"), (pack, "status")):
+            monkeypatch.setattr(module, name, no_extension)
     yield request.param != "without"
 
 
@@ -52,7 +59,7 @@ def served_by(wide: SimpleNamespace, make: Callable[[], Backend], **options: obj
     return Llama(built.model, built.tokenizer, make())
 
 
-@pytest.mark.parametrize("make", [Torch, Cpu, CudaGraphs], ids=lambda make: make.name)
+@pytest.mark.parametrize("make", [TorchBackend, CpuBackend, CudaGraphsBackend], ids=lambda make: make.name)
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_backend_gives_the_logits_of_the_reference(
@@ -69,7 +76,7 @@ def test_every_backend_gives_the_logits_of_the_reference(
     forward = llama.engine.forward()
     with torch.inference_mode():
         packed = torch.cat([row[:n] for row, n in zip(tokens, starts, strict=True)])
-        hidden = forward.hidden(packed, Batch.of((row, 0, n) for row, n in enumerate(starts)))
+        hidden = forward.hidden_states(packed, RaggedBatch.from_segments((row, 0, n) for row, n in enumerate(starts)))
         expected = torch.cat([row[:n] for row, n in zip(want, starts, strict=True)])
         torch.testing.assert_close(forward.logits(hidden), expected, atol=tolerance, rtol=0)
         take, at = llama.engine.backend.begin(forward, 4), list(starts)
@@ -79,7 +86,7 @@ def test_every_backend_gives_the_logits_of_the_reference(
             at = [min(position + 1, WINDOW - 1) for position in at]
 
 
-@pytest.mark.parametrize("make", [Torch, Cpu, CudaGraphs], ids=lambda make: make.name)
+@pytest.mark.parametrize("make", [TorchBackend, CpuBackend, CudaGraphsBackend], ids=lambda make: make.name)
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])
 def test_every_backend_answers_as_the_reference(
     wide: SimpleNamespace, compiled: bool, kind: str | None, make: Callable[[], Backend]
@@ -131,17 +138,16 @@ def test_a_cpu_without_the_instructions_is_told_so(wide: SimpleNamespace) -> Non
     assert "backend: cpu            not available: switched off by LLAMA_COMPILED=0" in told
 
 
-@pytest.mark.skipif(avx2.LIBRARY is None, reason="nothing is compiled here")
-@pytest.mark.parametrize("name", ["native", "avx2", "pack"])
+@pytest.mark.skipif(avx2.extension() is None, reason="nothing is compiled here")
+@pytest.mark.parametrize("module", [avx512, avx2, pack], ids=lambda module: module.__name__)
 def test_a_part_of_the_compiled_code_that_is_missing_is_told(
-    wide: SimpleNamespace, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    wide: SimpleNamespace, module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Not only all of it."""
-    monkeypatch.setattr(library, "MISSING", {name})
-    monkeypatch.setitem(library.REASONS, name, f"_{name} has not been compiled")
+    monkeypatch.setattr(module, "status", no_extension)
     assert build(wide).backend == "cpu"
     assert capsys.readouterr().err == (
-        f"llama: decoding is slower than it could be, without compiled kernels: _{name} has not been compiled\n"
+        f"llama: decoding is slower than it could be, without compiled kernels: {no_extension().reason}\n"
     )
 
 
@@ -159,10 +165,10 @@ def test_backends_by_name(wide: SimpleNamespace, capsys: pytest.CaptureFixture[s
         build(wide, compile=True)
     assert capsys.readouterr().err == ""
     told = info(wide.folder, "cpu")
-    assert all(f"backend: {name}" in told for name in backends.BACKENDS) and "dim 256, 2 layers" in told
+    assert all(f"backend: {name}" in told for name in registry.BACKENDS) and "dim 256, 2 layers" in told
 
 
-@pytest.mark.skipif(native.COMPILED is None, reason="native.c is not compiled, or this CPU is no such CPU")
+@pytest.mark.skipif(avx512.extension() is None, reason="native.c is not compiled, or this CPU is no such CPU")
 def test_an_odd_width_is_told(tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It costs speed: a decode step then goes layer by layer."""
     params = PARAMS | {"multiple_of": 48}  # a feed-forward of 720
@@ -180,18 +186,27 @@ def test_an_odd_width_is_told(tmp_path: Path, tokenizer_path: Path, capsys: pyte
 
 
 def test_buckets_double_and_end_with_the_window() -> None:
-    assert [bucket(end, 1000) for end in (1, 128, 129, 256, 257, 512, 513, 1000)] == [128, 128, 256, 256, 512, 512, 1000, 1000]
-    assert bucket(3, 64) == 64
+    assert [context_bucket(end, 1000) for end in (1, 128, 129, 256, 257, 512, 513, 1000)] == [
+        128,
+        128,
+        256,
+        256,
+        512,
+        512,
+        1000,
+        1000,
+    ]
+    assert context_bucket(3, 64) == 64
 
 
 @pytest.fixture
 def static(small: SimpleNamespace) -> Llama:
     built = Llama.build(small.folder, small.tokenizer_path, 64, 6, device="cpu")
-    return Llama(built.model, built.tokenizer, CudaGraphs())
+    return Llama(built.model, built.tokenizer, CudaGraphsBackend())
 
 
-def steps_of(llama: Llama) -> dict[tuple[int, int], Step]:
-    assert isinstance(llama.engine.backend, CudaGraphs)
+def steps_of(llama: Llama) -> dict[tuple[int, int], CapturedStep]:
+    assert isinstance(llama.engine.backend, CudaGraphsBackend)
     return llama.engine.backend.steps
 
 
@@ -220,9 +235,9 @@ def test_a_recorded_step_replays_at_other_positions(llama: Llama) -> None:
 
     A number read on the host while recording would be replayed as it was, and give other logits.
     """
-    forward = Forward(llama.model, KVCache.adopt(llama.model))
-    forward.hidden(torch.tensor([1, 5, 9, 1, 7, 1]), Batch.of([(0, 0, 3), (1, 0, 2), (2, 0, 1)]))
-    step = Step(forward, None, 3, 64)
+    forward = EngineForward(llama.model, KVCache.adopt(llama.model))
+    forward.hidden_states(torch.tensor([1, 5, 9, 1, 7, 1]), RaggedBatch.from_segments([(0, 0, 3), (1, 0, 2), (2, 0, 1)]))
+    step = CapturedStep(forward, None, 3, 64)
 
     def record(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         step.tokens.copy_(tokens)
@@ -236,7 +251,7 @@ def test_a_recorded_step_replays_at_other_positions(llama: Llama) -> None:
         assert not any(node.target is torch.ops.aten._local_scalar_dense.default for node in graph.graph.nodes)
         for tokens, positions in (([8, 4, 3], [3, 2, 1]), ([9, 9, 7], [4, 3, 2])):
             args = torch.tensor(tokens), torch.tensor(positions)
-            want = forward.logits(forward.hidden(args[0], Batch.step(args[1], 5)))
+            want = forward.logits(forward.hidden_states(args[0], RaggedBatch.decode(args[1], 5)))
             torch.testing.assert_close(graph(*args), want, atol=1e-4, rtol=0)
 
 
@@ -254,7 +269,7 @@ def test_a_new_cache_makes_new_steps(static: Llama) -> None:
 def test_what_is_loaded_later_is_in_the_next_calls_steps(small: SimpleNamespace, kind: str | None) -> None:
     """Quantized weights then lie elsewhere: a captured step would look at what is gone."""
     built = Llama.build(small.folder, small.tokenizer_path, 64, 2, device="cpu", dtype="bfloat16", quantize=kind)
-    llama = Llama(built.model, built.tokenizer, CudaGraphs())
+    llama = Llama(built.model, built.tokenizer, CudaGraphsBackend())
     before = llama.generate([[1, 5, 9]], 20, temperature=0)
     steps = steps_of(llama)
     assert llama.generate([[1, 5, 9]], 20, temperature=0) == before and steps_of(llama) is steps
@@ -294,11 +309,11 @@ CHANGES: dict[str, Callable[[Transformer], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("make", [Torch, CudaGraphs], ids=lambda make: make.name)
+@pytest.mark.parametrize("make", [TorchBackend, CudaGraphsBackend], ids=lambda make: make.name)
 def test_a_model_that_changes_under_a_stream_ends_it(small: SimpleNamespace, make: Callable[[], Backend], change: str) -> None:
     built = Llama.build(small.folder, small.tokenizer_path, 64, 2, device="cpu", quantize="int8")
     llama = Llama(built.model, built.tokenizer, make())
-    stream = llama.tokens([[1, 5]], 8, 0)
+    stream = llama.generate_stream([[1, 5]], 8, 0)
     next(stream), next(stream)
     CHANGES[change](llama.model)
     with pytest.raises(InputError, match="changed under a stream or a loop over tokens: begin it anew"):
@@ -306,7 +321,7 @@ def test_a_model_that_changes_under_a_stream_ends_it(small: SimpleNamespace, mak
 
 
 def test_only_the_steps_last_used_are_kept(static: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "MOST_STEPS", 2)
+    monkeypatch.setattr(tuning, "MAX_CAPTURED_STEPS", 2)
     for rows in (1, 2, 1, 3):
         static.generate([[1, 5]] * rows, 2, temperature=0)
     assert [rows for rows, _ in steps_of(static)] == [1, 3]
@@ -316,8 +331,8 @@ def test_a_capture_that_fails_is_told_and_the_tokens_are_the_same(
     static: Llama, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     want, backend = static.generate(PROMPTS, 8, temperature=0), static.engine.backend
-    assert isinstance(backend, CudaGraphs)
-    step = Step(static.engine.forward(), None, 1, 64)
+    assert isinstance(backend, CudaGraphsBackend)
+    step = CapturedStep(static.engine.forward(), None, 1, 64)
     monkeypatch.setattr(step, "capture", lambda stream, pool: (_ for _ in ()).throw(RuntimeError("not permitted\nmore")))
     backend.stream = backend.pool = object()  # type: ignore[assignment]
     backend._capture(step)
@@ -333,13 +348,15 @@ def test_a_compiled_layer_serves_all_layers(
 ) -> None:
     """Four graphs, without breaks, for every layer, position, bucket and call; another number of rows compiles anew. In 16
     bits what is compiled may round otherwise, and two tokens that are nearly as likely part the answers."""
-    monkeypatch.setattr(native, "COMPILED", None)  # what rounds the rows is not for compiling
-    monkeypatch.setattr(avx2, "LIBRARY", None)
+    monkeypatch.setattr(avx512, "status", no_extension)  # what rounds the rows is not for compiling
+    monkeypatch.setattr(avx2, "status", no_extension)
     built = Llama.build(small.folder, small.tokenizer_path, 300, 4, device="cpu", dtype=dtype, quantize=kind)
-    want, values = Llama(built.model, built.tokenizer, CudaGraphs()).generate(PROMPTS, 150, temperature=0, logprobs=True)
+    want, values = Llama(built.model, built.tokenizer, CudaGraphsBackend()).generate(PROMPTS, 150, temperature=0, logprobs=True)
     torch._dynamo.reset()
     graphs: list[object] = []
-    llama = Llama(built.model, built.tokenizer, TorchCompile(backend=lambda graph, inputs: graphs.append(graph) or graph))
+    llama = Llama(
+        built.model, built.tokenizer, TorchCompileBackend(backend=lambda graph, inputs: graphs.append(graph) or graph)
+    )
     got, mine = llama.generate(PROMPTS, 150, temperature=0, logprobs=True)
     assert values and mine
     for tokens, expected, row, wanted in zip(got, want, mine, values, strict=True):
@@ -355,14 +372,14 @@ def test_any_number_of_shapes_is_compiled_and_a_failing_compiler_is_named(small:
     """torch.compile by itself stops after eight."""
     torch._dynamo.reset()
     built = Llama.build(small.folder, small.tokenizer_path, 64, 12, device="cpu")
-    llama = Llama(built.model, built.tokenizer, TorchCompile(backend="eager"))
+    llama = Llama(built.model, built.tokenizer, TorchCompileBackend(backend="eager"))
     for rows in range(1, 13):
         llama.generate([[1, 5]] * rows, 2, temperature=0)
 
     def fails(graph: object, inputs: object) -> None:
         raise OSError("no compiler here")
 
-    failing = Llama(built.model, built.tokenizer, TorchCompile(backend=fails))
+    failing = Llama(built.model, built.tokenizer, TorchCompileBackend(backend=fails))
     with pytest.raises(DeviceError, match=r"torch.compile failed; leave compile=True out, or use .*\(.*no compiler here"):
         failing.generate([[1, 5]], 3, temperature=0)
 
@@ -370,7 +387,7 @@ def test_any_number_of_shapes_is_compiled_and_a_failing_compiler_is_named(small:
 def test_a_changed_model_is_not_captured(static: Llama) -> None:
     """A graph calls no Python: a hook would see one step of each size."""
     want = static.generate([[1, 5, 9]], 6, temperature=0)
-    assert steps_of(static) and changed(static.model) is None
+    assert steps_of(static) and why_modified(static.model) is None
     steps_of(static).clear()
     seen: list[list[int]] = []
     handle = static.model.layers[1].attention.register_forward_hook(lambda module, args, y: seen.append(list(y.shape)))

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama import Llama, blocks, engine, kernels, widened
-from llama.forward import Norm, rotate_
+from llama import Llama, tuning
+from llama.engine.forward import EngineNorm, apply_rope_
+from llama.kernels import blocked_linear, onednn
 from llama.model import RMSNorm
 
 from .support import random_weights, write_shards
@@ -44,10 +45,10 @@ def test_answers_are_the_same_alone_and_in_any_batch(
 ) -> None:
     """Ids and log probabilities, greedy and drawn. Prompts are of all lengths and read in pieces; rows end at different
     steps, and others take their places."""
-    if kind == "int4" and blocks.library_for("int4") is None:
+    if kind == "int4" and blocked_linear.extension_for("int4") is None:
         pytest.skip("PyTorch's kernel for 4 bits rounds otherwise for few rows than for many")
-    monkeypatch.setattr(widened, "SMALLEST", 0)  # these weights, too, are packed
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", 512)
+    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)  # these weights, too, are packed
+    monkeypatch.setattr(tuning, "PREFILL_CHUNK", 512)
     params = dict(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=32, norm_eps=1e-5, vocab_size=-1)
     folder = write_shards(tmp_path, params, random_weights(params, 384, 704))
     greedy, drawn = {"temperature": 0}, {"temperature": 1.0, "top_p": 0.9, "seed": 7, "echo": True}
@@ -72,7 +73,7 @@ def test_answers_are_the_same_alone_and_in_any_batch(
 @exact
 def test_a_row_is_multiplied_alike_alone_and_among_others() -> None:
     """Where nothing is compiled: oneDNN's kernel for a single row rounds otherwise."""
-    kernel = kernels.Packed(torch.randn(3000, 2048).bfloat16())
+    kernel = onednn.OneDnnLinear(torch.randn(3000, 2048).bfloat16())
     x = torch.randn(60, 2048).bfloat16()
     for n in (1, 2, 3, 7):
         assert torch.equal(torch.cat([kernel(rows) for rows in x.split(n)]), kernel(x))
@@ -80,15 +81,15 @@ def test_a_row_is_multiplied_alike_alone_and_among_others() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_row_is_normed_alike_alone_and_among_others(dtype: torch.dtype) -> None:
-    norm = Norm(RMSNorm(512, eps=1e-5).to(dtype))
+    norm = EngineNorm(RMSNorm(512, eps=1e-5).to(dtype))
     x = (torch.randn(1500, 512) * torch.logspace(-3, 2, 1500).unsqueeze(1)).to(dtype)
     with torch.no_grad():
-        assert torch.equal(torch.cat([norm(row) for row in x.split(1)]), norm(x))
+        assert torch.equal(torch.cat([norm.forward(row) for row in x.split(1)]), norm.forward(x))
 
 
 def test_a_row_is_turned_alike_alone_and_among_others(threads: int) -> None:
     """More numbers than one thread takes, so that three share them in the middle of a head."""
     x, freqs = torch.randn(500, 7, 64), torch.randn(500, 1, 32, 2)
     with torch.no_grad():
-        alone = [rotate_(row.clone(), turns) for row, turns in zip(x.split(1), freqs.split(1), strict=True)]
-        assert torch.equal(torch.cat(alone), rotate_(x, freqs))
+        alone = [apply_rope_(row.clone(), turns) for row, turns in zip(x.split(1), freqs.split(1), strict=True)]
+        assert torch.equal(torch.cat(alone), apply_rope_(x, freqs))

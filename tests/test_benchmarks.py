@@ -1,7 +1,6 @@
 """The benchmarks, on models that measure nothing: that they run, and that what they compare is comparable."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llama import avx2, native
+from llama.kernels import avx2, avx512
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -60,14 +59,14 @@ def test_replicas_are_compared_with_one(tmp_path: Path) -> None:
     assert set(found) == {"1 replica, half the threads", "1 replica", "1 model on 2 ranks", "2 replicas"}
 
 
-@pytest.mark.skipif(not (native.COMPILED or avx2.LIBRARY), reason="nothing is compiled here")
+@pytest.mark.skipif(not (avx512.extension() or avx2.extension()), reason="nothing is compiled here")
 def test_compiled_code_beside_none() -> None:
     """And, with native.c, a step in one call: a line has a figure for each, where the weights are large enough or quantized."""
     printed = run("compiled.py", "--shape", "tiny", "--runs", 2, "--kinds", "none,int8", "--rows", "1,3")
     head, *lines = printed.splitlines()[1:]
     assert all(way in head for way in ("one call", "layers", "plain", "module"))
     assert {tuple(line.split()[:2]) for line in lines} == {(kind, rows) for kind in ("none", "int8") for rows in "13"}
-    assert all("-" not in line.split() or line.startswith("none") or native.COMPILED is None for line in lines), lines
+    assert all("-" not in line.split() or line.startswith("none") or avx512.extension() is None for line in lines), lines
 
 
 def test_quality_has_a_line_for_each_way(tmp_path: Path, small: SimpleNamespace) -> None:
@@ -89,14 +88,3 @@ def test_quality_scores_tokens_and_answers(tmp_path: Path, small: SimpleNamespac
     assert "4 positions" in printed and "2 answers" in printed
     assert all(0 <= way["answers"]["same"] <= 2 and 0 < way["answers"]["kl"] < 5 for way in found["ways"].values())
     assert found["ways"]["int4"]["weights"] < found["ways"]["int8"]["weights"] < found["ways"]["bfloat16"]["weights"]
-
-
-def test_peers_get_the_environment_that_was_given() -> None:
-    """This library sets variables when it is imported, which would make a peer faster or slower than its users see it."""
-    ours = {"LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "THP_MEM_ALLOC_ENABLE"}
-    given = {name: value for name, value in os.environ.items() if name not in ours}
-    path = f"{BENCHMARKS}{os.pathsep}{BENCHMARKS.parent}"
-    code = "import common, os; print(*sorted(set(os.environ) - set(common.environment(2))))"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=given | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
-    assert set(done.stdout.split()) >= ours, done.stderr

@@ -11,18 +11,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llama import avx2, blocks, kernels, native, widened
-from llama.blocks import STEP, BlockedLinear, Blocks
-from llama.library import Library
-from llama.quantize import Quantized, group_of, quantize
+from llama import tuning
+from llama.kernels import avx2, avx512, half_precision, int4, int8, onednn, pack, packing
+from llama.kernels.blocked_linear import ACTIVATION_GROUP, BlockedLinear, BlockedWeight
+from llama.kernels.c_extension import CExtension
+from llama.quantization.quantize import quantize
+from llama.quantization.weight import QuantizedWeight, group_size
 
-from .support import in_whole_rows
+from .support import in_whole_rows, no_extension
 
-packs = pytest.mark.skipif(blocks.PACK is None, reason="pack.c is not compiled, or this CPU has no AVX2")
+packs = pytest.mark.skipif(pack.extension() is None, reason="pack.c is not compiled, or this CPU has no AVX2")
 DTYPES = torch.bfloat16, torch.float16, torch.float32
 HALF_A_STEP = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}  # by which a result is rounded at most
 ROWS = 1, 2, 3, 4, 5, 16, 130
-LIBRARIES = {"AVX-512": native.COMPILED, "AVX2": avx2.LIBRARY}
+LIBRARIES = {"AVX-512": avx512.extension(), "AVX2": avx2.extension()}
 
 
 class Way(NamedTuple):
@@ -33,27 +35,29 @@ class Way(NamedTuple):
     dtype: torch.dtype
     digits: int
 
-    def found(self) -> Library:
+    def found(self) -> CExtension:
         found = LIBRARIES[self.library]
-        if found is None or blocks.PACK is None:
+        if found is None or pack.extension() is None:
             pytest.skip(f"no compiled products by {self.library} here")
         return found
 
-    def kernel(self, made: Blocks) -> BlockedLinear:
+    def kernel(self, made: BlockedWeight) -> BlockedLinear:
         found = self.found()
         kernel = BlockedLinear(made, self.dtype)
         kernel.library, kernel.digits = found, self.digits
         if self.digits == 2:
-            kernel.for_logits()
+            kernel.use_highest_precision()
         return kernel
 
     def held(self, weight: torch.Tensor) -> tuple[BlockedLinear, torch.Tensor]:
         """Return the weight in blocks, and its dequantized values in float64."""
         self.found()
         if self.kind == "bfloat16":
-            return self.kernel(Blocks.of_rows(self.kind, [weight.bfloat16()], STEP)), weight.bfloat16().double()
+            return self.kernel(
+                BlockedWeight.from_rows(self.kind, [weight.bfloat16()], ACTIVATION_GROUP)
+            ), weight.bfloat16().double()
         held = quantize(weight, self.kind, self.dtype)
-        return self.kernel(Blocks.of_quantized(held)), dataclasses.replace(held, dtype=torch.float64).dense()
+        return self.kernel(BlockedWeight.from_quantized(held)), dataclasses.replace(held, dtype=torch.float64).dequantize()
 
     def seen(self, x: torch.Tensor) -> torch.Tensor:
         """Rows as the kernel multiplies them."""
@@ -81,7 +85,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def in_8_bits(x: torch.Tensor, digits: int = 1, group: int = STEP) -> torch.Tensor:
+def in_8_bits(x: torch.Tensor, digits: int = 1, group: int = ACTIVATION_GROUP) -> torch.Tensor:
     """Rows as the kernels see them: whole numbers of 8 bits times a scale that each `group` neighbours share; the second
     digit is what the first one leaves, in the same way."""
     groups = F.pad(x.float(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
@@ -181,18 +185,18 @@ def test_a_part_that_is_no_whole_groups_multiplies_as_those_inputs_of_the_whole(
     """Packed from rows, cut from blocks, and from a quantized weight: the same values, and x is padded to whole groups."""
     rows = random(70, width).to(way.dtype)
     whole, weight = way.held(rows)
-    parts = [whole.blocks.inputs(first, last)]
+    parts = [whole.blocks.slice_inputs(first, last)]
     if way.kind != "bfloat16":
-        assert parts[0].front == first % group_of(width, way.kind)
-        parts.append(Blocks.of_quantized(quantize(rows, way.kind).columns(first, last)))
-        packed = kernels.pack_rows(way.kind, [rows], way.dtype, width, first, last)
+        assert parts[0].front == first % group_size(width, way.kind)
+        parts.append(BlockedWeight.from_quantized(quantize(rows, way.kind).slice_inputs(first, last)))
+        packed = packing.pack_rows(way.kind, [rows], way.dtype, width, first, last)
         assert isinstance(packed, BlockedLinear)
         parts.append(packed.blocks)
     x = random(5, last - first, seed=1).to(way.dtype)
     beside = F.pad(x, (first, width - last))  # 0 for the inputs of others
     for part in parts:
         assert part.in_features == last - first
-        assert torch.equal(part.dense(torch.float64), weight[:, first:last])
+        assert torch.equal(part.dequantize(torch.float64), weight[:, first:last])
         assert_product(way.kernel(part)(x), way.seen(beside), weight)
 
 
@@ -200,10 +204,10 @@ def test_a_part_that_is_no_whole_groups_multiplies_as_those_inputs_of_the_whole(
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_the_ranks_products_add_up_to_that_of_the_whole(kind: str) -> None:
     rows, x = random(70, 176), random(5, 176, seed=1)
-    whole = kernels.pack_rows(kind, [rows], torch.float32, 176, 0, 176)
-    parts = [kernels.pack_rows(kind, [rows], torch.float32, 176, first, first + 44) for first in range(0, 176, 44)]
+    whole = packing.pack_rows(kind, [rows], torch.float32, 176, 0, 176)
+    parts = [packing.pack_rows(kind, [rows], torch.float32, 176, first, first + 44) for first in range(0, 176, 44)]
     assert whole and all(parts)
-    assert torch.equal(torch.cat([part.dense() for part in parts if part], 1), whole.dense())
+    assert torch.equal(torch.cat([part.dequantize() for part in parts if part], 1), whole.dequantize())
     total = sum(part(own) for part, own in zip(parts, x.split(44, 1), strict=True) if part)
     assert (total - whole(x)).norm() < 0.01 * whole(x).norm()
 
@@ -212,16 +216,16 @@ def test_the_ranks_products_add_up_to_that_of_the_whole(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
 def test_a_part_of_the_outputs_multiplies_as_those_outputs_of_the_whole(kind: str) -> None:
     """To the bit, of the same memory, if the first one begins a block."""
-    if kind == "bfloat16" and native.COMPILED is None:
+    if kind == "bfloat16" and avx512.extension() is None:
         pytest.skip("no compiled products by AVX-512 here")
-    whole = BlockedLinear(Blocks.of_rows(kind, [random(200, 192).bfloat16()], STEP), torch.bfloat16)
+    whole = BlockedLinear(BlockedWeight.from_rows(kind, [random(200, 192).bfloat16()], ACTIVATION_GROUP), torch.bfloat16)
     x = random(5, 192, seed=1).bfloat16()
     for first, last in ((0, 64), (64, 200), (128, 150)):
-        part = whole.part(first, last)
+        part = whole.rows(first, last)
         assert part is not None and torch.equal(part(x), whole(x)[:, first:last])
-        assert torch.equal(part.dense(), whole.dense()[first:last])
+        assert torch.equal(part.dequantize(), whole.dequantize()[first:last])
         assert part.blocks.weight.untyped_storage().data_ptr() == whole.blocks.weight.untyped_storage().data_ptr()
-    assert whole.part(32, 64) is None
+    assert whole.rows(32, 64) is None
 
 
 # --- packing -------------------------------------------------------------------------------------------------------------
@@ -242,9 +246,9 @@ def awkward(out: int, width: int) -> torch.Tensor:
 @pytest.mark.parametrize(("out", "width"), [(64, 64), (100, 200), (37, 40), (20, 7), (70, 2048), (66, 2304), (66, 2080)])
 def test_pack_c_quantizes_as_quantize_py_does_to_the_bit(kind: str, dtype: torch.dtype, out: int, width: int) -> None:
     rows = awkward(out, width).to(dtype)
-    want, got = quantize(rows, kind), Blocks.of_rows(kind, [rows], group_of(width, kind)).quantized(dtype)
-    assert torch.equal(got.q, want.q) and torch.equal(got.scale, want.scale)
-    assert (got.zero is None and want.zero is None) or torch.equal(got.zero, want.zero)  # type: ignore[arg-type]
+    want, got = quantize(rows, kind), BlockedWeight.from_rows(kind, [rows], group_size(width, kind)).to_quantized(dtype)
+    assert torch.equal(got.values, want.values) and torch.equal(got.scales, want.scales)
+    assert (got.zeros is None and want.zeros is None) or torch.equal(got.zeros, want.zeros)  # type: ignore[arg-type]
 
 
 @packs
@@ -252,8 +256,8 @@ def test_pack_c_quantizes_as_quantize_py_does_to_the_bit(kind: str, dtype: torch
 @pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-20, 1e20, 1e37])
 def test_pack_c_quantizes_tiny_and_huge_weights_as_quantize_py_does(kind: str, size: float) -> None:
     rows = random(70, 96).clamp(-3, 3) * size
-    want, got = quantize(rows, kind), Blocks.of_rows(kind, [rows], 32).quantized(torch.float32)
-    assert torch.equal(got.dense(), want.dense()) and got.dense().isfinite().all()
+    want, got = quantize(rows, kind), BlockedWeight.from_rows(kind, [rows], 32).to_quantized(torch.float32)
+    assert torch.equal(got.dequantize(), want.dequantize()) and got.dequantize().isfinite().all()
 
 
 @packs
@@ -263,8 +267,8 @@ def test_rows_of_several_views_are_packed_one_after_the_other(kind: str, threads
     file = random(90, 400).bfloat16()
     views = [file[:10, 3:131], file[10:77, :128], file[::2, 200:328]]
     assert torch.equal(
-        Blocks.of_rows(kind, views, STEP).dense(torch.float32),
-        Blocks.of_rows(kind, [torch.cat(views)], STEP).dense(torch.float32),
+        BlockedWeight.from_rows(kind, views, ACTIVATION_GROUP).dequantize(torch.float32),
+        BlockedWeight.from_rows(kind, [torch.cat(views)], ACTIVATION_GROUP).dequantize(torch.float32),
     )
 
 
@@ -272,9 +276,9 @@ def test_rows_of_several_views_are_packed_one_after_the_other(kind: str, threads
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
 def test_weights_are_packed_whatever_device_is_the_callers_default(kind: str) -> None:
     rows = random(70, 96).bfloat16()
-    want = Blocks.of_rows(kind, [rows], STEP)
+    want = BlockedWeight.from_rows(kind, [rows], ACTIVATION_GROUP)
     with torch.device("meta"):
-        got = Blocks.of_rows(kind, [rows], STEP)
+        got = BlockedWeight.from_rows(kind, [rows], ACTIVATION_GROUP)
     assert torch.equal(got.weight, want.weight)
 
 
@@ -283,27 +287,27 @@ def test_weights_are_packed_whatever_device_is_the_callers_default(kind: str) ->
 @pytest.mark.parametrize(("out", "width"), SHAPES)
 def test_what_lies_in_blocks_is_given_back_as_it_was(kind: str, out: int, width: int) -> None:
     held = quantize(random(out, width), kind)
-    made = Blocks.of_quantized(held)
+    made = BlockedWeight.from_quantized(held)
     kernel = BlockedLinear(made, torch.float32)
     for again in (kernel, copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel))):
-        back = again.held()
-        assert isinstance(back, Quantized)
-        for field in dataclasses.fields(Quantized):
+        back = again.unpack()
+        assert isinstance(back, QuantizedWeight)
+        for field in dataclasses.fields(QuantizedWeight):
             a, b = getattr(held, field.name), getattr(back, field.name)
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, field.name
-        assert torch.equal(again.dense(), held.dense())
+        assert torch.equal(again.dequantize(), held.dequantize())
     if out > 64:  # an output layer of several ranks, in whole blocks
-        assert torch.equal(made.outputs(64, out).dense(torch.float32), held.dense()[64:])
+        assert torch.equal(made.slice_outputs(64, out).dequantize(torch.float32), held.dequantize()[64:])
 
 
 @packs
 @pytest.mark.parametrize(("out", "width"), [(64, 64), (100, 190), (37, 2)])
 def test_bfloat16_in_blocks_is_the_weight_itself(out: int, width: int) -> None:
     weight = random(out, width).bfloat16()
-    made = Blocks.of_rows("bfloat16", [weight], STEP)
-    assert torch.equal(made.dense(torch.bfloat16), weight)
+    made = BlockedWeight.from_rows("bfloat16", [weight], ACTIVATION_GROUP)
+    assert torch.equal(made.dequantize(torch.bfloat16), weight)
     first, last = 1, width - width // 3
-    assert torch.equal(made.inputs(first, last).dense(torch.bfloat16), weight[:, first:last])
+    assert torch.equal(made.slice_inputs(first, last).dequantize(torch.bfloat16), weight[:, first:last])
 
 
 # --- what it is used for, and what it is not -------------------------------------------------------------------------------
@@ -313,19 +317,21 @@ def test_bfloat16_in_blocks_is_the_weight_itself(out: int, width: int) -> None:
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])
 def test_without_compiled_code_the_products_are_nearly_the_same(kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which rounds no rows, and for bfloat16 leaves the product to PyTorch."""
-    monkeypatch.setattr(widened, "SMALLEST", 0)
+    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)
     rows, x = random(200, 192).bfloat16(), random(9, 192, seed=1).bfloat16()
     weight = quantize(rows, kind) if kind else rows
-    ours = kernels.pack(weight)
-    for module, name in ((native, "COMPILED"), (avx2, "LIBRARY"), (blocks, "PACK")):
-        monkeypatch.setattr(module, name, None)
-    other = kernels.pack(weight)
-    assert isinstance(other, {"int8": kernels.Int8, "int4": kernels.Int4}.get(kind or "", kernels.Packed | None))
-    assert kernels.pack_rows(kind, [rows], rows.dtype, 192, 0, 192) is None
-    want = rows.float() if other is None else other.dense().float()
+    ours = packing.pack_weight(weight)
+    for module, name in ((avx512, "status"), (avx2, "status"), (pack, "status")):
+        monkeypatch.setattr(module, name, no_extension)
+    other = packing.pack_weight(weight)
+    assert isinstance(
+        other, {"int8": int8.Int8DequantLinear, "int4": int4.Int4CpuLinear}.get(kind or "", onednn.OneDnnLinear | None)
+    )
+    assert packing.pack_rows(kind, [rows], rows.dtype, 192, 0, 192) is None
+    want = rows.float() if other is None else other.dequantize().float()
     if kind and ours:
-        assert torch.equal(ours.dense().float(), want)
-    y = widened.linear(x, rows) if other is None else other(x)
+        assert torch.equal(ours.dequantize().float(), want)
+    y = half_precision.linear(x, rows) if other is None else other(x)
     for product in (y, ours(x) if ours else y):
         assert (product.float() - x.float() @ want.T).norm() < 0.01 * (x.float() @ want.T).norm()
 
@@ -333,7 +339,7 @@ def test_without_compiled_code_the_products_are_nearly_the_same(kind: str | None
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
 def test_what_c_may_not_look_at_goes_through_pytorch(kind: str) -> None:
     """Compiled, mapped, with gradients; and rows of another width raise PyTorch's own error."""
-    library = "AVX-512" if kind == "bfloat16" or native.COMPILED else "AVX2"
+    library = "AVX-512" if kind == "bfloat16" or avx512.extension() else "AVX2"
     kernel, weight = Way(library, kind, torch.bfloat16, 1).held(random(64, 64))
     x = random(3, 64, seed=1).bfloat16()
     want = x.double() @ weight.T
@@ -353,9 +359,9 @@ def test_what_c_may_not_look_at_goes_through_pytorch(kind: str) -> None:
 
 
 FORMS = {
-    "int8 in blocks": lambda weight: BlockedLinear(Blocks.of_quantized(quantize(weight, "int8")), weight.dtype),
-    "int4 in blocks": lambda weight: BlockedLinear(Blocks.of_quantized(quantize(weight, "int4")), weight.dtype),
-    "int8 on a GPU": lambda weight: kernels.Int8Cuda(in_whole_rows(weight, weight.dtype)),
+    "int8 in blocks": lambda weight: BlockedLinear(BlockedWeight.from_quantized(quantize(weight, "int8")), weight.dtype),
+    "int4 in blocks": lambda weight: BlockedLinear(BlockedWeight.from_quantized(quantize(weight, "int4")), weight.dtype),
+    "int8 on a GPU": lambda weight: int8.Int8CudaLinear(in_whole_rows(weight, weight.dtype)),
 }
 
 
@@ -369,7 +375,7 @@ def test_what_stands_beside_a_large_activation_is_not_lost(form: str) -> None:
     kernel = FORMS[form](weight)
     others = x.clone()
     others[:, 1234] = 0
-    own = kernel.dense().double()
+    own = kernel.dequantize().double()
 
     def lost(y: torch.Tensor) -> float:
         return float((y.double() - x.double() @ own.T).norm() / (others.double() @ own.T).norm())
@@ -385,9 +391,9 @@ def test_rows_of_small_models_keep_16_bits_of_activations(kind: str) -> None:
     lost = {}
     for width in (576, 2304):
         weight, x = random(64, width), random(4, width, seed=1)
-        x[:, ::STEP] *= 100
-        kernel = kernels.pack_rows(kind, [weight], torch.float32, width, 0, width)
+        x[:, ::ACTIVATION_GROUP] *= 100
+        kernel = packing.pack_rows(kind, [weight], torch.float32, width, 0, width)
         assert isinstance(kernel, BlockedLinear)
-        want = x.double() @ kernel.blocks.quantized(torch.float64).dense().T
+        want = x.double() @ kernel.blocks.to_quantized(torch.float64).dequantize().T
         lost[width] = ((kernel(x) - want).norm() / want.norm()).item()
     assert lost[576] < 1e-4 < 1e-3 < lost[2304]

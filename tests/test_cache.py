@@ -4,26 +4,26 @@ import pytest
 import torch
 
 from llama import Llama
-from llama.cache import Batch, KVCache, Span, chunked, read, write
+from llama.engine.kv_cache import KVCache, RaggedBatch, Segment, kv_view, prefill_chunks, store_kv
 
 
 def test_equal_neighbours_share_a_span() -> None:
-    batch = Batch.of([(0, 0, 3), (1, 0, 2), (2, 0, 2), (4, 0, 2), (5, 4, 2)])
+    batch = RaggedBatch.from_segments([(0, 0, 3), (1, 0, 2), (2, 0, 2), (4, 0, 2), (5, 4, 2)])
     assert batch.rows.tolist() == [0, 0, 0, 1, 1, 2, 2, 4, 4, 5, 5]
     assert batch.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 0, 1, 4, 5]
-    assert batch.spans == (Span(0, 1, 3, 3), Span(1, 2, 2, 2), Span(4, 1, 2, 2), Span(5, 1, 2, 6))
-    assert [s.fresh for s in batch.spans] == [True, True, True, False]
+    assert batch.segments == (Segment(0, 1, 3, 3), Segment(1, 2, 2, 2), Segment(4, 1, 2, 2), Segment(5, 1, 2, 6))
+    assert [s.starts_at_zero for s in batch.segments] == [True, True, True, False]
 
 
 def test_masks_show_each_query_the_slots_up_to_its_own() -> None:
-    batch = Batch.of([(0, 0, 3), (1, 2, 2)])
+    batch = RaggedBatch.from_segments([(0, 0, 3), (1, 2, 2)])
     fresh, chunk = batch.masks(torch.float32)
     assert fresh is None  # the kernel's causal mask
     assert chunk is not None
     assert chunk.shape == (1, 1, 2, 4)
     assert (chunk[0, 0] == 0).tolist() == [[True, True, True, False], [True, True, True, True]]
-    (step,) = Batch.step(torch.tensor([0, 2]), 4).masks(torch.float32)
-    assert Batch.step(torch.tensor([0, 2]), 4).spans == (Span(0, 2, 1, 4, True),)  # and reads no slot beyond
+    (step,) = RaggedBatch.decode(torch.tensor([0, 2]), 4).masks(torch.float32)
+    assert RaggedBatch.decode(torch.tensor([0, 2]), 4).segments == (Segment(0, 2, 1, 4, True),)  # and reads no slot beyond
     assert step is not None and (step[:, 0, 0] == 0).tolist() == [[True, False, False, False], [True, True, True, False]]
 
 
@@ -31,9 +31,9 @@ def test_write_and_read() -> None:
     cache = KVCache(torch.zeros(2, 2, 3, 2, 5, 4))
     kv = torch.randn(3, 2, 2, 4)
     k, v = kv.unbind(1)
-    batch = Batch.of([(1, 0, 2), (2, 3, 1)])
-    write(cache.layers[1], batch, kv)
-    keys, values = read(cache.layers[1], batch.spans[0])
+    batch = RaggedBatch.from_segments([(1, 0, 2), (2, 3, 1)])
+    store_kv(cache.layers[1], batch, kv)
+    keys, values = kv_view(cache.layers[1], batch.segments[0])
     assert keys.shape == (1, 2, 2, 4)
     assert torch.equal(keys[0].transpose(0, 1), k[:2]) and torch.equal(values[0].transpose(0, 1), v[:2])
     assert torch.equal(cache.data[1, 0, 2, :, 3], k[2])
@@ -56,29 +56,29 @@ def test_adopting_keeps_what_the_layers_hold(llama: Llama) -> None:
     """Whether the caller put another tensor there, or the model has another dtype now."""
     model = llama.model
     cache = llama.engine.forward().cache
-    assert llama.engine.forward().cache is cache and cache.is_of(model)
-    cache.seen()
+    assert llama.engine.forward().cache is cache and cache.belongs_to(model)
+    cache.record_version()
     mine = torch.randn_like(model.layers[1].attention.cache_v)
     model.layers[1].attention.cache_v = mine
-    assert cache.untouched() and not cache.is_of(model)
+    assert cache.is_unchanged() and not cache.belongs_to(model)
     again = llama.engine.forward().cache
-    assert again is not cache and again.is_of(model) and again.turn is None
+    assert again is not cache and again.belongs_to(model) and again.prefix_tokens is None
     assert torch.equal(again.data[1, 1], mine.transpose(1, 2)) and torch.equal(again.data[0], cache.data[0])
-    again.seen()
+    again.record_version()
     model.layers[1].attention.cache_v[0, 0] = 1
-    assert not again.untouched()
+    assert not again.is_unchanged()
 
 
 def test_chunks_hold_all_pieces_in_order() -> None:
-    assert list(chunked([3, 5, 1], 4)) == [[(0, 0, 3), (1, 0, 1)], [(1, 1, 4)], [(2, 0, 1)]]
-    assert list(chunked([9], 4)) == [[(0, 0, 4)], [(0, 4, 4)], [(0, 8, 1)]]
-    assert list(chunked([2, 2], 4)) == [[(0, 0, 2), (1, 0, 2)]]
+    assert list(prefill_chunks([3, 5, 1], 4)) == [[(0, 0, 3), (1, 0, 1)], [(1, 1, 4)], [(2, 0, 1)]]
+    assert list(prefill_chunks([9], 4)) == [[(0, 0, 4)], [(0, 4, 4)], [(0, 8, 1)]]
+    assert list(prefill_chunks([2, 2], 4)) == [[(0, 0, 2), (1, 0, 2)]]
 
 
 @pytest.mark.parametrize("most, block", [(1, 1), (8, 1), (8, 2), (8, 4), (8, 8), (4, 128), (9, 4)])
 def test_rows_are_cut_where_blocks_end(most: int, block: int) -> None:
     lengths = [3, 9, 1, 0, 20, 4, 8, 17]
-    chunks = list(chunked(lengths, most, block))
+    chunks = list(prefill_chunks(lengths, most, block))
     pieces = [piece for chunk in chunks for piece in chunk]
     assert all(0 < sum(n for _, _, n in chunk) <= most for chunk in chunks)
     assert all(start % min(most, block) == 0 for _, start, _ in pieces)

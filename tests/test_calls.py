@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from llama import InputError, Llama, Tokenizer, Transformer, calls, engine
-from llama.forward import Forward
+from llama import InputError, Llama, Tokenizer, Transformer, tuning
+from llama.engine import request_builder
+from llama.engine.forward import EngineForward
 
 from .counting import counted
 
@@ -30,7 +31,7 @@ def test_a_score_is_the_echoed_log_probabilities(llama: Llama, monkeypatch: pyte
     stream = llama.text_completion_stream("a time", 0, max_gen_len=9)
     seen = next(stream)
     for chunk in (7, 30, 2048):
-        monkeypatch.setattr(engine, "PREFILL_CHUNK", chunk)
+        monkeypatch.setattr(tuning, "PREFILL_CHUNK", chunk)
         for score, (tokens, values) in zip(llama.score(PROMPTS * 4, CONTINUATIONS * 4), want * 4, strict=True):
             assert score.tokens == tokens and score.logprobs == pytest.approx(values, abs=1e-4)
             assert score.total == pytest.approx(sum(values), abs=1e-3) and score.mean == score.total / len(values)
@@ -61,7 +62,7 @@ def test_a_piece_over_the_border_counts_from_its_first_id(llama: Llama, referenc
 @pytest.fixture
 def idle(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Llama:
     """A model that must not run."""
-    monkeypatch.setattr(Forward, "hidden", lambda *_, **__: pytest.fail("the model ran"))
+    monkeypatch.setattr(EngineForward, "hidden_states", lambda *_, **__: pytest.fail("the model ran"))
     return llama
 
 
@@ -85,7 +86,7 @@ def test_scores_that_cannot_be(idle: Llama, prompts: Any, continuations: Any, pa
 
 CALLS: list[Callable[..., Any]] = [
     lambda llama, **options: llama.generate([[1], [1, 5]], 4, **options),
-    lambda llama, **options: llama.tokens([[1], [1, 5]], 4, **options),
+    lambda llama, **options: llama.generate_stream([[1], [1, 5]], 4, **options),
     lambda llama, **options: llama.text_completion(["a", "b"], **options),
     lambda llama, **options: llama.chat_completion([[{"role": "user", "content": "a"}]] * 2, **options),
     lambda llama, **options: llama.text_completion_stream("a", **options),
@@ -130,7 +131,7 @@ def test_help_shows_every_option() -> None:
 
 
 def test_long_prompts_are_divided_evenly() -> None:
-    assert calls.dealt([9, 1, 8, 2], 2) == [[0, 3], [1, 2]]
+    assert request_builder.partition_by_length([9, 1, 8, 2], 2) == [[0, 3], [1, 2]]
 
 
 def test_ids_come_back_as_plain_numbers(llama: Llama) -> None:

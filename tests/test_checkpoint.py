@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from llama import CheckpointError, Llama, Tokenizer, checkpoint, loading
+from llama import CheckpointError, Llama, Tokenizer
+from llama.checkpoint import loading, shards, validate
 
 from .conftest import SMALL
 from .support import random_weights, refused, run, write_shards
@@ -129,17 +130,17 @@ def test_rows_of_zeros_are_no_copy_of_a_shard(tmp_path: Path, tokenizer_path: Pa
 def test_a_file_s_stamp_has_its_time(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_bytes(b"ab")
-    before = checkpoint.stamp(path)
+    before = shards.file_identity(path)
     os.utime(path, ns=(0, before[3] + 1))
-    assert checkpoint.stamp(path) != before
+    assert shards.file_identity(path) != before
 
 
 def test_a_build_is_told_from_another_by_its_norms(small: SimpleNamespace, tokenizer: Tokenizer) -> None:
     model: Any = SimpleNamespace(params=1)
-    shards = checkpoint.open_shards(small.folder)
-    one = repr(checkpoint.marks(tokenizer, shards, model, torch.float32))
-    shards["consolidated.00.pth"]["norm.weight"] = shards["consolidated.00.pth"]["norm.weight"] + 1
-    assert one != repr(checkpoint.marks(tokenizer, shards, model, torch.float32))
+    files = shards.open_shards(small.folder)
+    one = repr(validate.build_fingerprint(tokenizer, files, model, torch.float32))
+    files["consolidated.00.pth"]["norm.weight"] = files["consolidated.00.pth"]["norm.weight"] + 1
+    assert one != repr(validate.build_fingerprint(tokenizer, files, model, torch.float32))
 
 
 def test_weights_lie_where_kernels_read_them_best(tmp_path: Path, tokenizer_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_a_shard_touched_while_it_is_read(
     """At the first weight, it is noticed before the second is read; at the last, before the model is given out."""
     folder = shutil.copytree(small.folder, tmp_path / "m")
     read: list[int] = []
-    look = loading.refuse_what_is_not_finite
+    look = loading.check_finite
 
     def touched(*args: Any) -> None:
         read.append(1)
@@ -170,7 +171,7 @@ def test_a_shard_touched_while_it_is_read(
             os.utime(folder / "consolidated.00.pth", ns=(0, 5))
         look(*args)
 
-    monkeypatch.setattr(loading, "refuse_what_is_not_finite", touched)
+    monkeypatch.setattr(loading, "check_finite", touched)
     call = lambda: Llama.build(folder, small.tokenizer_path, 16, 1, device="cpu")  # noqa: E731
     refused(call, CheckpointError, "while it was being read")
     assert len(read) == at

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from llama import CheckpointError, Llama, LlamaError, Tokenizer, checkpoint, loading
+from llama import CheckpointError, Llama, LlamaError, Tokenizer
+from llama.checkpoint import loading, validate
 
 from .support import random_weights, train_tokenizer, write_shards
 
@@ -216,7 +217,7 @@ def test_huge_numbers_cost_neither_time_nor_memory(
 ) -> None:
     if key == "n_layers":  # not even when a tensor's name bears the lie out
         change_tensors(copy / FIRST, lambda tensors: tensors.update({f"layers.{value - 1}.x": torch.ones(1)}))
-        monkeypatch.setattr(checkpoint, "Transformer", lambda _: pytest.fail("layers were made"))
+        monkeypatch.setattr(validate, "Transformer", lambda _: pytest.fail("layers were made"))
     (copy / "params.json").write_text(json.dumps(small.params | {key: value}))
     begun, peak = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refuse(copy, key)

@@ -9,8 +9,8 @@ import torch
 
 from llama import InputError, Llama
 from llama.chat import UNSAFE_ERROR, Message, encode_dialog
-from llama.conversation import HELP, Conversation
-from llama.forward import Forward
+from llama.cli.conversation import COMMANDS_HELP, Conversation
+from llama.engine.forward import EngineForward
 
 from .counting import counted
 from .support import refused
@@ -126,7 +126,7 @@ def test_what_no_message_may_hold_is_refused_before_anything_is_computed(
 ) -> None:
     talk.says("good morning")
     before = talk.dialog()
-    monkeypatch.setattr(Forward, "hidden", None)
+    monkeypatch.setattr(EngineForward, "hidden_states", None)
     with pytest.raises(InputError) as error:
         talk.says(line)
     assert str(error.value) == UNSAFE_ERROR or "lone surrogate" in str(error.value)
@@ -140,7 +140,7 @@ def test_a_special_tag_ends_an_answer_and_so_never_spoils_the_dialog(talk: Talk,
     monkeypatch.setattr(talk, "stream_options", talk.stream_options | {"max_gen_len": 60})
     with monkeypatch.context() as scripted:
         one = torch.eye(model.vocab_size)
-        scripted.setattr(Forward, "logits", lambda self, hidden: one[next(script)].expand(len(hidden), -1))
+        scripted.setattr(EngineForward, "logits", lambda self, hidden: one[next(script)].expand(len(hidden), -1))
         assert talk.says("good morning") == "six seven "
     assert talk.cut_off is None
     assert talk.says("seven?")
@@ -205,7 +205,7 @@ def test_save(talk: Talk, tmp_path: Path) -> None:
 
 def test_help_exit_blank_lines_and_unknown_commands(talk: Talk) -> None:
     assert talk.says("/help") is talk.says("   ") is talk.says("/exit now") is None
-    assert talk.over and talk.remarks == [HELP] and talk.dialog() == []
+    assert talk.done and talk.remarks == [COMMANDS_HELP] and talk.dialog() == []
     with pytest.raises(InputError, match=r"^/sytem is no command; /help names them$"):
         talk.says("/sytem x")
 

@@ -6,9 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import Llama, int4, kernels, saved
-from llama.backends import CudaGraphs, TorchCompile
-from llama.quantize import Quantized, quantize
+from llama import Llama
+from llama.backends.cuda_graphs import CudaGraphsBackend
+from llama.backends.torch_compile import TorchCompileBackend
+from llama.checkpoint import packed_file
+from llama.kernels import int4, packing
+from llama.quantization.quantize import quantize
+from llama.quantization.weight import QuantizedWeight
 
 from .support import write_shards
 from .test_kernels import engine_logits
@@ -21,10 +25,10 @@ def build(small: SimpleNamespace, folder: Path | None = None, **options: object)
     return Llama.build(folder or small.folder, small.tokenizer_path, 300, 4, **options)  # type: ignore[arg-type]
 
 
-def captured(llama: Llama, captures: bool) -> CudaGraphs:
+def captured(llama: Llama, captures: bool) -> CudaGraphsBackend:
     """Have all steps made anew, captured or not."""
     backend = llama.engine.backend
-    assert isinstance(backend, CudaGraphs)
+    assert isinstance(backend, CudaGraphsBackend)
     backend.captures = captures
     backend.steps.clear()
     return backend
@@ -96,16 +100,18 @@ def test_quantized_products(kind: str, shape: tuple[int, int]) -> None:
     """Of a single row, of few and of many, also of widths that no kernel has."""
     g = torch.Generator().manual_seed(1)
     held = quantize(torch.randn(shape, generator=g).cuda().bfloat16(), kind)
-    kernel = kernels.pack(held)
-    assert kernel and held.scale.shape[1] == (1 if kind == "int8" else -(-shape[1] // 32))
+    kernel = packing.pack_weight(held)
+    assert kernel and held.scales.shape[1] == (1 if kind == "int8" else -(-shape[1] // 32))
     for rows in (1, 3, 8, 17, 40, 300):
         x = torch.randn(rows, shape[1], generator=g).cuda().bfloat16()
-        want = x.double() @ kernel.dense().double().t()
+        want = x.double() @ kernel.dequantize().double().t()
         assert (kernel(x).double() - want).norm() < 0.01 * want.norm(), rows
     if kind == "int4":  # many rows are unpacked; else they would take five times as long
-        assert all(int4._known_to_unpack(half_tiles, torch.device("cuda", 0)) for half_tiles in (1, 2, 4))
-    again = kernel.held()
-    assert isinstance(again, Quantized) and torch.equal(again.q, held.q) and torch.equal(again.scale, held.scale)
+        assert all(int4._can_unpack_cuda(half_tiles, torch.device("cuda", 0)) for half_tiles in (1, 2, 4))
+    again = kernel.unpack()
+    assert (
+        isinstance(again, QuantizedWeight) and torch.equal(again.values, held.values) and torch.equal(again.scales, held.scales)
+    )
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -127,7 +133,7 @@ def test_quantized_models_answer_as_on_the_cpu(tmp_path: Path, small: SimpleName
         answers.append(llama.generate(PROMPTS, 100, temperature=0, logprobs=True))
     assert backend.captures and backend.steps and answers[0] == answers[1]
     folder = write_shards(tmp_path, small.params, small.weights, 4)
-    saved.save(folder, kind)
+    packed_file.save_packed_file(folder, kind)
     from_file = build(small, folder, device="cuda", compile=compile, **options).generate(PROMPTS, 100, 0.0, logprobs=True)
     assert compile or kind == "int8" or from_file == answers[0]  # what is tuned anew may sum in another order
 
@@ -150,6 +156,6 @@ def test_the_fastest_is_chosen(small: SimpleNamespace) -> None:
     for name in ("auto", "eager", "torch", "cuda_graphs", "torch_compile"):
         llama = build(small, device="cuda", backend=name)
         assert llama.backend == ("cuda_graphs" if name == "auto" else name)
-        assert isinstance(llama.engine.backend, TorchCompile) == (name == "torch_compile")
+        assert isinstance(llama.engine.backend, TorchCompileBackend) == (name == "torch_compile")
         answers[name] = llama.generate(PROMPTS, 40, temperature=0)[0]
     assert all(answer == answers["eager"] for answer in answers.values())

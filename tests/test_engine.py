@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from llama import InputError, Llama, Sampling, backends, engine, runtime
-from llama.backends import CudaGraphs
-from llama.cache import Batch, KVCache
-from llama.engine import Request
-from llama.forward import Forward, Layer
+from llama import InputError, Llama, SamplingParams, tuning
+from llama.backends import cpu
+from llama.backends.cuda_graphs import CudaGraphsBackend
+from llama.engine import decode_state, engine, scheduler
+from llama.engine.forward import EngineForward, EngineLayer
+from llama.engine.kv_cache import KVCache, RaggedBatch
+from llama.engine.requests import GenerationCall, Request
 
 from .counting import counted
 
-GREEDY = Sampling(0)
+GREEDY = SamplingParams(0)
 PROMPTS = [[1, *range(7 * i + 5, 7 * i + 6 + i % 5)] for i in range(20)]  # 2 to 6 ids
 
 
@@ -68,8 +70,8 @@ def test_a_free_slot_is_taken_at_once(llama: Llama) -> None:
     random.Random(0).shuffle(lengths)
     requests = [Request(PROMPTS[i % 20] + [200], n) for i, n in enumerate(lengths)]
     with counted() as forwards:
-        order = [token.row for token in llama.engine.run(requests, GREEDY, eos_id=-1)]
-    assert [order.count(row) for row in range(64)] == lengths == [r.made for r in requests]
+        order = [token.prompt_index for token in llama.engine.run(GenerationCall(requests, GREEDY), eos_id=-1)]
+    assert [order.count(row) for row in range(64)] == lengths == [r.num_new_tokens for r in requests]
     assert {r.finish_reason for r in requests} == {"length"}
 
     left, waiting, expected = [0] * 6, list(range(64)), []
@@ -94,7 +96,8 @@ def test_a_long_batch_shows_how_many_are_answered(llama: Llama, rows: Callable, 
             yield item
             bars[label] = bars.get(label, 0) + weigh(item)
 
-    monkeypatch.setattr(runtime, "progress", progress)
+    monkeypatch.setattr(scheduler, "progress", progress)
+    monkeypatch.setattr(engine, "progress", progress)
     llama.generate(PROMPTS[:6], 3, temperature=0)
     assert bars == {"reading prompts": sum(map(len, PROMPTS[:6]))}
     bars.clear()
@@ -159,10 +162,10 @@ def test_penalized_rows_hold_their_own_ids(llama: Llama, rows: Callable) -> None
 
 def turn(llama: Llama, ids: list[int], most: int, reuse: bool = True, stop: int | None = None) -> tuple[list[int], list[float]]:
     """One row's new ids and log probabilities; left after `stop` ids."""
-    stream = llama.engine.run([Request(ids, most)], GREEDY, -1, logprobs=True, reuse=reuse)
+    stream = llama.engine.run(GenerationCall([Request(ids, most)], GREEDY, logprobs=True, reuse=reuse), -1)
     new = list(itertools.islice(stream, stop))
     stream.close()
-    return [t.id for t in new], [t.logprob or 0.0 for t in new]
+    return [t.token for t in new], [t.logprob or 0.0 for t in new]
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -171,7 +174,7 @@ def test_a_turn_computes_only_what_is_new(llama: Llama, late: bool, left: int | 
     """A dialog that grows, an answer that is left early, and one that is said anew; logits as if from scratch."""
     if late:
         request.getfixturevalue("as_on_cuda")
-    llama.engine.state.cache = KVCache.adopt(llama.model)
+    llama.engine.shared.cache = KVCache.adopt(llama.model)
     ids, written = [1, 5, 9, 30, 8], 0
     for more in ([44, 45, 46], [7], [50, 51, 52, 53]):
         with counted() as forwards:
@@ -208,7 +211,7 @@ def test_any_other_use_of_the_cache_forgets(llama: Llama, use: str) -> None:
         llama.generate([[1, 9]], 2, temperature=0)
         hook.remove()
     else:
-        next(llama.tokens([[1, 9]], 2, temperature=0))
+        next(llama.generate_stream([[1, 9]], 2, temperature=0))
     with counted() as forwards:
         got = turn(llama, PROMPTS[4], 4)
     assert got[0] == want[0] and forwards[0] == len(PROMPTS[4])
@@ -254,7 +257,7 @@ def test_a_failed_call_leaves_no_trace(
         request.getfixturevalue("as_on_cuda")
     for call, at in ((batch, 3), (stream, 1), (stream, 2)):
         cache = llama.engine.forward().cache
-        cache.turn = None
+        cache.prefix_tokens = None
         cache.data.zero_()  # no right keys and values from before
         if where == "consumer":
             with pytest.raises(Fault):
@@ -262,10 +265,10 @@ def test_a_failed_call_leaves_no_trace(
                     raise Fault
         else:
             target, name = {
-                "a layer": (Layer, "gated"),
+                "a layer": (EngineLayer, "swiglu"),
                 "prefill": (llama.engine, "prefill"),
-                "step": (CudaGraphs, "take") if late else (backends, "launched"),
-                "choice": (engine, "next_ids"),
+                "step": (CudaGraphsBackend, "take") if late else (cpu, "decode_layerwise"),
+                "choice": (decode_state, "sample"),
                 "text": (llama.tokenizer.sp_model, "is_byte"),
             }[where]
             at = {"prefill": 1, "a layer": 2 * at - 1}.get(where, at)  # of two layers
@@ -278,8 +281,8 @@ def test_a_failed_call_leaves_no_trace(
 
 def test_a_stream_overtaken_while_prompts_wait_says_so(llama: Llama, rows: Callable) -> None:
     rows(2)
-    stream = llama.tokens(PROMPTS, 1, temperature=0)
-    assert [next(stream).row, next(stream).row] == [0, 1]
+    stream = llama.generate_stream(PROMPTS, 1, temperature=0)
+    assert [next(stream).prompt_index, next(stream).prompt_index] == [0, 1]
     llama.generate([[1, 9]], 2, temperature=0)
     with pytest.raises(InputError, match="another call"):
         next(stream)
@@ -288,9 +291,9 @@ def test_a_stream_overtaken_while_prompts_wait_says_so(llama: Llama, rows: Calla
 def test_as_many_steps_as_ids_need(llama: Llama, as_on_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """None is launched whose logits nobody could want."""
     steps: list[int] = []
-    take = CudaGraphs.take
-    monkeypatch.setattr(CudaGraphs, "take", lambda self, *args: (steps.append(1), take(self, *args))[1])
-    run = llama.engine.run([Request([1, 5], 8)], GREEDY, eos_id=-1)
+    take = CudaGraphsBackend.take
+    monkeypatch.setattr(CudaGraphsBackend, "take", lambda self, *args: (steps.append(1), take(self, *args))[1])
+    run = llama.engine.run(GenerationCall([Request([1, 5], 8)], GREEDY), eos_id=-1)
     assert len(list(run)) == 8 and len(steps) == 7
 
 
@@ -302,16 +305,16 @@ def test_the_prompt_s_first_id_is_penalized_too(llama: Llama) -> None:
 
 
 def test_prompts_are_cut_where_blocks_end(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", 24)
-    monkeypatch.setattr(engine, "BLOCK", 8)
-    seen: list[Batch] = []
-    hidden = Forward.hidden
+    monkeypatch.setattr(tuning, "PREFILL_CHUNK", 24)
+    monkeypatch.setattr(tuning, "ATTENTION_CHUNK", 8)
+    seen: list[RaggedBatch] = []
+    hidden = EngineForward.hidden_states
 
-    def seeing(self: Forward, tokens: torch.Tensor, batch: Batch, *args: Any, **options: Any) -> torch.Tensor:
+    def seeing(self: EngineForward, tokens: torch.Tensor, batch: RaggedBatch, *args: Any, **options: Any) -> torch.Tensor:
         seen.append(batch)
         return hidden(self, tokens, batch, *args, **options)
 
-    monkeypatch.setattr(Forward, "hidden", seeing)
+    monkeypatch.setattr(EngineForward, "hidden_states", seeing)
     llama.generate([[1, *range(20, 40)], [1, *range(50, 61)]], 1, 0)
-    spans = [span for batch in seen for span in batch.spans]
-    assert len(seen) == 2 and all(span.end % 8 == 0 or span.end in (21, 12) for span in spans)
+    segments = [segment for batch in seen for segment in batch.segments]
+    assert len(seen) == 2 and all(segment.kv_len % 8 == 0 or segment.kv_len in (21, 12) for segment in segments)

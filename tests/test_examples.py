@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llama import InputError, given_or_demo
+from llama import InputError, resolve_model_paths
 
 from .support import ROOT, run, torchrun
 
@@ -76,15 +76,15 @@ def test_the_tokenizer_is_looked_for_in_the_folder_and_beside_it(
     folder = tmp_path / "model"
     folder.mkdir()
     with pytest.raises(InputError, match="in it or beside it; give tokenizer_path"):
-        given_or_demo(str(folder))
+        resolve_model_paths(str(folder))
     for place in (tmp_path, folder):  # as download.sh lays it, and as some keep it
         shutil.copy(small.tokenizer_path, place / "tokenizer.model")
-        assert given_or_demo(str(folder)) == (str(folder), str(place / "tokenizer.model"))
+        assert resolve_model_paths(str(folder)) == (str(folder), str(place / "tokenizer.model"))
     (folder / "tokenizer.model").unlink()
     monkeypatch.chdir(folder)
-    assert given_or_demo(".") == (".", str(tmp_path / "tokenizer.model"))
+    assert resolve_model_paths(".") == (".", str(tmp_path / "tokenizer.model"))
     with pytest.raises(InputError, match="give both, or neither"):
-        given_or_demo(None, "tokenizer.model")
+        resolve_model_paths(None, "tokenizer.model")
 
 
 @pytest.mark.parametrize("script", ["example_text_completion.py", "example_chat_completion.py"])
@@ -104,6 +104,6 @@ def test_the_demo_model_is_found_in_an_installed_wheel(tmp_path: Path) -> None:
     wheel = run("-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", tmp_path, source)
     assert wheel.returncode == 0, wheel.stderr
     zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(tmp_path / "site")
-    done = run("-c", "from llama import Llama, given_or_demo\nprint(Llama.build(*given_or_demo()).text_completion(['The'])[0])",
+    done = run("-c", "from llama import Llama, resolve_model_paths\nprint(Llama.build(*resolve_model_paths()).text_completion(['The'])[0])",
                PYTHONPATH=str(tmp_path / "site"))  # fmt: skip
     assert "generation" in done.stdout, done.stderr

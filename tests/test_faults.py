@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 
-from llama import CheckpointError, Llama, archive, packed, saved
-from llama.__main__ import main
-from llama.forward import Forward
+from llama import CheckpointError, Llama
+from llama.checkpoint import packed_file, torch_file
+from llama.cli.main import main
+from llama.engine.forward import EngineForward
+from llama.kernels import packed_weight
 
 from .jobs import Job, at_once
 from .support import TORCHRUN, write_shards
@@ -26,12 +28,12 @@ WORKER = Path(__file__).with_name("fault_worker.py")
 ENDINGS = signal.SIGINT, signal.SIGTERM
 SLOW = """
 import runpy, time
-from llama import loading
-def slow(*args, plain=loading.refuse_what_is_not_finite):
+from llama.checkpoint import loading
+def slow(*args, plain=loading.check_finite):
     print("quantizing", flush=True)
     time.sleep(2)
     plain(*args)
-loading.refuse_what_is_not_finite = slow
+loading.check_finite = slow
 runpy.run_module("llama", run_name="__main__", alter_sys=True)
 """
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc, to see what is left")
@@ -115,7 +117,9 @@ def test_nan_on_one_rank_is_an_error_on_all(small: SimpleNamespace, doomed: Path
         assert running.process.returncode not in (0, None)
         told = errors(running)
     for rank in (0, 1):
-        assert re.match(r"NumberError: prompt 0: the logits of new token \d+, .* not finite", told[f"rank {rank}: nan@decode"])
+        assert re.match(
+            r"NonFiniteError: prompt 0: the logits of new token \d+, .* not finite", told[f"rank {rank}: nan@decode"]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -199,9 +203,9 @@ def test_a_file_that_changes_while_it_is_read(
     small: SimpleNamespace, doomed: Path, monkeypatch: pytest.MonkeyPatch, change: str, quantize: str | None
 ) -> None:
     """After the first weight. Of a quantized model it is the saved file that changes."""
-    path = saved.save(doomed, quantize) if quantize else doomed / "consolidated.01.pth"
+    path = packed_file.save_packed_file(doomed, quantize) if quantize else doomed / "consolidated.01.pth"
     os.utime(path, (1, 1))  # long ago: clocks of file systems are coarse
-    plain, calls = packed.parameters, []
+    plain, calls = packed_weight.make_parameters, []
 
     def hold(weight: Any, *args: Any) -> Any:
         made = plain(weight, *args)
@@ -219,20 +223,20 @@ def test_a_file_that_changes_while_it_is_read(
                 f.write(f.read(1))
         return made
 
-    monkeypatch.setattr(packed, "parameters", hold)
+    monkeypatch.setattr(packed_weight, "make_parameters", hold)
     with pytest.raises(CheckpointError, match=rf"{path.name} (has gone|is another).* while it was being read"):
         Llama.build(doomed, small.tokenizer_path, 32, 2, device="cpu", quantize=quantize)
     assert len(calls) == 1
 
 
 def test_a_shard_that_goes_while_it_is_opened(small: SimpleNamespace, doomed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = archive.read
+    plain = torch_file.read_torch_file
 
     def read(path: Path) -> Any:
         path.unlink()
         return plain(path)
 
-    monkeypatch.setattr(archive, "read", read)
+    monkeypatch.setattr(torch_file, "read_torch_file", read)
     with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth: .* gone by now"):
         Llama.build(doomed, small.tokenizer_path, 32, 2, device="cpu")
 
@@ -252,7 +256,7 @@ def kept_as_it_was(folder: Path, error: str) -> None:
     """Saving fails with this error, and leaves all as it was."""
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(CheckpointError, match=error):
-        saved.save(folder, "int8")
+        packed_file.save_packed_file(folder, "int8")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -270,18 +274,18 @@ def test_a_disk_that_fails_late(doomed: Path, monkeypatch: pytest.MonkeyPatch) -
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    saved.path_of(doomed, "int8").write_bytes(b"before")
+    packed_file.packed_file_path(doomed, "int8").write_bytes(b"before")
     kept_as_it_was(doomed, r"int8\.safetensors: cannot be written: No space left on device")
 
 
 def test_a_shard_that_changes_while_it_is_saved(doomed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, shard = saved.loading.refuse_what_is_not_finite, doomed / "consolidated.00.pth"
+    plain, shard = packed_file.loading.check_finite, doomed / "consolidated.00.pth"
 
     def meanwhile(*args: Any) -> None:
         os.utime(shard, ns=(time.time_ns(), time.time_ns()))
         plain(*args)
 
-    monkeypatch.setattr(saved.loading, "refuse_what_is_not_finite", meanwhile)
+    monkeypatch.setattr(packed_file.loading, "check_finite", meanwhile)
     kept_as_it_was(doomed, r"consolidated\.00\.pth is another file, or other contents, now, while it was being read")
 
 
@@ -302,7 +306,7 @@ def test_what_is_finished_is_written_before_a_failure(
     command = ["complete", *flags, "--jsonl", "--max_gen_len", "3", "--max_batch_size", "2", *"abcdefgh"]
     assert main(command) == 0
     whole = capfd.readouterr().out.splitlines()
-    plain, calls = Forward.logits, []
+    plain, calls = EngineForward.logits, []
 
     def logits(self: Any, hidden: Any) -> Any:
         calls.append(hidden)
@@ -310,7 +314,7 @@ def test_what_is_finished_is_written_before_a_failure(
             raise OSError("no memory is left")
         return plain(self, hidden)
 
-    monkeypatch.setattr(Forward, "logits", logits)
+    monkeypatch.setattr(EngineForward, "logits", logits)
     assert main(command) == 1
     told = capfd.readouterr()
     written = told.out.splitlines()

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import InputError, Llama, Transformer, engine
-from llama.cache import Batch
+from llama import InputError, Llama, Transformer, tuning
 from llama.chat import UNSAFE_ERROR
+from llama.engine.kv_cache import RaggedBatch
 
 from .counting import counted, counted_rows
 
@@ -53,7 +53,7 @@ def test_logprobs_equal_log_softmax_of_a_fresh_full_forward(
     llama: Llama, reference: Transformer, echo: bool, max_gen_len: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ragged rows, one of which fills the window with its prompt, and others by their answers."""
-    monkeypatch.setattr(engine, "LOGPROB_CHUNK", 7)  # prompts lie across the borders of chunks
+    monkeypatch.setattr(tuning, "LOGPROB_CHUNK", 7)  # prompts lie across the borders of chunks
     for prompts in (RAGGED, RAGGED[4:], RAGGED[4:] * 2):
         ids, values = llama.generate(prompts, max_gen_len, temperature=0, logprobs=True, echo=echo)
         assert values is not None
@@ -130,7 +130,7 @@ def test_a_prefill_in_chunks_gives_the_same(llama: Llama, monkeypatch: pytest.Mo
     """Chunks end inside of prompts and between them; ids, and log probabilities of prompts and answers."""
     want = llama.generate(RAGGED, 6, temperature=0, logprobs=True, echo=True)
     plainly = llama.generate(RAGGED, 6, temperature=0)[0]
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(tuning, "PREFILL_CHUNK", chunk)
     got = llama.generate(RAGGED, 6, temperature=0, logprobs=True, echo=True)
     assert got[0] == want[0] and llama.generate(RAGGED, 6, temperature=0)[0] == plainly
     assert plainly == [ids[len(prompt) :] for ids, prompt in zip(got[0], RAGGED, strict=True)]
@@ -143,7 +143,7 @@ def test_a_chunk_in_which_no_prompt_ends(small: SimpleNamespace, monkeypatch: py
     """None of its ids' outputs are wanted: kernels get no empty rows, and what follows finds its keys and values."""
     llama = Llama.build(small.folder, small.tokenizer_path, 64, 4, device="cpu", **options)
     want = llama.generate([[1, *range(5, 30)]], 1, temperature=0, logprobs=True)
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", 7)
+    monkeypatch.setattr(tuning, "PREFILL_CHUNK", 7)
     got = llama.generate([[1, *range(5, 30)]], 1, temperature=0, logprobs=True)
     assert got[0] == want[0] and got[1][0] == pytest.approx(want[1][0], abs=0.02)
 
@@ -167,9 +167,14 @@ def test_prefill_costs_the_real_ids_and_the_loop_one_step_an_id(small: SimpleNam
 
 def test_tokens_come_one_by_one_and_leaving_early_harms_nothing(llama: Llama) -> None:
     whole, _ = llama.generate(RAGGED[:3], 8, temperature=0)
-    stream = llama.tokens(RAGGED[:3], 8, temperature=0)
+    stream = llama.generate_stream(RAGGED[:3], 8, temperature=0)
     taken = [next(stream) for _ in range(4)]
-    assert [(t.row, t.id) for t in taken] == [(0, whole[0][0]), (1, whole[1][0]), (2, whole[2][0]), (0, whole[0][1])]
+    assert [(t.prompt_index, t.token) for t in taken] == [
+        (0, whole[0][0]),
+        (1, whole[1][0]),
+        (2, whole[2][0]),
+        (0, whole[0][1]),
+    ]
     assert torch.is_inference_mode_enabled() is False  # also while the stream stands open
     stream.close()
     assert llama.generate(RAGGED[:3], 8, temperature=0)[0] == whole
@@ -178,7 +183,7 @@ def test_tokens_come_one_by_one_and_leaving_early_harms_nothing(llama: Llama) ->
 @pytest.mark.parametrize("way", ["generate", "another Llama", "forward", "changed model"])
 def test_a_stream_overtaken_by_another_call_stops_and_says_so(llama: Llama, way: str) -> None:
     """One model has one cache: going on would read the other call's keys and values."""
-    stream = llama.tokens(RAGGED[:2], 8, temperature=0)
+    stream = llama.generate_stream(RAGGED[:2], 8, temperature=0)
     next(stream)
     if way == "forward":
         llama.model.forward(torch.tensor([[1, 9]]), 0)
@@ -307,7 +312,7 @@ def test_bfloat16_is_kept_and_close(llama: Llama, small: SimpleNamespace) -> Non
     forward = half.engine.forward()
     assert {p.dtype for p in half.model.parameters()} == {forward.cache.data.dtype} == {torch.bfloat16}
     ids = torch.randint(3, 384, (2, 30), generator=torch.Generator().manual_seed(1))
-    hidden = forward.hidden(ids.flatten(), Batch.of([(0, 0, 30), (1, 0, 30)]))
+    hidden = forward.hidden_states(ids.flatten(), RaggedBatch.from_segments([(0, 0, 30), (1, 0, 30)]))
     want = llama.model(ids, 0)
     for got in (half.model(ids, 0), forward.logits(hidden).view(2, 30, -1)):
         assert got.dtype == torch.float32
@@ -317,6 +322,9 @@ def test_bfloat16_is_kept_and_close(llama: Llama, small: SimpleNamespace) -> Non
 def test_instances_live_side_by_side(llama: Llama, small: SimpleNamespace) -> None:
     want = llama.generate(RAGGED[:2], 8, temperature=0)
     other = Llama.build(small.folder, small.tokenizer_path, max_seq_len=32, max_batch_size=2, device="cpu")
-    ours, theirs = llama.tokens(RAGGED[:2], 8, temperature=0), other.tokens([[1, 5, 9, 44], [1, 300]], 8, temperature=0)
+    ours, theirs = (
+        llama.generate_stream(RAGGED[:2], 8, temperature=0),
+        other.generate_stream([[1, 5, 9, 44], [1, 300]], 8, temperature=0),
+    )
     pairs = list(zip(ours, theirs, strict=True))
     assert all(a == b for a, b in pairs) and len(pairs) == sum(map(len, want[0]))

@@ -10,15 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from llama import (
-    DeviceError,
-    InputError,
-    Llama,
-    LlamaError,
-    Tokenizer,
-    checkpoint,
-)
-from llama.forward import Forward
+from llama import DeviceError, InputError, Llama, LlamaError, Tokenizer
+from llama.checkpoint import params
+from llama.engine.forward import EngineForward
 
 from .support import random_weights, refused, run, torchrun, write_shards
 
@@ -26,7 +20,7 @@ from .support import random_weights, refused, run, torchrun, write_shards
 @pytest.fixture
 def idle(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Llama:
     """The small model, built with max_seq_len=64 and max_batch_size=6, which must not run."""
-    monkeypatch.setattr(Forward, "hidden", lambda *_, **__: pytest.fail("the model ran"))
+    monkeypatch.setattr(EngineForward, "hidden_states", lambda *_, **__: pytest.fail("the model ran"))
     return llama
 
 
@@ -63,7 +57,7 @@ DTYPES = "use 'bfloat16', 'float16' or 'float32'"
     ids=lambda value: f"{value!r:.20}" if not isinstance(value, tuple) else "",
 )
 def test_build_arguments(monkeypatch: pytest.MonkeyPatch, name: str, value: Any, error: type[LlamaError], parts: tuple) -> None:
-    monkeypatch.setattr(checkpoint, "read_params", lambda _: pytest.fail("files were read"))
+    monkeypatch.setattr(params, "read_params", lambda _: pytest.fail("files were read"))
     arguments = {"max_seq_len": 16, "max_batch_size": 2, "device": "cpu"} | {name: value}
     refused(lambda: Llama.build("folder", "tokenizer.model", **arguments), error, *parts)
 
@@ -97,7 +91,7 @@ IDS, LISTS = "ids are whole numbers from 0 to 383", "a list of lists of token id
 )
 def test_prompts_of_ids(idle: Llama, prompts: Any, parts: tuple) -> None:
     refused(lambda: idle.generate(prompts, 4, temperature=0), InputError, *parts)
-    refused(lambda: idle.tokens(prompts, 4, temperature=0), InputError, *parts)  # at once, not at the first id
+    refused(lambda: idle.generate_stream(prompts, 4, temperature=0), InputError, *parts)  # at once, not at the first id
 
 
 @pytest.mark.parametrize(

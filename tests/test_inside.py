@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-import llama.generation as generation
-import llama.model as reference
-from llama import InputError, Llama, ModelArgs, Transformer, widened
-from llama.packed import PackedWeight
+from llama import InputError, Llama, ModelArgs, Transformer, generation, model, tuning
+from llama import model as reference
+from llama.kernels.packed_weight import PackedWeight
+from llama.layers import linear
 
 from .support import run
 
@@ -36,7 +36,7 @@ def build(small: SimpleNamespace, form: str = "plain", **options: Any) -> Llama:
 
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(widened, "SMALLEST", 0)  # these weights, too, are packed
+    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)  # these weights, too, are packed
     return request.param
 
 
@@ -205,7 +205,7 @@ CHANGES: dict[str, Callable[[Llama], Any]] = {
     "layers appended": lambda x: x.model.layers.extend([copy.deepcopy(x.model.layers[i]) for i in (1, 0)]),
     "wq replaced": lambda x: replace(x, "attention.wq", zeroed),
     "lora around wv": lambda x: replace(x, "attention.wv", Lora),
-    "other frequencies": lambda x: setattr(x.model, "freqs_cis", reference.precompute_freqs_cis(8, 128, 50.0)),
+    "other frequencies": lambda x: setattr(x.model, "freqs_cis", model.precompute_freqs_cis(8, 128, 50.0)),
     "wk pruned": lambda x: prune.l1_unstructured(x.model.layers[0].attention.wk, "weight", 0.9),
     "wo zeroed": lambda x: x.model.layers[0].attention.wo.weight.data.mul_(0),
     "wv set": lambda x: x.model.layers[0].attention.wv.weight.__setitem__(slice(0, 8), 0.5),
@@ -239,9 +239,9 @@ def test_a_change_is_in_the_answers(built: Llama, change: str) -> None:
 def test_functions_of_the_model_file_may_be_replaced(built: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     before = say(built)
     for owner, name, other in (
-        (reference, "apply_rotary_emb", lambda xq, xk, freqs_cis: (xq, xk)),
-        (reference.Attention, "forward", lambda self, x, *args: x * 0),
-        (reference.RMSNorm, "_norm", lambda self, x: x),
+        (model, "apply_rotary_emb", lambda xq, xk, freqs_cis: (xq, xk)),
+        (model.Attention, "forward", lambda self, x, *args: x * 0),
+        (model.RMSNorm, "_norm", lambda self, x: x),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, other)
@@ -440,7 +440,7 @@ def test_what_a_model_was_not_built_for_is_an_error_before_any_work(built: Llama
 
 def test_two_streams_do_not_mix_in_a_changed_model(built: Llama) -> None:
     built.model.layers[0].register_forward_hook(lambda module, args, y: None)
-    stream = built.tokens(PROMPTS[:1], 8, 0)
+    stream = built.generate_stream(PROMPTS[:1], 8, 0)
     next(stream)
     say(built)
     with pytest.raises(InputError, match="another call has used this model's cache"):
@@ -474,12 +474,12 @@ def test_a_model_made_by_hand_draws_nothing_and_answers() -> None:
     torch.manual_seed(3)
     model = Transformer(ModelArgs(dim=32, n_layers=1, n_heads=4, vocab_size=64, max_seq_len=16, max_batch_size=2))
     assert torch.equal(torch.rand(1), want) and model(torch.tensor([[1, 2]]), 0).numpy().shape == (1, 2, 64)
-    column = reference.ColumnParallelLinear(8, 16, bias=False, gather_output=False, init_method=lambda w: w)
+    column = linear.ColumnParallelLinear(8, 16, bias=False, gather_output=False, init_method=lambda w: w)
     assert column.weight.shape == (16, 8)
     ffn = reference.FeedForward(dim=8, hidden_dim=32, multiple_of=8, ffn_dim_multiplier=None)
     assert ffn.w1.weight.shape == (24, 8) and ffn.w2.weight.shape == (8, 24)
     with pytest.raises(InputError, match="bias=True"):
-        reference.ColumnParallelLinear(8, 16, bias=True)
+        linear.ColumnParallelLinear(8, 16, bias=True)
 
 
 def test_any_pth_files_are_shards(small: SimpleNamespace, tmp_path: Path) -> None:

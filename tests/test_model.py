@@ -8,18 +8,11 @@ import pytest
 import torch
 
 from llama import Llama, ModelArgs, Transformer
-from llama.attention import attend, attend_plainly
-from llama.cache import Batch
+from llama.engine.forward import EngineLayer, EngineNorm, apply_rope_, apply_rope_real
+from llama.engine.kv_cache import RaggedBatch
 from llama.errors import InputError
-from llama.forward import Layer, Norm, rotate_, rotate_pairs
-from llama.model import (
-    RMSNorm,
-    apply_rotary_emb,
-    ffn_width,
-    precompute_freqs_cis,
-    repeat_kv,
-    reshape_for_broadcast,
-)
+from llama.kernels.attention import attention, attention_reference
+from llama.model import RMSNorm, apply_rotary_emb, ffn_width, precompute_freqs_cis, repeat_kv, reshape_for_broadcast
 
 from .support import write_shards
 
@@ -76,14 +69,16 @@ def test_rows_at_different_positions_in_one_forward(llama: Llama, reference: Tra
     forward = llama.engine.forward()
     for row, start in enumerate(starts):
         if start:
-            forward.hidden(ids[row, :start], Batch.of([(row, 0, start)]))
+            forward.hidden_states(ids[row, :start], RaggedBatch.from_segments([(row, 0, start)]))
     packed = torch.cat([ids[r, s : s + n] for r, (s, n) in enumerate(zip(starts, lengths, strict=True))])
-    logits = forward.logits(forward.hidden(packed, Batch.of(zip(range(3), starts, lengths, strict=True))))
+    logits = forward.logits(
+        forward.hidden_states(packed, RaggedBatch.from_segments(zip(range(3), starts, lengths, strict=True)))
+    )
     expected = torch.cat([want[r, s : s + n] for r, (s, n) in enumerate(zip(starts, lengths, strict=True))])
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
     positions = torch.tensor([s + n for s, n in zip(starts, lengths, strict=True)])
-    step = forward.logits(forward.hidden(ids[range(3), positions], Batch.step(positions, 12)))
+    step = forward.logits(forward.hidden_states(ids[range(3), positions], RaggedBatch.decode(positions, 12)))
     torch.testing.assert_close(step, want[range(3), positions], atol=1e-4, rtol=0)
 
 
@@ -94,14 +89,14 @@ def test_the_last_layer_computes_only_what_is_wanted(
 ) -> None:
     """Its keys and values are all there; its feed-forward sees the tokens that are wanted."""
     built = Llama.build(small.folder, small.tokenizer_path, 16, 3, device="cpu", dtype=dtype)
-    batch, packed, found, seen = Batch.of([(0, 0, 5), (1, 0, 4)]), torch.cat([ids[0, :5], ids[1, :4]]), [], []
-    gated = Layer.gated
-    monkeypatch.setattr(Layer, "gated", lambda self, x: (seen.append(len(x)), gated(self, x))[1])
+    batch, packed, found, seen = RaggedBatch.from_segments([(0, 0, 5), (1, 0, 4)]), torch.cat([ids[0, :5], ids[1, :4]]), [], []
+    gated = EngineLayer.swiglu
+    monkeypatch.setattr(EngineLayer, "swiglu", lambda self, x: (seen.append(len(x)), gated(self, x))[1])
     with torch.inference_mode():
         for asked in (None, torch.tensor(wanted, dtype=torch.int64)):
             forward = built.engine.forward()
             forward.cache.data.zero_()
-            found.append((forward.hidden(packed, batch, wanted=asked), forward.cache.data.clone()))
+            found.append((forward.hidden_states(packed, batch, logits_indices=asked), forward.cache.data.clone()))
     assert torch.equal(found[0][1], found[1][1]) and seen == [9, 9, 9, max(1, len(wanted))]
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
     torch.testing.assert_close(found[1][0], found[0][0][wanted], atol=tolerance, rtol=tolerance)
@@ -157,7 +152,7 @@ def test_without_the_cache_whole_sequences_give_the_same(llama: Llama, reference
     """More rows than the cache has, and nothing written to it."""
     forward, many = llama.engine.forward(), ids.repeat(3, 1)
     before = forward.cache.data.clone()
-    hidden = forward.hidden(many.flatten(), Batch.of((row, 0, 20) for row in range(9)), keep=False)
+    hidden = forward.hidden_states(many.flatten(), RaggedBatch.from_segments((row, 0, 20) for row in range(9)), use_cache=False)
     want = reference.forward(ids, 0).repeat(3, 1, 1)
     torch.testing.assert_close(forward.logits(hidden).view(9, 20, -1), want, atol=1e-4, rtol=0)
     assert torch.equal(before, forward.cache.data)
@@ -208,9 +203,9 @@ def test_attend_equals_its_readable_twin(
         for b, start in enumerate(starts):
             for s in range(S):
                 mask[b, :, s, : start + s + 1] = 0
-    got = attend(q, k, v, mask).float()
+    got = attention(q, k, v, mask).float()
     assert got.shape == q.shape
-    torch.testing.assert_close(got, attend_plainly(q, k, v, mask).float(), atol=tolerance, rtol=0)
+    torch.testing.assert_close(got, attention_reference(q, k, v, mask).float(), atol=tolerance, rtol=0)
 
     b, s, head, group = 1, S // 2, kv - 1, groups - 1
     seen = (starts[-1] if starts else L - S) + s + 1
@@ -220,9 +215,9 @@ def test_attend_equals_its_readable_twin(
 
 def test_rotation_is_in_float32_whatever_the_dtype() -> None:
     x, freqs = torch.randn(3, 2, 8).bfloat16(), torch.rand(3, 1, 4, 2)
-    assert torch.equal(rotate_(x.clone(), freqs), rotate_(x.float(), freqs).bfloat16())
-    assert torch.equal(rotate_pairs(x, freqs), rotate_pairs(x.float(), freqs).bfloat16())
-    torch.testing.assert_close(rotate_(x.float(), freqs), rotate_pairs(x.float(), freqs), atol=1e-6, rtol=0)
+    assert torch.equal(apply_rope_(x.clone(), freqs), apply_rope_(x.float(), freqs).bfloat16())
+    assert torch.equal(apply_rope_real(x, freqs), apply_rope_real(x.float(), freqs).bfloat16())
+    torch.testing.assert_close(apply_rope_(x.float(), freqs), apply_rope_real(x.float(), freqs), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -231,8 +226,8 @@ def test_the_engines_norm_is_the_models(dtype: torch.dtype) -> None:
     norm = RMSNorm(2048, eps=1e-5).to(dtype)
     norm.weight.uniform_()
     x = (torch.randn(70, 2048) * torch.logspace(-6, 3, 70).unsqueeze(1)).to(dtype)
-    want, got = norm(x), Norm(norm).apply(x)
-    alone = torch.cat([Norm(norm).apply(row) for row in x.split(1)])
+    want, got = norm(x), EngineNorm(norm).forward(x)
+    alone = torch.cat([EngineNorm(norm).forward(row) for row in x.split(1)])
     assert got.dtype == dtype and torch.equal(alone, got)
     if dtype != torch.float32:
         assert (got != want).float().mean() < 1e-3
@@ -249,7 +244,7 @@ def test_rope_theta_and_norm_eps_are_those_of_params_json(
     assert built.model.norm.eps == 0.05 and torch.equal(built.model.freqs_cis, precompute_freqs_cis(8, 128, 100.0))
     logits = built.model.forward(ids, 0)
     packed = built.engine.forward()
-    hidden = packed.hidden(ids.flatten(), Batch.of((row, 0, 20) for row in range(3)))
+    hidden = packed.hidden_states(ids.flatten(), RaggedBatch.from_segments((row, 0, 20) for row in range(3)))
     torch.testing.assert_close(packed.logits(hidden).view(3, 20, -1), logits, atol=1e-4, rtol=0)
     assert (logits - reference.forward(ids, 0)).abs().max() > 0.1
 
@@ -285,4 +280,4 @@ def test_rotation_of_many_heads() -> None:
     x, freqs = torch.randn(200, 3, 8, 64), precompute_freqs_cis(64, 3)
     with torch.inference_mode():
         got, _ = apply_rotary_emb(x, x, freqs)
-    torch.testing.assert_close(got, rotate_pairs(x, torch.view_as_real(freqs)[:, None]))
+    torch.testing.assert_close(got, apply_rope_real(x, torch.view_as_real(freqs)[:, None]))

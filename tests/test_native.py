@@ -13,19 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from llama import ModelArgs, Transformer, avx2, blocks, host, kernels, library, native, widened
-from llama.attention import attend_plainly
-from llama.backends import Cpu
-from llama.blocks import BlockedLinear
-from llama.cache import Batch, KVCache
-from llama.forward import Forward, Norm
-from llama.host import NativeStep
+from llama import ModelArgs, Transformer, tuning
+from llama.backends import cpu
+from llama.backends.cpu import CpuBackend, FusedDecodeStep
+from llama.engine.forward import EngineForward, EngineNorm
+from llama.engine.kv_cache import KVCache, RaggedBatch
+from llama.kernels import avx2, avx512, c_extension, pack, packing
+from llama.kernels.attention import attention_reference
+from llama.kernels.blocked_linear import BlockedLinear
 from llama.model import RMSNorm
-from llama.quantize import quantize
+from llama.quantization.quantize import quantize
 
 from .support import ROOT, packed_model
 
-compiled = pytest.mark.skipif(native.COMPILED is None, reason="native.c is not compiled, or this CPU is no such CPU")
+compiled = pytest.mark.skipif(avx512.extension() is None, reason="native.c is not compiled, or this CPU is no such CPU")
 MANY = 18  # rows of a step: several tiles, of which the last is not full
 ARGS = ModelArgs(
     dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=96, multiple_of=64, max_seq_len=80, max_batch_size=MANY
@@ -41,19 +42,19 @@ def rows(n: int, width: int, scale: float = 1) -> torch.Tensor:
 
 
 def in_blocks(weight: torch.Tensor) -> BlockedLinear:
-    kernel = kernels.pack(weight)
+    kernel = packing.pack_weight(weight)
     assert isinstance(kernel, BlockedLinear)
     return kernel
 
 
 @pytest.fixture(autouse=True)
 def however_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(widened, "SMALLEST", 0)
+    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)
 
 
 def product(kernel: BlockedLinear, x: torch.Tensor, y: torch.Tensor, **fields: object) -> torch.Tensor:
     """With more around it, as a step has it."""
-    native.call("multiply", ctypes.byref(kernel.filled(n=len(x), x=x, y=y, **fields)))
+    avx512.call("multiply", ctypes.byref(kernel.args(n=len(x), x=x, y=y, **fields)))
     return y
 
 
@@ -70,7 +71,7 @@ def test_the_gate_of_every_number() -> None:
     normal = wanted.abs() > 1e-37
     assert torch.equal(y[0][normal], wanted[normal]) and not y[0][~normal].abs().max() > 1e-37
     up = rows(1, 1 << 16)
-    y, wanted = native.gated(torch.cat((numbers.unsqueeze(0), up), 1)), F.silu(numbers) * up
+    y, wanted = avx512.swiglu(torch.cat((numbers.unsqueeze(0), up), 1)), F.silu(numbers) * up
     normal = wanted.abs() > 1e-37
     assert torch.equal(y[normal], wanted[normal]) and not y[~normal].abs().max() > 1e-37
 
@@ -83,13 +84,13 @@ def test_norms_and_residuals(width: int) -> None:
     for scale in (1e-30, 1e-3, 1, 1e18, 1e22):  # squares of nothing, and beyond float32
         x = rows(40, width, scale)
         for part in (x[:16], x[:1]):
-            wanted = native.normalized(part, norm[0], 1e-5)
+            wanted = avx512.rms_norm(part, norm[0], 1e-5)
             y = product(kernel, part, rows(len(part), 100), norm=norm, eps=1e-5, normed=normed)
             assert torch.equal(normed[: len(part)], wanted) and torch.equal(y, kernel(wanted))
         plain = RMSNorm(width, 1e-5).bfloat16()
         plain.weight.copy_(norm[0])
         if 1e-10 < scale < 1e10:  # beyond, PyTorch's sums overflow or vanish otherwise
-            assert (native.normalized(x, norm[0], 1e-5) != plain(x)).float().mean() < 1e-3
+            assert (avx512.rms_norm(x, norm[0], 1e-5) != plain(x)).float().mean() < 1e-3
     h = rows(5, 100)
     wanted = h + kernel(x[:5])
     assert torch.equal(product(kernel, x[:5], h, residual=h), wanted)
@@ -105,20 +106,20 @@ def test_attention(K: int, G: int, hd: int, end: int) -> None:
     cache[:, 1:3, :, :end] = random(2, 2, K, end, hd).bfloat16()
     k, v = cache[:, 1:3, :, :end]
     q = random(2, K, G, hd).mul_(5).bfloat16()
-    assert native.attends(q, k, v)
+    assert avx512.supports_decode_attention(q, k, v)
     scores = ((q.float() @ k.float().transpose(2, 3)).bfloat16() / hd**0.5).float()  # rounded where the reference rounds them
     wanted = scores.softmax(-1).bfloat16().float() @ v.float()
-    got = native.attend_one(q, k, v)
+    got = avx512.decode_attention(q, k, v)
     torch.testing.assert_close(got.float(), wanted, atol=2e-3, rtol=2**-7)
-    assert torch.equal(native.attend_one(q[1:], k[1:], v[1:]), got[1:])
+    assert torch.equal(avx512.decode_attention(q[1:], k[1:], v[1:]), got[1:])
 
 
 def model(kind: str) -> Transformer:
     return packed_model(Transformer(ARGS).bfloat16(), None if kind == "bf16" else kind)
 
 
-def forward_of(model: Transformer) -> Forward:
-    return Forward(model, KVCache.adopt(model))
+def forward_of(model: Transformer) -> EngineForward:
+    return EngineForward(model, KVCache.adopt(model))
 
 
 @compiled
@@ -132,15 +133,15 @@ def test_a_step_is_the_engines_own(kind: str, threads: int) -> None:
     try:
         with torch.inference_mode():
             for n in (1, 3, MANY):
-                assert host.why_not(made) is None
-                step = NativeStep(made, n)
+                assert cpu.why_unsupported(made) is None
+                step = FusedDecodeStep(made, n)
                 for start in (0, 1, 60):
                     data.copy_(random(*data.shape))
                     before_it, ids = data.clone(), torch.randint(0, 96, (n,), generator=torch.Generator().manual_seed(start))
-                    batch = Batch.of([(row, start + row % 3, 1) for row in range(n)])
+                    batch = RaggedBatch.from_segments([(row, start + row % 3, 1) for row in range(n)])
                     got, kept = step(ids, batch).clone(), data.clone()
                     data.copy_(before_it)
-                    assert torch.equal(made.hidden(ids, batch), got) and torch.equal(data, kept)
+                    assert torch.equal(made.hidden_states(ids, batch), got) and torch.equal(data, kept)
     finally:
         torch.set_num_threads(before)
 
@@ -148,9 +149,9 @@ def test_a_step_is_the_engines_own(kind: str, threads: int) -> None:
 @compiled
 def test_a_step_holds_what_it_was_made_of() -> None:
     """Though the model gets other weights."""
-    made, ids, batch = forward_of(model("bf16")), torch.tensor([5, 9]), Batch.of([(0, 7, 1), (1, 7, 1)])
+    made, ids, batch = forward_of(model("bf16")), torch.tensor([5, 9]), RaggedBatch.from_segments([(0, 7, 1), (1, 7, 1)])
     with torch.inference_mode():
-        step = NativeStep(made, 2)
+        step = FusedDecodeStep(made, 2)
         before = step(ids, batch).clone()
         for norm in (made.model.layers[0].attention_norm, made.model.layers[1].ffn_norm):
             norm.weight.data = torch.full((128,), float("nan"), dtype=torch.bfloat16)
@@ -168,7 +169,7 @@ def set_weight(module: torch.nn.Module, weight: torch.Tensor) -> None:
     [
         lambda made: made.layers[0].attention_norm.float(),
         lambda made: set_weight(made.layers[1].ffn_norm, rows(1, 256)[0, ::2]),
-        lambda made: setattr(made.layers[1].feed_forward.w2.weight.shared.kernel, "library", avx2.LIBRARY),
+        lambda made: setattr(made.layers[1].feed_forward.w2.weight.shared.kernel, "extension", avx2.extension()),
         lambda made: set_weight(made.layers[1].feed_forward.w2, made.layers[1].feed_forward.w2.weight.clone()),
         lambda made: made.layers[1].feed_forward.w2.float(),
         lambda made: set_weight(made.layers[1].attention.wk, made.layers[1].attention.wk.weight.clone()),
@@ -177,9 +178,9 @@ def set_weight(module: torch.nn.Module, weight: torch.Tensor) -> None:
 def test_other_models_are_not_its_own(change: Callable[[Transformer], object]) -> None:
     """C would read and write beyond its rows."""
     made = model("int8")
-    assert host.why_not(forward_of(made)) is None
+    assert cpu.why_unsupported(forward_of(made)) is None
     change(made)
-    assert host.why_not(forward_of(made))
+    assert cpu.why_unsupported(forward_of(made))
 
 
 @compiled
@@ -191,18 +192,18 @@ def test_attention_of_a_prompt(shape: tuple[int, ...]) -> None:
     B, S, L, K, G, hd = shape
     q, kv = random(B, S, K, G, hd).bfloat16(), random(B, L, 2, K, hd).bfloat16()
     k, v = kv.permute(2, 0, 3, 1, 4).unbind()
-    assert native.attends_prompt(q, k, v)
-    y = native.attend_prompt(q, k, v)
+    assert avx512.supports_prompt_attention(q, k, v)
+    y = avx512.prompt_attention(q, k, v)
     hidden = torch.full((S, L), float("-inf")).triu(L - S + 1)
-    wanted = attend_plainly(q.float(), k.float(), v.float(), hidden.expand(1, 1, S, L))
+    wanted = attention_reference(q.float(), k.float(), v.float(), hidden.expand(1, 1, S, L))
     torch.testing.assert_close(y.float(), wanted, atol=0.03, rtol=0.01)
     cached = [torch.cat((part, part.new_zeros(B, K, 9, hd)), 2)[:, :, :L] for part in (k, v)]
-    assert torch.equal(native.attend_prompt(q, *cached), y)
+    assert torch.equal(avx512.prompt_attention(q, *cached), y)
     for n in {1, 3, S // 2 + 1}:
-        assert torch.equal(native.attend_prompt(q[:, :n], k[:, :, : L - S + n], v[:, :, : L - S + n]), y[:, :n])
-        assert torch.equal(native.attend_prompt(q[-1:, -n:], k[-1:], v[-1:]), y[-1:, -n:])
+        assert torch.equal(avx512.prompt_attention(q[:, :n], k[:, :, : L - S + n], v[:, :, : L - S + n]), y[:, :n])
+        assert torch.equal(avx512.prompt_attention(q[-1:, -n:], k[-1:], v[-1:]), y[-1:, -n:])
     k[0, 0, L - S + 2] = float("nan")  # which later rows see, and none before
-    y = native.attend_prompt(q, k, v)[0, :, 0]
+    y = avx512.prompt_attention(q, k, v)[0, :, 0]
     assert y[:2].isfinite().all() and y[2:].isnan().all()
 
 
@@ -215,34 +216,36 @@ def test_the_gate_within_the_product_is_the_gate_after_it(kind: str) -> None:
         x = rows(n, 128)
         with torch.inference_mode():
             y = kernel.swiglu(x)
-            assert y is not None and torch.equal(y, native.gated(kernel.product(x)))
+            assert y is not None and torch.equal(y, avx512.swiglu(kernel.forward(x)))
 
 
 @compiled
 def test_it_takes_only_what_lies_as_it_reads() -> None:
     """Else PyTorch's errors and gradients are lost, or what is traced is empty."""
-    x, norm = rows(2, 64), Norm(RMSNorm(64).bfloat16())
+    x, norm = rows(2, 64), EngineNorm(RMSNorm(64).bfloat16())
     with torch.no_grad():
-        wanted = norm.apply(x)
-        assert torch.equal(make_fx(lambda x: norm.apply(x))(x)(x), wanted)
+        wanted = norm.forward(x)
+        assert torch.equal(make_fx(lambda x: norm.forward(x))(x)(x), wanted)
         for wrong in (RMSNorm(32), RMSNorm(64).to("meta"), RMSNorm(128)):
             with pytest.raises(RuntimeError):
-                Norm(wrong.bfloat16()).apply(x)
+                EngineNorm(wrong.bfloat16()).forward(x)
     q, k = rows(2, 64).view(1, 2, 1, 64), rows(2, 64).view(1, 2, 1, 64)
-    assert native.attends(q, k, k) and not native.attends(q, k.clone().requires_grad_(), k)
-    assert not native.attends(q, k[:, :1], k[:, :1]) and not native.attends(q, k, k[..., :32])
+    assert avx512.supports_decode_attention(q, k, k) and not avx512.supports_decode_attention(q, k.clone().requires_grad_(), k)
+    assert not avx512.supports_decode_attention(q, k[:, :1], k[:, :1]) and not avx512.supports_decode_attention(
+        q, k, k[..., :32]
+    )
 
 
 @compiled
 def test_who_takes_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """native.c those of bfloat16; and what has another dtype, none."""
     made, seen = model("bf16"), []
-    run: Callable[..., torch.Tensor] = NativeStep.__call__
-    monkeypatch.setattr(NativeStep, "__call__", lambda self, ids, batch: (seen.append(len(ids)), run(self, ids, batch))[1])
+    run: Callable[..., torch.Tensor] = FusedDecodeStep.__call__
+    monkeypatch.setattr(FusedDecodeStep, "__call__", lambda self, ids, batch: (seen.append(len(ids)), run(self, ids, batch))[1])
 
     def step(n: int) -> None:
         ids = torch.zeros(n, dtype=torch.int64)
-        Cpu().begin(forward_of(made), n)(ids, ids, [0] * n)
+        CpuBackend().begin(forward_of(made), n)(ids, ids, [0] * n)
 
     with torch.inference_mode():
         step(2)
@@ -256,28 +259,19 @@ def test_who_takes_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("content", [b"", b"no library"])
 def test_without_it(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not compiled, or something else: all goes the other way."""
-    (tmp_path / "_native.so").write_bytes(content)
-    spec = SimpleNamespace(origin=str(tmp_path / "_native.so")) if content else None
-    monkeypatch.setattr(library.importlib.util, "find_spec", lambda *args: spec)
-    monkeypatch.setattr(library, "MISSING", set())
-    monkeypatch.setattr(library, "REASONS", {})
-    for module, name, found in (
-        (
-            native,
-            "COMPILED",
-            library.load("native", [native.Rows, library.Product, native.Attention, native.Prompt], native.FUNCTIONS),
-        ),
-        (avx2, "LIBRARY", library.load("avx2", [library.Product], {"multiply": [library.Product]})),
-        (blocks, "PACK", library.load("pack", [blocks.Packing], {"pack": [blocks.Packing]})),
-    ):
-        assert found is None
-        monkeypatch.setattr(module, name, found)
+    (tmp_path / "_any.so").write_bytes(content)
+    spec = SimpleNamespace(origin=str(tmp_path / "_any.so")) if content else None
+    monkeypatch.setattr(c_extension.importlib.util, "find_spec", lambda *args: spec)
+    for module in (avx512, avx2, pack):
+        status = module.status.__wrapped__()  # not the one that is cached
+        assert status.extension is None and status.reason
+        monkeypatch.setattr(module, "status", lambda status=status: status)
     for weight in (rows(100, 192), quantize(rows(100, 192), "int8"), quantize(rows(100, 192), "int4")):
-        assert not isinstance(kernels.pack(weight), BlockedLinear)
+        assert not isinstance(packing.pack_weight(weight), BlockedLinear)
     ids, made = torch.tensor([5, 9]), forward_of(model("int4"))
     with torch.inference_mode():
-        assert host.why_not(made) and library.REASONS["native"]
-        assert made.hidden(ids, Batch.of([(0, 0, 1), (1, 0, 1)])).isfinite().all()
+        assert cpu.why_unsupported(made)
+        assert made.hidden_states(ids, RaggedBatch.from_segments([(0, 0, 1), (1, 0, 1)])).isfinite().all()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it is compiled on Linux alone")

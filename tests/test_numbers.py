@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import Llama, NumberError, Sampling, widened
-from llama.engine import Request
-from llama.forward import Forward
+from llama import Llama, NonFiniteError, SamplingParams, tuning
+from llama.engine.forward import EngineForward
+from llama.engine.requests import GenerationCall, Request
 
 from .support import refused
 
@@ -36,7 +36,7 @@ def test_a_prompt_s_numbers(stepping: Llama, monkeypatch: pytest.MonkeyPatch) ->
         for temperature in (0.0, 1.0):
             refused(
                 lambda t=temperature: stepping.generate(PROMPTS, 8, temperature=t),
-                NumberError, "prompt 1: the logits of new token 1, at position 3, are not finite", "checklist.chk",
+                NonFiniteError, "prompt 1: the logits of new token 1, at position 3, are not finite", "checklist.chk",
             )  # fmt: skip
     assert stepping.generate(PROMPTS, 8, temperature=0) == want
 
@@ -48,8 +48,8 @@ def test_a_step_s_numbers(stepping: Llama, monkeypatch: pytest.MonkeyPatch) -> N
     with monkeypatch.context() as patch:
         plant(stepping, patch, want[third])
         got: list[int] = []
-        with pytest.raises(NumberError, match=f"new token {third + 2}, at position {third + 3},"):
-            got.extend(token.id for token in stepping.tokens([[1, 5]], 8, temperature=0))
+        with pytest.raises(NonFiniteError, match=f"new token {third + 2}, at position {third + 3},"):
+            got.extend(token.token for token in stepping.generate_stream([[1, 5]], 8, temperature=0))
         assert got == want[: third + 1]
     assert stepping.generate([[1, 5]], 8, temperature=0)[0] == [want]
 
@@ -64,22 +64,22 @@ def test_what_a_row_leaves_is_not_the_next_one_s(stepping: Llama, monkeypatch: p
     prompts = [short, longer, third]
     requests = [Request(p, n) for p, n in zip(prompts, (2, 9, 3), strict=True)]
     got: list[list[int]] = [[], [], []]
-    for token in stepping.engine.run(requests, Sampling(0), eos_id=-1):
-        got[token.row].append(token.id)
+    for token in stepping.engine.run(GenerationCall(requests, SamplingParams(0)), eos_id=-1):
+        got[token.prompt_index].append(token.token)
     assert got == want
 
 
 def logits_of_7(value: float, monkeypatch: pytest.MonkeyPatch, others: float | None = None) -> None:
     """Plant a value among the logits, and `others`, if given, as all the rest."""
-    plain = Forward.logits
+    plain = EngineForward.logits
 
-    def logits(self: Forward, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self: EngineForward, hidden: torch.Tensor) -> torch.Tensor:
         found = plain(self, hidden)
         found = found if others is None else torch.full_like(found, others)
         found[..., 7] = value
         return found
 
-    monkeypatch.setattr(Forward, "logits", logits)
+    monkeypatch.setattr(EngineForward, "logits", logits)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,9 @@ def test_a_single_logit(llama: Llama, monkeypatch: pytest.MonkeyPatch, value: fl
     """Infinite, or no number, among finite ones, or all masked."""
     logits_of_7(value, monkeypatch, others)
     refused(
-        lambda: llama.generate(PROMPTS, 4, 0), NumberError, "prompt 0: the logits of new token 1, at position 2, are not finite"
+        lambda: llama.generate(PROMPTS, 4, 0),
+        NonFiniteError,
+        "prompt 0: the logits of new token 1, at position 2, are not finite",
     )
 
 
@@ -99,14 +101,14 @@ def test_a_masked_logit_is_no_error(stepping: Llama, monkeypatch: pytest.MonkeyP
     """Minus infinity beside finite logits is how a caller forbids an id: it is never chosen, but may stand in a prompt."""
     free, _ = stepping.generate(PROMPTS, 8, temperature, seed=1)
     chosen = free[0][0]
-    plain = Forward.logits
+    plain = EngineForward.logits
 
-    def logits(self: Forward, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self: EngineForward, hidden: torch.Tensor) -> torch.Tensor:
         found = plain(self, hidden)
         found[..., chosen] = float("-inf")
         return found
 
-    monkeypatch.setattr(Forward, "logits", logits)
+    monkeypatch.setattr(EngineForward, "logits", logits)
     masked, values = stepping.generate(PROMPTS, 8, temperature, seed=1, logprobs=True)
     assert all(masked) and not any(chosen in ids for ids in masked)
     assert all(value > float("-inf") for row in values or [] for value in row)
@@ -119,10 +121,10 @@ def test_log_probabilities(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Non
     bad = llama.tokenizer.encode("b", bos=False, eos=False)[-1]
     with monkeypatch.context() as patch:
         plant(llama, patch, bad)
-        refused(lambda: llama.score(["The", "b"], [" fox", "ab"]), NumberError, "prompt 1 with its continuation")
+        refused(lambda: llama.score(["The", "b"], [" fox", "ab"]), NonFiniteError, "prompt 1 with its continuation")
         refused(
             lambda: llama.generate([[1, 5], [1, bad, 9]], 2, temperature=0, logprobs=True, echo=True),
-            NumberError, "prompt 1: a token's log probability",
+            NonFiniteError, "prompt 1: a token's log probability",
         )  # fmt: skip
     assert llama.score(["The", "a"], [" fox", "b"]) == want
 
@@ -131,7 +133,7 @@ def test_log_probabilities(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_way_out_of_a_narrow_dtype(small: object, monkeypatch: pytest.MonkeyPatch, dtype: str, way_out: str) -> None:
     llama = Llama.build(small.folder, small.tokenizer_path, 32, 2, device="cpu", dtype=dtype)  # type: ignore[attr-defined]
     plant(llama, monkeypatch, 5)
-    refused(lambda: llama.generate([[1, 5]], 4), NumberError, f"or build with dtype={way_out}: {dtype} may not hold")
+    refused(lambda: llama.generate([[1, 5]], 4), NonFiniteError, f"or build with dtype={way_out}: {dtype} may not hold")
 
 
 def test_a_step_beyond_the_end_harms_no_later_call(stepping: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,12 +141,12 @@ def test_a_step_beyond_the_end_harms_no_later_call(stepping: Llama, monkeypatch:
     prompt = [1, 5, 9, 30, 8, 44, 45]
 
     def greedy(eos: int) -> list[int]:
-        run = stepping.engine.run([Request(list(prompt), 6)], Sampling(0), eos_id=eos, reuse=True)
-        return [token.id for token in run]
+        run = stepping.engine.run(GenerationCall([Request(list(prompt), 6)], SamplingParams(0), reuse=True), eos)
+        return [token.token for token in run]
 
     want = greedy(-1)
     eos = next(id_ for id_ in want if id_ not in prompt)
-    stepping.engine.forward().cache.turn = None
+    stepping.engine.forward().cache.prefix_tokens = None
     with monkeypatch.context() as patch:
         plant(stepping, patch, eos)
         assert greedy(eos) == greedy(eos) == want[: want.index(eos)]
@@ -155,13 +157,16 @@ def test_after_an_error_nothing_is_kept(stepping: Llama, monkeypatch: pytest.Mon
     prompt = [1, 5, 9, 30, 8, 44, 45]
 
     def greedy() -> list[int]:
-        return [token.id for token in stepping.engine.run([Request(list(prompt), 6)], Sampling(0), eos_id=-1, reuse=True)]
+        return [
+            token.token
+            for token in stepping.engine.run(GenerationCall([Request(list(prompt), 6)], SamplingParams(0), reuse=True), -1)
+        ]
 
     want = greedy()
-    stepping.engine.forward().cache.turn = None
+    stepping.engine.forward().cache.prefix_tokens = None
     with monkeypatch.context() as patch:
         plant(stepping, patch, next(id_ for id_ in want if id_ not in prompt))
-        with pytest.raises(NumberError):
+        with pytest.raises(NonFiniteError):
             greedy()
     assert greedy() == want
 
@@ -169,7 +174,7 @@ def test_after_an_error_nothing_is_kept(stepping: Llama, monkeypatch: pytest.Mon
 def test_the_id_is_named_whose_log_probability_is_none(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(llama, monkeypatch, 30)
     call = lambda: llama.generate([[1, 9, 30, 44]], 2, 0, logprobs=True, echo=True)  # noqa: E731
-    refused(call, NumberError, "a token's log probability is")
+    refused(call, NonFiniteError, "a token's log probability is")
 
 
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])
@@ -177,10 +182,10 @@ def test_weights_that_are_none_are_loaded_and_told(
     small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, kind: str | None
 ) -> None:
     """By the caller's own `load_state_dict`, into weights that were packed."""
-    monkeypatch.setattr(widened, "SMALLEST", 0)
+    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)
     llama = Llama.build(small.folder, small.tokenizer_path, 32, 1, device="cpu", dtype="bfloat16", quantize=kind)
     weights = {name: weight.clone() for name, weight in llama.model.state_dict().items()}
     for value in (float("nan"), float("inf")):
         weights["layers.0.attention.wo.weight"][3, 5] = value
         llama.model.load_state_dict(weights)
-        refused(lambda: llama.generate([[1, 5]], 2, temperature=0), NumberError, "not finite")
+        refused(lambda: llama.generate([[1, 5]], 2, temperature=0), NonFiniteError, "not finite")

@@ -8,20 +8,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import DeviceError, Llama, ModelArgs, Transformer, memory, plan
+from llama import DeviceError, Llama, ModelArgs, Transformer, errors
 from llama import model as llama_model
-from llama import parallel as llama_parallel
-from llama.__main__ import main as command
-from llama.cache import KVCache
+from llama.cli.main import main
+from llama.engine.kv_cache import KVCache
+from llama.layers import embedding, linear
+from llama.planning import estimate, machines
 
-from .support import ROOT, refused, write_shards
+from .support import refused, write_shards
 
 BF16, CUDA = torch.bfloat16, torch.device("cuda")
 
 
 def on_ranks(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models are made as rank 0 of so many makes them."""
-    for module in (llama_model, llama_parallel):
+    for module in (llama_model, linear, embedding):
         monkeypatch.setattr(module, "model_parallel", lambda: (0, ranks))
 
 
@@ -39,34 +40,34 @@ def cells(report: str) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("name, gib", [("7B", 12.55), ("13B", 24.24), ("70B", 128.48)])
 def test_the_models_are_as_large_as_metas_files(name: str, gib: float) -> None:
-    assert memory.weight_bytes(plan.MODELS[name], 1, BF16) / 2**30 == pytest.approx(gib, abs=0.01)
+    assert estimate.weight_bytes(machines.MODELS[name], 1, BF16) / 2**30 == pytest.approx(gib, abs=0.01)
 
 
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])
 @pytest.mark.parametrize("name, most", [("7B", 16), ("13B", 8), ("70B", 8)])
 def test_a_plan_says_what_building_would(name: str, most: int, kind: str | None) -> None:
-    args = replace(plan.MODELS[name], max_seq_len=4096, max_batch_size=8)
-    table = cells(plan.report(name, args, [], BF16, kind, list(plan.GPUS.values()), CUDA))
+    args = replace(machines.MODELS[name], max_seq_len=4096, max_batch_size=8)
+    table = cells(machines.plan_report(name, args, [], BF16, kind, list(machines.GPUS.values()), CUDA))
     columns = [int(n) for n in table["ranks"]]
     assert columns == [n for n in (1, 2, 4, 8, 16) if n <= most]
     fitting = 0
     for i, n in enumerate(columns):
         with pytest.raises(DeviceError) as caught:
-            memory.preflight(args, n, BF16, CUDA, 1, kind)
+            estimate.check_memory(args, n, BF16, CUDA, 1, kind)
         assert f"{table['weights, on each'][i]} of weights" in str(caught.value)
         assert f"{table['cache of 8 x 4096 ids'][i]} of cache" in str(caught.value)
         assert f"{table['to compute in'][i]} to compute in, make {table['in all'][i]}" in str(caught.value)
-        for gpu in plan.GPUS.values():
+        for gpu in machines.GPUS.values():
             fits = table[gpu.name][i] != "-"
             fitting += fits
             try:
-                memory.preflight(args, n, BF16, CUDA, int(gpu.memory * 1e9), kind)
+                estimate.check_memory(args, n, BF16, CUDA, int(gpu.memory * 1e9), kind)
                 assert fits
             except DeviceError as e:
                 assert not fits
-                alone = plan.report(name, args, [n], BF16, kind, [gpu], CUDA)
+                alone = machines.plan_report(name, args, [n], BF16, kind, [gpu], CUDA)
                 assert alone.endswith(str(e).replace("on cuda", f"on {gpu.name}"))
-    assert fitting > len(plan.GPUS)
+    assert fitting > len(machines.GPUS)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -78,27 +79,31 @@ def test_the_bytes_of_a_step_are_those_of_a_real_model(llama: Llama, monkeypatch
         held = (
             sum(p.nbytes for name, p in model.named_parameters() if "embedding" not in name) + KVCache.adopt(model).data.nbytes
         )
-    assert plan.step_bytes(args, ranks, BF16) == held
-    once_a_second = plan.Machine("one", 1, held / 1e9)
-    table = cells(plan.report("small", args, [ranks], BF16, None, [once_a_second], CUDA))
+    assert machines.bytes_read_per_step(args, ranks, BF16) == held
+    once_a_second = machines.Machine("one", 1, held / 1e9)
+    table = cells(machines.plan_report("small", args, [ranks], BF16, None, [once_a_second], CUDA))
     assert table["one"] == [f"{args.max_batch_size:.1f}"]
 
 
 def test_ranks_that_cannot_be_are_refused_as_building_refuses_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = dict(dtype=BF16, kind=None, machines=[plan.GPUS["H100"]], device=CUDA)
+    everything = dict(dtype=BF16, kind=None, machines=[machines.GPUS["H100"]], device=CUDA)
     for ranks in (3, 16):
         on_ranks(ranks, monkeypatch)
         said = f"key/value heads: 8 cannot be divided among {ranks} ranks; use one of 1, 2, 4, 8"
-        refused(lambda: Transformer(plan.MODELS["70B"]), DeviceError, said)
-        refused(lambda ranks=ranks: plan.report("70B", plan.MODELS["70B"], [1, ranks], **everything), DeviceError, said)
-    refused(lambda: plan.report("13B", plan.MODELS["13B"], [5], **everything), DeviceError, "feed-forward width: 13824")
-    code = replace(plan.MODELS["7B"], vocab_size=32016)
-    refused(lambda: plan.report("code", code, [32], **everything), DeviceError, "vocabulary: 32016")
+        refused(lambda: Transformer(machines.MODELS["70B"]), DeviceError, said)
+        refused(
+            lambda ranks=ranks: machines.plan_report("70B", machines.MODELS["70B"], [1, ranks], **everything), DeviceError, said
+        )
+    refused(
+        lambda: machines.plan_report("13B", machines.MODELS["13B"], [5], **everything), DeviceError, "feed-forward width: 13824"
+    )
+    code = replace(machines.MODELS["7B"], vocab_size=32016)
+    refused(lambda: machines.plan_report("code", code, [32], **everything), DeviceError, "vocabulary: 32016")
 
 
 def test_the_command(small: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def said(*arguments: str) -> dict[str, list[str]]:
-        assert command(["plan", *arguments]) == 0
+        assert main(["plan", *arguments]) == 0
         return cells(capsys.readouterr().out)
 
     table = said("--model", "70B", "--ranks", "4", "--max_seq_len", "2048", "--gpu", "h100")
@@ -108,21 +113,15 @@ def test_the_command(small: SimpleNamespace, tmp_path: Path, capsys: pytest.Capt
     assert said("--model", "7B", "--quantize", "int4", "--dtype", "float16", *mine)["a machine"][0] == "8.4"
     weights = said("--ckpt_dir", str(small.folder), "--ranks", "1", "--dtype", "bfloat16", *mine)["weights, on each"]
     model = ModelArgs(**{**small.params, "vocab_size": 384})
-    assert weights == [memory.gb(memory.weight_bytes(model, 1, BF16))]
+    assert weights == [errors.format_bytes(estimate.weight_bytes(model, 1, BF16))]
     as_stored = said("--ckpt_dir", str(small.folder), "--ranks", "1")["weights, on each"]
-    assert as_stored == [memory.gb(memory.weight_bytes(model, 1, torch.float32))]
+    assert as_stored == [errors.format_bytes(estimate.weight_bytes(model, 1, torch.float32))]
 
     folder = write_shards(tmp_path, small.params, {})  # as long as only params.json is there
     (folder / "consolidated.00.pth").unlink()
     table = said("--ckpt_dir", str(folder), "--ranks", "1")
-    larger = replace(model, vocab_size=plan.PIECES)
-    assert table["weights, on each"] == [memory.gb(memory.weight_bytes(larger, 1, BF16))]
-
-
-@pytest.mark.parametrize("name", plan.MODELS)
-def test_the_readme_shows_what_the_command_prints(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(["plan", "--model", name]) == 0
-    assert f"$ python -m llama plan --model {name}\n{capsys.readouterr().out}" in (ROOT / "README.md").read_text()
+    larger = replace(model, vocab_size=machines.VOCAB_SIZE)
+    assert table["weights, on each"] == [errors.format_bytes(estimate.weight_bytes(larger, 1, BF16))]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +140,6 @@ def test_the_readme_shows_what_the_command_prints(name: str, capsys: pytest.Capt
     ],
 )
 def test_what_cannot_be_planned(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(["plan", "--model", "7B", *arguments.split()]) == 1
+    assert main(["plan", "--model", "7B", *arguments.split()]) == 1
     out, err = capsys.readouterr()
     assert out == "" and said in err and err.count("\n") == 1

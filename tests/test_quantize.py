@@ -13,11 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from llama import DeviceError, InputError, Llama, ModelArgs, Transformer, blocks, int4, kernels, loading, memory, saved, widened
-from llama.blocks import BlockedLinear
-from llama.checkpoint import open_shards
-from llama.packed import PackedWeight, SharedKernel
-from llama.quantize import Quantized, quantize
+from llama import DeviceError, InputError, Llama, ModelArgs, Transformer, tuning
+from llama.checkpoint import loading, packed_file, resharding
+from llama.checkpoint.shards import open_shards
+from llama.kernels import blocked_linear, half_precision, int4, int8, packing
+from llama.kernels.blocked_linear import BlockedLinear
+from llama.kernels.packed_weight import PackedWeight, SharedKernel
+from llama.planning import estimate
+from llama.quantization.quantize import quantize
+from llama.quantization.weight import QuantizedWeight
 
 from .conftest import SMALL
 from .support import ROOT, in_whole_rows, random_weights, run, torchrun, write_shards
@@ -42,10 +46,10 @@ def in_groups(x: torch.Tensor, group: int) -> torch.Tensor:
 def test_quantized_weights_stay_near(shape: tuple[int, int]) -> None:
     weight = random(*shape)
     eight, four = quantize(weight, "int8"), quantize(weight, "int4")
-    error = in_groups(eight.dense() - weight, eight.group).abs()
-    assert (error <= 0.76 * eight.scale.unsqueeze(2)).all()  # half a step; and for the largest, as the scale is rounded
-    assert in_groups(eight.q, eight.group).abs().amax(2).ge(126).all()
-    assert four.q.min() == -8 and four.q.max() == 7
+    error = in_groups(eight.dequantize() - weight, eight.group_size).abs()
+    assert (error <= 0.76 * eight.scales.unsqueeze(2)).all()  # half a step; and for the largest, as the scale is rounded
+    assert in_groups(eight.values, eight.group_size).abs().amax(2).ge(126).all()
+    assert four.values.min() == -8 and four.values.max() == 7
 
 
 def test_an_outlier_coarsens_its_own_group_alone() -> None:
@@ -54,8 +58,8 @@ def test_an_outlier_coarsens_its_own_group_alone() -> None:
     with_one[:, 200] = 50
     for kind in ("int8", "int4"):
         before, after = quantize(weight, kind), quantize(with_one, kind)
-        others = torch.arange(2304) // before.group != 200 // before.group
-        assert torch.equal(after.dense()[:, others], before.dense()[:, others])
+        others = torch.arange(2304) // before.group_size != 200 // before.group_size
+        assert torch.equal(after.dequantize()[:, others], before.dequantize()[:, others])
 
 
 @pytest.mark.parametrize(("kind", "most"), [("int8", 4.5e-5), ("int4", 0.00665)])
@@ -63,16 +67,16 @@ def test_the_squared_error_of_gaussian_weights(kind: str, most: float) -> None:
     """As a share of the weights' own squares. In 4 bit the nearest numbers between the least and the greatest of a group miss
     by 0.0080, and the best shares of that range by 0.0067: least squares do better."""
     weight = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
-    assert (quantize(weight, kind).dense() - weight).square().mean() < most * weight.square().mean()
+    assert (quantize(weight, kind).dequantize() - weight).square().mean() < most * weight.square().mean()
 
 
 def test_weights_of_zero_stay_zero() -> None:
     for kind in ("int8", "int4"):
         held = quantize(torch.zeros(64, 64), kind)
-        kernel = kernels.pack(held)
+        kernel = packing.pack_weight(held)
         assert (
             kernel
-            and held.dense().abs().max() < 1e-20
+            and held.dequantize().abs().max() < 1e-20
             and kernel(torch.ones(2, 64)).abs().max() < 1e-20
             and not kernel(torch.zeros(1, 64)).any()
         )
@@ -84,7 +88,11 @@ def overflows() -> bool:
     return bool((torch._int_mm(most, most.t()) != 64 * 127 * 127).any())
 
 
-FORMS = {"Int8": ("int8", kernels.Int8), "Int8Cuda": ("int8", kernels.Int8Cuda), "Int4": ("int4", kernels.Int4)}
+FORMS = {
+    "Int8": ("int8", int8.Int8DequantLinear),
+    "Int8Cuda": ("int8", int8.Int8CudaLinear),
+    "Int4": ("int4", int4.Int4CpuLinear),
+}
 
 
 @pytest.mark.parametrize("n", [1, 3, 130])
@@ -97,7 +105,7 @@ def test_products_are_those_of_the_numbers_held(
     """By the forms that need no C; test_blocks.py has the others. PyTorch's product of 8 bits is the CPU's, too."""
     if form == "Int8Cuda" and overflows():
         pytest.skip("this CPU's product of 8 bits overflows")
-    monkeypatch.setattr(widened, "PIECE", 1 << 15)  # so that there are several
+    monkeypatch.setattr(tuning, "PIECE_BYTES", 1 << 15)  # so that there are several
     kind, make = FORMS[form]
     weight = random(*shape, dtype=dtype)
     held = in_whole_rows(weight, dtype) if form == "Int8Cuda" else quantize(weight, kind)
@@ -106,7 +114,7 @@ def test_products_are_those_of_the_numbers_held(
     if form == "Int8Cuda":  # the rows in whole numbers of 15 bits as well, to the digit
         scale = (x.float().abs().amax(1, keepdim=True) / 16256).double()
         rows = (rows / scale).round() * scale
-    want = rows @ dataclasses.replace(held, dtype=torch.float64).dense().T
+    want = rows @ dataclasses.replace(held, dtype=torch.float64).dequantize().T
     got = kernel(x)
     assert got.dtype == dtype
     tolerance = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
@@ -119,8 +127,8 @@ def test_products_are_those_of_the_numbers_held(
     assert compiled.dtype == dtype and (compiled.double() - want).abs().max() <= max(tolerance, 1e-2) * want.abs().max()
 
     for again in (kernel, copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel))):
-        back = again.held()
-        for field in dataclasses.fields(Quantized):
+        back = again.unpack()
+        for field in dataclasses.fields(QuantizedWeight):
             a, b = getattr(held, field.name), getattr(back, field.name)
             assert (
                 torch.equal(a, b) if isinstance(a, torch.Tensor) and dtype != torch.float16 else field.name != "q" or a.equal(b)
@@ -129,14 +137,17 @@ def test_products_are_those_of_the_numbers_held(
 
 def test_many_rows_are_multiplied_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """int4's two ways, where blocks end within the weight; and the one that is left where blocks cannot be read."""
-    kernel, x = kernels.Int4(quantize(random(200, 192, dtype=torch.bfloat16), "int4")), random(7, 192, dtype=torch.bfloat16)
-    few, by_pieces, unpacked = kernel(x), widened.by_pieces, []
-    monkeypatch.setattr(widened, "by_pieces", lambda x, *rest: (unpacked.append(len(x)), by_pieces(x, *rest))[1])
-    monkeypatch.setattr(int4, "FEW", 0)
-    monkeypatch.setattr(widened, "PIECE", 192 * 64 * 2)
+    kernel, x = (
+        int4.Int4CpuLinear(quantize(random(200, 192, dtype=torch.bfloat16), "int4")),
+        random(7, 192, dtype=torch.bfloat16),
+    )
+    few, by_pieces, unpacked = kernel(x), half_precision.linear_in_pieces, []
+    monkeypatch.setattr(half_precision, "linear_in_pieces", lambda x, *rest: (unpacked.append(len(x)), by_pieces(x, *rest))[1])
+    monkeypatch.setattr(tuning, "INT4_CPU_MAX_ROWS", 0)
+    monkeypatch.setattr(tuning, "PIECE_BYTES", 192 * 64 * 2)
     torch.testing.assert_close(kernel(x), few, atol=0.05, rtol=0.02)
-    assert unpacked == ([7] if int4._half_a_block() else [])
-    monkeypatch.setattr(int4, "_half_a_block", lambda: None)
+    assert unpacked == ([7] if int4._half_block_outputs() else [])
+    monkeypatch.setattr(int4, "_half_block_outputs", lambda: None)
     assert torch.equal(kernel(x), few)
 
 
@@ -166,7 +177,7 @@ def shared_kernels(model: Transformer) -> list[SharedKernel]:
 
 def kinds(model: Transformer) -> set[tuple[bool, str | None]]:
     """Of all matrices: whether it is the output layer's, and what its kernel multiplies."""
-    return {(shared.logits, shared.kernel.kind) for shared in shared_kernels(model)}
+    return {(shared.logits, shared.kernel.format) for shared in shared_kernels(model)}
 
 
 @pytest.mark.parametrize("kind, bound", [("int8", 0.15), ("int4", 1.2)])
@@ -206,9 +217,9 @@ def test_a_quantized_model_answers_nearly_as_the_plain_one(
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_part_of_a_row_of_a_single_group_is_multiplied(kind: str) -> None:
     held, x = quantize(random(64, 32), kind), random(3, 16)
-    kernel = kernels.pack(held.columns(8, 24))
-    assert kernel and torch.equal(kernel.dense(), held.dense()[:, 8:24])
-    torch.testing.assert_close(kernel(x), x @ held.dense()[:, 8:24].T, atol=0.05, rtol=0.02)
+    kernel = packing.pack_weight(held.slice_inputs(8, 24))
+    assert kernel and torch.equal(kernel.dequantize(), held.dequantize()[:, 8:24])
+    torch.testing.assert_close(kernel(x), x @ held.dequantize()[:, 8:24].T, atol=0.05, rtol=0.02)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -219,16 +230,17 @@ def test_a_rank_holds_its_part_of_what_one_rank_holds(
     """Read from 1 and 4 shards; of wo's 64 inputs four ranks have half a group each."""
 
     def part(name: str, folder: Path, rank: int, ranks: int) -> torch.Tensor:
-        monkeypatch.setattr(loading, "model_parallel", lambda: (rank, ranks))
-        found = loading.quantized(name, open_shards(folder), kind, torch.float32, torch.device("cpu"))
-        kernel = kernels.pack(Quantized.cat(list(found)))
+        for module in (loading, resharding):
+            monkeypatch.setattr(module, "model_parallel", lambda: (rank, ranks))
+        found = loading.quantize_rank_part(name, open_shards(folder), kind, torch.float32, torch.device("cpu"))
+        kernel = packing.pack_weight(QuantizedWeight.cat(list(found)))
         assert kernel
-        return kernel.dense()
+        return kernel.dequantize()
 
     for n, name in itertools.product((1, 4), ("layers.1.attention.wo.weight", "layers.1.feed_forward.w1.weight")):
         folder = write_shards(tmp_path / str(n), small.params, small.weights, n)
         parts = [part(name, folder, rank, ranks) for rank in range(ranks)]
-        assert torch.equal(torch.cat(parts, 1 if "wo" in name else 0), quantize(small.weights[name], kind).dense())
+        assert torch.equal(torch.cat(parts, 1 if "wo" in name else 0), quantize(small.weights[name], kind).dequantize())
 
 
 def test_the_demo_models_answers_in_8_bit_are_the_same_from_any_shards_on_1_and_2_ranks(tmp_path: Path) -> None:
@@ -237,7 +249,7 @@ def test_the_demo_models_answers_in_8_bit_are_the_same_from_any_shards_on_1_and_
     weights = torch.load(DEMO / "consolidated.00.pth", weights_only=True)
     folders = [write_shards(tmp_path / f"{n}", params, weights, n) for n in (1, 2, 4)]
     kept = write_shards(tmp_path / "kept", params, weights, 2)
-    saved.save(kept, "int8")
+    packed_file.save_packed_file(kept, "int8")
     for shard in kept.glob("*.pth"):
         shard.unlink()
     worker, out, answers = Path(__file__).with_name("quantized_worker.py"), tmp_path / "out.json", []
@@ -257,7 +269,7 @@ def test_a_row_does_not_depend_on_the_others(small: SimpleNamespace, kind: str, 
     16-bit values."""
     llama = Llama.build(small.folder, small.tokenizer_path, 128, 4, device="cpu", dtype=dtype, quantize=kind)
     ids = torch.randint(3, 384, (4, 100), generator=torch.Generator().manual_seed(5))
-    same = kind == "int8" or dtype == "float32" or blocks.library_for(kind)
+    same = kind == "int8" or dtype == "float32" or blocked_linear.extension_for(kind)
     forwards = functools.partial(engine_logits, llama.engine.forward()), llama.model.forward
     for logits, inference in itertools.product(forwards, (False, True)):  # norms have kernels of their own there
         with torch.inference_mode(inference):
@@ -272,10 +284,12 @@ def test_float16_neither_overflows_nor_loses_what_is_small() -> None:
     x = random(130, 4096)
     x[:, 7] = 700
     held = quantize(random(64, 4096) * 0.02, "int8")
-    want = x.half().double() @ held.dense().double().T
-    assert (kernels.Int8(held.to(held.device, torch.float16))(x.half()).double() - want).abs().max() < 0.01 * want.abs().max()
+    want = x.half().double() @ held.dequantize().double().T
+    assert (
+        int8.Int8DequantLinear(held.to(held.device, torch.float16))(x.half()).double() - want
+    ).abs().max() < 0.01 * want.abs().max()
     x = random(8, 4096) * 1e-4
-    want, kernel = x.half().double() @ held.dense().double().T, kernels.pack(held.to(held.device, torch.float16))
+    want, kernel = x.half().double() @ held.dequantize().double().T, packing.pack_weight(held.to(held.device, torch.float16))
     assert kernel and (kernel(x.half()).double() - want).norm() < 0.03 * want.norm()
 
 
@@ -304,14 +318,14 @@ def test_the_bytes_counted_are_those_held(tmp_path: Path, tokenizer_path: Path, 
     llama = Llama.build(folder, tokenizer_path, 16, 1, device="cpu", dtype=dtype, quantize=kind)
     held = sum(p.nbytes for p in llama.model.parameters() if not isinstance(p, PackedWeight))
     for kernel in (shared.kernel for shared in shared_kernels(llama.model)):
-        weight = kernel.held()
-        assert isinstance(weight, Quantized)
+        weight = kernel.unpack()
+        assert isinstance(weight, QuantizedWeight)
         if isinstance(kernel, BlockedLinear):
             held += sum(part.nbytes for part in (kernel.blocks.weight, kernel.blocks.scales) if part is not None)
         else:
-            numbers = weight.q.numel() // 2 if kernel.kind == "int4" else weight.q.numel()
-            held += numbers + sum(part.nbytes for part in (weight.scale, weight.zero) if part is not None)
-    assert memory.weight_bytes(llama.model.params, 1, dtype, kind) == pytest.approx(held, rel=0.01)
+            numbers = weight.values.numel() // 2 if kernel.format == "int4" else weight.values.numel()
+            held += numbers + sum(part.nbytes for part in (weight.scales, weight.zeros) if part is not None)
+    assert estimate.weight_bytes(llama.model.params, 1, dtype, kind) == pytest.approx(held, rel=0.01)
 
 
 # --- what cannot be --------------------------------------------------------------------------------------------------
@@ -322,24 +336,24 @@ def test_other_kinds_are_refused(bad: Any) -> None:
     with pytest.raises(InputError, match=r"quantize is .*use 'int8' or 'int4'"):
         Llama.build("nowhere", "nowhere", quantize=bad)
     with pytest.raises(InputError, match=r"kind to save is .*one of 'bfloat16', 'int8', 'int4'"):
-        saved.save("nowhere", bad)
+        packed_file.save_packed_file("nowhere", bad)
 
 
 def test_what_has_no_kernel_says_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DeviceError, match=r"no kernel on mps; use quantize='int8'"):
-        kernels.check("int4", torch.device("mps"), torch.float32)
+        packing.check_kernel("int4", torch.device("mps"), torch.float32)
     with pytest.raises(DeviceError, match=r"dtype is torch.float16; use dtype='bfloat16'"):
-        kernels.check("int4", torch.device("cuda"), torch.float16)
+        packing.check_kernel("int4", torch.device("cuda"), torch.float16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     with pytest.raises(DeviceError, match=r"capability 8.0, and cuda:0 has 7.5; use quantize='int8'"):
-        kernels.check("int4", torch.device("cuda:0"), torch.bfloat16)
-    kernels.check("int4", torch.device("cuda"), torch.bfloat16)
+        packing.check_kernel("int4", torch.device("cuda:0"), torch.bfloat16)
+    packing.check_kernel("int4", torch.device("cuda"), torch.bfloat16)
     for kind, device in (("int8", "cuda"), ("int8", "mps"), ("int4", "cpu")):
-        kernels.check(kind, torch.device(device), torch.float16)
+        packing.check_kernel(kind, torch.device(device), torch.float16)
 
 
 def test_a_row_of_zeros_has_a_scale() -> None:
-    assert quantize(torch.zeros(2, 64), "int8").scale.min() > 0
+    assert quantize(torch.zeros(2, 64), "int8").scales.min() > 0
 
 
 def test_widths_that_are_no_whole_groups(tmp_path: Path, tokenizer_path: Path) -> None:
@@ -350,7 +364,7 @@ def test_widths_that_are_no_whole_groups(tmp_path: Path, tokenizer_path: Path) -
     weights = random_weights(params, 384, width)
     folder = write_shards(tmp_path / "m", params, weights)
     llama = Llama.build(folder, tokenizer_path, 16, 1, device="cpu", dtype="bfloat16", quantize="int4")
-    want = quantize(weights["layers.0.feed_forward.w2.weight"], "int4", torch.bfloat16).dense()
+    want = quantize(weights["layers.0.feed_forward.w2.weight"], "int4", torch.bfloat16).dequantize()
     assert torch.equal(llama.model.layers[0].feed_forward.w2.weight, want)
 
 
@@ -371,7 +385,7 @@ def test_forward_under_a_callers_autocast(kind: str | None, dtype: torch.dtype) 
 @pytest.mark.parametrize("foreign", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_int4_takes_rows_of_another_dtype(dtype: torch.dtype, foreign: torch.dtype, rows: int) -> None:
-    kernel = kernels.pack(quantize(random(384, 1024), "int4", dtype))
+    kernel = packing.pack_weight(quantize(random(384, 1024), "int4", dtype))
     x = random(rows, 1024).to(foreign)
-    want = x.float() @ kernel.dense().float().t()  # type: ignore[union-attr]
+    want = x.float() @ kernel.dequantize().float().t()  # type: ignore[union-attr]
     assert (kernel(x) - want).norm() < 0.02 * want.norm()  # type: ignore[misc]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama.loading import cut
+from llama.checkpoint.resharding import shard_views
 
 from .support import random_weights, run, torchrun, write_shards
 
@@ -73,6 +73,6 @@ def test_cut_gives_each_rank_its_interval(n: int, m: int, dim: int) -> None:
     whole = torch.arange(24 * 24).view(24, 24)
     parts = list(whole.chunk(n, dim))
     for rank in range(m):
-        views = cut(parts, dim, rank, m)
+        views = shard_views(parts, dim, rank, m)
         assert torch.equal(torch.cat(views, dim), whole.chunk(m, dim)[rank])
         assert all(view._base is not None for view in views)  # nothing is copied before it is needed

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import DeviceError, Llama, ranks, runtime
-from llama.pages import HugePages
+from llama import DeviceError, Llama
+from llama.distributed import groups, progress, setup
+from llama.kernels.host_memory import HugePageAllocator
+from llama.planning import free_memory
 
 from .support import refused, run, torchrun
 
@@ -123,9 +125,9 @@ def test_the_choice_of_a_device(
             monkeypatch.setenv(key, str(value))
     if " " in want:
         with pytest.raises(DeviceError, match=want):
-            runtime.choose_device(asked, world)
+            setup.choose_device(asked, world)
     else:
-        assert str(runtime.choose_device(asked, world)) == want
+        assert str(setup.choose_device(asked, world)) == want
 
 
 @pytest.mark.parametrize(
@@ -154,39 +156,39 @@ def test_a_machine_that_others_cannot_find_says_so(
     for key, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", **env}.items():
         monkeypatch.setenv(key, value)
     if ok:
-        ranks.check_reachable()
+        groups.check_reachable()
     else:
-        refused(ranks.check_reachable, DeviceError, "'alpha', leads", "set GLOO_SOCKET_IFNAME")
+        refused(groups.check_reachable, DeviceError, "'alpha', leads", "set GLOO_SOCKET_IFNAME")
 
 
 def test_progress_is_for_terminals_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     clock = iter(range(100))
-    monkeypatch.setattr(runtime.time, "monotonic", lambda: float(next(clock)))
-    assert list(runtime.progress([1, 2, 3], lambda n: n * 10**9, "loading")) == [1, 2, 3]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    assert list(progress.progress([1, 2, 3], lambda n: n * 10**9, "loading")) == [1, 2, 3]
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert list(runtime.progress([1, 2, 3], lambda n: n * 10**9, "loading")) == [1, 2, 3]
+    assert list(progress.progress([1, 2, 3], lambda n: n * 10**9, "loading")) == [1, 2, 3]
     shown = capsys.readouterr().err.split("\r")
     assert shown[-1].startswith("loading [##############################] 6.0 of 6.0 GB")
 
 
 def test_free_memory_is_known_and_shared_by_the_ranks_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = runtime.free_memory(torch.device("cpu"))
+    free = free_memory.free_memory(torch.device("cpu"))
     assert free is not None and free > 0
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    quarter = runtime.free_memory(torch.device("cpu"))
+    quarter = free_memory.free_memory(torch.device("cpu"))
     assert quarter is not None and quarter < free / 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's")
 def test_tensors_in_huge_pages_lie_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HugePages, "size", 4096)
+    monkeypatch.setattr(HugePageAllocator, "chunk_bytes", 4096)
     pages, made = (
-        HugePages(),
+        HugePageAllocator(),
         [torch.randn(n, 3).bfloat16() for n in (5, 100, 1000, 7, 600)],
     )  # some larger than what is asked for
     with torch.inference_mode():
-        kept = [pages.room(*x.shape, dtype=x.dtype).copy_(x) for x in made]
+        kept = [pages.empty(*x.shape, dtype=x.dtype).copy_(x) for x in made]
     for x, own in zip(made, kept, strict=True):
         assert torch.equal(own, x) and own.is_contiguous() and own.data_ptr() % 64 == 0
     assert kept[1].data_ptr() - kept[0].data_ptr() == 64

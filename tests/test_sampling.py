@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from llama.sampling import Sampling, candidates, logprobs_of, next_ids, penalize, sample_top_p, seeded_noise
+from llama.sampling import (
+    SamplingParams,
+    apply_repetition_penalty,
+    filter_probs,
+    sample,
+    sample_top_p,
+    seeded_exponential,
+    token_logprobs,
+)
 
 
 def nucleus(probs: list[float], p: float) -> set[int]:
@@ -43,19 +51,19 @@ def test_same_generator_state_same_draws_as_multinomial() -> None:
 
 def test_temperature() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert next_ids(logits, Sampling(0)).tolist() == [1]
+    assert sample(logits, SamplingParams(0)).tolist() == [1]
     torch.manual_seed(0)
-    cold, hot = (torch.cat([next_ids(logits, Sampling(t, 1.0)) for _ in range(300)]).unique() for t in (0.05, 5.0))
+    cold, hot = (torch.cat([sample(logits, SamplingParams(t, 1.0)) for _ in range(300)]).unique() for t in (0.05, 5.0))
     assert cold.tolist() == [1] and hot.tolist() == [0, 1, 2]
 
 
 def test_logprobs() -> None:
     logits, ids = torch.randn(4, 9), torch.tensor([0, 8, 3, 3])
     expected = [logits[i].double().softmax(-1)[ids[i]].log().item() for i in range(4)]
-    assert logprobs_of(logits, ids).tolist() == pytest.approx(expected, abs=1e-5)
+    assert token_logprobs(logits, ids).tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def distribution(logits: list[float], seen: set[int], s: Sampling) -> dict[int, float]:
+def distribution(logits: list[float], seen: set[int], s: SamplingParams) -> dict[int, float]:
     """The definitions, read plainly: what each id may be drawn with."""
     logits = [
         (x / s.repetition_penalty if x > 0 else x * s.repetition_penalty) if i in seen else x for i, x in enumerate(logits)
@@ -93,12 +101,12 @@ def test_options_draw_as_their_definitions_say(options: dict, seeded: bool) -> N
     """20,000 draws from one distribution: only what may be drawn, each in proportion."""
     n, seen = 20000, {2, 5, 7}
     logits = torch.randn(12, generator=torch.Generator().manual_seed(4)) * 1.5
-    sampling = Sampling(**{"temperature": 1.0, "top_p": 1.0, **options})
+    sampling = SamplingParams(**{"temperature": 1.0, "top_p": 1.0, **options})
     mask = torch.tensor([i in seen for i in range(12)])
-    penalized = penalize(logits.unsqueeze(0), mask.unsqueeze(0), sampling.repetition_penalty).expand(n, -1)
+    penalized = apply_repetition_penalty(logits.unsqueeze(0), mask.unsqueeze(0), sampling.repetition_penalty).expand(n, -1)
     torch.manual_seed(0)
-    noise = seeded_noise(torch.arange(n), torch.full((n,), 9), 12) if seeded else None
-    drawn = next_ids(penalized, sampling, noise).bincount(minlength=12) / n
+    noise = seeded_exponential(torch.arange(n), torch.full((n,), 9), 12) if seeded else None
+    drawn = sample(penalized, sampling, noise).bincount(minlength=12) / n
     want = distribution(logits.tolist(), seen, sampling)
     assert {i for i, p in want.items() if p > 1e-3} <= {i for i in range(12) if drawn[i]} <= set(want)
     for i, p in want.items():
@@ -119,14 +127,14 @@ def plain_noise(seed: int, position: int, id_: int) -> float:
 
 def test_seeded_noise_is_the_same_everywhere() -> None:
     seeds, positions = [0, 1, -1, 2**63 - 1, -(2**63)], [0, 7, 7, 4095, 1]
-    noise = seeded_noise(torch.tensor(seeds), torch.tensor(positions), 300)
+    noise = seeded_exponential(torch.tensor(seeds), torch.tensor(positions), 300)
     for row, seed, position in zip(noise.tolist(), seeds, positions, strict=True):
         assert row == pytest.approx([plain_noise(seed, position, i) for i in range(300)], rel=1e-5)
 
 
 def test_seeded_noise_is_exponential_and_unrelated_between_neighbours() -> None:
     """Of seeds, positions and ids that follow each other, as they will in use."""
-    noise = seeded_noise(torch.arange(50).repeat_interleave(40), torch.arange(40).repeat(50), 200).view(50, 40, 200)
+    noise = seeded_exponential(torch.arange(50).repeat_interleave(40), torch.arange(40).repeat(50), 200).view(50, 40, 200)
     for below in (1e-3, 0.1, 0.7, 2.0):
         assert (noise < below).double().mean().item() == pytest.approx(1 - math.exp(-below), rel=0.06)
     uniform = (1 - torch.exp(-noise) - 0.5).double()
@@ -137,6 +145,6 @@ def test_seeded_noise_is_exponential_and_unrelated_between_neighbours() -> None:
 
 def test_the_edges_of_the_candidates() -> None:
     probs = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
-    assert candidates(probs, 1.0, min_p=1.0)[0].tolist() == [[1.0, 0.0, 0.0, 0.0]]
-    assert candidates(probs, 0.55, top_k=2)[0].tolist() == [[1.0, 0.0]]  # top_p is of what top_k leaves
-    assert Sampling(repetition_penalty=0.01).repetition_penalty == 0.01
+    assert filter_probs(probs, 1.0, min_p=1.0)[0].tolist() == [[1.0, 0.0, 0.0, 0.0]]
+    assert filter_probs(probs, 0.55, top_k=2)[0].tolist() == [[1.0, 0.0]]  # top_p is of what top_k leaves
+    assert SamplingParams(repetition_penalty=0.01).repetition_penalty == 0.01

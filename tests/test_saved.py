@@ -14,19 +14,21 @@ from typing import Any
 import pytest
 import torch
 
-from llama import CheckpointError, DeviceError, InputError, Llama, ModelArgs, Transformer, kernels, loading, saved
-from llama.__main__ import main as command
-from llama.blocks import BlockedLinear
-from llama.packed import PackedWeight
+from llama import CheckpointError, DeviceError, InputError, Llama, ModelArgs, Transformer
+from llama.checkpoint import loading, packed_file
+from llama.cli.main import main
+from llama.kernels import pack, packing
+from llama.kernels.blocked_linear import BlockedLinear
+from llama.kernels.packed_weight import PackedWeight
 
-from .support import refused, write_shards
+from .support import no_extension, refused, write_shards
 
 
 @pytest.fixture
 def kept(small: SimpleNamespace, tmp_path: Path) -> Path:
     """A folder of two shards, and int4.safetensors."""
     folder = write_shards(tmp_path / "kept", small.params, small.weights, 2)
-    assert saved.save(folder, "int4") == folder / "int4.safetensors"
+    assert packed_file.save_packed_file(folder, "int4") == folder / "int4.safetensors"
     assert sorted(p.name for p in folder.iterdir()) == [
         "consolidated.00.pth", "consolidated.01.pth", "int4.safetensors", "params.json",
     ]  # fmt: skip
@@ -61,7 +63,7 @@ def test_a_saved_file_answers_as_the_shards_it_was_made_from(
 def in_bfloat16(small: SimpleNamespace, tmp_path: Path) -> Path:
     """A folder of two shards in bfloat16, and bfloat16.safetensors."""
     folder = write_shards(tmp_path / "m", small.params, {name: w.bfloat16() for name, w in small.weights.items()}, 2)
-    saved.save(folder, "bfloat16")
+    packed_file.save_packed_file(folder, "bfloat16")
     return folder
 
 
@@ -94,10 +96,10 @@ def test_a_bfloat16_file_is_not_read_for_float32(in_bfloat16: Path, small: Simpl
 
 def test_weights_of_more_digits_are_not_saved_in_bfloat16(small: SimpleNamespace, tmp_path: Path) -> None:
     folder = write_shards(tmp_path, small.params, small.weights)
-    refused(lambda: saved.save(folder, "bfloat16"), InputError, "stored as torch.float32")
+    refused(lambda: packed_file.save_packed_file(folder, "bfloat16"), InputError, "stored as torch.float32")
     one = {name: w if name == "output.weight" else w.bfloat16() for name, w in small.weights.items()}
     folder = write_shards(tmp_path / "one", small.params, one)
-    refused(lambda: saved.save(folder, "bfloat16"), InputError, "output.weight is stored as torch.float32")
+    refused(lambda: packed_file.save_packed_file(folder, "bfloat16"), InputError, "output.weight is stored as torch.float32")
 
 
 def test_a_bfloat16_file_that_holds_nan_is_refused(in_bfloat16: Path, small: SimpleNamespace) -> None:
@@ -124,30 +126,30 @@ def test_weights_stored_in_any_order_and_of_several_dtypes_are_quantized(
         stored[name] = stored[name].t().contiguous().t()
     stored["layers.0.attention.wq.weight"] = stored["layers.0.attention.wq.weight"].float()
     torch.save(stored, odd / "consolidated.00.pth")
-    for folder in (odd, saved.save(odd, quantize).parent):
+    for folder in (odd, packed_file.save_packed_file(odd, quantize).parent):
         ids = torch.arange(3, 33).view(1, 30)
         assert torch.equal(build(folder, small, quantize=quantize).model.forward(ids, 0), plain.model.forward(ids, 0))
 
 
-@pytest.mark.parametrize("kind", saved.SAVED)
+@pytest.mark.parametrize("kind", packed_file.PACKED_FORMATS)
 def test_the_file_is_the_same_without_compiled_code(in_bfloat16: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     file = in_bfloat16 / f"{kind}.safetensors"
-    saved.save(in_bfloat16, kind)
+    packed_file.save_packed_file(in_bfloat16, kind)
     compiled = file.read_bytes()
-    monkeypatch.setattr(saved, "PACK", None)
-    saved.save(in_bfloat16, kind)
+    monkeypatch.setattr(pack, "status", no_extension)
+    packed_file.save_packed_file(in_bfloat16, kind)
     assert file.read_bytes() == compiled
 
 
-@pytest.mark.parametrize("kind", saved.SAVED)
+@pytest.mark.parametrize("kind", packed_file.PACKED_FORMATS)
 def test_a_file_is_taken_apart_where_no_kernel_reads_blocks(
     in_bfloat16: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    saved.save(in_bfloat16, kind)
+    packed_file.save_packed_file(in_bfloat16, kind)
     asked = None if kind == "bfloat16" else kind
     weights = build(in_bfloat16, small, quantize=asked).model.state_dict()
-    for module in (loading, kernels):
-        monkeypatch.setattr(module, "library_for", lambda kind: None)
+    for module in (loading, packing):
+        monkeypatch.setattr(module, "extension_for", lambda kind: None)
     apart = build(in_bfloat16, small, quantize=asked).model
     assert not any(isinstance(p, PackedWeight) and isinstance(p.shared.kernel, BlockedLinear) for p in apart.parameters())
     for name, weight in apart.state_dict().items():
@@ -234,38 +236,38 @@ def test_a_damaged_file_is_refused(kept: Path, small: SimpleNamespace, damage: s
 
 def test_saving_leaves_nothing_half_done(small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_shards(tmp_path, small.params, small.weights)
-    usage = saved.shutil.disk_usage(folder)
+    usage = shutil.disk_usage(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(saved.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
         with pytest.raises(CheckpointError, match=r"would take 0\.\d+ MB, but 0\.001 MB are free"):
-            saved.save(folder, "int8")
+            packed_file.save_packed_file(folder, "int8")
 
     def full(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(saved, "_written", full)
+        patch.setattr(packed_file, "_tensors_to_write", full)
         with pytest.raises(CheckpointError, match=r"cannot be written: No space left on device"):
-            saved.save(folder, "int8")
+            packed_file.save_packed_file(folder, "int8")
     assert sorted(p.name for p in folder.iterdir()) == ["consolidated.00.pth", "params.json"]
     other = {name: w.clone() for name, w in small.weights.items()}
     other["output.weight"][3, 3] = float("nan")
     write_shards(folder, small.params, other)
     with pytest.raises(CheckpointError, match=r"output.weight holds NaN"):
-        saved.save(folder, "int8")
+        packed_file.save_packed_file(folder, "int8")
     with pytest.raises(CheckpointError, match=r"output.weight holds NaN"):
         build(folder, small)
 
 
 def test_the_commands(small: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_shards(tmp_path, small.params, small.weights, 2)
-    assert command(["quantize", "--ckpt_dir", str(folder), "int8"]) == 0
+    assert main(["quantize", "--ckpt_dir", str(folder), "int8"]) == 0
     assert re.fullmatch(rf"{folder}/int8\.safetensors: 0\.\d+ MB\n", capsys.readouterr().out)
     model = ["--ckpt_dir", str(folder), "--tokenizer_path", str(small.tokenizer_path), "--device", "cpu", "--temperature", "0"]
-    assert command(["complete", *model, "--quantize", "int8", "--max_gen_len", "4", "The quick"]) == 0
+    assert main(["complete", *model, "--quantize", "int8", "--max_gen_len", "4", "The quick"]) == 0
     want = build(folder, small, quantize="int8").text_completion(["The quick"], temperature=0, max_gen_len=4)
     assert capsys.readouterr().out == f"The quick\n> {want[0]['generation']}\n"
-    assert command(["quantize", "--ckpt_dir", str(tmp_path / "nowhere"), "int8"]) == 1
+    assert main(["quantize", "--ckpt_dir", str(tmp_path / "nowhere"), "int8"]) == 1
     assert "No such file" in capsys.readouterr().err
 
 
@@ -285,54 +287,54 @@ def test_other_weights_are_told_where_writers_leave_the_checksums_out(small: Sim
         folders = [write_shards(tmp_path / str(i), small.params, w) for i, w in enumerate((small.weights, doubled))]
     finally:
         torch.serialization.set_crc32_options(True)
-    assert len({saved.fingerprint(folder) for folder in folders}) == 2
-    assert saved.fingerprint(folders[0]) == saved.fingerprint(folders[0])
+    assert len({packed_file.shards_fingerprint(folder) for folder in folders}) == 2
+    assert packed_file.shards_fingerprint(folders[0]) == packed_file.shards_fingerprint(folders[0])
 
 
 def test_two_who_save_do_not_meet(small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second begins, and fails, while the first is at it; ranks are refused."""
-    folder, plain, met = write_shards(tmp_path, small.params, small.weights), saved._written, []
+    folder, plain, met = write_shards(tmp_path, small.params, small.weights), packed_file._tensors_to_write, []
 
     def meeting(*args: Any) -> Any:
         if not met:
             met.append(True)
             with monkeypatch.context() as patch:
-                patch.setattr(saved.os, "getpid", lambda: -1)
-                patch.setattr(saved, "_written", lambda *_: pytest.fail("the second"))
+                patch.setattr(packed_file.os, "getpid", lambda: -1)
+                patch.setattr(packed_file, "_tensors_to_write", lambda *_: pytest.fail("the second"))
                 with pytest.raises(pytest.fail.Exception):
-                    saved.save(folder, "int8")
+                    packed_file.save_packed_file(folder, "int8")
         return plain(*args)
 
-    monkeypatch.setattr(saved, "_written", meeting)
-    saved.save(folder, "int8")
+    monkeypatch.setattr(packed_file, "_tensors_to_write", meeting)
+    packed_file.save_packed_file(folder, "int8")
     build(folder, small, quantize="int8")
     assert met and sorted(p.name for p in folder.iterdir()) == ["consolidated.00.pth", "int8.safetensors", "params.json"]
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DeviceError, match="run it without torchrun"):
-        saved.save(folder, "int8")
+        packed_file.save_packed_file(folder, "int8")
 
 
 def test_a_file_of_another_layout_is_refused(small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shutil.copytree(small.folder, tmp_path / "m")
     with monkeypatch.context() as patch:
-        patch.setattr(saved, "LAYOUT", "another")
-        saved.save(folder, "int8")
-    refused(lambda: saved.open_saved(folder, "int8"), CheckpointError, "its layout is 'another', 'int8'")
+        patch.setattr(packed_file, "LAYOUT", "another")
+        packed_file.save_packed_file(folder, "int8")
+    refused(lambda: packed_file.open_packed_file(folder, "int8"), CheckpointError, "its layout is 'another', 'int8'")
 
 
 def test_a_shard_of_many_records_is_no_shard(small: SimpleNamespace, tmp_path: Path) -> None:
     """Of each, 4 kB would be read, wherever it says that it begins."""
     folder = shutil.copytree(small.folder, tmp_path / "m")
-    saved.save(folder, "int8")
+    packed_file.save_packed_file(folder, "int8")
     with zipfile.ZipFile(folder / "consolidated.00.pth", "w") as archive:
-        for i in range(saved.MOST_RECORDS + 1):
+        for i in range(packed_file.MAX_ZIP_RECORDS + 1):
             archive.writestr(f"archive/data/{i}", b"")
-    refused(lambda: saved.open_saved(folder, "int8"), CheckpointError, "more than 10,000 records")
+    refused(lambda: packed_file.open_packed_file(folder, "int8"), CheckpointError, "more than 10,000 records")
 
 
 def test_what_a_header_says_is_cut_short(small: SimpleNamespace, tmp_path: Path) -> None:
-    path = saved.save(shutil.copytree(small.folder, tmp_path / "m"), "int8")
+    path = packed_file.save_packed_file(shutil.copytree(small.folder, tmp_path / "m"), "int8")
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
@@ -353,7 +355,7 @@ def test_wide_numbers_come_first(small: SimpleNamespace) -> None:
     """So that each lies where its size says, with nothing in between."""
     with torch.device("meta"):
         model = Transformer(ModelArgs(**{**small.params, "vocab_size": 384}))
-    sizes = [dtype.itemsize for dtype, _ in saved.layout(model, torch.bfloat16, "int8").values()]
+    sizes = [dtype.itemsize for dtype, _ in packed_file.file_layout(model, torch.bfloat16, "int8").values()]
     assert sizes == sorted(sizes, reverse=True)
 
 
@@ -362,7 +364,7 @@ def test_a_shard_touched_while_it_is_saved(
     small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     folder = shutil.copytree(small.folder, tmp_path / "m")
-    written, seen, when = saved._written, [], 1 if at == "first" else len(small.weights)
+    written, seen, when = packed_file._tensors_to_write, [], 1 if at == "first" else len(small.weights)
 
     def touched(name: str, *args: Any) -> Any:
         seen.append(name)
@@ -370,8 +372,8 @@ def test_a_shard_touched_while_it_is_saved(
             os.utime(folder / "consolidated.00.pth", ns=(0, 5))
         return written(name, *args)
 
-    monkeypatch.setattr(saved, "_written", touched)
-    refused(lambda: saved.save(folder, "int8"), CheckpointError, "while it was being read")
+    monkeypatch.setattr(packed_file, "_tensors_to_write", touched)
+    refused(lambda: packed_file.save_packed_file(folder, "int8"), CheckpointError, "while it was being read")
     assert len(seen) == when and not (folder / "int8.safetensors").exists()
 
 
@@ -379,16 +381,16 @@ def test_a_header_of_any_length_and_dtypes_of_any_kind_are_refused(
     small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(small.folder, tmp_path / "m")
-    path = saved.save(folder, "int8")
+    path = packed_file.save_packed_file(folder, "int8")
     with monkeypatch.context() as patch:
-        patch.setattr(saved, "LARGEST_HEADER", 64)
-        refused(lambda: saved.open_saved(folder, "int8"), CheckpointError, "cut off, damaged")
-    shards = saved.open_saved(folder, "int8")
+        patch.setattr(packed_file, "MAX_HEADER_BYTES", 64)
+        refused(lambda: packed_file.open_packed_file(folder, "int8"), CheckpointError, "cut off, damaged")
+    shards = packed_file.open_packed_file(folder, "int8")
     assert shards is not None
     with torch.device("meta"):
         model = Transformer(ModelArgs(**{**small.params, "vocab_size": 384}))
-    saved.check(model, shards)
+    packed_file.check_packed_file(model, shards)
     for name, tensor in shards[path.name].items():
         if tensor.ndim == 1 or name == "tok_embeddings.weight":
             shards[path.name][name] = tensor.to(torch.int8)
-    refused(lambda: saved.check(model, shards), CheckpointError, "tok_embeddings.weight")
+    refused(lambda: packed_file.check_packed_file(model, shards), CheckpointError, "tok_embeddings.weight")

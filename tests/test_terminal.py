@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from llama import InputError, Llama
-from llama.__main__ import main, read_prompts
 from llama.chat import UNSAFE_ERROR
-from llama.conversation import HELP
+from llama.cli.complete import read_prompts
+from llama.cli.conversation import COMMANDS_HELP
+from llama.cli.main import main
 
 from .support import ROOT, TORCHRUN, environment, torchrun, write_shards
 
@@ -117,15 +118,16 @@ ALONE_OVER_LUNCH = """
 import sys
 from datetime import timedelta
 import torch.distributed as dist
-from llama import __main__, ranks
+from llama.cli import main
+from llama.distributed import setup
 
 def hurried(size):
-    divide_world(size)
-    for group in (dist.group.WORLD, ranks.fs.get_model_parallel_group()):
+    init_model_parallel(size)
+    for group in (dist.group.WORLD, setup.fs.get_model_parallel_group()):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
 
-divide_world, ranks.divide_world = ranks.divide_world, hurried
-sys.exit(__main__.main())
+init_model_parallel, setup.init_model_parallel = setup.init_model_parallel, hurried
+sys.exit(main.main())
 """
 
 
@@ -155,7 +157,7 @@ def test_a_chat_between_pipes(talker: tuple, llama: Llama, command: Callable) ->
     assert code == 0 and out == first + "\n" + answer(llama, "good morning", first, "seven?", most=8) + "\n"
     cut, *remarks, cut_again = err.removesuffix("\n").split("\n")
     assert cut == cut_again == "the answer is cut off: max_gen_len=8"
-    assert "\n".join(remarks[:-1]) == f"{HELP}\n/oops is no command; /help names them\n{UNSAFE_ERROR}"
+    assert "\n".join(remarks[:-1]) == f"{COMMANDS_HELP}\n/oops is no command; /help names them\n{UNSAFE_ERROR}"
     assert remarks[-1].startswith("the user text holds a lone surrogate")
 
 

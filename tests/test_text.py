@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from llama import InputError, Llama, Tokenizer, given_or_demo
+from llama import InputError, Llama, Tokenizer, resolve_model_paths
 from llama.chat import UNSAFE_ERROR
-from llama.text import Text, attaches, check_stops, last_character
+from llama.engine.incremental_text import IncrementalText, check_stop, extends_character, last_character_start
 
 from .counting import counted
 from .support import ROOT
@@ -32,7 +32,7 @@ def any_tokenizer(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Token
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...] = ()) -> list[str]:
-    text = Text(tokenizer, stops)
+    text = IncrementalText(tokenizer, stops)
     return [*(text.push(id_) for id_ in ids), text.end()]
 
 
@@ -65,7 +65,7 @@ def test_an_echoed_prompt_stands_before_the_answer(any_tokenizer: Tokenizer) -> 
     draw = random.Random(3)
     for prompt in TEXTS:
         before, ids = any_tokenizer.encode(prompt, bos=True, eos=False), random_ids(any_tokenizer, draw)
-        text = Text(any_tokenizer, [prompt[-2:] + "?"])
+        text = IncrementalText(any_tokenizer, [prompt[-2:] + "?"])
         whole = [text.begin(before), *(text.push(id_) for id_ in ids), text.end()]
         assert "".join(whole) == any_tokenizer.decode(before + ids)
 
@@ -76,7 +76,7 @@ def test_each_piece_begins_where_a_character_does(any_tokenizer: Tokenizer) -> N
         before = ""
         for piece in pieces(any_tokenizer, ids):
             assert "\ufffd" not in piece
-            assert not piece or not attaches(piece[0], before), (text, piece)
+            assert not piece or not extends_character(piece[0], before), (text, piece)
             assert not piece or not (unicodedata.combining(piece[0]) or piece[0] in "\u200d\ufe0f\u20e3"), (text, piece)
             before += piece
         assert before == text or text.startswith(" ")
@@ -91,15 +91,18 @@ def test_what_belongs_to_one_character_comes_in_one_piece(any_tokenizer: Tokeniz
 def test_waiting_has_an_end(tokenizer: Tokenizer) -> None:
     """A letter with marks without end is let go, and a long answer costs the same work for each id."""
     ids = tokenizer.encode("z" + "\u0301" * 500, bos=False, eos=False)
-    text = Text(tokenizer, ["\n\n"])
-    assert max(len(text.held) for id_ in ids if text.push(id_) is not None) <= 66
-    text = Text(tokenizer, ["\n\n"])
+    text = IncrementalText(tokenizer, ["\n\n"])
+    assert max(len(text.pending) for id_ in ids if text.push(id_) is not None) <= 66
+    text = IncrementalText(tokenizer, ["\n\n"])
     for _ in range(2000):
         text.push(tokenizer.sp_model.encode("sea")[0])
-    assert len(text.held) < 10 and len(text.ids.before) == 1
-    text, begun = Text(tokenizer, ["z" * 1_000_000]), time.process_time()  # is looked for no further than there is text
+    assert len(text.pending) < 10 and len(text.ids.before) == 1
+    text, begun = (
+        IncrementalText(tokenizer, ["z" * 1_000_000]),
+        time.process_time(),
+    )  # is looked for no further than there is text
     assert text.push(tokenizer.sp_model.encode("z")[-1]) == "" and time.process_time() - begun < 1
-    text = Text(tokenizer)
+    text = IncrementalText(tokenizer)
     assert {text.push(tokenizer.bos_id) for _ in range(99)} == {""} and text.ids.before == []
 
 
@@ -120,7 +123,7 @@ def test_stops_are_found_across_tokens_and_no_part_of_them_is_let_out(any_tokeni
         stop = text[at : at + draw.randrange(1, 7)]
         stops = (stop, stop + "?", text[max(at - 2, 0) : at + 1] + "!", text[-3:])[draw.randrange(2) :]
         want, seen = cut(any_tokenizer, ids, stops), ""
-        assembled = Text(any_tokenizer, stops)
+        assembled = IncrementalText(any_tokenizer, stops)
         for id_ in ids:
             seen += assembled.push(id_)
             assert want.startswith(seen)
@@ -203,7 +206,7 @@ def test_a_stream_is_the_batch_answer_in_pieces(llama: Llama, options: dict) -> 
 
 @pytest.fixture(scope="module")
 def demo() -> Llama:
-    return Llama.build(*given_or_demo(), max_seq_len=256, max_batch_size=2, device="cpu", dtype="float32")
+    return Llama.build(*resolve_model_paths(), max_seq_len=256, max_batch_size=2, device="cpu", dtype="float32")
 
 
 def test_emojis_of_byte_pieces_come_whole(demo: Llama) -> None:
@@ -281,7 +284,7 @@ def test_an_unsafe_dialog_is_a_stream_of_the_error(llama: Llama) -> None:
 
 
 def test_stop_strings_that_are_none(llama: Llama) -> None:
-    assert check_stops("ab") == ("ab",) and check_stops(["a", "b"]) == ("a", "b") and check_stops(()) == ()
+    assert check_stop("ab") == ("ab",) and check_stop(["a", "b"]) == ("a", "b") and check_stop(()) == ()
     for bad, part in (
         *[(bad, "a string, or a list of strings") for bad in (None, b"a", {"a"}, 5)],
         ("", "is empty"),
@@ -298,9 +301,9 @@ def test_stop_strings_that_are_none(llama: Llama) -> None:
 
 
 def test_where_the_last_character_begins() -> None:
-    assert last_character("so\n") == 3  # after a control all is whole
-    assert last_character("\u0928\u200c") == 0  # a letter and what keeps it from joining the next
-    assert last_character("x\U0001f3f4\U000e0067\U000e0062\U000e007f") == 1  # a flag spelled in tags
+    assert last_character_start("so\n") == 3  # after a control all is whole
+    assert last_character_start("\u0928\u200c") == 0  # a letter and what keeps it from joining the next
+    assert last_character_start("x\U0001f3f4\U000e0067\U000e0062\U000e007f") == 1  # a flag spelled in tags
 
 
 def test_a_stop_string_that_the_last_id_completes_is_why_it_ended(demo: Llama) -> None:

@@ -43,7 +43,7 @@ def test_a_stream_is_right_or_refused(llama: Llama) -> None:
         for _ in range(4):
             got: list[int] = []
             try:
-                got.extend(token.id for token in llama.tokens(prompts[:1], 12, temperature=0))
+                got.extend(token.token for token in llama.generate_stream(prompts[:1], 12, temperature=0))
                 found.append((got, True))
             except InputError:
                 found.append((got, False))

@@ -23,13 +23,13 @@ ADDRESSES = "10.77.0.1", "10.77.0.2"
 # Before it answers, each rank tells which GPU it would take of two, and after it, which part of the model it has.
 PLACED = """
 import os, runpy, sys, torch
-from llama import ranks, runtime
+from llama.distributed import groups, setup
 with_gpus = torch.cuda.is_available, torch.cuda.device_count
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 2
-device = runtime.choose_device("cuda", 4)
+device = setup.choose_device("cuda", 4)
 torch.cuda.is_available, torch.cuda.device_count = with_gpus
 runpy.run_path(sys.argv.pop(1), run_name="__main__")
-sys.stderr.write(f"rank {os.environ['RANK']}: {device}, part {ranks.model_parallel()}\\n")
+sys.stderr.write(f"rank {os.environ['RANK']}: {device}, part {groups.model_parallel()}\\n")
 """
 
 

@@ -17,7 +17,7 @@ import torch
 from common import report
 
 from llama import ModelArgs
-from llama.quantize import HEAD, KINDS, bytes_per_weight
+from llama.quantization.weight import FORMATS, OUTPUT_FORMAT, bytes_per_weight
 from peers import GGUF_TYPES, Job
 
 NAMES = {  # Meta's: transformers', llama.cpp's
@@ -178,10 +178,10 @@ def step_bytes(job: Job, weights: Weights) -> int:
     if job.kind == "ctranslate2":  # float32 as it is loaded, or int8 with a scale for each row
         packed = job.variant == "int8"
         return sum(w.numel() + 4 * len(w) if packed and w.ndim == 2 else 4 * w.numel() for w in read.values())
-    dtype, kind = getattr(torch, job.dtype), job.quantize if job.quantize in KINDS else None
+    dtype, kind = getattr(torch, job.dtype), job.quantize if job.quantize in FORMATS else None
 
     def size(name: str, weight: torch.Tensor) -> float:
-        of_its_own = kind and HEAD if name.startswith("output") else None if weight.ndim == 1 else kind
+        of_its_own = kind and OUTPUT_FORMAT if name.startswith("output") else None if weight.ndim == 1 else kind
         return weight.numel() * bytes_per_weight(of_its_own, dtype)
 
     return round(sum(size(name, w) for name, w in read.items()))

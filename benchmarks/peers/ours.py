@@ -23,14 +23,14 @@ class Ours:
         if self.device == "cpu":
             self._make_room(len(prompts), max(len(p) for p in prompts) + new)
         begun = time.perf_counter()
-        stream = self.llama.tokens(prompts, new, temperature=0)
+        stream = self.llama.generate_stream(prompts, new, temperature=0)
         tokens = [next(stream) for _ in prompts]
         first = time.perf_counter()
         tokens += stream  # each id is read by the host as it is made: nothing is left to wait for
         ended = time.perf_counter()
         ids: list[list[int]] = [[] for _ in prompts]
         for token in tokens:
-            ids[token.row].append(token.id)
+            ids[token.prompt_index].append(token.token)
         return Answer(first - begun, ended - first, ids)
 
     def _make_room(self, rows: int, length: int) -> None:

@@ -1,0 +1,7 @@
+"""TODO."""
+
+from ..engine.backend import Backend
+
+
+class EagerBackend(Backend):
+    name = "eager"

@@ -1,0 +1,59 @@
+"""What a model would run on here, and why: versions, device, compiled code, backends."""
+
+import os
+import platform
+
+import torch
+
+from ..checkpoint.params import read_params
+from ..checkpoint.shards import stored_dtype
+from ..distributed import groups
+from ..distributed.setup import choose_device
+from ..kernels import avx2, avx512, pack
+from ..model import ModelArgs
+from . import cpu, registry
+
+
+def info(ckpt_dir: str | os.PathLike[str] | None = None, device: str | torch.device | None = None) -> str:
+    """Return a report of versions, device, threads, compiled code and backends, with a reason for each that cannot be used.
+
+    ckpt_dir: also report how this checkpoint's decode steps run. Raises CheckpointError if it is not a checkpoint, DeviceError
+    for a device that is not there.
+    """
+    where = choose_device(device)
+    gpu = f", {torch.cuda.get_device_name(where)}" if where.type == "cuda" else ""
+    lines = [
+        ("llama", f"{_version()}, Python {platform.python_version()}, torch {torch.__version__}"),
+        ("device", f"{where}{gpu}, {torch.get_num_threads()} threads, {groups.world_size()} process(es)"),
+    ]
+    for name, status, use in (
+        ("avx512", avx512.status(), "products, attention and decode steps with AVX-512"),
+        ("avx2", avx2.status(), "products with AVX2"),
+        ("pack", pack.status(), "packing and quantizing weights"),
+    ):
+        lines.append(
+            (
+                f"compiled: _{name}",
+                f"found: {use}" if status.extension else f"not used: {status.reason}",
+            )
+        )
+    chosen = registry.choose_backend("auto", where)
+    for name, backend in registry.BACKENDS.items():
+        why = backend.unsupported(where)
+        default = " (chosen by default)" if backend is chosen else ""
+        lines.append((f"backend: {name}", f"not available: {why}" if why else f"available{default}"))
+    if ckpt_dir is not None:
+        params = read_params(ckpt_dir)
+        args = ModelArgs(**{**params, "vocab_size": max(params.get("vocab_size", 1), 1)})
+        stored = stored_dtype(ckpt_dir) or torch.bfloat16
+        lines.append(("checkpoint", f"dim {args.dim}, {args.n_layers} layers, feed-forward width {args.ffn_width}, {stored}"))
+        if chosen.name == "cpu":
+            why = cpu.why_shape_unsupported(args, stored, groups.world_size())
+            lines.append(("decode steps", f"layer by layer: {why}" if why else "one call of compiled code for all layers"))
+    return "\n".join(f"{label:<24}{text}" for label, text in lines)
+
+
+def _version() -> str:
+    from .. import __version__
+
+    return __version__

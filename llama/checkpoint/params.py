@@ -1,0 +1,95 @@
+"""TODO."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError, InputError, check_path, describe, identify_format, read_file
+from ..model import ModelArgs
+from ..quantization.weight import FORMATS
+
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_PARAMS_BYTES = 1 << 20  # bytes of params.json, which has about 100
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype or its name, checked; None stays None."""
+    if dtype is None:
+        return None
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(wanted, torch.dtype) or wanted not in SUPPORTED_DTYPES:
+        raise InputError(
+            f"dtype is {describe(dtype)}; use 'bfloat16', 'float16' or 'float32', or leave it out for the stored one"
+        )
+    return wanted
+
+
+_COUNT = (int, lambda v: 1 <= v < 2**31, "a whole number from 1 to 2,147,483,647")
+_PARAMS: dict[str, tuple[Any, Any, str]] = {
+    "dim": _COUNT, "n_heads": _COUNT, "n_kv_heads": _COUNT, "multiple_of": _COUNT,
+    "n_layers": (int, lambda v: 1 <= v <= 1024, "a whole number from 1 to 1,024"),
+    "vocab_size": (int, lambda v: v == -1 or 1 <= v < 2**31, "-1 (the tokenizer's) or a whole number, 1 or more"),
+    "ffn_dim_multiplier": ((int, float), lambda v: 0 < v <= 1000, "a number above 0, at most 1000"),
+    "norm_eps": ((int, float), lambda v: 0 < v < 1, "a number between 0 and 1"),
+    "rope_theta": ((int, float), lambda v: 1 <= v <= 1e18, "a number from 1 to 1e18"),
+}  # fmt: skip
+_OPTIONAL = ("n_kv_heads", "ffn_dim_multiplier")  # null means absent
+
+
+def read_params(ckpt_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """The checked contents of `params.json`, for ModelArgs."""
+    folder = check_path(ckpt_dir, "ckpt_dir", "a model's folder, with consolidated.NN.pth and params.json", folder=True)
+    if "params.json" not in list_folder(folder):
+        raise CheckpointError(f"{folder}: no params.json; {describe_folder(folder)}")
+    path = folder / "params.json"
+    text = read_file(path, MAX_PARAMS_BYTES)
+    try:
+        params = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        found = str(e) if text[:1] == b"{" else identify_format(text[:64])
+        raise CheckpointError(f"{path}: not JSON ({found}); fetch it again") from e
+    if not isinstance(params, dict):
+        raise CheckpointError(f"{path}: holds {describe(params)}, not an object of names and values; fetch it again")
+    params = {k: v for k, v in params.items() if not (v is None and k in _OPTIONAL)}
+    for key, value in params.items():
+        if key not in _PARAMS:
+            raise CheckpointError(f"{path}: unknown key {key!r:.80}; a Llama 2 model has {', '.join(_PARAMS)}")
+        types, valid, wanted = _PARAMS[key]
+        if isinstance(value, bool) or not isinstance(value, types) or not valid(value):
+            raise CheckpointError(f"{path}: {key} is {value!r:.80}; it must be {wanted}")
+    args = ModelArgs(**params)
+    if args.dim % args.n_heads or args.head_dim % 2:
+        raise CheckpointError(f"{path}: dim={args.dim} does not make n_heads={args.n_heads} heads of even width")
+    if args.n_heads % args.kv_heads:
+        raise CheckpointError(f"{path}: n_heads={args.n_heads} is no multiple of n_kv_heads={args.n_kv_heads}")
+    return params
+
+
+def list_folder(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as e:
+        raise CheckpointError(f"{folder}: cannot be read: {e.strerror}") from e
+
+
+def describe_folder(folder: Path) -> str:
+    names = list_folder(folder)
+    if not names:
+        return "the folder is empty"
+    for kind_ in FORMATS:
+        if f"{kind_}.safetensors" in names:
+            return f"it holds quantized weights: build with quantize={kind_!r}"
+    if "bfloat16.safetensors" in names:
+        return "it holds weights saved as they are, in bfloat16: build without quantize"
+    if any(n == "config.json" or n.endswith(".safetensors") or n.startswith("pytorch_model") for n in names):
+        return (
+            "the folder is in Hugging Face layout; this library reads Meta's own files "
+            "(consolidated.NN.pth and params.json; Hugging Face's repositories keep them in original/)"
+        )
+    models = [n for n in names if os.path.isfile(folder / n / "params.json")]
+    if models:
+        return f"it holds model folders; give one of them as ckpt_dir: {', '.join(models[:8])}"
+    return f"it holds {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}"

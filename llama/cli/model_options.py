@@ -1,0 +1,65 @@
+"""Flags that the commands share: which model to load, and how to sample."""
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+from .. import Llama, SamplingParams, resolve_model_paths, validate_options
+
+QUANTIZE_FORMATS = ("int8", "int4")
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def model_parser() -> argparse.ArgumentParser:
+    """Return a parser with the flags of `Llama.build` and of sampling, as a parent of the commands that need them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--ckpt_dir", metavar="DIR", help="folder with consolidated.NN.pth and params.json; default: the demo model"
+    )
+    model.add_argument("--tokenizer_path", metavar="FILE", help="Meta's tokenizer.model; default: the one in DIR or beside it")
+    model.add_argument(
+        "--max_seq_len", type=int, default=512, metavar="N", help="context length in tokens; default: 512, for chat 4096"
+    )
+    model.add_argument("--device", help="cpu, cuda or mps; default: the fastest available")
+    model.add_argument("--dtype", help="bfloat16, float16 or float32; default: the stored one")
+    model.add_argument("--quantize", choices=QUANTIZE_FORMATS, help="hold the matrices in 8 or 4 bit")
+    model.add_argument("--compile", action="store_true", help="use torch.compile (CUDA): faster decoding after a slower start")
+    model.add_argument("--model_parallel_size", type=int, metavar="N", help="ranks that share one model; default: all")
+    model.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the random numbers; default: 1")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--temperature", type=float, default=0.6, metavar="X", help="0 takes the likeliest token; default: 0.6"
+    )
+    sampling.add_argument("--top_p", type=float, default=0.9, metavar="X", help="probability of the nucleus; default: 0.9")
+    sampling.add_argument(
+        "--top_k", type=int, default=0, metavar="N", help="sample from the N likeliest tokens; default: 0, all"
+    )
+    sampling.add_argument(
+        "--min_p", type=float, default=0.0, metavar="X", help="least probability, relative to the likeliest token's; default: 0"
+    )
+    sampling.add_argument("--repetition_penalty", type=float, default=1.0, metavar="X", help="default: 1, none")
+    sampling.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
+    )
+    return parser
+
+
+def build_model(args: argparse.Namespace, max_batch_size: int) -> Llama:
+    """Load the model that the flags name."""
+    ckpt_dir, tokenizer_path = resolve_model_paths(args.ckpt_dir, args.tokenizer_path)
+    if args.max_seq_len is None:
+        args.max_seq_len = 4096 if args.ckpt_dir else 512  # the context lengths of Llama 2 and of the demo model
+    return Llama.build(
+        ckpt_dir, tokenizer_path, args.max_seq_len, max_batch_size,
+        seed=args.seed, device=args.device, dtype=args.dtype, compile=args.compile,
+        quantize=args.quantize, model_parallel_size=args.model_parallel_size,
+    )  # fmt: skip
+
+
+def call_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of each call, checked now, since loading a model may take minutes."""
+    options = {field.name: getattr(args, field.name) for field in fields(SamplingParams)}
+    options |= {"max_gen_len": args.max_gen_len, "stop": tuple(args.stop)}
+    validate_options(**options)
+    return options

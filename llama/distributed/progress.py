@@ -1,0 +1,33 @@
+"""TODO."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from . import groups
+
+T = TypeVar("T")
+
+
+def progress(items: list[T], weigh: Callable[[T], int], label: str, unit: str = "GB") -> Iterator[T]:
+    """Yield the items, with a bar of their summed weight on stderr once it has taken a second: in bytes, or in units.
+
+    Rank 0 alone shows it, and only on a terminal.
+    """
+    weights = [weigh(item) for item in items]
+    total, done, begun, shown = sum(weights), 0, time.monotonic(), 0.0
+    visible = sys.stderr.isatty() and groups.global_rank() == 0
+    for item, weight in zip(items, weights, strict=True):
+        yield item
+        done += weight
+        now = time.monotonic()
+        if visible and now - begun > 1 and (now - shown > 0.1 or done == total):
+            shown = now
+            bar = "#" * (30 * done // max(total, 1))
+            scale, digits = (1e9, 1) if unit == "GB" else (1, 0)
+            amounts = [f"{n / scale:,.{digits}f}" for n in (done, total, done / (now - begun))]
+            text = "{} of {} {unit}, {} {unit}/s".format(*amounts, unit=unit)
+            print(f"\r{label} [{bar:<30}] {text}", end="", file=sys.stderr)
+    if shown:
+        print(file=sys.stderr)

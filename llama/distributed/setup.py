@@ -1,0 +1,84 @@
+"""Choose this rank's device, and set up the process groups."""
+
+import contextlib
+import io
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as fs
+
+from ..errors import DeviceError, short_repr
+from . import agreement, groups
+from .failures import propagate_failure
+
+
+def initialize(device: str | torch.device | None = None, model_parallel_size: int | None = None) -> torch.device:
+    """Choose this rank's device and make the model-parallel groups stand; returns the device.
+
+    `model_parallel_size` defaults to that of existing groups, then to the world's size. Raises DeviceError for a
+    device that is not there, for more ranks than devices, and for a size that the world does not hold.
+    """
+    on_cpu = isinstance(device, (str, torch.device)) and str(device).startswith("cpu")
+    gpus = torch.cuda.is_available() and not on_cpu
+    groups.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+
+    def choose() -> tuple[int, torch.device]:
+        return groups.choose_model_parallel_size(model_parallel_size), choose_device(device, groups.world_size())
+
+    size, chosen = agreement.run_on_all_ranks(choose, must_match=lambda choice: (choice[0], choice[1].type))
+    if chosen.type == "cuda" and dist.is_initialized():
+        torch.cuda.set_device(chosen)  # NCCL speaks for each rank through its current device
+    init_model_parallel(size)
+    return chosen
+
+
+def init_model_parallel(size: int) -> None:
+    """In a world, make the groups of `size` ranks that share a model."""
+    if not dist.is_initialized():
+        return
+    if not fs.model_parallel_is_initialized():
+        with propagate_failure(), contextlib.redirect_stdout(io.StringIO()):  # fairscale prints its sizes
+            fs.initialize_model_parallel(size)
+    if dist.get_rank() > 0 and getattr(sys.stdout, "name", None) != os.devnull:
+        sys.stdout = open(os.devnull, "w")  # one rank prints what the caller prints
+
+
+def choose_device(device: str | torch.device | None, world: int = 1) -> torch.device:
+    """This rank's device: the one named, else CUDA, else MPS, else the CPU. Ranks take GPUs by local rank."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except Exception as e:  # torch raises many
+        raise DeviceError(f"device={short_repr(device)} is not a device; use 'cpu', 'cuda', 'cuda:0' or 'mps'") from e
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    if chosen.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise DeviceError("device='mps', but this PyTorch sees no Apple GPU; use device='cpu'")
+        if world > 1:
+            raise DeviceError(f"{world} ranks, but there is one MPS device; run one process, or use device='cpu'")
+        return torch.device("mps")
+    if chosen.type != "cuda":
+        raise DeviceError(f"device={short_repr(device)} is not supported; use 'cpu', 'cuda' or 'mps'")
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    local_rank, ranks_here = groups.local_rank_and_size()
+    ranks_here = ranks_here or min(world, max(count, 1))
+    if count == 0:
+        raise DeviceError(f"device={str(device)!r}, but this PyTorch sees no CUDA GPU; use device='cpu'")
+    if ranks_here > count:
+        raise DeviceError(
+            f"{ranks_here} ranks on this machine, but {count} GPU(s): start at most {count} "
+            f"(torchrun --nproc_per_node {count}), or use device='cpu'"
+        )
+    if chosen.index is None:
+        own = groups.global_rank() % count if local_rank is None else local_rank
+        return torch.device("cuda", own if world > 1 else torch.cuda.current_device())
+    if ranks_here > 1:
+        raise DeviceError(f"device='{chosen}' would put {ranks_here} ranks on one GPU; use device='cuda'")
+    if chosen.index >= count:
+        raise DeviceError(f"device='{chosen}', but the GPUs here are cuda:0 to cuda:{count - 1}")
+    return chosen

@@ -1,0 +1,251 @@
+"""The engine's forward: what `Transformer` computes, for the tokens of several rows side by side.
+
+Tokens enter as (N,) with a `RaggedBatch` that says where each stands, and activations are (N, dim): no padding, and prompts of
+any lengths in one pass. It uses the model's own parameters; those with a common input and adjacent memory are multiplied as
+one.
+Shapes: H query heads and K key/value heads of this rank, G = H / K, hd = head_dim.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region, reduce_from_model_parallel_region
+
+from .. import compat
+from ..kernels import avx512
+from ..kernels.attention import attention
+from ..kernels.base import LinearKernel
+from ..kernels.half_precision import linear
+from ..kernels.packed_weight import PackedWeight, SharedKernel, merge_weights
+from ..model import RMSNorm, Transformer, TransformerBlock
+from .kv_cache import KVCache, RaggedBatch, kv_view, store_kv
+
+
+def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return what identifies the memory that a captured step reads for a tensor."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+class MergedLinear:
+    """Multiply x (..., in) by one weight, or by several with a common input as one: (..., sum of their outputs)."""
+
+    def __init__(self, *weights: torch.Tensor) -> None:
+        merged = merge_weights(weights)
+        self.kernel = merged if isinstance(merged, LinearKernel) else None
+        self.weight = merged if isinstance(merged, torch.Tensor) else None
+        self.parts = [MergedLinear(weight) for weight in weights] if merged is None and len(weights) > 1 else []
+        self.rows_of_kernel = None  # a packed weight whose rows cannot be taken out of its kernel without a copy
+        if merged is None and not self.parts:
+            assert isinstance(weights[0], PackedWeight)
+            self.rows_of_kernel = weights[0]
+
+    def dependencies(self) -> list[Any]:
+        """Return what a captured product reads: kernels, and the memory of plain weights."""
+        if self.parts:
+            return [each for part in self.parts for each in part.dependencies()]
+        if self.rows_of_kernel is not None:
+            return [self.rows_of_kernel.shared.kernel]
+        return [self.kernel if self.weight is None else memory_key(self.weight)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kernel is not None:
+            return self.kernel.forward(x)
+        if self.weight is not None:
+            return linear(x, self.weight)
+        if self.rows_of_kernel is not None:
+            return F.linear(x, self.rows_of_kernel)
+        return torch.cat([part.forward(x) for part in self.parts], dim=-1)
+
+
+class EngineNorm:
+    """`RMSNorm`, by the fastest kernel."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        self.weight, self.eps = norm.weight.detach(), norm.eps
+        self.rounds_eps = compat.rms_norm_rounds_eps()  # asked here: compiled code cannot call a cached function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize x (..., dim) as `RMSNorm` does."""
+        if avx512.supports_rows(x, x.shape[-1], self.weight):
+            return avx512.rms_norm(x, self.weight, self.eps)
+        wide = x.float() if x.dtype.itemsize == 2 and (x.is_cpu or self.rounds_eps) else x
+        return F.rms_norm(wide, self.weight.shape, None, self.eps).type_as(x) * self.weight
+
+
+def avoids_complex(x: torch.Tensor) -> bool:
+    """Return True where complex numbers are slow or missing: in compiled code and on MPS."""
+    return torch.compiler.is_compiling() or x.device.type == "mps"
+
+
+def apply_rope_(heads: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+    """Rotate adjacent pairs of heads (N, n, hd) in place, in float32, by cosines and sines (N, 1, hd/2, 2)."""
+    wide = heads.float()  # the same tensor if heads are float32
+    pairs = torch.view_as_complex(wide.view(*heads.shape[:-1], -1, 2))
+    # On the CPU few rows at a time: see compat.MAX_SERIAL_COMPLEX.
+    n = max(1, compat.MAX_SERIAL_COMPLEX // (heads.shape[-2] * heads.shape[-1] // 2)) if heads.is_cpu else len(heads)
+    for rows, rotations in zip(pairs.split(n), torch.view_as_complex(freqs).split(n), strict=True):
+        rows.mul_(rotations)
+    return heads if wide is heads else heads.copy_(wide)
+
+
+def apply_rope_real(heads: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+    """Return what `apply_rope_` makes of heads, computed without complex numbers."""
+    a, b = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = freqs.unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(heads.dtype)
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """What all layers of one forward share: the batch, its rotations (N, 1, hd/2, 2), and a mask for each segment."""
+
+    batch: RaggedBatch
+    freqs: torch.Tensor
+    masks: list[torch.Tensor | None]
+
+
+class EngineLayer:
+    """What `TransformerBlock` computes, with its weights."""
+
+    def __init__(self, block: TransformerBlock) -> None:
+        attention, feed_forward = block.attention, block.feed_forward
+        self.K, self.G, self.hd = attention.n_local_kv_heads, attention.n_rep, attention.head_dim
+        self.ranks = attention.wo.ranks
+        self.attention_norm, self.ffn_norm = EngineNorm(block.attention_norm), EngineNorm(block.ffn_norm)
+        self.wqkv = MergedLinear(attention.wq.weight, attention.wk.weight, attention.wv.weight)
+        self.wo = MergedLinear(attention.wo.weight)
+        self.w13 = MergedLinear(feed_forward.w1.weight, feed_forward.w3.weight)
+        self.w2 = MergedLinear(feed_forward.w2.weight)
+
+    def forward(self, x: torch.Tensor, context: ForwardContext, cache: torch.Tensor | None) -> torch.Tensor:
+        """x (N, dim) -> (N, dim). Keys and values go into `cache`, this layer's part of the KV cache, unless it is None."""
+        h = self.add_attention(x, context, cache)
+        return self.add_feed_forward(h)
+
+    def add_attention(self, x: torch.Tensor, context: ForwardContext, cache: torch.Tensor | None) -> torch.Tensor:
+        """Return x (N, dim) plus attention."""
+        q, kv = self.project_qkv(self.attention_norm.forward(x), context, cache)
+        return x + self.all_reduced(self.wo.forward(self.attend(q, kv, context, cache)))
+
+    def add_feed_forward(self, h: torch.Tensor) -> torch.Tensor:
+        """Return h (N, dim) plus the feed-forward."""
+        return h + self.all_reduced(self.w2.forward(self.swiglu(self.ffn_norm.forward(h))))
+
+    def all_reduced(self, y: torch.Tensor) -> torch.Tensor:
+        return y if self.ranks == 1 else reduce_from_model_parallel_region(y)
+
+    def project_qkv(
+        self, x: torch.Tensor, context: ForwardContext, cache: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project and rotate x (N, dim): queries (N, H, hd), and keys and values (N, 2, K, hd), also stored in the cache."""
+        N, K, G, hd = len(x), self.K, self.G, self.hd
+        heads = self.wqkv.forward(x).view(N, (G + 2) * K, hd)
+        if avoids_complex(x):
+            rotated = apply_rope_real(heads[:, : (G + 1) * K], context.freqs)
+            kv = torch.stack((rotated[:, G * K :], heads[:, (G + 1) * K :]), dim=1)
+        else:
+            rotated = apply_rope_(heads[:, : (G + 1) * K], context.freqs)
+            kv = heads[:, G * K :].view(N, 2, K, hd)
+        if cache is not None:
+            store_kv(cache, context.batch, kv)
+        return rotated[:, : G * K], kv
+
+    def attend(
+        self, q: torch.Tensor, kv: torch.Tensor | None, context: ForwardContext, cache: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attend with what `project_qkv` returns -> (N, H * hd). A decode step passes no kv: the cache holds all it needs."""
+        K, G, hd = self.K, self.G, self.hd
+        outputs, first = [], 0
+        for segment, mask in zip(context.batch.segments, context.masks, strict=True):
+            B, S = segment.n_rows, segment.length
+            tokens = slice(first, first := first + B * S)
+            if segment.starts_at_zero and kv is not None:  # needs no cache
+                keys, values = kv[tokens].view(B, S, 2, K, hd).permute(2, 0, 3, 1, 4).unbind()
+            else:
+                assert cache is not None, "without the cache a sequence must be whole"
+                keys, values = kv_view(cache, segment)
+            outputs.append(attention(q[tokens].view(B, S, K, G, hd), keys, values, mask).reshape(B * S, -1))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def swiglu(self, x: torch.Tensor) -> torch.Tensor:
+        """x (N, dim) -> silu(w1(x)) * w3(x), (N, width)."""
+        kernel = self.w13.kernel
+        if kernel is not None and (y := kernel.swiglu(x)) is not None:
+            return y
+        both = self.w13.forward(x)
+        if avx512.supports_rows(both, both.shape[-1] // 2):
+            return avx512.swiglu(both)
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+LayerFn = Callable[[EngineLayer, torch.Tensor, ForwardContext, "torch.Tensor | None"], torch.Tensor]
+
+
+class EngineForward:
+    """A model's weights as they are now, and its cache. It is made anew for each call, as parameters may have been replaced."""
+
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        self.model, self.cache = model, cache
+        self.layers = [EngineLayer(block) for block in cast("list[TransformerBlock]", list(model.layers))]
+        self.norm, self.output = EngineNorm(model.norm), MergedLinear(model.output.weight)
+        self.ranks = model.output.ranks
+        model.freqs_cis = model.freqs_cis.to(self.device)
+        cosines_and_sines = torch.view_as_real(model.freqs_cis.resolve_conj())
+        self.freqs = cosines_and_sines.unsqueeze(1)  # (positions, 1, hd/2, 2)
+
+    def weights_version(self) -> list[Any]:
+        """Return what changes if a weight is replaced or edited in place. PyTorch does not count edits through `.data`."""
+        freqs = self.model.freqs_cis
+        weights = [(id(weight), weight.data_ptr(), compat.version_of(weight)) for weight in self.model.parameters()]
+        return [SharedKernel.n_edits, id(freqs), compat.version_of(freqs), *weights]
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.weight.dtype
+
+    def hidden_states(
+        self,
+        tokens: torch.Tensor,
+        batch: RaggedBatch,
+        use_cache: bool = True,
+        layer_fn: LayerFn = EngineLayer.forward,
+        logits_indices: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the last layer's normalized output (N, dim) for tokens (N,). Their keys and values go into the cache.
+
+        use_cache: False for whole sequences that nothing follows; the cache is then neither needed nor written.
+        logits_indices: positions (M,) in the batch whose outputs (M, dim) are needed; the last feed-forward runs on these only.
+        """
+        context = ForwardContext(batch, self.freqs[batch.positions], batch.masks(self.dtype))
+        h = self.model.tok_embeddings(tokens)
+        *layers, last = self.layers
+        for i, layer in enumerate(layers):
+            h = layer_fn(layer, h, context, self.cache.layers[i] if use_cache else None)
+        cache = self.cache.layers[len(layers)] if use_cache else None
+        if logits_indices is None:
+            return self.norm.forward(layer_fn(last, h, context, cache))
+        rows = logits_indices if len(logits_indices) else logits_indices.new_zeros(1)  # kernels need at least one row
+        h = last.add_feed_forward(last.add_attention(h, context, cache)[rows])
+        return self.norm.forward(h)[: len(logits_indices)]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states (..., dim) -> float32 logits (..., vocab)."""
+        y = self.output.forward(hidden).float()
+        return y if self.ranks == 1 else gather_from_model_parallel_region(y)
+
+    def graph_dependencies(self) -> list[Any]:
+        """Return the kernels and the memory of tensors that a captured step reads. If one changes, the step is stale."""
+        found: list[Any] = [self.cache, memory_key(self.freqs), memory_key(self.model.tok_embeddings.weight)]
+        for norm in (self.norm, *(norm for layer in self.layers for norm in (layer.attention_norm, layer.ffn_norm))):
+            found += [memory_key(norm.weight), norm.eps]
+        for weight in (self.output, *(p for layer in self.layers for p in (layer.wqkv, layer.wo, layer.w13, layer.w2))):
+            found += weight.dependencies()
+        return found

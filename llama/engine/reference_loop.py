@@ -1,0 +1,141 @@
+"""The reference's own loop over `Transformer.forward(tokens, start_pos)`, for models that a caller has changed."""
+
+import collections
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from ..model import Attention, Transformer
+from ..sampling import token_logprobs
+from .checks import CACHE_TAKEN_ERROR, device_of
+from .decode_state import DecodeState, Sampler
+from .requests import GeneratedToken, GenerationCall, Request
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+class ReferenceLoop:
+    """One call, computed as the reference does: prefill a batch up to the end of its shortest prompt, then go on position by
+    position; longer prompts keep their own tokens. More prompts than max_batch_size go batch by batch. It has the interface of
+    `Scheduler`."""
+
+    def __init__(self, engine: "Engine", call: GenerationCall, eos_id: int, sampler: Sampler) -> None:
+        self.engine, self.model, self.call, self.requests = engine, engine.model, call, call.requests
+        self.eos_id, self.sampler = eos_id, sampler
+        self.waiting = collections.deque(range(len(self.requests)))
+        self.running: dict[int, int] = {}  # row of the batch: index of its request
+        self.sampled: list[GeneratedToken] = []
+        self.start, self.end = 0, 0  # the positions that the next forward computes
+        self.batch: list[int] = []  # index of each row's request
+        self.tokens = torch.zeros(0, 0, dtype=torch.int64, device="cpu")  # (B, S), prompts and answers
+        self.state = DecodeState(0, 0, device_of(engine.model), call.sampling, False, sampler)
+        engine.shared.owner = self
+        move_buffers(engine.model)
+
+    @property
+    def finished(self) -> bool:
+        return not self.waiting and not self.running
+
+    def step(self) -> list[GeneratedToken]:
+        """Compute the batch's next position. Return the prompt tokens that it passes with their log probabilities, if the call
+        asks for them."""
+        if self.engine.shared.owner is not self:
+            raise InputError(CACHE_TAKEN_ERROR)
+        prompt_tokens = [] if self.running else self.begin_batch()
+        requests, end = [self.requests[index] for index in self.batch], self.end
+        logits = self.model.forward(self.tokens[:, self.start : end], self.start).float()
+        self.state.logits, self.state.positions = logits[:, -1], torch.full_like(self.state.positions, end)
+        if self.call.scores_prompts:
+            following = self.tokens[:, self.start + 1 : end + 1]
+            logits = logits[:, : following.shape[1]]
+            logprobs = token_logprobs(logits.flatten(0, 1), following.flatten()).view(following.shape).tolist()
+            for row, (index, request) in enumerate(zip(self.batch, requests, strict=True)):
+                values = logprobs[row][: max(0, len(request.prompt) - self.start - 1)]
+                self.engine.check_logprobs(values, request.label)
+                prompt_tokens += [
+                    GeneratedToken(index, request.prompt[self.start + 1 + n], value) for n, value in enumerate(values)
+                ]
+        self.start, self.end = end, end + 1
+        self.sampled = []
+        if end < self.tokens.shape[1]:
+            self.sample(requests, end)
+        self.release_finished()
+        return prompt_tokens
+
+    def begin_batch(self) -> list[GeneratedToken]:
+        """Take the next batch of requests. Return their first tokens if the prompts are to be scored."""
+        size = min(len(self.waiting), self.model.params.max_batch_size)
+        self.batch = [self.waiting.popleft() for _ in range(size)]
+        self.running = dict(enumerate(self.batch))
+        requests, device = [self.requests[index] for index in self.batch], device_of(self.model)
+        ends = [len(r.prompt) + (0 if r.finish_reason else r.max_new_tokens) for r in requests]
+        self.tokens = torch.zeros(len(requests), max(ends), dtype=torch.int64, device="cpu")
+        for tokens, request in zip(self.tokens, requests, strict=True):
+            tokens[: len(request.prompt)] = torch.tensor(request.prompt)
+        self.tokens = self.tokens.to(device)
+        self.start, self.end = 0, min(len(r.prompt) for r in requests)
+        seeded = any(r.seed is not None for r in requests)
+        self.state = DecodeState(len(requests), 0, device, self.call.sampling, seeded, self.sampler)
+        if self.state.seeds is not None:
+            self.state.seeds = torch.tensor([r.seed for r in requests], dtype=torch.int64, device=device)
+        scored = self.call.scores_prompts
+        return [GeneratedToken(index, self.requests[index].prompt[0], 0.0) for index in self.batch] if scored else []
+
+    def sample(self, requests: list[Request], end: int) -> None:
+        """Sample a token for each row at position `end`, and keep it where the prompt has none there."""
+        if self.call.sampling.repetition_penalty != 1:
+            logits = self.state.logits
+            self.state.seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+            for row, request in enumerate(requests):
+                self.state.seen[row, self.tokens[row, :end]] = True
+                self.state.seen[row, request.prompt] = True
+        tokens, largest = self.state.sample()
+        logprobs = token_logprobs(self.state.logits, tokens).tolist() if self.call.logprobs else [None] * len(tokens)
+        largest_logits, sampled = largest.tolist(), tokens.tolist()
+        for row, (index, request) in enumerate(zip(self.batch, requests, strict=True)):
+            if row not in self.running or len(request.prompt) > end or request.finish_reason:
+                if len(request.prompt) <= end:
+                    self.tokens[row, end] = sampled[row]
+                continue
+            if not math.isfinite(largest_logits[row]):
+                raise self.engine.nonfinite_logits(request, end)
+            self.tokens[row, end] = sampled[row]
+            if sampled[row] == self.eos_id:
+                request.finish_reason = "stop"
+            else:
+                self.sampled.append(GeneratedToken(index, sampled[row], logprobs[row]))
+
+    def emit_tokens(self) -> Iterator[GeneratedToken]:
+        """Yield the sampled tokens. The consumer may end a request by setting its finish_reason."""
+        for token in self.sampled:
+            request = self.requests[token.prompt_index]
+            request.num_new_tokens += 1
+            yield token
+            if request.num_new_tokens == request.max_new_tokens and not request.finish_reason:
+                request.finish_reason = "length"
+        self.sampled = []
+        self.release_finished()
+
+    def release_finished(self) -> None:
+        """Free the rows whose requests have ended, and whose prompts have been scored if they are to be."""
+        for row, index in list(self.running.items()):
+            request = self.requests[index]
+            if request.finish_reason and self.start >= (len(request.prompt) if self.call.scores_prompts else 0):
+                del self.running[row]
+
+
+def move_buffers(model: nn.Module) -> None:
+    """Move caches and rotations to where the model's `forward` would move them. Moved there, in inference mode, they could not
+    be used outside of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        for module in model.modules() if isinstance(model, nn.Module) else []:
+            if isinstance(module, Attention) and not module.cache_k.is_meta:
+                like = next(module.parameters())
+                module.cache_k, module.cache_v = module.cache_k.to(like), module.cache_v.to(like)
+            if isinstance(module, Transformer):
+                module.freqs_cis = module.freqs_cis.to(device_of(module))

@@ -1,0 +1,198 @@
+"""Continuous batching: one call's requests through the engine's forward.
+
+Each request waits for a row of the KV cache, is prefilled once, and then decodes together with the other rows. When it ends,
+the next one takes its row between two steps. A free row decodes along with the rest, since the rows of a batch share the random
+numbers of torch's default generator; its result is ignored.
+
+    row 0   a a a a A A A A A | d d D D D      lower case: prompt tokens, prefilled together with those of other requests
+    row 1   b b B B B B B B B   B B B B B      upper case: new tokens, one per decode step; d is prefilled once a has ended
+"""
+
+import collections
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import compat
+from ..distributed.agreement import broadcast_from_rank0
+from ..distributed.progress import progress
+from ..errors import InputError
+from ..sampling import token_logprobs
+from . import async_copy
+from .checks import CACHE_TAKEN_ERROR, common_prefix_length, is_valid_logprob
+from .decode_state import DecodeState, Sampler
+from .requests import GeneratedToken, GenerationCall
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+class Scheduler:
+    """The state of one call: which requests wait, which run in which row, and what to do next."""
+
+    def __init__(self, engine: "Engine", call: GenerationCall, eos_id: int, sampler: Sampler, watched: bool) -> None:
+        self.engine, self.call, self.requests, self.eos_id, self.watched = engine, call, call.requests, eos_id, watched
+        self.forward = engine.forward()
+        self.cache = self.forward.cache
+        self.weights_version = self.forward.weights_version()
+        self.hooks = [hooks for module in engine.model.modules() for hooks in compat.forward_hooks(module)]
+        engine.shared.owner = self
+        self.sync_streams()
+        overrun_logits, self.cache.logits = self.cache.logits, None
+        if overrun_logits is not None and not broadcast_from_rank0(overrun_logits.amax(-1).sum()).isfinite():
+            self.reset_cache()  # the last call's final step was launched ahead and may have left NaN in the cache
+        kept: list[int] = []
+        if call.reuse and self.cache.is_unchanged() and self.cache.weights_version == self.weights_version:
+            kept = self.cache.prefix_tokens or []
+        self.cache.weights_version = self.weights_version
+        # A new list object marks this call as the cache's owner. The last prompt token is run again: its logits are needed.
+        self.prefix_tokens = kept[: common_prefix_length(kept, self.requests[0].prompt[:-1])]
+        self.cache.prefix_tokens = self.prefix_tokens
+        self.cache.record_version()
+        self.n_rows = min(len(self.requests), engine.model.params.max_batch_size)
+        self.decode = engine.backend.begin(self.forward, self.n_rows)
+        seeded = any(r.seed is not None for r in self.requests)
+        self.state = DecodeState(self.n_rows, engine.model.vocab_size, self.forward.device, call.sampling, seeded, sampler)
+        self.waiting = collections.deque(range(len(self.requests)))
+        self.running: dict[int, int] = {}  # row: index of its request
+        self.sampled: list[list[Any]] = []  # by the last step, for each row: token, largest logit, log probability
+        self.pending_step: tuple[torch.Tensor, torch.Tensor, list[int]] | None = None  # decodes the sampled tokens
+        self.shows_progress = len(self.requests) > self.n_rows
+        self.bar = progress(self.requests if self.shows_progress else [], lambda _: 1, "answering", "prompts")
+        next(self.bar, None)
+
+    @property
+    def finished(self) -> bool:
+        return not self.waiting and not self.running
+
+    def sync_streams(self) -> None:
+        """Make the current CUDA stream wait for the previous call's: a decode step launched ahead may still be running."""
+        if self.forward.device.type == "cuda":
+            before, self.cache.stream = self.cache.stream, torch.cuda.current_stream(self.forward.device)
+            if before is not None and before != self.cache.stream:
+                self.cache.stream.wait_stream(before)
+
+    def check_cache_ownership(self) -> None:
+        """Raise InputError if another call or the caller has used the cache since, or if the caller has changed the model."""
+        owned = self.engine.shared.owner is self and self.cache.prefix_tokens is self.prefix_tokens
+        if not owned or not self.cache.is_unchanged():
+            raise InputError(CACHE_TAKEN_ERROR)
+        if self.watched and (
+            any(self.hooks)
+            or not self.cache.belongs_to(self.engine.model)
+            or self.forward.weights_version() != self.weights_version
+        ):
+            raise InputError("the model has been changed under a stream or a loop over tokens: begin it anew")
+
+    def step(self) -> list[GeneratedToken]:
+        """Prefill waiting requests into free rows, and sample each row's next token. Return the admitted prompts' own tokens
+        with their log probabilities if the call asks for them; `emit_tokens` yields the sampled ones."""
+        self.check_cache_ownership()
+        self.sync_streams()
+        try:
+            if self.running:
+                self.run_pending_step()
+                if self.call.reuse:
+                    self.prefix_tokens.append(self.sampled[0][0])
+            self.sampled, self.pending_step, prompt_tokens = [], None, []
+            if self.waiting and len(self.running) < self.n_rows:
+                prompt_tokens = self.admit()
+            if self.running:
+                self.sample()
+        finally:
+            self.cache.record_version()
+        return prompt_tokens
+
+    def admit(self) -> list[GeneratedToken]:
+        """Prefill as many waiting requests as there are free rows, in one pass."""
+        free = [row for row in range(self.n_rows) if row not in self.running]
+        admitted = [(row, self.waiting.popleft()) for row in free[: len(self.waiting)]]
+        scored = self.call.scores_prompts
+        prefilled = [(row, index) for row, index in admitted if scored or not self.requests[index].finish_reason]
+        prompt_tokens: list[GeneratedToken] = []
+        if prefilled:
+            rows, requests = [row for row, _ in prefilled], [self.requests[index] for _, index in prefilled]
+            self.zero_nonfinite_rows(rows, self.state.logits[rows].amax(-1).tolist())
+            hidden, logprobs = self.engine.prefill(
+                self.forward, rows, requests, len(self.prefix_tokens), scored, quiet=self.shows_progress
+            )
+            self.state.admit(rows, requests, self.forward.logits(hidden))
+            if self.call.reuse:
+                self.prefix_tokens[:] = requests[0].prompt
+            for (_, index), values in zip(prefilled, logprobs, strict=True):
+                if not all(map(is_valid_logprob, values)):
+                    self.reset_cache()
+                request = self.requests[index]
+                self.engine.check_logprobs(values, request.label)
+                prompt_tokens += [GeneratedToken(index, *pair) for pair in zip(request.prompt, values, strict=False)]
+        for row, index in admitted:
+            self.running[row] = index
+            self.release_if_finished(row)
+        return prompt_tokens
+
+    def sample(self) -> None:
+        """Sample a token for each row. If the device can run ahead, the next decode step is launched before the host reads the
+        tokens, so that the end of a row is known one step late."""
+        state, running = self.state, {row: self.requests[index] for row, index in self.running.items()}
+        positions_host = [
+            len(running[row].prompt) + running[row].num_new_tokens if row in running else 0 for row in range(self.n_rows)
+        ]
+        tokens, largest = state.sample()
+        logprobs = [token_logprobs(state.logits, tokens)] if self.call.logprobs else []
+        to_host = async_copy.async_to_host(tokens, largest, *logprobs)
+        self.pending_step = tokens, state.positions, positions_host
+        goes_on = any(r.num_new_tokens + 1 < r.max_new_tokens for r in running.values())
+        if async_copy.supports_async(tokens.device) and goes_on:
+            self.run_pending_step()
+        state.advance()
+        self.sampled = to_host()
+        free = [row for row in range(self.n_rows) if row not in self.running]
+        self.zero_nonfinite_rows(free, [self.sampled[1][row] for row in free])
+        for row, index in sorted(self.running.items()):
+            if not math.isfinite(self.sampled[1][row]):
+                request = self.requests[index]
+                self.reset_cache()
+                raise self.engine.nonfinite_logits(request, len(request.prompt) + request.num_new_tokens)
+
+    def run_pending_step(self) -> None:
+        """Decode the sampled tokens, unless that has been launched already: it gives the next logits."""
+        if self.pending_step is not None:
+            self.cache.logits = self.state.logits = self.decode(*self.pending_step)
+            self.pending_step = None
+
+    def emit_tokens(self) -> Iterator[GeneratedToken]:
+        """Yield the sampled tokens, row by row. The consumer may end a request by setting its finish_reason."""
+        tokens, _, *logprobs = self.sampled or ([], [])
+        for row, index in sorted(self.running.items()):
+            request = self.requests[index]
+            if tokens[row] == self.eos_id:
+                request.finish_reason = "stop"
+            else:
+                request.num_new_tokens += 1
+                yield GeneratedToken(index, tokens[row], logprobs[0][row] if logprobs else None)
+                if request.num_new_tokens == request.max_new_tokens and not request.finish_reason:
+                    request.finish_reason = "length"
+            self.release_if_finished(row)
+
+    def zero_nonfinite_rows(self, rows: list[int], largest: list[float]) -> None:
+        """Zero the cache of rows whose largest logit is not finite.
+
+        Attention with a mask (on a GPU) multiplies masked values by 0, and 0 times a NaN that an ended row has left would be
+        NaN for the next one.
+        """
+        for row, logit in zip(rows, largest, strict=True):
+            if not math.isfinite(logit):
+                self.cache.data[:, :, row].zero_()
+
+    def reset_cache(self) -> None:
+        """Zero the whole cache after an error, for the next call."""
+        self.cache.data.zero_()
+        self.cache.prefix_tokens = None
+
+    def release_if_finished(self, row: int) -> None:
+        """Free the row if its request has ended."""
+        if self.requests[self.running[row]].finish_reason:
+            del self.running[row]
+            next(self.bar, None)

@@ -1,0 +1,90 @@
+"""TODO."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import compat
+from .. import model as reference
+from ..layers.embedding import ParallelEmbedding
+from ..layers.linear import ColumnParallelLinear, RowParallelLinear
+
+STOCK_CLASSES = (
+    reference.Transformer, reference.TransformerBlock, reference.Attention, reference.FeedForward, reference.RMSNorm,
+    ColumnParallelLinear, RowParallelLinear, ParallelEmbedding,
+)  # fmt: skip
+STOCK_METHODS = {
+    owner: {name: value for name, value in vars(owner).items() if inspect.isfunction(value)}
+    for owner in (reference, *STOCK_CLASSES)
+}
+STOCK_CALL = nn.Module.__call__
+
+
+def why_modified(model: nn.Module) -> str | None:
+    """Return, in words, a change that only the model's own `forward` respects; None if there is none: modules of this library,
+    of the expected shapes, without hooks or patched functions."""
+    if type(model) is not reference.Transformer:
+        return f"the model is a {type(model).__name__}, not a Transformer"
+    for owner, functions in STOCK_METHODS.items():
+        for name, function in functions.items():
+            if vars(owner).get(name) is not function:
+                return f"{owner.__name__}.{name} has been replaced"
+    if compat.has_global_forward_hooks():
+        return "there is a forward hook on all modules"
+    if nn.Module.__call__ is not STOCK_CALL or any("__call__" in vars(each) for each in STOCK_CLASSES):
+        return "the __call__ of modules has been replaced"
+    for name, module in model.named_modules():
+        if type(module) not in (*STOCK_CLASSES, nn.ModuleList):
+            return f"{name} is a {type(module).__name__}"
+        if compat.has_hooks(module):
+            return f"{name or 'the model'} has a hook"
+        if replaced := vars(module).keys() & STOCK_METHODS.get(type(module), {}).keys():
+            return f"{name or 'the model'}.{min(replaced)} has been replaced"
+        if compat.is_compiled(module):
+            return f"{name or 'the model'} has been compiled"
+        if getattr(module, "bias", None) is not None:
+            return f"{name} has a bias"
+    return _why_reshaped(model)
+
+
+def _why_reshaped(model: reference.Transformer) -> str | None:
+    args, ranks = model.params, model.output.ranks
+    dim, hd, width = args.dim, args.head_dim, args.ffn_width // ranks
+    heads, kv_heads = args.n_heads // ranks, args.kv_heads // ranks
+    shapes = {
+        "attention.wq": (heads * hd, dim), "attention.wk": (kv_heads * hd, dim), "attention.wv": (kv_heads * hd, dim),
+        "attention.wo": (dim, heads * hd), "feed_forward.w1": (width, dim), "feed_forward.w2": (dim, width),
+        "feed_forward.w3": (width, dim), "attention_norm": (dim,), "ffn_norm": (dim,),
+    }  # fmt: skip
+    cache = args.max_batch_size, args.max_seq_len, kv_heads, hd
+    if not len(model.layers):
+        return "it has no layers"
+    if len({id(layer) for layer in model.layers}) < len(model.layers):
+        return "it has a layer twice"
+    words = args.vocab_size, dim // ranks
+    ends: dict[str, tuple[int, ...]] = {"tok_embeddings": words, "norm": (dim,), "output": (words[0] // ranks, dim)}
+    for name, size in ends.items():
+        weight: Any = model.get_submodule(name).weight
+        if tuple(weight.shape) != size:
+            return f"{name}.weight is {tuple(weight.shape)}, not {size}"
+    first = None
+    for i, layer in enumerate(model.layers):
+        if not isinstance(layer, reference.TransformerBlock):
+            return f"layers.{i} is a {type(layer).__name__}"
+        for name, shape in shapes.items():
+            weight = layer.get_submodule(name).weight
+            if tuple(weight.shape) != shape:
+                return f"layers.{i}.{name}.weight is {tuple(weight.shape)}, not {shape}"
+        a = layer.attention
+        if (a.n_local_heads, a.n_local_kv_heads, a.n_rep, a.head_dim) != (heads, kv_heads, heads // kv_heads, hd):
+            return f"layers.{i}.attention has other numbers of heads"
+        for held in (a.cache_k, a.cache_v):
+            first = first or held.shape
+            if held.ndim != 4 or held.shape != first or any(have < need for have, need in zip(held.shape, cache, strict=True)):
+                return f"layers.{i}.attention has a cache of {tuple(held.shape)}"
+    freqs = model.freqs_cis
+    if freqs.dtype != torch.complex64 or freqs.ndim != 2 or freqs.shape[1] != hd // 2 or len(freqs) < args.max_seq_len:
+        return f"freqs_cis is {tuple(freqs.shape)} of {freqs.dtype}"
+    return None

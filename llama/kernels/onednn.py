@@ -1,0 +1,23 @@
+"""bfloat16 weights in oneDNN's layout, for CPUs that multiply bfloat16 where no C was compiled."""
+
+import torch
+import torch.nn.functional as F
+
+from .. import compat, tuning
+from .base import LinearKernel
+
+
+class OneDnnLinear(LinearKernel):
+    """Multiply by a weight in oneDNN's own layout, which is faster than `F.linear` by a plain one."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.packed = compat.onednn_pack(weight.detach())
+
+    def forward_2d(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.packed.dtype)  # a caller's autocast may have changed the dtype
+        if len(x) < tuning.ONEDNN_MIN_ROWS:
+            return self.forward_2d(F.pad(x, (0, 0, 0, tuning.ONEDNN_MIN_ROWS - len(x))))[: len(x)]
+        return compat.onednn_linear(x, self.packed)
+
+    def unpack(self) -> torch.Tensor:
+        return self.packed.to_dense()

@@ -1,0 +1,103 @@
+"""fairscale's tensor-parallel layers, made to allocate only what a rank keeps.
+
+fairscale's own constructors build the whole matrix on every rank and ignore the default device, so that a model cannot be laid
+out on `meta`. These subclasses keep its groups and collectives, its arguments, and what it calls "column" (the output is split)
+and "row" (the input is split). With one rank no group is needed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel import layers as fs_layers
+from fairscale.nn.model_parallel.mappings import (
+    copy_to_model_parallel_region,
+    gather_from_model_parallel_region,
+    reduce_from_model_parallel_region,
+)
+from torch import nn
+
+from ..distributed.groups import model_parallel
+from ..errors import DeviceError, InputError
+
+InitMethod = Callable[[torch.Tensor], Any]
+
+
+def divide(n: int, ranks: int, what: str) -> int:
+    """Return n / ranks. Raise DeviceError, which names the possible numbers of ranks, if n is not divisible."""
+    if n % ranks:
+        fitting = ", ".join(str(r) for r in range(1, min(n, 64) + 1) if n % r == 0)
+        raise DeviceError(f"{what}: {n} cannot be divided among {ranks} ranks; use one of {fitting}")
+    return n // ranks
+
+
+def small_normal_(weight: torch.Tensor) -> torch.Tensor:
+    return nn.init.normal_(weight, std=0.02)
+
+
+def make_weight(rows: int, columns: int, init_method: InitMethod) -> nn.Parameter:
+    weight = torch.empty(rows, columns)
+    if not weight.is_meta:  # on meta, initializing would only import torch's compiler: 1.5 seconds
+        with torch.no_grad():
+            init_method(weight)
+    return nn.Parameter(weight, requires_grad=False)
+
+
+def _no_bias(bias: bool) -> None:
+    if bias:
+        raise InputError("bias=True: the linear layers of Llama 2 have no bias; leave it out")
+
+
+class ColumnParallelLinear(fs_layers.ColumnParallelLinear):
+    """x (..., in) -> (..., out), or this rank's (..., out / ranks) without `gather_output`. The weight is split by rows."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        gather_output: bool = True,
+        init_method: InitMethod = small_normal_,
+    ) -> None:
+        nn.Module.__init__(self)
+        _no_bias(bias)
+        self.in_features, self.out_features, self.gather_output = in_features, out_features, gather_output
+        self.ranks = model_parallel()[1]
+        self.output_size_per_partition = divide(out_features, self.ranks, "output features of a linear layer")
+        self.weight = make_weight(self.output_size_per_partition, in_features, init_method)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.ranks == 1:
+            return F.linear(x, self.weight, self.bias)
+        y = F.linear(copy_to_model_parallel_region(x), self.weight, self.bias)
+        # The ranks' kernels may give logits of different dtypes, if their machines differ: what they send must not.
+        return gather_from_model_parallel_region(y.float()) if self.gather_output else y
+
+
+class RowParallelLinear(fs_layers.RowParallelLinear):
+    """This rank's x (..., in / ranks) -> (..., out), summed over the ranks. The weight is split by columns."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        input_is_parallel: bool = True,
+        init_method: InitMethod = small_normal_,
+    ) -> None:
+        nn.Module.__init__(self)
+        _no_bias(bias)
+        if not input_is_parallel:
+            raise InputError("input_is_parallel=False: each rank is given its own part of the input; leave it out")
+        self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, True
+        self.ranks = model_parallel()[1]
+        self.input_size_per_partition = divide(in_features, self.ranks, "input features of a linear layer")
+        self.weight = make_weight(out_features, self.input_size_per_partition, init_method)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, self.weight)
+        y = y if self.ranks == 1 else reduce_from_model_parallel_region(y)
+        return y if self.bias is None else y + self.bias
