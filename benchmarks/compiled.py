@@ -1,16 +1,17 @@
-"""Decode steps, each way that there is on a CPU, in turns in one process, on the same random weights.
+"""Compare the implementations of a decode step on a CPU, in one process and on the same random weights.
 
-    python benchmarks/compiled.py [--shape 1.1B] [--kinds none,int8,int4] [--rows 1,4] [--runs 12] [--threads 2] [--work FOLDER]
+    python benchmarks/compiled.py [--shape 1.1B] [--formats none,int8,int4] [--rows 1,4] [--runs 12] [--threads 2]
+        [--work FOLDER]
 
-    one call    all layers in one call of native.c, where it takes the model
-    layers      the engine layer by layer, with what setup.py compiled from C
-    plain       the engine without it, as LLAMA_COMPILED=0 has it
-    module      `Transformer.forward` over the weights of the first two, which a model takes that a caller has changed
+    fused       all layers in one call of C (decode_avx512.c), if the CPU and the model allow it
+    layerwise   the engine layer by layer, with the compiled C kernels
+    PyTorch     the engine without any compiled C, as with LLAMA_COMPILED=0
+    module      `Transformer.forward` with the compiled C kernels, as for a model whose modules the caller has changed
 
-Each run reads memory plainly, and takes two steps of each, of which the faster counts. Runs are told apart by the rate of the
-plain read, which in virtual machines may move within minutes: medians are of those below and above the middle of what was seen.
-The ratio is that of plain steps to the fastest. As on a CPU with AVX2 alone: ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
-python benchmarks/compiled.py
+Each run first measures the bandwidth of a plain memory read, then times two steps of each implementation and keeps the faster.
+In virtual machines the memory bandwidth may change within minutes. Runs with a low and with a high bandwidth are therefore
+printed apart, with the medians of each. The ratio compares PyTorch with the fastest implementation. To measure as on a CPU
+with AVX2 only, set ATEN_CPU_CAPABILITY=avx2 and ONEDNN_MAX_CPU_ISA=AVX2.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from common import SHAPES, checkpoint, tokenizer
+from common import SHAPES, make_checkpoint, make_tokenizer
 
 from llama import Llama
 from llama.backends import cpu
@@ -32,89 +33,97 @@ from llama.engine.forward import EngineForward
 from llama.engine.kv_cache import RaggedBatch
 from llama.kernels import avx2, avx512, c_extension, pack
 
-READ = 500_000_000  # bytes
-WAYS = "one call", "layers", "plain", "module"
-Step = Callable[[torch.Tensor, int], torch.Tensor]  # tokens (B,), and where all of them stand -> logits
+READ_BYTES = 500_000_000
+IMPLEMENTATIONS = "fused", "layerwise", "PyTorch", "module"
+Step = Callable[[torch.Tensor, int], torch.Tensor]  # tokens (B,) and the position of all rows -> logits
 
 
-def without() -> contextlib.ExitStack:
-    """As where nothing was compiled: models that are built meanwhile, and their steps."""
+def without_extensions() -> contextlib.ExitStack:
+    """Return a context in which models are built and run as if no C had been compiled."""
     stack = contextlib.ExitStack()
-    for module, name in ((avx512, "status"), (avx2, "status"), (pack, "status")):
-        stack.enter_context(mock.patch.object(module, name, lambda: c_extension.ExtensionStatus(None)))
+    for module in (avx512, avx2, pack):
+        stack.enter_context(mock.patch.object(module, "status", lambda: c_extension.ExtensionStatus(None)))
     return stack
 
 
-def seconds(do: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    do()
-    return time.perf_counter() - begun
+def time_call(function: Callable[[], object]) -> float:
+    """Return the seconds that a call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
-def of_engine(forward: EngineForward, hidden: Callable[[torch.Tensor, RaggedBatch], torch.Tensor]) -> Step:
-    def step(tokens: torch.Tensor, at: int) -> torch.Tensor:
-        return forward.logits(hidden(tokens, RaggedBatch.from_segments([(row, at, 1) for row in range(len(tokens))])))
+def engine_step(forward: EngineForward, hidden_states: Callable[[torch.Tensor, RaggedBatch], torch.Tensor]) -> Step:
+    """Return a decode step of the engine, whose layers `hidden_states` computes."""
+
+    def step(tokens: torch.Tensor, position: int) -> torch.Tensor:
+        batch = RaggedBatch.from_segments([(row, position, 1) for row in range(len(tokens))])
+        return forward.logits(hidden_states(tokens, batch))
 
     return step
 
 
-def steps_of(compiled: Llama, plain: Llama, rows: int) -> dict[str, Step]:
-    """A step of so many rows, by the name of its way."""
-    forward, other = compiled.engine.forward(), plain.engine.forward()
-    steps = {"layers": of_engine(forward, forward.hidden), "plain": of_engine(other, other.hidden)}
+def make_steps(compiled: Llama, without_c: Llama, rows: int) -> dict[str, Step]:
+    """Return the decode step of each implementation that supports the model, for a number of rows."""
+    forward, pytorch = compiled.engine.forward(), without_c.engine.forward()
+    steps = {"layerwise": engine_step(forward, forward.hidden_states), "PyTorch": engine_step(pytorch, pytorch.hidden_states)}
     if cpu.why_unsupported(forward) is None:
-        steps["one call"] = of_engine(forward, cpu.FusedDecodeStep(forward, rows))
-    steps["module"] = lambda tokens, at: compiled.model.forward(tokens.unsqueeze(1), at)
+        steps["fused"] = engine_step(forward, cpu.FusedDecodeStep(forward, rows))
+    steps["module"] = lambda tokens, position: compiled.model.forward(tokens.unsqueeze(1), position)
     return steps
 
 
-def runs(steps: dict[str, Step], rows: int, n: int) -> Iterator[dict[str, float]]:
-    """The plain read's rate, bytes per second, and what a step takes, seconds."""
-    memory, tokens = torch.ones(READ // 4), torch.full((rows,), 5)
-    for run in range(n):
-        found = {"read": READ / seconds(memory.sum)}
-        for way, step in steps.items():
-            with without() if way == "plain" else contextlib.nullcontext():
+def measure(steps: dict[str, Step], rows: int, n_runs: int) -> Iterator[dict[str, float]]:
+    """Yield for each run the memory bandwidth ("read", in bytes/s) and the seconds of a step of each implementation."""
+    memory, tokens = torch.ones(READ_BYTES // 4), torch.full((rows,), 5)
+    for run in range(n_runs):
+        figures = {"read": READ_BYTES / time_call(memory.sum)}
+        for name, step in steps.items():
+            with without_extensions() if name == "PyTorch" else contextlib.nullcontext():
                 positions = (20 + 2 * run % 200, 21 + 2 * run % 200)
-                found[way] = min(seconds(functools.partial(step, tokens, at)) for at in positions)
-        yield found
+                figures[name] = min(time_call(functools.partial(step, tokens, position)) for position in positions)
+        yield figures
 
 
-def line(kind: str, rows: int, these: list[dict[str, float]]) -> str:
-    """The medians of some runs."""
-    medians = {name: statistics.median(run[name] for run in these) for name in these[0]}
-    ratio = statistics.median(run["plain"] / min(run[way] for way in WAYS if way in run) for run in these)
-    columns = [f"{medians[way] * 1e3:10.1f}" if way in medians else f"{'-':>10}" for way in WAYS]
-    return f"{kind:8}{rows:5}{len(these):6}{medians['read'] / 1e9:12.0f}{''.join(columns)}{ratio:7.2f}x"
+def format_line(weight_format: str, rows: int, runs: list[dict[str, float]]) -> str:
+    """Return a line of the table with the medians of some runs."""
+    medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    ratio = statistics.median(run["PyTorch"] / min(run[name] for name in IMPLEMENTATIONS if name in run) for run in runs)
+    columns = [f"{medians[name] * 1e3:10.1f}" if name in medians else f"{'-':>10}" for name in IMPLEMENTATIONS]
+    return f"{weight_format:8}{rows:5}{len(runs):6}{medians['read'] / 1e9:12.0f}{''.join(columns)}{ratio:7.2f}x"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="1.1B", choices=SHAPES)
-    parser.add_argument("--kinds", default="none,int8,int4")
-    parser.add_argument("--rows", default="1,4")
-    parser.add_argument("--runs", type=int, default=12)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, help="where to keep the checkpoint (default: a temporary folder)")
+    parser.add_argument("--formats", default="none,int8,int4", help="formats of the weights; none: bfloat16; default: all")
+    parser.add_argument("--rows", default="1,4", help="batch sizes; default: 1,4")
+    parser.add_argument("--runs", type=int, default=12, help="measurements of each implementation; default: 12")
+    parser.add_argument("--threads", type=int, default=2, help="default: 2")
+    parser.add_argument("--work", type=Path, help="folder that keeps the checkpoint; default: a temporary one")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
         work = a.work or Path(temporary)
-        folder, vocabulary = checkpoint(work, a.shape), tokenizer(work)
+        ckpt_dir, tokenizer_path = make_checkpoint(work, a.shape), make_tokenizer(work)
         print("steps in ms")
-        print(f"{'weights':8}{'rows':>5}{'runs':>6}{'read, GB/s':>12}{''.join(f'{way:>10}' for way in WAYS)}{'ratio':>8}")
-        for kind in a.kinds.split(","):
-            build = functools.partial(Llama.build, folder, vocabulary, 256, 16, device="cpu")
-            compiled = build(quantize=None if kind == "none" else kind)
-            with without():
-                plain = build(quantize=None if kind == "none" else kind)
+        names = "".join(f"{name:>10}" for name in IMPLEMENTATIONS)
+        print(f"{'weights':8}{'rows':>5}{'runs':>6}{'read, GB/s':>12}{names}{'ratio':>8}")
+        for weight_format in a.formats.split(","):
+            build = functools.partial(Llama.build, ckpt_dir, tokenizer_path, 256, 16, device="cpu")
+            quantize = None if weight_format == "none" else weight_format
+            compiled = build(quantize=quantize)
+            with without_extensions():
+                without_c = build(quantize=quantize)
             for rows in map(int, a.rows.split(",")):
-                found = list(runs(steps_of(compiled, plain, rows), rows, a.runs))
-                rates = [run["read"] for run in found]
-                middle = (min(rates) + max(rates)) / 2 if max(rates) > 1.3 * min(rates) else 0  # else there is one mode
-                for these in ([r for r in found if r["read"] < middle], [r for r in found if r["read"] >= middle]):
-                    if these:
-                        print(line(kind, rows, these), flush=True)
+                runs = list(measure(make_steps(compiled, without_c, rows), rows, a.runs))
+                rates = [run["read"] for run in runs]
+                # If the bandwidths differ by more than 30%, the middle divides slow from fast memory.
+                threshold = (min(rates) + max(rates)) / 2 if max(rates) > 1.3 * min(rates) else 0
+                slow, fast = ([r for r in runs if (r["read"] >= threshold) == above] for above in (False, True))
+                for subset in (slow, fast):
+                    if subset:
+                        print(format_line(weight_format, rows, subset), flush=True)
 
 
 if __name__ == "__main__":

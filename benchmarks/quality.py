@@ -1,24 +1,25 @@
-"""Quality: what 8 and 4 bit cost, against float32, on text that the model was not trained on.
+"""Measure the quality of 8-bit and 4-bit weights against float32, on text that the model was not trained on.
 
     python benchmarks/quality.py [--ckpt_dir FOLDER --tokenizer_path FILE [--text FILE]] [--json FILE]
-    python benchmarks/quality.py --smollm2 FOLDER [--ids FILE] [--json FILE]
+    python benchmarks/quality.py --smollm2 FOLDER [--tokens FILE] [--json FILE]
 
-Without arguments the demo model, on its answers to questions in held-out wordings (only the answers count). With a model,
-on the text of a file, in pieces of 256 tokens; without one, on stories of demo/corpus.py, which is no other model's text.
+Without arguments, the demo model is scored on the answers to questions in wordings that its training did not contain. Another
+model is scored on a text file, in segments of 256 tokens, or without --text on stories of demo/corpus.py.
 
---smollm2 measures a real chat model, which it downloads into the folder if it is not there (smollm2.py): on the passages of
-texts/, and on its own greedy answers in float32 to a dozen questions. llama.cpp quantizes the same weights beside it and
-goes through the same tokens; for other models it does so where --llama_cpp says in which folder its files may be written.
---ids measures on tokens instead: {"texts": [[...]], "questions": [[...]], "answers": [[...]]}, each text after BOS.
+--smollm2 scores a real chat model, which smollm2.py downloads into the folder if needed, on the passages of texts/ and on its
+own greedy float32 answers to a dozen questions. llama.cpp quantizes the same weights and is scored on the same tokens; with
+another model it is added by --llama_cpp FOLDER, where its files are written.
+--tokens scores tokens instead of text, from a JSON file {"texts": [[...]], "questions": [[...]], "answers": [[...]]}, where
+each text and each question begins with BOS.
 
-    KL          mean divergence of the next token's distribution from float32's, in nats
-    top-1       how often the likeliest token is float32's
-    perplexity  and by how much it is worse than bfloat16's
-    same        greedy answers that are float32's, token by token
-    facts       greedy answers that have the word which float32's answer has
-    weights     MB of all matrices that a step reads, which the embedding is not unless it is the output layer, too; with
-                their scales, as they lie in memory or in llama.cpp's file
-    file        MB of that file, which has no vocabulary
+    KL          mean KL divergence of the distribution of the next token from float32's, in nats
+    top-1       share of positions where the likeliest token is float32's
+    perplexity  with its relative difference from bfloat16's
+    same        greedy answers equal to float32's, token by token
+    facts       greedy answers with the expected word, among questions that float32 answers with it
+    weights     MB of all matrices that a decode step reads, with their scales, as stored in memory or in llama.cpp's file; the
+                embedding counts only if it is also the output layer
+    file        MB of llama.cpp's file, which contains no vocabulary
 """
 
 import argparse
@@ -39,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from peers import Job, convert  # noqa: E402
-from smollm2 import QUESTIONS, SmolLM2, holds, prepare  # noqa: E402
+from smollm2 import QUESTIONS, SmolLM2, contains_word, prepare  # noqa: E402
 
 from demo import evaluate  # noqa: E402
 from demo.corpus import Writer  # noqa: E402
@@ -51,36 +52,42 @@ from llama.kernels import blocked_linear, packing  # noqa: E402
 from llama.kernels.packed_weight import PackedWeight  # noqa: E402
 from llama.quantization import weight as quantized_weight  # noqa: E402
 
-PIECE, STORIES, WINDOW, NEW = 256, 60, 1024, 64
-Sequence = tuple[list[int], int]  # tokens, and how many of them are not scored
-# This library: build's options, and what is set otherwise than in the library.
-WAYS: dict[str, tuple[dict[str, Any], dict[tuple[Any, str], Any]]] = {
+SEGMENT_TOKENS = 256
+N_STORIES = 60
+CONTEXT = 1024  # context length in tokens
+MAX_NEW_TOKENS = 64
+Sequence = tuple[list[int], int]  # tokens, and the number of tokens at the start that are context and not scored
+# Name: options of Llama.build, and constants of the library that are replaced while the model is loaded and scored.
+VARIANTS: dict[str, tuple[dict[str, Any], dict[tuple[Any, str], Any]]] = {
     "bfloat16": ({}, {}),
     "int8": ({"quantize": "int8"}, {}),
-    "int8, activations of 8 bits": ({"quantize": "int8"}, {(blocked_linear, "NARROW_DIGITS"): 1}),  # as in wide rows
+    "int8, activations of 8 bits": (
+        {"quantize": "int8"},
+        {(blocked_linear, "NARROW_INT8_PER_ACTIVATION"): 1},
+    ),  # the library's setting for wide matrices
     "int4": ({"quantize": "int4"}, {}),
     "int4, output layer in 4 bit": ({"quantize": "int4"}, {(quantized_weight, "OUTPUT_FORMAT"): "int4"}),
     "int4, groups of 64": ({"quantize": "int4"}, {(packing, "group_size"): lambda width, format: 64}),
 }
-LLAMA_CPP = "BF16", "Q8_0", "Q4_0", "Q4_K_M"
-OF_BFLOAT16 = "of bfloat16's"
+LLAMA_CPP_VARIANTS = "BF16", "Q8_0", "Q4_0", "Q4_K_M"
+RATIO_KEY = "of bfloat16's"  # in the results: the perplexity divided by bfloat16's
 
 
 class Model(Protocol):
-    weights: int  # bytes, as said above
-    file: int | None
+    weights: int  # bytes of the matrices that a decode step reads
+    file: int | None  # bytes of llama.cpp's file
 
     def logits(self, tokens: list[int]) -> torch.Tensor:
-        """Return float32 (S, vocab)."""
+        """Return float32 logits (S, vocab) of S tokens."""
 
     def answer(self, question: list[int]) -> list[int]:
-        """Continue greedily, to before EOS or for NEW tokens."""
+        """Return a greedy answer of at most MAX_NEW_TOKENS tokens, without EOS."""
 
 
 class Ours:
     def __init__(self, ckpt_dir: Path, tokenizer_path: Path, **options: Any) -> None:
-        self.llama = Llama.build(ckpt_dir, tokenizer_path, WINDOW, 1, **options)
-        self.weights, self.file = held(self.llama.model), None
+        self.llama = Llama.build(ckpt_dir, tokenizer_path, CONTEXT, 1, **options)
+        self.weights, self.file = matrix_bytes(self.llama.model), None
 
     def logits(self, tokens: list[int]) -> torch.Tensor:
         forward = self.llama.engine.forward()
@@ -90,168 +97,172 @@ class Ours:
             return forward.logits(hidden).cpu()
 
     def answer(self, question: list[int]) -> list[int]:
-        return self.llama.generate([question], NEW, temperature=0)[0][0]
+        return self.llama.generate([question], MAX_NEW_TOKENS, temperature=0)[0][0]
 
 
 class LlamaCpp:
-    def __init__(self, ckpt_dir: Path, folder: Path, variant: str, eos: int) -> None:
+    def __init__(self, ckpt_dir: Path, folder: Path, variant: str, eos_id: int) -> None:
         from peers import llamacpp
 
-        weights, args = convert.read(ckpt_dir)
+        weights, args = convert.read_checkpoint(ckpt_dir)
         if torch.equal(weights["tok_embeddings.weight"], weights["output.weight"]):
-            del weights["output.weight"]  # tied, as its users' files of such a model are
+            del weights["output.weight"]  # GGUF files of a model with tied embeddings have no output layer
         peer = "llama.cpp" if variant == "BF16" else f"llama.cpp:{variant}"
-        begin, threads = folder.resolve() / ckpt_dir.resolve().name, torch.get_num_threads()
-        job = Job(peer, str(ckpt_dir), "", str(begin), "bfloat16", "cpu", threads, 1, WINDOW)
+        prefix, threads = folder.resolve() / ckpt_dir.resolve().name, torch.get_num_threads()
+        job = Job(peer, str(ckpt_dir), "", str(prefix), "bfloat16", "cpu", threads, 1, CONTEXT)
         folder.mkdir(parents=True, exist_ok=True)
-        llamacpp.be_quiet()
+        llamacpp.silence_log()
         convert.convert(job, weights, args)
-        self.peer, self.eos = llamacpp.LlamaCpp(job), eos
-        self.weights, self.file = convert.matrix_bytes(job.gguf), Path(job.gguf).stat().st_size
+        self.peer, self.eos_id = llamacpp.LlamaCpp(job), eos_id
+        self.weights, self.file = convert.gguf_matrix_bytes(job.gguf), Path(job.gguf).stat().st_size
 
     def logits(self, tokens: list[int]) -> torch.Tensor:
         return torch.from_numpy(self.peer.logits(tokens))
 
     def answer(self, question: list[int]) -> list[int]:
-        answer = self.peer.generate([question], NEW).ids[0]
-        return answer[: answer.index(self.eos)] if self.eos in answer else answer
+        answer = self.peer.generate([question], MAX_NEW_TOKENS).tokens[0]
+        return answer[: answer.index(self.eos_id)] if self.eos_id in answer else answer
 
 
-def held(model: Transformer) -> int:
-    """Return the bytes of all matrices but the embedding, with what lies beside them, in whatever form a kernel holds them."""
-    seen: dict[Any, Any] = {}  # what it holds stays alive, so that no other object gets its id
-    found = 0
+def matrix_bytes(model: Transformer) -> int:
+    """Return the bytes of all matrices except the embedding, with their scales, in the form in which a kernel stores them."""
+    seen: dict[Any, Any] = {}  # keeps visited objects alive, because Python reuses the id() of a deleted object
+    total = 0
 
     def visit(value: Any) -> None:
-        nonlocal found
+        nonlocal total
         strided = isinstance(value, torch.Tensor) and value.layout == torch.strided
         key = ("address", value.data_ptr()) if strided else id(value)
         if key in seen:
             return
         seen[key] = value
         if isinstance(value, torch.Tensor):
-            found += value.nbytes
+            total += value.nbytes
         elif isinstance(value, dict | list | tuple):
-            for each in value.values() if isinstance(value, dict) else value:
-                visit(each)
+            for item in value.values() if isinstance(value, dict) else value:
+                visit(item)
         elif type(value).__module__.startswith("llama."):
             visit(getattr(value, "__dict__", {}))
 
     for name, weight in model.named_parameters():
         if weight.ndim == 2 and name != "tok_embeddings.weight":
             visit(weight.shared.kernel if isinstance(weight, PackedWeight) else weight)
-    return found
+    return total
 
 
 def held_out_answers(tokenizer: Tokenizer) -> Iterator[Sequence]:
+    """Yield questions to the demo model in wordings that its training did not contain, with the expected answers."""
     for name in KINDS:
         for dialog, answer in evaluate.fact_cases(name, 1)[:60]:
             question = encode_dialog(tokenizer, dialog)
             yield question + tokenizer.encode(answer, bos=False, eos=True), len(question)
 
 
-def pieces(tokenizer: Tokenizer, text: Path | None) -> Iterator[Sequence]:
+def text_segments(tokenizer: Tokenizer, text: Path | None) -> Iterator[Sequence]:
+    """Yield a text in segments that begin with BOS; without a text, the beginnings of stories of demo/corpus.py."""
     if text is None:
         writer = Writer(77)
-        for _ in range(STORIES):
-            yield tokenizer.encode(writer.story(), bos=True, eos=False)[:PIECE], 1
+        for _ in range(N_STORIES):
+            yield tokenizer.encode(writer.story(), bos=True, eos=False)[:SEGMENT_TOKENS], 1
         return
-    ids = tokenizer.encode(text.read_text(), bos=False, eos=False)
-    for i in range(0, len(ids), PIECE - 1):
-        yield [tokenizer.bos_id, *ids[i : i + PIECE - 1]], 1
+    tokens = tokenizer.encode(text.read_text(), bos=False, eos=False)
+    for i in range(0, len(tokens), SEGMENT_TOKENS - 1):
+        yield [tokenizer.bos_id, *tokens[i : i + SEGMENT_TOKENS - 1]], 1
 
 
-def log_probabilities(model: Model, tokens: list[int], given: int) -> torch.Tensor:
-    """Return those of each token after the given ones: (N, vocab)."""
-    return model.logits(tokens[:-1])[given - 1 :].log_softmax(-1)
+def next_token_logprobs(model: Model, tokens: list[int], n_context: int) -> torch.Tensor:
+    """Return the log probabilities (N, vocab) of the next token, at each position whose next token is scored."""
+    return model.logits(tokens[:-1])[n_context - 1 :].log_softmax(-1)
 
 
-def likelihood(found: torch.Tensor, tokens: list[int], given: int) -> float:
-    """Return the sum of the tokens' own log probabilities."""
-    return found.gather(1, torch.tensor(tokens[given:]).unsqueeze(1)).double().sum().item()
+def sequence_logprob(logprobs: torch.Tensor, tokens: list[int], n_context: int) -> float:
+    """Return the sum of the log probabilities of the scored tokens."""
+    return logprobs.gather(1, torch.tensor(tokens[n_context:]).unsqueeze(1)).double().sum().item()
 
 
 class Scored:
-    """Sequences, and float32's distributions of the next token at the positions that count."""
+    """Sequences to score, with float32's distribution of the next token at each scored position."""
 
-    def __init__(self, sequences: list[Sequence], plain: Model) -> None:
+    def __init__(self, sequences: list[Sequence], float32: Model) -> None:
         self.sequences = sequences
-        self.exact = [log_probabilities(plain, *each) for each in sequences]
-        self.positions = sum(map(len, self.exact))
-        likelihoods = [likelihood(exact, *each) for exact, each in zip(self.exact, sequences, strict=True)]
-        self.perplexity = math.exp(-sum(likelihoods) / self.positions)
+        self.expected = [next_token_logprobs(float32, *sequence) for sequence in sequences]
+        self.positions = sum(map(len, self.expected))
+        totals = [sequence_logprob(logprobs, *sequence) for logprobs, sequence in zip(self.expected, sequences, strict=True)]
+        self.perplexity = math.exp(-sum(totals) / self.positions)
 
     def measure(self, model: Model) -> dict[str, float]:
-        divergence = same = likely = 0.0
-        for each, exact in zip(self.sequences, self.exact, strict=True):
-            found = log_probabilities(model, *each)
-            divergence += (exact.exp() * (exact - found)).sum(-1).double().sum().item()
-            same += (exact.argmax(-1) == found.argmax(-1)).sum().item()
-            likely += likelihood(found, *each)
+        divergence = same = total = 0.0
+        for sequence, expected in zip(self.sequences, self.expected, strict=True):
+            logprobs = next_token_logprobs(model, *sequence)
+            divergence += (expected.exp() * (expected - logprobs)).sum(-1).double().sum().item()
+            same += (expected.argmax(-1) == logprobs.argmax(-1)).sum().item()
+            total += sequence_logprob(logprobs, *sequence)
         n = self.positions
-        return {"kl": divergence / n, "top-1": same / n, "perplexity": math.exp(-likely / n)}
+        return {"kl": divergence / n, "top-1": same / n, "perplexity": math.exp(-total / n)}
 
 
 class Chat:
-    """Questions, their facts, and the answers that others are compared with."""
+    """Questions with the word that each answer must contain, and the answers of the first model that was asked."""
 
     def __init__(self, questions: list[list[int]], facts: list[str], decode: Callable[[list[int]], str] | None) -> None:
         self.questions, self.facts, self.decode = questions, facts, decode
         self.answers: list[list[int]] = []
 
     def ask(self, model: Model) -> dict[str, Any]:
-        """Return how many answers are as the first model's, and what they say."""
+        """Ask all questions; return how many answers equal the first model's or contain the expected word, and their texts."""
         answers = [model.answer(question) for question in self.questions]
         self.answers = self.answers or answers
-        found: dict[str, Any] = {"same": sum(map(list.__eq__, answers, self.answers))}
+        result: dict[str, Any] = {"same": sum(map(list.__eq__, answers, self.answers))}
         if self.decode:
-            texts, first = ([self.decode(answer) for answer in each] for each in (answers, self.answers))
-            cases = zip(self.facts, texts, first, strict=True)
-            found["facts"] = sum(holds(text, fact) and holds(as_first, fact) for fact, text, as_first in cases)
-            found["texts"] = texts
-        return found
+            texts, first_texts = ([self.decode(answer) for answer in group] for group in (answers, self.answers))
+            cases = zip(self.facts, texts, first_texts, strict=True)
+            result["facts"] = sum(contains_word(text, fact) and contains_word(first, fact) for fact, text, first in cases)
+            result["texts"] = texts
+        return result
 
 
-def load(a: argparse.Namespace, plain: Ours) -> tuple[dict[str, Scored], Chat | None]:
-    """Return what is measured, by name, and the chat, if there is one: of "answers" to its questions, besides "text"."""
-    tokenizer, chat = plain.llama.tokenizer, None
-    if a.ids:
-        given = json.loads(a.ids.read_text())
-        chat, answers = Chat(given["questions"], [], None), given["answers"]
-        first = [(tokens, 1) for tokens in given["texts"]]
-        chat.ask(plain)
+def load_sequences(a: argparse.Namespace, float32: Ours) -> tuple[dict[str, Scored], Chat | None]:
+    """Return the scored "text" and, for a chat model, the scored "answers" and the chat with their questions."""
+    tokenizer, chat = float32.llama.tokenizer, None
+    if a.tokens:
+        data = json.loads(a.tokens.read_text())
+        chat, answers = Chat(data["questions"], [], None), data["answers"]
+        sequences = [(tokens, 1) for tokens in data["texts"]]
+        chat.ask(float32)
     elif a.smollm2:
         text = SmolLM2(a.ckpt_dir)
         chat = Chat(text.questions(), list(QUESTIONS.values()), text.decode)
-        first = [(tokens, 1) for tokens in text.passages(WINDOW)]
-        chat.ask(plain)
-        answers = [answer + [tokenizer.eos_id] * (len(answer) < NEW) for answer in chat.answers]
+        sequences = [(tokens, 1) for tokens in text.passages(CONTEXT)]
+        chat.ask(float32)
+        answers = [answer + [tokenizer.eos_id] * (len(answer) < MAX_NEW_TOKENS) for answer in chat.answers]
+    elif a.ckpt_dir == ROOT / "demo/model":
+        sequences = list(held_out_answers(tokenizer))
     else:
-        first = list(held_out_answers(tokenizer) if a.ckpt_dir == ROOT / "demo/model" else pieces(tokenizer, a.text))
-    scored = {"text": Scored(first, plain)}
+        sequences = list(text_segments(tokenizer, a.text))
+    scored = {"text": Scored(sequences, float32)}
     if chat:
-        both = zip(chat.questions, answers, strict=True)
-        scored["answers"] = Scored([(question + answer, len(question)) for question, answer in both], plain)
+        pairs = zip(chat.questions, answers, strict=True)
+        scored["answers"] = Scored([(question + answer, len(question)) for question, answer in pairs], float32)
     return scored, chat
 
 
-def models(a: argparse.Namespace, eos: int) -> Iterator[tuple[str, Callable[[], Model], dict[tuple[Any, str], Any]]]:
-    """Yield the name of each row, what loads it, and what is to be changed meanwhile."""
-    for name, (options, changes) in WAYS.items():
-        yield name, partial(Ours, a.ckpt_dir, a.tokenizer_path, dtype="bfloat16", **options), changes
-    for variant in LLAMA_CPP if a.llama_cpp else ():
-        yield f"llama.cpp {variant}", partial(LlamaCpp, a.ckpt_dir, a.llama_cpp, variant, eos), {}
+def models(a: argparse.Namespace, eos_id: int) -> Iterator[tuple[str, Callable[[], Model], dict[tuple[Any, str], Any]]]:
+    """Yield for each model its name, a function that loads it, and the constants of the library to replace for it."""
+    for name, (options, replacements) in VARIANTS.items():
+        yield name, partial(Ours, a.ckpt_dir, a.tokenizer_path, dtype="bfloat16", **options), replacements
+    for variant in LLAMA_CPP_VARIANTS if a.llama_cpp else ():
+        yield f"llama.cpp {variant}", partial(LlamaCpp, a.ckpt_dir, a.llama_cpp, variant, eos_id), {}
 
 
-def head(chat: Chat | None) -> str:
+def format_header(chat: Chat | None) -> str:
     columns = f"{'':28}{'KL':>9}{'top-1':>9}{'perplexity':>12}{'':9}"
     if chat:
         columns += f"{'KL':>9}{'top-1':>9}{'same':>6}" + f"{'facts':>7}" * bool(chat.facts)
     return columns + f"{'weights':>10}{'file':>8}"
 
 
-def line(name: str, r: dict[str, Any]) -> str:
-    columns = f"{name:28}{r['kl']:9.5f}{r['top-1']:9.2%}{r['perplexity']:12.4f}{r[OF_BFLOAT16] - 1:+9.2%}"
+def format_line(name: str, r: dict[str, Any]) -> str:
+    columns = f"{name:28}{r['kl']:9.5f}{r['top-1']:9.2%}{r['perplexity']:12.4f}{r[RATIO_KEY] - 1:+9.2%}"
     if answers := r.get("answers"):
         columns += f"{answers['kl']:9.5f}{answers['top-1']:9.2%}{answers['same']:6}"
         columns += f"{answers['facts']:7}" if "facts" in answers else ""
@@ -260,54 +271,56 @@ def line(name: str, r: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt_dir", type=Path, default=ROOT / "demo/model")
-    parser.add_argument("--tokenizer_path", type=Path, default=ROOT / "demo/tokenizer.model")
-    parser.add_argument("--text", type=Path)
-    parser.add_argument("--smollm2", type=Path)
-    parser.add_argument("--ids", type=Path)
-    parser.add_argument("--llama_cpp", type=Path)
-    parser.add_argument("--json", type=Path)
+    demo_model, demo_tokenizer = ROOT / "demo/model", ROOT / "demo/tokenizer.model"
+    parser.add_argument("--ckpt_dir", type=Path, default=demo_model, help="default: the demo model")
+    parser.add_argument("--tokenizer_path", type=Path, default=demo_tokenizer, help="default: the demo model's")
+    parser.add_argument("--text", type=Path, help="text file to score; default: stories of demo/corpus.py")
+    parser.add_argument("--smollm2", type=Path, metavar="FOLDER", help="score SmolLM2-135M-Instruct, downloaded to this folder")
+    parser.add_argument("--tokens", type=Path, metavar="FILE", help="JSON file with the tokens to score")
+    parser.add_argument("--llama_cpp", type=Path, metavar="FOLDER", help="score llama.cpp too, and write its files here")
+    parser.add_argument("--json", type=Path, help="file for the results")
     a = parser.parse_args()
     if a.smollm2:
         a.ckpt_dir = prepare(a.smollm2)
         a.tokenizer_path, a.llama_cpp = a.ckpt_dir / "tokenizer.model", a.llama_cpp or a.ckpt_dir / "llama.cpp"
     if a.llama_cpp and not importlib.util.find_spec("llama_cpp"):
-        print("llama.cpp is not installed, and not measured: pip install -e '.[bench]'", file=sys.stderr)
+        print("llama.cpp is not measured, because it is not installed: pip install -e '.[bench]'", file=sys.stderr)
         a.llama_cpp = None
 
-    plain = Ours(a.ckpt_dir, a.tokenizer_path, dtype="float32")
-    scored, chat = load(a, plain)
-    found: dict[str, Any] = {"model": a.ckpt_dir.name, "positions": scored["text"].positions, "ways": {}}
-    print(f"{a.ckpt_dir.name}, {found['positions']:,} positions; float32: perplexity {scored['text'].perplexity:.4f}", end="")
+    float32 = Ours(a.ckpt_dir, a.tokenizer_path, dtype="float32")
+    scored, chat = load_sequences(a, float32)
+    results: dict[str, Any] = {"model": a.ckpt_dir.name, "positions": scored["text"].positions, "ways": {}}
+    perplexity = scored["text"].perplexity
+    print(f"{a.ckpt_dir.name}, {results['positions']:,} positions; float32: perplexity {perplexity:.4f}", end="")
     if chat:
-        found["answers"] = {"count": len(chat.questions), "positions": scored["answers"].positions}
+        results["answers"] = {"count": len(chat.questions), "positions": scored["answers"].positions}
         print(f"; then {len(chat.questions)} answers, {scored['answers'].positions:,} positions", end="")
-    print(f"\n\n{head(chat)}")
-    ways = found["ways"]
-    for name, make, changes in models(a, plain.llama.tokenizer.eos_id):
+    print(f"\n\n{format_header(chat)}")
+    by_name = results["ways"]
+    for name, load_model, replacements in models(a, float32.llama.tokenizer.eos_id):
         with ExitStack() as stack:
-            for (module, attribute), value in changes.items():
+            for (module, attribute), value in replacements.items():
                 stack.enter_context(patch.object(module, attribute, value))
-            model = make()
-            r = ways[name] = scored["text"].measure(model)
-            r[OF_BFLOAT16] = r["perplexity"] / ways["bfloat16"]["perplexity"]
+            model = load_model()
+            r = by_name[name] = scored["text"].measure(model)
+            r[RATIO_KEY] = r["perplexity"] / by_name["bfloat16"]["perplexity"]
             r |= {"weights": model.weights, "file": model.file}
             if chat:
                 r["answers"] = scored["answers"].measure(model) | chat.ask(model)
-        print(line(name, r), flush=True)
-        del model  # before the next is loaded
+        print(format_line(name, r), flush=True)
+        del model  # free its memory before the next model is loaded
     if chat and chat.decode:
-        print_answers(chat, {name: way["answers"]["texts"] for name, way in ways.items()})
+        print_answers(chat, {name: result["answers"]["texts"] for name, result in by_name.items()})
     if a.json:
-        a.json.write_text(json.dumps(found, indent=1) + "\n")
+        a.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def print_answers(chat: Chat, texts: dict[str, list[str]]) -> None:
-    """Print float32's answers, and below each those of others that lack the fact."""
+    """Print float32's answer to each question, then the answers of other models that lack the expected word."""
     for i, (question, fact) in enumerate(QUESTIONS.items()):
         print(f"\n{question} ({fact})")
-        lacking = {name: of[i] for name, of in texts.items() if not holds(of[i], fact)}
-        for name, text in {"float32": chat.decode(chat.answers[i]), **lacking}.items():
+        wrong = {name: answers[i] for name, answers in texts.items() if not contains_word(answers[i], fact)}
+        for name, text in {"float32": chat.decode(chat.answers[i]), **wrong}.items():
             print(f"    {name:28}{' '.join(text.split())[:90]}")
 
 

@@ -1,9 +1,10 @@
-"""Two replicas beside one model: the same prompts, on the same cores.
+"""Compare two replicas with one model, on the same prompts and the same CPU cores.
 
     python benchmarks/replicas.py [--shape 1.1B] [--prompts 32] [--new 32] [--rows 8] [--runs 3] [--threads 2] [--work FOLDER]
         [--json FILE]
 
-Every process keeps its model and answers all prompts in one call. Ways take turns; medians and extremes are printed.
+Each measurement starts new processes, which load the model and answer all prompts in one call. The configurations alternate;
+medians and extremes are printed.
 """
 
 import argparse
@@ -15,9 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import SHAPES, checkpoint, fresh, report, tokenizer
+from common import SHAPES, make_checkpoint, make_tokenizer, print_figures, run_python
 
-WAYS = {  # ranks, those that share one model, share of the threads that all ranks have together
+CONFIGURATIONS = {  # number of ranks, ranks that share one model, share of --threads that all ranks use together
     "1 replica, half the threads": (1, 1, 0.5),
     "1 replica": (1, 1, 1),
     "1 model on 2 ranks": (2, 2, 1),
@@ -25,50 +26,52 @@ WAYS = {  # ranks, those that share one model, share of the threads that all ran
 }
 
 
-def measure(folder: str, tokenizer_path: str, size: int, prompts: int, new: int, rows: int) -> None:
+def measure(ckpt_dir: str, tokenizer_path: str, model_parallel_size: int, n_prompts: int, new: int, rows: int) -> None:
     import torch
 
     from llama import Llama
 
-    llama = Llama.build(folder, tokenizer_path, new + 40, rows, model_parallel_size=size, device="cpu")
-    draw = random.Random(0)
-    asked = [[1, *(draw.randrange(3, 32000) for _ in range(draw.randrange(8, 33)))] for _ in range(prompts)]
-    llama.generate(asked[:rows], 2, temperature=0)
-    begun = time.perf_counter()
-    ids, _ = llama.generate(asked, new, temperature=0)
-    seconds = time.perf_counter() - begun
+    options = {"model_parallel_size": model_parallel_size, "device": "cpu"}
+    llama = Llama.build(ckpt_dir, tokenizer_path, new + 40, rows, **options)
+    rng = random.Random(0)
+    prompts = [[1, *(rng.randrange(3, 32000) for _ in range(rng.randrange(8, 33)))] for _ in range(n_prompts)]
+    llama.generate(prompts[:rows], 2, temperature=0)
+    start = time.perf_counter()
+    answers, _ = llama.generate(prompts, new, temperature=0)
+    seconds = time.perf_counter() - start
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        report(seconds=seconds, ids=sum(map(len, ids)))
+        print_figures(seconds=seconds, tokens=sum(map(len, answers)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="1.1B", choices=SHAPES)
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--rows", type=int, default=8, help="of each replica")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, help="where to keep the checkpoint (default: a temporary folder)")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--prompts", type=int, default=32, help="number of prompts; default: 32")
+    parser.add_argument("--new", type=int, default=32, help="new tokens per prompt; default: 32")
+    parser.add_argument("--rows", type=int, default=8, help="max_batch_size of each replica; default: 8")
+    parser.add_argument("--runs", type=int, default=3, help="measurements of each configuration; default: 3")
+    parser.add_argument("--threads", type=int, default=2, help="threads of all ranks together; default: 2")
+    parser.add_argument("--work", type=Path, help="folder that keeps the checkpoint; default: a temporary one")
+    parser.add_argument("--json", type=Path, help="file for the results")
     a = parser.parse_args()
-    rates: dict[str, list[float]] = {way: [] for way in WAYS}
+    rates: dict[str, list[float]] = {name: [] for name in CONFIGURATIONS}
     with tempfile.TemporaryDirectory() as temporary:
         work = a.work or Path(temporary)
-        files = checkpoint(work, a.shape), tokenizer(work)
+        files = make_checkpoint(work, a.shape), make_tokenizer(work)
         for _ in range(a.runs):
-            for way, (ranks, size, share) in WAYS.items():
-                command = __file__, "measure", *files, size, a.prompts, a.new, a.rows
-                (found,) = fresh(*command, ranks=ranks, threads=max(1, round(a.threads * share)))
-                rates[way].append(found["ids"] / found["seconds"])
-                print(f"{way}: {rates[way][-1]:.1f} ids/s", file=sys.stderr)
-    one = statistics.median(rates["1 replica"])
+            for name, (ranks, model_parallel_size, share) in CONFIGURATIONS.items():
+                command = __file__, "measure", *files, model_parallel_size, a.prompts, a.new, a.rows
+                (figures,) = run_python(*command, ranks=ranks, threads=max(1, round(a.threads * share)))
+                rates[name].append(figures["tokens"] / figures["seconds"])
+                print(f"{name}: {rates[name][-1]:.1f} tokens/s", file=sys.stderr)
+    one_replica = statistics.median(rates["1 replica"])
     print(
-        f"{a.shape}, {a.prompts} prompts of 8 to 32 ids, {a.new} new ids each, {a.rows} rows a replica, {a.threads} threads\n"
+        f"{a.shape}, {a.prompts} prompts of 8 to 32 tokens after BOS, {a.new} new tokens each, {a.rows} rows per replica, "
+        f"{a.threads} threads\n"
     )
-    for way, each in rates.items():
-        middle = statistics.median(each)
-        print(f"{way:<29}{middle:7.1f} ids/s  ({min(each):.1f} to {max(each):.1f}){middle / one:8.2f}x")
+    for name, values in rates.items():
+        median = statistics.median(values)
+        print(f"{name:<29}{median:7.1f} tokens/s  ({min(values):.1f} to {max(values):.1f}){median / one_replica:8.2f}x")
     if a.json:
         setup = {k: v for k, v in vars(a).items() if k not in ("work", "json")}
         a.json.write_text(json.dumps({"setup": setup, "ids/s": rates}, indent=1) + "\n")

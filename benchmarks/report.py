@@ -1,4 +1,4 @@
-"""The table and the plot of what speed.py measured.
+"""Print the results of speed.py as a table, and plot them.
 
 python benchmarks/report.py benchmarks/results/speed-1.1B-cpu.json [--plot FILE.svg]
 """
@@ -12,8 +12,8 @@ from typing import Any
 Results = dict[str, Any]
 
 
-def measured(results: Results, peer: str) -> dict[str, list[float]]:
-    """Seconds of each workload, run by run."""
+def seconds_by_workload(results: Results, peer: str) -> dict[str, list[float]]:
+    """Return the seconds of a peer for each workload, one value per run."""
     runs: dict[str, list[float]] = {workload["name"]: [] for workload in results["workloads"]}
     for record in results["runs"]:
         if record["peer"] == peer:
@@ -21,13 +21,16 @@ def measured(results: Results, peer: str) -> dict[str, list[float]]:
     return runs
 
 
-def paired(seconds: list[float], others: list[float]) -> float:
-    """The median of the runs' quotients, not the quotient of medians: what slows a machine for a while slows both in a run."""
-    return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
+def median_ratio(seconds: list[float], baseline: list[float]) -> float:
+    """Return the median over the runs of seconds / baseline.
+
+    A machine that is slow for a while slows both values of a run, which a ratio of two medians would not cancel.
+    """
+    return statistics.median(a / b for a, b in zip(seconds, baseline, strict=True))
 
 
-def reading(results: Results, peer: str) -> tuple[float, float]:
-    """Bytes of weights that the steps of one row read per second, and their share of the bandwidth read just before."""
+def read_speed(results: Results, peer: str) -> tuple[float, float]:
+    """Return the bytes of weights that decode-1 reads per second, and their share of the bandwidth measured before each run."""
     size = results["step_bytes"][peer]
     runs = [r for r in results["runs"] if (r["peer"], r["workload"]) == (peer, "decode-1")]
     shares = [size / r["seconds"] / r["bandwidth"] for r in runs]
@@ -35,73 +38,76 @@ def reading(results: Results, peer: str) -> tuple[float, float]:
 
 
 def table(results: Results) -> list[str]:
-    """Its first peer is ours; beside each figure of another stands how many times better ours is, run by run."""
+    """Return the lines of a table with a column per peer; the first column is this library.
+
+    A ratio follows each figure of another peer: how many times better this library is, as the median over the runs.
+    """
     peers = list(results["load"])
-    seconds = {peer: measured(results, peer) for peer in peers}
+    seconds = {peer: seconds_by_workload(results, peer) for peer in peers}
     ours = seconds[peers[0]]
     rows: list[list[str]] = [["", *(f"{peer}{'':8}" for peer in peers)]]
 
-    def add(label: str, values: list[float], format_: str, ratios: list[float]) -> None:
-        beside = ["", *(f"{ratio:.2f}x" for ratio in ratios[1:])]
-        rows.append([label, *(f"{v:{format_}}{ratio:>8}" for v, ratio in zip(values, beside, strict=True))])
+    def add_figures(label: str, values: list[float], number_format: str, ratios: list[float]) -> None:
+        suffixes = ["", *(f"{ratio:.2f}x" for ratio in ratios[1:])]
+        rows.append([label, *(f"{v:{number_format}}{suffix:>8}" for v, suffix in zip(values, suffixes, strict=True))])
 
-    def note(label: str, cells: list[str]) -> None:
+    def add_detail(label: str, cells: list[str]) -> None:
         rows.append([f"  {label}", *(f"{cell}{'':8}" for cell in cells)])
 
     for name, n in ((w["name"], w["ids"]) for w in results["workloads"]):
-        typical = [statistics.median(s[name]) for s in seconds.values()]
-        ratios = [paired(s[name], ours[name]) for s in seconds.values()]
+        medians = [statistics.median(s[name]) for s in seconds.values()]
+        ratios = [median_ratio(s[name], ours[name]) for s in seconds.values()]
         if n:
-            add(f"{name}, ids/s", [n / t for t in typical], ",.1f", ratios)
+            add_figures(f"{name}, tokens/s", [n / t for t in medians], ",.1f", ratios)
         else:
-            add(f"{name}, s", typical, ".2f", ratios)
+            add_figures(f"{name}, s", medians, ".2f", ratios)
         if name == "decode-1":
-            read = [reading(results, peer) for peer in peers]
-            note("weights read, GB/s", [f"{speed / 1e9:,.1f}" for speed, _ in read])
-            note("of the bandwidth", [f"{share:.0%}" for _, share in read])
+            speeds = [read_speed(results, peer) for peer in peers]
+            add_detail("weights read, GB/s", [f"{speed / 1e9:,.1f}" for speed, _ in speeds])
+            add_detail("of the bandwidth", [f"{share:.0%}" for _, share in speeds])
         if name.startswith("decode-") and name != "decode-1" and "decode-1" in ours:
-            note("of one row's ids/s", [f"{n * paired(s['decode-1'], s[name]):.2f}x" for s in seconds.values()])
+            add_detail("of one row's tokens/s", [f"{n * median_ratio(s['decode-1'], s[name]):.2f}x" for s in seconds.values()])
         if name.startswith("context-") and name != "context-128" and "context-128" in ours:
-            note("of context-128's time", [f"{paired(s[name], s['context-128']):.2f}x" for s in seconds.values()])
+            add_detail("of context-128's time", [f"{median_ratio(s[name], s['context-128']):.2f}x" for s in seconds.values()])
     for label, key, unit in (("load, s", "seconds", 1.0), ("peak memory, GB", "peak", 1e9)):
         values = [statistics.median(load[key] for load in results["load"][peer]) / unit for peer in peers]
-        add(label, values, ".2f", [v / values[0] for v in values])
-    note("first ids as ours", [f"{results['agreement'][peer]['first']:.0%}" for peer in peers])
+        add_figures(label, values, ".2f", [v / values[0] for v in values])
+    add_detail("first tokens as ours", [f"{results['agreement'][peer]['first']:.0%}" for peer in peers])
     return [title(results), *(f"{label:24}" + "".join(f"{cell:>20}" for cell in cells).rstrip() for label, *cells in rows)]
 
 
 def title(results: Results) -> str:
     n_runs = 1 + max(record["run"] for record in results["runs"])
-    read = [r["bandwidth"] for r in results["runs"] if r["bandwidth"]]
-    memory = f"; memory: {statistics.median(read) / 1e9:,.1f} GB/s" if read else ""
+    bandwidths = [r["bandwidth"] for r in results["runs"] if r["bandwidth"]]
+    memory = f"; memory: {statistics.median(bandwidths) / 1e9:,.1f} GB/s" if bandwidths else ""
     threads = f"{results['threads']} threads on " if results["device"] == "cpu" else ""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
         f"{results['model']}, {results['bytes'] / 1e9:.2f} GB in {results['dtype']}; {threads}{results['machine']}{memory}\n"
-        f"{versions}; medians of {n_runs}; x: how many times better ours is, the median of the runs\n"
+        f"{versions}; medians of {n_runs}; x: how many times better ours is, the median over the runs\n"
     )
 
 
 def plot(results: Results, path: Path) -> None:
-    """Bars of speed, workload by workload, where the fastest peer of others is 1."""
+    """Write an SVG with a group of bars for each workload: the speed of each peer, relative to the fastest other library."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    grey = "#808a94"  # readable on white and on black
+    grey = "#808a94"  # readable on a white and on a black background
     pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "speed", "font.size": 9, "text.color": grey})
     peers, names = list(results["load"]), [w["name"] for w in results["workloads"]]
-    seconds = {peer: measured(results, peer) for peer in peers}
+    seconds = {peer: seconds_by_workload(results, peer) for peer in peers}
     others = [peer for peer in peers if not peer.startswith("ours")] or peers
     colors = ["#2f81f7", "#e0823d", "#8b949e", "#3fa45b", "#a371f7"]
     figure, axes = pyplot.subplots(figsize=(8, 2.8))
     width = 0.8 / len(peers)
     for i, peer in enumerate(peers):
         fastest = {name: [min(run) for run in zip(*(seconds[other][name] for other in others), strict=True)] for name in names}
-        speeds = [paired(fastest[name], seconds[peer][name]) for name in names]
-        places = [x + (i - (len(peers) - 1) / 2) * width for x in range(len(names))]
-        bars = axes.bar(places, speeds, width * 0.92, color=colors[i % len(colors)], label=peer)
+        speeds = [median_ratio(fastest[name], seconds[peer][name]) for name in names]
+        centers = [x + (i - (len(peers) - 1) / 2) * width for x in range(len(names))]
+        bars = axes.bar(centers, speeds, width * 0.92, color=colors[i % len(colors)], label=peer)
         if i == 0:
             axes.bar_label(bars, [f"{speed:.2f}" for speed in speeds], padding=1, color=grey, fontsize=8)
     axes.axhline(1, color=grey, linewidth=0.6)
@@ -116,12 +122,12 @@ def plot(results: Results, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("results", type=Path, help="JSON file that speed.py wrote")
+    parser.add_argument("--plot", type=Path, help="SVG file for a plot")
     a = parser.parse_args()
     results = json.loads(a.results.read_text())
     if not isinstance(results, dict) or "workloads" not in results:
-        parser.error(f"{a.results} is not of speed.py, whose results alone make a table")
+        parser.error(f"{a.results} has no workloads: give a JSON file that speed.py wrote")
     print("\n".join(table(results)))
     if a.plot:
         plot(results, a.plot)

@@ -1,22 +1,22 @@
-"""Speed: this library beside what users would pick instead, on the same weights, in one run.
+"""Measure the speed of this library and of other libraries ("peers"), on the same weights and in turns.
 
     python benchmarks/speed.py [--shape 1.1B|7B] [--runs 5] [--threads 2] [--peers transformers,openvino:int4,...]
         [--workloads prefill-512,decode-1,...] [--dtype bf16|f16|f32] [--device cpu|cuda] [--work FOLDER]
         [--ckpt FOLDER --tokenizer FILE] [--json FILE] [--plot FILE.svg]
 
-The weights are random, in the shape of a known model, or those of --ckpt (one shard). Each peer has a process of its
-own, and they take turns: workload by workload, run by run. Before each timing of steps the memory is read once by
-itself, so that the share of its bandwidth is known under the same conditions. Where the models do not fit into memory
-together, each is loaded anew for each run. Greedy throughout, and nothing ends a row.
+The weights are random, in the shape of a known model, or come from --ckpt (one shard). Each peer runs in its own process.
+In each run the peers alternate, workload by workload. Before decode steps are timed, a plain read measures the bandwidth of
+the memory, which other programs on the machine may change. If the models do not fit into memory together, each run loads each
+peer again. Decoding is greedy and continues past EOS.
 
-    prefill-N       a prompt of N ids, until its first new id
-    decode-B        32 steps of B rows after prompts of 8 ids, prompts not counted
-    context-N       16 steps of one row after a prompt of N ids, prompt not counted
-    ragged          prompts of 16, 64, 128 and 512 ids and 32 new ids each, all of it
+    prefill-N       a prompt of N tokens, until the first new token
+    decode-B        32 decode steps of B rows after prompts of 8 tokens, without the prefill
+    context-N       16 decode steps of one row after a prompt of N tokens, without the prefill
+    ragged          prompts of 16, 64, 128 and 512 tokens with 32 new tokens each, including the prefill
 
-Peers are transformers, llama.cpp, openvino (OpenVINO GenAI) and ctranslate2, the latter two on the CPU alone, and reference,
-the reference's way of stepping. A peer may have a variant, as in llama.cpp:Q8_0, openvino:int4, ctranslate2:int8 or, on a GPU,
-ours:int8+compile. `ours` goes first and need not be named.
+The peers are transformers, llama.cpp, openvino (OpenVINO GenAI, CPU only), ctranslate2 (CPU only) and reference (the decode
+loop of facebookresearch/llama). A peer may have a variant, as in llama.cpp:Q8_0, openvino:int4, ctranslate2:int8 or, on a GPU,
+ours:int8+compile. `ours` is this library; it comes first and may be left out.
 """
 
 import argparse
@@ -37,8 +37,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import SHAPES, checkpoint, environment, fresh, peak_rss, tokenizer
-from peers import Job, names
+from common import SHAPES, make_checkpoint, make_tokenizer, peak_rss, process_environment, run_python
+from peers import Job, peer_names
 from report import plot, table
 
 from llama import ModelArgs, Tokenizer
@@ -48,10 +48,13 @@ from llama.planning.free_memory import free_memory
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 WORKLOADS = "prefill-512,decode-1,decode-4,decode-8,ragged,context-128,context-1024,context-4000"
 DEFAULT_PEERS = {"cpu": "transformers,llama.cpp", "cuda": "ours:compile,ours,transformers"}
-ROOM = {"cpu": 1.3, "cuda": 1.1}  # memory a peer takes for each byte of weights; on a GPU there is a cache for all workloads
-LEAST = {"cpu": 0.5, "cuda": 0.2}  # seconds that one measurement takes at least
-CHECKED = range(9, 17)  # lengths of the prompts on which peers must agree
-CHECKED_NEW = 16
+MEMORY_PER_WEIGHT_BYTE = {
+    "cpu": 1.3,
+    "cuda": 1.1,
+}  # memory that a peer needs per byte of its weights, without the KV cache on a GPU
+MIN_SECONDS = {"cpu": 0.5, "cuda": 0.2}  # minimum duration of a measurement, which repeats its workload
+CHECK_LENGTHS = range(9, 17)  # tokens of the prompts whose answers are compared between the peers
+CHECK_NEW = 16  # new tokens of each of these answers
 
 
 @dataclass(frozen=True)
@@ -59,38 +62,41 @@ class Workload:
     name: str
     lengths: tuple[int, ...]
     new: int
-    timed: str  # "prefill", "step" or "all"
+    timed: str  # "prefill", "step" (a decode step) or "all"
 
     @staticmethod
     def parse(name: str) -> "Workload":
-        kind, _, number = name.partition("-")
-        if kind == "ragged":
+        family, _, number = name.partition("-")
+        if family == "ragged":
             return Workload(name, (16, 64, 128, 512), 32, "all")
-        if kind not in ("prefill", "decode", "context") or not number.isdecimal():
-            raise SystemExit(f"{name!r} is no workload; see --help")
+        if family not in ("prefill", "decode", "context") or not number.isdecimal():
+            raise SystemExit(f"{name!r} is not a workload: give prefill-N, decode-N, context-N or ragged")
         n = int(number)
         return {
             "prefill": Workload(name, (n,), 1, "prefill"),
             "decode": Workload(name, (8,) * n, 33, "step"),
             "context": Workload(name, (n,), 17, "step"),
-        }[kind]
+        }[family]
 
     def prompts(self, vocab_size: int) -> list[list[int]]:
-        draw = random.Random(0)
-        return [[draw.randrange(3, vocab_size) for _ in range(n)] for n in self.lengths]
+        rng = random.Random(0)
+        return [[rng.randrange(3, vocab_size) for _ in range(n)] for n in self.lengths]
 
     def seconds(self, times: list[list[float]]) -> float:
-        """Of a prefill, a step, or all, from the seconds until the first ids and from there to the last."""
+        """Return the median seconds of the prefill, of one decode step, or of the whole workload, whichever is timed.
+
+        times: for each repetition, the seconds until the first new tokens, and from then until the last.
+        """
         first, rest = (statistics.median(column) for column in zip(*times, strict=True))
         return {"prefill": first, "step": rest / max(1, self.new - 1), "all": first + rest}[self.timed]
 
-    def ids(self) -> int | None:
-        """How many are made or read in those seconds; None where the seconds themselves tell more."""
+    def n_tokens(self) -> int | None:
+        """Return the tokens processed in the timed seconds, for tokens/s; None if the table shows the seconds instead."""
         return {"prefill": sum(self.lengths), "step": len(self.lengths), "all": None}[self.timed]
 
 
 class Worker:
-    """A peer's process, which waits on a pipe while the others are measured."""
+    """The process of a peer. It waits on a pipe while other peers are measured."""
 
     def __init__(self, job: Job) -> None:
         self.peer, self.log = job.peer, tempfile.TemporaryFile("w+")
@@ -100,15 +106,15 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
-            env=environment(job.threads),
+            env=process_environment(job.threads),
         )
-        loaded = self._read()
-        self.load = {"seconds": loaded["seconds"], "peak": loaded["device_peak"] or peak_rss(self.process.pid)}
+        reply = self._read()
+        self.load = {"seconds": reply["seconds"], "peak": reply["device_peak"] or peak_rss(self.process.pid)}
 
-    def ask(self, prompts: list[list[int]], new: int, least: float) -> dict[str, Any]:
+    def ask(self, prompts: list[list[int]], new: int, min_seconds: float) -> dict[str, Any]:
         assert self.process.stdin
-        with contextlib.suppress(BrokenPipeError):  # it has died: _read says why
-            self.process.stdin.write(json.dumps({"prompts": prompts, "new": new, "least": least}) + "\n")
+        with contextlib.suppress(BrokenPipeError):  # if the process has ended, _read raises an error with its output
+            self.process.stdin.write(json.dumps({"prompts": prompts, "new": new, "min_seconds": min_seconds}) + "\n")
             self.process.stdin.flush()
         return self._read()
 
@@ -117,7 +123,7 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             self.log.seek(0)
-            raise SystemExit(f"{self.peer} ended with {self.process.wait()}:\n{self.log.read()[-4000:]}")
+            raise SystemExit(f"{self.peer} ended with exit code {self.process.wait()}:\n{self.log.read()[-4000:]}")
         return json.loads(line)
 
     def close(self) -> None:
@@ -125,98 +131,105 @@ class Worker:
 
 
 class Bandwidth:
-    """Bytes per second that a plain read of memory reaches, or on a GPU a plain copy: the median of 5, over 1 GB."""
+    """Measure the memory bandwidth in bytes/s: the median of 5 reads of 1 GB, on a GPU of copies."""
 
     def __init__(self, device: str) -> None:
         self.data = torch.ones(250_000_000, device=device)
         self.copy = torch.empty_like(self.data) if device == "cuda" else None
 
     def __call__(self) -> float:
-        return statistics.median(self._once() for _ in range(5))
+        return statistics.median(self._measure() for _ in range(5))
 
-    def _once(self) -> float:
+    def _measure(self) -> float:
         if self.copy is None:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             self.data.sum()
-            return self.data.nbytes / (time.perf_counter() - begun)
+            return self.data.nbytes / (time.perf_counter() - start)
         torch.cuda.synchronize()
-        begun = time.perf_counter()
-        for _ in range(10):  # of half a millisecond each: launching them must not count
+        start = time.perf_counter()
+        for _ in range(10):  # ten copies, because one takes half a millisecond, and its launch would count
             self.copy.copy_(self.data)
         torch.cuda.synchronize()
-        return 10 * 2 * self.data.nbytes / (time.perf_counter() - begun)  # read and written
+        return 10 * 2 * self.data.nbytes / (time.perf_counter() - start)  # a copy reads and writes each byte
 
 
-def measure(jobs: dict[str, Job], workloads: list[Workload], runs: int, vocab_size: int, together: bool) -> dict[str, Any]:
-    """Every single measurement, and what was seen on the way: loading, and whether the peers agree."""
+def measure(jobs: dict[str, Job], workloads: list[Workload], n_runs: int, vocab_size: int, together: bool) -> dict[str, Any]:
+    """Measure all peers; return each measurement ("runs"), the figures of loading ("load"), and "agreement" with this library.
+
+    together: True if all peers stay loaded; else each run loads them again, one at a time.
+    """
     device = next(iter(jobs.values())).device
-    bandwidth, least = Bandwidth(device), LEAST[device]
-    found: dict[str, Any] = {"load": {peer: [] for peer in jobs}, "agreement": {}, "runs": []}
+    bandwidth = Bandwidth(device)
+    results: dict[str, Any] = {"load": {peer: [] for peer in jobs}, "agreement": {}, "runs": []}
     groups = [list(jobs)] if together else [[peer] for peer in jobs]
     workers: dict[str, Worker] = {}
-    first_ids: dict[str, list[list[int]]] = {}
+    answers: dict[str, list[list[int]]] = {}
     try:
-        for run, group in itertools.product(range(runs), groups):
+        for run, group in itertools.product(range(n_runs), groups):
             for peer in group:
                 if peer not in workers:
                     workers[peer] = Worker(jobs[peer])
-                    found["load"][peer].append(workers[peer].load)
-                    first_ids[peer] = warm_up(workers[peer], workloads, vocab_size, jobs[peer].device)
-                    found["agreement"][peer] = agreement(first_ids, peer)
+                    results["load"][peer].append(workers[peer].load)
+                    answers[peer] = warm_up(workers[peer], workloads, vocab_size, jobs[peer].device)
+                    results["agreement"][peer] = agreement(answers, peer)
             for workload, peer in itertools.product(workloads, group):
-                read = bandwidth() if workload.timed == "step" else None
-                times = workers[peer].ask(workload.prompts(vocab_size), workload.new, least)["times"]
+                bandwidth_now = bandwidth() if workload.timed == "step" else None
+                times = workers[peer].ask(workload.prompts(vocab_size), workload.new, MIN_SECONDS[device])["times"]
                 record = {"run": run, "workload": workload.name, "peer": peer, "seconds": workload.seconds(times)}
-                found["runs"].append(record | {"bandwidth": read, "times": times})
-                show(f"run {run + 1} of {runs}: {peer}, {workload.name}")
+                results["runs"].append(record | {"bandwidth": bandwidth_now, "times": times})
+                show_progress(f"run {run + 1} of {n_runs}: {peer}, {workload.name}")
             if not together:
                 workers.pop(group[0]).close()
     finally:
-        show("")
+        show_progress("")
         for worker in workers.values():
             worker.close()
-    return found
+    return results
 
 
-def show(progress: str) -> None:
+def show_progress(progress: str) -> None:
     if sys.stderr.isatty():
         print(f"\r{progress}\033[K", end="", file=sys.stderr, flush=True)
 
 
 def warm_up(worker: Worker, workloads: list[Workload], vocab_size: int, device: str) -> list[list[int]]:
-    """The ids on which peers must agree. On a GPU all workloads once, as kernels are compiled and captured for each shape."""
+    """Return a peer's answers to the prompts that compare peers. On a GPU, first run each workload, to compile its kernels."""
     if device == "cuda":
         for workload in workloads:
-            worker.ask(workload.prompts(vocab_size), workload.new, least=0)
-    prompts = Workload("check", tuple(CHECKED), CHECKED_NEW, "all").prompts(vocab_size)
-    return worker.ask(prompts, CHECKED_NEW, least=0)["ids"]
+            worker.ask(workload.prompts(vocab_size), workload.new, min_seconds=0)
+    prompts = Workload("check", tuple(CHECK_LENGTHS), CHECK_NEW, "all").prompts(vocab_size)
+    return worker.ask(prompts, CHECK_NEW, min_seconds=0)["tokens"]
 
 
-def agreement(ids: dict[str, list[list[int]]], peer: str) -> dict[str, float]:
-    """The share of rows whose first id is ours, and of all ids before the first difference.
+def agreement(answers: dict[str, list[list[int]]], peer: str) -> dict[str, float]:
+    """Return the share of rows whose first token equals this library's, and of all tokens before the first difference.
 
-    Rounding turns near ties, of which random weights have many, and fewer bits turn more; but if most of the first ids
-    differ without any quantization, these are not the same weights.
+    Random weights often give two tokens almost equal logits, so that rounding decides, and quantization still more often. If
+    most first tokens of a peer without quantization differ from this library's, its weights were converted wrongly, and the
+    script exits with an error.
     """
-    ours, same = next(iter(ids.values())), []
-    for mine, theirs in zip(ours, ids[peer], strict=True):
-        equal = (a == b for a, b in zip(mine, theirs, strict=True))
-        same.append(sum(itertools.takewhile(bool, equal)))
-    first = statistics.mean(n > 0 for n in same)
+    ours, n_same = next(iter(answers.values())), []
+    for our_tokens, peer_tokens in zip(ours, answers[peer], strict=True):
+        equal = (a == b for a, b in zip(our_tokens, peer_tokens, strict=True))
+        n_same.append(sum(itertools.takewhile(bool, equal)))
+    first = statistics.mean(n > 0 for n in n_same)
     if first < 0.5 and not re.search(":(Q|int)", peer):
-        raise SystemExit(f"{peer}: only {first:.0%} of its first ids are ours: the weights were not converted right")
-    return {"first": first, "all": sum(same) / (len(same) * CHECKED_NEW)}
+        raise SystemExit(
+            f"{peer}: only {first:.0%} of the first tokens equal this library's, and at least 50% must: the weights were "
+            "converted wrongly; delete the converted files in --work, and they are written again"
+        )
+    return {"first": first, "all": sum(n_same) / (len(n_same) * CHECK_NEW)}
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+def library_versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
     for package in ("torch", "transformers", "llama-cpp-python", "openvino-genai", "ctranslate2"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
-def machine(device: str) -> str:
+def machine_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -227,26 +240,28 @@ def machine(device: str) -> str:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="1.1B", choices=SHAPES)
-    parser.add_argument("--ckpt", type=Path, help="measure this checkpoint, instead of random weights")
-    parser.add_argument("--tokenizer", type=Path, help="of --ckpt")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peers", help="default: " + "; on ".join(f"{d}: {p}" for d, p in DEFAULT_PEERS.items()))
-    parser.add_argument("--workloads", default=WORKLOADS)
+    parser.add_argument("--shape", default="1.1B", choices=SHAPES, help="model size, for random weights; default: 1.1B")
+    parser.add_argument("--ckpt", type=Path, help="folder of a checkpoint with one shard; default: random weights")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.model of the checkpoint")
+    parser.add_argument("--runs", type=int, default=5, help="measurements of each workload and peer; default: 5")
+    parser.add_argument("--threads", type=int, default=2, help="default: 2")
+    parser.add_argument(
+        "--peers", help="libraries beside ours; default: " + "; on ".join(f"{d}: {p}" for d, p in DEFAULT_PEERS.items())
+    )
+    parser.add_argument("--workloads", default=WORKLOADS, help=f"default: {WORKLOADS}")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the stored one")
-    parser.add_argument("--device", default="cpu", choices=DEFAULT_PEERS)
-    parser.add_argument("--work", type=Path, help="where to keep checkpoints (default: a temporary folder)")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path, help="an SVG file")
+    parser.add_argument("--device", default="cpu", choices=DEFAULT_PEERS, help="default: cpu")
+    parser.add_argument("--work", type=Path, help="folder that keeps all checkpoints; default: a temporary one")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--plot", type=Path, help="SVG file for a plot")
     a = parser.parse_args()
     if bool(a.ckpt) != bool(a.tokenizer):
-        parser.error("--ckpt and --tokenizer go together")
+        parser.error("give --ckpt and --tokenizer together, or neither")
     peers = (a.peers or DEFAULT_PEERS[a.device]).split(",")
     a.peers = peers if peers[0].startswith("ours") else ["ours", *peers]
     for name in a.peers:
-        if name not in names(a.device):
-            parser.error(f"{name!r} is no peer on {a.device}; there are {', '.join(names(a.device))}")
+        if name not in peer_names(a.device):
+            parser.error(f"{name!r} is not a peer on {a.device}: give some of {', '.join(peer_names(a.device))}")
     a.workloads = [Workload.parse(name) for name in a.workloads.split(",")]
     return a
 
@@ -257,24 +272,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = a.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        ckpt, tokenizer_path = (a.ckpt, a.tokenizer) if a.ckpt else (checkpoint(work, a.shape), tokenizer(work))
+        ckpt, tokenizer_path = (a.ckpt, a.tokenizer) if a.ckpt else (make_checkpoint(work, a.shape), make_tokenizer(work))
         stored = torch.load(ckpt / "consolidated.00.pth", map_location="cpu", weights_only=True, mmap=True)
         dtype = DTYPES[a.dtype] if a.dtype else str(stored["tok_embeddings.weight"].dtype).removeprefix("torch.")
         size = sum(w.numel() for w in stored.values()) * getattr(torch, dtype).itemsize
         rows = max(len(w.lengths) for w in a.workloads)
-        window = max(max(CHECKED) + CHECKED_NEW, *(max(w.lengths) + w.new for w in a.workloads))
-        common = (str(ckpt), str(tokenizer_path), str(work / ckpt.name), dtype, a.device, a.threads, rows, window)
+        context = max(max(CHECK_LENGTHS) + CHECK_NEW, *(max(w.lengths) + w.new for w in a.workloads))
+        common = (str(ckpt), str(tokenizer_path), str(work / ckpt.name), dtype, a.device, a.threads, rows, context)
         jobs = {peer: Job(peer, *common) for peer in a.peers}
         step_bytes = {
-            peer: fresh("-m", "peers.convert", json.dumps(asdict(job)), threads=a.threads)[0]["bytes"]
+            peer: run_python("-m", "peers.convert", json.dumps(asdict(job)), threads=a.threads)[0]["bytes"]
             for peer, job in jobs.items()
         }
         free, vocab_size = free_memory(torch.device(a.device)), Tokenizer(tokenizer_path).n_words
-        cache = dict(max_batch_size=rows, max_seq_len=window, vocab_size=vocab_size)
-        args = ModelArgs(**json.loads((ckpt / "params.json").read_text()) | cache)
-        each = ROOM[a.device] * size + (cache_bytes(args, 1, getattr(torch, dtype)) if a.device == "cuda" else 0)
-        together = free is None or each * len(jobs) < free
-        found = measure(jobs, a.workloads, a.runs, vocab_size, together)
+        cache_sizes = dict(max_batch_size=rows, max_seq_len=context, vocab_size=vocab_size)
+        args = ModelArgs(**json.loads((ckpt / "params.json").read_text()) | cache_sizes)
+        cache = cache_bytes(args, 1, getattr(torch, dtype)) if a.device == "cuda" else 0
+        peer_bytes = MEMORY_PER_WEIGHT_BYTE[a.device] * size + cache
+        together = free is None or peer_bytes * len(jobs) < free
+        measurements = measure(jobs, a.workloads, a.runs, vocab_size, together)
 
     results = {
         "model": ckpt.name,
@@ -282,11 +298,11 @@ def main() -> None:
         "bytes": size,
         "step_bytes": step_bytes,
         "device": a.device,
-        "machine": machine(a.device),
+        "machine": machine_name(a.device),
         "threads": a.threads,
-        "versions": versions(),
-        "workloads": [{"name": w.name, "timed": w.timed, "ids": w.ids()} for w in a.workloads],
-        **found,
+        "versions": library_versions(),
+        "workloads": [{"name": w.name, "timed": w.timed, "ids": w.n_tokens()} for w in a.workloads],
+        **measurements,
     }
     print("\n".join(table(results)))
     if a.json:

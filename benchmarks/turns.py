@@ -1,9 +1,10 @@
-"""A conversation: the time to the first piece of an answer, turn by turn, with keys and values kept and without.
+"""Measure the time to the first token of each answer in a conversation, with and without reuse of the KV cache.
 
     python benchmarks/turns.py [--shape 1.1B] [--turns 10] [--new 40] [--runs 3] [--work FOLDER]
 
-Each turn adds a question of about 12 ids and an answer of --new ids to the dialog. With reuse a turn computes only what is
-new in it, without it the whole dialog again. Runs take turns; medians are printed.
+Each turn adds a question of 12 tokens and an answer of --new tokens to the dialog. With reuse, a turn computes only the
+tokens that are not in the KV cache; without reuse, it computes the whole dialog. Conversations with and without
+reuse alternate, and the script prints medians.
 """
 
 import argparse
@@ -12,51 +13,53 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import checkpoint, tokenizer
+from common import make_checkpoint, make_tokenizer
 
 from llama import Llama
 from llama.engine.requests import GenerationCall, Request
 from llama.sampling import SamplingParams
 
-QUESTION = 12
+QUESTION_TOKENS = 12
 
 
-def conversation(llama: Llama, turns: int, new: int, reuse: bool) -> tuple[list[int], list[float]]:
-    """The ids of each prompt, and the seconds until each answer's first id."""
-    ids, lengths, seconds = [1], [], []
+def run_conversation(llama: Llama, turns: int, new: int, reuse: bool) -> tuple[list[int], list[float]]:
+    """Return, for each turn, the prompt's length in tokens and the seconds until the first token of the answer."""
+    tokens, lengths, seconds = [1], [], []
     for turn in range(turns):
-        ids += [1000 + 31 * turn + i for i in range(QUESTION)]
-        begun = time.perf_counter()
-        stream = llama.engine.run(GenerationCall([Request(list(ids), new)], SamplingParams(0), reuse=reuse), -1)
+        tokens += [1000 + 31 * turn + i for i in range(QUESTION_TOKENS)]
+        start = time.perf_counter()
+        call = GenerationCall([Request(list(tokens), new)], SamplingParams(0), reuse=reuse, stop_token=-1)
+        stream = llama.engine.run(call)
         answer = [next(stream).token]
-        seconds.append(time.perf_counter() - begun)
-        lengths.append(len(ids))
-        ids += answer + [token.token for token in stream]
+        seconds.append(time.perf_counter() - start)
+        lengths.append(len(tokens))
+        tokens += answer + [generated.token for generated in stream]
     return lengths, seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="1.1B")
-    parser.add_argument("--turns", type=int, default=10)
-    parser.add_argument("--new", type=int, default=40)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--work", type=Path, help="where to keep the checkpoint (default: a temporary folder)")
+    parser.add_argument("--shape", default="1.1B", help="model size; default: 1.1B")
+    parser.add_argument("--turns", type=int, default=10, help="turns of the conversation; default: 10")
+    parser.add_argument("--new", type=int, default=40, help="tokens of each answer; default: 40")
+    parser.add_argument("--runs", type=int, default=3, help="conversations with and without reuse; default: 3")
+    parser.add_argument("--work", type=Path, help="folder that keeps the checkpoint; default: a temporary one")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = a.work or Path(temporary)
-        llama = Llama.build(checkpoint(work, a.shape), tokenizer(work), a.turns * (a.new + QUESTION) + 8, 1)
-        conversation(llama, 2, 4, True)  # the first touch of memory
+        context = a.turns * (a.new + QUESTION_TOKENS) + 8
+        llama = Llama.build(make_checkpoint(work, a.shape), make_tokenizer(work), context, 1)
+        run_conversation(llama, 2, 4, True)  # so that no measured turn is the first to touch memory
         runs: dict[bool, list[list[float]]] = {True: [], False: []}
         for _ in range(a.runs):
-            for reuse, found in runs.items():
-                lengths, seconds = conversation(llama, a.turns, a.new, reuse)
-                found.append(seconds)
-    print(f"{a.shape}, medians of {a.runs}: seconds to the first id\n")
-    print(f"{'turn':>5}{'ids':>7}{'kept':>9}{'anew':>9}")
+            for reuse, conversations in runs.items():
+                lengths, seconds = run_conversation(llama, a.turns, a.new, reuse)
+                conversations.append(seconds)
+    print(f"{a.shape}, medians of {a.runs}: seconds to the first token\n")
+    print(f"{'turn':>5}{'tokens':>8}{'reuse':>9}{'no reuse':>10}")
     for turn in (0, 1, a.turns // 2, a.turns - 1):
-        kept, anew = (statistics.median(run[turn] for run in runs[reuse]) for reuse in (True, False))
-        print(f"{turn + 1:5}{lengths[turn]:7}{kept:9.3f}{anew:9.3f}")
+        with_reuse, without = (statistics.median(run[turn] for run in runs[reuse]) for reuse in (True, False))
+        print(f"{turn + 1:5}{lengths[turn]:8}{with_reuse:9.3f}{without:10.3f}")
 
 
 if __name__ == "__main__":

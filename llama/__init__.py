@@ -21,3 +21,8 @@ __all__ = [
     "SamplingParams", "Score", "Stream", "Tokenizer", "Transformer", "info", "plan", "resolve_model_paths",
     "save_packed_file", "validate_options",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    """List what is public: the names above, and the modules that Meta's reference has, too."""
+    return sorted([*__all__, "__version__", "generation", "model", "tokenizer"])

@@ -1,4 +1,4 @@
-"""Llama 2's chat format: dialogs to ids.
+"""Llama 2's chat format: encode dialogs as tokens.
 
     <s>[INST] <<SYS>>
     system
@@ -6,7 +6,8 @@
 
     user [/INST] answer </s><s>[INST] user [/INST]
 
-Roles: an optional `system` first, folded into the first `user`; then `user` and `assistant` in turn; `user` last.
+Roles: an optional `system` message first, which becomes part of the first `user` message; then `user` and `assistant` in turn;
+`user` last.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ Role = Literal["system", "user", "assistant"]
 
 
 class Message(TypedDict):
+    """One message of a dialog."""
+
     role: Role
     content: str
 
@@ -31,12 +34,15 @@ UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
 
 def is_unsafe(dialog: Dialog) -> bool:
-    """Whether any message, whoever said it, holds a special tag."""
+    """Return True if a message of any role contains a special tag."""
     return any(tag in message["content"] for message in dialog for tag in SPECIAL_TAGS)
 
 
 def check_dialog(dialog: Dialog, name: str) -> None:
-    """Raise InputError, with `name` and the message's index, unless the dialog has the form described above."""
+    """Raise InputError unless a dialog is a list of messages whose roles have the order of Llama 2's format.
+
+    name: the name of the dialog in the error, which also names the message by its index.
+    """
     if isinstance(dialog, (str, bytes, dict)) or not isinstance(dialog, Sequence):
         raise InputError(
             f"{name} is {describe(dialog)}; give a list of dialogs, each a list of {{'role': ..., 'content': ...}}"
@@ -62,7 +68,7 @@ def check_dialog(dialog: Dialog, name: str) -> None:
         expected = ("user", "assistant")[i % 2]
         if role != expected:
             raise InputError(
-                f"{name}, message {i + system} is by {role!r} where {expected!r} must speak: "
+                f"{name}, message {i + system} is by {role!r}, but must be by {expected!r}: "
                 "an optional 'system' first, then 'user' and 'assistant' in turn"
             )
     if turns[-1] != "user":
@@ -70,11 +76,11 @@ def check_dialog(dialog: Dialog, name: str) -> None:
 
 
 def encode_dialog(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
-    """A checked dialog's ids: each finished exchange between BOS and EOS, then BOS and the open question."""
+    """Return the tokens of a checked dialog: BOS, question, answer, EOS for each exchange, then BOS and the last question."""
     texts = [m["content"] for m in dialog]
     if dialog[0]["role"] == "system":
         texts = [B_SYS + texts[0] + E_SYS + texts[1], *texts[2:]]
-    ids: list[int] = []
+    tokens: list[int] = []
     for user, answer in zip(texts[:-1:2], texts[1::2], strict=True):
-        ids += tokenizer.encode(f"{B_INST} {user.strip()} {E_INST} {answer.strip()} ", bos=True, eos=True)
-    return ids + tokenizer.encode(f"{B_INST} {texts[-1].strip()} {E_INST}", bos=True, eos=False)
+        tokens += tokenizer.encode(f"{B_INST} {user.strip()} {E_INST} {answer.strip()} ", bos=True, eos=True)
+    return tokens + tokenizer.encode(f"{B_INST} {texts[-1].strip()} {E_INST}", bos=True, eos=False)

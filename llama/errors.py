@@ -1,44 +1,45 @@
-"""One family of errors, and what their messages are made of.
+"""The errors that this library raises, and functions that check values and write error messages.
 
-Every error a user can cause is a `LlamaError`: a `ValueError`, because the value is at fault, and an `AssertionError`,
-because those who wrote against Meta's reference catch its bare assertions. Unlike those they survive `python -O`.
-Each message names the value, the limit and the way out.
+Every error that a user can cause is a `LlamaError`. It is a `ValueError`, because a value is wrong, and an `AssertionError`,
+because programs written for Meta's reference catch its failed assertions. Unlike assertions, these errors are also raised under
+`python -O`. Each message names the value, the limit and the way out.
 """
 
 import itertools
+import numbers
 import os
 import reprlib
 from pathlib import Path
 
 
 class LlamaError(ValueError, AssertionError):
-    """Base of every error this library raises."""
+    """Base class of all errors that this library raises."""
 
 
 class InputError(LlamaError):
-    """An argument of a call: prompts, dialogs, sampling parameters, sizes."""
+    """An argument of a call is wrong: prompts, dialogs, sampling parameters, sizes."""
 
 
 class CheckpointError(LlamaError):
-    """The files of a model: shards, `params.json`, `tokenizer.model`."""
+    """A file of a model is missing or wrong: a shard, `params.json`, `tokenizer.model`."""
 
 
 class NonFiniteError(LlamaError):
-    """What a model computes: logits that are not finite."""
+    """A model computes logits that are not finite."""
 
 
 class DeviceError(LlamaError):
-    """Where it runs: devices, ranks, process groups, memory."""
+    """A model cannot run here: because of devices, ranks, process groups or memory."""
 
 
 class _ShortRepr(reprlib.Repr):
-    """A few of the items, some levels deep: all of a list of lists of lists may take for ever."""
+    """Show only the first items of containers, three levels deep: nested lists can have too many items to write them all."""
 
-    def repr1(self, x: object, level: int) -> str:  # which reprlib chooses by name, so that subclasses are shown whole
-        own = next((base for base in (dict, list, tuple, set, frozenset) if isinstance(x, base)), None)
-        return getattr(self, f"repr_{own.__name__}")(x, level) if own else super().repr1(x, level)
+    def repr1(self, x: object, level: int) -> str:  # reprlib knows containers by type name, and would write subclasses whole
+        container = next((base for base in (dict, list, tuple, set, frozenset) if isinstance(x, base)), None)
+        return getattr(self, f"repr_{container.__name__}")(x, level) if container else super().repr1(x, level)
 
-    def repr_dict(self, x: dict[object, object], level: int) -> str:  # which reprlib sorts
+    def repr_dict(self, x: dict[object, object], level: int) -> str:  # reprlib's own version sorts all keys first
         if x and level <= 0:
             return "{...}"
         items = itertools.islice(x.items(), self.maxdict)
@@ -52,47 +53,56 @@ _SHORT_REPR.maxlist = _SHORT_REPR.maxtuple = _SHORT_REPR.maxset = _SHORT_REPR.ma
 
 
 def short_repr(value: object) -> str:
-    """A value, cut short."""
+    """Return the repr of a value, cut to 60 characters."""
     try:
         return f"{_SHORT_REPR.repr(value):.60}"
-    except Exception:  # a number of more digits than Python prints, or somebody's broken __repr__
+    except Exception:  # an integer with more digits than Python prints, or a broken __repr__
         return "something"
 
 
 def describe(value: object) -> str:
-    """A value and its type."""
+    """Return the short repr of a value and its type, as in "5 (int)"."""
     return f"{short_repr(value)} ({type(value).__name__})"
 
 
 def check_flag(value: object, name: str) -> None:
-    """Raise InputError unless it is True, False or None, or a number that equals one."""
+    """Raise InputError, with the argument's name, unless a value equals True, False or None."""
     try:
-        sound = value in (True, False, None)
-    except Exception:  # an array of several
-        sound = False
-    if not sound:
+        is_flag = value in (True, False, None)
+    except Exception:  # an array of several values has no truth value
+        is_flag = False
+    if not is_flag:
         raise InputError(f"{name} is {describe(value)}; it must be True or False")
 
 
+def check_count(value: object, name: str) -> None:
+    """Raise InputError, with the argument's name, unless a value is a whole number from 1 to 2**31 - 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 1 <= int(value) < 2**31:
+        raise InputError(f"{name} is {describe(value)}; it must be a whole number from 1 to {2**31 - 1:,}")
+
+
 def check_path(value: str | os.PathLike[str], name: str, what: str, folder: bool = False) -> Path:
-    """The path given as argument `name`, which must lead to `what`: a file, or a folder, that is there."""
+    """Return a path that was given as argument `name`. Raise CheckpointError unless a file, or a folder, exists there.
+
+    what: description of the expected file, for the error.
+    """
     try:
         path = Path(value).expanduser()
         path.stat()
-        wrong = "" if path.is_dir() == folder else "a file, not a folder" if folder else "a folder, not a file"
+        problem = "" if path.is_dir() == folder else "a file, not a folder" if folder else "a folder, not a file"
     except TypeError as e:
         raise CheckpointError(f"{name} is {describe(value)}; it must be the path of {what}") from e
-    except (OSError, ValueError, RuntimeError) as e:  # nothing there, forbidden, too long, or nobody's home
-        wrong = getattr(e, "strerror", None) or str(e)
-    if wrong:
-        raise CheckpointError(f"{name} is {str(value)!r:.200}: {wrong}; it must be the path of {what}")
+    except (OSError, ValueError, RuntimeError) as e:  # missing, forbidden, too long, or the home of an unknown user
+        problem = getattr(e, "strerror", None) or str(e)
+    if problem:
+        raise CheckpointError(f"{name} is {str(value)!r:.200}: {problem}; it must be the path of {what}")
     return path
 
 
 def read_file(path: Path, size: int = -1) -> bytes:
-    """The first `size` bytes of a file, or all."""
+    """Return the first `size` bytes of a file, by default all. Raise CheckpointError if the file cannot be read."""
     try:
-        if path.exists() and not path.is_file():  # opening a pipe would wait
+        if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
             raise CheckpointError(f"{path}: is a folder or a device, not a file")
         with path.open("rb") as f:
             return f.read(size)
@@ -101,17 +111,17 @@ def read_file(path: Path, size: int = -1) -> bytes:
 
 
 def identify_format(head: bytes) -> str:
-    """What a file's first bytes say it is, for those who got another file than they think."""
+    """Return what a file is by its first bytes, as in "it is JSON", for an error about a file that is not as expected."""
     text = head.lstrip().lower()
-    known = {
+    descriptions = {
         b"version https://git-lfs": "it is a git-lfs pointer: run `git lfs pull`",
         b"<": "it is an HTML page or XML: the download failed",
         b"{": "it is JSON",
         b"": "it is empty" if not head else "it is cut off or damaged, or of another format",
     }
-    return next(name for start, name in known.items() if text.startswith(start))
+    return next(description for start, description in descriptions.items() if text.startswith(start))
 
 
 def format_bytes(n: int) -> str:
-    """Bytes, to be read."""
+    """Return a number of bytes as text in GB or MB, as in "13.48 GB"."""
     return f"{n / 1e9:.2f} GB" if n >= 1e7 else f"{n / 1e6:.3f} MB"

@@ -39,11 +39,11 @@ from .engine.request_builder import RequestBuilder, partition_by_length
 from .engine.requests import GeneratedToken, GenerationCall
 from .engine.results import ChatPrediction, CompletionPrediction, GenerationResult, InfillingPrediction, ResultDetails, Score
 from .engine.stream import Stream, text_chunks
-from .errors import CheckpointError, DeviceError, InputError, check_flag, describe
+from .errors import CheckpointError, DeviceError, InputError, check_count, check_flag, describe
 from .kernels.host_memory import set_environment
 from .model import ModelArgs, Transformer
 from .planning import estimate, free_memory
-from .quantization.weight import FORMATS
+from .quantization.weight import check_quantize
 from .sampling import SamplingParams, sample_top_p
 from .tokenizer import Tokenizer
 
@@ -461,8 +461,8 @@ class Llama:
 
     def _run(self, call: GenerationCall, watched: bool = False) -> Iterator[GeneratedToken]:
         # Looked up at each call: a caller may have replaced the tokenizer, its eos_id, or sample_top_p.
-        eos_id = self.tokenizer.eos_id if call.stop_token is None else call.stop_token
-        return self.engine.run(call, eos_id, sample_top_p, watched)
+        stop_token = self.tokenizer.eos_id if call.stop_token is None else call.stop_token
+        return self.engine.run(replace(call, stop_token=stop_token, sampler=sample_top_p, watched=watched))
 
     def _stream(self, make_call: Callable[[], GenerationCall]) -> Stream:
         if self._generate_is_replaced():
@@ -501,13 +501,11 @@ def _check_build_arguments(
     device: torch.device,
 ) -> None:
     """Raise InputError or DeviceError for arguments of `build` that need no file to be refused."""
-    for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 1 <= value < 2**31:
-            raise InputError(f"{name} is {describe(value)}; it must be a whole number from 1 to {2**31 - 1:,}")
+    check_count(max_seq_len, "max_seq_len")
+    check_count(max_batch_size, "max_batch_size")
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**64:
         raise InputError(f"seed is {describe(seed)}; it must be a whole number from -2**63 to 2**64 - 1")
-    if quantize is not None and (not isinstance(quantize, str) or quantize not in FORMATS):
-        raise InputError(f"quantize is {describe(quantize)}; use {' or '.join(map(repr, FORMATS))}, or leave it out")
+    check_quantize(quantize)
     check_flag(compile, "compile")
     if compile and device.type != "cuda":
         raise DeviceError(f"compile=True is for CUDA, and this is {device}; leave it out: a step is not compiled here")

@@ -1,8 +1,10 @@
 """The Transformer of Llama 2, with the names, shapes and calls of Meta's reference.
 
-B rows of S new positions each enter at start_pos; activations are (B, S, dim). With H query heads and K key/value heads on this
-rank and head_dim hd, queries are (B, S, H, hd), keys and values (B, S, K, hd). This file is plain PyTorch over tensor-parallel
-layers: it is what runs once a caller has changed the model, and what every faster backend is tested against.
+A forward runs S new tokens of each of B rows, from position start_pos on; activations are (B, S, dim). With H query heads and K
+key/value heads on this rank and head_dim hd, queries are (B, S, H, hd), keys and values (B, S, K, hd).
+
+This file is plain PyTorch with tensor-parallel layers. It runs if a caller has changed the model, and every faster backend is
+tested against it.
 """
 
 import math
@@ -21,14 +23,14 @@ from .layers.linear import ColumnParallelLinear, RowParallelLinear, divide
 
 @dataclass
 class ModelArgs:
-    """The contents of `params.json`, and the size of the key/value cache."""
+    """The contents of `params.json`, and the size of the KV cache."""
 
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
     n_kv_heads: int | None = None  # None: as many as n_heads
-    vocab_size: int = -1  # -1: the tokenizer's
-    multiple_of: int = 256  # the feed-forward's hidden width is a multiple of this
+    vocab_size: int = -1  # must be set to the tokenizer's n_words
+    multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of this number
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
 
@@ -51,7 +53,7 @@ class ModelArgs:
 
 
 class RMSNorm(nn.Module):
-    """Divide x (..., dim) by the root mean square of its last dimension, and multiply it by a weight per feature."""
+    """Divide x (..., dim) by the root mean square of its last dimension, and multiply by a weight per feature."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -73,7 +75,7 @@ def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> torch.Te
 
 
 def reshape_for_broadcast(freqs_cis: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """freqs_cis (S, hd/2) -> (1, S, 1, hd/2), to multiply x (B, S, heads, hd/2)."""
+    """Return freqs_cis (S, hd/2) as (1, S, 1, hd/2), so that it can multiply x (B, S, heads, hd/2)."""
     if freqs_cis.shape != (x.shape[1], x.shape[-1]):
         expected = x.shape[1], x.shape[-1]
         raise InputError(f"freqs_cis is {tuple(freqs_cis.shape)}; for x {tuple(x.shape)} it must be {expected}")
@@ -91,12 +93,12 @@ def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor
 
 
 def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
-    """(B, S, K, hd) -> (B, S, K * n_rep, hd), each head repeated n_rep times in a row."""
+    """Repeat each head n_rep times in a row: (B, S, K, hd) -> (B, S, K * n_rep, hd)."""
     return x.repeat_interleave(n_rep, dim=2) if n_rep > 1 else x
 
 
 class Attention(nn.Module):
-    """Attend to the positions so far, with several query heads to each key/value head: (B, S, dim) -> (B, S, dim)."""
+    """Attend to all positions so far, with H / K query heads per key/value head: (B, S, dim) -> (B, S, dim)."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -122,7 +124,7 @@ class Attention(nn.Module):
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
 
         self.cache_k, self.cache_v = self.cache_k.to(xq), self.cache_v.to(xq)
-        # xk and xv, not the cache's copies, carry the gradient. `cat` lacks some dtypes under autocast.
+        # Insert xk and xv themselves, since the cache's copies carry no gradient; `cat` lacks some dtypes under autocast.
         keys = self.cache_k[:B, : start_pos + S].slice_scatter(xk, 1, start_pos)
         values = self.cache_v[:B, : start_pos + S].slice_scatter(xv, 1, start_pos)
         self.cache_k[:B, start_pos : start_pos + S] = xk.detach()
@@ -147,7 +149,7 @@ def ffn_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | Non
 
 
 class FeedForward(nn.Module):
-    """x (B, S, dim) -> (B, S, dim): w2(silu(w1(x)) * w3(x)). hidden_dim is 4 * dim; see `ffn_width`."""
+    """Compute w2(silu(w1(x)) * w3(x)): (B, S, dim) -> (B, S, dim). hidden_dim is 4 * dim; see `ffn_width`."""
 
     def __init__(self, dim: int, hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> None:
         super().__init__()
@@ -161,7 +163,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x (B, S, dim) -> h + feed_forward(ffn_norm(h)), where h = x + attention(attention_norm(x))."""
+    """Compute h + feed_forward(ffn_norm(h)) with h = x + attention(attention_norm(x)): (B, S, dim) -> (B, S, dim)."""
 
     def __init__(self, layer_id: int, args: ModelArgs) -> None:
         super().__init__()
@@ -180,7 +182,7 @@ class TransformerBlock(nn.Module):
 
 
 def check_ranks(args: ModelArgs, ranks: int) -> None:
-    """Raise DeviceError unless a model can be divided among so many ranks."""
+    """Raise DeviceError unless a model of these sizes can be divided among a number of ranks."""
     divide(args.kv_heads, ranks, "key/value heads")
     divide(args.ffn_width, ranks, "feed-forward width")
     divide(args.vocab_size, ranks, "vocabulary")
@@ -189,9 +191,9 @@ def check_ranks(args: ModelArgs, ranks: int) -> None:
 class Transformer(nn.Module):
     """Compute the logits of the next tokens: (B, S) tokens at start_pos -> (B, S, vocab) in float32.
 
-    Built under `torch.device("meta")` it allocates nothing. Building it draws nothing from torch's default generator. Its
-    parameters take no gradient until `requires_grad_(True)`; from then on `forward` is differentiable, with what earlier calls
-    left in the cache as constants.
+    Under `torch.device("meta")` the constructor allocates no memory. It leaves torch's default generator unchanged. Parameters
+    have no gradient until `requires_grad_(True)`; from then on `forward` is differentiable, and the keys and values of earlier
+    calls are constants.
     """
 
     def __init__(self, params: ModelArgs) -> None:
@@ -216,10 +218,10 @@ class Transformer(nn.Module):
 
     @property
     def freqs_cis(self) -> torch.Tensor:
-        """For 2 * max_seq_len positions. Made when first asked for: a model on `meta` takes no memory, however long."""
+        """Rotations of 2 * max_seq_len positions, computed on first use, so that a model on `meta` takes no memory."""
         if self._freqs_cis is None:
             args = self.params
-            with torch.inference_mode(False):  # else it could not be used in training
+            with torch.inference_mode(False):  # an inference tensor could not be used in training
                 self._freqs_cis = precompute_freqs_cis(args.head_dim, 2 * args.max_seq_len, args.rope_theta)
         return self._freqs_cis
 
@@ -228,14 +230,17 @@ class Transformer(nn.Module):
         self._freqs_cis = freqs_cis
 
     def forward(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
-        """Run tokens (B, S) at positions start_pos..start_pos + S of rows 0..B. Raises InputError if they exceed the cache."""
+        """Return the logits (B, S, vocab) of tokens (B, S) at positions start_pos..start_pos + S of rows 0..B.
+
+        Raises InputError if the cache has too few rows or positions.
+        """
         tokens, start_pos = self._checked(tokens, start_pos)
         S = tokens.shape[1]
         h = self.tok_embeddings(tokens)
         self.freqs_cis = self.freqs_cis.to(h.device)
         freqs_cis = self.freqs_cis[start_pos : start_pos + S]
         mask = None
-        if S > 1:  # position start_pos + i sees itself and all before it
+        if S > 1:  # the token at position p attends to positions 0..p
             mask = torch.full((S, start_pos + S), -math.inf, device=h.device, dtype=h.dtype).triu(start_pos + 1)
         for layer in self.layers:
             h = layer(h, start_pos, freqs_cis, mask)
@@ -249,7 +254,7 @@ class Transformer(nn.Module):
         if B > args.max_batch_size:
             raise InputError(f"{B} rows, but the model was built for max_batch_size={args.max_batch_size}")
         try:
-            start_pos = operator.index(start_pos)  # NumPy's integers, too
+            start_pos = operator.index(start_pos)  # also accepts integers of NumPy
         except TypeError as e:
             raise InputError(f"start_pos is {describe(start_pos)}; it must be a whole number") from e
         if start_pos < 0 or start_pos + S > args.max_seq_len:

@@ -1,3 +1,5 @@
+"""Fixtures for all tests: a small random model, its tokenizer, and the reference model with the same weights."""
+
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from llama.engine import async_copy
 from .fault_server import FILES, SHARD, Downloader, FaultServer, files_of
 from .support import ROOT, random_weights, train_tokenizer, write_shards
 
-# Tests are of small tensors, for which threads take longer to meet than to compute: on a busy machine 200 times as long.
+# The tests use small tensors: synchronizing threads takes longer than computing, 200 times as long on a busy machine.
 torch.set_num_threads(1)
 
 SMALL = dict(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, multiple_of=32, norm_eps=1e-5, vocab_size=-1)
@@ -21,7 +23,7 @@ SMALL_HIDDEN, VOCAB = 192, 384
 
 @pytest.fixture(scope="module", autouse=True)
 def on_the_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whatever GPUs there are: test_cuda.py alone is about them."""
+    """Hide all GPUs from the tests, except from those of test_cuda.py."""
     with pytest.MonkeyPatch.context() as patch:
         if request.path.stem != "test_cuda":
             patch.setattr(torch.cuda, "is_available", lambda: False)
@@ -40,7 +42,7 @@ def tokenizer(tokenizer_path: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> SimpleNamespace:
-    """A small random model in one shard: folder, tokenizer_path, params and whole weights."""
+    """Write a small random model in one shard; return its folder, tokenizer_path, params and unsharded weights."""
     weights = random_weights(SMALL, VOCAB, SMALL_HIDDEN)
     folder = write_shards(tmp_path_factory.mktemp("small"), SMALL, weights)
     return SimpleNamespace(folder=folder, tokenizer_path=tokenizer_path, params=SMALL, weights=weights)
@@ -53,14 +55,14 @@ def shared_llama(small: SimpleNamespace) -> Llama:
 
 @pytest.fixture
 def llama(shared_llama: Llama) -> Llama:
-    """The small model; torch's generator is seeded anew for each test."""
+    """Return the small model, and seed torch's generator before each test."""
     torch.manual_seed(1)
     return shared_llama
 
 
 @pytest.fixture(scope="session")
 def reference(small: SimpleNamespace) -> Transformer:
-    """The small model as plain tensors, which only `Transformer.forward` computes with: what the others are held against."""
+    """Return the small model with unpacked weights and the eager backend, as the reference for other backends."""
     return Llama.build(
         small.folder, small.tokenizer_path, max_seq_len=64, max_batch_size=6, device="cpu", backend="eager"
     ).model
@@ -68,15 +70,15 @@ def reference(small: SimpleNamespace) -> Transformer:
 
 @pytest.fixture
 def as_on_cuda(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Steps in static memory, over a bucket with a mask, each launched before the ids of the one before are read."""
+    """Decode as on CUDA: in static memory, and start each decode step before the tokens of the previous step are read."""
     run = CapturedStep.run
 
-    def into_the_same_memory(step: CapturedStep) -> None:
-        fixed = step.logits
+    def run_into_static_logits(step: CapturedStep) -> None:
+        static_logits = step.logits
         run(step)
-        step.logits = step.logits if fixed is None else fixed.copy_(step.logits)
+        step.logits = step.logits if static_logits is None else static_logits.copy_(step.logits)
 
-    monkeypatch.setattr(CapturedStep, "run", into_the_same_memory)
+    monkeypatch.setattr(CapturedStep, "run", run_into_static_logits)
     monkeypatch.setattr(llama.engine, "backend", CudaGraphsBackend())
     monkeypatch.setattr(async_copy, "supports_async", lambda device: True)
     yield
@@ -90,13 +92,13 @@ def server() -> Iterator[FaultServer]:
 
 @pytest.fixture(params=["curl", "wget"])
 def download(request: pytest.FixtureRequest, server: FaultServer, tmp_path: Path) -> Downloader:
-    """With each of the two clients, the other one absent."""
+    """Return a runner of download.sh that finds only one of the two clients, curl or wget."""
     return Downloader(server, request.param, tmp_path)
 
 
 @pytest.fixture
-def nearly(download: Downloader) -> Downloader:
-    """All but the shard is there already: it saves time."""
+def shard_missing(download: Downloader) -> Downloader:
+    """Return a runner of download.sh whose target folder already contains every file except the shard, to save time."""
     for path in set(files_of("7B")) - {SHARD}:
         download.put(path, FILES[path])
     return download
@@ -104,7 +106,7 @@ def nearly(download: Downloader) -> Downloader:
 
 @pytest.fixture(scope="session")
 def llama2_tokenizer() -> Tokenizer:
-    """Llama 2's own, where download.sh left it, or where tests of others' data keep it."""
+    """Return Llama 2's own tokenizer, from the repository root or the shared fixtures; skip the test without it."""
     for path in (ROOT / "tokenizer.model", ROOT.parent / "shared" / "fixtures" / "llama2" / "tokenizer.model"):
         if path.exists():
             return Tokenizer(path)

@@ -1,4 +1,4 @@
-"""What engines compute, counted. Hooks would not do: with one, the model goes through its own `forward`."""
+"""Count what the engine computes. Module hooks cannot be used: a model with a hook runs through its own `forward`."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,23 +11,23 @@ from llama.engine.forward import EngineForward, MergedLinear
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[list[int]]:
-    """The number of tokens of each forward."""
-    numbers: list[int] = []
+def count_forward_tokens() -> Iterator[list[int]]:
+    """Yield a list that receives the number of tokens of each forward."""
+    token_counts: list[int] = []
     hidden = EngineForward.hidden_states
 
     def counting(self: EngineForward, tokens: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        numbers.append(len(tokens))
+        token_counts.append(len(tokens))
         return hidden(self, tokens, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EngineForward, "hidden_states", counting)
-        yield numbers
+        yield token_counts
 
 
 @contextlib.contextmanager
-def counted_rows() -> Iterator[tuple[list[int], list[int]]]:
-    """The rows that each product of the layers multiplies, and those that become logits."""
+def count_matmul_rows() -> Iterator[tuple[list[int], list[int]]]:
+    """Yield two lists that receive the numbers of rows: of each matrix multiplication in a layer, and of each output layer."""
     linear: list[int] = []
     head: list[int] = []
     multiply, logits = MergedLinear.forward, EngineForward.logits
@@ -38,9 +38,9 @@ def counted_rows() -> Iterator[tuple[list[int], list[int]]]:
 
     def computing(self: EngineForward, hidden: torch.Tensor) -> torch.Tensor:
         head.append(len(hidden))
-        found = logits(self, hidden)
-        linear.pop()  # the head's own product
-        return found
+        result = logits(self, hidden)
+        linear.pop()  # the output layer is counted in `head` alone
+        return result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MergedLinear, "forward", multiplying)

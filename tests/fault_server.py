@@ -1,4 +1,4 @@
-"""For test_download.py: a server on 127.0.0.1 that plays the faults a download meets, and a runner of the script."""
+"""Provide test_download.py with a server on 127.0.0.1 that injects download faults, and with a runner of download.sh."""
 
 from __future__ import annotations
 
@@ -30,33 +30,35 @@ PARAMS = "llama-2-7b/params.json"
 
 @dataclass(frozen=True)
 class Fault:
-    """How one answer differs from the right one."""
+    """The differences between one HTTP response of the server and the correct response."""
 
     status: int = 200
-    body: bytes | None = None  # in place of the file
+    body: bytes | None = None  # sent in place of the file
     ignores_range: bool = False
-    cut: int | None = None  # the connection is closed after this many bytes of the body
-    hold: int | None = None  # nothing more is sent after this many bytes, until `release`
-    location: str | None = None  # for a redirect
+    cut: int | None = None  # bytes of the body after which the server closes the connection
+    hold: int | None = None  # bytes of the body after which the server sends nothing until `FaultServer.release` is set
+    location: str | None = None  # the Location header of a redirect
     type: str | None = None  # the Content-Type
 
 
 @dataclass(frozen=True)
 class Request:
+    """An HTTP request that the server received, and the status of its response."""
+
     path: str
     query: str
-    start: int  # of the range that was asked for
-    status: int  # that was answered
+    start: int  # first byte of the requested range
+    status: int
 
 
 class FaultServer:
-    """`files` maps paths to contents. `faults` maps a path to the faults of its next answers, one each."""
+    """An HTTP server: `files` maps paths to contents, `faults` maps a path to the faults of its next responses."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = dict(files)
         self.faults: dict[str, list[Fault]] = {}
         self.always: dict[str, Fault] = {}
-        self.allowed: int | None = None  # the answers that are left before the link has expired
+        self.allowed: int | None = None  # number of responses left before the link expires; None: it does not expire
         self.requests: list[Request] = []
         self.holding, self.release = threading.Event(), threading.Event()
         self._lock = threading.Lock()
@@ -77,7 +79,7 @@ class FaultServer:
     def address(self) -> str:
         return f"http://127.0.0.1:{self._http.server_port}"
 
-    def seen(self, path: str) -> list[Request]:
+    def requests_for(self, path: str) -> list[Request]:
         return [request for request in self.requests if request.path == path]
 
     def next_fault(self, path: str) -> Fault:
@@ -99,18 +101,18 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
             path, _, query = self.path[1:].partition("?")
             fault = server.next_fault(path)
             body = server.files.get(path) if fault.body is None else fault.body
-            asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-            start, status, headers = int(asked[1]) if asked else 0, fault.status, {}
+            range_match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            start, status, headers = int(range_match[1]) if range_match else 0, fault.status, {}
             if body is None:
                 status = 404
             if status != 200:
                 part = b"<?xml version='1.0'?><Error>no</Error>"
                 if fault.location:
                     headers["Location"] = fault.location
-            elif asked and not fault.ignores_range and start >= len(body):
+            elif range_match and not fault.ignores_range and start >= len(body):
                 status, part = 416, b""
                 headers["Content-Range"] = f"bytes */{len(body)}"
-            elif asked and not fault.ignores_range:
+            elif range_match and not fault.ignores_range:
                 status, part = 206, body[start:]
                 headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
             else:
@@ -123,7 +125,7 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
                 self.send_header(name, value)
             self.end_headers()
             self.close_connection = True
-            with contextlib.suppress(OSError):  # the client has gone
+            with contextlib.suppress(OSError):  # the client may close the connection first
                 self._send(part, fault)
 
         def _send(self, part: bytes, fault: Fault) -> None:
@@ -145,7 +147,7 @@ def folder_of(model: str) -> str:
 
 
 def make_files() -> dict[str, bytes]:
-    """All that the server has, small: the weights of six models and what comes with them."""
+    """Return small stand-ins for all files of Meta's server: the weights of six models, their params and checksums."""
     rng = random.Random(2)
 
     def checklist(folder: str, names: list[str]) -> bytes:
@@ -175,31 +177,31 @@ def files_of(*models: str) -> dict[str, bytes]:
 
 
 class Downloader:
-    """Runs the script in a PATH that has one client (curl or wget), and looks for the secret in all that comes out."""
+    """Run download.sh with one client (curl or wget) in its PATH, and check that the secret link appears in no output."""
 
     def __init__(self, server: FaultServer, client: str, tmp_path: Path) -> None:
         self.server, self.tmp_path, self.target = server, tmp_path, tmp_path / "target folder"
         self.bin, self.home = tmp_path / "bin", tmp_path / "home"
         self.bin.mkdir()
         self.home.mkdir()
-        # What a user may have set, and would write the link into logs
+        # Users' own settings of curl and wget, which would write the link into logs
         (self.home / ".curlrc").write_text(f'verbose\ntrace-ascii = "{self.home}/log"\n')
         (self.home / ".wgetrc").write_text("debug = on\nverbose = on\n")
-        self.tools(*TOOLS, HASHER, client)
+        self.link_tools(*TOOLS, HASHER, client)
         self.url = f"{server.address}/*?Policy=a~b_&Signature={SECRET}&Key-Pair-Id=K"
         self.options = ["--url", self.url, "--models", "7B", "--dir", str(self.target)]
         self.shell, self.script = ["sh"], SCRIPT
 
-    def tools(self, *names: str) -> None:
+    def link_tools(self, *names: str) -> None:
         for name in names:
-            where = shutil.which(name)
-            if where is None:
+            executable = shutil.which(name)
+            if executable is None:
                 pytest.skip(f"{name} is not installed")
             (self.bin / name).unlink(missing_ok=True)
-            (self.bin / name).symlink_to(where)
+            (self.bin / name).symlink_to(executable)
 
-    def tool(self, name: str, text: str) -> None:
-        (self.bin / name).unlink(missing_ok=True)  # or the text would go through the link
+    def write_tool(self, name: str, text: str) -> None:
+        (self.bin / name).unlink(missing_ok=True)  # writing through a symlink would change the system's own tool
         (self.bin / name).write_text(f"#!/bin/sh\n{text}\n")
         (self.bin / name).chmod(0o755)
 
@@ -209,23 +211,23 @@ class Downloader:
     def use_shell(self, shell: str) -> None:
         self.shell = shell.split()
         if self.shell[0] != "sh":
-            self.tools(self.shell[0])
+            self.link_tools(self.shell[0])
 
     def start(self, *options: str, env: dict[str, str] | None = None, **popen) -> subprocess.Popen:
         settings = {"DOWNLOAD_RETRY_WAIT": "0", "DOWNLOAD_TIMEOUT": "20", "PATH": str(self.bin), "HOME": str(self.home)}
         pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
         command = [*self.shell, str(self.script), *(options or self.options)]
         popen = {**pipes, "cwd": self.tmp_path, "start_new_session": True, **popen}
-        heard = signal.SIGINT, signal.SIGHUP  # the script would inherit that they are ignored, as under nohup
-        before = [signal.signal(number, signal.SIG_DFL) for number in heard]
+        signals = signal.SIGINT, signal.SIGHUP  # under nohup they are ignored, and the script would inherit that
+        before = [signal.signal(number, signal.SIG_DFL) for number in signals]
         try:
             return subprocess.Popen(command, text=True, env={**settings, **(env or {})}, **popen)
         finally:
-            for number, handler in zip(heard, before, strict=True):
+            for number, handler in zip(signals, before, strict=True):
                 signal.signal(number, handler)
 
     def finish(self, process: subprocess.Popen, stdin: str = "") -> tuple[int, str]:
-        """The exit status and stderr."""
+        """Wait for the script; return its exit status and stderr."""
         stdout, stderr = process.communicate(stdin, timeout=20)
         assert SECRET not in stdout + stderr
         for file in self.tmp_path.rglob("*"):
@@ -236,20 +238,20 @@ class Downloader:
         return self.finish(self.start(*options, **more), stdin)
 
     def succeeds(self, *options: str, **more) -> str:
-        """stderr, once all of 7B is there."""
+        """Run the script, check that the target folder contains exactly the files of 7B, and return stderr."""
         status, stderr = self.run(*options, **more)
         assert status == 0, stderr
-        assert self.got() == files_of("7B"), sorted(self.got())
+        assert self.files() == files_of("7B"), sorted(self.files())
         return stderr
 
     def fails(self, *options: str, **more) -> str:
-        """stderr's last line: the reason."""
+        """Run the script, check that it exits with 1, and return the last line of stderr: the reason."""
         status, stderr = self.run(*options, **more)
         lines = stderr.splitlines()
         assert status == 1 and all(line.startswith("download.sh: ") for line in lines), stderr
         return lines[-1]
 
-    def got(self) -> dict[str, bytes]:
+    def files(self) -> dict[str, bytes]:
         files = (file for file in self.target.rglob("*") if file.is_file())
         return {file.relative_to(self.target).as_posix(): file.read_bytes() for file in files}
 
@@ -258,7 +260,7 @@ class Downloader:
         (self.target / path).write_bytes(body)
 
     def starts(self, path: str = SHARD) -> list[int]:
-        return [request.start for request in self.server.seen(path)]
+        return [request.start for request in self.server.requests_for(path)]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -1,7 +1,7 @@
-"""Run under torchrun: answer once, then let something go wrong on one rank.
+"""Answer once, then inject faults on one rank. Started by torchrun for test_faults.py.
 
-fault_worker.py RANK CKPT TOKENIZER DOOMED FAULT [FAULT ...], where DOOMED is a checkpoint that may be destroyed, and a FAULT
-is what happens and where, as in kill@decode. A rank that gets an error says so on stderr, and goes on as if it could.
+fault_worker.py RANK CKPT TOKENIZER DOOMED FAULT [FAULT ...]: DOOMED is a checkpoint that may be destroyed; a FAULT names an
+action and a place, as in kill@decode. A rank that catches an error prints it on stderr and continues with the next fault.
 """
 
 import os
@@ -19,8 +19,8 @@ from llama.engine.decode_state import DecodeState
 from llama.engine.forward import EngineLayer
 from llama.kernels import packed_weight
 
-MOST = 40  # ids of an answer
-# Where: the function, and how often it has been called by then. The model has two layers.
+MAX_NEW_TOKENS = 40
+# For each place: the owner and the name of a function, and the number of its call that fails. The model has two layers.
 PLACES: dict[str, tuple[Any, str, int]] = {
     "load": (packed_weight, "make_parameters", 2),
     "prefill": (EngineLayer, "swiglu", 2),
@@ -57,49 +57,50 @@ def unlink(result: Any) -> Any:
     return result
 
 
-def plant(what: str, where: str) -> Callable[[], None]:
-    """Let it happen on this rank, once; the call returned takes it away."""
-    owner, name, count = PLACES[where]
-    plain, calls = getattr(owner, name), 0
+def inject(action: str, place: str) -> Callable[[], None]:
+    """Let the action happen once at the place, on this rank; return a function that undoes the patch."""
+    owner, name, count = PLACES[place]
+    original, calls = getattr(owner, name), 0
 
     def wrapped(*args: Any) -> Any:
         nonlocal calls
         calls += 1
-        result = plain(*args)
+        result = original(*args)
         if calls != count:
             return result
-        tell(f"now: {what}@{where}")
-        return globals()[what](result)
+        log(f"now: {action}@{place}")
+        return globals()[action](result)
 
     setattr(owner, name, wrapped)
-    return lambda: setattr(owner, name, plain)
+    return lambda: setattr(owner, name, original)
 
 
-def tell(text: str) -> None:
-    sys.stderr.write(f"rank {os.environ['RANK']}: {text}\n")  # at once, so that ranks do not write into each other's lines
+def log(text: str) -> None:
+    """Print the text on stderr with this rank's number, in one write: the ranks' lines must not mix."""
+    sys.stderr.write(f"rank {os.environ['RANK']}: {text}\n")
 
 
 if __name__ == "__main__":
     rank, folder, tokenizer_path, doomed, *faults = sys.argv[1:]
-    here = os.environ["RANK"] == rank
+    is_faulty_rank = os.environ["RANK"] == rank
     llama = Llama.build(folder, tokenizer_path, 64, 2, device="cpu")
-    print(llama.generate([[1, 5, 9]], MOST, temperature=0)[0], flush=True)
+    print(llama.generate([[1, 5, 9]], MAX_NEW_TOKENS, temperature=0)[0], flush=True)
     for fault in faults:
-        what, _, where = fault.partition("@")
-        undo = plant(what, where) if here and where != "call" else lambda: None
+        action, _, place = fault.partition("@")
+        undo = inject(action, place) if is_faulty_rank and place != "call" else lambda: None
         try:
-            if where == "load":
+            if place == "load":
                 Llama.build(doomed, tokenizer_path, 64, 2, device="cpu")
-            elif where == "score":
+            elif place == "score":
                 llama.score(["The fox"], [" jumps"])
             else:
-                if here and where == "call":
-                    tell(f"now: {fault}")
-                llama.generate([[1, 5, -7 if here and what == "input" else 9]], MOST, temperature=0)
-            tell(f"{fault}: nothing was noticed")
+                if is_faulty_rank and place == "call":
+                    log(f"now: {fault}")
+                llama.generate([[1, 5, -7 if is_faulty_rank and action == "input" else 9]], MAX_NEW_TOKENS, temperature=0)
+            log(f"{fault}: nothing was noticed")
         except (Exception, KeyboardInterrupt) as e:
-            tell(f"{fault}: {type(e).__name__}: {e}")
+            log(f"{fault}: {type(e).__name__}: {e}")
         undo()
-    if here:
-        time.sleep(600)  # a program that caught its error, and does something else
+    if is_faulty_rank:
+        time.sleep(600)  # stands for a program that catches its error and then does something else
     sys.exit(3)

@@ -1,15 +1,14 @@
-"""Hostile input: strategies, what must come of each case, and `make fuzz`.
+"""Fuzz the library with hostile files and arguments: the strategies, the runner `play`, and the command of `make fuzz`.
 
-A case is a target's name and plain data, which `play` carries out. What is promised of each:
+A case is the name of a target and plain data, which `play` runs. Every case must keep two promises:
 
-- It ends in a LlamaError, or in a right answer: if a damaged file loads, every tensor whose bytes are as they were has
-  its right numbers; altered contents load as what they say; a refused call leaves the next one's answer as it was.
-- No code in a file is run, and neither memory (64 MB, and 20 times the files) nor time (20 s of the CPU) is lost over it.
+- The case ends in a LlamaError or in a correct answer. If a damaged file loads, every tensor whose bytes are undamaged has
+  its correct values; altered contents load as the values in the file; a call that raises leaves later answers unchanged.
+- No code in a file runs, and the case takes no more than 64 MB plus 20 times the size of its files, and 20 s of the CPU.
 
-python -m tests.fuzz --minutes 30 tries cases at random, and ends with a table of what came of them.
-It works in a child process, so that a crash of the interpreter is found, and named with its case. On a failure hypothesis
-looks for the smallest like it, and the command that plays it again is printed. tests/test_fuzz.py has the same strategies,
-but the same cases each time.
+python -m tests.fuzz --minutes 30 runs random cases and then prints a table of the results. The cases run in a child process,
+so that a crash of the interpreter is detected and its case is known. After a failure hypothesis shrinks the case, and the
+command that repeats the case is printed. tests/test_fuzz.py uses the same strategies with a fixed random seed.
 """
 
 import argparse
@@ -38,13 +37,23 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from llama import LlamaError
 
 from . import hostile
-from .hostile import FOLDERS, OTHERS, PARAMS, Wrong, home, play_bytes, play_contents, play_header, play_params
-from .hostile_calls import LIES, Raises, play_call, play_tokenizer
+from .hostile import (
+    FOLDERS,
+    PARAMS,
+    REPLACEMENTS,
+    BrokenPromise,
+    play_bytes,
+    play_contents,
+    play_header,
+    play_params,
+    temporary_folder,
+)
+from .hostile_calls import TRICK_OBJECTS, CallersError, play_call, play_tokenizer
 from .hostile_zips import FRAGMENTS, ZIPS, canary, play_pickle, play_zip
 
-set_hypothesis_home_dir(tempfile.gettempdir() + "/llama-hypothesis")  # nothing is left in the tree
-MOST_ADDRESSES = 16 << 30  # bytes: a bomb ends the case, not the machine
-STUCK = 120  # seconds of no case
+set_hypothesis_home_dir(tempfile.gettempdir() + "/llama-hypothesis")  # outside the repository
+MAX_ADDRESS_SPACE = 16 << 30  # bytes; a memory bomb must not take down the machine
+STUCK = 120  # seconds without a new case
 
 # --- cases -------------------------------------------------------------------------------------------------------------
 
@@ -72,31 +81,33 @@ names = st.one_of(
     st.sampled_from(["tok_embeddings.weight", "layers.1.attention.wq.weight", "layers.-1.x", "layers.", "rope.freqs", ""]),
     st.integers(-5, 5), st.none(), st.floats(), st.booleans(),
 )  # fmt: skip
-plain = st.one_of(
+scalar = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), texts,
     st.sampled_from([2**31, 2**63, 10**30, -1, 0, 1, 2, 4, 16, 32, 64, 2**20, 2**31 - 1, 1e308, 1e-300]),
 )  # fmt: skip
-anything = st.recursive(
-    plain, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4), max_leaves=12
+json_like = st.recursive(
+    scalar, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4), max_leaves=12
 )
 params = st.one_of(
-    st.dictionaries(st.sampled_from([*PARAMS, "rope_theta", "ffn_dim_multiplier", "x"]), plain, min_size=1, max_size=3),
-    anything,
+    st.dictionaries(st.sampled_from([*PARAMS, "rope_theta", "ffn_dim_multiplier", "x"]), scalar, min_size=1, max_size=3),
+    json_like,
     st.binary(max_size=40),
     st.builds(lambda s, n: s * n, st.sampled_from([b"[", b'{"dim":', b"9", b" ", b'{"a":[', b'"']), st.integers(1, 200_000)),
 )  # fmt: skip
 
-lies = st.tuples(st.just("!"), st.sampled_from(sorted(LIES)))
+trick_objects = st.tuples(st.just("!"), st.sampled_from(sorted(TRICK_OBJECTS)))
 tags = st.sampled_from(["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[IN", "ST]", "<s>", "</s>", "\0", "\ud800", " ", "hello"])
-content = st.one_of(texts, st.lists(tags, max_size=4).map("".join), tags, lies, plain)
-role = st.one_of(st.sampled_from(["system", "user", "assistant"]), lies, plain)
-message = st.one_of(st.fixed_dictionaries({"role": role, "content": content}), lies, anything)
-sound_dialog = st.lists(content, min_size=1, max_size=5).map(
-    lambda said: [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+content = st.one_of(texts, st.lists(tags, max_size=4).map("".join), tags, trick_objects, scalar)
+role = st.one_of(st.sampled_from(["system", "user", "assistant"]), trick_objects, scalar)
+message = st.one_of(st.fixed_dictionaries({"role": role, "content": content}), trick_objects, json_like)
+valid_dialog = st.lists(content, min_size=1, max_size=5).map(
+    lambda texts: [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 )
-dialog = st.one_of(sound_dialog, st.lists(message, max_size=4), lies, anything)
-ids = st.one_of(st.lists(st.one_of(st.integers(0, 383), st.integers(0, 383), plain, lies), max_size=40), lies, anything)
-option = st.one_of(plain, lies, st.floats(0, 1), st.lists(plain, max_size=3), content)
+dialog = st.one_of(valid_dialog, st.lists(message, max_size=4), trick_objects, json_like)
+tokens = st.one_of(
+    st.lists(st.one_of(st.integers(0, 383), st.integers(0, 383), scalar, trick_objects), max_size=40), trick_objects, json_like
+)
+option = st.one_of(scalar, trick_objects, st.floats(0, 1), st.lists(scalar, max_size=3), content)
 options = st.dictionaries(
     st.sampled_from(["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_gen_len", "logprobs",
                      "echo"]),
@@ -104,14 +115,15 @@ options = st.dictionaries(
 )  # fmt: skip
 
 
-def several(one: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    return st.one_of(st.lists(one, max_size=3), lies, anything)
+def lists_of(element: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.one_of(st.lists(element, max_size=3), trick_objects, json_like)
 
 
 calls = {
-    "encode": st.one_of(content, anything), "decode": ids, "generate": several(ids), "text_completion": several(content),
-    "chat_completion": several(dialog), "text_completion_stream": content, "chat_completion_stream": dialog,
-    "score": st.tuples(several(content), several(content)),
+    "encode": st.one_of(content, json_like), "decode": tokens, "generate": lists_of(tokens),
+    "text_completion": lists_of(content), "text_completion_stream": content,
+    "chat_completion": lists_of(dialog), "chat_completion_stream": dialog,
+    "score": st.tuples(lists_of(content), lists_of(content)),
 }  # fmt: skip
 CASES = {
     "bytes": st.tuples(st.sampled_from(sorted(FOLDERS)), st.integers(0, 3), edits),
@@ -119,7 +131,7 @@ CASES = {
     "contents": st.tuples(
         st.sampled_from([1, 2]),
         st.lists(
-            st.tuples(numbers, st.sampled_from([*OTHERS, "drop", "rename", "add", "exchange", "share"]), numbers, names),
+            st.tuples(numbers, st.sampled_from([*REPLACEMENTS, "drop", "rename", "add", "exchange", "share"]), numbers, names),
             max_size=3,
         ),
         st.integers(0, 1),
@@ -134,7 +146,7 @@ CASES = {
         st.sampled_from(["int8", "int4"]),
         st.lists(
             st.tuples(numbers, st.sampled_from(["name", "entry", "dtype", "shape", "data_offsets", "version"]),
-                      st.one_of(anything, st.sampled_from(["BF16", "F32", "I8"]), st.lists(plain, min_size=2, max_size=2))),
+                      st.one_of(json_like, st.sampled_from(["BF16", "F32", "I8"]), st.lists(scalar, min_size=2, max_size=2))),
             min_size=1, max_size=2,
         ),
     ),
@@ -143,49 +155,49 @@ CASES = {
 }  # fmt: skip
 
 
-# --- playing -----------------------------------------------------------------------------------------------------------
+# --- running a case ----------------------------------------------------------------------------------------------------
 
 TARGETS: dict[str, Callable[..., None]] = {
     "bytes": play_bytes, "tokenizer": play_tokenizer, "contents": play_contents, "pickle": play_pickle, "zip": play_zip,
     "header": play_header, "params": play_params, "call": play_call,
 }  # fmt: skip
-MOST_BYTES, MOST_SECONDS = 64 << 20, 20.0
+MAX_BYTES, MAX_SECONDS = 64 << 20, 20.0
 
 
 def play(target: str, *arguments: Any) -> str:
-    """How the case ended: "answered", or the name of one of our errors."""
-    hostile.sound_answer()  # what is made once counts for no case
+    """Run a case; return "answered", or the name of the LlamaError that the case raised. Raise BrokenPromise otherwise."""
+    hostile.sound_answer()  # builds and caches the sound model now, so that no case pays for it
     if target == "bytes":
         hostile.sound_tensors(arguments[0]), hostile.sound_answer(arguments[0])
     first = next(hostile.cases)
-    begun, before = time.process_time(), _peak(anew=True)
+    start, before = time.process_time(), _peak_memory(reset=True)
     try:
         TARGETS[target](*arguments)
-        ended = "answered"
+        outcome = "answered"
     except LlamaError as e:
-        ended = type(e).__name__
+        outcome = type(e).__name__
         if len(str(e)) > 2000:
-            raise Wrong(f"a message of {len(str(e))} characters") from e
-    except Raises:
-        ended = "the caller's own"
+            raise BrokenPromise(f"a message of {len(str(e))} characters") from e
+    except CallersError:
+        outcome = "caller's error"
     finally:
-        seconds, grown = time.process_time() - begun, _peak() - before
-        folders = [home() / f"case-{i}" for i in range(first, next(hostile.cases))]
+        seconds, grown = time.process_time() - start, _peak_memory() - before
+        folders = [temporary_folder() / f"case-{i}" for i in range(first, next(hostile.cases))]
         size = sum(file.stat().st_size for folder in folders for file in folder.glob("*"))
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
     if canary().exists():
-        raise Wrong("code was run")
-    text = 1_000_000 * repr(arguments).count("'huge'")  # characters, of which SentencePiece takes 55 bytes each
-    if grown > MOST_BYTES + 20 * size + 64 * text or seconds > MOST_SECONDS:
-        raise Wrong(f"it took {grown / 1e6:.0f} MB and {seconds:.1f} s, for files of {size / 1e6:.1f} MB")
-    return ended
+        raise BrokenPromise("code in a file was run")
+    text = 1_000_000 * repr(arguments).count("'huge'")  # characters; SentencePiece needs 55 bytes for each
+    if grown > MAX_BYTES + 20 * size + 64 * text or seconds > MAX_SECONDS:
+        raise BrokenPromise(f"the case took {grown / 1e6:.0f} MB and {seconds:.1f} s, for files of {size / 1e6:.1f} MB")
+    return outcome
 
 
-def _peak(anew: bool = False) -> int:
-    """Most memory that was resident, since it was last asked for `anew`; 0 where the system does not tell."""
+def _peak_memory(reset: bool = False) -> int:
+    """Return the peak resident memory in bytes since the last call with `reset`; 0 on systems without /proc."""
     try:
-        if anew:
+        if reset:
             Path("/proc/self/clear_refs").write_text("5")
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -193,50 +205,53 @@ def _peak(anew: bool = False) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-# --- for as long as one likes ------------------------------------------------------------------------------------------
+# --- the command ---------------------------------------------------------------------------------------------------------
 
 
 def fuzz(minutes: float, journal: Path) -> None:
-    """Rounds of cases of each target; each is written down before it is played, and how it ended after."""
-    until, ended = time.monotonic() + 60 * minutes, collections.Counter[str]()
-    warnings.simplefilter("ignore")  # torch's, as it makes what it will not make for long
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_ADDRESSES, MOST_ADDRESSES))
+    """Run 100 cases of each target in turn, until the time is up. Write each case to the journal before it runs."""
+    until, outcomes = time.monotonic() + 60 * minutes, collections.Counter[str]()
+    warnings.simplefilter("ignore")  # torch warns that it deprecates some of the tensor types
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_ADDRESS_SPACE, MAX_ADDRESS_SPACE))
 
-    def tried(target: str, cases: st.SearchStrategy[Any]) -> None:
+    def run_cases(target: str, cases: st.SearchStrategy[Any]) -> None:
         @seed(random.getrandbits(64))
         @settings(max_examples=100, database=None, deadline=None, suppress_health_check=list(HealthCheck),
                   phases=[Phase.generate, Phase.shrink], report_multiple_bugs=False)  # fmt: skip
         @given(cases)
-        def one(case: Any) -> None:
+        def run_case(case: Any) -> None:
             (journal / "case").write_text(repr((target, *case)), "utf-8", "surrogatepass")
-            ended[f"{target} {play(target, *case)}"] += 1
+            outcomes[f"{target} {play(target, *case)}"] += 1
 
         try:
-            one()
+            run_case()
         finally:
-            (journal / "ended").write_text(json.dumps(ended))
+            (journal / "outcomes").write_text(json.dumps(outcomes))
 
     while time.monotonic() < until:
         for target, cases in CASES.items():
-            tried(target, cases)
+            run_cases(target, cases)
 
 
 def watch(minutes: float) -> int:
-    """Run `fuzz` in a child; its exit status, the table, and the case that it ended with if it failed."""
+    """Run `fuzz` in a child process, print the table and, after a failure, the last case; return the exit status."""
     with tempfile.TemporaryDirectory() as folder:
-        journal, begun = Path(folder), time.monotonic()
+        journal, start = Path(folder), time.monotonic()
         command = [sys.executable, "-m", "tests.fuzz", "--minutes", str(minutes), "--journal", folder]
         env = os.environ | {"TMPDIR": folder}
         child = subprocess.Popen(command, env=env)
-        seen, seconds = "", 0
+        last_case, seconds = "", 0
         while child.poll() is None:
             time.sleep(1)
-            now = (journal / "case").read_text("utf-8", "surrogatepass") if (journal / "case").exists() else ""
-            seen, seconds = now, seconds + 1 if now == seen else 0  # counted, as the machine may sleep
+            case = (journal / "case").read_text("utf-8", "surrogatepass") if (journal / "case").exists() else ""
+            # Counting the rounds instead of reading a clock leaves out the time in which the machine is suspended.
+            last_case, seconds = case, seconds + 1 if case == last_case else 0
             if seconds == STUCK:
-                print(f"no end within {STUCK} s")
+                print(f"the case did not end within {STUCK} s")
                 child.send_signal(signal.SIGABRT)
-        show(json.loads((journal / "ended").read_text()) if (journal / "ended").exists() else {}, time.monotonic() - begun)
+        print_table(
+            json.loads((journal / "outcomes").read_text()) if (journal / "outcomes").exists() else {}, time.monotonic() - start
+        )
         if child.returncode:
             case = (journal / "case").read_text("utf-8", "surrogatepass")
             print(f"FAILED (exit status {child.returncode}); the last case:")
@@ -244,11 +259,11 @@ def watch(minutes: float) -> int:
         return child.returncode
 
 
-def show(ended: dict[str, int], seconds: float) -> None:
-    ways = sorted({way for key in ended for way in [key.split(" ", 1)[1]]})
-    print(f"{'':12}{'cases':>10}" + "".join(f"{way:>19}" for way in ways))
-    rows = {target: [ended.get(f"{target} {way}", 0) for way in ways] for target in CASES}
-    rows["in all"] = [sum(column) for column in zip(*rows.values(), strict=True)]
+def print_table(outcomes: dict[str, int], seconds: float) -> None:
+    names = sorted({key.split(" ", 1)[1] for key in outcomes})
+    print(f"{'':12}{'cases':>10}" + "".join(f"{name:>19}" for name in names))
+    rows = {target: [outcomes.get(f"{target} {name}", 0) for name in names] for target in CASES}
+    rows["total"] = [sum(column) for column in zip(*rows.values(), strict=True)]
     for target, row in rows.items():
         print(f"{target:12}{sum(row):>10,}" + "".join(f"{n:>19,}" for n in row))
     print(f"in {seconds / 60:.1f} minutes")
@@ -257,16 +272,16 @@ def show(ended: dict[str, int], seconds: float) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--case", help="play this one")
+    parser.add_argument("--case", help="run only this case, as printed after a failure")
     parser.add_argument("--journal", type=Path, help=argparse.SUPPRESS)
-    given_ = parser.parse_args()
-    if given_.case:
-        print(play(*eval(given_.case, {"nan": math.nan, "inf": math.inf, "__builtins__": {}})))
+    args = parser.parse_args()
+    if args.case:
+        print(play(*eval(args.case, {"nan": math.nan, "inf": math.inf, "__builtins__": {}})))
         return 0
-    if given_.journal:
-        fuzz(given_.minutes, given_.journal)
+    if args.journal:
+        fuzz(args.minutes, args.journal)
         return 0
-    return watch(given_.minutes)
+    return watch(args.minutes)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Hostile files, as plain data: sound ones damaged, or saved with other contents; and whether what loads is right."""
+"""Make hostile files: damage the files of a sound model, or save a model with other contents; check the values that load."""
 
 import atexit
 import contextlib
@@ -23,7 +23,7 @@ from .support import random_weights, train_tokenizer, write_shards
 PARAMS = dict(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, multiple_of=16, norm_eps=1e-5, vocab_size=-1)
 VOCAB, HIDDEN, PROBE = 384, 96, [[1, 5, 9], [1, 7]]
 FIRST, SECOND = "consolidated.00.pth", "consolidated.01.pth"
-FOLDERS = {  # what is in each, and how it is built
+FOLDERS = {  # for each checkpoint folder: its files, and the `quantize` argument that builds it
     "one": ([FIRST, "params.json", "tokenizer.model"], None),
     "two": ([FIRST, SECOND, "params.json", "tokenizer.model"], None),
     "int8": (["int8.safetensors", "params.json", "tokenizer.model"], "int8"),
@@ -32,47 +32,49 @@ FOLDERS = {  # what is in each, and how it is built
 Edit = tuple[Any, ...]
 
 
-class Wrong(Exception):
-    """A case that ended in neither an error of ours nor a right answer."""
+class BrokenPromise(Exception):
+    """A case that ended neither in a LlamaError nor in a correct answer."""
 
 
 # --- the sound model ---------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache
-def home() -> Path:
+def temporary_folder() -> Path:
+    """Create the folder of all cases; the interpreter removes it at exit."""
     folder = Path(tempfile.mkdtemp(prefix="llama-fuzz-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
 @functools.lru_cache
-def sound(which: str) -> dict[str, bytes]:
-    """The files of a sound model, by name."""
-    folder, (names, kind) = home() / which, FOLDERS[which]
+def sound(variant: str) -> dict[str, bytes]:
+    """Return the contents of a sound model's files, by file name."""
+    folder, (names, format) = temporary_folder() / variant, FOLDERS[variant]
     weights = {name: w.bfloat16() for name, w in random_weights(PARAMS, VOCAB, HIDDEN).items()}
-    write_shards(folder, PARAMS, weights, 2 if which == "two" else 1)
+    write_shards(folder, PARAMS, weights, 2 if variant == "two" else 1)
     train_tokenizer(folder / "tokenizer.model", VOCAB)
-    if kind:
-        packed_file.save_packed_file(folder, kind)
+    if format:
+        packed_file.save_packed_file(folder, format)
     return {name: (folder / name).read_bytes() for name in names}
 
 
-def opened(folder: Path, which: str) -> shards.Shards:
-    kind = FOLDERS[which][1]
-    return (packed_file.open_packed_file(folder, kind) if kind else None) or shards.open_shards(folder)
+def open_tensors(folder: Path, variant: str) -> shards.Shards:
+    format = FOLDERS[variant][1]
+    return (packed_file.open_packed_file(folder, format) if format else None) or shards.open_shards(folder)
 
 
 @functools.lru_cache
-def sound_tensors(which: str) -> shards.Shards:
+def sound_tensors(variant: str) -> shards.Shards:
     return {
-        file: {n: t.clone() for n, t in tensors.items()} for file, tensors in opened(put(which, sound(which)), which).items()
+        file: {n: t.clone() for n, t in tensors.items()}
+        for file, tensors in open_tensors(write_case(variant, sound(variant)), variant).items()
     }
 
 
-def put(which: str, files: dict[str, bytes]) -> Path:
-    """A new folder of these files: those of the case before may still be mapped."""
-    folder = home() / f"case-{next(cases)}"
+def write_case(variant: str, files: dict[str, bytes]) -> Path:
+    """Write the files into a new folder: the files of the previous case may still be memory-mapped."""
+    folder = temporary_folder() / f"case-{next(cases)}"
     folder.mkdir()
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -82,14 +84,14 @@ def put(which: str, files: dict[str, bytes]) -> Path:
 cases = itertools.count()
 
 
-def build(folder: Path, which: str = "one") -> Llama:
-    quantize = FOLDERS[which][1]
+def build(folder: Path, variant: str = "one") -> Llama:
+    quantize = FOLDERS[variant][1]
     return Llama.build(folder, folder / "tokenizer.model", max_seq_len=32, max_batch_size=2, device="cpu", quantize=quantize)
 
 
 @functools.lru_cache
-def sound_llama(which: str = "one") -> Llama:
-    return build(put(which, sound(which)), which)
+def sound_llama(variant: str = "one") -> Llama:
+    return build(write_case(variant, sound(variant)), variant)
 
 
 def answer(llama: Llama) -> list[list[int]]:
@@ -97,18 +99,18 @@ def answer(llama: Llama) -> list[list[int]]:
 
 
 @functools.lru_cache
-def sound_answer(which: str = "one") -> list[list[int]]:
-    return answer(sound_llama(which))
+def sound_answer(variant: str = "one") -> list[list[int]]:
+    return answer(sound_llama(variant))
 
 
 @functools.lru_cache
-def payloads(which: str, file: str) -> dict[str, tuple[int, int]]:
-    """Where a file has numbers, by tensor; all the rest is its frame."""
-    data = sound(which)[file]
-    if file not in sound_tensors(which):
+def payloads(variant: str, file: str) -> dict[str, tuple[int, int]]:
+    """Return the first and last byte of each tensor's values in a file; all other bytes are the file's frame."""
+    data = sound(variant)[file]
+    if file not in sound_tensors(variant):
         return {}
     if file.endswith(".pth"):
-        return {name: _find(data, tensor) for name, tensor in sound_tensors(which)[file].items()}
+        return {name: _find_values(data, tensor) for name, tensor in sound_tensors(variant)[file].items()}
     if file.endswith(".safetensors"):
         begin = 8 + int.from_bytes(data[:8], "little")
         header = json.loads(data[8:begin])
@@ -116,67 +118,71 @@ def payloads(which: str, file: str) -> dict[str, tuple[int, int]]:
     return {}
 
 
-def _find(data: bytes, tensor: torch.Tensor) -> tuple[int, int]:
-    numbers = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-    return data.index(numbers), data.index(numbers) + len(numbers)
+def _find_values(data: bytes, tensor: torch.Tensor) -> tuple[int, int]:
+    values = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return data.index(values), data.index(values) + len(values)
 
 
 # --- bytes -------------------------------------------------------------------------------------------------------------
 
 
 def edited(data: bytes, edits: Sequence[Edit], frame: Sequence[int] = ()) -> bytes:
-    """Each edit has a name, a place, and more. Places are (where, n): anywhere, counted from the end, or in the frame."""
+    """Return the data after all edits. An edit is a name, a place and arguments.
+
+    A place is (where, n): byte n from the start ("any") or from the end ("end"), or the n-th byte of the frame ("frame").
+    """
     new = bytearray(data)
-    for how, (where, n), *more in edits:
+    for action, (where, n), *arguments in edits:
         if not new:
             break
-        at = {"any": n, "end": -1 - n % 400, "frame": frame[n % len(frame)] if frame else n}[where] % len(new)
-        if how == "cut":
-            del new[at:]
-        elif how == "flip":
-            new[at] ^= 1 << more[0]
-        elif how == "set":
-            new[at : at + len(more[0])] = more[0][: len(new) - at]
-        elif how == "insert":
-            new[at:at] = more[0]
-        elif how == "delete":
-            del new[at : at + more[0]]
-        elif how == "copy":
-            source = more[0] % len(new)
-            block = new[source : source + more[1]][: len(new) - at]
-            new[at : at + len(block)] = block
-        elif how == "swap":
-            other = (at + more[0]) % len(new)
-            for i in range(min(more[0], len(new) - max(at, other))):
-                new[at + i], new[other + i] = new[other + i], new[at + i]
+        position = {"any": n, "end": -1 - n % 400, "frame": frame[n % len(frame)] if frame else n}[where] % len(new)
+        if action == "cut":
+            del new[position:]
+        elif action == "flip":
+            new[position] ^= 1 << arguments[0]
+        elif action == "set":
+            new[position : position + len(arguments[0])] = arguments[0][: len(new) - position]
+        elif action == "insert":
+            new[position:position] = arguments[0]
+        elif action == "delete":
+            del new[position : position + arguments[0]]
+        elif action == "copy":
+            source = arguments[0] % len(new)
+            block = new[source : source + arguments[1]][: len(new) - position]
+            new[position : position + len(block)] = block
+        elif action == "swap":
+            other = (position + arguments[0]) % len(new)
+            for i in range(min(arguments[0], len(new) - max(position, other))):
+                new[position + i], new[other + i] = new[other + i], new[position + i]
     return bytes(new)
 
 
 @functools.lru_cache
-def frame_of(which: str, file: str) -> list[int]:
-    spans = payloads(which, file).values()
-    return [i for i in range(len(sound(which)[file])) if not any(a <= i < b for a, b in spans)] if spans else []
+def frame_of(variant: str, file: str) -> list[int]:
+    """Return the positions of the bytes of a file that are not values of tensors."""
+    spans = payloads(variant, file).values()
+    return [i for i in range(len(sound(variant)[file])) if not any(a <= i < b for a, b in spans)] if spans else []
 
 
-def play_bytes(which: str, file: int, edits: Sequence[Edit]) -> None:
-    """A file of a sound model, damaged."""
-    files = dict(sound(which))
+def play_bytes(variant: str, file: int, edits: Sequence[Edit]) -> None:
+    """Damage one file of a sound model, and build and use the model."""
+    files = dict(sound(variant))
     name = list(files)[file % len(files)]
-    before, after = files[name], edited(files[name], edits, frame_of(which, name))
-    folder = put(which, files | {name: after})
-    llama, got, whole = build(folder, which), opened(folder, which), sound_tensors(which)
+    before, after = files[name], edited(files[name], edits, frame_of(variant, name))
+    folder = write_case(variant, files | {name: after})
+    llama, loaded, original = build(folder, variant), open_tensors(folder, variant), sound_tensors(variant)
     intact = name != "tokenizer.model" and (name != "params.json" or _json(before) == _json(after))
-    for file_name, tensors in got.items():
+    for file_name, tensors in loaded.items():
         for tensor, value in tensors.items():
-            span = slice(*payloads(which, file_name).get(tensor, (0, 0)))
+            span = slice(*payloads(variant, file_name).get(tensor, (0, 0)))
             moved = len(after) != len(before) and before[span] in after
             if file_name == name and after[span] != before[span] and not moved:
                 intact = False
-            elif tensor not in whole[file_name] or not _same(value, whole[file_name][tensor]):
-                raise Wrong(f"{tensor} has other numbers, though its bytes are as they were")
-    ids = answer(llama)
-    if intact and ids != sound_answer(which):
-        raise Wrong(f"{ids} instead of {sound_answer(which)}")
+            elif tensor not in original[file_name] or not _same(value, original[file_name][tensor]):
+                raise BrokenPromise(f"{tensor} has other values, although its bytes are undamaged")
+    tokens = answer(llama)
+    if intact and tokens != sound_answer(variant):
+        raise BrokenPromise(f"{tokens} instead of {sound_answer(variant)}")
     if name == "tokenizer.model":
         use_tokenizer(llama.tokenizer)
 
@@ -193,27 +199,27 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def use_tokenizer(tokenizer: Tokenizer) -> None:
-    """It may be another language's, but must do what it does without harm."""
+    """Encode and decode with a damaged tokenizer: the tokens may differ, but must lie within the vocabulary."""
     for text in ("The quick brown fox", "\0 é 🙂\n  two  spaces ", "<s></s><0x0A>▁"):
-        ids = tokenizer.encode(text, bos=True, eos=True)
-        if not all(0 <= i < tokenizer.n_words for i in ids):
-            raise Wrong(f"{ids} for {tokenizer.n_words} pieces")
-        tokenizer.decode(ids)
-        for id_ in range(0, tokenizer.n_words, 7):
-            tokenizer.decode([id_])
+        tokens = tokenizer.encode(text, bos=True, eos=True)
+        if not all(0 <= token < tokenizer.n_words for token in tokens):
+            raise BrokenPromise(f"{tokens} for a vocabulary of {tokenizer.n_words}")
+        tokenizer.decode(tokens)
+        for token in range(0, tokenizer.n_words, 7):
+            tokenizer.decode([token])
 
 
 # --- contents ----------------------------------------------------------------------------------------------------------
 
-OTHERS: dict[str, Callable[[torch.Tensor], Any]] = {
+REPLACEMENTS: dict[str, Callable[[torch.Tensor], Any]] = {
     "transposed": lambda t: t.T.contiguous().T,
-    "turned": lambda t: t.T.contiguous(),
+    "transposed copy": lambda t: t.T.contiguous(),
     "flat": lambda t: t.flatten(),
     "stepped": lambda t: t.repeat_interleave(2, -1)[..., ::2],
     "sliced": lambda t: torch.cat([t, t])[: len(t)],
     "expanded": lambda t: torch.ones((), dtype=t.dtype).expand(t.shape),
     "terabytes": lambda t: torch.ones((), dtype=t.dtype).expand(1 << 20, 1 << 20),
-    "windows": lambda t: t.flatten().as_strided(t.shape, [1] * t.ndim),
+    "overlapping": lambda t: t.flatten().as_strided(t.shape, [1] * t.ndim),
     "empty": lambda t: t[:0],
     "scalar": lambda t: t.flatten()[0],
     "parameter": lambda t: torch.nn.Parameter(t.clone()),
@@ -241,63 +247,64 @@ OTHERS: dict[str, Callable[[torch.Tensor], Any]] = {
 
 
 def play_contents(n_shards: int, changes: Sequence[Edit], order: int = 0) -> None:
-    """A sound model's tensors, altered, and saved by torch.save."""
-    which = "two" if n_shards == 2 else "one"
-    files = {f: dict(tensors) for f, tensors in sound_tensors(which).items()}
+    """Alter tensors of a sound model, save them with torch.save, build the model, and check its weights against the file."""
+    variant = "two" if n_shards == 2 else "one"
+    files = {f: dict(tensors) for f, tensors in sound_tensors(variant).items()}
     altered: set[tuple[int, str]] = set()
-    for shard, how, at, more in changes:
+    for shard, action, index, new_name in changes:
         tensors = files[list(files)[shard % len(files)]]
         names = sorted(map(str, tensors))
-        name = names[at % len(names)] if names else "x"
-        if how == "drop":
+        name = names[index % len(names)] if names else "x"
+        if action == "drop":
             tensors.pop(name, None)
-        elif how == "rename":
-            tensors[more] = tensors.pop(name, None)
-        elif how == "add":
-            tensors[more] = torch.ones(3)
-        elif how in ("exchange", "share"):
-            other = names[(at + 1 + len(str(more))) % len(names)] if names else "x"
+        elif action == "rename":
+            tensors[new_name] = tensors.pop(name, None)
+        elif action == "add":
+            tensors[new_name] = torch.ones(3)
+        elif action in ("exchange", "share"):
+            other = names[(index + 1 + len(str(new_name))) % len(names)] if names else "x"
             one, two = tensors.get(name), tensors.get(other)
-            tensors[name], tensors[other] = (two, one) if how == "exchange" else (one, one)
+            tensors[name], tensors[other] = (two, one) if action == "exchange" else (one, one)
         elif (shard % len(files), name) not in altered and isinstance(tensors.get(name), torch.Tensor):
             altered.add((shard % len(files), name))
-            with contextlib.suppress(RuntimeError, IndexError, ValueError):  # of what was altered, and then shared
-                tensors[name] = OTHERS[how](tensors[name])
-    folder = put(which, sound(which))
-    named = list(files.items())
-    for (file, _), (_, tensors) in zip(named, named[order % len(named) :] + named[: order % len(named)], strict=True):
+            # A tensor that was altered and then shared, as sparse for example, may not support a second alteration.
+            with contextlib.suppress(RuntimeError, IndexError, ValueError):
+                tensors[name] = REPLACEMENTS[action](tensors[name])
+    folder = write_case(variant, sound(variant))
+    by_file = list(files.items())
+    for (file, _), (_, tensors) in zip(by_file, by_file[order % len(by_file) :] + by_file[: order % len(by_file)], strict=True):
         (folder / file).unlink()
         torch.save(tensors, folder / file)
     llama = build(folder)
-    stored = [tensors for _, tensors in (named[order % len(named) :] + named[: order % len(named)])]
+    stored = [tensors for _, tensors in (by_file[order % len(by_file) :] + by_file[: order % len(by_file)])]
     for name, weight in llama.model.state_dict().items():
         dim = shards.split_dim(name)
-        parts = [t[name] for t in stored][: None if dim is not None else 1]
-        whole = torch.cat([p.detach() for p in parts], dim=dim or 0).to(weight.dtype)
-        if not torch.equal(weight, whole) or not whole.isfinite().all():
-            raise Wrong(f"{name} was loaded as other numbers")
+        parts = [tensors[name] for tensors in stored][: None if dim is not None else 1]
+        expected = torch.cat([p.detach() for p in parts], dim=dim or 0).to(weight.dtype)
+        if not torch.equal(weight, expected) or not expected.isfinite().all():
+            raise BrokenPromise(f"{name} was loaded with other values than the file contains")
     answer(llama)
 
 
 def play_params(params: Any) -> None:
-    """params.json: bytes as they are; a dict in place of some of the sound one's values; else any JSON."""
+    """Build a model with another params.json: bytes are written unchanged, a dict replaces some values, else any JSON."""
     values = PARAMS | params if isinstance(params, dict) else params
     text = params if isinstance(params, bytes) else json.dumps(values).encode()
-    llama = build(put("one", sound("one") | {"params.json": text}))
-    same = ("dim", "n_layers", "n_heads", "n_kv_heads", "norm_eps", "rope_theta")
-    if {k: _json(text).get(k) for k in same} == {k: PARAMS.get(k) for k in same} and answer(llama) != sound_answer():
-        raise Wrong("another answer")
+    llama = build(write_case("one", sound("one") | {"params.json": text}))
+    keys = ("dim", "n_layers", "n_heads", "n_kv_heads", "norm_eps", "rope_theta")
+    if {k: _json(text).get(k) for k in keys} == {k: PARAMS.get(k) for k in keys} and answer(llama) != sound_answer():
+        raise BrokenPromise("the model has the same parameters, but another answer")
     answer(llama)
 
 
-def play_header(which: str, changes: Sequence[Edit]) -> None:
-    """The header of a file of quantized weights: any JSON in it."""
-    (name,) = (n for n in sound(which) if n.endswith(".safetensors"))
-    data = sound(which)[name]
+def play_header(variant: str, changes: Sequence[Edit]) -> None:
+    """Change the header of a file of quantized weights to other JSON, and build the model."""
+    (name,) = (n for n in sound(variant) if n.endswith(".safetensors"))
+    data = sound(variant)[name]
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    for at, key, value in changes:
-        entry = list(header)[at % len(header)]
+    for index, key, value in changes:
+        entry = list(header)[index % len(header)]
         if key == "name":
             header[str(value)] = header.pop(entry)
         elif key == "entry" or not isinstance(header[entry], dict):
@@ -305,7 +312,7 @@ def play_header(which: str, changes: Sequence[Edit]) -> None:
         else:
             header[entry][key] = value
     text = json.dumps(header).encode()
-    files = sound(which) | {name: len(text).to_bytes(8, "little") + text + data[8 + length :]}
-    if which == "int8":
+    files = sound(variant) | {name: len(text).to_bytes(8, "little") + text + data[8 + length :]}
+    if variant == "int8":
         files.pop(FIRST, None)
-    answer(build(put(which, files), which))
+    answer(build(write_case(variant, files), variant))

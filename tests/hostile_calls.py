@@ -1,4 +1,4 @@
-"""Hostile tokenizers, and hostile arguments of calls: whatever Python has."""
+"""Use damaged tokenizer files, and call the library with objects that raise or lie in Python's special methods."""
 
 import functools
 import math
@@ -9,22 +9,34 @@ import torch
 
 from llama import Llama, Tokenizer
 
-from .hostile import VOCAB, Edit, Wrong, answer, edited, home, sound, sound_answer, sound_llama, use_tokenizer
+from .hostile import (
+    VOCAB,
+    BrokenPromise,
+    Edit,
+    answer,
+    edited,
+    sound,
+    sound_answer,
+    sound_llama,
+    temporary_folder,
+    use_tokenizer,
+)
 from .support import train_tokenizer
 
 
-class Raises(Exception):
-    """What somebody's own object raises: theirs to see, as it is."""
+class CallersError(Exception):
+    """An error that the caller's own object raises; it must reach the caller unchanged."""
 
 
 @functools.lru_cache
 def normalizing() -> bytes:
-    """A tokenizer that replaces characters first, by a table that sentencepiece before 0.2.3 follows beyond its end."""
-    return train_tokenizer(home() / "normalizing.model", VOCAB, "nmt_nfkc").read_bytes()
+    """Return a tokenizer file with a normalization table, which sentencepiece before 0.2.3 reads beyond its end."""
+    return train_tokenizer(temporary_folder() / "normalizing.model", VOCAB, "nmt_nfkc").read_bytes()
 
 
 def play_tokenizer(normalizes: bool, edits: Sequence[Edit]) -> None:
-    path = home() / "hostile.model"
+    """Load and use a damaged tokenizer, also to generate if the size of its vocabulary is unchanged."""
+    path = temporary_folder() / "hostile.model"
     path.write_bytes(edited(normalizing() if normalizes else sound("one")["tokenizer.model"], edits))
     tokenizer = Tokenizer(path)
     use_tokenizer(tokenizer)
@@ -34,10 +46,10 @@ def play_tokenizer(normalizes: bool, edits: Sequence[Edit]) -> None:
 
 
 def _raise(*_: Any, **__: Any) -> Any:
-    raise Raises
+    raise CallersError
 
 
-LIES: dict[str, Callable[[], Any]] = {
+TRICK_OBJECTS: dict[str, Callable[[], Any]] = {
     "len": lambda: type("L", (list,), {"__len__": _raise})([[1, 5]]),
     "iter": lambda: type("L", (list,), {"__iter__": _raise})([[1, 5]]),
     "getitem": lambda: type("D", (dict,), {"__getitem__": _raise})(role="user", content="a"),
@@ -57,27 +69,28 @@ LIES: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-def made(value: Any) -> Any:
-    """Plain data, with the objects that ("!", name) stands for."""
+def with_trick_objects(value: Any) -> Any:
+    """Replace each ("!", name) in plain data by the object of that name in TRICK_OBJECTS."""
     if isinstance(value, tuple) and len(value) == 2 and value[0] == "!":
-        return LIES[value[1]]()
+        return TRICK_OBJECTS[value[1]]()
     if isinstance(value, (list, tuple)):
-        return type(value)(made(item) for item in value)
+        return type(value)(with_trick_objects(item) for item in value)
     if isinstance(value, dict):
-        return {key: made(item) for key, item in value.items()}
+        return {key: with_trick_objects(item) for key, item in value.items()}
     return value
 
 
 def play_call(call: str, argument: Any, options: dict[str, Any]) -> None:
+    """Call a method with hostile arguments; check that the answer is correct and that the next call is unaffected."""
     llama = sound_llama()
     try:
-        argument, options = made(argument), {"temperature": 0, "max_gen_len": 3} | made(options)
+        argument, options = with_trick_objects(argument), {"temperature": 0, "max_gen_len": 3} | with_trick_objects(options)
         if "chat" in call or "stream" in call:
             options.pop("echo", None), options.pop("logprobs", None)
         if call == "encode":
-            use = llama.tokenizer.encode(argument, True, False)
-            if llama.tokenizer.decode(use) != argument:
-                raise Wrong("decoded is not what was encoded")
+            tokens = llama.tokenizer.encode(argument, True, False)
+            if llama.tokenizer.decode(tokens) != argument:
+                raise BrokenPromise("the decoded text is not the encoded text")
         elif call == "decode":
             llama.tokenizer.decode(argument)
         elif call == "score":
@@ -87,9 +100,9 @@ def play_call(call: str, argument: Any, options: dict[str, Any]) -> None:
         elif call == "generate":
             llama.generate(argument, **options)
         else:
-            found = getattr(llama, call)(argument, **options)
-            if len(found) != len(argument) or not all(f["generation"] is not None for f in found):
-                raise Wrong(f"{found}")
+            results = getattr(llama, call)(argument, **options)
+            if len(results) != len(argument) or not all(result["generation"] is not None for result in results):
+                raise BrokenPromise(f"{results}")
     finally:
         if answer(llama) != sound_answer():
-            raise Wrong("the next call's answer is another")
+            raise BrokenPromise("the next call has another answer")

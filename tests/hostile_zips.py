@@ -1,4 +1,4 @@
-"""Hostile shards: pickles that would run code or take for ever, zips that lie, bombs."""
+"""Make hostile shards: pickles that would run code or never end, inconsistent zip files, decompression bombs."""
 
 import io
 import itertools
@@ -8,12 +8,12 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from .hostile import FIRST, Edit, Wrong, answer, build, edited, home, put, sound
+from .hostile import FIRST, BrokenPromise, Edit, answer, build, edited, sound, temporary_folder, write_case
 
 
 def resealed(data: bytes, change: Callable[[str, bytes], bytes | None], method: int = zipfile.ZIP_STORED) -> bytes:
-    """A shard with each record changed, None: left out, and sound checksums."""
-    path = home() / "resealed.zip"
+    """Return a shard with each record replaced by `change(name, record)`, or dropped for None, with correct checksums."""
+    path = temporary_folder() / "resealed.zip"
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(path, "w", method) as new:
         for name in old.namelist():
             record = change(name, old.read(name))
@@ -23,7 +23,8 @@ def resealed(data: bytes, change: Callable[[str, bytes], bytes | None], method: 
 
 
 def canary() -> Path:
-    return home() / "canary"
+    """Return the path that hostile pickles create if their code runs."""
+    return temporary_folder() / "canary"
 
 
 def _text(text: str) -> bytes:
@@ -53,15 +54,15 @@ FRAGMENTS: dict[str, Callable[[], bytes]] = {
     "frame": lambda: b"\x95" + struct.pack("<Q", 1 << 62),
     "laughs": lambda: b")" + b"q\x00h\x00h\x00\x87" * 200,
     "laughs hashed": lambda: b"})" + b"q\x00h\x00h\x00\x87" * 200 + b"Ns",
-    "laughs called": lambda: b")" + b"q\x00h\x00h\x00\x87" * 17 + b"NR",  # its text is 390 MB
+    "laughs called": lambda: b")" + b"q\x00h\x00h\x00\x87" * 17 + b"NR",  # its repr has 390 MB
     "long pid": lambda: b"(" + b"N" * 240_000 + b"tq\x00" + b"h\x00Q" * 90_000,
     "long arguments": lambda: b"(" + b"N" * 240_000 + b"tq\x00ctorch\nx\nq\x01" + b"h\x01h\x00R" * 50_000,
     "colliding keys": lambda: (
         b"}(" + b"".join(b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(1, 20_000))
         + b"\x8a\x0a" + (20_000 * (2**61 - 1)).to_bytes(10, "little") + b"q\x00N" + b"h\x00N" * 80_000 + b"u"
     ),
-    "keys on one way": lambda: (  # that a dict goes from slot to slot of 65,536 in search of the last of them
-        b"}(" + b"".join(b"M" + k.to_bytes(2, "little") + b"N" for k in itertools.islice(_slots(), 43_600))
+    "keys on one probe sequence": lambda: (  # of a dict of 65,536 slots: each lookup of the last key visits 43,600 slots
+        b"}(" + b"".join(b"M" + k.to_bytes(2, "little") + b"N" for k in itertools.islice(_probe_sequence(), 43_600))
         + b"J" + (13_369_344).to_bytes(4, "little") + b"q\x00N" + b"h\x00N" * 110_000 + b"u"
     ),
     "laughs in a storage": lambda: b")" + b"q\x00h\x00h\x00\x87" * 200 + b"Q",
@@ -87,7 +88,8 @@ FRAGMENTS: dict[str, Callable[[], bytes]] = {
 }  # fmt: skip
 
 
-def _slots() -> Iterator[int]:
+def _probe_sequence() -> Iterator[int]:
+    """Yield slots in the order in which a dict of 65,536 slots probes them."""
     slot = 0
     while True:
         yield slot
@@ -95,7 +97,7 @@ def _slots() -> Iterator[int]:
 
 
 def _tensor_of(numel: int, size: tuple[int, ...], stride: tuple[int, ...], record: str = "0") -> bytes:
-    """The pickle of a tensor of that form, without start and end."""
+    """Return the opcodes that make a tensor of this size and stride, without the start and the end of a pickle."""
 
     def number(n: int) -> bytes:
         return b"\x8a\x08" + n.to_bytes(8, "little", signed=True)
@@ -106,7 +108,10 @@ def _tensor_of(numel: int, size: tuple[int, ...], stride: tuple[int, ...], recor
 
 
 def play_pickle(parts: Sequence[str], edits: Sequence[Edit], inside: bool) -> None:
-    """data.pkl made of fragments, alone or before the sound one's end; and edited; its checksum is right."""
+    """Build a model from a shard whose data.pkl consists of fragments, with a correct checksum.
+
+    With `inside` the fragments are inserted at the start of the sound pickle. The edits are applied last.
+    """
     program = b"".join(FRAGMENTS[part]() for part in parts)
 
     def change(name: str, record: bytes) -> bytes:
@@ -114,69 +119,69 @@ def play_pickle(parts: Sequence[str], edits: Sequence[Edit], inside: bool) -> No
             return record
         return edited(record[:2] + program + record[2:] if inside else b"\x80\x02" + program + b"." if parts else record, edits)
 
-    _whatever_it_is(resealed(sound("one")[FIRST], change))
+    _build_and_answer(resealed(sound("one")[FIRST], change))
 
 
 ZIPS = ["deflated", "stored", "bomb", "pickle bomb", "missing", "longer", "shorter", "sizes", "overlap", "zip64", "twice",
         "before", "members"]  # fmt: skip
 
 
-def play_zip(how: str, n: int, edits: Sequence[Edit]) -> None:
-    """Zips that are odd, or bombs."""
+def play_zip(form: str, n: int, edits: Sequence[Edit]) -> None:
+    """Build a model from a shard that is an unusual, inconsistent or bomb-like zip file."""
     data = sound("one")[FIRST]
     zeros = bytes(1 << 25)
-    if how == "deflated":
+    if form == "deflated":
         data = resealed(data, lambda _, record: record, zipfile.ZIP_DEFLATED)
-    elif how == "stored":
+    elif form == "stored":
         data = resealed(data, lambda _, record: record)
-    elif how == "bomb":
+    elif form == "bomb":
         data = resealed(data, lambda name, record: zeros if name.endswith(f"data/{n % 8}") else record, zipfile.ZIP_DEFLATED)
-    elif how == "pickle bomb":
+    elif form == "pickle bomb":
         data = resealed(data, lambda name, record: zeros if name.endswith("data.pkl") else record, zipfile.ZIP_DEFLATED)
-    elif how == "missing":
+    elif form == "missing":
         data = resealed(data, lambda name, record: None if zlib.crc32(name.encode()) % 7 == n % 7 else record)
-    elif how in ("longer", "shorter"):
-        data = resealed(data, lambda name, record: _resized(record, how, n) if name.endswith(f"data/{n % 8}") else record)
-    elif how == "sizes":  # every size in the directory
+    elif form in ("longer", "shorter"):
+        data = resealed(data, lambda name, record: _resized(record, form, n) if name.endswith(f"data/{n % 8}") else record)
+    elif form == "sizes":  # wrong sizes in every third entry of the directory
         data = bytearray(data)
-        for at in _all(bytes(data), b"PK\x01\x02")[n % 3 :: 3]:
-            struct.pack_into("<II", data, at + 20, *([0xFFFFFFF0 - n % 9] * 2))
-    elif how == "overlap":  # the directory's entries all lead to one record
+        for position in _find_all(bytes(data), b"PK\x01\x02")[n % 3 :: 3]:
+            struct.pack_into("<II", data, position + 20, *([0xFFFFFFF0 - n % 9] * 2))
+    elif form == "overlap":  # all entries of the directory point to one record
         data = bytearray(data)
-        for at in _all(bytes(data), b"PK\x01\x02")[n % 5 :]:
-            struct.pack_into("<I", data, at + 42, 0)
-    elif how == "zip64":
+        for position in _find_all(bytes(data), b"PK\x01\x02")[n % 5 :]:
+            struct.pack_into("<I", data, position + 42, 0)
+    elif form == "zip64":
         data = bytearray(data)
-        at = bytes(data).rindex(b"PK\x05\x06")
-        data[at:at] = (
+        position = bytes(data).rindex(b"PK\x05\x06")
+        data[position:position] = (
             b"PK\x06\x06"
             + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, 1 << n % 64, 1 << n % 64, 1 << n % 60, n)
-            + (b"PK\x06\x07" + struct.pack("<IQI", 0, at, 1))
+            + (b"PK\x06\x07" + struct.pack("<IQI", 0, position, 1))
         )
-    elif how == "twice":
+    elif form == "twice":
         data = bytes(data) + bytes(data)
-    elif how == "before":
+    elif form == "before":
         data = b"PK\x03\x04" + bytes(n % 4096) + bytes(data)
-    elif how == "members":
-        path = home() / "members.zip"
+    elif form == "members":
+        path = temporary_folder() / "members.zip"
         with zipfile.ZipFile(path, "w") as archive:
             for i in range(n % 3000):
                 archive.writestr(f"archive/data/{i}", b"")
         data = path.read_bytes()
-    _whatever_it_is(edited(bytes(data), edits))
+    _build_and_answer(edited(bytes(data), edits))
 
 
-def _resized(record: bytes, how: str, n: int) -> bytes:
-    return record + bytes(n % 999) if how == "longer" else record[: max(len(record) - 1 - n % 99, 0)]
+def _resized(record: bytes, form: str, n: int) -> bytes:
+    return record + bytes(n % 999) if form == "longer" else record[: max(len(record) - 1 - n % 99, 0)]
 
 
-def _all(data: bytes, what: bytes) -> list[int]:
-    return [i for i in range(len(data)) if data.startswith(what, i)]
+def _find_all(data: bytes, pattern: bytes) -> list[int]:
+    return [i for i in range(len(data)) if data.startswith(pattern, i)]
 
 
-def _whatever_it_is(shard: bytes) -> None:
-    folder = put("one", sound("one") | {FIRST: shard})
+def _build_and_answer(shard: bytes) -> None:
+    folder = write_case("one", sound("one") | {FIRST: shard})
     llama = build(folder)
     if not all(weight.isfinite().all() for weight in llama.model.state_dict().values()):
-        raise Wrong("numbers that are not finite were loaded")
+        raise BrokenPromise("values that are not finite were loaded")
     answer(llama)

@@ -1,4 +1,4 @@
-"""A command and all that it starts: watched from outside, and gone when a test is over."""
+"""Run a command, watch all processes that it starts, and kill them when the test ends."""
 
 import contextlib
 import itertools
@@ -19,12 +19,13 @@ NUMBERS = itertools.count()
 
 
 class Job:
-    """What it started is known by a mark in its environment. Seconds to wait are those that this process is running."""
+    """A command that runs in the background. All its processes are recognized by a variable in their environment."""
 
     def __init__(self, folder: Path, *command: object, before: tuple[str, ...] = (sys.executable,), **env: str) -> None:
         self.mark = f"{os.getpid()}-{next(NUMBERS)}"
         self.files = {name: folder / f"{name}-{self.mark}" for name in ("stdout", "stderr")}
-        ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, and so by children
+        # A background process ignores SIGINT, and its children inherit that.
+        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with self.files["stdout"].open("wb") as out, self.files["stderr"].open("wb") as err:
                 self.process = subprocess.Popen(
@@ -32,7 +33,7 @@ class Job:
                     env=environment(LLAMA_TEST_JOB=self.mark, **env),
                 )  # fmt: skip
         finally:
-            signal.signal(signal.SIGINT, ours)
+            signal.signal(signal.SIGINT, previous)
 
     @property
     def stdout(self) -> str:
@@ -43,26 +44,27 @@ class Job:
         return self.files["stderr"].read_text()
 
     def alive(self) -> list[int]:
-        """All processes of the job."""
-        mark, found = f"LLAMA_TEST_JOB={self.mark}".encode(), []
+        """Return the ids of all processes of the job that have not ended."""
+        mark, pids = f"LLAMA_TEST_JOB={self.mark}".encode(), []
         for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # it has just ended, or is another's
+            with contextlib.suppress(OSError):  # the process has just ended, or belongs to another user
                 marked = mark in (folder / "environ").read_bytes().split(b"\0")
                 if marked and "\nState:\tZ" not in (folder / "status").read_text():
-                    found.append(int(folder.name))
-        return found
+                    pids.append(int(folder.name))
+        return pids
 
-    def sees(self, text: str, where: str = "stderr", seconds: float = 90) -> None:
-        wait_for(lambda: text in self.files[where].read_text() or self.process.poll() is not None, seconds)
-        assert text in self.files[where].read_text(), f"{text!r} did not come, but {self.stdout}{self.stderr}"
+    def sees(self, text: str, stream: str = "stderr", seconds: float = 90) -> None:
+        """Wait until the text is in the job's output; fail if the command ends without it, or after so many seconds."""
+        wait_for(lambda: text in self.files[stream].read_text() or self.process.poll() is not None, seconds)
+        assert text in self.files[stream].read_text(), f"{text!r} was not printed, but {self.stdout}{self.stderr}"
 
     def ends(self, seconds: float = 30) -> float:
-        """Wait until the command has ended, and all that it started; the seconds that took."""
-        begun = time.monotonic()
+        """Wait until the command and all its processes have ended; return the seconds until the command ended."""
+        start = time.monotonic()
         ended = wait_for(lambda: self.process.poll() is not None, seconds)
-        took = time.monotonic() - begun
-        assert ended, f"it goes on after {seconds} s; stderr so far: {self.stderr[-3000:]}"
-        assert wait_for(lambda: not self.alive(), 3), f"left behind: {self.alive()}"
+        took = time.monotonic() - start
+        assert ended, f"the command still runs after {seconds} s; stderr so far: {self.stderr[-3000:]}"
+        assert wait_for(lambda: not self.alive(), 3), f"processes left behind: {self.alive()}"
         return took
 
     def __enter__(self) -> "Job":
@@ -76,8 +78,8 @@ class Job:
         self.process.wait()
 
 
-def at_once(watch: Callable[[Any, Job], None], jobs: dict[Any, Job]) -> None:
-    """Watch jobs that run beside each other, which takes less time than one after the other."""
+def watch_all(watch: Callable[[Any, Job], None], jobs: dict[Any, Job]) -> None:
+    """Call `watch` for each job, all at the same time, to save time."""
     with ExitStack() as stack, ThreadPoolExecutor() as pool:
         for job in jobs.values():
             stack.enter_context(job)
@@ -85,6 +87,7 @@ def at_once(watch: Callable[[Any, Job], None], jobs: dict[Any, Job]) -> None:
 
 
 def wait_for(done: Callable[[], bool], seconds: float) -> bool:
+    """Wait until `done()` is true; return False if it is not after so many seconds in which this process was running."""
     for _ in range(int(20 * seconds)):
         if done():
             return True

@@ -1,4 +1,4 @@
-"""A person at a terminal: a program in a pseudo-terminal of its own, where Ctrl-C is a signal as it is at a desk."""
+"""Simulate a person at a terminal: run a program in its own pseudo-terminal, where Ctrl-C sends a signal."""
 
 import os
 import pty
@@ -9,34 +9,41 @@ import termios
 
 from .support import environment
 
-# The program becomes the first of a session whose terminal is the pseudo-terminal.
-SEATED = """import fcntl, os, sys, termios
+# Make the pseudo-terminal the controlling terminal of the program's session, so that Ctrl-C reaches the program.
+START_IN_TERMINAL = """import fcntl, os, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"""
 
 
 class Person:
+    """A person who reads the screen of a program and types on its keyboard."""
+
     def __init__(self, *command: object) -> None:
-        self.screen, theirs = pty.openpty()
-        arguments = [sys.executable, "-c", SEATED, *map(str, command)]
+        self.screen, program_end = pty.openpty()
+        arguments = [sys.executable, "-c", START_IN_TERMINAL, *map(str, command)]
         self.process = subprocess.Popen(
-            arguments, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env=environment(TERM="dumb")
+            arguments,
+            stdin=program_end,
+            stdout=program_end,
+            stderr=program_end,
+            start_new_session=True,
+            env=environment(TERM="dumb"),
         )
-        os.close(theirs)
+        os.close(program_end)
         self.unread = ""
 
     def sees(self, text: str, seconds: int = 90) -> str:
-        """Wait for the text; what came before it. The seconds are those that this process is running."""
+        """Wait until the program prints the text; return the output before it. Seconds count only while this process runs."""
         waits = 0
         while text not in self.unread:
             if not select.select([self.screen], [], [], 1)[0]:
                 waits += 1
-                assert waits < seconds, f"{text!r} did not come, but {self.unread!r}"
+                assert waits < seconds, f"{text!r} was not printed, but {self.unread!r}"
                 continue
             try:
                 self.unread += os.read(self.screen, 65536).decode(errors="replace").replace("\r\n", "\n")
-            except OSError:  # the program has left
-                raise AssertionError(f"{text!r} did not come before the end, but {self.unread!r}") from None
+            except OSError:  # the program has ended and closed the terminal
+                raise AssertionError(f"{text!r} was not printed before the program ended, but {self.unread!r}") from None
         before, _, self.unread = self.unread.partition(text)
         return before
 
@@ -44,16 +51,17 @@ class Person:
         os.write(self.screen, text.encode())
 
     def settings(self) -> list:
-        """How the terminal is set: Ctrl-C's key and the like."""
+        """Return the terminal's settings, among them the key for Ctrl-C."""
         return termios.tcgetattr(self.screen)
 
     def __enter__(self) -> "Person":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.terminate()  # a test that failed; torchrun ends its ranks
+        self.process.terminate()  # after a failed test the program still runs; torchrun ends its ranks
         self.process.wait()
         os.close(self.screen)
 
     def waits_for_the_end(self) -> int:
+        """Wait until the program ends; return its exit status."""
         return self.process.wait(90)

@@ -1,4 +1,4 @@
-"""Answer the same questions from each checkpoint given, on any number of ranks; rank 0's answers go into a file.
+"""Answer the same questions with each checkpoint, on any number of ranks; write the answers of rank 0 to a file.
 
 quantized_worker.py OUT.json TOKENIZER CKPT [CKPT ...]
 """
@@ -22,9 +22,9 @@ if __name__ == "__main__":
     for folder in folders:
         llama = Llama.build(folder, tokenizer_path, 128, 12, device="cpu", dtype="float32", quantize="int8")
         dialogs = [[{"role": "user", "content": question}] for question in QUESTIONS]
-        found = llama.chat_completion(dialogs, temperature=0, max_gen_len=60)
-        more = llama.text_completion(BEGINNINGS, temperature=0, max_gen_len=60)
-        answers.append([r["generation"]["content"] for r in found] + [r["generation"] for r in more])
+        chats = llama.chat_completion(dialogs, temperature=0, max_gen_len=60)
+        texts = llama.text_completion(BEGINNINGS, temperature=0, max_gen_len=60)
+        answers.append([result["generation"]["content"] for result in chats] + [result["generation"] for result in texts])
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         with open(out, "w") as f:
             json.dump(answers, f)

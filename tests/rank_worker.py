@@ -1,4 +1,4 @@
-"""Run under torchrun: build each checkpoint given, answer, and leave rank 0's answers in a file.
+"""Build each checkpoint, generate, and write the answers of rank 0 to a file. Started by torchrun for test_ranks.py.
 
 rank_worker.py OUT.pt TOKENIZER CKPT [CKPT ...]
 """
@@ -14,8 +14,8 @@ from llama.backends.torch_compile import TorchCompileBackend
 PROMPTS = [[1, 5, 9, 44], [1, 300], [1, *range(20, 40)]]
 
 
-def drawn(llama: Llama) -> list:
-    """Seeds, stops, more prompts than rows, a stream, scores, compiled steps: what all ranks must agree on by themselves."""
+def check_agreement(llama: Llama) -> list:
+    """Return answers that need agreement between ranks: seeds, stops, more prompts than rows, streams, scores, compilation."""
     seeded, _ = llama.generate(PROMPTS * 2, 6, temperature=1.0, seed=7)
     stops = ["e", llama.tokenizer.decode(seeded[0])[2:4]]
     stopped = llama.text_completion(["The"] * 6, max_gen_len=6, seed=range(6), stop=stops, details=True)
@@ -23,7 +23,9 @@ def drawn(llama: Llama) -> list:
     scores = [round(score.total, 2) for score in llama.score(["The fox", "sea"], [" jumps", " shells"])]
     llama.engine.backend = TorchCompileBackend(backend="eager")
     compiled, _ = llama.generate(PROMPTS, 6, temperature=0)
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:  # the others have their steps already
+    if (
+        not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    ):  # only rank 0 must compile its decode step again
         weight = llama.model.layers[0].feed_forward.w2.weight
         weight.data = weight.data.clone()
     assert llama.generate(PROMPTS, 6, temperature=0)[0] == compiled
@@ -35,12 +37,12 @@ if __name__ == "__main__":
     answers: dict = {}
     for folder in folders:
         llama = Llama.build(folder, tokenizer_path, max_seq_len=48, max_batch_size=4, device="cpu")
-        ids, logprobs = llama.generate(PROMPTS, 10, temperature=0, logprobs=True, echo=True)
-        torch.manual_seed(3 + int(os.environ.get("RANK", 0)))  # rank 0's draws are everyone's
+        tokens, logprobs = llama.generate(PROMPTS, 10, temperature=0, logprobs=True, echo=True)
+        torch.manual_seed(3 + int(os.environ.get("RANK", 0)))  # all ranks must sample as rank 0 does
         sampled, _ = llama.generate(PROMPTS, 10, temperature=1.0)
         grid = torch.arange(3, 63).view(3, 20)
-        answers[folder] = dict(ids=ids, logprobs=logprobs, sampled=sampled, logits=llama.model(grid, 0))
-    answers["drawn"] = drawn(llama)  # by the last one
+        answers[folder] = dict(tokens=tokens, logprobs=logprobs, sampled=sampled, logits=llama.model(grid, 0))
+    answers["agreement"] = check_agreement(llama)  # with the last checkpoint
     print("only rank 0 is heard")
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         torch.save(answers, out)

@@ -1,6 +1,6 @@
 #!/bin/sh
-# All tests in a fresh environment: build/lowest, of the lowest versions that setup.py allows, or build/highest, of the
-# highest there are.
+# Run all tests in a new environment: build/lowest has the lowest versions of all packages that setup.py allows, build/highest
+# the highest versions that are released.
 #     [PYTHON=python3.10] tests/supply.sh lowest|highest
 set -eu
 cd "$(dirname "$0")/.."

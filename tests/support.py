@@ -1,4 +1,4 @@
-"""What tests share: a tokenizer trained on the spot, checkpoints in Meta's layout, packed models, ranks."""
+"""Helpers of the tests: train a tokenizer, write checkpoints in Meta's layout, pack models, run commands and ranks."""
 
 import io
 import json
@@ -27,7 +27,7 @@ Always answer with a short poem. I am a helpful assistant; thank you, friend. Go
 
 
 def train_tokenizer(path: Path, vocab_size: int = 384, normalization: str = "identity", pieces: Sequence[str] = ()) -> Path:
-    """A SentencePiece BPE model like Llama 2's: byte fallback, BOS 1, EOS 2, no padding piece."""
+    """Train a SentencePiece BPE model like Llama 2's (byte fallback, BOS 1, EOS 2, no padding token); return its path."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT.splitlines() * 4),
@@ -49,7 +49,7 @@ SPLIT_ROWS, SPLIT_COLUMNS = ("wq", "wk", "wv", "w1", "w3", "output"), ("wo", "w2
 
 
 def random_weights(params: dict, vocab: int, hidden: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Every tensor of a model, whole, float32; scaled so that greedy answers vary."""
+    """Return random, unsharded float32 weights for every tensor of a model, scaled so that greedy answers vary."""
     g = torch.Generator().manual_seed(seed)
     dim, n_heads = params["dim"], params["n_heads"]
     kv = params.get("n_kv_heads", n_heads) * (dim // n_heads)
@@ -74,14 +74,14 @@ def random_weights(params: dict, vocab: int, hidden: int, seed: int = 0) -> dict
 
 
 def write_shards(folder: Path, params: dict, weights: dict[str, torch.Tensor], n_shards: int = 1) -> Path:
-    """consolidated.NN.pth and params.json, split as Meta splits them, with the rope.freqs that Meta's files carry."""
+    """Write consolidated.NN.pth, split as Meta splits the weights and with Meta's extra rope.freqs, and params.json."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard in range(n_shards):
         tensors = {}
         for name, weight in weights.items():
-            kind = name.split(".")[-2]
-            if kind in SPLIT_ROWS + SPLIT_COLUMNS:
-                weight = weight.chunk(n_shards, dim=0 if kind in SPLIT_ROWS else 1)[shard]
+            module = name.split(".")[-2]
+            if module in SPLIT_ROWS + SPLIT_COLUMNS:
+                weight = weight.chunk(n_shards, dim=0 if module in SPLIT_ROWS else 1)[shard]
             tensors[name] = weight.clone()
         tensors["rope.freqs"] = torch.ones(params["dim"] // params["n_heads"] // 2)
         torch.save(tensors, folder / f"consolidated.{shard:02d}.pth")
@@ -89,16 +89,16 @@ def write_shards(folder: Path, params: dict, weights: dict[str, torch.Tensor], n
     return folder
 
 
-def packed_model(model: Transformer, kind: str | None, scale: float = 0.1) -> Transformer:
-    """The model with other random weights, packed as `Llama.build` packs them: in its dtype, or quantized."""
+def packed_model(model: Transformer, format: str | None, scale: float = 0.1) -> Transformer:
+    """Replace the weights of the model by random weights, packed as `Llama.build` packs them: in its dtype, or quantized."""
 
     def pack(*modules: torch.nn.Module) -> None:
         shapes = [tuple(module.weight.shape) for module in modules]  # type: ignore[union-attr, arg-type, operator]
         weight = torch.cat([torch.randn(shape, generator=generator).mul_(scale) for shape in shapes]).to(dtype)
-        made, outs = quantize(weight, kind) if kind else weight, [out for out, _ in shapes]
+        stored, outs = quantize(weight, format) if format else weight, [out for out, _ in shapes]
         logits = modules[0] is model.output
         for module, parameter in zip(
-            modules, make_parameters(made, outs, weight.shape[1], dtype, weight.device, logits=logits), strict=True
+            modules, make_parameters(stored, outs, weight.shape[1], dtype, weight.device, computes_logits=logits), strict=True
         ):
             module.weight = parameter
 
@@ -113,20 +113,20 @@ def packed_model(model: Transformer, kind: str | None, scale: float = 0.1) -> Tr
     return model
 
 
-def in_whole_rows(weight: torch.Tensor, dtype: torch.dtype) -> QuantizedWeight:
-    """int8 with a scale for each row, which `quantize` makes on a GPU alone."""
+def quantize_int8_per_row(weight: torch.Tensor, dtype: torch.dtype) -> QuantizedWeight:
+    """Quantize a weight to int8 with one scale per row, as `quantize` does only on a GPU."""
     return QuantizedWeight("int8", *QUANTIZERS["int8"](weight.float().unsqueeze(1)), weight.shape[1], dtype)
 
 
 def environment(**env: str) -> dict[str, str]:
-    """This process's, for another on the CPU and outside of any torchrun."""
+    """Return the environment variables for a child process that uses the CPU and does not belong to a torchrun job."""
     drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     base = {k: v for k, v in os.environ.items() if k not in drop}
     return base | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | env
 
 
 def run(*command: object, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
-    """Run python with these arguments; 120 seconds at most."""
+    """Run Python with these arguments, for 120 seconds at most; return its exit status and output."""
     arguments = [sys.executable, *map(str, command)]
     return subprocess.run(arguments, capture_output=True, text=True, timeout=120, env=environment(**env), input=stdin)
 
@@ -138,8 +138,8 @@ def torchrun(ranks: int, *command: object, stdin: str = "", **env: str) -> subpr
     return run(*TORCHRUN, ranks, *command, stdin=stdin, **env)
 
 
-def refused(call: Callable[[], Any], error: type[LlamaError], *parts: str) -> None:
-    """The call must raise this error, with all the parts in a message of reasonable length."""
+def assert_raises(call: Callable[[], Any], error: type[LlamaError], *parts: str) -> None:
+    """Check that the call raises this error, and that its message contains all the parts and has under 700 characters."""
     with pytest.raises(error) as caught:
         call()
     assert isinstance(caught.value, LlamaError) and isinstance(caught.value, AssertionError)
@@ -148,5 +148,5 @@ def refused(call: Callable[[], Any], error: type[LlamaError], *parts: str) -> No
 
 
 def no_extension() -> ExtensionStatus:
-    """To be put in place of a kernel module's `status`: nothing is compiled."""
+    """Return the status of an extension that is not compiled, as a replacement for a kernel module's `status`."""
     return ExtensionStatus(None, "not compiled, says this test", not_compiled=True)

@@ -1,6 +1,6 @@
-"""Every backend gives what the reference model gives: the contract. And which backend is chosen, and what it says.
+"""Every backend gives the results of the reference model; the choice of the backend, and what it prints.
 
-What runs on a GPU is seen here by its twin on the CPU: the same steps in static memory, not captured.
+CUDA decode steps are tested on the CPU: in static memory as on a GPU, but not captured.
 """
 
 import gc
@@ -30,20 +30,21 @@ from llama.kernels.packed_weight import PackedWeight
 from .support import TORCHRUN, no_extension, random_weights, run, write_shards
 
 PROMPTS = [[1, 5, 9, 30, 8], [1, 7], [1, 80, 81]]
-WINDOW = 40
+MAX_SEQ_LEN = 40
 PARAMS = dict(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=64, norm_eps=1e-5, vocab_size=-1)
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> SimpleNamespace:
-    """Wide enough for all compiled code: heads of 64."""
+    """Write a model wide enough for all compiled kernels, with heads of 64, in two shards."""
     folder = write_shards(tmp_path_factory.mktemp("wide"), PARAMS, random_weights(PARAMS, 384, 704), 2)
     return SimpleNamespace(folder=folder, tokenizer_path=tokenizer_path)
 
 
 @pytest.fixture(params=["with compiled code", "without"])
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
-    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)  # these weights, too, are packed
+    """Run the test with the compiled kernels, and again without them."""
+    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)  # packs even the small weights of these tests
     if request.param == "without":
         for module, name in ((avx512, "status"), (avx2, "status"), (pack, "status")):
             monkeypatch.setattr(module, name, no_extension)
@@ -51,99 +52,104 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def build(wide: SimpleNamespace, **options: object) -> Llama:
-    return Llama.build(wide.folder, wide.tokenizer_path, WINDOW, 4, device="cpu", **options)  # type: ignore[arg-type]
+    return Llama.build(wide.folder, wide.tokenizer_path, MAX_SEQ_LEN, 4, device="cpu", **options)  # type: ignore[arg-type]
 
 
-def served_by(wide: SimpleNamespace, make: Callable[[], Backend], **options: object) -> Llama:
+def build_with_backend(wide: SimpleNamespace, make_backend: Callable[[], Backend], **options: object) -> Llama:
     built = build(wide, **options)
-    return Llama(built.model, built.tokenizer, make())
+    return Llama(built.model, built.tokenizer, make_backend())
 
 
-@pytest.mark.parametrize("make", [TorchBackend, CpuBackend, CudaGraphsBackend], ids=lambda make: make.name)
-@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+@pytest.mark.parametrize("make_backend", [TorchBackend, CpuBackend, CudaGraphsBackend], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_backend_gives_the_logits_of_the_reference(
-    wide: SimpleNamespace, compiled: bool, dtype: str, kind: str | None, make: Callable[[], Backend]
+    wide: SimpleNamespace, compiled: bool, dtype: str, format: str | None, make_backend: Callable[[], Backend]
 ) -> None:
-    """Of packed prompts, of ragged steps, and of the last position of the window; quantized weights against plain ones of the
-    same values."""
-    reference = build(wide, dtype=dtype, quantize=kind, backend="eager").model
-    llama = served_by(wide, make, dtype=dtype, quantize=kind)
-    tolerance = 1e-3 if dtype == "float32" and kind is None else 0.02 if dtype == "float32" else 0.12
-    tokens = torch.randint(3, 384, (4, WINDOW), generator=torch.Generator().manual_seed(2))
+    """Compare the logits of a ragged batch of prompts and of decode steps up to the last position of the context.
+
+    The reference of a quantized model has unquantized weights of the same values.
+    """
+    reference = build(wide, dtype=dtype, quantize=format, backend="eager").model
+    llama = build_with_backend(wide, make_backend, dtype=dtype, quantize=format)
+    tolerance = 1e-3 if dtype == "float32" and format is None else 0.02 if dtype == "float32" else 0.12
+    tokens = torch.randint(3, 384, (4, MAX_SEQ_LEN), generator=torch.Generator().manual_seed(2))
     want = reference.forward(tokens, 0)
-    starts = [5, 1, 12, WINDOW - 1]
+    starts = [5, 1, 12, MAX_SEQ_LEN - 1]
     forward = llama.engine.forward()
     with torch.inference_mode():
-        packed = torch.cat([row[:n] for row, n in zip(tokens, starts, strict=True)])
-        hidden = forward.hidden_states(packed, RaggedBatch.from_segments((row, 0, n) for row, n in enumerate(starts)))
+        ragged = torch.cat([row[:n] for row, n in zip(tokens, starts, strict=True)])
+        hidden = forward.hidden_states(ragged, RaggedBatch.from_segments((row, 0, n) for row, n in enumerate(starts)))
         expected = torch.cat([row[:n] for row, n in zip(want, starts, strict=True)])
         torch.testing.assert_close(forward.logits(hidden), expected, atol=tolerance, rtol=0)
-        take, at = llama.engine.backend.begin(forward, 4), list(starts)
+        decode, positions = llama.engine.backend.begin(forward, 4), list(starts)
         for _ in range(3):
-            step = take(tokens[range(4), at], torch.tensor(at), at)
-            torch.testing.assert_close(step, want[range(4), at], atol=tolerance, rtol=0)
-            at = [min(position + 1, WINDOW - 1) for position in at]
+            logits = decode(tokens[range(4), positions], torch.tensor(positions), positions)
+            torch.testing.assert_close(logits, want[range(4), positions], atol=tolerance, rtol=0)
+            positions = [min(position + 1, MAX_SEQ_LEN - 1) for position in positions]
 
 
-@pytest.mark.parametrize("make", [TorchBackend, CpuBackend, CudaGraphsBackend], ids=lambda make: make.name)
-@pytest.mark.parametrize("kind", [None, "int8", "int4"])
-def test_every_backend_answers_as_the_reference(
-    wide: SimpleNamespace, compiled: bool, kind: str | None, make: Callable[[], Backend]
+@pytest.mark.parametrize("make_backend", [TorchBackend, CpuBackend, CudaGraphsBackend], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+def test_every_backend_generates_the_tokens_and_log_probabilities_of_the_reference(
+    wide: SimpleNamespace, compiled: bool, format: str | None, make_backend: Callable[[], Backend]
 ) -> None:
-    """Tokens and log probabilities, of more prompts than rows, to the end of the window."""
-    want, values = build(wide, quantize=kind, backend="eager").generate(
+    """Generate for more prompts than the batch has rows, up to the end of the context."""
+    want, want_logprobs = build(wide, quantize=format, backend="eager").generate(
         PROMPTS * 2, 60, temperature=0, logprobs=True, echo=True
     )
-    got, found = served_by(wide, make, quantize=kind).generate(PROMPTS * 2, 60, temperature=0, logprobs=True, echo=True)
-    assert values and found
-    for row, expected, value, wanted in zip(got, want, found, values, strict=True):
-        same = next((i for i, (a, b) in enumerate(zip(row, expected, strict=True)) if a != b), len(expected))
-        assert same == len(expected) or (kind and same > 6)  # activations of 8 and 16 bits may part two tokens that nearly tie
-        assert value[:same] == pytest.approx(wanted[:same], abs=0.05 if kind else 1e-3)
+    got, got_logprobs = build_with_backend(wide, make_backend, quantize=format).generate(
+        PROMPTS * 2, 60, temperature=0, logprobs=True, echo=True
+    )
+    assert want_logprobs and got_logprobs
+    for row, expected, logprobs, expected_logprobs in zip(got, want, got_logprobs, want_logprobs, strict=True):
+        n_equal = next((i for i, (a, b) in enumerate(zip(row, expected, strict=True)) if a != b), len(expected))
+        # With 8-bit activations two tokens of nearly equal probability may change places, after which the answers differ.
+        assert n_equal == len(expected) or (format and n_equal > 6)
+        assert logprobs[:n_equal] == pytest.approx(expected_logprobs[:n_equal], abs=0.05 if format else 1e-3)
 
 
-def test_two_ranks_answer_as_one(wide: SimpleNamespace, tmp_path: Path) -> None:
+def test_two_ranks_generate_the_tokens_of_one_process(wide: SimpleNamespace, tmp_path: Path) -> None:
     script = tmp_path / "answer.py"
     script.write_text(
-        "import json, sys\nfrom llama import Llama\nimport torch.distributed as dist\nfor kind in (None, 'int8', 'int4'):\n"
+        "import json, sys\nfrom llama import Llama\nimport torch.distributed as dist\nfor format in (None, 'int8', 'int4'):\n"
         "    for backend in ('auto', 'eager'):\n"
-        f"        llama = Llama.build(*sys.argv[1:], {WINDOW}, 4, device='cpu', backend=backend, quantize=kind)\n"
+        f"        llama = Llama.build(*sys.argv[1:], {MAX_SEQ_LEN}, 4, device='cpu', backend=backend, quantize=format)\n"
         f"        tokens, values = llama.generate({PROMPTS}, 12, temperature=0, logprobs=True)\n"
-        "        if dist.get_rank() == 0: print(json.dumps([kind, llama.backend, tokens, values]))\n"
+        "        if dist.get_rank() == 0: print(json.dumps([format, llama.backend, tokens, values]))\n"
     )
-    done, seen = run(*TORCHRUN, 2, script, wide.folder, wide.tokenizer_path), []
+    done, tested = run(*TORCHRUN, 2, script, wide.folder, wide.tokenizer_path), []
     for line in done.stdout.splitlines():
-        kind, name, tokens, values = json.loads(line)
-        seen.append((kind, name))
-        alone = build(wide, quantize=kind, backend="eager").generate(PROMPTS, 12, temperature=0, logprobs=True)
-        for row, expected, value, wanted in zip(tokens, alone[0], values, alone[1] or [], strict=True):
-            same = next((i for i, (a, b) in enumerate(zip(row, expected, strict=True)) if a != b), len(expected))
-            assert same == len(expected) or (kind and same > 3)
-            assert value[:same] == pytest.approx(wanted[:same], abs=0.05 if kind else 1e-3)
+        format, name, tokens, values = json.loads(line)
+        tested.append((format, name))
+        alone = build(wide, quantize=format, backend="eager").generate(PROMPTS, 12, temperature=0, logprobs=True)
+        for row, expected, logprobs, expected_logprobs in zip(tokens, alone[0], values, alone[1] or [], strict=True):
+            n_equal = next((i for i, (a, b) in enumerate(zip(row, expected, strict=True)) if a != b), len(expected))
+            assert n_equal == len(expected) or (format and n_equal > 3)
+            assert logprobs[:n_equal] == pytest.approx(expected_logprobs[:n_equal], abs=0.05 if format else 1e-3)
     default = build(wide).backend
-    assert seen == [(kind, name) for kind in (None, "int8", "int4") for name in (default, "eager")], done.stderr
+    assert tested == [(format, name) for format in (None, "int8", "int4") for name in (default, "eager")], done.stderr
 
 
-def test_a_cpu_without_the_instructions_is_told_so(wide: SimpleNamespace) -> None:
-    """By the environment. It answers the same, says on stderr that it is slower, and `info` says why."""
+def test_without_compiled_kernels_answers_are_the_same_and_the_reason_is_printed(wide: SimpleNamespace) -> None:
+    """LLAMA_COMPILED=0 switches the kernels off; stderr and `llama info` name the reason."""
     code = (
         f"from llama import Llama; paths = {str(wide.folder)!r}, {str(wide.tokenizer_path)!r}; "
-        f"l = Llama.build(*paths, {WINDOW}, 4, device='cpu'); print(l.backend, l.generate({PROMPTS}, 6, temperature=0)[0])"
+        f"l = Llama.build(*paths, {MAX_SEQ_LEN}, 4, device='cpu'); print(l.backend, l.generate({PROMPTS}, 6, temperature=0)[0])"
     )
     done = run("-c", code, LLAMA_COMPILED="0")
     assert done.stdout == f"torch {build(wide, backend='eager').generate(PROMPTS, 6, temperature=0)[0]}\n"
     assert done.stderr.count("\n") == 1 and "slower than it could be, without compiled kernels: switched off" in done.stderr
-    told = run("-m", "llama", "info", "--ckpt_dir", wide.folder, "--device", "cpu", LLAMA_COMPILED="0").stdout
-    assert "backend: cpu            not available: switched off by LLAMA_COMPILED=0" in told
+    report = run("-m", "llama", "info", "--ckpt_dir", wide.folder, "--device", "cpu", LLAMA_COMPILED="0").stdout
+    assert "backend: cpu            not available: switched off by LLAMA_COMPILED=0" in report
 
 
 @pytest.mark.skipif(avx2.extension() is None, reason="nothing is compiled here")
 @pytest.mark.parametrize("module", [avx512, avx2, pack], ids=lambda module: module.__name__)
-def test_a_part_of_the_compiled_code_that_is_missing_is_told(
+def test_each_missing_extension_is_reported_on_stderr(
     wide: SimpleNamespace, module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not only all of it."""
+    """One of the three extensions is missing, the other two are compiled."""
     monkeypatch.setattr(module, "status", no_extension)
     assert build(wide).backend == "cpu"
     assert capsys.readouterr().err == (
@@ -151,7 +157,9 @@ def test_a_part_of_the_compiled_code_that_is_missing_is_told(
     )
 
 
-def test_backends_by_name(wide: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_backend_is_chosen_by_name_and_an_unusable_name_raises(
+    wide: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("torch", "eager"):
         assert build(wide, backend=name).backend == name
     for bad in ("fast", 3, None, ["cpu"]):
@@ -164,38 +172,34 @@ def test_backends_by_name(wide: SimpleNamespace, capsys: pytest.CaptureFixture[s
     with pytest.raises(DeviceError, match="compile=True is for CUDA, and this is cpu"):
         build(wide, compile=True)
     assert capsys.readouterr().err == ""
-    told = info(wide.folder, "cpu")
-    assert all(f"backend: {name}" in told for name in registry.BACKENDS) and "dim 256, 2 layers" in told
+    report = info(wide.folder, "cpu")
+    assert all(f"backend: {name}" in report for name in registry.BACKENDS) and "dim 256, 2 layers" in report
 
 
-@pytest.mark.skipif(avx512.extension() is None, reason="native.c is not compiled, or this CPU is no such CPU")
-def test_an_odd_width_is_told(tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It costs speed: a decode step then goes layer by layer."""
-    params = PARAMS | {"multiple_of": 48}  # a feed-forward of 720
+@pytest.mark.skipif(avx512.extension() is None, reason="the AVX-512 extension is not compiled, or this CPU cannot run it")
+def test_a_width_that_prevents_the_fused_decode_step_is_reported(
+    tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A feed-forward width that is no multiple of 64 costs speed: each decode step then runs layer by layer."""
+    params = PARAMS | {"multiple_of": 48}  # results in a feed-forward width of 720
     weights = {name: w.bfloat16() for name, w in random_weights(params, 384, 720).items()}
     folder = write_shards(tmp_path / "odd", params, weights)
-    built = Llama.build(folder, tokenizer_path, WINDOW, 2, device="cpu")
-    told = "layer by layer: the compiled decode step needs a feed-forward width that is a multiple of 64, and this one is 720"
-    assert told in capsys.readouterr().err
+    built = Llama.build(folder, tokenizer_path, MAX_SEQ_LEN, 2, device="cpu")
+    message = (
+        "layer by layer: the compiled decode step needs a feed-forward width that is a multiple of 64, and this one is 720"
+    )
+    assert message in capsys.readouterr().err
     assert "a multiple of 64, and this one is 720" in info(folder, "cpu")
-    reference = Llama.build(folder, tokenizer_path, WINDOW, 2, device="cpu", backend="eager")
+    reference = Llama.build(folder, tokenizer_path, MAX_SEQ_LEN, 2, device="cpu", backend="eager")
     assert built.generate([[1, 5, 9]], 8, temperature=0) == reference.generate([[1, 5, 9]], 8, temperature=0)
 
 
-# --- static steps, as they are captured ---
+# --- decode steps in static memory, as CUDA graphs capture them ---
 
 
-def test_buckets_double_and_end_with_the_window() -> None:
-    assert [context_bucket(end, 1000) for end in (1, 128, 129, 256, 257, 512, 513, 1000)] == [
-        128,
-        128,
-        256,
-        256,
-        512,
-        512,
-        1000,
-        1000,
-    ]
+def test_context_buckets_double_up_to_the_context_length() -> None:
+    buckets = {1: 128, 128: 128, 129: 256, 256: 256, 257: 512, 512: 512, 513: 1000, 1000: 1000}
+    assert {end: context_bucket(end, 1000) for end in buckets} == buckets
     assert context_bucket(3, 64) == 64
 
 
@@ -212,10 +216,10 @@ def steps_of(llama: Llama) -> dict[tuple[int, int], CapturedStep]:
 
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1], [[1, 5], [1, 9]]])
 @pytest.mark.parametrize("temperature", [0, 0.8])
-def test_static_steps_and_late_reading_give_the_same_tokens(
+def test_decoding_as_on_cuda_gives_the_same_tokens(
     llama: Llama, request: pytest.FixtureRequest, prompts: list[list[int]], temperature: float
 ) -> None:
-    """As on CUDA: steps over a bucket with a mask, and each launched before the tokens of the one before are read."""
+    """Decode as on CUDA: in static memory, and start each decode step before the tokens of the previous step are read."""
 
     def answer() -> tuple:
         torch.manual_seed(5)
@@ -230,14 +234,14 @@ def test_static_steps_and_late_reading_give_the_same_tokens(
     assert steps_of(llama).keys() == {(len(prompts), 64)}
 
 
-def test_a_recorded_step_replays_at_other_positions(llama: Llama) -> None:
-    """What a graph does: the step's operations, recorded once, run again on the same memory with other tokens and positions.
+def test_a_recorded_step_replays_with_other_tokens_and_positions(llama: Llama) -> None:
+    """Record the operations of a decode step once, as a CUDA graph does, and replay them with other tokens and positions.
 
-    A number read on the host while recording would be replayed as it was, and give other logits.
+    A value that the host reads while recording would become a constant, and the replayed logits would be wrong.
     """
     forward = EngineForward(llama.model, KVCache.adopt(llama.model))
     forward.hidden_states(torch.tensor([1, 5, 9, 1, 7, 1]), RaggedBatch.from_segments([(0, 0, 3), (1, 0, 2), (2, 0, 1)]))
-    step = CapturedStep(forward, None, 3, 64)
+    step = CapturedStep(forward, CudaGraphsBackend().compute_logits, 3, 64)
 
     def record(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         step.tokens.copy_(tokens)
@@ -255,8 +259,8 @@ def test_a_recorded_step_replays_at_other_positions(llama: Llama) -> None:
             torch.testing.assert_close(graph(*args), want, atol=1e-4, rtol=0)
 
 
-def test_a_new_cache_makes_new_steps(static: Llama) -> None:
-    """A captured step holds the addresses of the cache it was captured with."""
+def test_a_replaced_cache_tensor_drops_the_captured_steps(static: Llama) -> None:
+    """A captured step contains the addresses of the cache that it was captured with."""
     want = static.generate([[1, 5]], 8, temperature=0)
     (first,) = steps_of(static).values()
     assert static.generate([[1, 5]], 8, temperature=0) == want and [*steps_of(static).values()] == [first]
@@ -265,19 +269,21 @@ def test_a_new_cache_makes_new_steps(static: Llama) -> None:
     assert static.generate([[1, 5]], 8, temperature=0) == want and [*steps_of(static).values()] != [first]
 
 
-@pytest.mark.parametrize("kind", [None, "int8", "int4"])
-def test_what_is_loaded_later_is_in_the_next_calls_steps(small: SimpleNamespace, kind: str | None) -> None:
-    """Quantized weights then lie elsewhere: a captured step would look at what is gone."""
-    built = Llama.build(small.folder, small.tokenizer_path, 64, 2, device="cpu", dtype="bfloat16", quantize=kind)
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+def test_replaced_weights_are_used_by_the_next_call_and_drop_the_captured_steps(
+    small: SimpleNamespace, format: str | None
+) -> None:
+    """Loading quantized weights allocates new memory: an old captured step would read freed memory."""
+    built = Llama.build(small.folder, small.tokenizer_path, 64, 2, device="cpu", dtype="bfloat16", quantize=format)
     llama = Llama(built.model, built.tokenizer, CudaGraphsBackend())
     before = llama.generate([[1, 5, 9]], 20, temperature=0)
     steps = steps_of(llama)
     assert llama.generate([[1, 5, 9]], 20, temperature=0) == before and steps_of(llama) is steps
     llama.model.load_state_dict({name: w * 1.5 if "w2" in name else w for name, w in llama.model.state_dict().items()})
     after = llama.generate([[1, 5, 9]], 20, temperature=0)
-    assert after != before and (steps_of(llama) is steps) == (kind is None)
+    assert after != before and (steps_of(llama) is steps) == (format is None)
 
-    def moved(change: Callable[[], object]) -> bool:
+    def drops_steps(change: Callable[[], object]) -> bool:
         llama.generate([[1, 5, 9]], 3, temperature=0)
         steps = steps_of(llama)
         change()
@@ -285,17 +291,19 @@ def test_what_is_loaded_later_is_in_the_next_calls_steps(small: SimpleNamespace,
         return steps_of(llama) is not steps
 
     model, norm = llama.model, llama.model.layers[1].ffn_norm
-    assert not moved(lambda: None)
-    assert moved(lambda: setattr(norm.weight, "data", norm.weight.data.clone()))
-    assert moved(lambda: setattr(model.tok_embeddings, "weight", torch.nn.Parameter(model.tok_embeddings.weight.detach() * 2)))
-    assert moved(lambda: setattr(norm, "eps", 1e-3))
-    assert moved(lambda: setattr(model, "freqs_cis", model.freqs_cis * 1))
-    packed = [weakref.ref(w.shared.kernel) for w in model.parameters() if isinstance(w, PackedWeight)]
-    assert len(packed) == (15 if kind else 0)
+    assert not drops_steps(lambda: None)
+    assert drops_steps(lambda: setattr(norm.weight, "data", norm.weight.data.clone()))
+    assert drops_steps(
+        lambda: setattr(model.tok_embeddings, "weight", torch.nn.Parameter(model.tok_embeddings.weight.detach() * 2))
+    )
+    assert drops_steps(lambda: setattr(norm, "eps", 1e-3))
+    assert drops_steps(lambda: setattr(model, "freqs_cis", model.freqs_cis * 1))
+    kernels = [weakref.ref(w.shared.kernel) for w in model.parameters() if isinstance(w, PackedWeight)]
+    assert len(kernels) == (15 if format else 0)
     model.load_state_dict({name: w.float().to(w.dtype) for name, w in model.state_dict().items()})
     llama.generate([[1, 5, 9]], 3, temperature=0)
     gc.collect()
-    assert not any(kernel() for kernel in packed)  # what was there is not held by what was captured
+    assert not any(kernel() for kernel in kernels)  # captured steps must not keep the old weights alive
 
 
 CHANGES: dict[str, Callable[[Transformer], object]] = {
@@ -309,10 +317,12 @@ CHANGES: dict[str, Callable[[Transformer], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("make", [TorchBackend, CudaGraphsBackend], ids=lambda make: make.name)
-def test_a_model_that_changes_under_a_stream_ends_it(small: SimpleNamespace, make: Callable[[], Backend], change: str) -> None:
+@pytest.mark.parametrize("make_backend", [TorchBackend, CudaGraphsBackend], ids=lambda backend: backend.name)
+def test_a_model_that_changes_while_a_stream_is_open_raises_in_the_stream(
+    small: SimpleNamespace, make_backend: Callable[[], Backend], change: str
+) -> None:
     built = Llama.build(small.folder, small.tokenizer_path, 64, 2, device="cpu", quantize="int8")
-    llama = Llama(built.model, built.tokenizer, make())
+    llama = Llama(built.model, built.tokenizer, make_backend())
     stream = llama.generate_stream([[1, 5]], 8, 0)
     next(stream), next(stream)
     CHANGES[change](llama.model)
@@ -320,56 +330,60 @@ def test_a_model_that_changes_under_a_stream_ends_it(small: SimpleNamespace, mak
         list(stream)
 
 
-def test_only_the_steps_last_used_are_kept(static: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_captured_steps_are_dropped(static: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "MAX_CAPTURED_STEPS", 2)
     for rows in (1, 2, 1, 3):
         static.generate([[1, 5]] * rows, 2, temperature=0)
     assert [rows for rows, _ in steps_of(static)] == [1, 3]
 
 
-def test_a_capture_that_fails_is_told_and_the_tokens_are_the_same(
+def test_a_capture_that_fails_is_reported_and_the_tokens_are_the_same(
     static: Llama, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     want, backend = static.generate(PROMPTS, 8, temperature=0), static.engine.backend
     assert isinstance(backend, CudaGraphsBackend)
-    step = CapturedStep(static.engine.forward(), None, 1, 64)
+    step = CapturedStep(static.engine.forward(), CudaGraphsBackend().compute_logits, 1, 64)
     monkeypatch.setattr(step, "capture", lambda stream, pool: (_ for _ in ()).throw(RuntimeError("not permitted\nmore")))
     backend.stream = backend.pool = object()  # type: ignore[assignment]
-    backend._capture(step)
+    backend.capture(step)
     assert "no CUDA graphs, each step is launched kernel by kernel: not permitted\n" in capsys.readouterr().err
     assert backend.captures is False and backend.pool is None
     assert static.generate(PROMPTS, 8, temperature=0) == want
 
 
-@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_compiled_layer_serves_all_layers(
-    small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, dtype: str, kind: str | None
+def test_four_compiled_graphs_are_used_for_all_layers_positions_and_calls(
+    small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, dtype: str, format: str | None
 ) -> None:
-    """Four graphs, without breaks, for every layer, position, bucket and call; another number of rows compiles anew. In 16
-    bits what is compiled may round otherwise, and two tokens that are nearly as likely part the answers."""
-    monkeypatch.setattr(avx512, "status", no_extension)  # what rounds the rows is not for compiling
+    """Compile once per number of rows, without graph breaks.
+
+    In 16 bits compiled code may round differently: after two tokens of nearly equal probability the answers may differ.
+    """
+    monkeypatch.setattr(avx512, "status", no_extension)  # compiled graphs do not call our kernels, which quantize activations
     monkeypatch.setattr(avx2, "status", no_extension)
-    built = Llama.build(small.folder, small.tokenizer_path, 300, 4, device="cpu", dtype=dtype, quantize=kind)
-    want, values = Llama(built.model, built.tokenizer, CudaGraphsBackend()).generate(PROMPTS, 150, temperature=0, logprobs=True)
+    built = Llama.build(small.folder, small.tokenizer_path, 300, 4, device="cpu", dtype=dtype, quantize=format)
+    want, want_logprobs = Llama(built.model, built.tokenizer, CudaGraphsBackend()).generate(
+        PROMPTS, 150, temperature=0, logprobs=True
+    )
     torch._dynamo.reset()
     graphs: list[object] = []
     llama = Llama(
         built.model, built.tokenizer, TorchCompileBackend(backend=lambda graph, inputs: graphs.append(graph) or graph)
     )
-    got, mine = llama.generate(PROMPTS, 150, temperature=0, logprobs=True)
-    assert values and mine
-    for tokens, expected, row, wanted in zip(got, want, mine, values, strict=True):
-        same = next((i for i, (a, b) in enumerate(zip(tokens, expected, strict=False)) if a != b), len(expected))
-        assert same == len(expected) or (dtype != "float32" and same > 30)
-        assert row[:same] == pytest.approx(wanted[:same], abs=1e-4 if dtype == "float32" else 0.1)
+    got, got_logprobs = llama.generate(PROMPTS, 150, temperature=0, logprobs=True)
+    assert want_logprobs and got_logprobs
+    for tokens, expected, logprobs, expected_logprobs in zip(got, want, got_logprobs, want_logprobs, strict=True):
+        n_equal = next((i for i, (a, b) in enumerate(zip(tokens, expected, strict=False)) if a != b), len(expected))
+        assert n_equal == len(expected) or (dtype != "float32" and n_equal > 30)
+        assert logprobs[:n_equal] == pytest.approx(expected_logprobs[:n_equal], abs=1e-4 if dtype == "float32" else 0.1)
     assert len(steps_of(llama)) == 2 and len(graphs) == 4
     llama.generate(PROMPTS[:1], 3, temperature=0)
     assert len(graphs) == 8
 
 
-def test_any_number_of_shapes_is_compiled_and_a_failing_compiler_is_named(small: SimpleNamespace) -> None:
-    """torch.compile by itself stops after eight."""
+def test_any_number_of_batch_sizes_is_compiled_and_a_failing_compiler_raises_its_reason(small: SimpleNamespace) -> None:
+    """By default torch.compile stops compiling a function after eight shapes."""
     torch._dynamo.reset()
     built = Llama.build(small.folder, small.tokenizer_path, 64, 12, device="cpu")
     llama = Llama(built.model, built.tokenizer, TorchCompileBackend(backend="eager"))
@@ -384,21 +398,21 @@ def test_any_number_of_shapes_is_compiled_and_a_failing_compiler_is_named(small:
         failing.generate([[1, 5]], 3, temperature=0)
 
 
-def test_a_changed_model_is_not_captured(static: Llama) -> None:
-    """A graph calls no Python: a hook would see one step of each size."""
+def test_a_model_with_a_hook_is_not_captured(static: Llama) -> None:
+    """A CUDA graph runs no Python, so a hook would be called only during the capture."""
     want = static.generate([[1, 5, 9]], 6, temperature=0)
     assert steps_of(static) and why_modified(static.model) is None
     steps_of(static).clear()
-    seen: list[list[int]] = []
-    handle = static.model.layers[1].attention.register_forward_hook(lambda module, args, y: seen.append(list(y.shape)))
+    shapes: list[list[int]] = []
+    handle = static.model.layers[1].attention.register_forward_hook(lambda module, args, y: shapes.append(list(y.shape)))
     assert static.generate([[1, 5, 9]], 6, temperature=0) == want
     handle.remove()
-    assert seen == [[1, 3, 64], *[[1, 1, 64]] * 5] and not steps_of(static)
+    assert shapes == [[1, 3, 64], *[[1, 1, 64]] * 5] and not steps_of(static)
     assert static.generate([[1, 5, 9]], 6, temperature=0) == want and steps_of(static)
 
 
-def test_a_model_that_changed_its_dtype_answers_at_once(small: SimpleNamespace) -> None:
-    """Its cache is made anew, which is not another call's doing."""
+def test_a_model_converted_to_another_dtype_generates_with_a_cache_of_that_dtype(small: SimpleNamespace) -> None:
+    """The cache is allocated again, which must not be mistaken for another call that took over the cache."""
     llama = Llama.build(small.folder, small.tokenizer_path, 64, 4, device="cpu")
     for dtype in (torch.bfloat16, torch.float64):
         model: Transformer = llama.model.to(dtype)

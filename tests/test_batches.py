@@ -1,4 +1,4 @@
-"""Where weights are packed, an answer does not depend on the batch: the same digits alone and beside any others."""
+"""With packed weights an answer does not depend on the batch: it is bitwise the same alone and in any batch."""
 
 import itertools
 import statistics
@@ -16,8 +16,8 @@ from llama.model import RMSNorm
 from .support import random_weights, write_shards
 
 
-def promised() -> bool:
-    """On CPUs with AVX-512 for bfloat16; those with AMX have not been tried."""
+def is_batch_invariance_promised() -> bool:
+    """Return True on CPUs with AVX-512 for bfloat16 and without AMX, which has not been tested."""
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     if not hasattr(torch.cpu, "get_capabilities"):  # an older PyTorch
@@ -26,7 +26,7 @@ def promised() -> bool:
     return bool(cpu.get("avx512_bf16")) and not cpu.get("amx_tile")
 
 
-exact = pytest.mark.skipif(not promised(), reason="promised for AVX-512 with bfloat16, without AMX")
+exact = pytest.mark.skipif(not is_batch_invariance_promised(), reason="promised for AVX-512 with bfloat16, without AMX")
 PROMPTS = [[1, *(3 + (i * n) % 297 for i in range(n))] for n in (2, 40, 300, 15, 15, 15, 129, 650, 1, 257)]
 
 
@@ -39,40 +39,42 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @exact
-@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
 def test_answers_are_the_same_alone_and_in_any_batch(
-    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str | None, threads: int
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch, format: str | None, threads: int
 ) -> None:
-    """Ids and log probabilities, greedy and drawn. Prompts are of all lengths and read in pieces; rows end at different
-    steps, and others take their places."""
-    if kind == "int4" and blocked_linear.extension_for("int4") is None:
-        pytest.skip("PyTorch's kernel for 4 bits rounds otherwise for few rows than for many")
-    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)  # these weights, too, are packed
+    """Compare tokens and log probabilities, greedy and sampled, for prompts of many lengths that are prefilled in chunks.
+
+    Answers end at different decode steps, and waiting prompts take over their rows.
+    """
+    if format == "int4" and blocked_linear.extension_for("int4") is None:
+        pytest.skip("PyTorch's int4 kernel rounds differently for few rows and for many rows")
+    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)  # packs even the small weights of this test
     monkeypatch.setattr(tuning, "PREFILL_CHUNK", 512)
     params = dict(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=32, norm_eps=1e-5, vocab_size=-1)
     folder = write_shards(tmp_path, params, random_weights(params, 384, 704))
-    greedy, drawn = {"temperature": 0}, {"temperature": 1.0, "top_p": 0.9, "seed": 7, "echo": True}
+    greedy, sampled = {"temperature": 0}, {"temperature": 1.0, "top_p": 0.9, "seed": 7, "echo": True}
 
-    def built(n_rows: int) -> Llama:
-        return Llama.build(folder, tokenizer_path, 665, n_rows, device="cpu", dtype="bfloat16", quantize=kind)
+    def build(n_rows: int) -> Llama:
+        return Llama.build(folder, tokenizer_path, 665, n_rows, device="cpu", dtype="bfloat16", quantize=format)
 
-    one = built(1)
-    free = [one.generate([prompt], 40, **greedy)[0][0] for prompt in PROMPTS]
-    eos = statistics.mode(itertools.chain(*free))
-    monkeypatch.setattr(one.tokenizer, "eos_id", eos)
-    for options in (greedy, drawn):
-        alone = [one.generate([prompt], 40, logprobs=True, **options) for prompt in PROMPTS]
+    single = build(1)
+    answers = [single.generate([prompt], 40, **greedy)[0][0] for prompt in PROMPTS]
+    eos = statistics.mode(itertools.chain(*answers))
+    monkeypatch.setattr(single.tokenizer, "eos_id", eos)
+    for options in (greedy, sampled):
+        alone = [single.generate([prompt], 40, logprobs=True, **options) for prompt in PROMPTS]
         assert len({len(values[0]) for _, values in alone if values}) > 2
         for n_rows in (2, 4, 7):
-            several = built(n_rows)
-            monkeypatch.setattr(several.tokenizer, "eos_id", eos)
-            together = several.generate(PROMPTS, 40, logprobs=True, **options)
-            assert together == ([ids[0] for ids, _ in alone], [values[0] for _, values in alone if values])
+            batched = build(n_rows)
+            monkeypatch.setattr(batched.tokenizer, "eos_id", eos)
+            together = batched.generate(PROMPTS, 40, logprobs=True, **options)
+            assert together == ([tokens[0] for tokens, _ in alone], [values[0] for _, values in alone if values])
 
 
 @exact
-def test_a_row_is_multiplied_alike_alone_and_among_others() -> None:
-    """Where nothing is compiled: oneDNN's kernel for a single row rounds otherwise."""
+def test_onednn_rows_are_bitwise_the_same_alone_and_in_a_batch() -> None:
+    """OneDnnLinear must avoid oneDNN's own kernel for a single row, which rounds differently."""
     kernel = onednn.OneDnnLinear(torch.randn(3000, 2048).bfloat16())
     x = torch.randn(60, 2048).bfloat16()
     for n in (1, 2, 3, 7):
@@ -80,16 +82,16 @@ def test_a_row_is_multiplied_alike_alone_and_among_others() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_row_is_normed_alike_alone_and_among_others(dtype: torch.dtype) -> None:
+def test_normalized_rows_are_bitwise_the_same_alone_and_in_a_batch(dtype: torch.dtype) -> None:
     norm = EngineNorm(RMSNorm(512, eps=1e-5).to(dtype))
     x = (torch.randn(1500, 512) * torch.logspace(-3, 2, 1500).unsqueeze(1)).to(dtype)
     with torch.no_grad():
         assert torch.equal(torch.cat([norm.forward(row) for row in x.split(1)]), norm.forward(x))
 
 
-def test_a_row_is_turned_alike_alone_and_among_others(threads: int) -> None:
-    """More numbers than one thread takes, so that three share them in the middle of a head."""
+def test_rotated_rows_are_bitwise_the_same_alone_and_in_a_batch(threads: int) -> None:
+    """Rotate enough values for PyTorch to split the work between threads, in the middle of a head."""
     x, freqs = torch.randn(500, 7, 64), torch.randn(500, 1, 32, 2)
     with torch.no_grad():
-        alone = [apply_rope_(row.clone(), turns) for row, turns in zip(x.split(1), freqs.split(1), strict=True)]
+        alone = [apply_rope_(row.clone(), row_freqs) for row, row_freqs in zip(x.split(1), freqs.split(1), strict=True)]
         assert torch.equal(torch.cat(alone), apply_rope_(x, freqs))

@@ -1,4 +1,4 @@
-"""The chat format, to the character."""
+"""The chat format: dialogs are encoded exactly as the reference encodes them."""
 
 import pytest
 
@@ -27,13 +27,13 @@ def assistant(text: str) -> dict:
         ),
     ],
 )
-def test_each_exchange_is_encoded_by_itself(
+def test_each_exchange_is_encoded_separately_with_bos_and_eos(
     tokenizer: Tokenizer, dialog: Dialog, exchanges: list[str], question: str | None
 ) -> None:
-    """strip() works on the folded text: white space inside it stays."""
+    """The system text is folded into the first message before strip(), so white space inside the folded text stays."""
     if question is None:
         dialog, question = [*dialog, user("r")], "[INST] r [/INST]"
-    expected = [id_ for text in exchanges for id_ in tokenizer.encode(text, bos=True, eos=True)]
+    expected = [token for text in exchanges for token in tokenizer.encode(text, bos=True, eos=True)]
     assert encode_dialog(tokenizer, dialog) == expected + tokenizer.encode(question, bos=True, eos=False)
 
 

@@ -1,4 +1,4 @@
-"""Bad files: one CheckpointError each, which says what is wrong and what to do, before a weight is read or code is run."""
+"""A bad file raises one CheckpointError with the fault and the way out, before weights are read or any code is run."""
 
 import json
 import math
@@ -24,26 +24,29 @@ from .support import random_weights, train_tokenizer, write_shards
 
 FIRST, SECOND, TOKENIZER = "consolidated.00.pth", "consolidated.01.pth", "tokenizer.model"
 EMBEDDING, NORM, W2 = "tok_embeddings.weight", "layers.1.ffn_norm.weight", "layers.1.feed_forward.w2.weight"
-Refuse = Callable[..., None]
+AssertBuildRaises = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory: pytest.TempPathFactory, small: SimpleNamespace) -> Path:
-    """The small model in two shards."""
+    """Write the small model in two shards; return the folder."""
     return write_shards(tmp_path_factory.mktemp("halves"), small.params, small.weights, n_shards=2)
 
 
 @pytest.fixture
 def copy(small: SimpleNamespace, tmp_path: Path) -> Path:
-    """The small model's folder, with the tokenizer in it, to be spoiled."""
+    """Return a copy of the small model's folder with the tokenizer in it, which the test may damage."""
     folder = shutil.copytree(small.folder, tmp_path / "model")
     shutil.copy(small.tokenizer_path, folder / TOKENIZER)
     return folder
 
 
 @pytest.fixture
-def refuse(small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refuse:
-    """Build must raise a CheckpointError whose message holds all the parts; without `reads`, before any weight is read."""
+def assert_build_raises(small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AssertBuildRaises:
+    """Return a function that checks that `Llama.build` raises a CheckpointError whose message contains all the parts.
+
+    Without `reads` the error must be raised before any weight is read.
+    """
 
     def build(folder: Any, *parts: str, reads: bool = False, **arguments: Any) -> None:
         if not reads:
@@ -60,7 +63,7 @@ def refuse(small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def change_tensors(path: Path, change: Callable[[dict], Any]) -> None:
-    """Load a shard, let `change` change it or return what is to be saved instead."""
+    """Load a shard and save what `change` returns for its dict of tensors, or the dict that `change` modified in place."""
     tensors = torch.load(path)
     changed = change(tensors)
     torch.save(tensors if changed is None else changed, path)
@@ -71,7 +74,7 @@ def change_tensors(path: Path, change: Callable[[dict], Any]) -> None:
     "value, parts",
     [
         ("/nowhere/llama", ("'/nowhere/llama'", "No such file")),
-        ("wrong kind", ("a file, not a folder", "a folder, not a file")),
+        ("file or folder", ("a file, not a folder", "a folder, not a file")),
         (None, ("None (NoneType)",)),
         (5, ("5 (int)",)),
         (b"model", ("b'model' (bytes)",)),
@@ -82,13 +85,15 @@ def change_tensors(path: Path, change: Callable[[dict], Any]) -> None:
     ],
     ids=lambda value: f"{value!r:.20}",
 )
-def test_paths_that_lead_nowhere(refuse: Refuse, small: SimpleNamespace, argument: str, value: Any, parts: tuple) -> None:
+def test_an_invalid_path_raises(
+    assert_build_raises: AssertBuildRaises, small: SimpleNamespace, argument: str, value: Any, parts: tuple
+) -> None:
     limit = "a model's folder, with consolidated.NN.pth" if argument == "ckpt_dir" else "Meta's tokenizer.model"
     good = {"ckpt_dir": small.folder, "tokenizer_path": small.tokenizer_path}
-    if value == "wrong kind":
+    if value == "file or folder":
         value, parts = (small.tokenizer_path, parts[:1]) if argument == "ckpt_dir" else (small.folder, parts[1:])
     arguments = good | {argument: value}
-    refuse(arguments.pop("ckpt_dir"), argument, limit, *parts, **arguments)
+    assert_build_raises(arguments.pop("ckpt_dir"), argument, limit, *parts, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -98,47 +103,53 @@ def test_paths_that_lead_nowhere(refuse: Refuse, small: SimpleNamespace, argumen
         (["config.json", "model-00001-of-00002.safetensors"], ("Hugging Face layout", "consolidated.NN.pth", "original/")),
         (["config.json", "pytorch_model.bin"], ("Hugging Face layout", "params.json")),
         (["7b/params.json", "13b/params.json", "tokenizer.model"], ("model folders", "as ckpt_dir", "13b, 7b")),
-        (["notes.txt"], ("no params.json", "it holds notes.txt")),
+        (["notes.txt"], ("no params.json", "it contains notes.txt")),
         ([f"{i}.txt" for i in range(99)], ("no params.json", "and more")),
     ],
 )
-def test_folders_of_another_kind(refuse: Refuse, tmp_path: Path, files: list[str], parts: tuple) -> None:
+def test_a_folder_without_a_checkpoint_in_metas_layout_raises(
+    assert_build_raises: AssertBuildRaises, tmp_path: Path, files: list[str], parts: tuple
+) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     for file in files:
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).touch()
-    refuse(folder, str(folder), *parts)
+    assert_build_raises(folder, str(folder), *parts)
 
 
 @pytest.mark.parametrize("name", ["", FIRST, "params.json", TOKENIZER])
-def test_what_must_not_be_read(refuse: Refuse, copy: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """The system's refusal is played, as root would get none."""
+def test_an_unreadable_file_or_folder_raises(
+    assert_build_raises: AssertBuildRaises, copy: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The PermissionError is injected, because root may read everything."""
 
     def forbid(call: Callable) -> Callable:
-        def refusing(path: Path, *arguments: Any, **options: Any) -> Any:
+        def open_or_forbid(path: Path, *arguments: Any, **options: Any) -> Any:
             if path == copy / name:
                 raise PermissionError(13, "Permission denied")
             return call(path, *arguments, **options)
 
-        return refusing
+        return open_or_forbid
 
     monkeypatch.setattr(Path, "open", forbid(Path.open))
     monkeypatch.setattr(os, "listdir", forbid(os.listdir))
-    refuse(copy, str(copy / name), "cannot be read", "Permission denied")
+    assert_build_raises(copy, str(copy / name), "cannot be read", "Permission denied")
 
 
 @pytest.mark.parametrize("name", [FIRST, "params.json", TOKENIZER])
-def test_things_that_are_no_files(refuse: Refuse, copy: Path, name: str) -> None:
+def test_a_folder_a_pipe_or_a_dangling_link_in_place_of_a_file_raises(
+    assert_build_raises: AssertBuildRaises, copy: Path, name: str
+) -> None:
     (copy / name).unlink()
     (copy / name).mkdir()
-    refuse(copy, str(copy / name), "not a file")
+    assert_build_raises(copy, str(copy / name), "not a file")
     (copy / name).rmdir()
     os.mkfifo(copy / name)
-    refuse(copy, str(copy / name), "not a file")  # and does not wait for a writer
+    assert_build_raises(copy, str(copy / name), "not a file")  # opening a pipe would wait for a writer
     (copy / name).unlink()
     (copy / name).symlink_to("nowhere")
-    refuse(copy, str(copy / name), "No such file")
+    assert_build_raises(copy, str(copy / name), "No such file")
 
 
 @pytest.mark.parametrize(
@@ -152,10 +163,12 @@ def test_things_that_are_no_files(refuse: Refuse, copy: Path, name: str) -> None
     ],
 )
 @pytest.mark.parametrize("name", [FIRST, "params.json", TOKENIZER])
-def test_files_of_other_content(refuse: Refuse, copy: Path, name: str, content: bytes, part: str) -> None:
+def test_a_file_with_other_content_raises_and_names_the_likely_cause(
+    assert_build_raises: AssertBuildRaises, copy: Path, name: str, content: bytes, part: str
+) -> None:
     what = {FIRST: "not a PyTorch checkpoint", "params.json": "not JSON", TOKENIZER: "not a SentencePiece model"}[name]
     (copy / name).write_bytes(content)
-    refuse(copy, str(copy / name), what, part, "fetch", "again")
+    assert_build_raises(copy, str(copy / name), what, part, "fetch", "again")
 
 
 COUNT = "a whole number from 1 to 2,147,483,647"
@@ -171,12 +184,14 @@ ONE_MODEL = "params.json and the shards are not of one model"
         (b'{"dim":' * 100_000, ("not JSON", "recursion")),
         (b"[1]", ("[1] (list)", "not an object")),
         (b'{"rope_scaling": 8}', ("unknown key 'rope_scaling'", "rope_theta")),
-        (b"{}", ("n_layers=32", "hold 2 layers", ONE_MODEL)),
+        (b"{}", ("n_layers=32", "contain 2 layers", ONE_MODEL)),
     ],
 )
-def test_params_json_that_is_none(refuse: Refuse, copy: Path, text: bytes, parts: tuple) -> None:
+def test_a_params_json_that_is_not_metas_raises(
+    assert_build_raises: AssertBuildRaises, copy: Path, text: bytes, parts: tuple
+) -> None:
     (copy / "params.json").write_bytes(text)
-    refuse(copy, "params.json", *parts)
+    assert_build_raises(copy, "params.json", *parts)
 
 
 @pytest.mark.parametrize(
@@ -194,8 +209,8 @@ def test_params_json_that_is_none(refuse: Refuse, copy: Path, text: bytes, parts
         ("n_heads", 5, ("dim=64", "n_heads=5 heads")),
         ("n_heads", 64, ("dim=64", "n_heads=64 heads of even width")),
         ("n_kv_heads", 3, ("n_heads=8", "no multiple of n_kv_heads=3")),
-        ("n_layers", 3, ("n_layers=3", "hold 2 layers", ONE_MODEL)),
-        ("n_layers", 1, ("n_layers=1", "hold 2 layers", ONE_MODEL)),
+        ("n_layers", 3, ("n_layers=3", "contain 2 layers", ONE_MODEL)),
+        ("n_layers", 1, ("n_layers=1", "contain 2 layers", ONE_MODEL)),
         ("dim", 128, ("norm.weight is (64,)", "see dim", "(128,)", ONE_MODEL)),
         ("dim", 32, ("norm.weight is (64,)", "see dim", "(32,)", ONE_MODEL)),
         ("n_kv_heads", 8, ("wk.weight is (32, 64)", "n_kv_heads", "(64, 64)", ONE_MODEL)),
@@ -205,45 +220,54 @@ def test_params_json_that_is_none(refuse: Refuse, copy: Path, text: bytes, parts
     ],
     ids=lambda value: f"{value!r:.20}" if not isinstance(value, tuple) else "",
 )
-def test_values_of_params_json(refuse: Refuse, copy: Path, small: SimpleNamespace, key: str, value: Any, parts: tuple) -> None:
+def test_an_invalid_value_in_params_json_raises_with_the_value_and_the_limit(
+    assert_build_raises: AssertBuildRaises, copy: Path, small: SimpleNamespace, key: str, value: Any, parts: tuple
+) -> None:
     (copy / "params.json").write_text(json.dumps(small.params | {key: value}))
-    refuse(copy, *parts)
+    assert_build_raises(copy, *parts)
 
 
 @pytest.mark.parametrize("key", ["n_layers", "dim", "multiple_of", "n_heads"])
 @pytest.mark.parametrize("value", [10**9, 2**30])
-def test_huge_numbers_cost_neither_time_nor_memory(
-    refuse: Refuse, copy: Path, small: SimpleNamespace, key: str, value: int, monkeypatch: pytest.MonkeyPatch
+def test_huge_values_in_params_json_raise_without_taking_time_or_memory(
+    assert_build_raises: AssertBuildRaises,
+    copy: Path,
+    small: SimpleNamespace,
+    key: str,
+    value: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if key == "n_layers":  # not even when a tensor's name bears the lie out
+    if key == "n_layers":  # a tensor name in the shard claims the same number of layers
         change_tensors(copy / FIRST, lambda tensors: tensors.update({f"layers.{value - 1}.x": torch.ones(1)}))
         monkeypatch.setattr(validate, "Transformer", lambda _: pytest.fail("layers were made"))
     (copy / "params.json").write_text(json.dumps(small.params | {key: value}))
-    begun, peak = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refuse(copy, key)
-    assert time.monotonic() - begun < 5 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000
+    start, peak = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert_build_raises(copy, key)
+    assert time.monotonic() - start < 5 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000
 
 
 @pytest.mark.parametrize(
     "n_shards, keep, parts",
     [
-        (2, [], ("no consolidated.NN.pth", "it holds params.json")),
+        (2, [], ("no consolidated.NN.pth", "it contains params.json")),
         (2, [0], ("(384, 32)", "one of 2 parts of (384, 64)", "there are 1 shards", "missing")),
         (2, [1], (f"{FIRST} missing", SECOND, "all are needed")),
         (4, [0, 1], ("(384, 16)", "one of 4 parts", "there are 2 shards", "missing")),
         (4, [0, 3], (f"{SECOND}, consolidated.02.pth missing", "go up to consolidated.03.pth")),
     ],
 )
-def test_missing_shards(
-    refuse: Refuse, tmp_path: Path, small: SimpleNamespace, n_shards: int, keep: list, parts: tuple
+def test_missing_shards_raise_and_are_named(
+    assert_build_raises: AssertBuildRaises, tmp_path: Path, small: SimpleNamespace, n_shards: int, keep: list, parts: tuple
 ) -> None:
     folder = write_shards(tmp_path / "model", small.params, small.weights, n_shards)
     for i in set(range(n_shards)) - set(keep):
         (folder / f"consolidated.{i:02d}.pth").unlink()
-    refuse(folder, *parts)
+    assert_build_raises(folder, *parts)
 
 
-def test_shards_too_many_or_of_another_model(refuse: Refuse, tmp_path: Path, small: SimpleNamespace, halves: Path) -> None:
+def test_extra_shards_and_shards_of_another_model_raise(
+    assert_build_raises: AssertBuildRaises, tmp_path: Path, small: SimpleNamespace, halves: Path
+) -> None:
     def spoiled(source: Path, name: str) -> Path:
         folder = shutil.copytree(halves, tmp_path / f"model{len(list(tmp_path.iterdir()))}")
         shutil.copy(source, folder / name)
@@ -251,48 +275,52 @@ def test_shards_too_many_or_of_another_model(refuse: Refuse, tmp_path: Path, sma
 
     twin = write_shards(tmp_path / "twin", small.params, random_weights(small.params, 384, 192, seed=5), 2)
     wide = write_shards(tmp_path / "wide", small.params, random_weights(small.params, 384, 256), 2)
-    refuse(spoiled(halves / SECOND, "consolidated.02.pth"), "one of 2 parts", "there are 3 shards", "too many")
-    refuse(spoiled(twin / SECOND, SECOND), "norm.weight differs", FIRST, SECOND, "different models")
-    refuse(spoiled(wide / SECOND, SECOND), SECOND, "w1.weight is (128, 64)", "(192, 64) in 2 shard(s)", ONE_MODEL)
-    refuse(spoiled(halves / FIRST, SECOND), f"{SECOND} holds the same numbers as {FIRST}", "fetch it again")
+    assert_build_raises(spoiled(halves / SECOND, "consolidated.02.pth"), "one of 2 parts", "there are 3 shards", "too many")
+    assert_build_raises(spoiled(twin / SECOND, SECOND), "norm.weight differs", FIRST, SECOND, "different models")
+    assert_build_raises(spoiled(wide / SECOND, SECOND), SECOND, "w1.weight is (128, 64)", "(192, 64) in 2 shard(s)", ONE_MODEL)
+    assert_build_raises(spoiled(halves / FIRST, SECOND), f"{SECOND} contains the same values as {FIRST}", "fetch it again")
 
 
 @pytest.mark.parametrize(
     "name, size",
     [(FIRST, n) for n in (1, 2, 10, 64, 0.1, 0.5, 0.9, -100, -1)] + [(TOKENIZER, n) for n in (2, 10, 0.5, -10)],
 )
-def test_truncated_files(refuse: Refuse, copy: Path, name: str, size: float) -> None:
-    whole = (copy / name).read_bytes()
-    (copy / name).write_bytes(whole[: int(size * len(whole)) if 0 < size < 1 else int(size)])
-    refuse(copy, str(copy / name), "cut off", "fetch", "again")
+def test_truncated_files_raise(assert_build_raises: AssertBuildRaises, copy: Path, name: str, size: float) -> None:
+    original = (copy / name).read_bytes()
+    (copy / name).write_bytes(original[: int(size * len(original)) if 0 < size < 1 else int(size)])
+    assert_build_raises(copy, str(copy / name), "cut off", "fetch", "again")
 
 
-def test_shards_of_other_formats(refuse: Refuse, copy: Path) -> None:
-    """The last is a shard packed anew with compression: mapped, its bytes would be taken for numbers."""
+def test_other_zip_files_and_json_in_place_of_a_shard_raise(assert_build_raises: AssertBuildRaises, copy: Path) -> None:
+    """One of the files is a shard that was compressed again: if it were memory-mapped, its weights would be wrong."""
     with zipfile.ZipFile(copy / FIRST) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     (copy / FIRST).write_text('{"error": "no access"}')
-    refuse(copy, str(copy / FIRST), "it is JSON")
+    assert_build_raises(copy, str(copy / FIRST), "it is JSON")
     (copy / FIRST).write_bytes(b"PK\x03\x04" + bytes(1000))
-    refuse(copy, str(copy / FIRST), "damaged", "1,004 bytes", "checklist.chk")
+    assert_build_raises(copy, str(copy / FIRST), "damaged", "1,004 bytes", "checklist.chk")
     for content in ({"readme.txt": b"hello"}, files):
         with zipfile.ZipFile(copy / FIRST, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, data in content.items():
                 archive.writestr(name, data)
-        refuse(copy, str(copy / FIRST), "another kind of zip")
+        assert_build_raises(copy, str(copy / FIRST), "another kind of zip")
 
 
 class Bomb:
+    """An object whose unpickling calls a function."""
+
     def __init__(self, call: Callable, *arguments: Any) -> None:
-        self.reduced = call, arguments
+        self.call = call, arguments
 
     def __reduce__(self) -> Any:
-        return self.reduced
+        return self.call
 
 
 @pytest.mark.parametrize("call", ["open", "os.system"])
 @pytest.mark.parametrize("how", ["zip", "inside", "old", "2", "3", "4", "5"])
-def test_nothing_in_a_shard_is_ever_executed(refuse: Refuse, copy: Path, tmp_path: Path, call: str, how: str) -> None:
+def test_code_in_a_shard_is_never_run(
+    assert_build_raises: AssertBuildRaises, copy: Path, tmp_path: Path, call: str, how: str
+) -> None:
     marker = tmp_path / "marker"
     bomb = Bomb(open, str(marker), "w") if call == "open" else Bomb(os.system, f"touch '{marker}'")
     if how.isdigit():
@@ -301,10 +329,10 @@ def test_nothing_in_a_shard_is_ever_executed(refuse: Refuse, copy: Path, tmp_pat
         content = {**torch.load(copy / FIRST), "bomb": bomb} if how == "inside" else bomb
         torch.save(content, copy / FIRST, _use_new_zipfile_serialization=how != "old")
     parts = ["could run code"] if how in ("zip", "inside") else ["a bare pickle", "before 1.6", "torch.save() it again"]
-    refuse(copy, str(copy / FIRST), *parts)
+    assert_build_raises(copy, str(copy / FIRST), *parts)
     assert not marker.exists()
     torch.load(copy / FIRST, weights_only=False) if not how.isdigit() else pickle.loads((copy / FIRST).read_bytes())
-    assert marker.exists()  # so it was a live one
+    assert marker.exists()  # shows that the code would run with pickle.load
 
 
 PLAIN = "tensors by name and nothing else"
@@ -313,7 +341,7 @@ PLAIN = "tensors by name and nothing else"
 @pytest.mark.parametrize(
     "change, parts",
     [
-        (lambda t: list(t.values()), ("holds a list", PLAIN)),
+        (lambda t: list(t.values()), ("contains a list", PLAIN)),
         (lambda t: {"model": t}, ("'model' is no plain tensor", PLAIN)),
         (lambda t: t.update(step=5), ("'step' is no plain tensor", PLAIN)),
         (lambda t: t.update({5: torch.ones(1)}), ("5 is no plain tensor", PLAIN)),
@@ -324,29 +352,33 @@ PLAIN = "tensors by name and nothing else"
         (lambda t: t.update({W2: t[W2].to(torch.int8)}), (W2, "torch.int8", "bfloat16, float16 and float32", "convert")),
         (lambda t: t.update({W2: t[W2].double()}), (W2, "torch.float64", "bfloat16, float16 and float32")),
         (lambda t: t.update({NORM: t[NORM] > 1}), (NORM, "torch.bool", "bfloat16, float16 and float32")),
-        (lambda t: t.clear(), ("n_layers=2", "hold 0 layers")),
-        (lambda t: t.update({"layers." + "9" * 5000: torch.ones(1)}), ("n_layers=2", "hold 3 layers")),
+        (lambda t: t.clear(), ("n_layers=2", "contain 0 layers")),
+        (lambda t: t.update({"layers." + "9" * 5000: torch.ones(1)}), ("n_layers=2", "contain 3 layers")),
         (lambda t: {k: v for k, v in t.items() if k != W2}, (FIRST, f"lacks {W2}", "damaged")),
         (lambda t: {k: v for k, v in t.items() if "norm" not in k}, (FIRST, "lacks", "and 2 more")),
-        (lambda t: t.update(lora=torch.ones(1)), (FIRST, "holds unknown lora")),
-        (lambda t: t.update({"x" * 200_000: torch.ones(1)}), (FIRST, "holds unknown xxxx")),
-        (lambda t: t.update({"\x1b[2J": torch.ones(1)}), (FIRST, r"holds unknown \x1b[2J")),
+        (lambda t: t.update(lora=torch.ones(1)), (FIRST, "contains unknown lora")),
+        (lambda t: t.update({"x" * 200_000: torch.ones(1)}), (FIRST, "contains unknown xxxx")),
+        (lambda t: t.update({"\x1b[2J": torch.ones(1)}), (FIRST, r"contains unknown \x1b[2J")),
         (lambda t: t.update({W2: t[W2].T.contiguous()}), (f"{W2} is (192, 64)", "(64, 192)", ONE_MODEL)),
         (lambda t: t.update({NORM: torch.ones(1, 64)}), (f"{NORM} is (1, 64)", "(64,)", ONE_MODEL)),
         (lambda t: t.update({EMBEDDING: torch.tensor(1.0)}), (f"{EMBEDDING} is ()", "(384, 64)", ONE_MODEL)),
         (lambda t: t.update({EMBEDDING: torch.ones(400, 64)}), ("(400, 64)", "tokenizer has 384 pieces", "model's own")),
     ],
 )
-def test_contents_of_a_shard(refuse: Refuse, copy: Path, change: Callable[[dict], Any], parts: tuple) -> None:
+def test_a_shard_with_other_contents_than_the_models_tensors_raises(
+    assert_build_raises: AssertBuildRaises, copy: Path, change: Callable[[dict], Any], parts: tuple
+) -> None:
     change_tensors(copy / FIRST, change)
-    refuse(copy, *parts)
+    assert_build_raises(copy, *parts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", [EMBEDDING, W2, NORM, "norm.weight", "output.weight"])
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_nan_and_infinity(refuse: Refuse, tmp_path: Path, halves: Path, dtype: torch.dtype, name: str, value: float) -> None:
-    """In the last number of the second shard; of a norm, in both shards, as they must agree."""
+def test_nan_or_infinity_in_any_weight_raises(
+    assert_build_raises: AssertBuildRaises, tmp_path: Path, halves: Path, dtype: torch.dtype, name: str, value: float
+) -> None:
+    """Damage the last value of a weight in the second shard; of a norm in both shards, as norms of shards must agree."""
     folder = shutil.copytree(halves, tmp_path / "model")
     for file in (FIRST, SECOND):
 
@@ -356,18 +388,20 @@ def test_nan_and_infinity(refuse: Refuse, tmp_path: Path, halves: Path, dtype: t
             return tensors
 
         change_tensors(folder / file, change)
-    refuse(folder, name, "NaN or infinity", "checklist.chk", reads=True)
+    assert_build_raises(folder, name, "NaN or infinity", "checklist.chk", reads=True)
 
 
-def test_numbers_too_large_for_the_dtype_asked_for(refuse: Refuse, copy: Path, small: SimpleNamespace) -> None:
+def test_weights_too_large_for_the_dtype_raise(
+    assert_build_raises: AssertBuildRaises, copy: Path, small: SimpleNamespace
+) -> None:
     change_tensors(copy / FIRST, lambda tensors: tensors.update({W2: tensors[W2] * 1e6}))
-    refuse(copy, W2, "too large for torch.float16", "'bfloat16'", reads=True, dtype="float16")
+    assert_build_raises(copy, W2, "too large for torch.float16", "'bfloat16'", reads=True, dtype="float16")
     model = Llama.build(copy, small.tokenizer_path, 16, 2, device="cpu", dtype="bfloat16").model
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_what_is_in_order_loads(copy: Path, small: SimpleNamespace) -> None:
-    """Unusual but sound: every dtype and a mixture, a sum that overflows, parameters, an OrderedDict, strides, a BOM."""
+def test_unusual_but_valid_checkpoints_load(copy: Path, small: SimpleNamespace) -> None:
+    """Load mixed dtypes, weights whose sum overflows, parameters, an OrderedDict, strided tensors, and JSON with a BOM."""
 
     def check(change: Callable[[dict], Any], dtype: torch.dtype) -> None:
         change_tensors(copy / FIRST, change)
@@ -384,12 +418,18 @@ def test_what_is_in_order_loads(copy: Path, small: SimpleNamespace) -> None:
     check(lambda t: {k: v.detach().half() for k, v in t.items()}, torch.float16)
     check(lambda t: t.update({W2: torch.full((64, 192), 60000.0).half()}), torch.float16)
     check(lambda t: {k: v.bfloat16() for k, v in t.items()}, torch.bfloat16)
-    check(lambda t: t.update({NORM: t[NORM].float(), W2: t[W2].half()}), torch.bfloat16)  # as the embeddings are
+    check(
+        lambda t: t.update({NORM: t[NORM].float(), W2: t[W2].half()}), torch.bfloat16
+    )  # the model gets the dtype of its embeddings
 
 
-def test_another_models_tokenizer(refuse: Refuse, tmp_path: Path, llama: Llama, small: SimpleNamespace, halves: Path) -> None:
+def test_a_tokenizer_with_another_vocabulary_size_raises(
+    assert_build_raises: AssertBuildRaises, tmp_path: Path, llama: Llama, small: SimpleNamespace, halves: Path
+) -> None:
     path = train_tokenizer(tmp_path / TOKENIZER, 400)
     for folder in (small.folder, halves):
-        refuse(folder, EMBEDDING, "(384, ", "tokenizer has 400 pieces", "model's own tokenizer.model", tokenizer_path=path)
+        assert_build_raises(
+            folder, EMBEDDING, "(384, ", "tokenizer has 400 pieces", "model's own tokenizer.model", tokenizer_path=path
+        )
     with pytest.raises(CheckpointError, match=r"vocabulary of 384, .* 400 pieces"):
         Llama(llama.model, Tokenizer(path))

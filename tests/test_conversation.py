@@ -1,4 +1,4 @@
-"""What is said, kept and forgotten, apart from any terminal: each answer is that of its whole dialog, from scratch."""
+"""Conversations without a terminal: answers depend on the whole dialog, a full context drops old exchanges, commands work."""
 
 import json
 from pathlib import Path
@@ -12,211 +12,216 @@ from llama.chat import UNSAFE_ERROR, Message, encode_dialog
 from llama.cli.conversation import COMMANDS_HELP, Conversation
 from llama.engine.forward import EngineForward
 
-from .counting import counted
-from .support import refused
+from .counting import count_forward_tokens
+from .support import assert_raises
 
-WINDOW = 192
+MAX_SEQ_LEN = 192
 
 
-class Talk(Conversation):
-    """A greedy conversation on one rank, and what it remarked."""
+class GreedyConversation(Conversation):
+    """A greedy conversation on one rank, with a list of its status messages."""
 
     def __init__(self, llama: Llama, **options: object) -> None:
-        self.remarks: list[str] = []
-        super().__init__(llama, self.remarks.append, **{"temperature": 0, "max_gen_len": 8} | options)
+        self.messages: list[str] = []
+        super().__init__(llama, self.messages.append, **{"temperature": 0, "max_gen_len": 8} | options)
 
-    def says(self, line: str, most: int = 1000) -> str | None:
-        """The answer to a line, or its first pieces; None for a line that has none."""
+    def send(self, line: str, max_chunks: int = 1000) -> str | None:
+        """Send a line; return the first chunks of the answer, or None if the line is a command without an answer."""
         answer = self.respond(line)
         if answer is None:
             return None
-        pieces = [piece for _, piece in zip(range(most), answer, strict=False)]
+        chunks = [chunk for _, chunk in zip(range(max_chunks), answer, strict=False)]
         answer.close()
-        return "".join(pieces)
+        return "".join(chunks)
 
 
 @pytest.fixture(scope="module")
 def llama(small: SimpleNamespace) -> Llama:
-    return Llama.build(small.folder, small.tokenizer_path, max_seq_len=WINDOW, max_batch_size=1, device="cpu")
+    return Llama.build(small.folder, small.tokenizer_path, max_seq_len=MAX_SEQ_LEN, max_batch_size=1, device="cpu")
 
 
 @pytest.fixture
-def talk(llama: Llama) -> Talk:
-    return Talk(llama)
+def conversation(llama: Llama) -> GreedyConversation:
+    return GreedyConversation(llama)
 
 
 def message(role: str, content: str | None) -> Message:
     return {"role": role, "content": content}  # type: ignore[typeddict-item]
 
 
-def from_scratch(llama: Llama, dialog: list[Message]) -> str:
+def complete_dialog(llama: Llama, dialog: list[Message]) -> str:
+    """Return the greedy answer to a whole dialog, computed without a conversation."""
     return llama.chat_completion([dialog], temperature=0, max_gen_len=8)[0]["generation"]["content"]
 
 
-def test_each_turn_is_answered_as_its_whole_dialog(llama: Llama) -> None:
-    talk = Talk(llama, system="Be short.")
+def test_each_answer_is_the_answer_to_the_whole_dialog(llama: Llama) -> None:
+    conversation = GreedyConversation(llama, system="Be short.")
     dialog = [message("system", "Be short.")]
     for question in ("  good morning ", "seven?", "one, two"):
         dialog.append(message("user", question))
-        answer = talk.says(question)
-        assert answer == from_scratch(llama, dialog) and len(answer) > 2
+        answer = conversation.send(question)
+        assert answer == complete_dialog(llama, dialog) and len(answer) > 2
         dialog.append(message("assistant", answer))
-        assert talk.dialog() == dialog and talk.cut_off == "max_gen_len=8"
+        assert conversation.dialog() == dialog and conversation.cut_off == "max_gen_len=8"
 
 
-def test_a_turn_computes_only_what_is_new(talk: Talk) -> None:
-    with counted() as computed:
-        talk.says("one, two, three, four, five")
+def test_each_turn_computes_only_the_new_tokens(conversation: GreedyConversation) -> None:
+    with count_forward_tokens() as computed:
+        conversation.send("one, two, three, four, five")
         first = computed[0]
-        assert first == len(encode_dialog(talk.llama.tokenizer, [message("user", "one, two, three, four, five")]))
+        assert first == len(encode_dialog(conversation.llama.tokenizer, [message("user", "one, two, three, four, five")]))
         computed.clear()
-        talk.says("six")
-    assert computed[0] <= len(encode_dialog(talk.llama.tokenizer, talk.dialog()[:3])) - first
+        conversation.send("six")
+    assert computed[0] <= len(encode_dialog(conversation.llama.tokenizer, conversation.dialog()[:3])) - first
 
 
-def test_an_answer_that_is_ended_early_stays_as_far_as_it_came(talk: Talk) -> None:
-    begun = talk.says("good morning", most=3)
-    dialog = [message("user", "good morning"), message("assistant", begun)]
-    assert talk.dialog() == dialog and begun and talk.cut_off is None
-    assert talk.says("seven?") == from_scratch(talk.llama, [*dialog, message("user", "seven?")])
+def test_the_received_part_of_an_answer_that_is_ended_early_stays_in_the_dialog(conversation: GreedyConversation) -> None:
+    received = conversation.send("good morning", max_chunks=3)
+    dialog = [message("user", "good morning"), message("assistant", received)]
+    assert conversation.dialog() == dialog and received and conversation.cut_off is None
+    assert conversation.send("seven?") == complete_dialog(conversation.llama, [*dialog, message("user", "seven?")])
 
 
-def test_a_full_window_forgets_the_oldest_exchanges_but_never_the_system_text(llama: Llama) -> None:
-    talk = Talk(llama, system="Be short.")
+def test_a_full_context_drops_the_oldest_exchanges_but_never_the_system_text(llama: Llama) -> None:
+    conversation = GreedyConversation(llama, system="Be short.")
     for i in range(12):
-        answer = talk.says(f"one, two, three, four: {i}")
-        kept = talk.dialog()
+        answer = conversation.send(f"one, two, three, four: {i}")
+        kept = conversation.dialog()
         assert kept[0] == message("system", "Be short.")
         assert kept[-2:] == [message("user", f"one, two, three, four: {i}"), message("assistant", answer)]
-        assert len(encode_dialog(llama.tokenizer, kept[:-1])) + 8 <= WINDOW
-        assert answer == from_scratch(llama, kept[:-1])
-    assert 1 < len(talk.exchanges) < 12
-    forgotten = [remark for remark in talk.remarks if "forgotten" in remark]
-    assert len(forgotten) == 12 - len(talk.exchanges)
-    assert forgotten[0] == f"the window of {WINDOW} ids is full: the oldest exchange is forgotten"
-    assert talk.dialog()[1]["content"].endswith(f": {12 - len(talk.exchanges)}")  # the oldest went first
+        assert len(encode_dialog(llama.tokenizer, kept[:-1])) + 8 <= MAX_SEQ_LEN
+        assert answer == complete_dialog(llama, kept[:-1])
+    assert 1 < len(conversation.exchanges) < 12
+    forgotten = [text for text in conversation.messages if "forgotten" in text]
+    assert len(forgotten) == 12 - len(conversation.exchanges)
+    assert forgotten[0] == f"the context of {MAX_SEQ_LEN} tokens is full: the oldest exchange is forgotten"
+    assert conversation.dialog()[1]["content"].endswith(f": {12 - len(conversation.exchanges)}")  # the oldest went first
 
 
-def test_several_are_forgotten_at_once_for_a_long_question(talk: Talk) -> None:
+def test_a_long_question_drops_several_exchanges_at_once(conversation: GreedyConversation) -> None:
     for text in "abc":
-        talk.says(text)
+        conversation.send(text)
     long = "the lazy dog " * 22
-    talk.says(long)
-    assert [question for question, _ in talk.exchanges][-1] == long and len(talk.exchanges) < 3
-    assert talk.remarks == [f"the window of {WINDOW} ids is full: the {4 - len(talk.exchanges)} oldest exchanges are forgotten"]
+    conversation.send(long)
+    assert [question for question, _ in conversation.exchanges][-1] == long and len(conversation.exchanges) < 3
+    assert conversation.messages == [
+        f"the context of {MAX_SEQ_LEN} tokens is full: the {4 - len(conversation.exchanges)} oldest exchanges are forgotten"
+    ]
 
 
-def test_a_question_too_long_for_the_window_changes_nothing(talk: Talk) -> None:
-    talk.says("good morning")
-    before = talk.dialog()
+def test_a_question_too_long_for_the_context_raises_and_changes_nothing(conversation: GreedyConversation) -> None:
+    conversation.send("good morning")
+    before = conversation.dialog()
     with pytest.raises(
-        InputError, match=rf"the question has \d+ ids, .* the window of {WINDOW} ids .* answer of 8 too: shorten"
+        InputError, match=rf"the question has \d+ tokens, .* 8 more are reserved .* has only {MAX_SEQ_LEN}: shorten"
     ):
-        talk.says("the lazy dog " * 60)
-    assert talk.dialog() == before and talk.remarks == []
-    talk.says("/system " + "the lazy dog " * 60)
-    with pytest.raises(InputError, match="the system text included"):
-        talk.says("/retry")
-    assert talk.dialog()[1:] == before
+        conversation.send("the lazy dog " * 60)
+    assert conversation.dialog() == before and conversation.messages == []
+    conversation.send("/system " + "the lazy dog " * 60)
+    with pytest.raises(InputError, match="with the system text"):
+        conversation.send("/retry")
+    assert conversation.dialog()[1:] == before
 
 
 @pytest.mark.parametrize("line", ["a [INST] b", "<</SYS>>", "/system be [/INST] good", "lone \ud800"])
-def test_what_no_message_may_hold_is_refused_before_anything_is_computed(
-    talk: Talk, monkeypatch: pytest.MonkeyPatch, line: str
+def test_a_message_with_a_tag_or_a_lone_surrogate_raises_before_the_model_runs(
+    conversation: GreedyConversation, monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
-    talk.says("good morning")
-    before = talk.dialog()
+    conversation.send("good morning")
+    before = conversation.dialog()
     monkeypatch.setattr(EngineForward, "hidden_states", None)
     with pytest.raises(InputError) as error:
-        talk.says(line)
+        conversation.send(line)
     assert str(error.value) == UNSAFE_ERROR or "lone surrogate" in str(error.value)
-    assert talk.dialog() == before
+    assert conversation.dialog() == before
 
 
-def test_a_special_tag_ends_an_answer_and_so_never_spoils_the_dialog(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that goes on with a question of its own: [INST] would be refused in every later dialog."""
-    tokenizer, model = talk.llama.tokenizer, talk.llama.model
+def test_a_special_tag_ends_an_answer_and_is_never_stored_in_the_dialog(
+    conversation: GreedyConversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model continues with a question of its own. [INST] in the stored answer would make every later dialog raise."""
+    tokenizer, model = conversation.llama.tokenizer, conversation.llama.model
     script = iter(tokenizer.encode("six seven [INST] well", bos=False, eos=False) + [tokenizer.eos_id] * 9)
-    monkeypatch.setattr(talk, "stream_options", talk.stream_options | {"max_gen_len": 60})
+    monkeypatch.setattr(conversation, "stream_options", conversation.stream_options | {"max_gen_len": 60})
     with monkeypatch.context() as scripted:
         one = torch.eye(model.vocab_size)
         scripted.setattr(EngineForward, "logits", lambda self, hidden: one[next(script)].expand(len(hidden), -1))
-        assert talk.says("good morning") == "six seven "
-    assert talk.cut_off is None
-    assert talk.says("seven?")
+        assert conversation.send("good morning") == "six seven "
+    assert conversation.cut_off is None
+    assert conversation.send("seven?")
 
 
-def test_retry_answers_the_last_question_anew(llama: Llama) -> None:
-    talk = Talk(llama, temperature=2.0, top_p=1.0, max_gen_len=20)
-    talk.says("good night")
-    first = talk.says("good morning")
-    again = talk.says("/retry")
-    assert again != first and [question for question, _ in talk.exchanges] == ["good night", "good morning"]
-    assert talk.exchanges[-1][1] == again
-    greedy = Talk(llama)
-    assert greedy.says("good night") == greedy.says("/retry")
-    with pytest.raises(InputError, match="nothing was asked yet"):
-        Talk(llama).says("/retry")
+def test_retry_replaces_the_last_answer(llama: Llama) -> None:
+    conversation = GreedyConversation(llama, temperature=2.0, top_p=1.0, max_gen_len=20)
+    conversation.send("good night")
+    first = conversation.send("good morning")
+    again = conversation.send("/retry")
+    assert again != first and [question for question, _ in conversation.exchanges] == ["good night", "good morning"]
+    assert conversation.exchanges[-1][1] == again
+    greedy = GreedyConversation(llama)
+    assert greedy.send("good night") == greedy.send("/retry")
+    with pytest.raises(InputError, match="there is no question to answer again"):
+        GreedyConversation(llama).send("/retry")
 
 
-def test_the_system_text(talk: Talk) -> None:
-    talk.says("/system")
-    talk.says("/system Answer with a  poem.")
-    assert talk.says("seven?") == from_scratch(
-        talk.llama, [message("system", "Answer with a  poem."), message("user", "seven?")]
+def test_the_system_command_shows_sets_and_removes_the_system_text(conversation: GreedyConversation) -> None:
+    conversation.send("/system")
+    conversation.send("/system Answer with a  poem.")
+    assert conversation.send("seven?") == complete_dialog(
+        conversation.llama, [message("system", "Answer with a  poem."), message("user", "seven?")]
     )
-    talk.says("/system")
-    talk.says("/system Be short.")
-    assert len(talk.exchanges) == 1 and talk.dialog()[0] == message("system", "Be short.")
-    talk.says("/clear")
-    assert talk.dialog() == [message("system", "Be short.")]
-    talk.says("/system -")
-    assert talk.dialog() == []
-    assert talk.remarks == [
+    conversation.send("/system")
+    conversation.send("/system Be short.")
+    assert len(conversation.exchanges) == 1 and conversation.dialog()[0] == message("system", "Be short.")
+    conversation.send("/clear")
+    assert conversation.dialog() == [message("system", "Be short.")]
+    conversation.send("/system -")
+    assert conversation.dialog() == []
+    assert conversation.messages == [
         "there is no system text",
         "the system text is: Answer with a  poem.",
         "the system text is: Answer with a  poem.",
-        "the system text is: Be short.; the conversation goes on, /clear begins anew",
-        "the conversation begins anew",
+        "the system text is: Be short.; the conversation continues, /clear clears it",
+        "the conversation is cleared",
         "there is no system text",
     ]
 
 
-def test_save(talk: Talk, tmp_path: Path) -> None:
-    talk.says("/system 你是一位诗人")
-    talk.says(f"/save {tmp_path}/early.json")
-    talk.says("写")
+def test_save_writes_the_dialog_to_a_new_file_and_never_overwrites(conversation: GreedyConversation, tmp_path: Path) -> None:
+    conversation.send("/system 你是一位诗人")
+    conversation.send(f"/save {tmp_path}/early.json")
+    conversation.send("写")
     name = tmp_path / "a talk.json"
-    talk.says(f"/save {name}")
+    conversation.send(f"/save {name}")
     saved = json.loads(name.read_text(encoding="utf-8"))
-    assert saved == talk.dialog() and len(saved) == 3
-    assert talk.says("seven?") == from_scratch(talk.llama, [*saved, message("user", "seven?")])
+    assert saved == conversation.dialog() and len(saved) == 3
+    assert conversation.send("seven?") == complete_dialog(conversation.llama, [*saved, message("user", "seven?")])
     for bad in (str(name), f"{tmp_path}/no/folder.json", str(tmp_path), "", "~nobody-of-that-name/x", "nul\0"):
-        talk.says(f"/save {bad}")
-    assert json.loads(name.read_text(encoding="utf-8")) == saved and len(talk.dialog()) == 5
-    assert [remark.removeprefix(str(tmp_path)) for remark in talk.remarks[1:5]] == [
-        "nothing was said yet",
+        conversation.send(f"/save {bad}")
+    assert json.loads(name.read_text(encoding="utf-8")) == saved and len(conversation.dialog()) == 5
+    assert [text.removeprefix(str(tmp_path)) for text in conversation.messages[1:5]] == [
+        "the conversation is empty: nothing to save",
         f"saved in {name}",
-        "/a talk.json is there already; give another name",
+        "/a talk.json exists already; give another name",
         "/no/folder.json cannot be written: No such file or directory",
     ]
-    assert len(talk.remarks) == 9 and list(tmp_path.iterdir()) == [name]
+    assert len(conversation.messages) == 9 and list(tmp_path.iterdir()) == [name]
 
 
-def test_help_exit_blank_lines_and_unknown_commands(talk: Talk) -> None:
-    assert talk.says("/help") is talk.says("   ") is talk.says("/exit now") is None
-    assert talk.done and talk.remarks == [COMMANDS_HELP] and talk.dialog() == []
-    with pytest.raises(InputError, match=r"^/sytem is no command; /help names them$"):
-        talk.says("/sytem x")
+def test_help_exit_and_blank_lines_have_no_answer_and_unknown_commands_raise(conversation: GreedyConversation) -> None:
+    assert conversation.send("/help") is conversation.send("   ") is conversation.send("/exit now") is None
+    assert conversation.done and conversation.messages == [COMMANDS_HELP] and conversation.dialog() == []
+    with pytest.raises(InputError, match=r"^/sytem is not a command; /help lists all commands$"):
+        conversation.send("/sytem x")
 
 
-def test_why_an_answer_was_cut_is_told_of_that_answer(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    talk = Conversation(llama, lambda text: None, temperature=0, max_gen_len=4)
-    answer = talk.respond("hi")
-    assert answer is not None and "".join(answer) and talk.cut_off is not None and "4" in talk.cut_off
+def test_cut_off_describes_the_last_answer_only(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation = Conversation(llama, lambda text: None, temperature=0, max_gen_len=4)
+    answer = conversation.respond("hi")
+    assert answer is not None and "".join(answer) and conversation.cut_off is not None and "4" in conversation.cut_off
     first = llama.generate([llama.tokenizer.encode("[INST] hi [/INST]", bos=True, eos=False)], 1, 0)[0][0][0]
-    talk.exchanges.clear()
+    conversation.exchanges.clear()
     monkeypatch.setattr(llama.tokenizer, "eos_id", first)
-    answer = talk.respond("hi")
-    assert answer is not None and list(answer) == [] and talk.cut_off is None
-    refused(lambda: Conversation(llama, lambda text: None, "a [INST]"), InputError, "special tags")
+    answer = conversation.respond("hi")
+    assert answer is not None and list(answer) == [] and conversation.cut_off is None
+    assert_raises(lambda: Conversation(llama, lambda text: None, "a [INST]"), InputError, "special tags")

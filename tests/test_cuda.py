@@ -1,4 +1,4 @@
-"""What only a GPU can show: captured steps, compiled layers, and the CPU's answers."""
+"""On a GPU: captured decode steps and compiled layers give the tokens of uncaptured steps and of the CPU."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import Llama
+from llama import Llama, compat
 from llama.backends.cuda_graphs import CudaGraphsBackend
 from llama.backends.torch_compile import TorchCompileBackend
 from llama.checkpoint import packed_file
-from llama.kernels import int4, packing
+from llama.kernels import packing
 from llama.quantization.quantize import quantize
 from llama.quantization.weight import QuantizedWeight
 
@@ -25,8 +25,8 @@ def build(small: SimpleNamespace, folder: Path | None = None, **options: object)
     return Llama.build(folder or small.folder, small.tokenizer_path, 300, 4, **options)  # type: ignore[arg-type]
 
 
-def captured(llama: Llama, captures: bool) -> CudaGraphsBackend:
-    """Have all steps made anew, captured or not."""
+def reset_steps(llama: Llama, captures: bool) -> CudaGraphsBackend:
+    """Drop all decode steps of the model, so that new steps are made, captured or not; return the backend."""
     backend = llama.engine.backend
     assert isinstance(backend, CudaGraphsBackend)
     backend.captures = captures
@@ -34,31 +34,30 @@ def captured(llama: Llama, captures: bool) -> CudaGraphsBackend:
     return backend
 
 
-def test_float32_answers_are_the_cpus(small: SimpleNamespace) -> None:
-    want, values = build(small, device="cpu").generate(PROMPTS, 40, temperature=0, logprobs=True)
-    got, mine = build(small, device="cuda").generate(PROMPTS, 40, temperature=0, logprobs=True)
+def test_float32_answers_are_those_of_the_cpu(small: SimpleNamespace) -> None:
+    want, want_logprobs = build(small, device="cpu").generate(PROMPTS, 40, temperature=0, logprobs=True)
+    got, got_logprobs = build(small, device="cuda").generate(PROMPTS, 40, temperature=0, logprobs=True)
     assert got == want
-    for row, expected in zip(mine or [], values or [], strict=True):
+    for row, expected in zip(got_logprobs or [], want_logprobs or [], strict=True):
         assert row == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_captured_and_uncaptured_greedy_ids_are_equal(small: SimpleNamespace, compile: bool, dtype: str) -> None:
-    """Across buckets, rows and calls, and after a call of other rows in between."""
+def test_captured_and_uncaptured_greedy_tokens_are_equal(small: SimpleNamespace, compile: bool, dtype: str) -> None:
+    """Compare over several context buckets and calls, with another number of rows in between."""
     llama = build(small, device="cuda", dtype=dtype, compile=compile)
     assert llama.backend == ("torch_compile" if compile else "cuda_graphs")
-    captured(llama, False)
+    reset_steps(llama, False)
     want = [llama.generate(prompts, 160, temperature=0)[0] for prompts in (PROMPTS, PROMPTS[:1], PROMPTS)]
-    backend = captured(llama, True)
+    backend = reset_steps(llama, True)
     got = [llama.generate(prompts, 160, temperature=0)[0] for prompts in (PROMPTS, PROMPTS[:1], PROMPTS)]
     assert backend.captures, "nothing was captured"
     assert got == want
     assert backend.steps and all(step.replay.__name__ == "replay" for step in backend.steps.values())
 
 
-def test_drawn_ids_do_not_depend_on_capture(small: SimpleNamespace) -> None:
-    """Nor on static memory."""
+def test_sampled_tokens_do_not_depend_on_capture_or_static_memory(small: SimpleNamespace) -> None:
     answers = []
     for backend in ("torch", "cuda_graphs"):
         llama = build(small, device="cuda", backend=backend)
@@ -68,17 +67,17 @@ def test_drawn_ids_do_not_depend_on_capture(small: SimpleNamespace) -> None:
 
 
 def test_more_prompts_than_rows_answer_as_on_the_cpu(small: SimpleNamespace) -> None:
-    """Prompts take slots between captured steps, of which each is launched before the last one's ids are read."""
+    """Waiting prompts take over rows between captured steps, each of which starts before the previous tokens are read."""
     prompts = [[1, *range(5 * i + 5, 5 * i + 6 + i % 7)] for i in range(15)]
     options: dict = dict(logprobs=True, temperature=1.0, seed=range(15), repetition_penalty=1.2, top_k=50)
-    want, values = build(small, device="cpu").generate(prompts, 40, **options)
-    got, mine = build(small, device="cuda").generate(prompts, 40, **options)
+    want, want_logprobs = build(small, device="cpu").generate(prompts, 40, **options)
+    got, got_logprobs = build(small, device="cuda").generate(prompts, 40, **options)
     assert got == want
-    for row, expected in zip(mine or [], values or [], strict=True):
+    for row, expected in zip(got_logprobs or [], want_logprobs or [], strict=True):
         assert row == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_turn_goes_on_where_the_last_one_ended(small: SimpleNamespace) -> None:
+def test_a_stream_with_reuse_gives_the_answer_of_a_new_call(small: SimpleNamespace) -> None:
     llama = build(small, device="cuda")
     text = "Once upon a time"
     for _ in range(3):
@@ -88,70 +87,75 @@ def test_a_turn_goes_on_where_the_last_one_ended(small: SimpleNamespace) -> None
         text += answer + " and"
 
 
-def test_shards_load_onto_the_gpu(tmp_path: Path, small: SimpleNamespace) -> None:
+def test_a_model_in_several_shards_answers_on_the_gpu_as_on_the_cpu(tmp_path: Path, small: SimpleNamespace) -> None:
     want = build(small, device="cpu").generate(PROMPTS, 20, temperature=0)[0]
     folder = write_shards(tmp_path, small.params, small.weights, 4)
     assert build(small, folder, device="cuda").generate(PROMPTS, 20, temperature=0)[0] == want
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("shape", [(384, 192), (344, 172), (64, 1088), (20, 7)], ids=str)
-def test_quantized_products(kind: str, shape: tuple[int, int]) -> None:
-    """Of a single row, of few and of many, also of widths that no kernel has."""
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("shape", [(384, 192), (344, 172), (64, 1088), (64, 256), (20, 7)], ids=str)
+def test_quantized_weights_multiply_as_their_dequantized_values(
+    format: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Multiply 1 to 300 rows, also with shapes that the kernels support only with padding."""
     g = torch.Generator().manual_seed(1)
-    held = quantize(torch.randn(shape, generator=g).cuda().bfloat16(), kind)
-    kernel = packing.pack_weight(held)
-    assert kernel and held.scales.shape[1] == (1 if kind == "int8" else -(-shape[1] // 32))
+    quantized = quantize(torch.randn(shape, generator=g).cuda().bfloat16(), format)
+    kernel = packing.pack_weight(quantized)
+    assert kernel and quantized.scales.shape[1] == (1 if format == "int8" else -(-shape[1] // 32))
     for rows in (1, 3, 8, 17, 40, 300):
         x = torch.randn(rows, shape[1], generator=g).cuda().bfloat16()
         want = x.double() @ kernel.dequantize().double().t()
         assert (kernel(x).double() - want).norm() < 0.01 * want.norm(), rows
-    if kind == "int4":  # many rows are unpacked; else they would take five times as long
-        assert all(int4._can_unpack_cuda(half_tiles, torch.device("cuda", 0)) for half_tiles in (1, 2, 4))
-    again = kernel.unpack()
-    assert (
-        isinstance(again, QuantizedWeight) and torch.equal(again.values, held.values) and torch.equal(again.scales, held.scales)
-    )
+    # For many rows int4 weights must be dequantized once; PyTorch's int4 kernel would take five times as long.
+    with monkeypatch.context() as patch:
+        patch.setattr(compat, "int4_linear_cuda", lambda *_: pytest.fail("many rows were multiplied by the int4 kernel"))
+        kernel(torch.randn(300, shape[1], generator=g).cuda().bfloat16())
+    unpacked = kernel.unpack()
+    assert isinstance(unpacked, QuantizedWeight)
+    assert torch.equal(unpacked.values, quantized.values) and torch.equal(unpacked.scales, quantized.scales)
 
 
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_quantized_models_answer_as_on_the_cpu(tmp_path: Path, small: SimpleNamespace, kind: str, compile: bool) -> None:
-    """From one shard, and from a saved file made of four; in captured steps as in others. In 8 bit the GPU has a scale for each
-    row where the CPU, and the file, have groups."""
-    prompt, options = [[1, 5, 9, 30, 8, 77]], dict(quantize=kind, dtype="bfloat16")
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_quantized_models_answer_as_on_the_cpu(tmp_path: Path, small: SimpleNamespace, format: str, compile: bool) -> None:
+    """Quantize one shard at load and load a file quantized from four shards, with captured and with uncaptured decode steps.
+
+    In int8 a weight on the GPU has one scale per row, on the CPU and in the file one per group.
+    """
+    prompt, options = [[1, 5, 9, 30, 8, 77]], dict(quantize=format, dtype="bfloat16")
     llama = build(small, device="cuda", compile=compile, **options)
-    ids = torch.tensor(prompt)
-    want = build(small, device="cpu", **options).model.forward(ids, 0)
-    for logits in (engine_logits(llama.engine.forward(), ids.cuda(), 0), llama.model.forward(ids, 0)):
+    tokens = torch.tensor(prompt)
+    want = build(small, device="cpu", **options).model.forward(tokens, 0)
+    for logits in (engine_logits(llama.engine.forward(), tokens.cuda(), 0), llama.model.forward(tokens, 0)):
         assert (logits.cpu() - want).norm() < 0.03 * want.norm()
-    with torch.autocast("cuda", torch.float16):  # as test_quantize has it of the CPU
-        assert (llama.model.forward(ids, 0).cpu() - want).norm() < 0.05 * want.norm()
+    with torch.autocast("cuda", torch.float16):  # test_quantize.py tests autocast on the CPU
+        assert (llama.model.forward(tokens, 0).cpu() - want).norm() < 0.05 * want.norm()
     answers = []
     for captures in (False, True):
-        backend = captured(llama, captures)
+        backend = reset_steps(llama, captures)
         answers.append(llama.generate(PROMPTS, 100, temperature=0, logprobs=True))
     assert backend.captures and backend.steps and answers[0] == answers[1]
     folder = write_shards(tmp_path, small.params, small.weights, 4)
-    packed_file.save_packed_file(folder, kind)
+    packed_file.save_packed_file(folder, format)
     from_file = build(small, folder, device="cuda", compile=compile, **options).generate(PROMPTS, 100, 0.0, logprobs=True)
-    assert compile or kind == "int8" or from_file == answers[0]  # what is tuned anew may sum in another order
+    # Compiled kernels are tuned again and may then sum in another order.
+    assert compile or format == "int8" or from_file == answers[0]
 
 
-def test_hooks_see_every_step(small: SimpleNamespace) -> None:
-    """Of a captured step they would see the capture. The embedding, too."""
+def test_hooks_are_called_in_every_decode_step(small: SimpleNamespace) -> None:
+    """In a captured step a hook, on the embedding or on a linear layer, would be called only during the capture."""
     llama = build(small, device="cuda")
-    want, seen = llama.generate(PROMPTS[:1], 6, temperature=0), []
+    want, lengths = llama.generate(PROMPTS[:1], 6, temperature=0), []
     for module in (llama.model.tok_embeddings, llama.model.layers[0].feed_forward.w2, llama.model.output):
-        handle = module.register_forward_hook(lambda module, args, y: seen.append(y.shape[1]))
+        handle = module.register_forward_hook(lambda module, args, y: lengths.append(y.shape[1]))
         assert llama.generate(PROMPTS[:1], 6, temperature=0) == want
         handle.remove()
-    assert seen == [5, 1, 1, 1, 1, 1] * 3
-    assert llama.generate(PROMPTS[:1], 6, temperature=0) == want and len(seen) == 3 * 6
+    assert lengths == [5, 1, 1, 1, 1, 1] * 3
+    assert llama.generate(PROMPTS[:1], 6, temperature=0) == want and len(lengths) == 3 * 6
 
 
-def test_the_fastest_is_chosen(small: SimpleNamespace) -> None:
-    """On a GPU by itself the one that captures; the others by name. All give the same ids."""
+def test_auto_chooses_cuda_graphs_and_all_backends_give_the_same_tokens(small: SimpleNamespace) -> None:
     answers = {}
     for name in ("auto", "eager", "torch", "cuda_graphs", "torch_compile"):
         llama = build(small, device="cuda", backend=name)

@@ -1,6 +1,6 @@
-"""The demo model: its files are what they claim, it knows what demo/README.md says, and it answers alike however it is split.
+"""The demo model: its files, the scores in demo/README.md, and equal answers for any number of shards and ranks.
 
-Started by torchrun (`test_demo.py OUT.pt CKPT ...`) this file is the ranks' own program.
+Run by torchrun (`test_demo.py OUT.pt CKPT ...`) this file is also the program of each rank.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the ranks
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the ranks do not run under pytest, which sets the path
 
 from demo import corpus, evaluate, facts, kinds, texts, train, unknown, wordings
 from llama import Dialog, Llama
@@ -49,34 +49,34 @@ def llama() -> Llama:
 @pytest.fixture(scope="module")
 def scores(llama: Llama) -> dict[str, tuple[int, int]]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model gains nothing from more
+    torch.set_num_threads(1)  # more threads do not make so small a model faster
     table = evaluate.scores(llama)
     torch.set_num_threads(threads)
     return table
 
 
-def test_files_are_what_they_claim() -> None:
+def test_the_demo_checkpoint_is_small_bfloat16_and_matches_its_checklist() -> None:
     assert (MODEL / "consolidated.00.pth").stat().st_size <= 4_000_000
     weights = torch.load(MODEL / "consolidated.00.pth", weights_only=True)
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
     params = json.loads((MODEL / "params.json").read_text())
     assert set(params) == {"dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "norm_eps", "vocab_size"}
     assert params["vocab_size"] == -1 and params["n_kv_heads"] < params["n_heads"]
-    listed = dict(reversed(line.split()) for line in (MODEL / "checklist.chk").read_text().splitlines())
-    assert listed == {f: hashlib.md5((MODEL / f).read_bytes()).hexdigest() for f in ("consolidated.00.pth", "params.json")}
-    ours = [f for f in DEMO.rglob("*") if f.is_file() and f.suffix != ".pyc" and DEMO / "trained" not in f.parents]
-    assert sum(f.stat().st_size for f in ours) < 5_000_000
+    checksums = dict(reversed(line.split()) for line in (MODEL / "checklist.chk").read_text().splitlines())
+    assert checksums == {f: hashlib.md5((MODEL / f).read_bytes()).hexdigest() for f in ("consolidated.00.pth", "params.json")}
+    files = [f for f in DEMO.rglob("*") if f.is_file() and f.suffix != ".pyc" and DEMO / "trained" not in f.parents]
+    assert sum(f.stat().st_size for f in files) < 5_000_000
 
 
-def test_tokenizer_is_like_llamas(llama: Llama) -> None:
-    t = llama.tokenizer
-    assert (t.bos_id, t.eos_id, t.pad_id, t.n_words % 8) == (1, 2, -1, 0)
+def test_the_tokenizer_has_llamas_special_tokens_and_decodes_any_text(llama: Llama) -> None:
+    tokenizer = llama.tokenizer
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.n_words % 8) == (1, 2, -1, 0)
     for text in ("What is 12 + 7?", "two\nlines", "🐶 and 🦖", "naïve 你好"):
-        assert t.decode(t.encode(text, bos=True, eos=True)) == text
+        assert tokenizer.decode(tokenizer.encode(text, bos=True, eos=True)) == text
 
 
 @pytest.mark.parametrize(
-    "name, least",
+    "name, min_percent",
     [
         ("all facts", 90),
         ("system prompt: Haiku, three lines", 90),
@@ -93,23 +93,24 @@ def test_tokenizer_is_like_llamas(llama: Llama) -> None:
         (f"answers that end with EOS within {evaluate.LONGEST} ids", 99),
     ],
 )
-def test_scores(scores: dict[str, tuple[int, int]], name: str, least: float) -> None:
+def test_the_demo_model_scores_at_least(scores: dict[str, tuple[int, int]], name: str, min_percent: float) -> None:
     right, total = scores[name]
-    assert 100 * right / total >= least, scores
+    assert 100 * right / total >= min_percent, scores
 
 
-def test_no_kind_of_fact_is_lost(scores: dict[str, tuple[int, int]]) -> None:
-    assert {n: s for n, s in scores.items() if n.startswith("fact: ") and s[0] < 0.75 * s[1]} == {}
+def test_every_kind_of_fact_scores_at_least_75_percent(scores: dict[str, tuple[int, int]]) -> None:
+    below = {name: (right, total) for name, (right, total) in scores.items() if right < 0.75 * total}
+    assert not any(name.startswith("fact: ") for name in below), below
 
 
-def test_held_out_is_not_in_training() -> None:
-    """In what the model was trained on, as far as a large sample of it shows."""
+def test_held_out_wordings_names_and_sums_are_not_in_the_training_text() -> None:
+    """Search a large sample of the training text."""
     stream = corpus.documents(train.SEED + 1)
     text = "\n".join(next(stream).plain().lower() for _ in range(15000))
     held_out = [wording for kind in kinds.KINDS.values() for wording in kind.tests]
     held_out += wordings.HELD_OUT_SEE_THERE + wordings.HELD_OUT_SPEAK_THERE + wordings.HELD_OUT_FOLLOW_UPS
     held_out += unknown.HELD_OUT_UNKNOWN + unknown.HELD_OUT_ASKED + wordings.HELD_OUT_TOPICS + wordings.HELD_OUT_FAVOURITES
-    held_out += [said for said, _ in wordings.HELD_OUT_CHAT]
+    held_out += [text for text, _ in wordings.HELD_OUT_CHAT]
     held_out += [wording for asks in wordings.HELD_OUT_MEMORY.values() for wording in asks]
     for wording in set(held_out):
         parts = re.split(r"\{\w*\}", wording.lower().rstrip("?!."))
@@ -121,21 +122,21 @@ def test_held_out_is_not_in_training() -> None:
     assert len(added) > 150 and not added & {(str(x), str(z)) for pair in facts.HELD_OUT_SUMS for x, z in (pair, pair[::-1])}
 
 
-def test_learned_ids_are_what_inference_sees(llama: Llama) -> None:
-    """A dialog's ids in training begin with those of its open question, and go on with the answer."""
+def test_a_dialog_has_the_same_tokens_in_training_as_in_inference(llama: Llama) -> None:
+    """In training the tokens of a dialog are those of its prompt in inference, followed by the answer and EOS."""
     stream = corpus.documents(5)
     for _ in range(300):
         document = next(stream)
         if document.dialog:
-            ids, learned = train.encode(llama.tokenizer, document)
+            tokens, learned = train.encode(llama.tokenizer, document)
             prompt = encode_dialog(llama.tokenizer, document.dialog[:-1])
-            assert ids[: len(prompt)] == prompt and ids[-1] == llama.tokenizer.eos_id
-            assert llama.tokenizer.decode(ids[len(prompt) :]) == document.dialog[-1]["content"]
-            assert learned >= set(range(len(prompt), len(ids)))
+            assert tokens[: len(prompt)] == prompt and tokens[-1] == llama.tokenizer.eos_id
+            assert llama.tokenizer.decode(tokens[len(prompt) :]) == document.dialog[-1]["content"]
+            assert learned >= set(range(len(prompt), len(tokens)))
 
 
-def test_what_make_demo_prints_is_on_topic() -> None:
-    """The examples' own prompts at temperature 0; `make demo` draws at 0.6."""
+def test_the_examples_of_make_demo_are_answered_on_topic() -> None:
+    """Run both example scripts with their own prompts at temperature 0. `make demo` itself samples at 0.6."""
     printed = []
     for script in ("example_text_completion.py", "example_chat_completion.py"):
         done = run(ROOT / script, "--temperature", 0)
@@ -154,8 +155,7 @@ def test_what_make_demo_prints_is_on_topic() -> None:
     assert tags == "Assistant: Error: special tags are not allowed as part of the prompt."
 
 
-def test_golden_answers_on_any_split(tmp_path: Path) -> None:
-    """1, 2 and 4 shards on 1 and on 2 ranks."""
+def test_answers_are_the_same_for_1_2_and_4_shards_on_1_and_2_ranks(tmp_path: Path) -> None:
     params = json.loads((MODEL / "params.json").read_text())
     weights = torch.load(MODEL / "consolidated.00.pth", weights_only=True)
     folders = [write_shards(tmp_path / str(n), params, weights, n) for n in (2, 4)]

@@ -1,4 +1,4 @@
-"""The loop: any number of prompts, each answer as if alone, what it costs, what it leaves behind."""
+"""The engine: continuous batching, seeds, reuse of the KV cache, and the state after errors."""
 
 import itertools
 import random
@@ -12,83 +12,96 @@ import torch
 from llama import InputError, Llama, SamplingParams, tuning
 from llama.backends import cpu
 from llama.backends.cuda_graphs import CudaGraphsBackend
-from llama.engine import decode_state, engine, scheduler
+from llama.engine import decode_state, prefill, scheduler
 from llama.engine.forward import EngineForward, EngineLayer
 from llama.engine.kv_cache import KVCache, RaggedBatch
 from llama.engine.requests import GenerationCall, Request
 
-from .counting import counted
+from .counting import count_forward_tokens
 
 GREEDY = SamplingParams(0)
-PROMPTS = [[1, *range(7 * i + 5, 7 * i + 6 + i % 5)] for i in range(20)]  # 2 to 6 ids
+PROMPTS = [[1, *range(7 * i + 5, 7 * i + 6 + i % 5)] for i in range(20)]  # 2 to 6 tokens
 
 
 @pytest.fixture
-def rows(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Sets how many rows run at a time, 6 at most."""
+def set_max_batch_size(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Return a function that sets how many rows run at a time, up to 6."""
     return lambda n: monkeypatch.setattr(llama.model.params, "max_batch_size", n)
 
 
-def alone(llama: Llama, prompts: list[list[int]], **options: Any) -> tuple[list, list]:
-    """The slow twin: each prompt in a call of its own."""
+def generate_separately(llama: Llama, prompts: list[list[int]], **options: Any) -> tuple[list, list]:
+    """Return the tokens and log probabilities of 14 new tokens for each prompt, from a separate call for each."""
     answers = [llama.generate([prompt], 14, logprobs=True, **options) for prompt in prompts]
-    return [ids[0] for ids, _ in answers], [values[0] for _, values in answers if values]
+    return [tokens[0] for tokens, _ in answers], [values[0] for _, values in answers if values]
 
 
-def agree(got: tuple[list, list | None], want: tuple[list, list]) -> None:
+def assert_equal_answers(got: tuple[list, list | None], want: tuple[list, list]) -> None:
+    """Check that the tokens are equal and the log probabilities close."""
     assert got[0] == want[0]
-    for mine, theirs in zip(got[1] or [], want[1], strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-4)
+    for values, expected in zip(got[1] or [], want[1], strict=True):
+        assert values == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("limit", [1, 3, 6])
-@pytest.mark.parametrize("late", [False, True])
-def test_any_number_of_prompts_answers_as_each_alone(
-    llama: Llama, rows: Callable, limit: int, late: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+@pytest.mark.parametrize("async_copies", [False, True])
+def test_answers_to_any_number_of_prompts_are_those_of_separate_calls(
+    llama: Llama,
+    set_max_batch_size: Callable,
+    limit: int,
+    async_copies: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
-    """Some end by EOS, the others at 14; one fills the window and gets none. Also with late reading, where a row that has
-    ended has one step too many before the next takes its slot."""
+    """Some answers end with EOS, others after 14 tokens; one prompt fills the context and gets no new token.
+
+    With asynchronous copies a finished row runs one decode step too many before the next prompt takes over the row.
+    """
     prompts = [*PROMPTS, [1, *range(100, 163)], *PROMPTS[:3]]
-    free, _ = alone(llama, prompts, temperature=0)
-    monkeypatch.setattr(llama.tokenizer, "eos_id", statistics.mode(itertools.chain(*free)))
-    want = alone(llama, prompts, temperature=0)
-    assert len({len(ids) for ids in want[0]}) > 4
-    if late:
+    answers, _ = generate_separately(llama, prompts, temperature=0)
+    monkeypatch.setattr(llama.tokenizer, "eos_id", statistics.mode(itertools.chain(*answers)))
+    want = generate_separately(llama, prompts, temperature=0)
+    assert len({len(tokens) for tokens in want[0]}) > 4
+    if async_copies:
         request.getfixturevalue("as_on_cuda")
-    rows(limit)
-    agree(llama.generate(prompts, 14, temperature=0, logprobs=True), want)
+    set_max_batch_size(limit)
+    assert_equal_answers(llama.generate(prompts, 14, temperature=0, logprobs=True), want)
     echoed, values = llama.generate(prompts, 14, temperature=0, logprobs=True, echo=True)
-    assert echoed == [p + ids for p, ids in zip(prompts, want[0], strict=True)]
-    agree((want[0], [v[len(p) :] for p, v in zip(prompts, values or [], strict=True)]), want)
+    assert echoed == [prompt + tokens for prompt, tokens in zip(prompts, want[0], strict=True)]
+    assert_equal_answers((want[0], [v[len(p) :] for p, v in zip(prompts, values or [], strict=True)]), want)
     assert llama.generate(prompts, 14, temperature=0, echo=True)[0] == echoed
 
 
-def test_a_free_slot_is_taken_at_once(llama: Llama) -> None:
-    """64 prompts, answers of 4 to 40 ids, 6 rows: steps and forwards counted, against an account of it on paper, and
-    against fixed waves, which take as many steps as the longest answer of each has ids."""
+def test_a_waiting_prompt_takes_over_a_finished_row_at_once(llama: Llama) -> None:
+    """Run 64 prompts with answers of 4 to 40 tokens in 6 rows; compare the forwards with a simulation in Python.
+
+    Static batches of 6 would need more than 1.5 times as many forwards: each runs until its longest answer ends.
+    """
     lengths = [round(4 * 10 ** (i / 63)) for i in range(64)]
     random.Random(0).shuffle(lengths)
     requests = [Request(PROMPTS[i % 20] + [200], n) for i, n in enumerate(lengths)]
-    with counted() as forwards:
-        order = [token.prompt_index for token in llama.engine.run(GenerationCall(requests, GREEDY), eos_id=-1)]
-    assert [order.count(row) for row in range(64)] == lengths == [r.num_new_tokens for r in requests]
+    with count_forward_tokens() as forwards:
+        order = [token.prompt_index for token in llama.engine.run(GenerationCall(requests, GREEDY, stop_token=-1))]
+    assert [order.count(index) for index in range(64)] == lengths == [r.num_new_tokens for r in requests]
     assert {r.finish_reason for r in requests} == {"length"}
 
-    left, waiting, expected = [0] * 6, list(range(64)), []
-    while any(left) or waiting:
-        free = [slot for slot in range(6) if not left[slot]][: len(waiting)]
-        entering, waiting = waiting[: len(free)], waiting[len(free) :]
-        for slot, row in zip(free, entering, strict=True):
-            left[slot] = lengths[row]
-        expected += [sum(len(requests[row].prompt) for row in entering)] * bool(entering)
-        left = [max(n - 1, 0) for n in left]
-        expected += [6] * any(left)
+    remaining, waiting, expected = [0] * 6, list(range(64)), []
+    while any(remaining) or waiting:
+        free_rows = [row for row in range(6) if not remaining[row]][: len(waiting)]
+        entering, waiting = waiting[: len(free_rows)], waiting[len(free_rows) :]
+        for row, index in zip(free_rows, entering, strict=True):
+            remaining[row] = lengths[index]
+        expected += [sum(len(requests[index].prompt) for index in entering)] * bool(entering)
+        remaining = [max(n - 1, 0) for n in remaining]
+        expected += [6] * any(remaining)
     assert forwards == expected
-    waves = sum(max(lengths[i : i + 6]) for i in range(0, 64, 6))  # forwards: the prompts' one gives the first id
-    assert waves / len(forwards) > 1.5, (waves, len(forwards))
+    # A static batch needs as many forwards as its longest answer has tokens: the prefill gives the first token.
+    static_forwards = sum(max(lengths[i : i + 6]) for i in range(0, 64, 6))
+    assert static_forwards / len(forwards) > 1.5, (static_forwards, len(forwards))
 
 
-def test_a_long_batch_shows_how_many_are_answered(llama: Llama, rows: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_progress_bar_counts_prompt_tokens_or_finished_answers(
+    llama: Llama, set_max_batch_size: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bars: dict[str, int] = {}
 
     def progress(items: list, weigh: Callable, label: str, unit: str) -> Iterator:
@@ -97,11 +110,11 @@ def test_a_long_batch_shows_how_many_are_answered(llama: Llama, rows: Callable, 
             bars[label] = bars.get(label, 0) + weigh(item)
 
     monkeypatch.setattr(scheduler, "progress", progress)
-    monkeypatch.setattr(engine, "progress", progress)
+    monkeypatch.setattr(prefill, "progress", progress)
     llama.generate(PROMPTS[:6], 3, temperature=0)
     assert bars == {"reading prompts": sum(map(len, PROMPTS[:6]))}
     bars.clear()
-    rows(3)
+    set_max_batch_size(3)
     llama.generate([*PROMPTS, [1] * 64], 3, temperature=0)
     assert bars == {"answering": 21}
 
@@ -111,97 +124,107 @@ def test_a_long_batch_shows_how_many_are_answered(llama: Llama, rows: Callable, 
 HOT = dict(temperature=1.0, top_p=0.95)
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_a_seed_decides_alone(llama: Llama, rows: Callable, late: bool, request: pytest.FixtureRequest) -> None:
-    """Whatever ran before, whatever else is in the batch, whatever the batch's limit."""
+@pytest.mark.parametrize("async_copies", [False, True])
+def test_a_seed_alone_determines_the_answer(
+    llama: Llama, set_max_batch_size: Callable, async_copies: bool, request: pytest.FixtureRequest
+) -> None:
+    """An answer with a seed does not depend on earlier calls, other prompts in the batch, or the number of rows."""
     seeds = [*range(-3, 17)]
     want = [llama.generate([p], 14, seed=s, **HOT)[0][0] for p, s in zip(PROMPTS, seeds, strict=True)]
-    if late:
+    if async_copies:
         request.getfixturevalue("as_on_cuda")
     for limit, skip in ((6, 0), (4, 3), (1, 17)):
-        rows(limit)
+        set_max_batch_size(limit)
         torch.manual_seed(limit)
         state = torch.get_rng_state()
         assert llama.generate(PROMPTS[skip:], 14, seed=seeds[skip:], **HOT)[0] == want[skip:]
-        assert torch.equal(torch.get_rng_state(), state)  # nor does it change what others draw
+        assert torch.equal(torch.get_rng_state(), state)  # torch's generator is not used
         llama.generate(PROMPTS[:2], 3, **HOT)
 
 
-def test_one_seed_serves_all_prompts_and_several_make_several_answers(llama: Llama) -> None:
+def test_one_seed_is_used_for_all_prompts_and_several_seeds_give_several_answers(llama: Llama) -> None:
     one = llama.generate(PROMPTS[:1], 14, seed=5, **HOT)[0][0]
     assert llama.generate([PROMPTS[3], PROMPTS[0]], 14, seed=5, **HOT)[0][1] == one
     several = llama.generate(PROMPTS[:1] * 8, 14, seed=range(8), **HOT)[0]
-    assert several[5] == one and len({tuple(ids) for ids in several}) == 8
+    assert several[5] == one and len({tuple(tokens) for tokens in several}) == 8
     assert llama.generate(PROMPTS[:2], 14, temperature=0, seed=5) == llama.generate(PROMPTS[:2], 14, temperature=0)
     assert llama.generate(PROMPTS[:1], 5, seed=2**64 - 1, **HOT) == llama.generate(PROMPTS[:1], 5, seed=-1, **HOT)
 
 
-def test_more_prompts_than_rows_draw_without_a_seed_too(llama: Llama, rows: Callable) -> None:
-    rows(4)
+def test_unseeded_sampling_depends_on_torchs_generator_with_more_prompts_than_rows(
+    llama: Llama, set_max_batch_size: Callable
+) -> None:
+    set_max_batch_size(4)
 
-    def draw(seed: int) -> list[list[int]]:
+    def sample(seed: int) -> list[list[int]]:
         torch.manual_seed(seed)
         return llama.generate(PROMPTS, 14, **HOT)[0]
 
-    assert draw(3) == draw(3) != draw(4)
+    assert sample(3) == sample(3) != sample(4)
 
 
-def test_penalized_rows_hold_their_own_ids(llama: Llama, rows: Callable) -> None:
-    """Prompt's and answer's, and none of the row that had the slot before. So large a penalty forbids repetition."""
+def test_the_repetition_penalty_applies_to_the_tokens_of_each_request_alone(llama: Llama, set_max_batch_size: Callable) -> None:
+    """A penalty of 100 forbids every token of the prompt and the answer, but no token of earlier requests in the row."""
     options = dict(temperature=0, repetition_penalty=100.0)
-    want = alone(llama, PROMPTS, **options)
-    rows(3)
-    agree(llama.generate(PROMPTS, 14, logprobs=True, **options), want)
-    for prompt, ids in zip(PROMPTS, want[0], strict=True):
-        assert len({*prompt, *ids}) == len(set(prompt)) + len(ids)
-    assert any(len(set(ids)) < len(ids) for ids in alone(llama, PROMPTS, temperature=0)[0])
+    want = generate_separately(llama, PROMPTS, **options)
+    set_max_batch_size(3)
+    assert_equal_answers(llama.generate(PROMPTS, 14, logprobs=True, **options), want)
+    for prompt, tokens in zip(PROMPTS, want[0], strict=True):
+        assert len({*prompt, *tokens}) == len(set(prompt)) + len(tokens)
+    assert any(len(set(tokens)) < len(tokens) for tokens in generate_separately(llama, PROMPTS, temperature=0)[0])
 
 
-# --- what stays between calls ----------------------------------------------------------------------------------------
+# --- reuse of the cache between calls ----------------------------------------------------------------------------------------
 
 
-def turn(llama: Llama, ids: list[int], most: int, reuse: bool = True, stop: int | None = None) -> tuple[list[int], list[float]]:
-    """One row's new ids and log probabilities; left after `stop` ids."""
-    stream = llama.engine.run(GenerationCall([Request(ids, most)], GREEDY, logprobs=True, reuse=reuse), -1)
+def generate_one(
+    llama: Llama, prompt: list[int], max_new_tokens: int, reuse: bool = True, stop: int | None = None
+) -> tuple[list[int], list[float]]:
+    """Return the new tokens and log probabilities of one greedy answer; the stream is closed after `stop` tokens."""
+    call = GenerationCall([Request(prompt, max_new_tokens)], GREEDY, logprobs=True, reuse=reuse, stop_token=-1)
+    stream = llama.engine.run(call)
     new = list(itertools.islice(stream, stop))
     stream.close()
     return [t.token for t in new], [t.logprob or 0.0 for t in new]
 
 
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("left", [None, 3])
-def test_a_turn_computes_only_what_is_new(llama: Llama, late: bool, left: int | None, request: pytest.FixtureRequest) -> None:
-    """A dialog that grows, an answer that is left early, and one that is said anew; logits as if from scratch."""
-    if late:
+@pytest.mark.parametrize("async_copies", [False, True])
+@pytest.mark.parametrize("stop", [None, 3])
+def test_reuse_computes_only_the_new_tokens_of_a_growing_prompt(
+    llama: Llama, async_copies: bool, stop: int | None, request: pytest.FixtureRequest
+) -> None:
+    """Grow a prompt, close a stream early, and repeat and change a prompt; log probabilities are those without reuse."""
+    if async_copies:
         request.getfixturevalue("as_on_cuda")
     llama.engine.shared.cache = KVCache.adopt(llama.model)
-    ids, written = [1, 5, 9, 30, 8], 0
-    for more in ([44, 45, 46], [7], [50, 51, 52, 53]):
-        with counted() as forwards:
-            new, values = turn(llama, ids, 6, stop=left)
-        assert forwards[0] == len(ids) - written
-        written = len(ids) + len(new) - 1
-        want, expected = turn(llama, ids, 6, reuse=False, stop=left)
+    tokens, written = [1, 5, 9, 30, 8], 0
+    for added in ([44, 45, 46], [7], [50, 51, 52, 53]):
+        with count_forward_tokens() as forwards:
+            new, values = generate_one(llama, tokens, 6, stop=stop)
+        assert forwards[0] == len(tokens) - written
+        written = len(tokens) + len(new) - 1
+        want, expected = generate_one(llama, tokens, 6, reuse=False, stop=stop)
         assert new == want and values == pytest.approx(expected, abs=1e-4)
-        turn(llama, ids, 6, stop=left)  # another call has forgotten it
-        ids = ids + new + more
-    with counted() as forwards:
-        same = turn(llama, ids[:10], 4)
-    assert forwards[0] == 1 and same[0] == turn(llama, ids[:10], 4, reuse=False)[0]  # all but the last id are there
-    turn(llama, ids, 1)
-    with counted() as forwards:
-        assert turn(llama, [*ids[:7], 99, *ids[8:]], 2)[1] != [] and forwards[0] == len(ids) - 7
+        generate_one(llama, tokens, 6, stop=stop)  # the call without reuse has overwritten the cache
+        tokens = tokens + new + added
+    with count_forward_tokens() as forwards:
+        repeated = generate_one(llama, tokens[:10], 4)
+    # All tokens but the last are in the cache.
+    assert forwards[0] == 1 and repeated[0] == generate_one(llama, tokens[:10], 4, reuse=False)[0]
+    generate_one(llama, tokens, 1)
+    with count_forward_tokens() as forwards:
+        assert generate_one(llama, [*tokens[:7], 99, *tokens[8:]], 2)[1] != [] and forwards[0] == len(tokens) - 7
 
 
 @pytest.mark.parametrize("use", ["generate", "forward", "layer's cache", "another cache", "changed model", "stream"])
-def test_any_other_use_of_the_cache_forgets(llama: Llama, use: str) -> None:
-    want = turn(llama, PROMPTS[4], 4, reuse=False)
-    turn(llama, PROMPTS[4], 4)
+def test_reuse_computes_the_whole_prompt_after_any_other_use_of_the_cache(llama: Llama, use: str) -> None:
+    want = generate_one(llama, PROMPTS[4], 4, reuse=False)
+    generate_one(llama, PROMPTS[4], 4)
     if use == "generate":
         llama.generate([[1, 9]], 2, temperature=0)
     elif use == "forward":
         llama.model.forward(torch.tensor([[1, 9]]), 0)
-    elif use == "layer's cache":  # written by the caller
+    elif use == "layer's cache":  # the caller writes into the cache
         llama.model.layers[1].attention.cache_v[0, 2] = 7
     elif use == "another cache":
         attention = llama.model.layers[1].attention
@@ -212,25 +235,25 @@ def test_any_other_use_of_the_cache_forgets(llama: Llama, use: str) -> None:
         hook.remove()
     else:
         next(llama.generate_stream([[1, 9]], 2, temperature=0))
-    with counted() as forwards:
-        got = turn(llama, PROMPTS[4], 4)
+    with count_forward_tokens() as forwards:
+        got = generate_one(llama, PROMPTS[4], 4)
     assert got[0] == want[0] and forwards[0] == len(PROMPTS[4])
 
 
-# --- faults ----------------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 class Fault(Exception):
-    pass
+    """An error that a test injects."""
 
 
-def failing(call: Callable, at: int) -> Callable:
-    """The call, which fails the `at`-th time, after its work."""
+def fail_on_call(call: Callable, nth: int) -> Callable:
+    """Return a function that works like `call`, but raises Fault at the end of its n-th call."""
     times = itertools.count(1)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         result = call(*args, **kwargs)
-        if next(times) == at:
+        if next(times) == nth:
             raise Fault
         return result
 
@@ -238,12 +261,17 @@ def failing(call: Callable, at: int) -> Callable:
 
 
 @pytest.mark.parametrize("where", ["a layer", "prefill", "step", "choice", "text", "consumer"])
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("async_copies", [False, True])
 def test_a_failed_call_leaves_no_trace(
-    llama: Llama, rows: Callable, where: str, late: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    llama: Llama,
+    set_max_batch_size: Callable,
+    where: str,
+    async_copies: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
-    """Of batches in more rows than fit and of a stream with reuse: the next calls answer as before."""
-    rows(2)
+    """After an error in a batch with more prompts than rows, or in a stream with reuse, later calls answer as before."""
+    set_max_batch_size(2)
     texts = ["Once upon", "a time", "there was", "a bear"]
 
     def stream() -> str:
@@ -253,12 +281,12 @@ def test_a_failed_call_leaves_no_trace(
         return llama.text_completion(texts, max_gen_len=8, seed=3, stop="qq", repetition_penalty=1.1)
 
     want = batch(), stream(), stream()
-    if late:
+    if async_copies:
         request.getfixturevalue("as_on_cuda")
-    for call, at in ((batch, 3), (stream, 1), (stream, 2)):
+    for call, nth in ((batch, 3), (stream, 1), (stream, 2)):
         cache = llama.engine.forward().cache
         cache.prefix_tokens = None
-        cache.data.zero_()  # no right keys and values from before
+        cache.data.zero_()  # so that keys and values of earlier calls cannot hide a fault
         if where == "consumer":
             with pytest.raises(Fault):
                 for _ in llama.text_completion_stream("Once upon a time", 0, max_gen_len=12, reuse=True):
@@ -266,21 +294,21 @@ def test_a_failed_call_leaves_no_trace(
         else:
             target, name = {
                 "a layer": (EngineLayer, "swiglu"),
-                "prefill": (llama.engine, "prefill"),
-                "step": (CudaGraphsBackend, "take") if late else (cpu, "decode_layerwise"),
+                "prefill": (scheduler, "prefill"),
+                "step": (CudaGraphsBackend, "decode") if async_copies else (cpu, "decode_layerwise"),
                 "choice": (decode_state, "sample"),
                 "text": (llama.tokenizer.sp_model, "is_byte"),
             }[where]
-            at = {"prefill": 1, "a layer": 2 * at - 1}.get(where, at)  # of two layers
+            nth = {"prefill": 1, "a layer": 2 * nth - 1}.get(where, nth)  # a forward runs two layers
             with monkeypatch.context() as patch:
-                patch.setattr(target, name, failing(getattr(target, name), at))
+                patch.setattr(target, name, fail_on_call(getattr(target, name), nth))
                 with pytest.raises(Fault):
                     call()
         assert (stream(), batch(), stream()) == (want[1], want[0], want[2])
 
 
-def test_a_stream_overtaken_while_prompts_wait_says_so(llama: Llama, rows: Callable) -> None:
-    rows(2)
+def test_a_stream_raises_after_another_call_took_over_the_cache(llama: Llama, set_max_batch_size: Callable) -> None:
+    set_max_batch_size(2)
     stream = llama.generate_stream(PROMPTS, 1, temperature=0)
     assert [next(stream).prompt_index, next(stream).prompt_index] == [0, 1]
     llama.generate([[1, 9]], 2, temperature=0)
@@ -288,33 +316,32 @@ def test_a_stream_overtaken_while_prompts_wait_says_so(llama: Llama, rows: Calla
         next(stream)
 
 
-def test_as_many_steps_as_ids_need(llama: Llama, as_on_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None is launched whose logits nobody could want."""
+def test_no_decode_step_runs_after_the_last_token(llama: Llama, as_on_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
-    take = CudaGraphsBackend.take
-    monkeypatch.setattr(CudaGraphsBackend, "take", lambda self, *args: (steps.append(1), take(self, *args))[1])
-    run = llama.engine.run(GenerationCall([Request([1, 5], 8)], GREEDY), eos_id=-1)
+    decode = CudaGraphsBackend.decode
+    monkeypatch.setattr(CudaGraphsBackend, "decode", lambda self, *args: (steps.append(1), decode(self, *args))[1])
+    run = llama.engine.run(GenerationCall([Request([1, 5], 8)], GREEDY, stop_token=-1))
     assert len(list(run)) == 8 and len(steps) == 7
 
 
-def test_the_prompt_s_first_id_is_penalized_too(llama: Llama) -> None:
+def test_the_first_token_of_the_prompt_is_penalized_too(llama: Llama) -> None:
     prompts = [[x, 5] for x in range(3, 300)]
-    free = llama.generate(prompts, 16, 0)[0]
-    prompt = next(p for p, ids in zip(prompts, free, strict=True) if p[0] in ids)
+    answers = llama.generate(prompts, 16, 0)[0]
+    prompt = next(prompt for prompt, tokens in zip(prompts, answers, strict=True) if prompt[0] in tokens)
     assert prompt[0] not in llama.generate([prompt], 16, 0, repetition_penalty=100.0)[0][0]
 
 
-def test_prompts_are_cut_where_blocks_end(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_chunks_end_at_multiples_of_the_attention_chunk(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "PREFILL_CHUNK", 24)
     monkeypatch.setattr(tuning, "ATTENTION_CHUNK", 8)
-    seen: list[RaggedBatch] = []
+    batches: list[RaggedBatch] = []
     hidden = EngineForward.hidden_states
 
-    def seeing(self: EngineForward, tokens: torch.Tensor, batch: RaggedBatch, *args: Any, **options: Any) -> torch.Tensor:
-        seen.append(batch)
+    def record(self: EngineForward, tokens: torch.Tensor, batch: RaggedBatch, *args: Any, **options: Any) -> torch.Tensor:
+        batches.append(batch)
         return hidden(self, tokens, batch, *args, **options)
 
-    monkeypatch.setattr(EngineForward, "hidden_states", seeing)
+    monkeypatch.setattr(EngineForward, "hidden_states", record)
     llama.generate([[1, *range(20, 40)], [1, *range(50, 61)]], 1, 0)
-    segments = [segment for batch in seen for segment in batch.segments]
-    assert len(seen) == 2 and all(segment.kv_len % 8 == 0 or segment.kv_len in (21, 12) for segment in segments)
+    segments = [segment for batch in batches for segment in batch.segments]
+    assert len(batches) == 2 and all(segment.kv_len % 8 == 0 or segment.kv_len in (21, 12) for segment in segments)

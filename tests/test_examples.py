@@ -1,4 +1,4 @@
-"""The scripts people start: both examples, and a script written for the reference."""
+"""The example scripts, a script written for the reference, and the default model paths."""
 
 import shutil
 import zipfile
@@ -11,7 +11,7 @@ from llama import InputError, resolve_model_paths
 
 from .support import ROOT, run, torchrun
 
-OWN = """
+REFERENCE_SCRIPT = """
 from typing import List, Optional
 import fire
 from llama import Llama, Dialog
@@ -41,20 +41,20 @@ def flags(small: SimpleNamespace) -> tuple:
 @pytest.mark.parametrize(
     "script, extra, answers", [("example_text_completion.py", (), 4), ("example_chat_completion.py", ("--max_gen_len", 16), 6)]
 )
-def test_examples(flags: tuple, script: str, extra: tuple, answers: int) -> None:
-    alone = run(ROOT / script, *flags, *extra)
-    assert alone.returncode == 0, alone.stderr
-    assert alone.stdout.count("\n==================================\n") == answers
-    assert alone.stderr == ""
+def test_the_examples_print_the_same_on_one_and_on_two_ranks(flags: tuple, script: str, extra: tuple, answers: int) -> None:
+    one_rank = run(ROOT / script, *flags, *extra)
+    assert one_rank.returncode == 0, one_rank.stderr
+    assert one_rank.stdout.count("\n==================================\n") == answers
+    assert one_rank.stderr == ""
     if "chat" in script:
-        assert "Error: special tags are not allowed as part of the prompt." in alone.stdout
-    two = torchrun(2, ROOT / script, *flags, *extra)
-    assert two.stdout == alone.stdout, two.stderr
+        assert "Error: special tags are not allowed as part of the prompt." in one_rank.stdout
+    two_ranks = torchrun(2, ROOT / script, *flags, *extra)
+    assert two_ranks.stdout == one_rank.stdout, two_ranks.stderr
 
 
 def test_a_script_for_the_reference_runs_unchanged(flags: tuple, tmp_path: Path) -> None:
     script = tmp_path / "own.py"
-    script.write_text(OWN)
+    script.write_text(REFERENCE_SCRIPT)
     done = torchrun(1, script, *flags)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
@@ -63,23 +63,23 @@ def test_a_script_for_the_reference_runs_unchanged(flags: tuple, tmp_path: Path)
 
 
 @pytest.mark.parametrize("script", ["example_text_completion.py", "example_chat_completion.py"])
-def test_without_flags_the_demo_model_answers_and_it_says_so(script: str) -> None:
+def test_without_flags_the_demo_model_is_used_and_named_on_stderr(script: str) -> None:
     done = run(ROOT / script)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "no ckpt_dir given: using the tiny bundled demo model (see demo/README.md)\n"
     assert done.stdout.count("\n> ") == (4 if "text" in script else 6)
 
 
-def test_the_tokenizer_is_looked_for_in_the_folder_and_beside_it(
+def test_the_tokenizer_is_found_in_the_model_folder_or_its_parent(
     small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     with pytest.raises(InputError, match="in it or beside it; give tokenizer_path"):
         resolve_model_paths(str(folder))
-    for place in (tmp_path, folder):  # as download.sh lays it, and as some keep it
-        shutil.copy(small.tokenizer_path, place / "tokenizer.model")
-        assert resolve_model_paths(str(folder)) == (str(folder), str(place / "tokenizer.model"))
+    for parent in (tmp_path, folder):  # download.sh writes it to the parent folder
+        shutil.copy(small.tokenizer_path, parent / "tokenizer.model")
+        assert resolve_model_paths(str(folder)) == (str(folder), str(parent / "tokenizer.model"))
     (folder / "tokenizer.model").unlink()
     monkeypatch.chdir(folder)
     assert resolve_model_paths(".") == (".", str(tmp_path / "tokenizer.model"))
@@ -88,14 +88,14 @@ def test_the_tokenizer_is_looked_for_in_the_folder_and_beside_it(
 
 
 @pytest.mark.parametrize("script", ["example_text_completion.py", "example_chat_completion.py"])
-def test_an_error_of_the_users_is_one_line(script: str, flags: tuple) -> None:
+def test_invalid_input_prints_one_line_without_a_traceback(script: str, flags: tuple) -> None:
     done = run(ROOT / script, *flags, "--max_seq_len", 0)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("InputError: max_seq_len is 0 (int); it must be") and done.stderr.count("\n") == 1
 
 
-def test_the_demo_model_is_found_in_an_installed_wheel(tmp_path: Path) -> None:
-    """Built from a copy, unpacked elsewhere, used from there."""
+def test_an_installed_wheel_contains_the_demo_model(tmp_path: Path) -> None:
+    """Build a wheel from a copy of the source, unpack it elsewhere, and generate with the unpacked package."""
     source = tmp_path / "source"
     for name in ("llama", "demo"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -104,6 +104,8 @@ def test_the_demo_model_is_found_in_an_installed_wheel(tmp_path: Path) -> None:
     wheel = run("-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", tmp_path, source)
     assert wheel.returncode == 0, wheel.stderr
     zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(tmp_path / "site")
-    done = run("-c", "from llama import Llama, resolve_model_paths\nprint(Llama.build(*resolve_model_paths()).text_completion(['The'])[0])",
-               PYTHONPATH=str(tmp_path / "site"))  # fmt: skip
+    code = (
+        "from llama import Llama, resolve_model_paths\nprint(Llama.build(*resolve_model_paths()).text_completion(['The'])[0])"
+    )
+    done = run("-c", code, PYTHONPATH=str(tmp_path / "site"))
     assert "generation" in done.stdout, done.stderr

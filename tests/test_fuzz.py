@@ -1,4 +1,4 @@
-"""The strategies of tests/fuzz.py, the same few cases each time: for others, `make fuzz`."""
+"""Run a fixed, small number of the cases that tests/fuzz.py generates. `make fuzz` runs new random cases for half an hour."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from .fuzz import CASES, play
 from .hostile_zips import FRAGMENTS
 
-CASES_EACH = {
+N_CASES = {
     "bytes": 200,
     "tokenizer": 100,
     "contents": 80,
@@ -18,22 +18,22 @@ CASES_EACH = {
     "params": 150,
     "call": 150,
 }
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, as it makes what it will not make for long
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch warns about deprecated types in the hostile files
 
 
 @pytest.mark.parametrize("target", CASES)
-def test_hostile_input_ends_in_an_error_or_a_right_answer(target: str) -> None:
+def test_hostile_input_ends_in_an_error_of_ours_or_a_correct_answer(target: str) -> None:
     @settings(
-        max_examples=CASES_EACH[target], derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+        max_examples=N_CASES[target], derandomize=True, database=None, deadline=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(CASES[target])
-    def one(case: Any) -> None:
+    def play_case(case: Any) -> None:
         play(target, *case)
 
-    one()
+    play_case()
 
 
 @pytest.mark.parametrize("fragment", FRAGMENTS)
-def test_each_hostile_pickle_alone(fragment: str) -> None:
+def test_each_hostile_pickle_by_itself_raises_checkpoint_error(fragment: str) -> None:
     assert play("pickle", [fragment], [], False) == "CheckpointError"

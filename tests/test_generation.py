@@ -1,4 +1,4 @@
-"""What generation means: lengths, ends, rows, echo, log probabilities, and the work it costs."""
+"""Generate tokens and text: lengths, EOS, rows of a batch, echo, log probabilities, sampling, and the amount of computation."""
 
 import copy
 import pickle
@@ -11,114 +11,121 @@ from llama import InputError, Llama, Transformer, tuning
 from llama.chat import UNSAFE_ERROR
 from llama.engine.kv_cache import RaggedBatch
 
-from .counting import counted, counted_rows
+from .counting import count_forward_tokens, count_matmul_rows
 
-RAGGED = [[1, 5, 9, 44], [1, 300], [1, *range(20, 60)], [7], [1, *range(100, 163)]]  # 4, 2, 41, 1 and all 64 ids
-
-
-def plain_logits(reference: Transformer, ids: list[int]) -> torch.Tensor:
-    """By the plain model, of one sequence as a whole: ids (S,) -> logits (S, vocab)."""
-    return reference.forward(torch.tensor([ids]), 0)[0]
+RAGGED = [[1, 5, 9, 44], [1, 300], [1, *range(20, 60)], [7], [1, *range(100, 163)]]  # 4, 2, 41, 1 and 64 tokens: a full context
 
 
-def greedy_by_the_twin(reference: Transformer, prompt: list[int], n: int, eos: int = 2) -> list[int]:
-    ids = list(prompt)
+def reference_logits(reference: Transformer, tokens: list[int]) -> torch.Tensor:
+    """Return the reference model's logits (S, vocab) for one whole sequence of S tokens."""
+    return reference.forward(torch.tensor([tokens]), 0)[0]
+
+
+def greedy_by_reference(reference: Transformer, prompt: list[int], n: int, eos: int = 2) -> list[int]:
+    """Return at most n tokens, each the likeliest of a full forward of the reference model, without EOS."""
+    tokens = list(prompt)
     for _ in range(n):
-        ids.append(int(plain_logits(reference, ids)[-1].argmax()))
-        if ids[-1] == eos:
-            return ids[len(prompt) : -1]
-    return ids[len(prompt) :]
+        tokens.append(int(reference_logits(reference, tokens)[-1].argmax()))
+        if tokens[-1] == eos:
+            return tokens[len(prompt) : -1]
+    return tokens[len(prompt) :]
 
 
-def test_greedy_rows_of_a_ragged_batch_equal_the_twin_and_the_row_alone(llama: Llama, reference: Transformer) -> None:
-    together, none = llama.generate(RAGGED, 12, temperature=0)
-    assert none is None
-    for prompt, answer in zip(RAGGED, together, strict=True):
-        assert answer == greedy_by_the_twin(reference, prompt, min(12, 64 - len(prompt)))
+def test_greedy_answers_of_a_ragged_batch_equal_the_reference_and_each_prompt_alone(
+    llama: Llama, reference: Transformer
+) -> None:
+    answers, logprobs = llama.generate(RAGGED, 12, temperature=0)
+    assert logprobs is None
+    for prompt, answer in zip(RAGGED, answers, strict=True):
+        assert answer == greedy_by_reference(reference, prompt, min(12, 64 - len(prompt)))
         assert [answer] == llama.generate([prompt], 12, temperature=0)[0]
 
 
 @pytest.mark.parametrize("max_gen_len", [0, 1, 5, 63, 1000])
-def test_each_row_gets_its_own_share_of_the_window(llama: Llama, monkeypatch: pytest.MonkeyPatch, max_gen_len: int) -> None:
-    monkeypatch.setattr(llama.tokenizer, "eos_id", -2)  # never ends by itself
+def test_an_answer_ends_at_max_gen_len_or_the_end_of_the_context(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch, max_gen_len: int
+) -> None:
+    monkeypatch.setattr(llama.tokenizer, "eos_id", -2)  # no token ends an answer
     for temperature in (0, 1.0):
-        ids, values = llama.generate(RAGGED, max_gen_len, temperature=temperature, logprobs=True)
+        tokens, logprobs = llama.generate(RAGGED, max_gen_len, temperature=temperature, logprobs=True)
         lengths = [min(max_gen_len, 64 - len(p)) for p in RAGGED]
-        assert [len(row) for row in ids] == lengths and [len(row) for row in values or []] == lengths
+        assert [len(row) for row in tokens] == lengths and [len(row) for row in logprobs or []] == lengths
 
 
 @pytest.mark.parametrize("echo", [False, True])
 @pytest.mark.parametrize("max_gen_len", [0, 6, 100])
-def test_logprobs_equal_log_softmax_of_a_fresh_full_forward(
+def test_logprobs_equal_the_log_softmax_of_a_full_forward_of_the_reference(
     llama: Llama, reference: Transformer, echo: bool, max_gen_len: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ragged rows, one of which fills the window with its prompt, and others by their answers."""
-    monkeypatch.setattr(tuning, "LOGPROB_CHUNK", 7)  # prompts lie across the borders of chunks
+    """Test prompts of different lengths, one of which fills the context, and answers that fill it."""
+    monkeypatch.setattr(tuning, "LOGPROB_CHUNK", 7)  # prompts span several chunks
     for prompts in (RAGGED, RAGGED[4:], RAGGED[4:] * 2):
-        ids, values = llama.generate(prompts, max_gen_len, temperature=0, logprobs=True, echo=echo)
-        assert values is not None
-        for prompt, row, row_values in zip(prompts, ids, values, strict=True):
-            whole = row if echo else prompt + row
-            assert whole[: len(prompt)] == prompt
-            table = plain_logits(reference, whole).log_softmax(-1)
-            expected = [0.0] + [table[i - 1, whole[i]].item() for i in range(1, len(whole))]
-            assert row_values == pytest.approx(expected if echo else expected[len(prompt) :], abs=1e-4)
+        tokens, logprobs = llama.generate(prompts, max_gen_len, temperature=0, logprobs=True, echo=echo)
+        assert logprobs is not None
+        for prompt, row, row_logprobs in zip(prompts, tokens, logprobs, strict=True):
+            sequence = row if echo else prompt + row
+            assert sequence[: len(prompt)] == prompt
+            table = reference_logits(reference, sequence).log_softmax(-1)
+            expected = [0.0] + [table[i - 1, sequence[i]].item() for i in range(1, len(sequence))]
+            assert row_logprobs == pytest.approx(expected if echo else expected[len(prompt) :], abs=1e-4)
 
 
-def test_logprobs_are_of_the_raw_logits(llama: Llama, reference: Transformer) -> None:
+def test_logprobs_do_not_depend_on_temperature_and_top_p(llama: Llama, reference: Transformer) -> None:
     prompt = [1, 5, 9]
-    (ids,), values = llama.generate([prompt], 8, temperature=2.0, top_p=0.5, logprobs=True)
-    table = plain_logits(reference, prompt + ids).log_softmax(-1)
-    assert ids and values and values[0] == pytest.approx([table[2 + i, id_].item() for i, id_ in enumerate(ids)], abs=1e-4)
+    (tokens,), logprobs = llama.generate([prompt], 8, temperature=2.0, top_p=0.5, logprobs=True)
+    table = reference_logits(reference, prompt + tokens).log_softmax(-1)
+    expected = [table[2 + i, token].item() for i, token in enumerate(tokens)]
+    assert tokens and logprobs and logprobs[0] == pytest.approx(expected, abs=1e-4)
 
 
-def test_eos_as_the_first_id_makes_an_empty_answer(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eos_as_the_first_token_makes_an_empty_answer(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     first = llama.generate([[1, 5]], 1, temperature=0)[0][0][0]
     monkeypatch.setattr(llama.tokenizer, "eos_id", first)
     assert llama.generate([[1, 5]], 5, temperature=0, logprobs=True) == ([[]], [[]])
 
 
-def test_a_row_ends_before_eos_and_the_others_go_on(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    free, values = llama.generate(RAGGED[:3], 12, temperature=0, logprobs=True)
-    assert values is not None
-    eos = free[1][4]
+def test_a_row_ends_before_eos_and_other_rows_go_on(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    full_rows, full_logprobs = llama.generate(RAGGED[:3], 12, temperature=0, logprobs=True)
+    assert full_logprobs is not None
+    eos = full_rows[1][4]
     monkeypatch.setattr(llama.tokenizer, "eos_id", eos)
-    ids, cut_values = llama.generate(RAGGED[:3], 12, temperature=0, logprobs=True)
-    for row, row_values, got, got_values in zip(free, values, ids, cut_values or [], strict=True):
-        n = row.index(eos) if eos in row else len(row)
-        assert got == row[:n] and got_values == pytest.approx(row_values[:n], abs=1e-5)
-    assert len(ids[1]) < 12
+    rows, logprobs = llama.generate(RAGGED[:3], 12, temperature=0, logprobs=True)
+    for full_row, full_row_logprobs, row, row_logprobs in zip(full_rows, full_logprobs, rows, logprobs or [], strict=True):
+        n = full_row.index(eos) if eos in full_row else len(full_row)
+        assert row == full_row[:n] and row_logprobs == pytest.approx(full_row_logprobs[:n], abs=1e-5)
+    assert len(rows[1]) < 12
 
 
-def test_eos_inside_an_echoed_prompt_does_not_cut(llama: Llama) -> None:
+def test_eos_inside_an_echoed_prompt_ends_nothing(llama: Llama) -> None:
     prompt = [1, 5, 2, 9]
-    (ids,), _ = llama.generate([prompt], 3, temperature=0, echo=True)
-    assert ids[:4] == prompt and len(ids) > 4
+    (tokens,), _ = llama.generate([prompt], 3, temperature=0, echo=True)
+    assert tokens[:4] == prompt and len(tokens) > 4
 
 
-def test_same_seed_same_text_and_the_seed_matters(llama: Llama) -> None:
-    def draw(seed: int) -> list[list[int]]:
+def test_the_seed_of_torchs_generator_decides_the_answers(llama: Llama) -> None:
+    def sampled(seed: int) -> list[list[int]]:
         torch.manual_seed(seed)
         return llama.generate([[1, 5], [1, 9]], 20, temperature=1.0, top_p=0.95)[0]
 
-    assert draw(3) == draw(3) != draw(4)
+    assert sampled(3) == sampled(3) != sampled(4)
 
 
-def test_equal_length_sampling_draws_as_the_reference_does(llama: Llama, reference: Transformer) -> None:
-    """The reference: each step one torch.multinomial over the batch's sorted, renormalised nucleus, until all rows end."""
+def test_prompts_of_equal_length_are_sampled_as_by_the_reference(llama: Llama, reference: Transformer) -> None:
+    """Compare with Meta's loop: each step calls torch.multinomial once, over the sorted and renormalized nucleus of all rows,
+    until all rows have ended."""
     prompts = [[1, 5, 9], [1, 7, 30], [1, 80, 81]]
     torch.manual_seed(9)
     got, _ = llama.generate(prompts, 10, temperature=0.8, top_p=0.9)
     torch.manual_seed(9)
     rows, ended = [list(p) for p in prompts], [False] * 3
     for _ in range(10):
-        logits = torch.stack([plain_logits(reference, r)[-1] for r in rows])
+        logits = torch.stack([reference_logits(reference, r)[-1] for r in rows])
         probs, order = torch.softmax(logits / 0.8, -1).sort(-1, descending=True)
         probs[probs.cumsum(-1) - probs > 0.9] = 0
-        drawn = order.gather(-1, torch.multinomial(probs / probs.sum(-1, keepdim=True), 1)).squeeze(-1).tolist()
-        for i, id_ in enumerate(drawn):
-            rows[i].append(id_)
-            ended[i] |= id_ == 2
+        sampled = order.gather(-1, torch.multinomial(probs / probs.sum(-1, keepdim=True), 1)).squeeze(-1).tolist()
+        for i, token in enumerate(sampled):
+            rows[i].append(token)
+            ended[i] |= token == 2
         if all(ended):
             break
     expected = [r[3:] for r in rows]
@@ -126,21 +133,25 @@ def test_equal_length_sampling_draws_as_the_reference_does(llama: Llama, referen
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16])
-def test_a_prefill_in_chunks_gives_the_same(llama: Llama, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    """Chunks end inside of prompts and between them; ids, and log probabilities of prompts and answers."""
+def test_prefill_in_chunks_changes_neither_tokens_nor_logprobs(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """Chunks end inside prompts and between prompts."""
     want = llama.generate(RAGGED, 6, temperature=0, logprobs=True, echo=True)
-    plainly = llama.generate(RAGGED, 6, temperature=0)[0]
+    want_answers = llama.generate(RAGGED, 6, temperature=0)[0]
     monkeypatch.setattr(tuning, "PREFILL_CHUNK", chunk)
     got = llama.generate(RAGGED, 6, temperature=0, logprobs=True, echo=True)
-    assert got[0] == want[0] and llama.generate(RAGGED, 6, temperature=0)[0] == plainly
-    assert plainly == [ids[len(prompt) :] for ids, prompt in zip(got[0], RAGGED, strict=True)]
-    for mine, whole in zip(got[1], want[1], strict=True):
-        assert mine == pytest.approx(whole, abs=1e-4)
+    assert got[0] == want[0] and llama.generate(RAGGED, 6, temperature=0)[0] == want_answers
+    assert want_answers == [tokens[len(prompt) :] for tokens, prompt in zip(got[0], RAGGED, strict=True)]
+    for row_logprobs, want_logprobs in zip(got[1], want[1], strict=True):
+        assert row_logprobs == pytest.approx(want_logprobs, abs=1e-4)
 
 
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"quantize": "int8"}, {"quantize": "int4"}])
-def test_a_chunk_in_which_no_prompt_ends(small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, options: dict) -> None:
-    """None of its ids' outputs are wanted: kernels get no empty rows, and what follows finds its keys and values."""
+def test_a_prefill_chunk_in_which_no_prompt_ends_changes_no_answer(
+    small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, options: dict
+) -> None:
+    """Such a chunk needs no logits: kernels get no empty input, and later chunks attend to the chunk's keys and values."""
     llama = Llama.build(small.folder, small.tokenizer_path, 64, 4, device="cpu", **options)
     want = llama.generate([[1, *range(5, 30)]], 1, temperature=0, logprobs=True)
     monkeypatch.setattr(tuning, "PREFILL_CHUNK", 7)
@@ -148,76 +159,77 @@ def test_a_chunk_in_which_no_prompt_ends(small: SimpleNamespace, monkeypatch: py
     assert got[0] == want[0] and got[1][0] == pytest.approx(want[1][0], abs=0.02)
 
 
-def test_prefill_costs_the_real_ids_and_the_loop_one_step_an_id(small: SimpleNamespace) -> None:
+def test_prefill_computes_no_padding_and_each_further_token_takes_one_decode_step(small: SimpleNamespace) -> None:
     lengths, new = (16, 64, 128, 512), 5
     llama = Llama.build(small.folder, small.tokenizer_path, max_seq_len=520, max_batch_size=4, device="cpu")
     llama.tokenizer.eos_id = -2
-    with counted() as forwards, counted_rows() as (linear, head):
+    with count_forward_tokens() as forwards, count_matmul_rows() as (linear, head):
         llama.generate([[1] * n for n in lengths], new, temperature=0)
-    assert forwards == [sum(lengths)] + [4] * (new - 1)  # one prefill, which gives the first id, then a step for each more
+    assert forwards == [sum(lengths)] + [4] * (new - 1)  # the prefill gives the first token, each decode step one more
     per_layer = 4 * llama.model.n_layers  # wqkv, wo, w13, w2
     assert linear[: per_layer - 2] == [720] * (per_layer - 2)
-    assert max(linear[per_layer - 2 :]) == 4  # nor does the last feed-forward see more
-    assert head == [4] * new  # the last position of each row only
+    assert max(linear[per_layer - 2 :]) == 4  # the last feed-forward multiplies one position of each row
+    assert head == [4] * new  # logits are computed for one position of each row
 
-    with counted_rows() as (_, head):
+    with count_matmul_rows() as (_, head):
         llama.generate([[1] * n for n in lengths], new, temperature=0, logprobs=True, echo=True)
     assert sum(head) == 720 + 4 * new and max(head) <= 512
 
 
-def test_tokens_come_one_by_one_and_leaving_early_harms_nothing(llama: Llama) -> None:
-    whole, _ = llama.generate(RAGGED[:3], 8, temperature=0)
+def test_generate_stream_yields_tokens_one_by_one_and_may_be_closed_early(llama: Llama) -> None:
+    answers, _ = llama.generate(RAGGED[:3], 8, temperature=0)
     stream = llama.generate_stream(RAGGED[:3], 8, temperature=0)
-    taken = [next(stream) for _ in range(4)]
-    assert [(t.prompt_index, t.token) for t in taken] == [
-        (0, whole[0][0]),
-        (1, whole[1][0]),
-        (2, whole[2][0]),
-        (0, whole[0][1]),
+    first_four = [next(stream) for _ in range(4)]
+    assert [(t.prompt_index, t.token) for t in first_four] == [
+        (0, answers[0][0]),
+        (1, answers[1][0]),
+        (2, answers[2][0]),
+        (0, answers[0][1]),
     ]
-    assert torch.is_inference_mode_enabled() is False  # also while the stream stands open
+    assert torch.is_inference_mode_enabled() is False  # while the stream is suspended
     stream.close()
-    assert llama.generate(RAGGED[:3], 8, temperature=0)[0] == whole
+    assert llama.generate(RAGGED[:3], 8, temperature=0)[0] == answers
 
 
-@pytest.mark.parametrize("way", ["generate", "another Llama", "forward", "changed model"])
-def test_a_stream_overtaken_by_another_call_stops_and_says_so(llama: Llama, way: str) -> None:
-    """One model has one cache: going on would read the other call's keys and values."""
+@pytest.mark.parametrize("other_call", ["generate", "another Llama", "forward", "modified model"])
+def test_a_stream_raises_after_another_call_has_used_the_kv_cache(llama: Llama, other_call: str) -> None:
+    """A model has one KV cache: the stream would attend to the other call's keys and values."""
     stream = llama.generate_stream(RAGGED[:2], 8, temperature=0)
     next(stream)
-    if way == "forward":
+    if other_call == "forward":
         llama.model.forward(torch.tensor([[1, 9]]), 0)
-    elif way == "changed model":
+    elif other_call == "modified model":
         hook = llama.model.register_forward_hook(lambda *_: None)
         llama.generate([[1, 9]], 2, temperature=0)
         hook.remove()
     else:
-        (llama if way == "generate" else Llama(llama.model, llama.tokenizer)).generate([[1, 9]], 2, temperature=0)
+        (llama if other_call == "generate" else Llama(llama.model, llama.tokenizer)).generate([[1, 9]], 2, temperature=0)
     with pytest.raises(InputError, match="another call"):
         list(stream)
 
 
-def test_numbers_of_numpy_are_numbers(small: SimpleNamespace) -> None:
+def test_arguments_may_be_numpy_scalars(small: SimpleNamespace) -> None:
     import numpy as np
 
     llama = Llama.build(small.folder, small.tokenizer_path, np.int64(64), np.int32(4), seed=np.int64(1), device="cpu")
-    ids = [np.int64(1), np.int64(5)]
-    assert llama.generate([ids], np.int64(4), temperature=np.float32(0)) == llama.generate([[1, 5]], 4, temperature=0)
+    tokens = [np.int64(1), np.int64(5)]
+    assert llama.generate([tokens], np.int64(4), temperature=np.float32(0)) == llama.generate([[1, 5]], 4, temperature=0)
 
 
-def test_whatever_holds_prompts_will_do(llama: Llama) -> None:
-    """The reference goes through what it is given, be it a list, a tuple, an array, a tensor or a generator."""
+def test_prompts_and_seeds_may_be_any_iterable(llama: Llama) -> None:
+    """The reference iterates over prompts, so a list, tuple, array, tensor or generator must work."""
     import numpy as np
 
-    ids, texts = [[1, 5, 7], [1, 9, 8]], ["sea", "a bear"]
-    rows = llama.generate(ids, 4, seed=[2, 3])
-    for same in (tuple(map(tuple, ids)), (row for row in ids), np.array(ids), [*torch.tensor(ids)], torch.tensor(ids)):
+    tokens, texts = [[1, 5, 7], [1, 9, 8]], ["sea", "a bear"]
+    want = llama.generate(tokens, 4, seed=[2, 3])
+    tensor = torch.tensor(tokens)
+    for prompts in (tuple(map(tuple, tokens)), (row for row in tokens), np.array(tokens), [*tensor], tensor):
         for seeds in ((2, 3), np.array([2, 3]), torch.tensor([2, 3])):
-            same = list(same) if not isinstance(same, (torch.Tensor, np.ndarray)) else same
-            assert llama.generate(same, 4, seed=seeds) == rows
+            prompts = list(prompts) if not isinstance(prompts, (torch.Tensor, np.ndarray)) else prompts
+            assert llama.generate(prompts, 4, seed=seeds) == want
     answers = llama.text_completion(texts, temperature=0)
-    for several in ((text for text in texts), np.array(texts), tuple(texts)):
-        assert llama.text_completion(several, temperature=0) == answers
+    for text_prompts in ((text for text in texts), np.array(texts), tuple(texts)):
+        assert llama.text_completion(text_prompts, temperature=0) == answers
     dialog: list = [{"role": "user", "content": "hi"}]
     assert llama.chat_completion((d for d in [dialog]), temperature=0) == llama.chat_completion([dialog], temperature=0)
     assert llama.score((t for t in texts), (t for t in texts)) == llama.score(texts, texts)
@@ -225,28 +237,28 @@ def test_whatever_holds_prompts_will_do(llama: Llama) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
-def test_what_a_caller_sets_for_its_own_sake_changes_nothing(small: SimpleNamespace, dtype: str, quantize: str | None) -> None:
-    """A default dtype (the reference sets one itself) or device, autocast, inference mode."""
+def test_torch_settings_of_the_caller_change_no_answer(small: SimpleNamespace, dtype: str, quantize: str | None) -> None:
+    """Set a default dtype (the reference sets one itself), a default device, autocast and inference mode."""
     llama = Llama.build(small.folder, small.tokenizer_path, 32, 2, device="cpu", dtype=dtype, quantize=quantize)
 
     def answers() -> tuple:
         options: dict = {"temperature": 0.8, "seed": 1, "max_gen_len": 6}
-        ids = llama.generate([[1, 5, 7], [1, 9]], 6, seed=1, logprobs=True, echo=True, repetition_penalty=1.2)
-        said = llama.chat_completion([[{"role": "user", "content": "hi"}]], **options)
-        pieces = list(llama.text_completion_stream("sea", reuse=True, **options))
-        return ids, said, pieces, llama.score(["sea"], [" and"]), llama.model(torch.tensor([[1, 5]], device="cpu"), 0).dtype
+        tokens = llama.generate([[1, 5, 7], [1, 9]], 6, seed=1, logprobs=True, echo=True, repetition_penalty=1.2)
+        reply = llama.chat_completion([[{"role": "user", "content": "hi"}]], **options)
+        chunks = list(llama.text_completion_stream("sea", reuse=True, **options))
+        return tokens, reply, chunks, llama.score(["sea"], [" and"]), llama.model(torch.tensor([[1, 5]], device="cpu"), 0).dtype
 
     expected = answers()
-    for foreign in (torch.float16, torch.bfloat16, torch.float64):
-        torch.set_default_dtype(foreign)
+    for default_dtype in (torch.float16, torch.bfloat16, torch.float64):
+        torch.set_default_dtype(default_dtype)
         try:
             assert answers() == expected
             again = Llama.build(small.folder, small.tokenizer_path, 32, 2, device="cpu", dtype=dtype, quantize=quantize)
             assert again.generate([[1, 5, 7]], 6, seed=1) == llama.generate([[1, 5, 7]], 6, seed=1)
         finally:
             torch.set_default_dtype(torch.float32)
-    for foreign in (torch.float16, torch.bfloat16):
-        with torch.autocast("cpu", foreign):
+    for autocast_dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", autocast_dtype):
             assert answers()[:-1] == expected[:-1]
     with torch.device("meta"):
         again = Llama.build(small.folder, small.tokenizer_path, 32, 2, device="cpu", dtype=dtype, quantize=quantize)
@@ -258,73 +270,98 @@ def test_what_a_caller_sets_for_its_own_sake_changes_nothing(small: SimpleNamesp
     assert again.generate([[1, 5, 7]], 6, seed=1) == llama.generate([[1, 5, 7]], 6, seed=1)
 
 
-def test_a_copy_answers_alike(llama: Llama) -> None:
+def test_a_copied_or_pickled_llama_gives_the_same_answers(llama: Llama) -> None:
     expected = llama.generate([[1, 5]], 6, temperature=0)
-    for same in (copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))):
-        assert same.generate([[1, 5]], 6, temperature=0) == expected
-        assert same.model is not llama.model
+    for duplicate in (copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))):
+        assert duplicate.generate([[1, 5]], 6, temperature=0) == expected
+        assert duplicate.model is not llama.model
 
 
-def test_text_completion(llama: Llama) -> None:
+def test_text_completion_decodes_the_tokens_of_generate(llama: Llama) -> None:
     prompts = ["Once upon a time", "The capital", "good 上 🦙"]
     encode, decode = llama.tokenizer.encode, llama.tokenizer.decode
-    ids, values = llama.generate([encode(p, bos=True, eos=False) for p in prompts], 9, temperature=0, logprobs=True)
-    plain = llama.text_completion(prompts, temperature=0, max_gen_len=9)
-    assert plain == [{"generation": decode(row)} for row in ids]
-    rich = llama.text_completion(prompts, temperature=0, max_gen_len=9, logprobs=True)
-    assert values is not None
-    for prediction, row, row_values in zip(rich, ids, values, strict=True):
-        assert prediction == {"generation": decode(row), "tokens": [decode([i]) for i in row], "logprobs": row_values}
+    tokens, logprobs = llama.generate([encode(p, bos=True, eos=False) for p in prompts], 9, temperature=0, logprobs=True)
+    predictions = llama.text_completion(prompts, temperature=0, max_gen_len=9)
+    assert predictions == [{"generation": decode(row)} for row in tokens]
+    with_logprobs = llama.text_completion(prompts, temperature=0, max_gen_len=9, logprobs=True)
+    assert logprobs is not None
+    for prediction, row, row_logprobs in zip(with_logprobs, tokens, logprobs, strict=True):
+        assert prediction == {"generation": decode(row), "tokens": [decode([i]) for i in row], "logprobs": row_logprobs}
     echoed = llama.text_completion(prompts, temperature=0, max_gen_len=9, echo=True)
     assert [e["generation"].startswith(p) for e, p in zip(echoed, prompts, strict=True)] == [True] * 3
 
 
-def test_default_length_fills_the_window(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 4, "max_gen_len": 9, "stop": ["e", "\n"]}], ids=str)
+def test_iter_text_completion_yields_the_results_of_text_completion_with_details_in_order(llama: Llama, options: dict) -> None:
+    """Test eight prompts in a batch of six rows, so that answers finish in another order than the prompts have."""
+    prompts = ["Once upon a time", "The capital", "good 上 🦙", "", "one, two, three", "sea", "She sells", "Good morning"]
+    want = llama.text_completion(prompts, details=True, **options)
+    assert list(llama.iter_text_completion(prompts, **options)) == want
+
+
+def test_iter_text_completion_yields_each_result_before_later_results_are_finished(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a batch of one row, count the forwards until each result: the prefill of the next prompt may have run, nothing more."""
+    monkeypatch.setattr(llama.tokenizer, "eos_id", -2)  # no token ends an answer
+    monkeypatch.setattr(llama.model.params, "max_batch_size", 1)
+    n_forwards: list[int] = []
+    with count_forward_tokens() as forwards:
+        for _ in llama.iter_text_completion(["sea", "Once upon", "The capital"], temperature=0, max_gen_len=5):
+            n_forwards.append(len(forwards))
+    assert n_forwards == [5 + 1, 10 + 1, 15]
+
+
+def test_iter_text_completion_raises_input_error_at_the_call(llama: Llama) -> None:
+    for options in ({"prompts": "once"}, {"prompts": ["a"], "stop": ""}, {"prompts": ["a"], "temperature": -1}):
+        with pytest.raises(InputError):
+            llama.iter_text_completion(**options)
+
+
+def test_an_answer_fills_the_context_by_default(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama.tokenizer, "eos_id", -2)
     (prediction,) = llama.text_completion(["sea"], temperature=0, logprobs=True)
     prompt = llama.tokenizer.encode("sea", bos=True, eos=False)
     assert len(prediction["tokens"]) == 64 - len(prompt)
 
 
-def test_chat_completion_and_special_tags(llama: Llama) -> None:
+def test_a_dialog_with_special_tags_is_answered_with_the_error_and_without_computation(llama: Llama) -> None:
     safe = [{"role": "user", "content": "Paris?"}]
     unsafe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<<SYS>> b"}, {"role": "user", "content": "c"}]
-    plain = llama.chat_completion([unsafe, safe, unsafe], temperature=0, max_gen_len=4)
+    answers = llama.chat_completion([unsafe, safe, unsafe], temperature=0, max_gen_len=4)
     alone = llama.chat_completion([safe], temperature=0, max_gen_len=4)
-    assert plain[0] == plain[2] == {"generation": {"role": "assistant", "content": UNSAFE_ERROR}}
-    assert plain[1] == alone[0] and plain[1]["generation"]["role"] == "assistant"
-    rich = llama.chat_completion([unsafe, safe], temperature=0, max_gen_len=4, logprobs=True)
-    assert rich[0]["tokens"] == rich[0]["logprobs"] == []
-    assert len(rich[1]["tokens"]) == len(rich[1]["logprobs"]) > 0
-    with counted() as forwards:
+    assert answers[0] == answers[2] == {"generation": {"role": "assistant", "content": UNSAFE_ERROR}}
+    assert answers[1] == alone[0] and answers[1]["generation"]["role"] == "assistant"
+    with_logprobs = llama.chat_completion([unsafe, safe], temperature=0, max_gen_len=4, logprobs=True)
+    assert with_logprobs[0]["tokens"] == with_logprobs[0]["logprobs"] == []
+    assert len(with_logprobs[1]["tokens"]) == len(with_logprobs[1]["logprobs"]) > 0
+    with count_forward_tokens() as forwards:
         llama.chat_completion([unsafe], temperature=0)
-    assert forwards == []  # never computed
+    assert forwards == []
 
 
-def test_nothing_in_nothing_out(llama: Llama) -> None:
+def test_no_prompts_give_no_answers(llama: Llama) -> None:
     assert llama.generate([], 5) == ([], None) and llama.generate([], 5, logprobs=True, echo=True) == ([], [])
     assert llama.text_completion([]) == [] and llama.chat_completion([]) == []
 
 
-def test_bfloat16_is_kept_and_close(llama: Llama, small: SimpleNamespace) -> None:
-    """bf16 has 8 bits of mantissa: over a vocabulary of unit-scale logits that is a tenth or so, not more."""
+def test_logits_in_bfloat16_are_close_to_float32(llama: Llama, small: SimpleNamespace) -> None:
+    """Logits of unit scale may differ by about 0.1, as bfloat16 has 8 bits of mantissa. Weights and KV cache are bfloat16."""
     half = Llama.build(small.folder, small.tokenizer_path, 64, 2, device="cpu", dtype="bfloat16")
     forward = half.engine.forward()
     assert {p.dtype for p in half.model.parameters()} == {forward.cache.data.dtype} == {torch.bfloat16}
-    ids = torch.randint(3, 384, (2, 30), generator=torch.Generator().manual_seed(1))
-    hidden = forward.hidden_states(ids.flatten(), RaggedBatch.from_segments([(0, 0, 30), (1, 0, 30)]))
-    want = llama.model(ids, 0)
-    for got in (half.model(ids, 0), forward.logits(hidden).view(2, 30, -1)):
+    tokens = torch.randint(3, 384, (2, 30), generator=torch.Generator().manual_seed(1))
+    hidden = forward.hidden_states(tokens.flatten(), RaggedBatch.from_segments([(0, 0, 30), (1, 0, 30)]))
+    want = llama.model(tokens, 0)
+    for got in (half.model(tokens, 0), forward.logits(hidden).view(2, 30, -1)):
         assert got.dtype == torch.float32
         assert (got - want).abs().max() < 0.15 and (got - want).abs().mean() < 0.02
 
 
-def test_instances_live_side_by_side(llama: Llama, small: SimpleNamespace) -> None:
+def test_two_models_in_one_process_do_not_affect_each_other(llama: Llama, small: SimpleNamespace) -> None:
     want = llama.generate(RAGGED[:2], 8, temperature=0)
     other = Llama.build(small.folder, small.tokenizer_path, max_seq_len=32, max_batch_size=2, device="cpu")
-    ours, theirs = (
-        llama.generate_stream(RAGGED[:2], 8, temperature=0),
-        other.generate_stream([[1, 5, 9, 44], [1, 300]], 8, temperature=0),
-    )
-    pairs = list(zip(ours, theirs, strict=True))
+    first_stream = llama.generate_stream(RAGGED[:2], 8, temperature=0)
+    second_stream = other.generate_stream(RAGGED[:2], 8, temperature=0)
+    pairs = list(zip(first_stream, second_stream, strict=True))
     assert all(a == b for a, b in pairs) and len(pairs) == sum(map(len, want[0]))

@@ -1,33 +1,35 @@
-"""`python -m llama plan`: its figures are those that building goes by, and those of a model that is there."""
+"""`llama.plan` and `python -m llama plan`: the figures are those of real models, and a plan fits exactly where `build` does."""
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from llama import DeviceError, Llama, ModelArgs, Transformer, errors
+from llama import DeviceError, InputError, Llama, ModelArgs, Transformer, errors, plan
 from llama import model as llama_model
 from llama.cli.main import main
 from llama.engine.kv_cache import KVCache
 from llama.layers import embedding, linear
 from llama.planning import estimate, machines
 
-from .support import refused, write_shards
+from .support import assert_raises, write_shards
 
 BF16, CUDA = torch.bfloat16, torch.device("cuda")
 
 
-def on_ranks(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models are made as rank 0 of so many makes them."""
+def pretend_ranks(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build models as rank 0 of a job with this number of ranks builds them."""
     for module in (llama_model, linear, embedding):
         monkeypatch.setattr(module, "model_parallel", lambda: (0, ranks))
 
 
-def cells(report: str) -> dict[str, list[str]]:
-    """A table's rows by what stands at their left."""
+def table_rows(report: str) -> dict[str, list[str]]:
+    """Return the cells of each row of a report's table, by the row's label."""
     rows = {}
     for line in report.splitlines():
         label, machine, speeds = line.partition(" GB/s ")
@@ -39,107 +41,146 @@ def cells(report: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("name, gib", [("7B", 12.55), ("13B", 24.24), ("70B", 128.48)])
-def test_the_models_are_as_large_as_metas_files(name: str, gib: float) -> None:
+def test_the_known_models_are_as_large_as_metas_files(name: str, gib: float) -> None:
     assert estimate.weight_bytes(machines.MODELS[name], 1, BF16) / 2**30 == pytest.approx(gib, abs=0.01)
 
 
-@pytest.mark.parametrize("kind", [None, "int8", "int4"])
-@pytest.mark.parametrize("name, most", [("7B", 16), ("13B", 8), ("70B", 8)])
-def test_a_plan_says_what_building_would(name: str, most: int, kind: str | None) -> None:
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+@pytest.mark.parametrize("name, max_ranks", [("7B", 16), ("13B", 8), ("70B", 8)])
+def test_a_plan_has_the_figures_and_the_errors_of_building(name: str, max_ranks: int, format: str | None) -> None:
     args = replace(machines.MODELS[name], max_seq_len=4096, max_batch_size=8)
-    table = cells(machines.plan_report(name, args, [], BF16, kind, list(machines.GPUS.values()), CUDA))
+    table = table_rows(machines.plan_report(name, args, [], BF16, format, list(machines.GPUS.values()), CUDA))
     columns = [int(n) for n in table["ranks"]]
-    assert columns == [n for n in (1, 2, 4, 8, 16) if n <= most]
-    fitting = 0
+    assert columns == [n for n in (1, 2, 4, 8, 16) if n <= max_ranks]
+    n_fitting = 0
     for i, n in enumerate(columns):
         with pytest.raises(DeviceError) as caught:
-            estimate.check_memory(args, n, BF16, CUDA, 1, kind)
-        assert f"{table['weights, on each'][i]} of weights" in str(caught.value)
-        assert f"{table['cache of 8 x 4096 ids'][i]} of cache" in str(caught.value)
-        assert f"{table['to compute in'][i]} to compute in, make {table['in all'][i]}" in str(caught.value)
+            estimate.check_memory(args, n, BF16, CUDA, 1, format)
+        assert f"take {table['weights, on each rank'][i]}, " in str(caught.value)
+        assert f"max_batch_size=8) {table['KV cache, 8 x 4096 tokens'][i]}, " in str(caught.value)
+        assert f"activations {table['activations'][i]}. " in str(caught.value)
+        assert f"needs {table['total'][i]}, but" in str(caught.value)
         for gpu in machines.GPUS.values():
             fits = table[gpu.name][i] != "-"
-            fitting += fits
+            n_fitting += fits
             try:
-                estimate.check_memory(args, n, BF16, CUDA, int(gpu.memory * 1e9), kind)
+                estimate.check_memory(args, n, BF16, CUDA, int(gpu.memory * 1e9), format)
                 assert fits
             except DeviceError as e:
                 assert not fits
-                alone = machines.plan_report(name, args, [n], BF16, kind, [gpu], CUDA)
-                assert alone.endswith(str(e).replace("on cuda", f"on {gpu.name}"))
-    assert fitting > len(machines.GPUS)
+                report = machines.plan_report(name, args, [n], BF16, format, [gpu], CUDA)
+                assert report.endswith(str(e).replace("on cuda", f"on {gpu.name}"))
+    assert n_fitting > len(machines.GPUS)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_the_bytes_of_a_step_are_those_of_a_real_model(llama: Llama, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+def test_the_bytes_read_in_a_decode_step_are_those_of_a_real_model(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
     args = llama.model.params
-    on_ranks(ranks, monkeypatch)
+    pretend_ranks(ranks, monkeypatch)
     with torch.device("meta"):
         model = Transformer(args).to(BF16)
-        held = (
-            sum(p.nbytes for name, p in model.named_parameters() if "embedding" not in name) + KVCache.adopt(model).data.nbytes
-        )
-    assert machines.bytes_read_per_step(args, ranks, BF16) == held
-    once_a_second = machines.Machine("one", 1, held / 1e9)
-    table = cells(machines.plan_report("small", args, [ranks], BF16, None, [once_a_second], CUDA))
+        matmul_bytes = sum(p.nbytes for name, p in model.named_parameters() if "embedding" not in name)
+        step_bytes = matmul_bytes + KVCache.adopt(model).data.nbytes
+    assert machines.bytes_read_per_step(args, ranks, BF16) == step_bytes
+    one_step_per_second = machines.Machine("one", 1, step_bytes / 1e9)
+    table = table_rows(machines.plan_report("small", args, [ranks], BF16, None, [one_step_per_second], CUDA))
     assert table["one"] == [f"{args.max_batch_size:.1f}"]
 
 
-def test_ranks_that_cannot_be_are_refused_as_building_refuses_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = dict(dtype=BF16, kind=None, machines=[machines.GPUS["H100"]], device=CUDA)
+def test_a_number_of_ranks_that_building_refuses_is_refused_with_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = dict(dtype=BF16, format=None, machines=[machines.GPUS["H100"]], device=CUDA)
     for ranks in (3, 16):
-        on_ranks(ranks, monkeypatch)
-        said = f"key/value heads: 8 cannot be divided among {ranks} ranks; use one of 1, 2, 4, 8"
-        refused(lambda: Transformer(machines.MODELS["70B"]), DeviceError, said)
-        refused(
-            lambda ranks=ranks: machines.plan_report("70B", machines.MODELS["70B"], [1, ranks], **everything), DeviceError, said
+        pretend_ranks(ranks, monkeypatch)
+        error = f"key/value heads: 8 cannot be divided among {ranks} ranks; use one of 1, 2, 4, 8"
+        assert_raises(lambda: Transformer(machines.MODELS["70B"]), DeviceError, error)
+        assert_raises(
+            lambda ranks=ranks: machines.plan_report("70B", machines.MODELS["70B"], [1, ranks], **options),
+            DeviceError,
+            error,
         )
-    refused(
-        lambda: machines.plan_report("13B", machines.MODELS["13B"], [5], **everything), DeviceError, "feed-forward width: 13824"
+    assert_raises(
+        lambda: machines.plan_report("13B", machines.MODELS["13B"], [5], **options), DeviceError, "feed-forward width: 13824"
     )
     code = replace(machines.MODELS["7B"], vocab_size=32016)
-    refused(lambda: machines.plan_report("code", code, [32], **everything), DeviceError, "vocabulary: 32016")
+    assert_raises(lambda: machines.plan_report("code", code, [32], **options), DeviceError, "vocabulary: 32016")
 
 
-def test_the_command(small: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def said(*arguments: str) -> dict[str, list[str]]:
+def test_the_plan_command_takes_known_models_folders_and_machines(
+    small: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def printed_table(*arguments: str) -> dict[str, list[str]]:
         assert main(["plan", *arguments]) == 0
-        return cells(capsys.readouterr().out)
+        return table_rows(capsys.readouterr().out)
 
-    table = said("--model", "70B", "--ranks", "4", "--max_seq_len", "2048", "--gpu", "h100")
-    assert "70B, bfloat16" in table and table["ranks"] == ["4"] and "cache of 1 x 2048 ids" in table
-    assert table["weights, on each"] == ["34.49 GB"] and list(table)[-2] == "H100"  # a note follows
-    mine = ("--memory", "8", "--bandwidth", "50")
-    assert said("--model", "7B", "--quantize", "int4", "--dtype", "float16", *mine)["a machine"][0] == "8.4"
-    weights = said("--ckpt_dir", str(small.folder), "--ranks", "1", "--dtype", "bfloat16", *mine)["weights, on each"]
+    table = printed_table("--model", "70B", "--ranks", "4", "--max_seq_len", "2048", "--gpu", "h100")
+    assert "70B, bfloat16" in table and table["ranks"] == ["4"] and "KV cache, 1 x 2048 tokens" in table
+    assert table["weights, on each rank"] == ["34.49 GB"] and list(table)[-2] == "H100"  # a note follows
+    machine = ("--memory", "8", "--bandwidth", "50")
+    assert printed_table("--model", "7B", "--quantize", "int4", "--dtype", "float16", *machine)["this machine"][0] == "8.4"
+    weights = printed_table("--ckpt_dir", str(small.folder), "--ranks", "1", "--dtype", "bfloat16", *machine)[
+        "weights, on each rank"
+    ]
     model = ModelArgs(**{**small.params, "vocab_size": 384})
     assert weights == [errors.format_bytes(estimate.weight_bytes(model, 1, BF16))]
-    as_stored = said("--ckpt_dir", str(small.folder), "--ranks", "1")["weights, on each"]
+    as_stored = printed_table("--ckpt_dir", str(small.folder), "--ranks", "1")["weights, on each rank"]
     assert as_stored == [errors.format_bytes(estimate.weight_bytes(model, 1, torch.float32))]
 
-    folder = write_shards(tmp_path, small.params, {})  # as long as only params.json is there
-    (folder / "consolidated.00.pth").unlink()
-    table = said("--ckpt_dir", str(folder), "--ranks", "1")
+    folder = write_shards(tmp_path, small.params, {})
+    (folder / "consolidated.00.pth").unlink()  # only params.json is left
+    table = printed_table("--ckpt_dir", str(folder), "--ranks", "1")
     larger = replace(model, vocab_size=machines.VOCAB_SIZE)
-    assert table["weights, on each"] == [errors.format_bytes(estimate.weight_bytes(larger, 1, BF16))]
+    assert table["weights, on each rank"] == [errors.format_bytes(estimate.weight_bytes(larger, 1, BF16))]
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, error",
     [
-        ("--ranks 0", "ranks is 0; it must be a whole number from 1"),
-        ("--max_seq_len 0", "max_seq_len is 0; it must be"),
-        ("--max_batch_size -1", "max_batch_size is -1; it must be"),
+        ("--ranks 0", "ranks is 0 (int); it must be a whole number from 1"),
+        ("--max_seq_len 0", "max_seq_len is 0 (int); it must be"),
+        ("--max_batch_size -1", "max_batch_size is -1 (int); it must be"),
         ("--max_seq_len 99999999999999999999", "to 2,147,483,647"),
-        ("--memory 24", "not something of each"),
-        ("--memory 24 --bandwidth 100 --gpu L4", "a machine is either a --gpu"),
-        ("--memory nan --bandwidth 100", "memory is nan; it must be a number of GB above 0"),
+        ("--memory 24", "give either gpu, or both memory and bandwidth"),
+        ("--memory 24 --bandwidth 100 --gpu L4", "gpu is 'L4', memory is 24.0, bandwidth is 100.0"),
+        ("--memory nan --bandwidth 100", "memory is nan (float); it must be a number of GB above 0"),
         ("--memory 24 --bandwidth 0", "bandwidth is 0.0"),
         ("--memory 24 --bandwidth inf", "bandwidth is inf"),
         ("--quantize int4 --dtype float16", "multiplies bfloat16 only"),
     ],
 )
-def test_what_cannot_be_planned(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_command_refuses_bad_arguments(arguments: str, error: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", "7B", *arguments.split()]) == 1
     out, err = capsys.readouterr()
-    assert out == "" and said in err and err.count("\n") == 1
+    assert out == "" and error in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, name",
+    [
+        ({}, "model"),
+        ({"model": "8B"}, "model"),
+        ({"model": 7}, "model"),
+        ({"model": "7B", "ckpt_dir": "folder"}, "model"),
+        ({"model": "7B", "ranks": [0]}, "ranks"),
+        ({"model": "7B", "max_seq_len": 0}, "max_seq_len"),
+        ({"model": "7B", "max_batch_size": 2**31}, "max_batch_size"),
+        ({"model": "7B", "dtype": "float64"}, "dtype"),
+        ({"model": "7B", "memory": 8}, "memory"),
+        ({"model": "7B", "memory": math.nan, "bandwidth": 50}, "memory"),
+        ({"model": "7B", "memory": 8, "bandwidth": 0}, "bandwidth"),
+        ({"model": ["7B"]}, "model"),
+        ({"model": "7B", "ranks": 2}, "ranks"),
+        ({"model": "7B", "ranks": ["2"]}, "ranks"),
+        ({"model": "7B", "ranks": [1.5]}, "ranks"),
+        ({"model": "7B", "ranks": [True]}, "ranks"),
+        ({"model": "7B", "max_seq_len": "8"}, "max_seq_len"),
+        ({"model": "7B", "max_batch_size": 1.5}, "max_batch_size"),
+        ({"model": "7B", "quantize": "int3"}, "quantize"),
+        ({"model": "7B", "gpu": "H900"}, "gpu"),
+        ({"model": "7B", "memory": "8", "bandwidth": 50}, "memory"),
+    ],
+    ids=str,
+)
+def test_plan_refuses_bad_arguments_with_input_error(arguments: dict[str, Any], name: str) -> None:
+    assert_raises(lambda: plan(**arguments), InputError, f"{name} is ")

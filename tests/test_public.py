@@ -1,13 +1,18 @@
-"""What callers may rely on: names, signatures, and the order in which the files build on each other."""
+"""The public interface: names, signatures, constants, and how objects print themselves."""
 
 import dataclasses
 import importlib
 import inspect
+import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import llama
-from llama import Llama, ModelArgs, Tokenizer, Transformer
+from llama import InputError, Llama, ModelArgs, Tokenizer, Transformer, validate_options
+
+from .support import assert_raises
 
 NAMES = {
     "llama": "Llama Dialog ModelArgs Transformer Tokenizer",
@@ -63,20 +68,20 @@ SIGNATURES = {
 
 
 @pytest.mark.parametrize("module", NAMES)
-def test_names(module: str) -> None:
-    found = importlib.import_module(module)
-    assert [name for name in NAMES[module].split() if not hasattr(found, name)] == []
+def test_modules_have_the_references_names(module: str) -> None:
+    imported = importlib.import_module(module)
+    assert [name for name in NAMES[module].split() if not hasattr(imported, name)] == []
 
 
 @pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f.__qualname__)
-def test_signatures(function: object) -> None:
+def test_public_signatures_are_stable(function: object) -> None:
     signature = inspect.signature(function)  # type: ignore[arg-type]
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
-    got = str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
-    assert got == f"({SIGNATURES[function]})"
+    text = str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
+    assert text == f"({SIGNATURES[function]})"
 
 
-def test_model_args() -> None:
+def test_model_args_have_the_references_fields_and_defaults() -> None:
     fields = {f.name: f.default for f in dataclasses.fields(ModelArgs)}
     assert list(fields.items()) == [
         ("dim", 4096), ("n_layers", 32), ("n_heads", 32), ("n_kv_heads", None), ("vocab_size", -1), ("multiple_of", 256),
@@ -85,9 +90,58 @@ def test_model_args() -> None:
     ]  # fmt: skip
 
 
-def test_tags_and_the_error() -> None:
-    from llama import generation as g
+def test_special_tags_and_the_unsafe_error_are_the_references() -> None:
+    from llama import generation
 
-    assert (g.B_INST, g.E_INST, g.B_SYS, g.E_SYS) == ("[INST]", "[/INST]", "<<SYS>>\n", "\n<</SYS>>\n\n")
-    assert g.SPECIAL_TAGS == ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"]
-    assert g.UNSAFE_ERROR == "Error: special tags are not allowed as part of the prompt."
+    tags = (generation.B_INST, generation.E_INST, generation.B_SYS, generation.E_SYS)
+    assert tags == ("[INST]", "[/INST]", "<<SYS>>\n", "\n<</SYS>>\n\n")
+    assert generation.SPECIAL_TAGS == ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"]
+    assert generation.UNSAFE_ERROR == "Error: special tags are not allowed as part of the prompt."
+
+
+@pytest.mark.parametrize("dtype, backend", [("float32", "auto"), ("bfloat16", "eager")])
+def test_repr_of_a_llama_names_backend_dtype_and_sizes(small: SimpleNamespace, dtype: str, backend: str) -> None:
+    built = Llama.build(small.folder, small.tokenizer_path, 48, 3, device="cpu", dtype=dtype, backend=backend)
+    text = repr(built)
+    parts = (f"backend {built.backend}", f"{dtype} on cpu", "max_seq_len=48", "max_batch_size=3")
+    assert [part for part in parts if part not in text] == []
+    assert backend in ("auto", built.backend)
+
+
+def test_dir_of_a_llama_lists_public_names_and_dunders_only(shared_llama: Llama) -> None:
+    names = dir(shared_llama)
+    assert {"generate", "text_completion", "chat_completion", "score", "model", "tokenizer", "__init__"} <= set(names)
+    private = [name for name in names if name.startswith("_") and not (name.startswith("__") and name.endswith("__"))]
+    assert private == []
+
+
+def test_repr_of_a_stream_shows_its_progress(shared_llama: Llama) -> None:
+    stream = shared_llama.text_completion_stream("Once upon a time", temperature=0, max_gen_len=4)
+    n = stream.prompt_tokens
+    assert n > 0 and repr(stream) == f"<Stream running: {n} prompt tokens, 0 new tokens>"
+    list(stream)
+    assert repr(stream) == f"<Stream {stream.finish_reason}: {n} prompt tokens, {stream.new_tokens} new tokens>"
+    assert stream.finish_reason in ("stop", "length") and stream.new_tokens > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"max_gen_len": bad} for bad in (-1, 1.5, "4", True)),
+        *({"stop": bad} for bad in ("", 5, ["a", ""], "\ud800")),
+        *({"temperature": bad} for bad in (-1, "0", math.nan, None)),
+        *({"top_p": bad} for bad in (-0.1, 1.01, "0.9")),
+        *({"top_k": bad} for bad in (-1, 1.5, True)),
+        *({"min_p": bad} for bad in (-0.1, 2, "0")),
+        *({"repetition_penalty": bad} for bad in (0, -1, math.inf)),
+    ],
+    ids=str,
+)
+def test_validate_options_refuses_bad_values_with_input_error(options: dict[str, Any]) -> None:
+    (name,) = options
+    assert_raises(lambda: validate_options(**options), InputError, name)
+
+
+def test_validate_options_accepts_what_calls_accept() -> None:
+    validate_options()
+    validate_options(max_gen_len=0, stop=["a", "\n"], temperature=0, top_p=1, top_k=5, min_p=0.1, repetition_penalty=1.2)

@@ -1,4 +1,4 @@
-"""n shards on m ranks: the answers of one rank. The whole grid, which has 8 ranks too, is `make grid`."""
+"""A checkpoint of any number of shards gives the same answers on any number of ranks. `make grid` also tests 8 ranks."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from llama.checkpoint.resharding import shard_views
 
 from .support import random_weights, run, torchrun, write_shards
 
-# Widths that 1, 2, 3, 4 and 8 all divide; and 70B's proportions as its params.json has them, but for width and depth.
+# WIDE has widths that 1, 2, 3, 4 and 8 divide. SEVENTY_B has the params.json of 70B, with a smaller width and fewer layers.
 WIDE = dict(dim=192, n_layers=2, n_heads=24, n_kv_heads=24, multiple_of=24, norm_eps=1e-5, vocab_size=-1), 528
 SEVENTY_B = dict(dim=256, n_layers=2, n_heads=64, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3, norm_eps=1e-5), 4096
 SHARDS = {"wide": (WIDE, (1, 2, 3, 4, 8)), "70B": (SEVENTY_B, (1, 2, 4, 8))}
@@ -17,42 +17,38 @@ SHARDS = {"wide": (WIDE, (1, 2, 3, 4, 8)), "70B": (SEVENTY_B, (1, 2, 4, 8))}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    made = []
+    written = []
     for name, ((params, hidden), counts) in SHARDS.items():
         weights = random_weights(params, 384, hidden)
         root = tmp_path_factory.mktemp(name)
-        made += [write_shards(root / f"{name}-{n}", params, weights, n) for n in counts]
-    return made
+        written += [write_shards(root / f"{name}-{n}", params, weights, n) for n in counts]
+    return written
 
 
 @pytest.fixture(scope="module")
 def one_rank(folders: list[Path], tokenizer_path: Path) -> dict:
     out = folders[0].parent / "one.pt"
-    done = run(Path(__file__).with_name("rank_worker.py"), out, tokenizer_path, *folders, PYTHONPATH=_path())
+    done = run(Path(__file__).with_name("rank_worker.py"), out, tokenizer_path, *folders)
     assert done.returncode == 0, done.stderr
     return torch.load(out)
 
 
-def _path() -> str:
-    return str(Path(__file__).parents[1])
-
-
-def same(got: dict, want: dict) -> None:
-    assert got["ids"] == want["ids"] and got["sampled"] == want["sampled"]
+def assert_same_answers(got: dict, want: dict) -> None:
+    assert got["tokens"] == want["tokens"] and got["sampled"] == want["sampled"]
     torch.testing.assert_close(got["logits"], want["logits"], atol=1e-4, rtol=0)
-    for a, b in zip(got["logprobs"], want["logprobs"], strict=True):
-        assert a == pytest.approx(b, abs=1e-4)
+    for logprobs, want_logprobs in zip(got["logprobs"], want["logprobs"], strict=True):
+        assert logprobs == pytest.approx(want_logprobs, abs=1e-4)
 
 
-def test_every_number_of_shards_on_one_rank(folders: list[Path], one_rank: dict) -> None:
+def test_any_number_of_shards_gives_the_answers_of_one_shard_on_one_rank(folders: list[Path], one_rank: dict) -> None:
     for folder in folders:
-        single = next(f for f in folders if f.name == folder.name.split("-")[0] + "-1")
-        same(one_rank[str(folder)], one_rank[str(single)])
-    assert len({str(one_rank[str(folder)]["ids"]) for folder in folders}) == len(SHARDS)  # the models do differ
+        one_shard = next(f for f in folders if f.name == folder.name.split("-")[0] + "-1")
+        assert_same_answers(one_rank[str(folder)], one_rank[str(one_shard)])
+    assert len({str(one_rank[str(folder)]["tokens"]) for folder in folders}) == len(SHARDS)  # models differ
 
 
 @pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.grid)])
-def test_every_number_of_shards_on_several_ranks(
+def test_any_number_of_shards_on_several_ranks_gives_the_answers_of_one_rank(
     folders: list[Path], one_rank: dict, tokenizer_path: Path, ranks: int, tmp_path: Path
 ) -> None:
     worker, out = Path(__file__).with_name("rank_worker.py"), tmp_path / "out.pt"
@@ -60,19 +56,20 @@ def test_every_number_of_shards_on_several_ranks(
     assert done.returncode == 0, done.stderr
     assert done.stdout == "only rank 0 is heard\n"
     answers = torch.load(out)
-    assert answers.pop("drawn") == one_rank["drawn"]
+    assert answers.pop("agreement") == one_rank["agreement"]
     for folder, got in answers.items():
-        same(got, one_rank[folder])
-        print(f"{Path(folder).name} shard(s) on {ranks} ranks: ids equal, logits within 1e-4")
+        assert_same_answers(got, one_rank[folder])
+        print(f"{Path(folder).name} shard(s) on {ranks} ranks: tokens equal, logits within 1e-4")
 
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 8])
-def test_cut_gives_each_rank_its_interval(n: int, m: int, dim: int) -> None:
-    whole = torch.arange(24 * 24).view(24, 24)
-    parts = list(whole.chunk(n, dim))
+def test_shard_views_give_each_rank_its_part_without_copies(n: int, m: int, dim: int) -> None:
+    """Cut n shards of a weight for m ranks."""
+    weight = torch.arange(24 * 24).view(24, 24)
+    shards = list(weight.chunk(n, dim))
     for rank in range(m):
-        views = shard_views(parts, dim, rank, m)
-        assert torch.equal(torch.cat(views, dim), whole.chunk(m, dim)[rank])
-        assert all(view._base is not None for view in views)  # nothing is copied before it is needed
+        views = shard_views(shards, dim, rank, m)
+        assert torch.equal(torch.cat(views, dim), weight.chunk(m, dim)[rank])
+        assert all(view.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr() for view in views)

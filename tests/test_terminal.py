@@ -106,7 +106,7 @@ def test_a_chat_in_a_terminal(start: tuple, talker: tuple, llama: Llama, tmp_pat
         person.types("\x03")
         person.sees("\n> ")
         person.types("/clear\n")
-        person.sees("anew\n> ")
+        person.sees("cleared\n> ")
         person.types("[INST]\n")
         person.sees(f"{UNSAFE_ERROR}\n> ")
         person.types("\x04")
@@ -157,7 +157,7 @@ def test_a_chat_between_pipes(talker: tuple, llama: Llama, command: Callable) ->
     assert code == 0 and out == first + "\n" + answer(llama, "good morning", first, "seven?", most=8) + "\n"
     cut, *remarks, cut_again = err.removesuffix("\n").split("\n")
     assert cut == cut_again == "the answer is cut off: max_gen_len=8"
-    assert "\n".join(remarks[:-1]) == f"{COMMANDS_HELP}\n/oops is no command; /help names them\n{UNSAFE_ERROR}"
+    assert "\n".join(remarks[:-1]) == f"{COMMANDS_HELP}\n/oops is not a command; /help lists all commands\n{UNSAFE_ERROR}"
     assert remarks[-1].startswith("the user text holds a lone surrogate")
 
 

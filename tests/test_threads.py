@@ -1,65 +1,65 @@
-"""Threads that share a Llama are served in turn, or refused; never mixed."""
+"""Threads that share a model: their calls run one after another, and a stream whose KV cache another call has used raises."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from llama import InputError, Llama
 
-from .support import refused
+from .support import assert_raises
 
 PROMPTS = [[[1, 5], [1, 9, 30]], [[1, 300]], [[1, 7, 7], [1, 8], [1, *range(20, 40)]], [[1, 44, 45]]]
 
 
-def test_batches_are_served_in_turn(llama: Llama) -> None:
+def test_calls_of_several_threads_give_the_answers_of_one_thread(llama: Llama) -> None:
     want = [llama.generate(prompts, 12, temperature=0, logprobs=True) for prompts in PROMPTS]
-    all_at_once = threading.Barrier(len(PROMPTS))
+    start_together = threading.Barrier(len(PROMPTS))
 
-    def calls(prompts: list[list[int]]) -> list:
-        all_at_once.wait()
+    def generate_four_times(prompts: list[list[int]]) -> list:
+        start_together.wait()
         return [llama.generate(prompts, 12, temperature=0, logprobs=True) for _ in range(4)]
 
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        for got, once in zip(pool.map(calls, PROMPTS), want, strict=True):
-            assert got == [once] * 4
+        for results, result in zip(pool.map(generate_four_times, PROMPTS), want, strict=True):
+            assert results == [result] * 4
 
 
-def test_two_of_one_model_are_served_in_turn(llama: Llama) -> None:
-    """It has one cache, whoever asks."""
+def test_threads_may_use_one_model_through_two_llamas(llama: Llama) -> None:
+    """Both objects share the model's KV cache."""
     other, prompts = Llama(llama.model, llama.tokenizer), [[1, *range(5, 5 + i)] for i in range(6)]
-    wanted = llama.generate(prompts, 12, temperature=0)
+    want = llama.generate(prompts, 12, temperature=0)
     with ThreadPoolExecutor(2) as pool:
-        asked = [pool.submit(which.generate, prompts, 12, temperature=0) for which in (llama, other) * 8]
-        assert [answer.result() for answer in asked] == [wanted] * 16
+        futures = [pool.submit(caller.generate, prompts, 12, temperature=0) for caller in (llama, other) * 8]
+        assert [future.result() for future in futures] == [want] * 16
 
 
-def test_a_stream_is_right_or_refused(llama: Llama) -> None:
-    """Each thread streams; whose cache another takes learns so, and what it has got until then is right."""
+def test_streams_of_several_threads_yield_correct_tokens_or_raise(llama: Llama) -> None:
+    """A stream raises after another thread's stream has used the KV cache; the tokens before that are correct."""
     want = [llama.generate(prompts[:1], 12, temperature=0)[0][0] for prompts in PROMPTS]
-    all_at_once = threading.Barrier(len(PROMPTS))
+    start_together = threading.Barrier(len(PROMPTS))
 
-    def streams(prompts: list[list[int]]) -> list[tuple[list[int], bool]]:
-        all_at_once.wait()
-        found = []
+    def read_four_streams(prompts: list[list[int]]) -> list[tuple[list[int], bool]]:
+        start_together.wait()
+        streams = []
         for _ in range(4):
-            got: list[int] = []
+            tokens: list[int] = []
             try:
-                got.extend(token.token for token in llama.generate_stream(prompts[:1], 12, temperature=0))
-                found.append((got, True))
+                tokens.extend(token.token for token in llama.generate_stream(prompts[:1], 12, temperature=0))
+                streams.append((tokens, True))
             except InputError:
-                found.append((got, False))
-        return found
+                streams.append((tokens, False))
+        return streams
 
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        all_found = list(pool.map(streams, PROMPTS))
-    for found, whole in zip(all_found, want, strict=True):
-        for got, finished in found:
-            assert got == (whole if finished else whole[: len(got)])
-    assert any(finished for found in all_found for _, finished in found)  # the last one, at least
+        streams_of_threads = list(pool.map(read_four_streams, PROMPTS))
+    for streams, answer in zip(streams_of_threads, want, strict=True):
+        for tokens, finished in streams:
+            assert tokens == (answer if finished else answer[: len(tokens)])
+    assert any(finished for streams in streams_of_threads for _, finished in streams)  # at least the last stream
 
 
-def test_a_batch_in_another_thread_ends_a_stream(llama: Llama) -> None:
+def test_a_stream_raises_after_a_call_of_another_thread(llama: Llama) -> None:
     stream = llama.text_completion_stream("The", temperature=0, max_gen_len=20)
     next(stream)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(llama.generate, [[1, 5]], 3).result()
-    refused(lambda: list(stream), InputError, "another call has used this model's cache")
+    assert_raises(lambda: list(stream), InputError, "another call has used this model's cache")

@@ -1,4 +1,4 @@
-"""Tokenizer files that are none, or damaged: one CheckpointError each, when the file is read."""
+"""Refuse files that are no tokenizer, or a damaged one, with CheckpointError when the file is read."""
 
 import io
 from pathlib import Path
@@ -17,13 +17,15 @@ def path(tmp_path: Path) -> Path:
     return train_tokenizer(tmp_path / "tokenizer.model")
 
 
-def refuse(path: Path, *parts: str) -> None:
+def assert_refused(path: Path, *parts: str) -> None:
+    """Check that reading the file raises CheckpointError, and that the message contains the path and the parts."""
     with pytest.raises(CheckpointError) as caught:
         Tokenizer(path)
     assert [part for part in (str(path), *parts) if part not in str(caught.value)] == []
 
 
 def train(**options: Any) -> bytes:
+    """Return a small SentencePiece model trained with these options."""
     model, text = io.BytesIO(), iter(TEXT.splitlines())
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=text, model_writer=model, vocab_size=80, minloglevel=2, **options
@@ -31,39 +33,39 @@ def train(**options: Any) -> bytes:
     return model.getvalue()
 
 
-def test_tokenizers_of_other_kinds(path: Path) -> None:
+def test_json_and_tokenizers_without_bos_and_eos_are_refused(path: Path) -> None:
     path.write_text('{"version": "1.0", "model": {}}')
-    refuse(path, "it is JSON", "fetch tokenizer.model again")
+    assert_refused(path, "it is JSON", "fetch tokenizer.model again")
     path.write_bytes(train(bos_id=-1, eos_id=-1))
-    refuse(path, "without BOS and EOS", "not Llama's")
+    assert_refused(path, "without BOS and EOS", "not Llama's")
 
 
-def test_a_shard_in_its_place(path: Path) -> None:
-    """Which is not read whole to find that out."""
+def test_a_file_of_a_shards_size_is_refused_without_reading_it(path: Path) -> None:
     with path.open("r+b") as f:
         f.truncate(1 << 40)
-    refuse(path, "larger than 16,777,216 bytes", "another file")
+    assert_refused(path, "larger than 16,777,216 bytes", "another file")
 
 
-def test_an_unknown_piece_of_many_letters(path: Path) -> None:
+def test_an_unknown_piece_with_a_very_long_text_is_refused(path: Path) -> None:
     path.write_bytes(train(unk_surface="\u0301" * 1000))
-    refuse(path, "an unknown id is", "damaged")
+    assert_refused(path, "the unknown piece has", "damaged")
 
 
-def test_a_tokenizer_without_an_unknown_piece(path: Path) -> None:
-    """Which sentencepiece loads, until it decodes one."""
+def test_a_tokenizer_without_an_unknown_piece_is_refused(path: Path) -> None:
+    """Sentencepiece loads such a file, and fails only when it decodes the unknown piece."""
     data = bytearray(path.read_bytes())
-    data[1] -= 2  # the first piece is shorter, and so has no type any more
+    data[1] -= 2  # cut the type off the first piece, which is the unknown piece
     path.write_bytes(data)
-    refuse(path, "unknown one", "not Llama's")
+    assert_refused(path, "unknown piece", "not Llama's")
 
 
 @pytest.mark.parametrize("text", ["\u2581the", "what is unknown"])
-def test_a_tokenizer_whose_texts_are_no_utf8(path: Path, text: str) -> None:
-    """Which sentencepiece loads, until it decodes one; a bit of a piece, or of what an unknown one reads as, is enough."""
+def test_a_tokenizer_with_text_that_is_not_utf_8_is_refused(path: Path, text: str) -> None:
+    """Flip one bit in a piece, or in the text of the unknown piece. Sentencepiece loads such a file, and fails only when it
+    decodes the piece."""
     data = train(unk_surface="what is unknown")
-    at = data.index(text.encode())
+    index = data.index(text.encode())
     path.write_bytes(data)
     assert Tokenizer(path).n_words == 80
-    path.write_bytes(data[:at] + bytes([data[at] ^ 0x80]) + data[at + 1 :])
-    refuse(path, "not UTF-8", "fetch tokenizer.model again")
+    path.write_bytes(data[:index] + bytes([data[index] ^ 0x80]) + data[index + 1 :])
+    assert_refused(path, "not UTF-8", "fetch tokenizer.model again")

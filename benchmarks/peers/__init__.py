@@ -1,7 +1,7 @@
-"""What speed.py measures: this library, and what users would pick instead. Each runs in a process of its own (worker.py).
+"""The peers that speed.py measures: this library, and other libraries for the same models.
 
-A peer is a class that takes a `Job`, loads the model, and answers `generate`. Each has its own file, so that a process
-imports no more than its own libraries: their memory counts.
+A peer is a class that loads the model of a `Job` and implements `generate`. Each peer runs in its own process (worker.py).
+Each has its own module, so that a process imports only the libraries that it measures, whose memory counts.
 """
 
 import importlib
@@ -13,21 +13,21 @@ GGUF_TYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is to load. It travels as JSON, so paths are strings."""
+    """The model that a worker loads, and the limits of its workloads. Paths are strings, because a job is sent as JSON."""
 
     peer: str  # a key of PEERS, or "key:variant"
-    ckpt: str  # a folder in Meta's layout, in one shard
-    tokenizer: str
-    converted: str  # how the paths of what convert.py writes begin
-    dtype: str  # as torch names it
+    ckpt: str  # a folder in Meta's layout, with one shard
+    tokenizer: str  # path of tokenizer.model
+    converted: str  # prefix of the paths that convert.py writes
+    dtype: str  # torch's name of the dtype
     device: str
     threads: int
-    rows: int  # the most that a workload has
-    window: int  # the most positions of a row
+    rows: int  # the largest batch size of the workloads
+    context: int  # the largest context length of the workloads, in tokens
 
     @property
-    def kind(self) -> str:
-        """A key of PEERS."""
+    def library(self) -> str:
+        """Return the key of PEERS."""
         return self.peer.partition(":")[0]
 
     @property
@@ -36,46 +36,46 @@ class Job:
 
     @property
     def quantize(self) -> str | None:
-        """Ours: the kind of weights."""
+        """Return this library's format of the weights; None if they are not quantized."""
         return self.variant.removesuffix("compile").removesuffix("+") or None
 
     @property
     def hf(self) -> str:
-        """The folder for transformers."""
+        """Return the folder of the model for transformers."""
         return f"{self.converted}-{self.dtype}-hf"
 
     @property
     def gguf(self) -> str:
-        """The file for llama.cpp."""
+        """Return the path of the model's file for llama.cpp."""
         return f"{self.converted}-{self.variant or GGUF_TYPES[self.dtype]}.gguf"
 
     @property
     def openvino(self) -> str:
-        """The folder for OpenVINO GenAI."""
-        return self._made_from_hf("openvino")
+        """Return the folder of the model for OpenVINO GenAI."""
+        return self._path("openvino")
 
     @property
     def ctranslate2(self) -> str:
-        """The folder for CTranslate2."""
-        return self._made_from_hf("ctranslate2")
+        """Return the folder of the model for CTranslate2."""
+        return self._path("ctranslate2")
 
-    def _made_from_hf(self, kind: str) -> str:
-        return "-".join(filter(None, [self.converted, self.dtype, kind, self.variant]))
+    def _path(self, library: str) -> str:
+        return "-".join(filter(None, [self.converted, self.dtype, library, self.variant]))
 
 
 class Answer(NamedTuple):
-    """Seconds until the first new id of every row was there; seconds from then to the last one; the new ids."""
+    """The new tokens of all rows, and the time that they took."""
 
-    first: float
-    rest: float
-    ids: list[list[int]]
+    first: float  # seconds until each row had its first new token
+    rest: float  # seconds from then until the last new token
+    tokens: list[list[int]]
 
 
 class Peer(Protocol):
     def __init__(self, job: Job) -> None: ...
 
     def generate(self, prompts: list[list[int]], new: int) -> Answer:
-        """Continue each prompt greedily by exactly `new` ids: no id ends it. Loading and allocating are not timed."""
+        """Continue each prompt greedily by exactly `new` tokens, past EOS. The times exclude loading and allocation."""
         ...
 
 
@@ -96,12 +96,12 @@ PEERS = {
 }
 
 
-def find(peer: str) -> type[Peer]:
+def import_peer(peer: str) -> type[Peer]:
     entry = PEERS[peer.partition(":")[0]]
     return getattr(importlib.import_module(entry.module), entry.name)
 
 
-def names(device: str) -> list[str]:
-    """All that can be measured on a device."""
-    there = {peer: sorted(entry.variants) for peer, entry in PEERS.items() if device in entry.devices}
-    return [name for peer, variants in there.items() for name in (peer, *(f"{peer}:{v}" for v in variants))]
+def peer_names(device: str) -> list[str]:
+    """Return the names of all peers, with and without variants, that run on a device."""
+    variants = {peer: sorted(entry.variants) for peer, entry in PEERS.items() if device in entry.devices}
+    return [name for peer, names in variants.items() for name in (peer, *(f"{peer}:{variant}" for variant in names))]

@@ -1,8 +1,8 @@
-"""A checkpoint in Meta's layout, written anew as each peer wants it: the same weights, once.
+"""Convert a checkpoint in Meta's layout to the file format of a peer, unless the converted files exist.
 
     python -m peers.convert '{"peer": "llama.cpp:Q8_0", ...}'    # a peers.Job; started by speed.py
 
-Reports {"bytes": of all weights that a decode step reads}: all but the embedding.
+Prints {"bytes": size of all weights that a decode step reads}: all weights but the embedding.
 """
 
 import json
@@ -14,13 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from common import report
+from common import print_figures
 
 from llama import ModelArgs
 from llama.quantization.weight import FORMATS, OUTPUT_FORMAT, bytes_per_weight
 from peers import GGUF_TYPES, Job
 
-NAMES = {  # Meta's: transformers', llama.cpp's
+WEIGHT_NAMES = {  # Meta's name: (transformers' name, llama.cpp's name)
     "tok_embeddings": ("model.embed_tokens", "token_embd"),
     "attention.wq": ("self_attn.q_proj", "attn_q"),
     "attention.wk": ("self_attn.k_proj", "attn_k"),
@@ -37,17 +37,20 @@ NAMES = {  # Meta's: transformers', llama.cpp's
 Weights = dict[str, torch.Tensor]
 
 
-def renamed(name: str, column: int) -> str:
-    """Meta's name of a weight as transformers (0) or llama.cpp (1) has it."""
+def convert_name(name: str, column: int) -> str:
+    """Return the name of a weight in transformers (column 0) or llama.cpp (column 1), from Meta's name."""
     parts = name.removesuffix(".weight").split(".")
     layer = ""
     if parts[0] == "layers":
         layer, parts = ("model.layers.", "blk.")[column] + parts[1] + ".", parts[2:]
-    return f"{layer}{NAMES['.'.join(parts)][column]}.weight"
+    return f"{layer}{WEIGHT_NAMES['.'.join(parts)][column]}.weight"
 
 
-def halves(w: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """Rows of wq or wk (heads * hd, dim) from adjacent pairs, as Meta turns them, to two halves, as transformers does."""
+def pairs_to_halves(w: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """Reorder the rows of wq or wk (heads * hd, dim) for the rotary embedding of transformers.
+
+    Meta's rotates adjacent pairs of a head's values; transformers' pairs the first half with the second.
+    """
     return w.view(n_heads, -1, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
 
 
@@ -68,17 +71,20 @@ def write_hf(weights: Weights, args: ModelArgs, dtype: torch.dtype, folder: Path
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    turned = {"wq": args.n_heads, "wk": args.kv_heads}
+    rotated = {"wq": args.n_heads, "wk": args.kv_heads}
     state = {}
     for name, w in weights.items():
-        n_heads = turned.get(name.split(".")[-2])
-        state[renamed(name, 0)] = (halves(w, n_heads) if n_heads else w).to(dtype)
+        n_heads = rotated.get(name.split(".")[-2])
+        state[convert_name(name, 0)] = (pairs_to_halves(w, n_heads) if n_heads else w).to(dtype)
     model.load_state_dict(state, assign=True)
     model.save_pretrained(folder, max_shard_size="2GB")
 
 
 def write_gguf(weights: Weights, args: ModelArgs, dtype: torch.dtype, path: Path) -> None:
-    """llama.cpp turns adjacent pairs, as Meta does: no row moves. It gets ids alone, and so no vocabulary but its size."""
+    """Write a GGUF file without a vocabulary, since llama.cpp is given tokens, not text.
+
+    llama.cpp's rotary embedding rotates adjacent pairs, as Meta's does, so that the rows of wq and wk stay in order.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(path, "llama")
@@ -95,9 +101,9 @@ def write_gguf(weights: Weights, args: ModelArgs, dtype: torch.dtype, path: Path
     writer.add_tokenizer_model("no_vocab")
     stored = {name: w.to(dtype if w.ndim == 2 else torch.float32).contiguous() for name, w in weights.items()}
     for name, w in stored.items():
-        kind = gguf.GGMLQuantizationType[GGUF_TYPES[str(w.dtype).removeprefix("torch.")]]
+        gguf_type = gguf.GGMLQuantizationType[GGUF_TYPES[str(w.dtype).removeprefix("torch.")]]
         raw = w.view(torch.uint8).numpy()
-        writer.add_tensor_info(renamed(name, 1), raw.shape, raw.dtype, raw.nbytes, kind)
+        writer.add_tensor_info(convert_name(name, 1), raw.shape, raw.dtype, raw.nbytes, gguf_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -107,29 +113,32 @@ def write_gguf(weights: Weights, args: ModelArgs, dtype: torch.dtype, path: Path
 
 
 def quantize(source: str, path: Path, type_: str, threads: int) -> None:
-    """By llama.cpp itself, as its users have it."""
+    """Quantize a GGUF file with llama.cpp itself, as its users do."""
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread, params.ftype = threads, getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{type_}")
     if llama_cpp.llama_model_quantize(source.encode(), str(path).encode(), params):
-        raise SystemExit(f"llama.cpp does not quantize {source} to {type_}")
+        raise SystemExit(f"llama.cpp cannot quantize {source} to {type_}")
 
 
 def write_ctranslate2(hf: str, folder: Path, vocab_size: int, quantization: str | None) -> None:
-    """By its own converter, but for the vocabulary: CTranslate2 takes tokens by their names, and ids are all that we have."""
+    """Write a folder for CTranslate2 with its own converter.
+
+    CTranslate2 reads tokens as strings. Its vocabulary is replaced by decimal numbers, so that tokens need no text.
+    """
     from ctranslate2.converters import TransformersConverter
 
     class Converter(TransformersConverter):
         def load_tokenizer(self, *_: object, **__: object) -> SimpleNamespace:
-            vocab = {str(id_): id_ for id_ in range(vocab_size)}
+            vocab = {str(token): token for token in range(vocab_size)}
             return SimpleNamespace(get_vocab=lambda: vocab, unk_token="0", bos_token="1", eos_token="2")
 
     Converter(hf, low_cpu_mem_usage=True).convert(str(folder), quantization=quantization)
 
 
-def once(path: str, write: Callable[[Path], None]) -> None:
-    """Write a file or a folder, unless it is there. A part that an interrupted run left is not taken for the whole."""
+def write_once(path: str, write: Callable[[Path], None]) -> None:
+    """Write a file or a folder, unless it exists, and rename it once complete: an interrupted run leaves no broken file."""
     if not Path(path).exists():
         part = Path(f"{path}.part")
         shutil.rmtree(part, ignore_errors=True)
@@ -138,27 +147,30 @@ def once(path: str, write: Callable[[Path], None]) -> None:
 
 
 def convert(job: Job, weights: Weights, args: ModelArgs) -> None:
-    """Write what the job's peer reads, unless it is there, and what that is made from."""
-    read = {"transformers": job.hf, "llama.cpp": job.gguf, "openvino": job.openvino, "ctranslate2": job.ctranslate2}
-    if job.kind not in read or Path(read[job.kind]).exists():
+    """Write the files that a job's peer reads, and intermediate files, unless they exist."""
+    paths = {"transformers": job.hf, "llama.cpp": job.gguf, "openvino": job.openvino, "ctranslate2": job.ctranslate2}
+    if job.library not in paths or Path(paths[job.library]).exists():
         return
     dtype = getattr(torch, job.dtype)
-    if job.kind == "llama.cpp":
-        plain = Job(**vars(job) | {"peer": "llama.cpp"}).gguf
-        once(plain, lambda part: write_gguf(weights, args, dtype, part))
-        once(job.gguf, lambda part: quantize(plain, part, job.variant, job.threads))
+    if job.library == "llama.cpp":
+        unquantized = Job(**vars(job) | {"peer": "llama.cpp"}).gguf
+        write_once(unquantized, lambda part: write_gguf(weights, args, dtype, part))
+        write_once(job.gguf, lambda part: quantize(unquantized, part, job.variant, job.threads))
         return
-    once(job.hf, lambda part: write_hf(weights, args, dtype, part))
-    if job.kind == "openvino":
+    write_once(job.hf, lambda part: write_hf(weights, args, dtype, part))
+    if job.library == "openvino":
         from peers import convert_openvino
 
-        once(job.openvino, lambda part: convert_openvino.write(job.hf, part, job.variant))
-    if job.kind == "ctranslate2":
-        once(job.ctranslate2, lambda part: write_ctranslate2(job.hf, part, args.vocab_size, job.variant or None))
+        write_once(job.openvino, lambda part: convert_openvino.write(job.hf, part, job.variant))
+    if job.library == "ctranslate2":
+        write_once(job.ctranslate2, lambda part: write_ctranslate2(job.hf, part, args.vocab_size, job.variant or None))
 
 
-def matrix_bytes(path: str) -> int:
-    """Return the bytes of all matrices in a GGUF file that a step reads: the embedding only if it is the output layer, too."""
+def gguf_matrix_bytes(path: str) -> int:
+    """Return the bytes of all matrices in a GGUF file that a decode step reads.
+
+    The embedding counts only if it is also the output layer.
+    """
     import gguf
 
     sizes = {t.name: int(t.n_bytes) for t in gguf.GGUFReader(path).tensors if len(t.shape) == 2}
@@ -166,32 +178,36 @@ def matrix_bytes(path: str) -> int:
 
 
 def step_bytes(job: Job, weights: Weights) -> int:
-    if job.kind == "llama.cpp":
+    """Return the bytes of all weights that a decode step of a job's peer reads."""
+    if job.library == "llama.cpp":
         import gguf
 
         return sum(int(t.n_bytes) for t in gguf.GGUFReader(job.gguf).tensors if t.name != "token_embd.weight")
-    if job.kind == "openvino":
+    if job.library == "openvino":
         from peers import convert_openvino
 
         return convert_openvino.step_bytes(job.openvino)
-    read = {name: w for name, w in weights.items() if not name.startswith("tok_embeddings")}
-    if job.kind == "ctranslate2":  # float32 as it is loaded, or int8 with a scale for each row
-        packed = job.variant == "int8"
-        return sum(w.numel() + 4 * len(w) if packed and w.ndim == 2 else 4 * w.numel() for w in read.values())
-    dtype, kind = getattr(torch, job.dtype), job.quantize if job.quantize in FORMATS else None
+    weights = {name: w for name, w in weights.items() if not name.startswith("tok_embeddings")}
+    if job.library == "ctranslate2":  # CTranslate2 loads float32, or int8 with a float32 scale for each row
+        is_int8 = job.variant == "int8"
+        return sum(w.numel() + 4 * len(w) if is_int8 and w.ndim == 2 else 4 * w.numel() for w in weights.values())
+    dtype, matrix_format = getattr(torch, job.dtype), job.quantize if job.quantize in FORMATS else None
 
     def size(name: str, weight: torch.Tensor) -> float:
-        of_its_own = kind and OUTPUT_FORMAT if name.startswith("output") else None if weight.ndim == 1 else kind
-        return weight.numel() * bytes_per_weight(of_its_own, dtype)
+        if name.startswith("output"):
+            weight_format = matrix_format and OUTPUT_FORMAT
+        else:
+            weight_format = matrix_format if weight.ndim == 2 else None
+        return weight.numel() * bytes_per_weight(weight_format, dtype)
 
-    return round(sum(size(name, w) for name, w in read.items()))
+    return round(sum(size(name, w) for name, w in weights.items()))
 
 
-def read(ckpt: str | Path) -> tuple[Weights, ModelArgs]:
-    """Map the only shard of a checkpoint."""
+def read_checkpoint(ckpt: str | Path) -> tuple[Weights, ModelArgs]:
+    """Return the memory-mapped weights of a checkpoint of one shard, and its sizes."""
     shards = sorted(Path(ckpt).glob("*.pth"))
     if len(shards) != 1:
-        raise SystemExit(f"{ckpt} has {len(shards)} shards; the benchmark measures checkpoints of one")
+        raise SystemExit(f"{ckpt} has {len(shards)} shards; give a checkpoint with one shard")
     stored = torch.load(shards[0], map_location="cpu", weights_only=True, mmap=True)
     weights = {name: w for name, w in stored.items() if name != "rope.freqs"}
     params = json.loads(Path(ckpt, "params.json").read_text())
@@ -200,9 +216,9 @@ def read(ckpt: str | Path) -> tuple[Weights, ModelArgs]:
 
 def main() -> None:
     job = Job(**json.loads(sys.argv[1]))
-    weights, args = read(job.ckpt)
+    weights, args = read_checkpoint(job.ckpt)
     convert(job, weights, args)
-    report(bytes=step_bytes(job, weights))
+    print_figures(bytes=step_bytes(job, weights))
 
 
 if __name__ == "__main__":

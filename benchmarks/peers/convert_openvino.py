@@ -1,8 +1,8 @@
-"""A folder of transformers, written anew as OpenVINO GenAI reads it: traced by openvino, its weights rounded by nncf.
+"""Convert a folder of transformers for OpenVINO GenAI: trace the model with openvino, and quantize its weights with nncf.
 
-OpenVINO's users call optimum-intel for this. Its releases lag behind those of transformers (2.2 wants one older than 5.6) and
-need torchvision, whose wheel on PyPI does not load beside PyTorch for CPUs and then breaks transformers: so it cannot be had
-beside the other peers. What it does for Llama is done here, by the same tools and with its defaults.
+Users of OpenVINO call optimum-intel for this conversion. It cannot be installed beside the other peers: release 2.2 requires a
+transformers older than 5.6, and torchvision, whose wheel on PyPI does not load beside PyTorch for CPUs and then breaks
+transformers. Here the same tools convert a Llama model in the same steps, with optimum-intel's defaults.
 """
 
 from pathlib import Path
@@ -17,75 +17,77 @@ from openvino._offline_transformations import apply_make_stateful_transformation
 from openvino.frontend.pytorch.patch_model import __make_16bit_traceable as keep_16_bit
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-MODES: dict[str, dict[str, Any]] = {  # optimum-intel's; embedding and output layer stay in 8 bit where the rest is 4
+# optimum-intel's settings. In 4 bit, nncf still stores the embedding and the output layer in 8 bit.
+MODES: dict[str, dict[str, Any]] = {
     "int8": dict(mode=nncf.CompressWeightsMode.INT8_ASYM),
     "int4": dict(mode=nncf.CompressWeightsMode.INT4_ASYM, group_size=128, ratio=1.0),
 }
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
-class Past:
-    """A cache of transformers that holds what it is given, so that tracing sees keys and values as inputs and outputs."""
+class TracedCache:
+    """A cache for transformers that makes keys and values inputs and outputs of the traced graph."""
 
-    def __init__(self, given: tuple[torch.Tensor, ...]) -> None:
-        self.given, self.grown = given, []
+    def __init__(self, past: tuple[torch.Tensor, ...]) -> None:
+        self.past, self.present = past, []
 
     def get_seq_length(self, layer: int = 0) -> int:
-        return self.given[2 * layer].shape[2]
+        return self.past[2 * layer].shape[2]
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any) -> list[torch.Tensor]:
-        new = [torch.cat(pair, dim=2) for pair in zip(self.given[2 * layer : 2 * layer + 2], (keys, values), strict=True)]
-        self.grown += new
-        return new
+        joined = [torch.cat(pair, dim=2) for pair in zip(self.past[2 * layer : 2 * layer + 2], (keys, values), strict=True)]
+        self.present += joined
+        return joined
 
 
 class Step(torch.nn.Module):
-    """Logits of some ids, and the keys and values of all ids so far."""
+    """Compute the logits of new tokens, and the keys and values of all tokens so far."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(
-        self, ids: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor, *given: torch.Tensor
+        self, tokens: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor, *past: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        past = Past(given)
-        start, end = given[0].shape[2], given[0].shape[2] + ids.shape[1]
-        # The mask as transformers itself makes it, but of operations that can be traced.
+        cache = TracedCache(past)
+        start, end = past[0].shape[2], past[0].shape[2] + tokens.shape[1]
+        # transformers would compute the same mask, but with operations that cannot be traced.
         mask = (torch.arange(end) <= torch.arange(start, end)[:, None]) & attention_mask[:, None, None].bool()
-        output = self.model(ids, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=True)
-        return (output.logits, *past.grown)
+        output = self.model(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        return (output.logits, *cache.present)
 
 
 def write(hf: str, folder: Path, variant: str) -> None:
+    """Write a folder for OpenVINO GenAI from a folder of transformers, quantized if the variant is int8 or int4."""
     source = AutoModelForCausalLM.from_pretrained(hf, attn_implementation="sdpa").eval()
-    plain = source.dtype == torch.float32
-    if not plain:
-        keep_16_bit(source)  # or the whole graph would compute in it, which OpenVINO does not expect
+    is_float32 = source.dtype == torch.float32
+    if not is_float32:
+        keep_16_bit(source)  # keeps only the weights in 16 bit; OpenVINO expects a graph that computes in float32
     model = trace(source)
     if variant:
         model = nncf.compress_weights(model, **MODES[variant])
     folder.mkdir()
-    openvino.save_model(model, folder / "openvino_model.xml", compress_to_fp16=not plain)
+    openvino.save_model(model, folder / "openvino_model.xml", compress_to_fp16=not is_float32)
 
 
 def trace(source: PreTrainedModel) -> openvino.Model:
-    """OpenVINO's form of a step, whose keys and values are its own state."""
+    """Return an OpenVINO model of a decode step that keeps keys and values as its state."""
     config = source.config
     heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-    past = [f"{kind}.{i}" for i in range(config.num_hidden_layers) for kind in ("keys", "values")]
+    past = [f"{name}.{i}" for i in range(config.num_hidden_layers) for name in ("keys", "values")]
     example = [torch.ones(2, 2, dtype=torch.long), torch.ones(2, 5, dtype=torch.long), torch.tensor([[3, 4]] * 2)]
     example += [torch.zeros(2, heads, 3, width) for _ in past]
     with torch.no_grad():
         model = openvino.convert_model(Step(source), example_input=tuple(example))
     for port, name in zip(model.inputs, (*INPUTS, *past), strict=True):
         port.get_tensor().set_names({name})
-        port.get_node().set_friendly_name(name)  # by which GenAI looks for its inputs
+        port.get_node().set_friendly_name(name)  # the name by which GenAI finds its inputs
         port.get_node().set_partial_shape(openvino.PartialShape([-1, -1] if name in INPUTS else [-1, heads, -1, width]))
-    for port, name in zip(model.outputs, ("logits", *(f"grown.{name}" for name in past)), strict=True):
+    for port, name in zip(model.outputs, ("logits", *(f"present.{name}" for name in past)), strict=True):
         port.get_tensor().set_names({name})
 
-    # GenAI looks for keys and values that are reordered by an input beam_idx, and that begin as empty as there are rows.
+    # GenAI requires an input beam_idx that reorders the rows of keys and values, and an initial state of length 0 for each row.
     beams = ops.parameter([-1], openvino.Type.i32, name="beam_idx")
     beams.output(0).get_tensor().set_names({"beam_idx"})
     model.add_parameters([beams])
@@ -95,7 +97,7 @@ def trace(source: PreTrainedModel) -> openvino.Model:
         for reader in readers:
             reader.replace_source_output(reordered.output(0))
     model.validate_nodes_and_infer_types()
-    apply_make_stateful_transformation(model, {name: f"grown.{name}" for name in past})
+    apply_make_stateful_transformation(model, {name: f"present.{name}" for name in past})
     n_rows = ops.gather(ops.shape_of(model.input("input_ids"), "i64"), ops.constant([0]), ops.constant(0))
     empty = ops.concat([n_rows, ops.constant(np.array([heads, 0, width]))], axis=0)
     for node in model.get_ops():
@@ -106,6 +108,7 @@ def trace(source: PreTrainedModel) -> openvino.Model:
 
 
 def step_bytes(folder: str) -> int:
+    """Return the bytes of all weights that a decode step reads: all but the embedding."""
     model = openvino.Core().read_model(f"{folder}/openvino_model.xml")
     constants = (node for node in model.get_ops() if node.get_type_name() == "Constant")
     return sum(node.get_byte_size() for node in constants if "embed_tokens" not in node.get_friendly_name())

@@ -1,4 +1,4 @@
-"""CTranslate2, by its Generator. A CPU gets float32 or int8 from it: it knows no bfloat16 there."""
+"""CTranslate2, through its Generator, in float32 or int8: CTranslate2 does not support bfloat16 on CPUs."""
 
 import time
 
@@ -12,20 +12,20 @@ class CTranslate2:
         self.generator = ctranslate2.Generator(job.ctranslate2, device="cpu", inter_threads=1, intra_threads=job.threads)
 
     def generate(self, prompts: list[list[int]], new: int) -> Answer:
-        begun = time.perf_counter()
-        waiting, first = set(range(len(prompts))), 0.0
+        start = time.perf_counter()
+        rows_without_token, first = set(range(len(prompts))), 0.0
 
-        def made(step: ctranslate2.GenerationStepResult) -> bool:
+        def on_step(step: ctranslate2.GenerationStepResult) -> bool:
             nonlocal first
-            if waiting:
-                waiting.discard(step.batch_id)
+            if rows_without_token:
+                rows_without_token.discard(step.batch_id)
                 first = time.perf_counter()
-            return False  # go on
+            return False  # a return value of True would end the generation
 
-        tokens = [[str(id_) for id_ in p] for p in prompts]  # the vocabulary that convert.py gives it
-        # Ids enter at once, up to the end of the shortest prompt, only where they are not part of the result.
+        words = [[str(token) for token in p] for p in prompts]  # convert.py wrote a vocabulary of token numbers
+        # With include_prompt_in_result=False, CTranslate2 prefills all rows at once, up to the end of the shortest prompt.
         results = self.generator.generate_batch(
-            tokens, max_length=new, end_token=[], include_prompt_in_result=False, callback=made
+            words, max_length=new, end_token=[], include_prompt_in_result=False, callback=on_step
         )
-        ids = [result.sequences_ids[0] for result in results]
-        return Answer(first - begun, time.perf_counter() - first, ids)
+        tokens = [result.sequences_ids[0] for result in results]
+        return Answer(first - start, time.perf_counter() - first, tokens)

@@ -1,6 +1,6 @@
-"""transformers: from_pretrained, then its model stepped greedily with its own cache.
+"""transformers: a model from from_pretrained, decoded greedily with transformers' own cache.
 
-A plain loop around the model, not `generate`, which does the same and is slower by what it does between the steps.
+A loop around the model replaces its method `generate`, which computes the same tokens and does more work between the steps.
 """
 
 import time
@@ -21,21 +21,21 @@ class Transformers:
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], new: int) -> Answer:
         longest = max(len(p) for p in prompts)
-        ragged = any(len(p) < longest for p in prompts)
-        begun = time.perf_counter()
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self.device)
-        real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        positions = (real.cumsum(-1) - 1).clamp(min=0)
-        cache, made, first = DynamicCache(config=self.model.config), [], 0.0
+        unequal = any(len(p) < longest for p in prompts)
+        start = time.perf_counter()
+        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache, generated, first = DynamicCache(config=self.model.config), [], 0.0
         for step in range(new):
-            # Without padding it needs neither mask nor positions, and is faster.
-            padded = {"attention_mask": real, "position_ids": positions} if ragged else {}
-            logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **padded).logits
-            ids = logits[:, -1].argmax(-1, keepdim=True)
-            made.append(ids)
+            # Rows of equal length need neither mask nor positions, and the model is faster without them.
+            padding = {"attention_mask": mask, "position_ids": positions} if unequal else {}
+            logits = self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1, **padding).logits
+            tokens = logits[:, -1].argmax(-1, keepdim=True)
+            generated.append(tokens)
             if step == 0:
-                ids.tolist()  # waits for the device
+                tokens.tolist()  # wait until the device has computed the tokens
                 first = time.perf_counter()
-            real, positions = torch.cat([real, torch.ones_like(ids)], dim=1), positions[:, -1:] + 1
-        result = torch.cat(made, dim=1).tolist()
-        return Answer(first - begun, time.perf_counter() - first, result)
+            mask, positions = torch.cat([mask, torch.ones_like(tokens)], dim=1), positions[:, -1:] + 1
+        result = torch.cat(generated, dim=1).tolist()
+        return Answer(first - start, time.perf_counter() - first, result)

@@ -1,4 +1,4 @@
-"""llama.cpp, by the calls of its C interface (llama-cpp-python wraps them one by one), so that no Python slows it."""
+"""llama.cpp, through its C interface, whose functions llama-cpp-python wraps one by one, to avoid overhead of Python."""
 
 import time
 from collections.abc import Callable
@@ -9,22 +9,22 @@ import numpy as np
 
 from peers import Answer, Job
 
-CHUNK = 512  # ids in one call: its n_batch and n_ubatch
-Entries = list[tuple[int, int, int, bool]]
+CHUNK = 512  # tokens per call: llama.cpp's n_batch and n_ubatch
+Entry = tuple[int, int, int, bool]  # row, position, token, and True if its logits are needed
 T = TypeVar("T")
 
 
 @llama_cpp.llama_log_callback
-def quiet(level: int, text: bytes, data: object) -> None:
-    """Print nothing."""
+def ignore_message(level: int, text: bytes, data: object) -> None:
+    """Ignore a log message of llama.cpp."""
 
 
-def be_quiet() -> None:
-    """Keep llama.cpp from saying on stderr what it loads and quantizes."""
-    llama_cpp.llama_log_set(quiet, None)
+def silence_log() -> None:
+    """Stop llama.cpp from logging to stderr what it loads and quantizes."""
+    llama_cpp.llama_log_set(ignore_message, None)
 
 
-def likeliest(logits: np.ndarray) -> int:
+def argmax(logits: np.ndarray) -> int:
     return int(logits.argmax())
 
 
@@ -36,7 +36,7 @@ class LlamaCpp:
             params.n_gpu_layers = 0
         self.model = llama_cpp.llama_model_load_from_file(job.gguf.encode(), params)
         if not self.model:
-            raise SystemExit(f"llama.cpp does not load {job.gguf}")
+            raise SystemExit(f"llama.cpp cannot load {job.gguf}; delete the file, and it is written again")
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.threads = job.threads
         self.contexts: dict[tuple[int, int], llama_cpp.llama_context_p] = {}
@@ -44,24 +44,27 @@ class LlamaCpp:
 
     def generate(self, prompts: list[list[int]], new: int) -> Answer:
         context = self._context(len(prompts), max(len(p) for p in prompts) + new)
-        begun = time.perf_counter()
-        entries = [(row, i, id_, i == len(p) - 1) for row, p in enumerate(prompts) for i, id_ in enumerate(p)]
-        ids = [[id_] for id_ in self._decode(context, entries, likeliest)]
+        start = time.perf_counter()
+        entries = [(row, i, token, i == len(p) - 1) for row, p in enumerate(prompts) for i, token in enumerate(p)]
+        tokens = [[token] for token in self._decode(context, entries, argmax)]
         first = time.perf_counter()
         for step in range(new - 1):
-            entries = [(row, len(p) + step, ids[row][-1], True) for row, p in enumerate(prompts)]
-            for row, id_ in enumerate(self._decode(context, entries, likeliest)):
-                ids[row].append(id_)
-        return Answer(first - begun, time.perf_counter() - first, ids)
+            entries = [(row, len(p) + step, tokens[row][-1], True) for row, p in enumerate(prompts)]
+            for row, token in enumerate(self._decode(context, entries, argmax)):
+                tokens[row].append(token)
+        return Answer(first - start, time.perf_counter() - first, tokens)
 
     def logits(self, tokens: list[int]) -> np.ndarray:
-        """Return (S, vocab): what is to follow each token of one row."""
+        """Return the logits (S, vocab) of one row of S tokens."""
         context = self._context(1, len(tokens))
         return np.stack(self._decode(context, [(0, i, token, True) for i, token in enumerate(tokens)], np.copy))
 
     def _context(self, rows: int, length: int) -> llama_cpp.llama_context_p:
-        """An empty cache of a workload's size. It is kept, so that only the first measurement touches new memory."""
-        length = -(-length // 256) * 256  # what it rounds to by itself
+        """Return an empty llama.cpp context for a number of rows and of tokens in each.
+
+        Contexts are kept and used again, so that only the first measurement of a workload touches new memory.
+        """
+        length = -(-length // 256) * 256  # llama.cpp itself rounds up to a multiple of 256
         if (rows, length) not in self.contexts:
             params = llama_cpp.llama_context_default_params()
             params.n_ctx, params.n_seq_max = rows * length, rows
@@ -72,19 +75,19 @@ class LlamaCpp:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), False)
         return context
 
-    def _decode(self, context: llama_cpp.llama_context_p, entries: Entries, of: Callable[[np.ndarray], T]) -> list[T]:
-        """Feed ids as (row, position, id, is its successor wanted?); returns what `of` makes of those logits, in order."""
-        batch, successors = self.batch, []
+    def _decode(self, context: llama_cpp.llama_context_p, entries: list[Entry], convert: Callable[[np.ndarray], T]) -> list[T]:
+        """Run the model on tokens; return `convert(logits)` for each entry that needs logits, in order."""
+        batch, results = self.batch, []
         for begin in range(0, len(entries), CHUNK):
             chunk = entries[begin : begin + CHUNK]
-            for i, (row, position, id_, wanted) in enumerate(chunk):
-                batch.token[i], batch.pos[i], batch.logits[i] = id_, position, wanted
+            for i, (row, position, token, needs_logits) in enumerate(chunk):
+                batch.token[i], batch.pos[i], batch.logits[i] = token, position, needs_logits
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
             batch.n_tokens = len(chunk)
             if status := llama_cpp.llama_decode(context, batch):
-                raise SystemExit(f"llama_decode: {status}")
-            for i, (*_, wanted) in enumerate(chunk):
-                if wanted:
+                raise SystemExit(f"llama_decode failed with status {status}")
+            for i, (*_, needs_logits) in enumerate(chunk):
+                if needs_logits:
                     logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, i), (self.n_vocab,))
-                    successors.append(of(logits))
-        return successors
+                    results.append(convert(logits))
+        return results

@@ -1,7 +1,7 @@
-"""OpenVINO GenAI, by its pipeline for continuous batching, which is what its LLMPipeline runs on a CPU.
+"""OpenVINO GenAI, through its pipeline for continuous batching, which is also what its LLMPipeline runs on a CPU.
 
-What is not set here is as OpenVINO has it by default: on CPUs that multiply bfloat16 it computes in it, keys and values are
-kept in 8 bit, and the activations of quantized layers are rounded to 8 bit in groups.
+All settings that are not set here have OpenVINO's defaults: bfloat16 arithmetic on CPUs that support it, an 8-bit KV cache, and
+for quantized layers activations rounded to 8 bits in groups.
 """
 
 import sys
@@ -16,24 +16,24 @@ from peers import Answer, Job
 class OpenVino:
     def __init__(self, job: Job) -> None:
         scheduler = openvino_genai.SchedulerConfig()
-        scheduler.enable_prefix_caching = False  # a prompt that is measured again must be read again
-        scheduler.max_num_batched_tokens = sys.maxsize  # prompts are read at once, as LLMPipeline reads them
+        scheduler.enable_prefix_caching = False  # a repeated measurement must compute its prompts again
+        scheduler.max_num_batched_tokens = sys.maxsize  # prefill in one step, as LLMPipeline does
         properties: dict[str, int | str] = {"INFERENCE_NUM_THREADS": job.threads}
-        if job.dtype == "float32":  # which bfloat16 would not be a match for
+        if job.dtype == "float32":  # a fair comparison with float32 excludes bfloat16 arithmetic
             properties["INFERENCE_PRECISION_HINT"] = "f32"
         self.pipeline = openvino_genai.ContinuousBatchingPipeline(job.openvino, scheduler, "CPU", properties)
 
     def generate(self, prompts: list[list[int]], new: int) -> Answer:
-        # It wants some id for the end, even where it is not to heed it.
+        # OpenVINO requires an eos_token_id, even with ignore_eos.
         config = openvino_genai.GenerationConfig(max_new_tokens=new, eos_token_id=0, ignore_eos=True)
         pipeline = self.pipeline
-        begun = time.perf_counter()
+        start = time.perf_counter()
         inputs = [openvino.Tensor([p]) for p in prompts]
-        rows = [pipeline.add_request(i, ids, config) for i, ids in enumerate(inputs)]
+        rows = [pipeline.add_request(i, tokens, config) for i, tokens in enumerate(inputs)]
         while not all(row.can_read() for row in rows):
             pipeline.step()
         first = time.perf_counter()
         while pipeline.has_non_finished_requests():
             pipeline.step()
-        ended = time.perf_counter()
-        return Answer(first - begun, ended - first, [row.read_all()[0].generated_ids for row in rows])
+        end = time.perf_counter()
+        return Answer(first - start, end - first, [row.read_all()[0].generated_ids for row in rows])

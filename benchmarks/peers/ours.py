@@ -1,4 +1,4 @@
-"""This library, by its public calls."""
+"""This library, through its public calls."""
 
 import time
 
@@ -14,33 +14,35 @@ class Ours:
         torch.set_num_threads(job.threads)
         self.device = job.device
         options = {"compile": job.variant.endswith("compile"), "quantize": job.quantize}
-        # On a GPU captured steps point into the cache: it gets the one for all workloads at once.
-        sizes = (job.window, job.rows) if job.device == "cuda" else (512, 1)
+        # CUDA graphs contain the addresses of the KV cache, so that on a GPU one cache must be large enough for all workloads.
+        sizes = (job.context, job.rows) if job.device == "cuda" else (512, 1)
         self.llama = Llama.build(job.ckpt, job.tokenizer, *sizes, device=job.device, dtype=job.dtype, **options)
-        self.llama.tokenizer.eos_id = -2  # nothing ends a row
+        self.llama.tokenizer.eos_id = -2  # no token counts as EOS, so that no row ends early
 
     def generate(self, prompts: list[list[int]], new: int) -> Answer:
         if self.device == "cpu":
-            self._make_room(len(prompts), max(len(p) for p in prompts) + new)
-        begun = time.perf_counter()
+            self._resize_cache(len(prompts), max(len(p) for p in prompts) + new)
+        start = time.perf_counter()
         stream = self.llama.generate_stream(prompts, new, temperature=0)
-        tokens = [next(stream) for _ in prompts]
+        generated = [next(stream) for _ in prompts]
         first = time.perf_counter()
-        tokens += stream  # each id is read by the host as it is made: nothing is left to wait for
-        ended = time.perf_counter()
-        ids: list[list[int]] = [[] for _ in prompts]
-        for token in tokens:
-            ids[token.prompt_index].append(token.token)
-        return Answer(first - begun, ended - first, ids)
+        generated += stream  # the host reads each token at once, so that no work on the device is left to wait for
+        end = time.perf_counter()
+        tokens: list[list[int]] = [[] for _ in prompts]
+        for token in generated:
+            tokens[token.prompt_index].append(token.token)
+        return Answer(first - start, end - first, tokens)
 
-    def _make_room(self, rows: int, length: int) -> None:
-        """A cache of the workload's own size, unless it fits into the one there is: one for all workloads would take more
-        memory than 7B's weights."""
+    def _resize_cache(self, rows: int, length: int) -> None:
+        """Enlarge the KV cache for a workload, if it is too small.
+
+        A cache for the most rows and the longest context of all workloads would need more memory than 7B's weights.
+        """
         model, args = self.llama.model, self.llama.model.params
         if rows > args.max_batch_size or length > args.max_seq_len:
             args.max_batch_size, args.max_seq_len = rows, length
             model.freqs_cis = precompute_freqs_cis(args.head_dim, 2 * length, args.rope_theta)
-            for layer in model.layers:  # the next call makes the engine's cache of these sizes
+            for layer in model.layers:  # the next call allocates the engine's cache in the sizes of these tensors
                 attention = layer.attention
                 shape = rows, length, attention.n_local_kv_heads, attention.head_dim
                 attention.cache_k, attention.cache_v = (torch.empty(shape, device="meta") for _ in range(2))

@@ -1,0 +1,1 @@
+"""Backends: the ways to compute a decode step, and the choice of one."""

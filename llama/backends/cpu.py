@@ -92,7 +92,7 @@ class FusedDecodeStep:
             room(2, dtype=torch.int64),
         )
         heads, y, z, normed = room((G + 2) * K, hd), room(inner), room(width), room(dim)
-        rows = {"normed": normed, "room": room(3 * max(dim, inner, width), dtype=torch.uint8)}
+        rows = {"normed": normed, "scratch": room(3 * max(dim, inner, width), dtype=torch.uint8)}
         products = []
         for layer in forward.layers:
             first, second = ({"norm": norm.weight, "eps": norm.eps} for norm in (layer.attention_norm, layer.ffn_norm))

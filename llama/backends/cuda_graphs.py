@@ -1,36 +1,40 @@
-"""TODO."""
+"""The cuda_graphs backend: capture a decode step as a CUDA graph once, then replay it with one launch.
 
-import contextlib
+A captured step has static shapes: a number of rows, and a context length rounded up to a bucket. Its inputs and its output keep
+their addresses. Positions are values on the device, and a mask hides the part of the context beyond them. Each bucket is twice
+as long as the one before, so that a step reads at most twice the positions it needs. The code that is captured,
+`CapturedStep.run`, also runs without capture on any device, for tests.
+"""
+
 import sys
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from .. import compat, tuning
+from .. import tuning
 from ..distributed.groups import global_rank
 from ..engine.backend import Backend, DecodeFn
-from ..engine.forward import EngineForward, EngineLayer
+from ..engine.forward import EngineForward
 from ..engine.kv_cache import RaggedBatch
-from ..errors import DeviceError
 
-if TYPE_CHECKING:
-    from .torch_compile import CompiledLayer
+ComputeLogits = Callable[[EngineForward, torch.Tensor, RaggedBatch], torch.Tensor]
 
-CAPTURE_LOCK = threading.Lock()  # one capture at a time: beginning one synchronizes the device, an error during another
+CAPTURE_LOCK = threading.Lock()  # one capture at a time: starting one synchronizes the device, which makes others fail
 
 
 class CudaGraphsBackend(Backend):
+    """Run decode steps that are captured once for each number of rows and context bucket."""
+
     name = "cuda_graphs"
     packs_weights = True
 
     def __init__(self) -> None:
-        self.captures = True
-        self.layer: CompiledLayer | None = None
-        self.steps: dict[tuple[int, int], CapturedStep] = {}
+        self.captures = True  # no steps are captured after a capture has failed
+        self.steps: dict[tuple[int, int], CapturedStep] = {}  # keys: number of rows, context bucket; oldest use first
         self.forward: EngineForward | None = None
-        self.memory: list[object] = []  # what the steps look at
+        self.dependencies: list[object] = []  # kernels and tensors' memory that the steps read
         self.stream: torch.cuda.Stream | None = None
         self.pool: Any = None
 
@@ -39,97 +43,100 @@ class CudaGraphsBackend(Backend):
         return None if device.type == "cuda" else f"it is for CUDA, and the device is {device}"
 
     def begin(self, forward: EngineForward, n_rows: int) -> DecodeFn:
-        self._look(forward)
-        return self.take
+        self._drop_stale_steps(forward)
+        return self.decode
 
-    def _look(self, forward: EngineForward) -> None:
-        """Drop the captured steps if a weight or the cache that they read has been replaced."""
-        memory = [self.layer, *forward.graph_dependencies()]
-        if memory != self.memory:
-            self.steps, self.stream, self.pool, self.memory, self.forward = {}, None, None, memory, forward
+    def _drop_stale_steps(self, forward: EngineForward) -> None:
+        """Drop the captured steps if a weight or the KV cache that they read has been replaced."""
+        dependencies = forward.graph_dependencies()
+        if dependencies != self.dependencies:
+            self.steps, self.stream, self.pool, self.dependencies, self.forward = {}, None, None, dependencies, forward
 
-    def take(self, tokens: torch.Tensor, positions: torch.Tensor, at: list[int]) -> torch.Tensor:
+    def decode(self, tokens: torch.Tensor, positions: torch.Tensor, positions_host: list[int]) -> torch.Tensor:
+        """Run one decode step, and capture it if its shape is new: tokens and positions (B,) -> logits (B, vocab)."""
         assert self.forward is not None
-        key = len(tokens), context_bucket(max(at) + 1, self.forward.cache.data.shape[4])
+        key = len(tokens), context_bucket(max(positions_host) + 1, self.forward.cache.data.shape[4])
         step = self.steps.pop(key, None)
         if step:
             logits = step(tokens, positions)
         else:
-            step, logits = self._make(*key, tokens, positions)
-        self.steps[key] = step  # the last used is the last
+            step, logits = self._new_step(*key, tokens, positions)
+        self.steps[key] = step  # the most recently used step is last
         if len(self.steps) > tuning.MAX_CAPTURED_STEPS:
             del self.steps[next(iter(self.steps))]
         return logits
 
-    def _make(
-        self, n_rows: int, end: int, tokens: torch.Tensor, positions: torch.Tensor
+    def _new_step(
+        self, n_rows: int, kv_len: int, tokens: torch.Tensor, positions: torch.Tensor
     ) -> "tuple[CapturedStep, torch.Tensor]":
-        """Return a new step and the logits of its first run. Capturing runs nothing, so that ranks launch the same collectives
-        whether they have the step or make it."""
+        """Return a new step and the logits of its first run. Capturing launches nothing, so a rank that makes the step launches
+        the same collectives as a rank that has it already."""
         assert self.forward is not None
-        step = CapturedStep(self.forward, self.layer, n_rows, end)
-        try:
-            with compat.unlimited_recompiles() if self.layer else contextlib.nullcontext():
-                logits = step(tokens, positions)
-        except Exception as e:
-            if self.layer is None:
-                raise
-            raise DeviceError(
-                f"torch.compile failed; leave compile=True out, or use backend='cuda_graphs' ({' '.join(str(e).split()):.200})"
-            ) from e
+        step = CapturedStep(self.forward, self.compute_logits, n_rows, kv_len)
+        logits = self.run_first(step, tokens, positions)
         if self.captures and self.forward.device.type == "cuda":
             with torch.cuda.device(self.forward.device), CAPTURE_LOCK:
-                self._capture(step)
+                self.capture(step)
         return step, logits
 
-    def _capture(self, step: "CapturedStep") -> None:
+    def compute_logits(self, forward: EngineForward, tokens: torch.Tensor, batch: RaggedBatch) -> torch.Tensor:
+        """Compute what a step captures: tokens (B,) -> logits (B, vocab)."""
+        return forward.logits(forward.hidden_states(tokens, batch))
+
+    def run_first(self, step: "CapturedStep", tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Run a step for the first time, before it is captured, and return its logits."""
+        return step(tokens, positions)
+
+    def capture(self, step: "CapturedStep") -> None:
+        """Capture a step. If that fails, print the reason, and capture no more steps."""
         self.stream = self.stream or torch.cuda.Stream()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         try:
             step.capture(self.stream, self.pool)
-        except RuntimeError as e:  # ranks need not agree on it: captured or not, they launch the same collectives
+        except RuntimeError as e:  # ranks may differ: a step launches the same collectives, captured or not
             self.captures, self.pool = False, None
             if global_rank() == 0:
                 reason = str(e).split("\n")[0]
-                print(f"no CUDA graphs, each step is launched kernel by kernel: {reason}", file=sys.stderr)
+                print(f"llama: no CUDA graphs, each step is launched kernel by kernel: {reason}", file=sys.stderr)
 
 
-def context_bucket(end: int, positions: int) -> int:
-    """Return how many positions a captured step looks at, to see 0..end."""
-    return min(max(tuning.MIN_GRAPH_CONTEXT, 1 << (end - 1).bit_length()), positions)
+def context_bucket(kv_len: int, max_seq_len: int) -> int:
+    """Return the number of positions, kv_len or more, that a captured step attends to: a power of two, at most max_seq_len."""
+    return min(max(tuning.MIN_GRAPH_CONTEXT, 1 << (kv_len - 1).bit_length()), max_seq_len)
 
 
 class CapturedStep:
-    """A decode step of rows 0..n_rows over the cache's positions 0..end, in static memory."""
+    """A decode step of rows 0..n_rows that attends to positions 0..kv_len of the KV cache. Its tensors keep their addresses."""
 
-    def __init__(self, forward: EngineForward, layer: "CompiledLayer | None", n_rows: int, end: int) -> None:
-        self.forward, self.layer = forward, layer
+    def __init__(self, forward: EngineForward, compute_logits: ComputeLogits, n_rows: int, kv_len: int) -> None:
+        self.forward, self.compute_logits = forward, compute_logits
         self.tokens = torch.zeros(n_rows, dtype=torch.int64, device=forward.device)
         self.positions = torch.zeros_like(self.tokens)
-        self.batch = RaggedBatch.decode(self.positions, end)
+        self.batch = RaggedBatch.decode(self.positions, kv_len)
         self.logits: torch.Tensor | None = None
         self.replay: Callable[[], None] = self.run
 
     def run(self) -> None:
-        hidden = self.forward.hidden_states(self.tokens, self.batch, layer_fn=self.layer or EngineLayer.forward)
-        self.logits = self.layer.logits(self.forward, hidden) if self.layer else self.forward.logits(hidden)
+        """Compute `logits` from `tokens` and `positions`."""
+        self.logits = self.compute_logits(self.forward, self.tokens, self.batch)
 
     def capture(self, stream: torch.cuda.Stream, pool: Any) -> None:
-        """Make `replay` a CUDA graph of `run`, which has run before: libraries have their workspaces, code is compiled."""
+        """Capture `run` as a CUDA graph, and replay that from now on. `run` must have run before, to compile code and allocate
+        the workspaces of libraries."""
         before = torch.cuda.current_stream()
         stream.wait_stream(before)
         graph = torch.cuda.CUDAGraph()
         try:
-            # "thread_local": what other threads do meanwhile, another model's allocations say, is none of its business.
+            # "thread_local": operations of other threads, such as allocations for another model, do not make the capture fail.
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self.run()
         finally:
-            torch.cuda.set_stream(before)  # a capture that fails does not
+            torch.cuda.set_stream(before)  # a failed capture leaves its own stream as the current one
         before.wait_stream(stream)
         self.replay = graph.replay
 
     def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The logits stay right until the next call."""
+        """Run the step: tokens and positions (B,) -> logits (B, vocab), which the next call overwrites."""
         self.tokens.copy_(tokens)
         self.positions.copy_(positions)
         self.replay()

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The torch backend: run decode steps layer by layer, on any device, with kernels launched one by one."""
 
 import functools
 from collections.abc import Callable
@@ -11,6 +11,8 @@ from ..engine.kv_cache import RaggedBatch
 
 
 class TorchBackend(Backend):
+    """Run decode steps with the engine's forward."""
+
     name = "torch"
     packs_weights = True
 
@@ -20,14 +22,15 @@ class TorchBackend(Backend):
 
 def decode_layerwise(
     forward: EngineForward,
-    hidden: Callable[[torch.Tensor, RaggedBatch], torch.Tensor],
+    hidden_states: Callable[[torch.Tensor, RaggedBatch], torch.Tensor],
     tokens: torch.Tensor,
     positions: torch.Tensor,
-    at: list[int],
+    positions_host: list[int],
 ) -> torch.Tensor:
-    """Take a step kernel by kernel."""
-    if forward.device.type == "cpu" or len(set(at)) == 1:  # on the CPU each row sees its own positions only: as alone
-        batch = RaggedBatch.from_segments(((row, position, 1) for row, position in enumerate(at)), forward.device)
+    """Run one decode step: tokens and positions (B,) -> logits (B, vocab). hidden_states: computes all layers of the step."""
+    # On the CPU each row attends to its own positions only, without padding, so that batching does not change its result.
+    if forward.device.type == "cpu" or len(set(positions_host)) == 1:
+        batch = RaggedBatch.from_segments(((row, position, 1) for row, position in enumerate(positions_host)), forward.device)
     else:
-        batch = RaggedBatch.decode(positions, max(at) + 1)
-    return forward.logits(hidden(tokens, batch))
+        batch = RaggedBatch.decode(positions, max(positions_host) + 1)
+    return forward.logits(hidden_states(tokens, batch))

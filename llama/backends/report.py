@@ -1,4 +1,4 @@
-"""What a model would run on here, and why: versions, device, compiled code, backends."""
+"""Report what this machine runs a model with: versions, device, compiled code and backends."""
 
 import os
 import platform
@@ -18,28 +18,23 @@ def info(ckpt_dir: str | os.PathLike[str] | None = None, device: str | torch.dev
     """Return a report of versions, device, threads, compiled code and backends, with a reason for each that cannot be used.
 
     ckpt_dir: also report how this checkpoint's decode steps run. Raises CheckpointError if it is not a checkpoint, DeviceError
-    for a device that is not there.
+    for a device that does not exist.
     """
-    where = choose_device(device)
-    gpu = f", {torch.cuda.get_device_name(where)}" if where.type == "cuda" else ""
+    chosen_device = choose_device(device)
+    gpu = f", {torch.cuda.get_device_name(chosen_device)}" if chosen_device.type == "cuda" else ""
     lines = [
         ("llama", f"{_version()}, Python {platform.python_version()}, torch {torch.__version__}"),
-        ("device", f"{where}{gpu}, {torch.get_num_threads()} threads, {groups.world_size()} process(es)"),
+        ("device", f"{chosen_device}{gpu}, {torch.get_num_threads()} threads, {groups.world_size()} process(es)"),
     ]
     for name, status, use in (
         ("avx512", avx512.status(), "products, attention and decode steps with AVX-512"),
         ("avx2", avx2.status(), "products with AVX2"),
         ("pack", pack.status(), "packing and quantizing weights"),
     ):
-        lines.append(
-            (
-                f"compiled: _{name}",
-                f"found: {use}" if status.extension else f"not used: {status.reason}",
-            )
-        )
-    chosen = registry.choose_backend("auto", where)
+        lines.append((f"compiled: _{name}", f"found: {use}" if status.extension else f"not used: {status.reason}"))
+    chosen = registry.choose_backend("auto", chosen_device)
     for name, backend in registry.BACKENDS.items():
-        why = backend.unsupported(where)
+        why = backend.unsupported(chosen_device)
         default = " (chosen by default)" if backend is chosen else ""
         lines.append((f"backend: {name}", f"not available: {why}" if why else f"available{default}"))
     if ckpt_dir is not None:

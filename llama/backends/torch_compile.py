@@ -1,8 +1,9 @@
-"""A layer by torch.compile, for decode steps: one code for all layers, made anew for each number of rows.
+"""The torch_compile backend: captured decode steps whose layers are compiled by torch.compile.
 
-It is compiled in three parts. Attention, which lies between the first two, is a kernel already, and the only part for which it
-matters how many positions a step sees. And what w2 multiplies is to stand in memory: fused into that product, it would be
-computed anew for each output. On several ranks the sums over them part it once more.
+The same compiled code runs all layers; it is compiled again for each number of rows. A layer is compiled in three parts:
+attention, between the first two parts, has a kernel of its own, and is the only operation whose shapes depend on the context
+length. The input of w2 ends the second part, so that it is written to memory: fused into the product with w2, it would be
+computed again for each output. On several ranks, the sums over the ranks split a layer into more parts.
 """
 
 import functools
@@ -13,41 +14,57 @@ from fairscale.nn.model_parallel.mappings import reduce_from_model_parallel_regi
 
 from .. import compat
 from ..engine.forward import EngineForward, EngineLayer, ForwardContext, MergedLinear
-from .cuda_graphs import CudaGraphsBackend
+from ..engine.kv_cache import RaggedBatch
+from ..errors import DeviceError
+from .cuda_graphs import CapturedStep, CudaGraphsBackend
 
 
 def pre_attention(layer: EngineLayer, x: torch.Tensor, context: ForwardContext, cache: torch.Tensor | None) -> torch.Tensor:
+    """Compute queries (B, H, hd) from x (B, dim), and store keys and values in the cache."""
     return layer.project_qkv(layer.attention_norm.forward(x), context, cache)[0]
 
 
 def post_attention(layer: EngineLayer, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add attention to x (B, dim). Return the sum h (B, dim) and the input of w2 (B, width).
+
+    y: the output of attention; on several ranks, already multiplied by wo.
+    """
     h = x + (layer.wo.forward(y) if layer.ranks == 1 else y)
     return h, layer.swiglu(layer.ffn_norm.forward(h))
 
 
 def ffn_down(layer: EngineLayer, h: torch.Tensor, gated: torch.Tensor) -> torch.Tensor:
+    """Multiply the input of w2 (B, width) by w2, and add h (B, dim): (B, dim)."""
     return h + layer.w2.forward(gated)
 
 
 def linear(weight: MergedLinear, x: torch.Tensor) -> torch.Tensor:
+    """Multiply x (B, in) by a weight: (B, out)."""
     return weight.forward(x)
 
 
 def logits(forward: EngineForward, hidden: torch.Tensor) -> torch.Tensor:
+    """Multiply hidden states (B, dim) by the output weight: float32 logits (B, vocab)."""
     return forward.output.forward(hidden).float()
 
 
 class CompiledLayer:
-    """What `Layer.__call__` and `Forward.logits` do, compiled with `options`, or with those of `tuned`."""
+    """Compute what `EngineLayer.forward` and `EngineForward.logits` do, with compiled code.
+
+    options: arguments of torch.compile; default: `compat.inductor_options()`.
+    """
 
     def __init__(self, **options: Any) -> None:
-        whole: Any = functools.partial(torch.compile, fullgraph=True, dynamic=False, **(options or compat.inductor_options()))
-        self.pre_attention, self.post_attention, self.ffn_down = map(whole, (pre_attention, post_attention, ffn_down))
-        self.product, self.head = whole(linear), whole(logits)
+        compile_: Any = functools.partial(
+            torch.compile, fullgraph=True, dynamic=False, **(options or compat.inductor_options())
+        )
+        self.pre_attention, self.post_attention, self.ffn_down = map(compile_, (pre_attention, post_attention, ffn_down))
+        self.linear, self.compiled_logits = compile_(linear), compile_(logits)
 
     def __call__(
         self, layer: EngineLayer, x: torch.Tensor, context: ForwardContext, cache: torch.Tensor | None
     ) -> torch.Tensor:
+        """Run one layer of a decode step: x (B, dim) -> (B, dim)."""
         q = self.pre_attention(layer, x, context, cache)
         y = layer.attend(q, None, context, cache)
         if layer.ranks == 1:
@@ -56,16 +73,32 @@ class CompiledLayer:
         return h + self.all_reduced(layer.w2, gated)
 
     def all_reduced(self, weight: MergedLinear, x: torch.Tensor) -> torch.Tensor:
-        """Multiply, compiled, and sum over the ranks, which cannot be."""
-        return reduce_from_model_parallel_region(self.product(weight, x))
+        """Multiply x by a weight with compiled code, and sum over the ranks, which torch.compile cannot do."""
+        return reduce_from_model_parallel_region(self.linear(weight, x))
 
     def logits(self, forward: EngineForward, hidden: torch.Tensor) -> torch.Tensor:
-        return self.head(forward, hidden) if forward.ranks == 1 else forward.logits(hidden)
+        """Compute float32 logits (B, vocab) from hidden states (B, dim)."""
+        return self.compiled_logits(forward, hidden) if forward.ranks == 1 else forward.logits(hidden)
 
 
 class TorchCompileBackend(CudaGraphsBackend):
+    """Run captured decode steps with compiled layers. options: arguments of torch.compile."""
+
     name = "torch_compile"
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.layer = CompiledLayer(**options)
+
+    def compute_logits(self, forward: EngineForward, tokens: torch.Tensor, batch: RaggedBatch) -> torch.Tensor:
+        return self.layer.logits(forward, forward.hidden_states(tokens, batch, layer_fn=self.layer))
+
+    def run_first(self, step: CapturedStep, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Compile the step by running it. Raises DeviceError if torch.compile fails."""
+        try:
+            with compat.unlimited_recompiles():
+                return super().run_first(step, tokens, positions)
+        except Exception as e:
+            raise DeviceError(
+                f"torch.compile failed; leave compile=True out, or use backend='cuda_graphs' ({' '.join(str(e).split()):.200})"
+            ) from e

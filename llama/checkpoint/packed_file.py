@@ -1,22 +1,22 @@
-"""Weights in a file beside the model, as the CPU's kernels read them: `bfloat16.safetensors`, `int8.safetensors`,
-`int4.safetensors`.
+"""Save packed weights in a file beside the shards, which loads without packing or quantizing, and open that file.
 
-`save` writes it once, in one process, tensor by tensor; `Llama.build` then copies it into memory, and is spared the packing
-and quantizing. It holds the whole model, so it serves any number of ranks, and the shards may be gone. In the safetensors
-format it has, by Meta's names, embedding and norms as they were stored, and for every other weight
+`save_packed_file` writes `bfloat16.safetensors`, `int8.safetensors` or `int4.safetensors` once, in one process. `Llama.build`
+then copies it into memory. The file contains the whole model, so it loads on any number of ranks, and the shards may be
+deleted. In the safetensors format, under Meta's names, it has the embedding and the norms as they were stored, and for every
+other weight (out, in)
 
-    NAME.weight          its blocks (blocks.py), uint8 (out / 64, in / per, 64, 4)
-    NAME.weight.scale    in 8 and 4 bit, bfloat16 (out / 64, groups, 64, 1), or (.., 2): with zeros
+    NAME.weight          its blocks (kernels/blocked_linear.py), uint8 (out / 64, in / per, 64, 4): `per` inputs in 4 bytes
+    NAME.weight.scale    for int8 bfloat16 scales (out / 64, groups, 64, 1), for int4 scales and zeros (out / 64, groups, 64, 2)
 
-Its header names the layout, so that a file of another one is refused, and the shards it was made from, by the checksums inside
-them. Where no kernel reads blocks (a GPU, another CPU, ranks whose parts begin within a block) they are taken apart again.
+The header names the layout, so that another version's file is rejected, and a fingerprint of the shards that the file was made
+from. Weights are unpacked on a GPU, on a CPU without a kernel for blocks, and for ranks whose part begins within a block.
 """
 
 import contextlib
 import ctypes
 import hashlib
-import itertools
 import json
+import math
 import os
 import shutil
 import zipfile
@@ -40,30 +40,33 @@ from .shards import Shards, file_identity, open_shards, shard_paths, split_dim
 from .validate import build_on_meta, check_shards, expected_shapes
 
 LAYOUT = "blocks of 64 outputs, 4 bytes each, version 2"
-MAX_ZIP_RECORDS = 10_000  # of a shard: more than ten times those of 70B
-MAX_HEADER_BYTES = 1 << 22  # ten times that of 70B: what JSON makes of it is larger
+FORMAT_KEY = "kind"  # the key of the format in the metadata of the header
+MAX_ZIP_RECORDS = 10_000  # in a shard: more than ten times those of 70B
+MAX_HEADER_BYTES = 1 << 22  # ten times the header of 70B; a larger one would take much more memory once it is parsed
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
 _DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 PACKED_FORMATS = ["bfloat16", *FORMATS]
-FileLayout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # what a file holds
+FileLayout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # the dtype and shape of each tensor in a file, by name
+REMAKE = "make it again with `python -m llama quantize`, or delete it"
 
 
-def packed_file_path(ckpt_dir: str | os.PathLike[str], wanted: str) -> Path:
-    return Path(ckpt_dir).expanduser() / f"{wanted}.safetensors"
+def packed_file_path(ckpt_dir: str | os.PathLike[str], format: str) -> Path:
+    """Return the path of a checkpoint's packed file of a format, whether it exists or not."""
+    return Path(ckpt_dir).expanduser() / f"{format}.safetensors"
 
 
 def shards_fingerprint(ckpt_dir: str | os.PathLike[str]) -> str | None:
-    """Of the shards' contents; None where there are no shards."""
+    """Return a hash that tells a folder's shards from other shards; None if the folder has none."""
     digest, paths = hashlib.sha256(), shard_paths(Path(ckpt_dir).expanduser())
     for path in paths:
         digest.update(path.name.encode())
-        for part in _digest_parts(path):
+        for part in _fingerprint_parts(path):
             digest.update(part)
     return digest.hexdigest() if paths else None
 
 
-def _digest_parts(path: Path) -> Iterator[bytes]:
-    """What tells a shard's tensors from others: the checksums in it, which some writers leave out, and first numbers."""
+def _fingerprint_parts(path: Path) -> Iterator[bytes]:
+    """Yield, for each record of a shard, its name, size and checksum, and its first 4 kB, since some writers omit checksums."""
     try:
         with path.open("rb") as f, zipfile.ZipFile(f) as archive:
             if len(archive.infolist()) > MAX_ZIP_RECORDS:
@@ -72,154 +75,197 @@ def _digest_parts(path: Path) -> Iterator[bytes]:
                 yield repr((entry.filename, entry.file_size, entry.CRC)).encode()
                 f.seek(entry.header_offset)
                 yield f.read(4096)
-    except Exception as e:  # zipfile raises many
-        raise CheckpointError(f"{path}: damaged, or no PyTorch checkpoint ({e}); fetch it again, or take it away") from e
+    except Exception as e:  # zipfile raises errors of many types for a damaged file
+        raise CheckpointError(f"{path}: damaged, or no PyTorch checkpoint ({e}); fetch it again, or remove it") from e
 
 
-def file_layout(model: Transformer, stored: torch.dtype, wanted: str) -> FileLayout:
-    """What the file of a model must hold."""
-    found: FileLayout = {}
+def file_layout(model: Transformer, stored_dtype: torch.dtype, format: str) -> FileLayout:
+    """Return the tensors that a model's packed file must contain, in the order of the file.
+
+    stored_dtype: the dtype of the embedding and the norms.
+    """
+    layout: FileLayout = {}
     for name, shape in expected_shapes(model).items():
-        own = format_of(name, wanted)
-        if own is None:
-            found[name] = stored, shape
+        weight_format = format_of(name, format)
+        if weight_format is None:
+            layout[name] = stored_dtype, shape
         else:
-            weight, scales = BlockedWeight.shapes(own, shape[0], shape[1], group_size_for(own, shape[1]))
-            found[name] = torch.uint8, weight
-            if scales:
-                found[f"{name}.scale"] = torch.bfloat16, scales
-    return dict(sorted(found.items(), key=lambda item: (-item[1][0].itemsize, item[0])))  # so that each is aligned
+            group = scale_group_size(weight_format, shape[1])
+            weight_shape, scales_shape = BlockedWeight.shapes(weight_format, shape[0], shape[1], group)
+            layout[name] = torch.uint8, weight_shape
+            if scales_shape:
+                layout[f"{name}.scale"] = torch.bfloat16, scales_shape
+    return dict(sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])))  # wide dtypes first: all are aligned
 
 
-def group_size_for(kind: str, in_features: int) -> int:
-    return ACTIVATION_GROUP if kind == "bfloat16" else group_size(in_features, kind)
+def scale_group_size(format: str, in_features: int) -> int:
+    """Return the number of inputs to which the rows of a packed weight are padded and, if quantized, that share a scale."""
+    return ACTIVATION_GROUP if format == "bfloat16" else group_size(in_features, format)
 
 
-def open_packed_file(ckpt_dir: str | os.PathLike[str], wanted: str, fits: bool = True) -> Shards | None:
-    """Map the file beside a model, as one shard. None if there is none, or if it is not for this device or dtype (`fits`) and
-    there are shards. Raises CheckpointError if it is damaged, or was made from other shards than those beside it."""
-    path = packed_file_path(ckpt_dir, wanted)
+def open_packed_file(ckpt_dir: str | os.PathLike[str], format: str, fits: bool = True) -> Shards | None:
+    """Map a checkpoint's packed file as if it were a single shard, or return None if the shards are to be loaded.
+
+    The shards are to be loaded if there is no packed file. They are preferred to it if it does not suit the model's device or
+    dtype (fits=False). Raises CheckpointError if the file is damaged, or was made from other shards than those beside it.
+    """
+    path = packed_file_path(ckpt_dir, format)
     if not path.is_file():
         return None
-    beside = shards_fingerprint(ckpt_dir)
-    if beside and not fits:
+    shards_beside = shards_fingerprint(ckpt_dir)
+    if shards_beside and not fits:
         return None
-    again = "make it again with `python -m llama quantize`, or delete it"
-    before = file_identity(path)
+    identity = file_identity(path)
     try:
-        size = path.stat().st_size
-        with path.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            header: Any = json.loads(f.read(length)) if length < min(size, MAX_HEADER_BYTES) else None
-        about = dict(header.pop("__metadata__"))
-        mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
-        spans = sorted(entry["data_offsets"] for entry in header.values())
-        if [0, *(end for _, end in spans)] != [*(first for first, _ in spans), len(mapped)]:
-            raise ValueError("holes or overlaps")
-        tensors = {name: _view(mapped, entry) for name, entry in header.items()}
+        metadata, tensors = _map_tensors(path)
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as e:
-        raise CheckpointError(f"{path}: cut off, damaged, or not written by this library; {again}") from e
-    if about.get("layout") != LAYOUT or about.get("kind") != wanted:
-        found = f"{short_repr(about.get('layout'))}, {short_repr(about.get('kind'))}"
-        raise CheckpointError(f"{path}: its layout is {found}; this version reads {LAYOUT!r}, {wanted!r}; {again}")
-    if beside not in (None, about.get("source")):
-        raise CheckpointError(f"{path}: made from other weights than the shards beside it; {again}")
-    return Shards({path.name: tensors}, {path: before}, wanted)
+        raise CheckpointError(f"{path}: cut off, damaged, or not written by this library; {REMAKE}") from e
+    layout, stored_format = metadata.get("layout"), metadata.get(FORMAT_KEY)
+    if layout != LAYOUT or stored_format != format:
+        raise CheckpointError(
+            f"{path}: its layout is {short_repr(layout)}, {short_repr(stored_format)}; "
+            f"this version reads {LAYOUT!r}, {format!r}; {REMAKE}"
+        )
+    if shards_beside not in (None, metadata.get("source")):
+        raise CheckpointError(f"{path}: made from other weights than the shards beside it; {REMAKE}")
+    return Shards({path.name: tensors}, {path: identity}, format)
 
 
-def _view(mapped: torch.Tensor, entry: dict[str, Any]) -> torch.Tensor:
-    first, last = entry["data_offsets"]
-    return mapped[first:last].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+def _map_tensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return a safetensors file's metadata and mapped tensors. A damaged file raises errors of several types."""
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header: Any = json.loads(f.read(length)) if length < min(size, MAX_HEADER_BYTES) else None
+    metadata = dict(header.pop("__metadata__"))
+    mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
+    spans = sorted(entry["data_offsets"] for entry in header.values())
+    if [0, *(end for _, end in spans)] != [*(begin for begin, _ in spans), len(mapped)]:
+        raise ValueError("holes or overlaps between tensors")
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        tensors[name] = mapped[begin:end].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+    return metadata, tensors
 
 
 def check_packed_file(model: Transformer, shards: Shards) -> None:
-    """Raise CheckpointError unless an opened file holds a model's tensors and no others."""
+    """Raise CheckpointError unless an opened packed file contains exactly the tensors of the model."""
     ((file, tensors),) = shards.items()
-    stored = tensors["tok_embeddings.weight"].dtype if "tok_embeddings.weight" in tensors else torch.float32
-    expected = file_layout(model, stored, file.partition(".")[0])
-    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
-    if wrong or stored not in SUPPORTED_DTYPES:
+    stored_dtype = tensors["tok_embeddings.weight"].dtype if "tok_embeddings.weight" in tensors else torch.float32
+    expected = file_layout(model, stored_dtype, file.partition(".")[0])
+    actual = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    wrong = [name for name in {**expected, **actual} if expected.get(name) != actual.get(name)]
+    if wrong or stored_dtype not in SUPPORTED_DTYPES:
         name = wrong[0] if wrong else "tok_embeddings.weight"
-        held = short_repr(found[name]) if name in found else "missing"
+        tensor = short_repr(actual[name]) if name in actual else "missing"
         raise CheckpointError(
-            f"{file}: {short_repr(name)} is {held}, where params.json makes {expected.get(name, 'none')}: "
-            "the file was made from another model, or is damaged; make it again with `python -m llama quantize`, or delete it"
+            f"{file}: {short_repr(name)} is {tensor}, where params.json makes {expected.get(name, 'none')}: "
+            f"the file was made from another model, or is damaged; {REMAKE}"
         )
 
 
-def save_packed_file(ckpt_dir: str | os.PathLike[str], wanted: str) -> Path:
-    """Write a folder's checkpoint as "bfloat16", "int8" or "int4" into a file there, in place of the one before; its path."""
-    if not isinstance(wanted, str) or wanted not in PACKED_FORMATS:
-        raise InputError(f"the kind to save is {describe(wanted)}; it must be one of {', '.join(map(repr, PACKED_FORMATS))}")
+def save_packed_file(ckpt_dir: str | os.PathLike[str], format: str) -> Path:
+    """Pack a checkpoint's weights as "bfloat16", "int8" or "int4" and save them in its folder; return the path of the file.
+
+    A packed file that is there is replaced once the new one is complete. Raises InputError for another format and for weights
+    that bfloat16 would round, CheckpointError for a bad checkpoint or a full disk, DeviceError on several ranks.
+    """
+    if not isinstance(format, str) or format not in PACKED_FORMATS:
+        raise InputError(f"format is {describe(format)}; it must be one of {', '.join(map(repr, PACKED_FORMATS))}")
     if world_size() > 1:
         raise DeviceError(f"saving weights takes one process, and this job has {world_size()}: run it without torchrun")
-    params, shards = read_params(ckpt_dir), open_shards(ckpt_dir)
-    embedding = shards.first.get("tok_embeddings.weight")
-    words = embedding.shape[0] if embedding is not None and embedding.ndim == 2 else 1
-    model = build_on_meta(params, shards, 1, 1, words)
-    check_shards(model, shards)
-    stored = shards.first["tok_embeddings.weight"].dtype
-    for name in expected_shapes(model) if wanted == "bfloat16" else ():
-        for tensors in shards.values():
-            if (held := tensors[name].dtype) != torch.bfloat16:
-                raise InputError(f"{name} is stored as {held}, and saving it as bfloat16 loses precision; save int8 or int4")
-    parts = file_layout(model, stored, wanted)
-
-    sizes = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in parts.items()}
-    ends = dict(zip(parts, itertools.accumulate(sizes.values()), strict=True))
-    header: dict[str, Any] = {"__metadata__": {"layout": LAYOUT, "kind": wanted, "source": shards_fingerprint(ckpt_dir)}}
-    for name, (dtype, shape) in parts.items():
-        header[name] = {"dtype": _DTYPE_CODES[dtype], "shape": shape, "data_offsets": (ends[name] - sizes[name], ends[name])}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % 64)  # so that all that follows is aligned
-    begin = 8 + len(text)
-
-    path = packed_file_path(ckpt_dir, wanted)
-    part = path.with_suffix(f".{os.getpid()}.part")  # another may be at it, too
-    names = [name for name in parts if not name.endswith(".scale")]
+    shards, model = _open_checkpoint(ckpt_dir)
+    if format == "bfloat16":
+        _check_all_bfloat16(shards, model)
+    layout = file_layout(model, shards.first["tok_embeddings.weight"].dtype, format)
+    header, spans = _encode_header(layout, format, shards_fingerprint(ckpt_dir))
+    path = packed_file_path(ckpt_dir, format)
+    temporary = path.with_suffix(f".{os.getpid()}.part")  # named by process, since several may save at the same time
     try:
-        size, free = begin + sum(sizes.values()), shutil.disk_usage(path.parent).free
+        size, free = max(end for _, end in spans.values()), shutil.disk_usage(path.parent).free
         if free < size:
             raise CheckpointError(f"{path} would take {format_bytes(size)}, but {format_bytes(free)} are free there; make room")
-        with part.open("wb") as f:
-            f.write(len(text).to_bytes(8, "little") + text)
-            for name in progress(names, lambda name: sizes[name], "saving"):
-                shards.check_unchanged()
-                for full_name, tensor in _tensors_to_write(name, shards, wanted):
-                    f.seek(begin + ends[full_name] - sizes[full_name])
-                    f.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
-                for view in resharding.shard_parts(name, shards):
-                    host_memory.madvise(view, host_memory.DONTNEED)
-            f.flush()
-            os.fsync(f.fileno())  # a disk that is full or failing says so now, while the file before is still there
+        _write_packed_file(temporary, header, spans, shards, format)
         shards.check_unchanged()
-        os.replace(part, path)
+        os.replace(temporary, path)
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be written: {e.strerror}") from e
     finally:
         with contextlib.suppress(OSError):
-            part.unlink()
+            temporary.unlink()
     return path
 
 
-def _tensors_to_write(name: str, shards: Shards, wanted: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """What stands in the file for a stored weight."""
-    parts, own, dim = resharding.shard_parts(name, shards), format_of(name, wanted), split_dim(name)
+def _open_checkpoint(ckpt_dir: str | os.PathLike[str]) -> tuple[Shards, Transformer]:
+    """Map and check a checkpoint; return its shards, and its model on the meta device."""
+    params, shards = read_params(ckpt_dir), open_shards(ckpt_dir)
+    embedding = shards.first.get("tok_embeddings.weight")
+    vocab_size = embedding.shape[0] if embedding is not None and embedding.ndim == 2 else 1
+    model = build_on_meta(params, shards, 1, 1, vocab_size)
+    check_shards(model, shards)
+    return shards, model
+
+
+def _check_all_bfloat16(shards: Shards, model: Transformer) -> None:
+    """Raise InputError unless every weight is stored in bfloat16."""
+    for name in expected_shapes(model):
+        for tensors in shards.values():
+            if (dtype := tensors[name].dtype) != torch.bfloat16:
+                raise InputError(f"{name} is stored as {dtype}, and saving it as bfloat16 loses precision; save int8 or int4")
+
+
+def _encode_header(layout: FileLayout, format: str, source: str | None) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """Return the header of a safetensors file as bytes, and where each tensor begins and ends in the file.
+
+    source: the fingerprint of the shards.
+    """
+    header: dict[str, Any] = {"__metadata__": {"layout": LAYOUT, FORMAT_KEY: format, "source": source}}
+    offsets: dict[str, tuple[int, int]] = {}  # from the end of the header
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        offsets[name] = begin, end
+        header[name] = {"dtype": _DTYPE_CODES[dtype], "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)  # so that the tensors are aligned
+    encoded = len(text).to_bytes(8, "little") + text
+    return encoded, {name: (len(encoded) + begin, len(encoded) + end) for name, (begin, end) in offsets.items()}
+
+
+def _write_packed_file(path: Path, header: bytes, spans: dict[str, tuple[int, int]], shards: Shards, format: str) -> None:
+    """Write a packed file: its header, and each weight of the shards at its place."""
+    names = [name for name in spans if not name.endswith(".scale")]
+    with path.open("wb") as f:
+        f.write(header)
+        for name in progress(names, lambda name: spans[name][1] - spans[name][0], "saving"):
+            shards.check_unchanged()
+            for tensor_name, tensor in _tensors_to_write(name, shards, format):
+                f.seek(spans[tensor_name][0])
+                f.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+            for view in resharding.shard_parts(name, shards):
+                host_memory.madvise(view, host_memory.DONTNEED)
+        f.flush()
+        os.fsync(f.fileno())  # a full or failing disk raises here, before the old file is replaced
+
+
+def _tensors_to_write(name: str, shards: Shards, format: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name in the file, tensor) for a stored weight: as it is, or its blocks and their scales."""
+    parts, weight_format, dim = resharding.shard_parts(name, shards), format_of(name, format), split_dim(name)
     for part in parts:
         loading.check_finite(part, [name], shards)
-    if own is None:
+    if weight_format is None:
         yield name, torch.cat(parts, dim=dim or 0).contiguous()
         return
     rows = [torch.cat(parts, dim=1)] if dim == 1 and len(parts) > 1 else parts
     if any(part.dtype != rows[0].dtype for part in rows):
         rows = [part.float() for part in rows]
     if pack.extension() is not None:
-        blocks = BlockedWeight.from_rows(own, rows, group_size_for(own, rows[0].shape[1]))
-    elif own == "bfloat16":
+        blocks = BlockedWeight.from_rows(weight_format, rows, scale_group_size(weight_format, rows[0].shape[1]))
+    elif weight_format == "bfloat16":
         blocks = BlockedWeight.from_dense(torch.cat(rows))
     else:
-        blocks = BlockedWeight.from_quantized(QuantizedWeight.cat([quantize(part, own) for part in rows]))
+        blocks = BlockedWeight.from_quantized(QuantizedWeight.cat([quantize(part, weight_format) for part in rows]))
     yield name, blocks.weight
     if blocks.scales is not None:
         yield f"{name}.scale", blocks.scales

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Read and check `params.json`, and say what else a folder contains if it is not a checkpoint."""
 
 import json
 import os
@@ -12,21 +12,22 @@ from ..model import ModelArgs
 from ..quantization.weight import FORMATS
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_PARAMS_BYTES = 1 << 20  # bytes of params.json, which has about 100
+MAX_PARAMS_BYTES = 1 << 20  # Meta's files have about 100 bytes
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A dtype or its name, checked; None stays None."""
+    """Return the dtype for a dtype or its name, or None for None. Raise InputError if it is not supported."""
     if dtype is None:
         return None
-    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(wanted, torch.dtype) or wanted not in SUPPORTED_DTYPES:
+    parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(parsed, torch.dtype) or parsed not in SUPPORTED_DTYPES:
         raise InputError(
             f"dtype is {describe(dtype)}; use 'bfloat16', 'float16' or 'float32', or leave it out for the stored one"
         )
-    return wanted
+    return parsed
 
 
+# For each key of params.json: the type of its value, a test of the value, and the test in words.
 _COUNT = (int, lambda v: 1 <= v < 2**31, "a whole number from 1 to 2,147,483,647")
 _PARAMS: dict[str, tuple[Any, Any, str]] = {
     "dim": _COUNT, "n_heads": _COUNT, "n_kv_heads": _COUNT, "multiple_of": _COUNT,
@@ -36,11 +37,11 @@ _PARAMS: dict[str, tuple[Any, Any, str]] = {
     "norm_eps": ((int, float), lambda v: 0 < v < 1, "a number between 0 and 1"),
     "rope_theta": ((int, float), lambda v: 1 <= v <= 1e18, "a number from 1 to 1e18"),
 }  # fmt: skip
-_OPTIONAL = ("n_kv_heads", "ffn_dim_multiplier")  # null means absent
+_OPTIONAL_PARAMS = ("n_kv_heads", "ffn_dim_multiplier")  # null is read as a missing key
 
 
 def read_params(ckpt_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """The checked contents of `params.json`, for ModelArgs."""
+    """Return the contents of a folder's `params.json` as arguments of ModelArgs. Raise CheckpointError for any bad value."""
     folder = check_path(ckpt_dir, "ckpt_dir", "a model's folder, with consolidated.NN.pth and params.json", folder=True)
     if "params.json" not in list_folder(folder):
         raise CheckpointError(f"{folder}: no params.json; {describe_folder(folder)}")
@@ -49,26 +50,27 @@ def read_params(ckpt_dir: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         params = json.loads(text)
     except (ValueError, RecursionError) as e:
-        found = str(e) if text[:1] == b"{" else identify_format(text[:64])
-        raise CheckpointError(f"{path}: not JSON ({found}); fetch it again") from e
+        reason = str(e) if text[:1] == b"{" else identify_format(text[:64])
+        raise CheckpointError(f"{path}: not JSON ({reason}); fetch it again") from e
     if not isinstance(params, dict):
-        raise CheckpointError(f"{path}: holds {describe(params)}, not an object of names and values; fetch it again")
-    params = {k: v for k, v in params.items() if not (v is None and k in _OPTIONAL)}
+        raise CheckpointError(f"{path}: contains {describe(params)}, not an object of names and values; fetch it again")
+    params = {k: v for k, v in params.items() if not (v is None and k in _OPTIONAL_PARAMS)}
     for key, value in params.items():
         if key not in _PARAMS:
             raise CheckpointError(f"{path}: unknown key {key!r:.80}; a Llama 2 model has {', '.join(_PARAMS)}")
-        types, valid, wanted = _PARAMS[key]
-        if isinstance(value, bool) or not isinstance(value, types) or not valid(value):
-            raise CheckpointError(f"{path}: {key} is {value!r:.80}; it must be {wanted}")
+        types, is_valid, requirement = _PARAMS[key]
+        if isinstance(value, bool) or not isinstance(value, types) or not is_valid(value):
+            raise CheckpointError(f"{path}: {key} is {value!r:.80}; it must be {requirement}")
     args = ModelArgs(**params)
     if args.dim % args.n_heads or args.head_dim % 2:
-        raise CheckpointError(f"{path}: dim={args.dim} does not make n_heads={args.n_heads} heads of even width")
+        raise CheckpointError(f"{path}: dim={args.dim} cannot be divided into n_heads={args.n_heads} heads of even width")
     if args.n_heads % args.kv_heads:
         raise CheckpointError(f"{path}: n_heads={args.n_heads} is no multiple of n_kv_heads={args.n_kv_heads}")
     return params
 
 
 def list_folder(folder: Path) -> list[str]:
+    """Return the sorted names in a folder. Raise CheckpointError if it cannot be read."""
     try:
         return sorted(os.listdir(folder))
     except OSError as e:
@@ -76,14 +78,15 @@ def list_folder(folder: Path) -> list[str]:
 
 
 def describe_folder(folder: Path) -> str:
+    """Return what a folder without shards contains, and what to do about it, for an error message."""
     names = list_folder(folder)
     if not names:
         return "the folder is empty"
-    for kind_ in FORMATS:
-        if f"{kind_}.safetensors" in names:
-            return f"it holds quantized weights: build with quantize={kind_!r}"
+    for format in FORMATS:
+        if f"{format}.safetensors" in names:
+            return f"it contains quantized weights: build with quantize={format!r}"
     if "bfloat16.safetensors" in names:
-        return "it holds weights saved as they are, in bfloat16: build without quantize"
+        return "it contains packed weights in bfloat16: build without quantize"
     if any(n == "config.json" or n.endswith(".safetensors") or n.startswith("pytorch_model") for n in names):
         return (
             "the folder is in Hugging Face layout; this library reads Meta's own files "
@@ -91,5 +94,5 @@ def describe_folder(folder: Path) -> str:
         )
     models = [n for n in names if os.path.isfile(folder / n / "params.json")]
     if models:
-        return f"it holds model folders; give one of them as ckpt_dir: {', '.join(models[:8])}"
-    return f"it holds {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}"
+        return f"it contains model folders; give one of them as ckpt_dir: {', '.join(models[:8])}"
+    return f"it contains {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}"

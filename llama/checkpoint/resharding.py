@@ -1,4 +1,4 @@
-"""TODO."""
+"""Find a rank's part of each weight in the shards, for any number of shards and ranks."""
 
 import re
 
@@ -10,9 +10,9 @@ from .shards import Shards, split_dim
 
 
 def shard_views(parts: list[torch.Tensor], dim: int, rank: int, ranks: int) -> list[torch.Tensor]:
-    """Views that, joined along `dim`, are the rank-th of `ranks` equal parts of the joined `parts`.
+    """Return views of the shards' parts of a weight that, joined along `dim`, are a rank's part of the whole weight.
 
-    3 parts of 4 rows, 2 ranks: rank 0 takes rows 0..6, which is part 0 whole and rows 0..2 of part 1.
+    Example: of 3 parts with 4 rows each, rank 0 of 2 gets 6 rows: all of part 0, and the first 2 rows of part 1.
     """
     width = parts[0].shape[dim]
     first, last = (width * len(parts) * r // ranks for r in (rank, rank + 1))
@@ -24,7 +24,8 @@ def shard_views(parts: list[torch.Tensor], dim: int, rank: int, ranks: int) -> l
     return views
 
 
-# Linear layers of one input, which the engine multiplies as one: their weights are parts of one, one after the other.
+# The engine multiplies by several linear weights with the same input at once, so they are stored one after the other.
+# The first weight -> all weights, in their order in memory.
 MERGED_WEIGHTS = {
     "attention.wq": ("attention.wq", "attention.wk", "attention.wv"),
     "feed_forward.w1": ("feed_forward.w1", "feed_forward.w3"),
@@ -33,23 +34,26 @@ _MERGED_INTO_ANOTHER = {name for names in MERGED_WEIGHTS.values() for name in na
 
 
 def weight_groups(model: Transformer, joint: bool) -> list[list[str]]:
-    """Return the names of a model's weights: those that are to be parts of one together if `joint`, all others alone."""
-    found = []
+    """Return the names of a model's weights in groups that are loaded together.
+
+    joint: group the linear layers of MERGED_WEIGHTS; all other weights are groups of one.
+    """
+    groups = []
     for name, _ in model.named_parameters():
-        layer, own = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name).groups("")  # type: ignore[union-attr]
-        if not joint or own not in _MERGED_INTO_ANOTHER:
-            names = MERGED_WEIGHTS.get(own, (own,)) if joint else (own,)
-            found.append([f"{layer or ''}{each}.weight" for each in names])
-    return found
+        layer, module = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name).groups("")  # type: ignore[union-attr]
+        if not joint or module not in _MERGED_INTO_ANOTHER:
+            modules = MERGED_WEIGHTS.get(module, (module,)) if joint else (module,)
+            groups.append([f"{layer or ''}{name}.weight" for name in modules])
+    return groups
 
 
 def shard_parts(name: str, shards: Shards) -> list[torch.Tensor]:
-    """A stored weight: the shards' parts of it."""
+    """Return the shards' parts of a weight, in order; a single one if every shard contains the whole weight."""
     parts = [tensors[name] for tensors in shards.values()]
     return parts[:1] if split_dim(name) is None else parts
 
 
 def rank_views(name: str, shards: Shards) -> list[torch.Tensor]:
-    """Views of what this rank takes of a stored weight."""
+    """Return views of the shards that, joined, are this rank's part of a weight."""
     parts, dim = shard_parts(name, shards), split_dim(name)
     return parts if dim is None else shard_views(parts, dim, *model_parallel())

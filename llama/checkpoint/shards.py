@@ -1,4 +1,4 @@
-"""TODO."""
+"""Open a checkpoint's shards as memory-mapped tensors, and detect files that change while they are read."""
 
 import os
 import pickle
@@ -12,7 +12,7 @@ from ..errors import CheckpointError, identify_format, read_file
 from . import torch_file
 from .params import describe_folder, list_folder
 
-# The dimension along which shards, and ranks, split a weight; None: the same in every shard.
+# The dimension along which shards and ranks split a weight; None: every shard contains the whole weight.
 SPLIT_DIMS: dict[str, int | None] = {
     "tok_embeddings": 1,
     "attention.wq": 0, "attention.wk": 0, "attention.wv": 0, "attention.wo": 1,
@@ -20,43 +20,53 @@ SPLIT_DIMS: dict[str, int | None] = {
     "attention_norm": None, "ffn_norm": None, "norm": None,
     "output": 0,
 }  # fmt: skip
-IGNORED_TENSORS = re.compile(
-    r"rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope\.freqs"
-)  # in Meta's files; computed here
+# Meta's files contain rotary frequencies, which the model computes by itself.
+IGNORED_TENSORS = re.compile(r"rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope\.freqs")
+_EXPECTED = "Meta's shards contain tensors by name and nothing else"
 
 
 class Shards(dict[str, dict[str, torch.Tensor]]):
-    """File name -> tensor name -> mapped tensor; and what stood at the files' paths before they were mapped."""
+    """The mapped tensors of a checkpoint: file name -> tensor name -> tensor.
 
-    def __init__(self, tensors: dict[str, dict[str, torch.Tensor]], stamps: dict[Path, Any], saved: str | None = None) -> None:
-        """saved: the kind of the weights in a file of ours (saved.py)."""
+    identities: `file_identity` of each path, from before the file was mapped.
+    packed_format: the format of the weights in a packed file (packed_file.py); None for Meta's shards.
+    """
+
+    def __init__(
+        self, tensors: dict[str, dict[str, torch.Tensor]], identities: dict[Path, Any], packed_format: str | None = None
+    ) -> None:
         super().__init__(tensors)
-        self.stamps, self.saved = stamps, saved
+        self.identities, self.packed_format = identities, packed_format
 
     @property
     def first(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of the first file."""
         return next(iter(self.values()))
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError if a file is not what it was: numbers of two files make no model, and reading beyond the end of
-        one that was cut short kills the process."""
-        for path, before in self.stamps.items():
+        """Raise CheckpointError if a file has been changed, replaced or deleted since it was mapped.
+
+        Weights from before and after a change do not belong together, and reading beyond the end of a file that has been cut
+        short would kill the process.
+        """
+        for path, before in self.identities.items():
             now = file_identity(path)
             if now != before:
-                what = "is another file, or other contents, now" if now else "has gone"
-                raise CheckpointError(f"{path} {what}, while it was being read; wait until all files are there, and try again")
+                change = "was changed or replaced" if now else "was deleted"
+                raise CheckpointError(f"{path} {change} while it was being read; wait until all files are there, and try again")
 
 
 def file_identity(path: Path) -> tuple[int, ...] | None:
-    """What tells a file from the same one changed, and from another in its place; None where there is none."""
+    """Return values that differ once a file has been changed or replaced; None if there is no file."""
     try:
-        found = path.stat()
+        stat = path.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def split_dim(name: str) -> int | None:
+    """Return the dimension along which shards and ranks split a weight of Meta's name; None if they do not."""
     return SPLIT_DIMS[re.sub(r"^layers\.\d+\.|\.weight$", "", name)]
 
 
@@ -66,7 +76,7 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def stored_dtype(ckpt_dir: str | os.PathLike[str]) -> torch.dtype | None:
-    """Return the dtype of a folder's shards; None where there are none."""
+    """Return the dtype of the embedding in a folder's shards; None if there are no shards."""
     if not shard_paths(Path(ckpt_dir).expanduser()):
         return None
     embedding = open_shards(ckpt_dir).first.get("tok_embeddings.weight")
@@ -74,7 +84,7 @@ def stored_dtype(ckpt_dir: str | os.PathLike[str]) -> torch.dtype | None:
 
 
 def open_shards(ckpt_dir: str | os.PathLike[str]) -> Shards:
-    """Map every shard; reads names and shapes, no values. Raises CheckpointError if one is missing or damaged."""
+    """Map all shards in a folder: read names and shapes, but no values. Raise CheckpointError if one is missing or damaged."""
     folder = Path(ckpt_dir).expanduser()
     paths = shard_paths(folder)
     if not paths:
@@ -86,11 +96,12 @@ def open_shards(ckpt_dir: str | os.PathLike[str]) -> Shards:
         raise CheckpointError(
             f"{folder}: {', '.join(missing[:8])} missing; the shards here go up to {last}, and all are needed"
         )
-    stamps = {path: file_identity(path) for path in paths}
-    return Shards({path.name: _open_shard(path) for path in stamps}, stamps)
+    identities = {path: file_identity(path) for path in paths}
+    return Shards({path.name: _open_shard(path) for path in paths}, identities)
 
 
 def _open_shard(path: Path) -> dict[str, torch.Tensor]:
+    """Map a shard; return its tensors by name. Raise CheckpointError if it is damaged, or contains anything but tensors."""
     head = read_file(path, 64)
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         raise CheckpointError(
@@ -102,18 +113,16 @@ def _open_shard(path: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = torch_file.read_torch_file(path)
     except pickle.UnpicklingError as e:
-        raise CheckpointError(f"{path}: holds more than tensors and was not loaded, as it could run code ({e})") from e
+        raise CheckpointError(f"{path}: contains more than tensors and was not loaded, as it could run code ({e})") from e
     except Exception as e:
-        found = file_identity(path)
-        size = f"{found[2]:,} bytes" if found else "and gone by now"
+        identity = file_identity(path)
+        size = f"{identity[2]:,} bytes" if identity else "deleted by now"
         raise CheckpointError(
             f"{path}: cut off, damaged or another kind of zip ({size}); compare with checklist.chk, fetch it again"
         ) from e
     if not isinstance(tensors, dict):
-        raise CheckpointError(f"{path}: holds a {type(tensors).__name__}; Meta's shards hold tensors by name and nothing else")
+        raise CheckpointError(f"{path}: contains a {type(tensors).__name__}; {_EXPECTED}")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or (tensor is None and not IGNORED_TENSORS.fullmatch(name)):
-            raise CheckpointError(
-                f"{path}: {name!r:.80} is no plain tensor; Meta's shards hold tensors by name and nothing else"
-            )
+            raise CheckpointError(f"{path}: {name!r:.80} is no plain tensor; {_EXPECTED}")
     return tensors

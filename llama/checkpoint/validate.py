@@ -1,7 +1,7 @@
-"""Meta's checkpoints: find them, and check them before anything is allocated.
+"""Check a checkpoint's shards against `params.json` and against each other, before anything is allocated.
 
-Shards are memory-mapped: names and shapes are read, and only of the small tensors the numbers (loading.py checks the
-others as it reads them). Nothing in a file is ever executed.
+Names, shapes and dtypes of all tensors are checked, and the values of the norms. The values of the matrices are checked when
+loading.py reads them.
 """
 
 from typing import Any
@@ -15,13 +15,10 @@ from ..tokenizer import Tokenizer
 from .params import SUPPORTED_DTYPES
 from .shards import IGNORED_TENSORS, Shards, split_dim
 
-NON_FINITE = "holds NaN or infinity: the shards are damaged; compare with checklist.chk, fetch them again"
+NON_FINITE = "contains NaN or infinity: the shards are damaged; compare with checklist.chk, fetch them again"
 _OTHER_MODEL = "params.json and the shards are not of one model; fetch them again"
-_PARAMS_BY_WEIGHT = {
-    "wk": "n_heads, n_kv_heads",
-    "w1": "multiple_of, ffn_dim_multiplier",
-    "norm": "dim",
-}  # key of a wrong shape
+# The keys of params.json that a weight's wrong shape points to, by a part of the weight's name.
+_PARAMS_BY_WEIGHT = {"wk": "n_heads, n_kv_heads", "w1": "multiple_of, ffn_dim_multiplier", "norm": "dim"}
 
 
 def build_on_meta(
@@ -31,12 +28,14 @@ def build_on_meta(
     max_batch_size: int,
     vocab_size: int,
 ) -> Transformer:
-    """The Transformer of params.json, without memory."""
+    """Return the model of params.json on the meta device. Raise CheckpointError if params.json contradicts the files."""
     args = ModelArgs(**{**params, "vocab_size": vocab_size}, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-    stored = {name for tensors in shards.values() for name in tensors}
-    layers = len({n.split(".")[1] for n in stored if n.startswith("layers.")})
+    names = {name for tensors in shards.values() for name in tensors}
+    layers = len({name.split(".")[1] for name in names if name.startswith("layers.")})
     if layers != args.n_layers:
-        raise CheckpointError(f"params.json says n_layers={args.n_layers}, but the shards hold {layers} layers: {_OTHER_MODEL}")
+        raise CheckpointError(
+            f"params.json says n_layers={args.n_layers}, but the shards contain {layers} layers: {_OTHER_MODEL}"
+        )
     declared = params.get("vocab_size", -1)
     if declared not in (-1, vocab_size):
         raise CheckpointError(
@@ -52,9 +51,9 @@ def build_on_meta(
 
 
 def expected_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
-    """By Meta's names, of the weights whole."""
+    """Return the shape of each whole weight, as if on one rank, by Meta's names."""
     ranks, expected = model_parallel()[1], {}
-    # The last norm first, whose shape says whether `dim` is right, and so whether there are as many shards as there must be.
+    # norm.weight comes first: its shape shows whether `dim` is right, on which the number of shards depends.
     for name, weight in sorted(model.state_dict().items(), key=lambda item: item[0] != "norm.weight"):
         shape, dim = list(weight.shape), split_dim(name)
         if dim is not None:
@@ -64,20 +63,27 @@ def expected_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 
 
 def check_shards(model: Transformer, shards: Shards) -> None:
-    """Raise CheckpointError unless the shards hold a model's tensors, and no others, and are of one model."""
-    n, expected = len(shards), expected_shapes(model)
+    """Raise CheckpointError unless the shards contain exactly the model's tensors, and all belong to one model."""
+    expected = expected_shapes(model)
+    _check_tensors(expected, shards)
+    _check_same_model(expected, shards)
+
+
+def _check_tensors(expected: dict[str, tuple[int, ...]], shards: Shards) -> None:
+    """Raise CheckpointError unless each shard contains the expected tensors, with supported dtypes and the right shapes."""
+    n = len(shards)
     for file, tensors in shards.items():
         for verb, names in (
             ("lacks", expected.keys() - tensors.keys()),
-            ("holds unknown", {name for name in tensors.keys() - expected.keys() if not IGNORED_TENSORS.fullmatch(name)}),
+            ("contains unknown", {name for name in tensors.keys() - expected.keys() if not IGNORED_TENSORS.fullmatch(name)}),
         ):
             if names:
-                some = ", ".join(sorted(short_repr(name).strip("'") for name in names)[:3])
+                listed = ", ".join(sorted(short_repr(name).strip("'") for name in names)[:3])
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise CheckpointError(f"{file} {verb} {some}{more}: damaged, or not of the model that params.json describes")
+                raise CheckpointError(f"{file} {verb} {listed}{more}: damaged, or not of the model that params.json describes")
         for name, whole in expected.items():
             tensor, dim = tensors[name], split_dim(name)
-            part = whole if dim is None else tuple(w // n if d == dim else w for d, w in enumerate(whole))
+            part = whole if dim is None else tuple(size // n if d == dim else size for d, size in enumerate(whole))
             if tensor.dtype not in SUPPORTED_DTYPES:
                 raise CheckpointError(
                     f"{file}: {name} is stored as {tensor.dtype}; supported are bfloat16, float16 and float32; convert it"
@@ -85,22 +91,30 @@ def check_shards(model: Transformer, shards: Shards) -> None:
             if tuple(tensor.shape) != part or (dim is not None and whole[dim] % n):
                 raise CheckpointError(f"{file}: {name} is {tuple(tensor.shape)}, {_explain_shape(name, tensor, whole, n)}")
 
-    (first, reference), *_ = shards.items()
-    rows: dict[tuple[float, ...], str] = {}
+
+def _check_same_model(expected: dict[str, tuple[int, ...]], shards: Shards) -> None:
+    """Raise CheckpointError if norms are not finite or differ between shards, or if two shards are copies of one."""
+    (first_file, reference), *_ = shards.items()
+    file_by_row: dict[tuple[float, ...], str] = {}  # the first row of wq in each file
     for file, tensors in shards.items():
         for name in expected:
             if split_dim(name) is None:
                 if not tensors[name].isfinite().all():
                     raise CheckpointError(f"{file}: {name} {NON_FINITE}")
-                # Meta's are equal; derived files may differ by rounding, those of another model by far more.
+                # Every shard repeats the norms. In converted files they may differ by rounding; other models differ far more.
                 if not torch.allclose(reference[name].float(), tensors[name].float(), rtol=0.05, atol=0.02):
-                    raise CheckpointError(f"{name} differs between {first} and {file}: they are shards of different models")
+                    raise CheckpointError(
+                        f"{name} differs between {first_file} and {file}: they are shards of different models"
+                    )
         row = tuple(tensors["layers.0.attention.wq.weight"][0].tolist())
-        if rows.setdefault(row, file) != file and len(set(row)) > 1:
-            raise CheckpointError(f"{file} holds the same numbers as {rows[row]}: a copy under another name; fetch it again")
+        if file_by_row.setdefault(row, file) != file and len(set(row)) > 1:
+            raise CheckpointError(
+                f"{file} contains the same values as {file_by_row[row]}: a copy under another name; fetch it again"
+            )
 
 
 def _explain_shape(name: str, tensor: torch.Tensor, whole: tuple[int, ...], n: int) -> str:
+    """Return the end of the error for a wrong shape: the shape of the whole weight, and the likely cause."""
     if name == "tok_embeddings.weight" and tensor.ndim == 2 and tensor.shape[1] and whole[1] % tensor.shape[1] == 0:
         if tensor.shape[0] != whole[0]:
             return f"but the tokenizer has {whole[0]} pieces; use the model's own tokenizer.model"
@@ -110,6 +124,6 @@ def _explain_shape(name: str, tensor: torch.Tensor, whole: tuple[int, ...], n: i
 
 
 def build_fingerprint(tokenizer: Tokenizer, shards: Shards, model: Transformer, dtype: torch.dtype) -> tuple[object, ...]:
-    """What tells one build from another, wherever each machine keeps its copy of the files."""
+    """Return values that are equal on all ranks if they build the same model, wherever each machine stores the files."""
     norms = [tensors["norm.weight"].tolist() for tensors in shards.values()]
     return tokenizer.n_words, {file: len(tensors) for file, tensors in shards.items()}, norms, model.params, dtype

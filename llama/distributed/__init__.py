@@ -1,0 +1,1 @@
+"""Ranks: process groups, agreement between ranks, and failures."""

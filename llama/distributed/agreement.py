@@ -1,4 +1,4 @@
-"""Keep ranks consistent: compare what they are asked to do, share results, and raise one rank's failure on all."""
+"""Keep ranks consistent: compare their input, share results, and raise one rank's failure on all ranks."""
 
 import contextlib
 import hashlib
@@ -17,14 +17,14 @@ from .groups import all_ranks_group, global_rank, model_parallel, reachable_worl
 
 T = TypeVar("T")
 
-SLOW_RANK_SECONDS = 30  # after which a rank that waits for the others prints so
+SLOW_RANK_SECONDS = 30  # that a rank waits for the other ranks before it prints a warning
 
 
 def run_on_all_ranks(work: Callable[[], T], must_match: Callable[[T], object] | None = None) -> T:
-    """Run `work` on every rank and return its result; if it fails on one rank, raise the cause on all.
+    """Run `work` on every rank and return its result. If it fails on one rank, raise an error with the cause on all ranks.
 
-    Every rank then does the same next, and none waits in a collective that another never enters. `work` itself must not contain
-    a collective. must_match: maps the result to what must have the same repr on all ranks, or each raises InputError.
+    No rank then goes on to a collective that a failed rank never reaches. `work` must not contain a collective.
+    must_match: maps the result to a value whose repr must be equal on all ranks; otherwise every rank raises InputError.
     """
     if reachable_world_size() == 1:
         return work()
@@ -40,29 +40,29 @@ def run_on_all_ranks(work: Callable[[], T], must_match: Callable[[T], object] | 
             (error_text(failure), hashlib.sha256(fingerprint.encode("utf-8", "backslashreplace")).hexdigest())
         )
     _raise_first(failure, [cause for cause, _ in gathered])
-    others = [str(rank) for rank, (_, theirs) in enumerate(gathered) if theirs != gathered[0][1]]
-    if others:
+    mismatched = [str(rank) for rank, (_, digest) in enumerate(gathered) if digest != gathered[0][1]]
+    if mismatched:
         raise InputError(
-            f"rank(s) {', '.join(others)} were given other input than rank 0, or made another call: make the same "
-            "calls with the same input on every rank, and change the model alike; replicas divide the prompts among themselves"
+            f"rank(s) {', '.join(mismatched)} were given other input than rank 0, or made another call: make the same calls, "
+            "with the same input and the same changes to the model, on every rank; replicas divide the prompts by themselves"
         )
     return result  # type: ignore[return-value]
 
 
 def run_on_rank0(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 alone, and return its result, or raise its failure, on every rank. It may wait for a user."""
+    """Run `work` on rank 0 only. Return its result, or raise its failure, on every rank. `work` may wait for a user's input."""
     if reachable_world_size() == 1:
         return work()
     result, failure = _outcome(work) if global_rank() == 0 else (None, None)
-    box: list[Any] = [result, error_text(failure)]
+    result_and_error: list[Any] = [result, error_text(failure)]
     with propagate_failure(), defer_signals():
-        dist.broadcast_object_list(box, 0, group=all_ranks_group())
-    _raise_first(failure, [box[1]])
-    return box[0]
+        dist.broadcast_object_list(result_and_error, 0, group=all_ranks_group())
+    _raise_first(failure, [result_and_error[1]])
+    return result_and_error[0]
 
 
 def gather_from_replicas(work: Callable[[], T]) -> list[T]:
-    """Run `work` on every replica, and return the results of all replicas, in their order, on every rank."""
+    """Run `work` on every replica. Return the results of all replicas, in the order of the replicas, on every rank."""
     index, count = replica()
     with propagate_failure():
         if count == 1:
@@ -71,39 +71,41 @@ def gather_from_replicas(work: Callable[[], T]) -> list[T]:
         failure: LlamaError | None = None
         try:
             result = work()
-        except (NonFiniteError, InputError) as e:  # on all ranks of this replica, but perhaps on no other
+        except (NonFiniteError, InputError) as e:  # all ranks of this replica raise these errors, but other replicas may not
             failure = e
     gathered: list[Any] = _all_gather((error_text(failure), None if model_parallel()[0] else (index, result)))
     _raise_first(failure, [cause for cause, _ in gathered])
-    by_replica = dict(theirs for _, theirs in gathered if theirs)
+    by_replica = dict(indexed for _, indexed in gathered if indexed)
     return [by_replica[i] for i in range(count)]
 
 
 def broadcast_from_rank0(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy the tensor of the model-parallel group's first rank to all its ranks, in place."""
+    """Copy a tensor, in place, from the first rank of the model-parallel group to all its ranks. Return the tensor."""
     if model_parallel()[1] > 1:
         dist.broadcast(tensor, fs.get_model_parallel_src_rank(), group=fs.get_model_parallel_group())
     return tensor
 
 
-def _all_gather(mine: T) -> list[T]:
+def _all_gather(value: T) -> list[T]:
+    """Return the values of all ranks, in the order of the ranks."""
     gathered: list[Any] = [None] * reachable_world_size()
     with propagate_failure(), defer_signals():
-        dist.all_gather_object(gathered, mine, group=all_ranks_group())
+        dist.all_gather_object(gathered, value, group=all_ranks_group())
     return gathered
 
 
 def _outcome(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """Return the result of `work` and None, or None and the exception that it raised."""
     try:
         return work(), None
-    except BaseException as e:  # including Ctrl-C: the other ranks wait for this one's outcome
+    except BaseException as e:  # catch Ctrl-C too, because the other ranks wait for the outcome of this rank
         return None, e
 
 
-def _raise_first(own: BaseException | None, causes: list[str | None]) -> None:
-    """Raise this rank's failure, or else that of the first rank that has one."""
-    if own is not None:
-        raise own
+def _raise_first(local_failure: BaseException | None, causes: list[str | None]) -> None:
+    """Raise the failure of this rank, or else an error with the cause of the first rank that failed, if any."""
+    if local_failure is not None:
+        raise local_failure
     for rank, cause in enumerate(causes):
         if cause is not None:
             error = NonFiniteError if cause.startswith(f"{NonFiniteError.__name__}: ") else LlamaError
@@ -112,10 +114,10 @@ def _raise_first(own: BaseException | None, causes: list[str | None]) -> None:
 
 @contextlib.contextmanager
 def _warn_if_slow() -> Iterator[None]:
-    """Print once if the other ranks take long to arrive, as they may never."""
+    """Print one warning if the block waits longer than SLOW_RANK_SECONDS for other ranks, which may never arrive."""
     text = (
-        f"rank {global_rank()} has waited {SLOW_RANK_SECONDS} s for the others and waits on: they are slow, or do "
-        "something else (every rank must make the same calls, and end a stream at the same piece)"
+        f"llama: rank {global_rank()} has waited {SLOW_RANK_SECONDS} s for the other ranks and keeps waiting: they are slow, "
+        "or have made another call (every rank must make the same calls, and end a stream after the same chunk)"
     )
     timer = threading.Timer(SLOW_RANK_SECONDS, lambda: print(text, file=sys.stderr, flush=True))
     timer.daemon = True

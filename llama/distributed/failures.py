@@ -1,4 +1,4 @@
-"""TODO."""
+"""Propagate failures: if one rank fails, the other ranks raise an error with its reason instead of waiting for ever."""
 
 import contextlib
 import signal
@@ -17,17 +17,21 @@ from ..errors import InputError, LlamaError, NonFiniteError
 from . import groups
 from .groups import destroy_groups, global_rank, reachable_world_size
 
-FAILURE_KEY = "llama/reason"  # a key of the group's store: which rank failed first, and why
+FAILURE_KEY = "llama/reason"  # key in the store of the process group: which rank failed first, and why
 
 
 def error_text(failure: BaseException | None) -> str | None:
+    """Return the type and message of an exception, as in "ValueError: message"; None for None."""
     return None if failure is None else f"{type(failure).__name__}: {failure}"
 
 
 @contextlib.contextmanager
 def propagate_failure() -> Iterator[None]:
-    """Around what holds collectives. NumberError and InputError pass: all ranks raise them alike. Any other failure ends the
-    groups, and with them the work of all other ranks, which raise a LlamaError with its reason."""
+    """Guard a block that contains collectives: a failure in the block makes all ranks raise.
+
+    NonFiniteError and InputError pass unchanged, since all ranks raise them alike. Any other failure ends the process groups.
+    The collectives of the other ranks then fail, and these ranks raise LlamaError with the reason of the failed rank.
+    """
     reachable_world_size()
     try:
         yield
@@ -36,14 +40,15 @@ def propagate_failure() -> Iterator[None]:
     except BaseException as e:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             raise
-        traceback.clear_frames(e.__traceback__)  # which may hold groups: these end when nothing holds them
+        # Local variables in the traceback may refer to process groups, which end only when nothing refers to them.
+        traceback.clear_frames(e.__traceback__)
         if _caused_by_peer(e):
-            unknown = "another rank has gone without a word (it was killed, or did not make this call), so every rank stops"
+            unknown = "another rank ended without a reason (it was killed, or did not make this call), so every rank stops"
             reason = peer_failure_reason(wait=2) or unknown
             _end_groups(reason)
             raise LlamaError(reason) from e
         reason = f"rank {global_rank()} failed, so every rank stops: {error_text(e)}"
-        with contextlib.suppress(Exception):  # whatever befalls the store, the groups are to end
+        with contextlib.suppress(Exception):  # the groups must end even if the store is unreachable
             _store().set(FAILURE_KEY, reason)
         _end_groups(reason)
         raise
@@ -51,39 +56,41 @@ def propagate_failure() -> Iterator[None]:
 
 @contextlib.contextmanager
 def defer_signals() -> Iterator[None]:
-    """Have what Python does at a signal, which may raise, come after this, where there are other ranks: collectives that
-    are left halfway can neither go on nor be ended."""
+    """Defer the handlers of SIGINT and SIGTERM until the block ends, if there are other ranks.
+
+    A handler may raise, and a collective that one rank has left halfway can neither continue nor be aborted.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    came: list[int] = []
+    deferred: list[int] = []
     for number, handler in handlers.items():
         if callable(handler):
-            signal.signal(number, lambda number, _: came.append(number))
+            signal.signal(number, lambda number, _: deferred.append(number))
     try:
         yield
     finally:
         for number, handler in handlers.items():
             if callable(handler):
                 signal.signal(number, handler)
-        for late in came:
-            handlers[signal.Signals(late)](late, None)  # type: ignore[operator, misc]
+        for signal_number in deferred:
+            handlers[signal.Signals(signal_number)](signal_number, None)  # type: ignore[operator, misc]
 
 
 class PeerFailed(Exception):
-    """Work of this rank that cannot end, since another rank has failed."""
+    """Raised when work of this rank can never finish, since another rank has failed."""
 
 
 def peer_failure_reason(wait: float = 0) -> str | None:
-    """What a rank that failed has left in the store; after `wait` seconds at most."""
-    until = time.monotonic() + wait
-    with contextlib.suppress(Exception):  # the store may have gone, too
+    """Return the reason that a failed rank has left in the store, or None. Wait up to `wait` seconds for a reason."""
+    deadline = time.monotonic() + wait
+    with contextlib.suppress(Exception):  # the store is gone if the rank that hosts it has ended
         store = _store()
         while True:
             if store.check([FAILURE_KEY]):
                 return store.get(FAILURE_KEY).decode()
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
     return None
@@ -94,14 +101,15 @@ def _store() -> Any:
 
 
 def _caused_by_peer(e: BaseException) -> bool:
-    """Whether something failed because of another rank."""
+    """Return True if an exception was raised because another rank has failed."""
     return isinstance(e, (PeerFailed, dist.DistError)) or (isinstance(e, RuntimeError) and "gloo/" in str(e))
 
 
 def _end_groups(reason: str) -> None:
-    groups.ended = reason
+    """End all process groups. Later calls raise an error with the reason."""
+    groups.ended_reason = reason
     with contextlib.suppress(Exception):
-        if torch.cuda.is_available():  # kernels that wait for another rank would never end
+        if torch.cuda.is_available():  # NCCL kernels that wait for a failed rank would never end
             compat.abort_process_groups()
     with contextlib.suppress(Exception):
         destroy_groups()

@@ -1,12 +1,12 @@
-"""Ranks: the processes of one job, their groups, and how they stay of one mind.
+"""Ranks and process groups: which rank a process is, which ranks share a model, and how groups start and end.
 
-    world     all ranks: WORLD_SIZE of them
-    replica   a whole model, on `model_parallel_size` ranks side by side; a world may hold several
+    world     all WORLD_SIZE ranks
+    replica   `model_parallel_size` adjacent ranks that share one whole model; a world may contain several replicas
 
-Every rank makes the same calls with the same input. What they make of it, and that it is the same, they tell each other
-once a call (`together`), before anything is computed. From then on they go in step; and where one falls, none is left
-waiting (`linked`): it leaves its reason in the group's store and ends its groups, whereupon the collectives of the others
-fail at once, and they find the reason there.
+Every rank makes the same calls with the same input. Once per call, before anything is computed, the ranks exchange a
+fingerprint of their input, and all raise if it differs (`run_on_all_ranks`). If a rank fails later, it leaves its reason in the
+store of the process group and ends its groups (`propagate_failure`); the collectives of the other ranks then fail at once, and
+the other ranks read the reason from the store.
 """
 
 import atexit
@@ -23,84 +23,95 @@ from fairscale.nn.model_parallel import initialize as fs
 
 from ..errors import DeviceError, LlamaError, describe
 
-INTERACTIVE_TIMEOUT = timedelta(days=365)
-_everyone: tuple[Any, dist.ProcessGroup] | None = None  # the world's group, and one of ours for what ranks tell each other
-ended: str | None = None  # why there are no groups any more
+INTERACTIVE_TIMEOUT = timedelta(days=365)  # timeout of collectives in which ranks wait for a user or for a slower replica
+_gloo_group: tuple[Any, dist.ProcessGroup] | None = None  # the default group, and a gloo group of the same ranks
+ended_reason: str | None = None  # why the process groups have ended; None if they have not
 
 
 def under_torchrun() -> bool:
+    """Return True if torchrun, or a launcher that sets the same environment variables, has started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def global_rank() -> int:
+    """Return the number of this rank in the world; 0 for a single process."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
+    """Return the number of ranks; 1 for a single process."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
 
 
 def local_rank_and_size() -> tuple[int | None, int | None]:
-    """(rank on this machine, number of ranks on it), as torchrun tells them."""
+    """Return the local rank, and the number of ranks on this machine, as torchrun has set them; None if they are not set."""
     local = [os.environ.get(name) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")]
     rank, size = (None if value is None else int(value) for value in local)
     return rank, size
 
 
 def model_parallel() -> tuple[int, int]:
-    """(rank, size) in the model-parallel group; (0, 1) where there is none."""
+    """Return this rank's number in its model-parallel group, and the size of the group; (0, 1) without groups."""
     if not fs.model_parallel_is_initialized():
         return 0, 1
     return fs.get_model_parallel_rank(), fs.get_model_parallel_world_size()
 
 
 def replica() -> tuple[int, int]:
-    """(number of this rank's replica, how many there are)."""
+    """Return the number of this rank's replica, and the number of replicas; (0, 1) without groups."""
     if not fs.model_parallel_is_initialized():
         return 0, 1
     return fs.get_data_parallel_rank(), fs.get_data_parallel_world_size()
 
 
-def choose_model_parallel_size(wanted: int | None) -> int:
-    """How many ranks share one model: those wanted, else those of existing groups, else all."""
+def choose_model_parallel_size(requested: int | None) -> int:
+    """Return how many ranks share one model: the requested number, else that of existing groups, else all ranks.
+
+    Raises DeviceError for a number that existing groups or the number of ranks do not allow.
+    """
     existing = fs.get_model_parallel_world_size() if fs.model_parallel_is_initialized() else None
     world = reachable_world_size()
-    if wanted is None:
+    if requested is None:
         return existing or world
-    if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted < 2**31:
-        raise DeviceError(f"model_parallel_size is {describe(wanted)}; it must be a number of ranks, from 1 to 2,147,483,647")
-    if existing is not None and existing != wanted:
+    if isinstance(requested, bool) or not isinstance(requested, int) or not 1 <= requested < 2**31:
         raise DeviceError(
-            f"model_parallel_size={wanted}, but this process already has model-parallel groups of {existing}; "
+            f"model_parallel_size is {describe(requested)}; it must be a number of ranks, from 1 to 2,147,483,647"
+        )
+    if existing is not None and existing != requested:
+        raise DeviceError(
+            f"model_parallel_size={requested}, but this process already has model-parallel groups of {existing}; "
             f"leave it out, or call fairscale's destroy_model_parallel() first"
         )
-    if world % wanted:
+    if world % requested:
         raise DeviceError(
-            f"model_parallel_size={wanted} does not divide the {world} running process(es); leave it out, or start a multiple "
-            f"of {wanted}: torchrun --nproc_per_node {wanted} ..."
+            f"model_parallel_size={requested} does not divide the {world} running process(es); leave it out, or start a "
+            f"multiple of {requested}: torchrun --nproc_per_node {requested} ..."
         )
-    return wanted
+    return requested
 
 
 def init_process_group(backend: str) -> None:
-    """Under torchrun, make the world's group stand, if the caller has made none."""
-    global ended
+    """Under torchrun, create the default process group, unless the caller has created one. Raise DeviceError if that fails."""
+    global ended_reason
     if not dist.is_initialized() and under_torchrun():
-        if ended:
-            raise DeviceError(f"{ended}; start all of them again")
+        if ended_reason:
+            raise DeviceError(f"{ended_reason}; start all ranks again")
         check_reachable()
         try:
             dist.init_process_group(backend)
         except ValueError as e:
             raise DeviceError(f"{e}; start ranks with torchrun, or unset RANK and WORLD_SIZE to run one process") from e
     if dist.is_initialized():
-        ended = None
+        ended_reason = None
         atexit.unregister(destroy_groups)
         atexit.register(destroy_groups)
 
 
 def check_reachable() -> None:
-    """Raise DeviceError where ranks on other machines would look for this one in vain: half a minute, and no word why."""
+    """Raise DeviceError if ranks on other machines cannot connect to this rank.
+
+    Without this check, gloo would wait half a minute and then fail without a reason.
+    """
     on_one_machine = world_size() == (local_rank_and_size()[1] or world_size())
     over_loopback = os.environ.get("MASTER_ADDR", "").startswith(("127.", "::1", "localhost"))
     if on_one_machine or over_loopback or "GLOO_SOCKET_IFNAME" in os.environ:
@@ -109,36 +120,36 @@ def check_reachable() -> None:
     with contextlib.suppress(OSError):
         addresses = {str(address[0]).partition("%")[0] for *_, address in socket.getaddrinfo(name, None)}
     if all(ipaddress.ip_address(address).is_loopback for address in addresses):
-        where = f"leads to {', '.join(sorted(addresses))}" if addresses else "leads nowhere"
+        problem = f"resolves to {', '.join(sorted(addresses))}" if addresses else "does not resolve"
         raise DeviceError(
-            f"this machine's name, {name!r}, {where}, where ranks on other machines cannot find it: set GLOO_SOCKET_IFNAME "
-            "(with GPUs NCCL_SOCKET_IFNAME, too) to the network interface that the machines share, such as eth0"
+            f"this machine's name, {name!r}, {problem}, so ranks on other machines cannot connect to it: set "
+            "GLOO_SOCKET_IFNAME (with GPUs also NCCL_SOCKET_IFNAME) to the network interface the machines share, such as eth0"
         )
 
 
 def destroy_groups() -> None:
-    """End the groups, also the caller's: left to the interpreter, gloo's threads abort the process now and then."""
-    global _everyone
+    """End all process groups, also the caller's. If groups remain at exit, gloo's threads sometimes abort the process."""
+    global _gloo_group
     if dist.is_initialized():
-        # A gloo thread that still lets go of its last tensor needs the GIL, which its destructor holds (torch 2.6).
+        # A gloo thread needs the GIL to free its last tensor, but a group's destructor holds the GIL (torch 2.6): wait for it.
         time.sleep(0.1)
-        _everyone = None
+        _gloo_group = None
         fs.destroy_model_parallel()
         dist.destroy_process_group()
 
 
 def reachable_world_size() -> int:
-    """How many ranks there are to speak with."""
+    """Return the number of ranks that can communicate. Raise LlamaError if a failure has ended the process groups."""
     if dist.is_initialized():
         return dist.get_world_size()
-    if ended:
-        raise LlamaError(f"{ended}; start all of them again")
+    if ended_reason:
+        raise LlamaError(f"{ended_reason}; start all ranks again")
     return 1
 
 
 def all_ranks_group() -> dist.ProcessGroup:
-    """All ranks, over gloo, whatever tensors travel by. Some wait here for a person, or for a slower replica: a year."""
-    global _everyone
-    if _everyone is None or _everyone[0] is not dist.group.WORLD:
-        _everyone = dist.group.WORLD, dist.new_group(backend="gloo", timeout=INTERACTIVE_TIMEOUT)
-    return _everyone[1]
+    """Return a gloo group of all ranks, in which they exchange Python objects, with a timeout of a year."""
+    global _gloo_group
+    if _gloo_group is None or _gloo_group[0] is not dist.group.WORLD:
+        _gloo_group = dist.group.WORLD, dist.new_group(backend="gloo", timeout=INTERACTIVE_TIMEOUT)
+    return _gloo_group[1]

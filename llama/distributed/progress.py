@@ -1,4 +1,4 @@
-"""TODO."""
+"""Show a progress bar on stderr."""
 
 import sys
 import time
@@ -11,23 +11,24 @@ T = TypeVar("T")
 
 
 def progress(items: list[T], weigh: Callable[[T], int], label: str, unit: str = "GB") -> Iterator[T]:
-    """Yield the items, with a bar of their summed weight on stderr once it has taken a second: in bytes, or in units.
+    """Yield the items, and show a progress bar on stderr once they have taken a second.
 
-    Rank 0 alone shows it, and only on a terminal.
+    weigh: returns the weight of an item: its bytes if `unit` is "GB", else a number of units. Only rank 0 shows the bar, and
+    only on a terminal.
     """
     weights = [weigh(item) for item in items]
-    total, done, begun, shown = sum(weights), 0, time.monotonic(), 0.0
+    total, done, start, last_shown = sum(weights), 0, time.monotonic(), 0.0
     visible = sys.stderr.isatty() and groups.global_rank() == 0
     for item, weight in zip(items, weights, strict=True):
         yield item
         done += weight
         now = time.monotonic()
-        if visible and now - begun > 1 and (now - shown > 0.1 or done == total):
-            shown = now
+        if visible and now - start > 1 and (now - last_shown > 0.1 or done == total):
+            last_shown = now
             bar = "#" * (30 * done // max(total, 1))
             scale, digits = (1e9, 1) if unit == "GB" else (1, 0)
-            amounts = [f"{n / scale:,.{digits}f}" for n in (done, total, done / (now - begun))]
+            amounts = [f"{n / scale:,.{digits}f}" for n in (done, total, done / (now - start))]
             text = "{} of {} {unit}, {} {unit}/s".format(*amounts, unit=unit)
             print(f"\r{label} [{bar:<30}] {text}", end="", file=sys.stderr)
-    if shown:
+    if last_shown:
         print(file=sys.stderr)

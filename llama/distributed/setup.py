@@ -15,10 +15,11 @@ from .failures import propagate_failure
 
 
 def initialize(device: str | torch.device | None = None, model_parallel_size: int | None = None) -> torch.device:
-    """Choose this rank's device and make the model-parallel groups stand; returns the device.
+    """Choose this rank's device, create the model-parallel groups, and return the device.
 
-    `model_parallel_size` defaults to that of existing groups, then to the world's size. Raises DeviceError for a
-    device that is not there, for more ranks than devices, and for a size that the world does not hold.
+    model_parallel_size: ranks that share a model; default: the size of existing groups, else all ranks.
+    Raises DeviceError for a device that does not exist, for more ranks than devices, and for a model_parallel_size that
+    existing groups or the number of ranks do not allow.
     """
     on_cpu = isinstance(device, (str, torch.device)) and str(device).startswith("cpu")
     gpus = torch.cuda.is_available() and not on_cpu
@@ -29,29 +30,32 @@ def initialize(device: str | torch.device | None = None, model_parallel_size: in
 
     size, chosen = agreement.run_on_all_ranks(choose, must_match=lambda choice: (choice[0], choice[1].type))
     if chosen.type == "cuda" and dist.is_initialized():
-        torch.cuda.set_device(chosen)  # NCCL speaks for each rank through its current device
+        torch.cuda.set_device(chosen)  # NCCL uses each rank's current device
     init_model_parallel(size)
     return chosen
 
 
 def init_model_parallel(size: int) -> None:
-    """In a world, make the groups of `size` ranks that share a model."""
+    """Create the groups of `size` ranks that share a model, if there is a process group. Ranks above 0 stop printing."""
     if not dist.is_initialized():
         return
     if not fs.model_parallel_is_initialized():
-        with propagate_failure(), contextlib.redirect_stdout(io.StringIO()):  # fairscale prints its sizes
+        with propagate_failure(), contextlib.redirect_stdout(io.StringIO()):  # fairscale prints the sizes of the groups
             fs.initialize_model_parallel(size)
     if dist.get_rank() > 0 and getattr(sys.stdout, "name", None) != os.devnull:
-        sys.stdout = open(os.devnull, "w")  # one rank prints what the caller prints
+        sys.stdout = open(os.devnull, "w")  # print the caller's output once, not once per rank
 
 
 def choose_device(device: str | torch.device | None, world: int = 1) -> torch.device:
-    """This rank's device: the one named, else CUDA, else MPS, else the CPU. Ranks take GPUs by local rank."""
+    """Return this rank's device: the one named, else CUDA, else MPS, else the CPU. Each rank uses the GPU of its local rank.
+
+    Raises DeviceError for a device that does not exist or is not supported, and for more ranks than devices.
+    """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-    except Exception as e:  # torch raises many
+    except Exception as e:  # torch raises exceptions of several types
         raise DeviceError(f"device={short_repr(device)} is not a device; use 'cpu', 'cuda', 'cuda:0' or 'mps'") from e
     if chosen.type == "cpu":
         return torch.device("cpu")
@@ -75,8 +79,8 @@ def choose_device(device: str | torch.device | None, world: int = 1) -> torch.de
             f"(torchrun --nproc_per_node {count}), or use device='cpu'"
         )
     if chosen.index is None:
-        own = groups.global_rank() % count if local_rank is None else local_rank
-        return torch.device("cuda", own if world > 1 else torch.cuda.current_device())
+        index = groups.global_rank() % count if local_rank is None else local_rank
+        return torch.device("cuda", index if world > 1 else torch.cuda.current_device())
     if ranks_here > 1:
         raise DeviceError(f"device='{chosen}' would put {ranks_here} ranks on one GPU; use device='cuda'")
     if chosen.index >= count:

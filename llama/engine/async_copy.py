@@ -1,4 +1,4 @@
-"""TODO."""
+"""Copy tensors from the device to the host without waiting for work launched later."""
 
 import time
 from collections.abc import Callable
@@ -10,30 +10,33 @@ from ..distributed import failures, groups
 
 
 def supports_async(device: torch.device) -> bool:
-    """Whether the host may launch the next step while the device still computes this one."""
+    """Return True if the host can launch a decode step while the device still runs the step before."""
     return device.type == "cuda"
 
 
 def async_to_host(*tensors: torch.Tensor) -> Callable[[], list[list[Any]]]:
-    """Send tensors to the host; the call returned waits for them, and for nothing launched since, and gives lists."""
+    """Start copying tensors to the host. Return a function that waits for these copies only, and returns them as lists.
+
+    The returned function raises PeerFailed if another rank fails while it waits.
+    """
     if not all(tensor.is_cuda for tensor in tensors):
         return lambda: [tensor.tolist() for tensor in tensors]
-    room = (torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True) for t in tensors)
-    copies = [here.copy_(t, non_blocking=True) for here, t in zip(room, tensors, strict=True)]
-    arrived = torch.cuda.Event()
-    arrived.record(torch.cuda.current_stream(tensors[0].device))
+    buffers = (torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True) for t in tensors)
+    copies = [buffer.copy_(t, non_blocking=True) for buffer, t in zip(buffers, tensors, strict=True)]
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensors[0].device))
 
     def wait() -> list[list[Any]]:
-        begun = asked = time.monotonic()
-        while groups.world_size() > 1 and not arrived.query():  # a collective with a rank that failed would never end
+        start = last_check = time.monotonic()
+        while groups.world_size() > 1 and not copied.query():  # a collective with a failed rank would never end
             now = time.monotonic()
-            if now - begun > 0.002:
+            if now - start > 0.002:
                 time.sleep(0.0001)
-            if now - asked > 1:
-                asked = now
+            if now - last_check > 1:
+                last_check = now
                 if reason := failures.peer_failure_reason():
                     raise failures.PeerFailed(reason)
-        arrived.synchronize()
+        copied.synchronize()
         return [copy.tolist() for copy in copies]
 
     return wait

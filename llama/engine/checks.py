@@ -1,14 +1,34 @@
-"""Small checks that several parts of the engine share."""
+"""Checks of what a model computes, and small helpers that several parts of the engine need."""
 
 import torch
 from torch import nn
 
-CACHE_TAKEN_ERROR = "another call has used this model's cache since: end a stream before the next call"
+from ..errors import NonFiniteError
+from .requests import Request
+
+
+def check_logprobs(model: nn.Module, logprobs: list[float], label: str) -> None:
+    """Raise NonFiniteError, naming the prompt, if one of its log probabilities is not valid."""
+    if not all(map(is_valid_logprob, logprobs)):
+        raise _nonfinite_error(model, label, "a token's log probability is")
 
 
 def is_valid_logprob(logprob: float) -> bool:
     """Return False for NaN, and for a value above 0 by more than rounding. -inf, of a masked token, is valid."""
     return logprob <= 0.1  # False for NaN
+
+
+def nonfinite_logits_error(model: nn.Module, request: Request, position: int) -> NonFiniteError:
+    """Return the error for a request whose logits at a position are not finite."""
+    what = f"the logits of new token {request.num_new_tokens + 1}, at position {position}, are"
+    return _nonfinite_error(model, request.label, what)
+
+
+def _nonfinite_error(model: nn.Module, label: str, what: str) -> NonFiniteError:
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    wider = {"float16": "'bfloat16' or 'float32'", "bfloat16": "'float32'"}.get(dtype)
+    or_dtype = f", or build with dtype={wider}: {dtype} may not hold what they compute" if wider else ""
+    return NonFiniteError(f"{label}: {what} not finite; the weights are damaged: compare with checklist.chk{or_dtype}")
 
 
 def device_of(model: nn.Module) -> torch.device:

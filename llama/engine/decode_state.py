@@ -1,15 +1,11 @@
 """What the device knows of the rows of a batch between two decode steps."""
 
-from collections.abc import Callable
-
 import torch
 
 from ..distributed.agreement import broadcast_from_rank0
 from ..distributed.groups import model_parallel
-from ..sampling import SamplingParams, apply_repetition_penalty, sample, sample_top_p, seeded_exponential
+from ..sampling import Sampler, SamplingParams, apply_repetition_penalty, sample, sample_top_p, seeded_exponential
 from .requests import Request
-
-Sampler = Callable[[torch.Tensor, float], torch.Tensor]  # has the signature of sample_top_p
 
 
 class DecodeState:

@@ -2,43 +2,29 @@
 
 import itertools
 import sys
-import threading
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from .. import tuning
 from ..distributed.failures import defer_signals, propagate_failure
 from ..distributed.groups import global_rank
 from ..distributed.progress import progress
-from ..errors import InputError, NonFiniteError
+from ..errors import InputError
 from ..kernels.host_memory import raise_malloc_threshold
 from ..model import Transformer
-from ..sampling import sample_top_p, token_logprobs
+from ..sampling import token_logprobs
 from .backend import Backend
-from .checks import device_of, is_valid_logprob
-from .decode_state import Sampler
+from .checks import check_logprobs, device_of
 from .forward import EngineForward
-from .kv_cache import KVCache, RaggedBatch, prefill_chunks
+from .kv_cache import KVCache, RaggedBatch
+from .prefill import score_tokens
 from .reference_loop import ReferenceLoop, move_buffers
-from .requests import GeneratedToken, GenerationCall, Request
+from .requests import GeneratedToken, GenerationCall
 from .scheduler import Scheduler
+from .shared_state import shared_state_of
 from .unmodified import why_modified
-
-
-class SharedState:
-    """What all engines of one model share: a lock, the KV cache once there is one, and the call that owns it."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.cache: KVCache | None = None
-        self.owner: object = None
-
-
-_SHARED: weakref.WeakKeyDictionary[nn.Module, SharedState] = weakref.WeakKeyDictionary()
 
 
 class Engine:
@@ -47,7 +33,7 @@ class Engine:
     def __init__(self, model: Transformer, backend: Backend) -> None:
         self.model, self.backend = model, backend
         self.announced: str | None = None  # the last reason for the slower way that was printed
-        self.shared = _SHARED.setdefault(model, SharedState())
+        self.shared = shared_state_of(model)
         self.lock = self.shared.lock
         if why_modified(model) is None:
             self.forward()  # allocates the cache now, so that the first call need not wait for it
@@ -93,14 +79,11 @@ class Engine:
         return torch.autocast(device_of(self.model).type, enabled=False)
 
     @torch.inference_mode()
-    def run(
-        self, call: GenerationCall, eos_id: int, sampler: Sampler = sample_top_p, watched: bool = False
-    ) -> Iterator[GeneratedToken]:
+    def run(self, call: GenerationCall) -> Iterator[GeneratedToken]:
         """Yield each request's new tokens as they are generated, with `call.echo` its prompt's first. EOS is not yielded.
 
         Either all requests have a seed or none has. `call.reuse`: a single request skips those first tokens whose keys and
-        values the previous call left in the cache, if that had `reuse` too. sampler: chooses from probabilities (B, vocab) and
-        top_p. watched: the caller's code runs between two tokens, and may change the model.
+        values the previous call left in the cache, if that had `reuse` too.
         """
         for request in call.requests:
             if request.max_new_tokens == 0 and not request.finish_reason:
@@ -115,44 +98,14 @@ class Engine:
         with self.lock, propagate_failure():
             if why := self.why_reference_loop():
                 self.announce(why)
-                loop = ReferenceLoop(self, call, eos_id, sampler)
+                loop = ReferenceLoop(self.model, self.shared, call)
             else:
-                loop = Scheduler(self, call, eos_id, sampler, watched)
+                loop = Scheduler(self.model, self.forward(), self.backend, self.shared, call)
         while not loop.finished:
             with self.lock, propagate_failure(), defer_signals(), self.without_autocast():
                 prompt_tokens = loop.step()
             yield from prompt_tokens
             yield from loop.emit_tokens()
-
-    def prefill(
-        self, forward: EngineForward, rows: list[int], requests: list[Request], start: int, scored: bool, quiet: bool
-    ) -> tuple[torch.Tensor, list[list[float]]]:
-        """Run each prompt from its token `start` on, all prompts side by side, PREFILL_CHUNK tokens at a time.
-
-        Return the hidden state after each prompt's last token, (B, dim), and, if `scored`, the log probabilities of each
-        prompt's tokens; 0.0 for the first.
-        """
-        prompts, device = [request.prompt[start:] for request in requests], forward.device
-        lengths = [len(p) for p in prompts]
-        tokens = torch.tensor([token for p in prompts for token in p] + [0], device=device)
-        last_hidden, logprobs, first = [], [0.0], 0
-        chunks = list(prefill_chunks(lengths, tuning.PREFILL_CHUNK, tuning.ATTENTION_CHUNK))
-        bar = progress(chunks, lambda chunk: sum(n for _, _, n in chunk), "reading prompts", "tokens")
-        for pieces in chunks if quiet else bar:
-            ends = list(itertools.accumulate(n for _, _, n in pieces))
-            batch = RaggedBatch.from_segments([(rows[i], start + done, n) for i, done, n in pieces], device)
-            final = [end - 1 for end, (i, done, n) in zip(ends, pieces, strict=True) if done + n == lengths[i]]
-            final_indices = torch.tensor(final, dtype=torch.int64, device=device)
-            wanted = None if scored else final_indices
-            hidden = forward.hidden_states(tokens[first : first + ends[-1]], batch, logits_indices=wanted)
-            if scored:
-                logprobs += score_tokens(forward.logits, hidden, tokens[first + 1 :])
-                hidden = hidden[final_indices]
-            last_hidden.append(hidden)
-            first += ends[-1]
-        starts = itertools.accumulate(lengths, initial=0)
-        by_prompt = [[0.0, *logprobs[i + 1 : i + n]] if scored else [] for i, n in zip(starts, lengths, strict=False)]
-        return torch.cat(last_hidden), by_prompt
 
     @torch.inference_mode()
     def score(self, sequences: list[list[int]], starts: list[int], labels: list[str]) -> list[list[float]]:
@@ -193,30 +146,5 @@ class Engine:
                     logprobs = iter(score_tokens(forward.logits, hidden, tokens[indices]))
             for i, each in zip(members, scored, strict=True):
                 results.append(list(itertools.islice(logprobs, len(each))))
-                self.check_logprobs(results[-1], labels[i])
+                check_logprobs(self.model, results[-1], labels[i])
         return results
-
-    def check_logprobs(self, logprobs: list[float], label: str) -> None:
-        """Raise NonFiniteError if one of a prompt's log probabilities is not valid."""
-        if not all(map(is_valid_logprob, logprobs)):
-            raise self._nonfinite_error(label, "a token's log probability is")
-
-    def nonfinite_logits(self, request: Request, position: int) -> NonFiniteError:
-        """Return the error for a row whose logits are not finite."""
-        what = f"the logits of new token {request.num_new_tokens + 1}, at position {position}, are"
-        return self._nonfinite_error(request.label, what)
-
-    def _nonfinite_error(self, label: str, what: str) -> NonFiniteError:
-        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
-        wider = {"float16": "'bfloat16' or 'float32'", "bfloat16": "'float32'"}.get(dtype)
-        or_dtype = f", or build with dtype={wider}: {dtype} may not hold what they compute" if wider else ""
-        return NonFiniteError(f"{label}: {what} not finite; the weights are damaged: compare with checklist.chk{or_dtype}")
-
-
-def score_tokens(logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, following: torch.Tensor) -> list[float]:
-    """Return the log probabilities of the tokens that follow positions with these hidden states (N, dim)."""
-    logprobs: list[float] = []
-    for i in range(0, len(hidden), tuning.LOGPROB_CHUNK):
-        chunk = logits(hidden[i : i + tuning.LOGPROB_CHUNK])
-        logprobs += token_logprobs(chunk, following[i : i + len(chunk)]).tolist()
-    return logprobs

@@ -3,7 +3,6 @@
 import collections
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,12 +10,10 @@ from torch import nn
 from ..errors import InputError
 from ..model import Attention, Transformer
 from ..sampling import token_logprobs
-from .checks import CACHE_TAKEN_ERROR, device_of
-from .decode_state import DecodeState, Sampler
+from .checks import check_logprobs, device_of, nonfinite_logits_error
+from .decode_state import DecodeState
 from .requests import GeneratedToken, GenerationCall, Request
-
-if TYPE_CHECKING:
-    from .engine import Engine
+from .shared_state import CACHE_TAKEN_ERROR, SharedState
 
 
 class ReferenceLoop:
@@ -24,18 +21,17 @@ class ReferenceLoop:
     position; longer prompts keep their own tokens. More prompts than max_batch_size go batch by batch. It has the interface of
     `Scheduler`."""
 
-    def __init__(self, engine: "Engine", call: GenerationCall, eos_id: int, sampler: Sampler) -> None:
-        self.engine, self.model, self.call, self.requests = engine, engine.model, call, call.requests
-        self.eos_id, self.sampler = eos_id, sampler
+    def __init__(self, model: Transformer, shared: SharedState, call: GenerationCall) -> None:
+        self.model, self.shared, self.call, self.requests = model, shared, call, call.requests
         self.waiting = collections.deque(range(len(self.requests)))
         self.running: dict[int, int] = {}  # row of the batch: index of its request
         self.sampled: list[GeneratedToken] = []
         self.start, self.end = 0, 0  # the positions that the next forward computes
         self.batch: list[int] = []  # index of each row's request
         self.tokens = torch.zeros(0, 0, dtype=torch.int64, device="cpu")  # (B, S), prompts and answers
-        self.state = DecodeState(0, 0, device_of(engine.model), call.sampling, False, sampler)
-        engine.shared.owner = self
-        move_buffers(engine.model)
+        self.state = DecodeState(0, 0, device_of(model), call.sampling, False, call.sampler)
+        shared.owner = self
+        move_buffers(model)
 
     @property
     def finished(self) -> bool:
@@ -44,7 +40,7 @@ class ReferenceLoop:
     def step(self) -> list[GeneratedToken]:
         """Compute the batch's next position. Return the prompt tokens that it passes with their log probabilities, if the call
         asks for them."""
-        if self.engine.shared.owner is not self:
+        if self.shared.owner is not self:
             raise InputError(CACHE_TAKEN_ERROR)
         prompt_tokens = [] if self.running else self.begin_batch()
         requests, end = [self.requests[index] for index in self.batch], self.end
@@ -56,7 +52,7 @@ class ReferenceLoop:
             logprobs = token_logprobs(logits.flatten(0, 1), following.flatten()).view(following.shape).tolist()
             for row, (index, request) in enumerate(zip(self.batch, requests, strict=True)):
                 values = logprobs[row][: max(0, len(request.prompt) - self.start - 1)]
-                self.engine.check_logprobs(values, request.label)
+                check_logprobs(self.model, values, request.label)
                 prompt_tokens += [
                     GeneratedToken(index, request.prompt[self.start + 1 + n], value) for n, value in enumerate(values)
                 ]
@@ -80,7 +76,7 @@ class ReferenceLoop:
         self.tokens = self.tokens.to(device)
         self.start, self.end = 0, min(len(r.prompt) for r in requests)
         seeded = any(r.seed is not None for r in requests)
-        self.state = DecodeState(len(requests), 0, device, self.call.sampling, seeded, self.sampler)
+        self.state = DecodeState(len(requests), 0, device, self.call.sampling, seeded, self.call.sampler)
         if self.state.seeds is not None:
             self.state.seeds = torch.tensor([r.seed for r in requests], dtype=torch.int64, device=device)
         scored = self.call.scores_prompts
@@ -103,9 +99,9 @@ class ReferenceLoop:
                     self.tokens[row, end] = sampled[row]
                 continue
             if not math.isfinite(largest_logits[row]):
-                raise self.engine.nonfinite_logits(request, end)
+                raise nonfinite_logits_error(self.model, request, end)
             self.tokens[row, end] = sampled[row]
-            if sampled[row] == self.eos_id:
+            if sampled[row] == self.call.stop_token:
                 request.finish_reason = "stop"
             else:
                 self.sampled.append(GeneratedToken(index, sampled[row], logprobs[row]))

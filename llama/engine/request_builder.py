@@ -1,4 +1,4 @@
-"""What goes into a call, checked, and what comes out of it."""
+"""Check the arguments of a call, and build requests from tokens, texts or dialogs."""
 
 import numbers
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -14,92 +14,101 @@ from .incremental_text import check_stop
 from .requests import GenerationCall, Request
 
 
-def partition_by_length(lengths: list[int], hands: int) -> list[list[int]]:
-    """Which rows each of so many replicas takes: the long ones divided evenly, each one's in order."""
-    by_length = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    return [sorted(by_length[hand::hands]) for hand in range(hands)]
+def partition_by_length(lengths: list[int], n_replicas: int) -> list[list[int]]:
+    """Divide prompts of these lengths evenly among replicas. Return the sorted indices of each replica's prompts."""
+    by_length = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [sorted(by_length[replica::n_replicas]) for replica in range(n_replicas)]
 
 
-def to_list(given: Iterable[Any], name: str, wanted: str) -> list[Any]:
-    """What a list, a tuple, a generator, an array or a tensor holds. Raises InputError for anything else."""
-    if isinstance(given, Iterable) and not isinstance(given, (str, bytes, bytearray, Mapping, Set)):
-        found = given.tolist() if hasattr(given, "tolist") else list(given)
-        if isinstance(found, list):  # what an array of no dimensions holds is none
-            return found
-    raise InputError(f"{name} is {describe(given)}; it must be {wanted}")
+def to_list(values: Iterable[Any], name: str, expected: str) -> list[Any]:
+    """Return the items of a list, tuple, generator, array or tensor. Raise InputError for anything else.
+
+    name, expected: the argument in the error, and what it must be.
+    """
+    if isinstance(values, Iterable) and not isinstance(values, (str, bytes, bytearray, Mapping, Set)):
+        items = values.tolist() if hasattr(values, "tolist") else list(values)
+        if isinstance(items, list):  # tolist() of an array without dimensions is a number
+            return items
+    raise InputError(f"{name} is {describe(values)}; it must be {expected}")
 
 
-def check_texts(texts: Iterable[str], what: str, each: str | None = None) -> tuple[list[str], list[str]]:
-    """Texts, all of which can be encoded, and what errors call them: `each`. Raises InputError for others."""
-    texts = to_list(texts, what, "a list of texts, as in [text]")
-    names = labels(each or f"{what.removesuffix('s')} {{}}", texts)
-    for name, text in zip(names, texts, strict=True):
-        check_text(text, name)
-    return texts, names
+def check_texts(texts: Iterable[str], name: str, label: str | None = None) -> tuple[list[str], list[str]]:
+    """Return texts as a list, and the label of each for errors. Raise InputError unless UTF-8 can encode all of them.
+
+    name: the argument in errors. label: template of the labels, such as "prompt {}"; default: made from `name`.
+    """
+    texts = to_list(texts, name, "a list of texts, as in [text]")
+    text_labels = labels(label or f"{name.removesuffix('s')} {{}}", texts)
+    for text_label, text in zip(text_labels, texts, strict=True):
+        check_text(text, text_label)
+    return texts, text_labels
 
 
-def labels(each: str, items: Sequence[Any]) -> list[str]:
-    """What errors call them: "prompt {}" numbers them, "the prompt" is the only one."""
-    return [each.format(row) for row in range(len(items))]
+def labels(template: str, items: Sequence[Any]) -> list[str]:
+    """Return a label for each item, for errors: the template "prompt {}" numbers them, "the prompt" is for a single one."""
+    return [template.format(i) for i in range(len(items))]
 
 
-def check_prompts(prompts: list[list[int]], names: list[str], tokenizer: Tokenizer, window: int) -> None:
-    """Raise InputError, with the prompt's name, unless each holds ids of the tokenizer and fits into the window."""
-    for name, prompt in zip(names, prompts, strict=True):
+def check_prompts(prompts: list[list[int]], prompt_labels: list[str], tokenizer: Tokenizer, max_seq_len: int) -> None:
+    """Raise InputError, which names the prompt, unless each prompt has 1 to max_seq_len tokens of the tokenizer."""
+    for label, prompt in zip(prompt_labels, prompts, strict=True):
         if not prompt:
-            raise InputError(f"{name} holds no ids; begin it with BOS ({tokenizer.bos_id})")
-        for id_ in prompt:
-            if isinstance(id_, bool) or not isinstance(id_, numbers.Integral) or not 0 <= int(id_) < tokenizer.n_words:
+            raise InputError(f"{label} has no tokens; begin it with BOS ({tokenizer.bos_id})")
+        for token in prompt:
+            if isinstance(token, bool) or not isinstance(token, numbers.Integral) or not 0 <= int(token) < tokenizer.n_words:
                 last = tokenizer.n_words - 1
-                raise InputError(f"{name}: {describe(id_)} is no token id; ids are whole numbers from 0 to {last}")
-        if len(prompt) > window:
+                raise InputError(f"{label}: {describe(token)} is no token; tokens are whole numbers from 0 to {last}")
+        if len(prompt) > max_seq_len:
             raise InputError(
-                f"{name} has {len(prompt)} ids, but the window holds max_seq_len={window}; "
+                f"{label} has {len(prompt)} tokens, more than max_seq_len={max_seq_len}; "
                 "shorten it, or build with a larger max_seq_len"
             )
 
 
 def check_max_gen_len(max_gen_len: int) -> None:
+    """Raise InputError unless max_gen_len is a whole number, 0 or more."""
     if isinstance(max_gen_len, bool) or not isinstance(max_gen_len, numbers.Integral) or int(max_gen_len) < 0:
         raise InputError(f"max_gen_len is {describe(max_gen_len)}; it must be a whole number, 0 or more")
 
 
 def validate_options(max_gen_len: int | None = None, stop: str | Sequence[str] = (), **sampling: Any) -> None:
-    """Raise InputError for options that a call would refuse, without a model. sampling: arguments of `SamplingParams`."""
+    """Raise InputError for options that a call would reject. No model is needed. sampling: arguments of `SamplingParams`."""
     SamplingParams(**sampling)
     check_stop(stop)
     if max_gen_len is not None:
         check_max_gen_len(max_gen_len)
 
 
-def normalize_seeds(seed: int | Iterable[int] | None, rows: int) -> list[int] | list[None]:
-    """One seed, or None, for each row, within 64 bits of two's complement."""
+def normalize_seeds(seed: int | Iterable[int] | None, n_prompts: int) -> list[int] | list[None]:
+    """Return the seed of each prompt as a signed 64-bit integer, or None for each. Raise InputError for values out of range."""
     if seed is None:
-        return [None] * rows
-    several = isinstance(seed, Iterable) and not isinstance(seed, (str, bytes))
-    seeds: list[Any] = to_list(seed, "seed", "a whole number, or one for each prompt") if several else [seed]  # type: ignore[arg-type]
+        return [None] * n_prompts
+    one_per_prompt = isinstance(seed, Iterable) and not isinstance(seed, (str, bytes))
+    seeds: list[Any] = [seed]
+    if one_per_prompt:
+        seeds = to_list(seed, "seed", "a whole number, or one for each prompt")  # type: ignore[arg-type]
     for value in seeds:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not -(2**63) <= int(value) < 2**64:
             raise InputError(
                 f"seed is {describe(value)}; it must be a whole number from -2**63 to 2**64 - 1, or one for each prompt"
             )
-    if several and len(seeds) != rows:
-        raise InputError(f"{len(seeds)} seeds, but {rows} prompts; give one seed, or one for each prompt")
+    if one_per_prompt and len(seeds) != n_prompts:
+        raise InputError(f"{len(seeds)} seeds, but {n_prompts} prompts; give one seed, or one for each prompt")
     signed = [(int(value) + 2**63) % 2**64 - 2**63 for value in seeds]
-    return signed if several else signed * rows
+    return signed if one_per_prompt else signed * n_prompts
 
 
 @dataclass(frozen=True)
 class ScoringRequest:
-    """The tokens of a prompt with its continuation, of which those from `start` on are to be scored."""
+    """A prompt with its continuation: the tokens from `start` on are to be scored."""
 
     tokens: list[int]
     start: int
-    label: str  # what errors call it
+    label: str  # name of the prompt in errors
 
 
 class RequestBuilder:
-    """Check a call's arguments, and turn them into requests of tokens. Nothing is computed."""
+    """Check a call's arguments, and build its requests. The model is not needed."""
 
     def __init__(self, tokenizer: Tokenizer, max_seq_len: int) -> None:
         self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
@@ -114,16 +123,17 @@ class RequestBuilder:
         echo: bool = False,
         stop_token: int | None = None,
     ) -> GenerationCall:
-        words = self.tokenizer.n_words
-        whole = isinstance(stop_token, numbers.Integral) and not isinstance(stop_token, bool)
-        if stop_token is not None and not (whole and 0 <= int(stop_token) < words):
+        """Return the call for prompts of tokens. stop_token: ends an answer in place of EOS."""
+        n_words = self.tokenizer.n_words
+        is_integer = isinstance(stop_token, numbers.Integral) and not isinstance(stop_token, bool)
+        if stop_token is not None and not (is_integer and 0 <= int(stop_token) < n_words):
             raise InputError(
-                f"stop_token is {describe(stop_token)}; it must be a token, from 0 to {words - 1}, or None for EOS"
+                f"stop_token is {describe(stop_token)}; it must be a token, from 0 to {n_words - 1}, or None for EOS"
             )
-        given = to_list(prompts, "prompt_tokens", "a list of lists of token ids")
-        names = labels("prompt {}", given)
-        rows = [to_list(prompt, name, "a list of token ids") for prompt, name in zip(given, names, strict=True)]
-        requests = self._requests(rows, names, max_gen_len, normalize_seeds(seed, len(rows)))
+        prompt_list = to_list(prompts, "prompt_tokens", "a list of lists of tokens")
+        prompt_labels = labels("prompt {}", prompt_list)
+        rows = [to_list(prompt, label, "a list of tokens") for prompt, label in zip(prompt_list, prompt_labels, strict=True)]
+        requests = self._requests(rows, prompt_labels, max_gen_len, normalize_seeds(seed, len(rows)))
         return GenerationCall(requests, sampling, logprobs, echo, stop_token=None if stop_token is None else int(stop_token))
 
     def from_texts(
@@ -139,9 +149,10 @@ class RequestBuilder:
         details: bool = False,
         label: str = "prompt {}",
     ) -> GenerationCall:
-        texts, names = check_texts(prompts, "prompts", label)
+        """Return the call for prompts of text."""
+        texts, text_labels = check_texts(prompts, "prompts", label)
         encoded = [self._encode(text) for text in texts]
-        requests = self._requests(encoded, names, max_gen_len, normalize_seeds(seed, len(texts)))
+        requests = self._requests(encoded, text_labels, max_gen_len, normalize_seeds(seed, len(texts)))
         return GenerationCall(requests, sampling, logprobs, echo, check_stop(stop), reuse, details)
 
     def from_dialogs(
@@ -156,75 +167,77 @@ class RequestBuilder:
         details: bool = False,
         label: str = "dialog {}",
     ) -> GenerationCall:
-        """The request of a dialog that is not safe is over, and has no prompt."""
+        """Return the call for dialogs. The request of a dialog with special tags has no prompt, and is already finished."""
         dialogs = to_list(dialogs, "dialogs", "a list of dialogs, as in [dialog]")
-        names = labels(label, dialogs)
-        for name, dialog in zip(names, dialogs, strict=True):
-            check_dialog(dialog, name)
-        seeds, safe = normalize_seeds(seed, len(dialogs)), [row for row, dialog in enumerate(dialogs) if not is_unsafe(dialog)]
-        encoded = [encode_dialog(self.tokenizer, dialogs[row]) for row in safe]
-        asked = self._requests(encoded, [names[row] for row in safe], max_gen_len, [seeds[row] for row in safe])
+        dialog_labels = labels(label, dialogs)
+        for dialog_label, dialog in zip(dialog_labels, dialogs, strict=True):
+            check_dialog(dialog, dialog_label)
+        seeds, safe = normalize_seeds(seed, len(dialogs)), [i for i, dialog in enumerate(dialogs) if not is_unsafe(dialog)]
+        encoded = [encode_dialog(self.tokenizer, dialogs[i]) for i in safe]
+        safe_requests = self._requests(encoded, [dialog_labels[i] for i in safe], max_gen_len, [seeds[i] for i in safe])
         requests = [Request([], 0, finish_reason="stop") for _ in dialogs]
-        for row, request in zip(safe, asked, strict=True):
-            requests[row] = request
+        for i, request in zip(safe, safe_requests, strict=True):
+            requests[i] = request
         return GenerationCall(requests, sampling, logprobs, False, check_stop(stop), reuse, details)
 
     def for_infilling(
         self, prefixes: Iterable[str], suffixes: Iterable[str], suffix_first: bool
     ) -> tuple[list[str], list[str], list[list[int]]]:
-        """Return the texts, checked, and the prompt of each pair: in Code Llama's format of prefix, suffix and middle."""
+        """Return the checked prefixes and suffixes, and the prompt of each pair in Code Llama's infilling format."""
         tokenizer = self.tokenizer
         check_flag(suffix_first, "suffix_first")
-        before, _ = check_texts(prefixes, "prefixes", "prefix {}")
-        after, _ = check_texts(suffixes, "suffixes", "suffix {}")
-        if len(before) != len(after):
-            raise InputError(f"{len(before)} prefixes, but {len(after)} suffixes; give one to each")
+        prefixes, _ = check_texts(prefixes, "prefixes", "prefix {}")
+        suffixes, _ = check_texts(suffixes, "suffixes", "suffix {}")
+        if len(prefixes) != len(suffixes):
+            raise InputError(f"{len(prefixes)} prefixes, but {len(suffixes)} suffixes; give one suffix for each prefix")
         if min(tokenizer.prefix_id, tokenizer.middle_id, tokenizer.suffix_id, tokenizer.eot_id) < 0:
             raise InputError(
-                "this tokenizer has no tokens for infilling (▁<PRE>, ▁<MID>, ▁<SUF>, ▁<EOT>), so its model cannot; "
+                "this tokenizer has no tokens for infilling (▁<PRE>, ▁<MID>, ▁<SUF>, ▁<EOT>), so its model cannot infill; "
                 "use Code Llama 7B or 13B with their own tokenizer.model"
             )
         prompts = []
-        for prefix, suffix in zip(before, after, strict=True):
-            known, rest = tokenizer.encode(prefix, bos=False, eos=False), tokenizer.encode_infilling(suffix)
+        for prefix, suffix in zip(prefixes, suffixes, strict=True):
+            prefix_tokens = tokenizer.encode(prefix, bos=False, eos=False)
+            suffix_tokens = tokenizer.encode_infilling(suffix)
             if suffix_first:
-                prompt = [tokenizer.prefix_id, tokenizer.suffix_id, *rest, tokenizer.middle_id, *known]
+                prompt = [tokenizer.prefix_id, tokenizer.suffix_id, *suffix_tokens, tokenizer.middle_id, *prefix_tokens]
             else:
-                prompt = [tokenizer.prefix_id, *known, tokenizer.suffix_id, *rest, tokenizer.middle_id]
+                prompt = [tokenizer.prefix_id, *prefix_tokens, tokenizer.suffix_id, *suffix_tokens, tokenizer.middle_id]
             prompts.append([tokenizer.bos_id, *prompt])
-        return before, after, prompts
+        return prefixes, suffixes, prompts
 
     def for_scoring(self, prompts: Iterable[str], continuations: Iterable[str]) -> list[ScoringRequest]:
+        """Return a request for each prompt with its continuation. The continuation starts at the first token that differs
+        from the tokens of the prompt alone."""
         prompts, _ = check_texts(prompts, "prompts")
         continuations, _ = check_texts(continuations, "continuations")
         if len(prompts) != len(continuations):
-            raise InputError(f"{len(prompts)} prompts, but {len(continuations)} continuations; give one to each")
-        found = []
-        for row, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
-            ids = self._encode(prompt + continuation)
-            found.append(
-                ScoringRequest(ids, common_prefix_length(ids, self._encode(prompt)), f"prompt {row} with its continuation")
+            raise InputError(
+                f"{len(prompts)} prompts, but {len(continuations)} continuations; give one continuation for each prompt"
             )
-        check_prompts([s.tokens for s in found], [s.label for s in found], self.tokenizer, self.max_seq_len)
-        for row, scored in enumerate(found):
-            if scored.start == len(scored.tokens):
+        requests = []
+        for i, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+            tokens = self._encode(prompt + continuation)
+            start = common_prefix_length(tokens, self._encode(prompt))
+            requests.append(ScoringRequest(tokens, start, f"prompt {i} with its continuation"))
+        check_prompts([r.tokens for r in requests], [r.label for r in requests], self.tokenizer, self.max_seq_len)
+        for i, request in enumerate(requests):
+            if request.start == len(request.tokens):
                 raise InputError(
-                    f"continuation {row} is {describe(continuations[row])}, which adds no id to its prompt; give some text"
+                    f"continuation {i} is {describe(continuations[i])}, which adds no token to its prompt; give some text"
                 )
-        return found
+        return requests
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, bos=True, eos=False)
 
     def _requests(
-        self, prompts: list[list[int]], names: list[str], max_gen_len: int | None, seeds: Sequence[int | None]
+        self, prompts: list[list[int]], prompt_labels: list[str], max_gen_len: int | None, seeds: Sequence[int | None]
     ) -> list[Request]:
-        check_prompts(prompts, names, self.tokenizer, self.max_seq_len)
-        most = self.max_seq_len if max_gen_len is None else max_gen_len
-        check_max_gen_len(most)
-        return [
-            Request(
-                [int(id_) for id_ in prompt], min(int(most), self.max_seq_len - len(prompt)), seed, name
-            )  # NumPy's are welcome
-            for prompt, name, seed in zip(prompts, names, seeds, strict=True)
+        check_prompts(prompts, prompt_labels, self.tokenizer, self.max_seq_len)
+        limit = self.max_seq_len if max_gen_len is None else max_gen_len
+        check_max_gen_len(limit)
+        return [  # int() also converts integers of NumPy
+            Request([int(token) for token in prompt], min(int(limit), self.max_seq_len - len(prompt)), seed, label)
+            for prompt, label, seed in zip(prompts, prompt_labels, seeds, strict=True)
         ]

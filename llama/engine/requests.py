@@ -1,11 +1,11 @@
 """What a call asks of the engine, and the tokens that come back."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from ..errors import check_flag
-from ..sampling import SamplingParams
+from ..sampling import Sampler, SamplingParams, sample_top_p
 
 FinishReason = Literal["stop", "length"]
 
@@ -41,7 +41,11 @@ class GenerationCall:
     stop: Sequence[str] | None = None  # stop strings; None: only tokens are wanted, no text
     reuse: bool = False
     details: bool = False
-    stop_token: int | None = None  # None: EOS
+    stop_token: int | None = None  # ends an answer; None stands for EOS until the call runs
+    sampler: Sampler = field(
+        default=sample_top_p, repr=False
+    )  # chooses from probabilities (B, vocab) and top_p, unless sampling is greedy
+    watched: bool = False  # the caller's code runs between two tokens, and may change the model
 
     def __post_init__(self) -> None:
         for name in ("logprobs", "echo", "reuse", "details"):

@@ -11,7 +11,7 @@ numbers of torch's default generator; its result is ignored.
 import collections
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,26 +19,29 @@ from .. import compat
 from ..distributed.agreement import broadcast_from_rank0
 from ..distributed.progress import progress
 from ..errors import InputError
+from ..model import Transformer
 from ..sampling import token_logprobs
 from . import async_copy
-from .checks import CACHE_TAKEN_ERROR, common_prefix_length, is_valid_logprob
-from .decode_state import DecodeState, Sampler
+from .backend import Backend
+from .checks import check_logprobs, common_prefix_length, is_valid_logprob, nonfinite_logits_error
+from .decode_state import DecodeState
+from .forward import EngineForward
+from .prefill import prefill
 from .requests import GeneratedToken, GenerationCall
-
-if TYPE_CHECKING:
-    from .engine import Engine
+from .shared_state import CACHE_TAKEN_ERROR, SharedState
 
 
 class Scheduler:
     """The state of one call: which requests wait, which run in which row, and what to do next."""
 
-    def __init__(self, engine: "Engine", call: GenerationCall, eos_id: int, sampler: Sampler, watched: bool) -> None:
-        self.engine, self.call, self.requests, self.eos_id, self.watched = engine, call, call.requests, eos_id, watched
-        self.forward = engine.forward()
-        self.cache = self.forward.cache
-        self.weights_version = self.forward.weights_version()
-        self.hooks = [hooks for module in engine.model.modules() for hooks in compat.forward_hooks(module)]
-        engine.shared.owner = self
+    def __init__(
+        self, model: Transformer, forward: EngineForward, backend: Backend, shared: SharedState, call: GenerationCall
+    ) -> None:
+        self.model, self.forward, self.shared, self.call, self.requests = model, forward, shared, call, call.requests
+        self.cache = forward.cache
+        self.weights_version = forward.weights_version()
+        self.hooks = [hooks for module in model.modules() for hooks in compat.forward_hooks(module)]
+        shared.owner = self
         self.sync_streams()
         overrun_logits, self.cache.logits = self.cache.logits, None
         if overrun_logits is not None and not broadcast_from_rank0(overrun_logits.amax(-1).sum()).isfinite():
@@ -51,10 +54,10 @@ class Scheduler:
         self.prefix_tokens = kept[: common_prefix_length(kept, self.requests[0].prompt[:-1])]
         self.cache.prefix_tokens = self.prefix_tokens
         self.cache.record_version()
-        self.n_rows = min(len(self.requests), engine.model.params.max_batch_size)
-        self.decode = engine.backend.begin(self.forward, self.n_rows)
+        self.n_rows = min(len(self.requests), model.params.max_batch_size)
+        self.decode = backend.begin(self.forward, self.n_rows)
         seeded = any(r.seed is not None for r in self.requests)
-        self.state = DecodeState(self.n_rows, engine.model.vocab_size, self.forward.device, call.sampling, seeded, sampler)
+        self.state = DecodeState(self.n_rows, model.vocab_size, self.forward.device, call.sampling, seeded, call.sampler)
         self.waiting = collections.deque(range(len(self.requests)))
         self.running: dict[int, int] = {}  # row: index of its request
         self.sampled: list[list[Any]] = []  # by the last step, for each row: token, largest logit, log probability
@@ -76,13 +79,11 @@ class Scheduler:
 
     def check_cache_ownership(self) -> None:
         """Raise InputError if another call or the caller has used the cache since, or if the caller has changed the model."""
-        owned = self.engine.shared.owner is self and self.cache.prefix_tokens is self.prefix_tokens
+        owned = self.shared.owner is self and self.cache.prefix_tokens is self.prefix_tokens
         if not owned or not self.cache.is_unchanged():
             raise InputError(CACHE_TAKEN_ERROR)
-        if self.watched and (
-            any(self.hooks)
-            or not self.cache.belongs_to(self.engine.model)
-            or self.forward.weights_version() != self.weights_version
+        if self.call.watched and (
+            any(self.hooks) or not self.cache.belongs_to(self.model) or self.forward.weights_version() != self.weights_version
         ):
             raise InputError("the model has been changed under a stream or a loop over tokens: begin it anew")
 
@@ -115,9 +116,7 @@ class Scheduler:
         if prefilled:
             rows, requests = [row for row, _ in prefilled], [self.requests[index] for _, index in prefilled]
             self.zero_nonfinite_rows(rows, self.state.logits[rows].amax(-1).tolist())
-            hidden, logprobs = self.engine.prefill(
-                self.forward, rows, requests, len(self.prefix_tokens), scored, quiet=self.shows_progress
-            )
+            hidden, logprobs = prefill(self.forward, rows, requests, len(self.prefix_tokens), scored, quiet=self.shows_progress)
             self.state.admit(rows, requests, self.forward.logits(hidden))
             if self.call.reuse:
                 self.prefix_tokens[:] = requests[0].prompt
@@ -125,7 +124,7 @@ class Scheduler:
                 if not all(map(is_valid_logprob, values)):
                     self.reset_cache()
                 request = self.requests[index]
-                self.engine.check_logprobs(values, request.label)
+                check_logprobs(self.model, values, request.label)
                 prompt_tokens += [GeneratedToken(index, *pair) for pair in zip(request.prompt, values, strict=False)]
         for row, index in admitted:
             self.running[row] = index
@@ -154,7 +153,7 @@ class Scheduler:
             if not math.isfinite(self.sampled[1][row]):
                 request = self.requests[index]
                 self.reset_cache()
-                raise self.engine.nonfinite_logits(request, len(request.prompt) + request.num_new_tokens)
+                raise nonfinite_logits_error(self.model, request, len(request.prompt) + request.num_new_tokens)
 
     def run_pending_step(self) -> None:
         """Decode the sampled tokens, unless that has been launched already: it gives the next logits."""
@@ -167,7 +166,7 @@ class Scheduler:
         tokens, _, *logprobs = self.sampled or ([], [])
         for row, index in sorted(self.running.items()):
             request = self.requests[index]
-            if tokens[row] == self.eos_id:
+            if tokens[row] == self.call.stop_token:
                 request.finish_reason = "stop"
             else:
                 request.num_new_tokens += 1

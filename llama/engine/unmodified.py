@@ -1,4 +1,4 @@
-"""TODO."""
+"""Check that a caller has not changed a model, so that the engine may compute what its `forward` would."""
 
 import inspect
 from typing import Any
@@ -23,8 +23,10 @@ STOCK_CALL = nn.Module.__call__
 
 
 def why_modified(model: nn.Module) -> str | None:
-    """Return, in words, a change that only the model's own `forward` respects; None if there is none: modules of this library,
-    of the expected shapes, without hooks or patched functions."""
+    """Return, in words, the first change to a model that only its own `forward` would obey; None for an unmodified model.
+
+    An unmodified model has modules of this library with the expected shapes, without biases, hooks or replaced functions.
+    """
     if type(model) is not reference.Transformer:
         return f"the model is a {type(model).__name__}, not a Transformer"
     for owner, functions in STOCK_METHODS.items():
@@ -33,7 +35,7 @@ def why_modified(model: nn.Module) -> str | None:
                 return f"{owner.__name__}.{name} has been replaced"
     if compat.has_global_forward_hooks():
         return "there is a forward hook on all modules"
-    if nn.Module.__call__ is not STOCK_CALL or any("__call__" in vars(each) for each in STOCK_CLASSES):
+    if nn.Module.__call__ is not STOCK_CALL or any("__call__" in vars(stock_class) for stock_class in STOCK_CLASSES):
         return "the __call__ of modules has been replaced"
     for name, module in model.named_modules():
         if type(module) not in (*STOCK_CLASSES, nn.ModuleList):
@@ -50,40 +52,44 @@ def why_modified(model: nn.Module) -> str | None:
 
 
 def _why_reshaped(model: reference.Transformer) -> str | None:
+    """Return, in words, the first tensor or size of a model that does not fit its `params`; None if all fit."""
     args, ranks = model.params, model.output.ranks
     dim, hd, width = args.dim, args.head_dim, args.ffn_width // ranks
     heads, kv_heads = args.n_heads // ranks, args.kv_heads // ranks
-    shapes = {
+    layer_shapes: dict[str, tuple[int, ...]] = {
         "attention.wq": (heads * hd, dim), "attention.wk": (kv_heads * hd, dim), "attention.wv": (kv_heads * hd, dim),
         "attention.wo": (dim, heads * hd), "feed_forward.w1": (width, dim), "feed_forward.w2": (dim, width),
         "feed_forward.w3": (width, dim), "attention_norm": (dim,), "ffn_norm": (dim,),
     }  # fmt: skip
-    cache = args.max_batch_size, args.max_seq_len, kv_heads, hd
+    min_cache_shape = args.max_batch_size, args.max_seq_len, kv_heads, hd
     if not len(model.layers):
-        return "it has no layers"
+        return "the model has no layers"
     if len({id(layer) for layer in model.layers}) < len(model.layers):
-        return "it has a layer twice"
-    words = args.vocab_size, dim // ranks
-    ends: dict[str, tuple[int, ...]] = {"tok_embeddings": words, "norm": (dim,), "output": (words[0] // ranks, dim)}
-    for name, size in ends.items():
+        return "the model has a layer twice"
+    other_shapes: dict[str, tuple[int, ...]] = {
+        "tok_embeddings": (args.vocab_size, dim // ranks), "norm": (dim,), "output": (args.vocab_size // ranks, dim),
+    }  # fmt: skip
+    for name, shape in other_shapes.items():
         weight: Any = model.get_submodule(name).weight
-        if tuple(weight.shape) != size:
-            return f"{name}.weight is {tuple(weight.shape)}, not {size}"
-    first = None
+        if tuple(weight.shape) != shape:
+            return f"{name}.weight is {tuple(weight.shape)}, not {shape}"
+    cache_shape = None  # shape of the first layer's cache; all layers must have the same
     for i, layer in enumerate(model.layers):
         if not isinstance(layer, reference.TransformerBlock):
             return f"layers.{i} is a {type(layer).__name__}"
-        for name, shape in shapes.items():
+        for name, shape in layer_shapes.items():
             weight = layer.get_submodule(name).weight
             if tuple(weight.shape) != shape:
                 return f"layers.{i}.{name}.weight is {tuple(weight.shape)}, not {shape}"
-        a = layer.attention
-        if (a.n_local_heads, a.n_local_kv_heads, a.n_rep, a.head_dim) != (heads, kv_heads, heads // kv_heads, hd):
-            return f"layers.{i}.attention has other numbers of heads"
-        for held in (a.cache_k, a.cache_v):
-            first = first or held.shape
-            if held.ndim != 4 or held.shape != first or any(have < need for have, need in zip(held.shape, cache, strict=True)):
-                return f"layers.{i}.attention has a cache of {tuple(held.shape)}"
+        attention = layer.attention
+        sizes = attention.n_local_heads, attention.n_local_kv_heads, attention.n_rep, attention.head_dim
+        if sizes != (heads, kv_heads, heads // kv_heads, hd):
+            return f"layers.{i}.attention has numbers of heads that differ from the model's params"
+        for cache in (attention.cache_k, attention.cache_v):
+            cache_shape = cache_shape or cache.shape
+            too_small = cache.ndim != 4 or any(n < needed for n, needed in zip(cache.shape, min_cache_shape, strict=True))
+            if too_small or cache.shape != cache_shape:
+                return f"layers.{i}.attention has a cache of shape {tuple(cache.shape)}"
     freqs = model.freqs_cis
     if freqs.dtype != torch.complex64 or freqs.ndim != 2 or freqs.shape[1] != hd // 2 or len(freqs) < args.max_seq_len:
         return f"freqs_cis is {tuple(freqs.shape)} of {freqs.dtype}"

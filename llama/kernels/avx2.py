@@ -1,5 +1,6 @@
-"""What avx2.c does, which setup.py compiles where there is a C compiler: products on CPUs with AVX2, here those of a few rows
-by weights of 16 and 32 bits as they lie (blocks.py has those of 8 and 4). The structure is that of native.h.
+"""Binding of csrc/linear_avx2.c: linear layers on CPUs with AVX2, here with unpacked weights of 16 and 32 bits.
+
+`blocked_linear` uses the same extension for int8 and int4 weights.
 """
 
 import ctypes
@@ -13,32 +14,33 @@ from .c_extension import DTYPE_CODES, CExtension, ExtensionStatus, LinearArgs, f
 
 @functools.cache
 def status() -> ExtensionStatus:
-    """Load the extension once."""
+    """Load the AVX2 extension on the first call, and return it or the reason why it cannot be used."""
     return load_extension("avx2", [LinearArgs], {"multiply": [LinearArgs]})
 
 
 def extension() -> CExtension | None:
+    """Return the AVX2 extension, or None if this machine cannot use it."""
     return status().extension
 
 
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether x (n, in) is what `multiply` reads, and this its weight."""
+    """Return True if `linear` can multiply x (n, in) by a weight (out, in), and is faster than PyTorch."""
     if extension() is None or x.ndim != 2 or x.dtype not in DTYPE_CODES or weight.dtype != x.dtype:
         return False
-    few = 0 < len(x) <= (tuning.AVX2_MAX_ROWS_FP32 if x.dtype == torch.float32 else tuning.AVX2_MAX_ROWS_16BIT)
-    fits = few and x.shape[1] == weight.shape[1] and x.shape[1] % 32 == 0
-    return fits and x.is_contiguous() and weight.is_contiguous() and is_plain_tensor(x, weight)
+    max_rows = tuning.AVX2_MAX_ROWS_FP32 if x.dtype == torch.float32 else tuning.AVX2_MAX_ROWS_16BIT
+    shapes_fit = 0 < len(x) <= max_rows and x.shape[1] == weight.shape[1] and x.shape[1] % 32 == 0
+    return shapes_fit and x.is_contiguous() and weight.is_contiguous() and is_plain_tensor(x, weight)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x (n, in) -> (n, out), by a weight (out, in) of x's dtype."""
-    (n, width), out, numbers = x.shape, len(weight), DTYPE_CODES[x.dtype]
-    y, room = x.new_empty(n, out), torch.empty(n, width, dtype=torch.float32, device="cpu")
-    tensors = {"weight": weight, "x": x, "y": y, "room": room}
+    """Return x (n, in) times a weight (out, in) of the same dtype: (n, out)."""
+    (n, width), out, dtype = x.shape, len(weight), DTYPE_CODES[x.dtype]
+    y, scratch = x.new_empty(n, out), torch.empty(n, width, dtype=torch.float32, device="cpu")
+    tensors = {"weight": weight, "x": x, "y": y, "scratch": scratch}
     compiled = extension()
     assert compiled is not None
     args = fill_struct(
-        LinearArgs(), kind=numbers, numbers=numbers, y_numbers=numbers, digits=1, in_=width, out=out, n=n, **tensors
+        LinearArgs(), format=dtype, x_dtype=dtype, y_dtype=dtype, int8_per_activation=1, in_=width, out=out, n=n, **tensors
     )
     compiled.call("multiply", ctypes.byref(args))
     return y

@@ -1,4 +1,4 @@
-"""The interface of a weight that is held in a kernel's own form."""
+"""The interface of all linear kernels: a weight packed in the kernel's own form, which multiplies activations."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,15 +10,15 @@ from ..quantization.weight import QuantizedWeight
 
 
 class LinearKernel:
-    """A weight (out, in) in a form of its own that multiplies x (..., in) to (..., out)."""
+    """A packed weight (out, in) that multiplies activations x (..., in) to (..., out)."""
 
-    format: str | None = None  # "int8" or "int4" if quantized
-    rebuild: Callable[..., Any]  # packing.repack, set there: packs a weight again on another machine
+    format: str | None = None  # "int8" or "int4"; None if the weight is not quantized
+    rebuild: Callable[..., Any]  # `packing.repack`, which imports this module and so assigns itself here
 
-    # Compiled code calls this by name: PyTorch 2.6 recompiles for each object that is called, but not for each method.
+    # Compiled code calls `forward`, not the object: PyTorch 2.6 recompiles for each object called, but not for each method.
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply x (..., in): (..., out)."""
-        if x.requires_grad and torch.is_grad_enabled():  # the kernels have no derivative
+        """Return x (..., in) times the weight: (..., out)."""
+        if x.requires_grad and torch.is_grad_enabled():  # kernels compute no gradients
             return F.linear(x, self.dequantize())
         x = x.contiguous()
         if x.ndim == 2:
@@ -30,22 +30,22 @@ class LinearKernel:
         return self.forward(x)
 
     def forward_2d(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply x (N, in): (N, out)."""
+        """Return x (N, in) times the weight: (N, out)."""
         raise NotImplementedError
 
     def swiglu(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Return silu of the first half of the outputs times the second, (N, out / 2); None without a kernel that does both."""
+        """Return silu of the first half of the outputs times the second half, (N, out / 2); None without a fused kernel."""
         return None
 
     def rows(self, first: int, last: int) -> "LinearKernel | None":
-        """Return a kernel of the outputs first..last; None if that would take a copy."""
+        """Return a kernel of the outputs first..last that shares the memory; None if it would need a copy."""
         return None
 
     def use_highest_precision(self) -> None:
-        """Multiply as precisely as the kernel can from now on, for logits."""
+        """Make all further products as precise as the kernel can, which logits need."""
 
     def unpack(self) -> torch.Tensor | QuantizedWeight:
-        """Return the weight that `pack_weight` was given."""
+        """Return the weight as it was before packing, except for rounding that packing needed."""
         raise NotImplementedError
 
     def dequantize(self) -> torch.Tensor:
@@ -54,5 +54,5 @@ class LinearKernel:
         return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle the weight that was packed: the form belongs to this machine."""
+        """Pickle or copy the unpacked weight, because another machine may need another packed form."""
         return LinearKernel.rebuild, (self.unpack(),)

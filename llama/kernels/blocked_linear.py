@@ -1,14 +1,15 @@
-"""Weights in the blocks that products.c and avx2.c multiply, whatever the number of rows.
+"""Linear kernel for weights in blocks of 64 outputs, which csrc/linear_avx512.c and csrc/linear_avx2.c multiply.
 
-A weight (out, in) is stored as bytes (out / 64, in / per, 64, 4): for each 64 outputs, and each `per` inputs, 4 bytes for
-every output, one output after the other. Those 4 bytes hold `per` inputs:
+A weight (out, in) is stored as bytes (out / 64, in / n, 64, 4). A block contains 64 outputs: for every n inputs, 4 bytes of the
+first output, then 4 bytes of the next. The 4 bytes contain n inputs:
 
-    bfloat16    2
-    int8        4, each 128 more than its value
-    int4        8, each 8 more than its value; inputs 0..3 in the low halves of the bytes, 4..7 in the high ones
+    bfloat16    n = 2
+    int8        n = 4; each byte is the value + 128
+    int4        n = 8; each half byte is the value + 8, inputs 0..3 in the low halves of the bytes, 4..7 in the high halves
 
-and each group of inputs has scales (out / 64, groups, 64, 1), in int4 scales and zeros (out / 64, groups, 64, 2). x is padded
-with zeros for inputs beyond the weight's own, and outputs beyond its own are not stored. Saved files hold blocks, too.
+Scales are (out / 64, groups, 64, 1) in int8. In int4, scales and zeros are (out / 64, groups, 64, 2). The last block is padded
+to 64 outputs, and rows to whole groups; activations are padded with zeros to match. Files of packed weights contain the same
+blocks.
 """
 
 import ctypes
@@ -25,171 +26,182 @@ from .base import LinearKernel
 from .c_extension import BF16, DTYPE_CODES, INT4, INT8, LinearArgs, fill_struct
 from .host_memory import HUGE_PAGES
 
-BLOCK_OUTPUTS = 64  # outputs of a block
-ACTIVATION_GROUP = 32  # inputs of x that share a scale
-# 8-bit values for each activation in narrow rows: rounding hurts small models most, and a second digit costs them least.
-NARROW_DIGITS = 2
-INPUTS_PER_WORD = {"bfloat16": 2, "int8": 4, "int4": 8}  # inputs in 4 bytes
+BLOCK_OUTPUTS = 64  # outputs in a block
+ACTIVATION_GROUP = 32  # adjacent activations that share a scale
+# Activations of narrow rows have two int8 values each: small models need the precision most, and it costs them least.
+NARROW_INT8_PER_ACTIVATION = 2
+INPUTS_PER_WORD = {"bfloat16": 2, "int8": 4, "int4": 8}  # inputs of one output in 4 bytes of a block
 FORMAT_CODES = {"bfloat16": BF16, "int8": INT8, "int4": INT4}
 
 
-def extension_for(kind: str) -> c_extension.CExtension | None:
-    """What multiplies blocks of this kind on this machine."""
+def extension_for(format: str) -> c_extension.CExtension | None:
+    """Return the extension that multiplies blocks in this format on this machine; None if there is none."""
     if pack.extension() is None:
         return None
-    return avx512.extension() or (avx2.extension() if kind != "bfloat16" else None)
+    return avx512.extension() or (avx2.extension() if format != "bfloat16" else None)
 
 
 @dataclass(frozen=True)
 class BlockedWeight:
-    """A weight (out_features, in_features) in blocks; the first group begins with `front` inputs that are not the weight's."""
+    """A weight (out_features, in_features) in blocks."""
 
     format: str  # "bfloat16", "int8" or "int4"
-    weight: torch.Tensor  # uint8
-    scales: torch.Tensor | None  # bfloat16; None in bfloat16
+    weight: torch.Tensor  # uint8 blocks
+    scales: torch.Tensor | None  # bfloat16, with zeros in int4; None if `format` is "bfloat16"
     in_features: int
     out_features: int
-    front: int = 0
+    padding_before: int = 0  # inputs in the blocks before the first input of the weight
 
     @property
     def width(self) -> int:
-        """Inputs, with what is beyond the weight's own."""
+        """Return the number of inputs in the blocks, with padding."""
         return self.weight.shape[1] * INPUTS_PER_WORD[self.format]
 
     @property
     def group_size(self) -> int:
+        """Return the number of inputs that share a scale; in bfloat16, the number that rows are padded to a multiple of."""
         return self.width // self.scales.shape[1] if self.scales is not None else ACTIVATION_GROUP
 
     @staticmethod
-    def shapes(kind: str, out_features: int, in_features: int, group: int) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-        """Of `weight` and of `scales`."""
-        n, width = -(-out_features // BLOCK_OUTPUTS), -(-in_features // group) * group
-        scales = None if kind == "bfloat16" else (n, width // group, BLOCK_OUTPUTS, 2 if kind == "int4" else 1)
-        return (n, width // INPUTS_PER_WORD[kind], BLOCK_OUTPUTS, 4), scales
+    def shapes(format: str, out_features: int, in_features: int, group: int) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+        """Return the shapes of `weight` and `scales`; the second is None for bfloat16."""
+        n_blocks, width = -(-out_features // BLOCK_OUTPUTS), -(-in_features // group) * group
+        scales = None if format == "bfloat16" else (n_blocks, width // group, BLOCK_OUTPUTS, 2 if format == "int4" else 1)
+        return (n_blocks, width // INPUTS_PER_WORD[format], BLOCK_OUTPUTS, 4), scales
 
     @staticmethod
-    def allocate(kind: str, out_features: int, in_features: int, group: int) -> "BlockedWeight":
-        """Allocate blocks to be filled, next to those allocated before (huge pages)."""
-        weight, scales = BlockedWeight.shapes(kind, out_features, in_features, group)
-        room = HUGE_PAGES.empty(*weight, dtype=torch.uint8)
-        scaled = HUGE_PAGES.empty(*scales, dtype=torch.bfloat16) if scales else None
-        return BlockedWeight(kind, room, scaled, in_features, out_features)
+    def allocate(format: str, out_features: int, in_features: int, group: int) -> "BlockedWeight":
+        """Allocate a weight with uninitialized blocks, in huge pages."""
+        weight_shape, scales_shape = BlockedWeight.shapes(format, out_features, in_features, group)
+        weight = HUGE_PAGES.empty(*weight_shape, dtype=torch.uint8)
+        scales = HUGE_PAGES.empty(*scales_shape, dtype=torch.bfloat16) if scales_shape else None
+        return BlockedWeight(format, weight, scales, in_features, out_features)
 
     @staticmethod
-    def from_rows(kind: str, views: Sequence[torch.Tensor], group: int) -> "BlockedWeight":
-        """The rows of all the views (outs, in), one view after the other, quantized by groups unless kind is bfloat16."""
+    def from_rows(format: str, views: Sequence[torch.Tensor], group: int) -> "BlockedWeight":
+        """Pack the rows of all views (outs, in), in order, with csrc/pack.c, which quantizes them by groups for int8 and int4.
+
+        Raises ValueError if the views differ in dtype or width, are not on the CPU, or are not bfloat16 for bfloat16 blocks.
+        """
         compiled = pack.extension()
         assert compiled is not None
-        numbers = BF16 if kind == "bfloat16" else DTYPE_CODES.get(views[0].dtype)
-        if any(DTYPE_CODES.get(v.dtype) != numbers or v.shape[1] != views[0].shape[1] or not v.is_cpu for v in views):
-            raise ValueError(f"rows of {[v.dtype for v in views]} do not make blocks of {kind}")  # C would read beyond them
+        dtype_code = BF16 if format == "bfloat16" else DTYPE_CODES.get(views[0].dtype)
+        if any(DTYPE_CODES.get(v.dtype) != dtype_code or v.shape[1] != views[0].shape[1] or not v.is_cpu for v in views):
+            # csrc/pack.c checks no sizes, and would read beyond the rows.
+            rows_of = ", ".join(f"{v.dtype} {tuple(v.shape)} on {v.device}" for v in views)
+            raise ValueError(f"rows of {rows_of} cannot be packed as {format}; all must have one dtype and width, on the CPU")
         views = [v if v.stride(1) == 1 else v.contiguous() for v in views]
-        made = BlockedWeight.allocate(kind, sum(map(len, views)), views[0].shape[1], group)
+        blocked = BlockedWeight.allocate(format, sum(map(len, views)), views[0].shape[1], group)
         rows = torch.cat([v.data_ptr() + torch.arange(len(v), device="cpu") * (v.stride(0) * v.element_size()) for v in views])
-        fields = {"kind": FORMAT_CODES[kind], "numbers": numbers, "rows": rows, "weight": made.weight}
-        sizes = {"group": group, "in_": made.in_features, "width": made.width, "out": made.out_features}
-        compiled.call("pack", ctypes.byref(fill_struct(pack.PackArgs(), scales=made.scales, **fields, **sizes)))
-        return made
+        fields = {"format": FORMAT_CODES[format], "dtype": dtype_code, "rows": rows, "weight": blocked.weight}
+        sizes = {"group": group, "in_": blocked.in_features, "width": blocked.width, "out": blocked.out_features}
+        compiled.call("pack", ctypes.byref(fill_struct(pack.PackArgs(), scales=blocked.scales, **fields, **sizes)))
+        return blocked
 
     @staticmethod
-    def from_quantized(held: QuantizedWeight) -> "BlockedWeight":
-        """Put a quantized weight into blocks with PyTorch alone, as pack.c does; also one that was quantized elsewhere."""
-        q = F.pad(held.values, (0, 0, 0, -len(held.values) % BLOCK_OUTPUTS)).unflatten(
-            0, (-1, BLOCK_OUTPUTS)
-        )  # (blocks, 64, width)
-        beyond = (0, 0, 0, -len(held.values) % BLOCK_OUTPUTS)
-        parts = [F.pad(held.scales, beyond, value=1e-30)] + ([] if held.zeros is None else [F.pad(held.zeros, beyond)])
+    def from_quantized(quantized: QuantizedWeight) -> "BlockedWeight":
+        """Pack a weight that is quantized already, with PyTorch alone."""
+        out_features = len(quantized.values)
+        padding = (0, 0, 0, -out_features % BLOCK_OUTPUTS)  # of the outputs, to whole blocks
+        values = F.pad(quantized.values, padding).unflatten(0, (-1, BLOCK_OUTPUTS))  # (blocks, 64, width)
+        parts = [F.pad(quantized.scales, padding, value=1e-30)]
+        if quantized.zeros is not None:
+            parts.append(F.pad(quantized.zeros, padding))
         scales = torch.stack(parts, -1).bfloat16()
-        if held.format == "int8":
-            values = (q.to(torch.int16) + 128).to(torch.uint8).unflatten(2, (-1, 4))
+        if quantized.format == "int8":
+            words = (values.to(torch.int16) + 128).to(torch.uint8).unflatten(2, (-1, 4))
         else:
-            halves = (q + 8).view(torch.uint8).unflatten(2, (-1, 2, 4))
-            values = halves[..., 0, :] | halves[..., 1, :] << 4
-        weight = values.transpose(1, 2).contiguous()  # (n, width / per, 64, 4)
+            halves = (values + 8).view(torch.uint8).unflatten(2, (-1, 2, 4))
+            words = halves[..., 0, :] | halves[..., 1, :] << 4
+        weight = words.transpose(1, 2).contiguous()  # (blocks, words of a row, 64, 4)
         scales = scales.unflatten(0, (-1, BLOCK_OUTPUTS)).transpose(1, 2).contiguous()
-        return BlockedWeight(held.format, weight, scales, held.in_features, len(held.values), held.front)
+        before = quantized.padding_before
+        return BlockedWeight(quantized.format, weight, scales, quantized.in_features, out_features, before)
 
     @staticmethod
     def from_dense(weight: torch.Tensor) -> "BlockedWeight":
-        """In bfloat16, by PyTorch alone."""
-        rows = F.pad(weight.bfloat16(), (0, -weight.shape[1] % ACTIVATION_GROUP, 0, -len(weight) % BLOCK_OUTPUTS)).unflatten(
-            0, (-1, BLOCK_OUTPUTS)
-        )
+        """Pack a weight (out, in) in bfloat16, with PyTorch alone."""
+        padding = (0, -weight.shape[1] % ACTIVATION_GROUP, 0, -len(weight) % BLOCK_OUTPUTS)
+        rows = F.pad(weight.bfloat16(), padding).unflatten(0, (-1, BLOCK_OUTPUTS))
         blocks = rows.view(torch.uint8).unflatten(2, (-1, 4)).transpose(1, 2).contiguous()
         return BlockedWeight("bfloat16", blocks, None, weight.shape[1], len(weight))
 
     @staticmethod
     def cat(parts: "Sequence[BlockedWeight]") -> "BlockedWeight | None":
-        """Copy all parts into one, one after the other; None if one before the last has outputs that are no multiple of 64."""
+        """Return a copy with the outputs of all parts in order; None if a part before the last one does not fill its blocks."""
         first, ends = parts[0], itertools.accumulate(len(part.weight) for part in parts)
         if any(part.out_features % BLOCK_OUTPUTS for part in parts[:-1]):
             return None
-        n = sum(part.out_features for part in parts)
-        made = replace(
-            BlockedWeight.allocate(first.format, n, first.width, first.group_size),
+        out_features = sum(part.out_features for part in parts)
+        joined = replace(
+            BlockedWeight.allocate(first.format, out_features, first.width, first.group_size),
             in_features=first.in_features,
-            front=first.front,
+            padding_before=first.padding_before,
         )
         for part, end in zip(parts, ends, strict=True):
-            made.weight[end - len(part.weight) : end].copy_(part.weight)
-            if made.scales is not None and part.scales is not None:
-                made.scales[end - len(part.weight) : end].copy_(part.scales)
-        return made
+            joined.weight[end - len(part.weight) : end].copy_(part.weight)
+            if joined.scales is not None and part.scales is not None:
+                joined.scales[end - len(part.weight) : end].copy_(part.scales)
+        return joined
 
     def to_quantized(self, dtype: torch.dtype) -> QuantizedWeight:
-        """Return the values (out, width) and their scales: whole groups, with the inputs before and after the weight's own."""
+        """Return the weight as a QuantizedWeight for activations of `dtype`, still padded to whole groups."""
         assert self.scales is not None
-        rows, n = self.weight.transpose(1, 2), self.out_features  # (blocks, 64, width / per, 4)
+        rows, n = self.weight.transpose(1, 2), self.out_features  # (blocks, 64, words of a row, 4)
         if self.format == "int8":
-            q = (rows.to(torch.int16) - 128).to(torch.int8)
+            values = (rows.to(torch.int16) - 128).to(torch.int8)
         else:
-            q = torch.stack((rows & 15, rows >> 4), -2).view(torch.int8) - 8
+            values = torch.stack((rows & 15, rows >> 4), -2).view(torch.int8) - 8
+        values = values.flatten(2).flatten(0, 1)[:n]
         parts = [part.transpose(1, 2).flatten(0, 1)[:n] for part in self.scales.unbind(-1)]
-        zero = parts[1] if self.format == "int4" else None
-        return QuantizedWeight(self.format, q.flatten(2).flatten(0, 1)[:n], parts[0], zero, self.in_features, dtype, self.front)
+        zeros = parts[1] if self.format == "int4" else None
+        return QuantizedWeight(self.format, values, parts[0], zeros, self.in_features, dtype, self.padding_before)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """(out, in), as what it stands for."""
+        """Return the weight as a plain tensor (out, in)."""
         if self.format == "bfloat16":
             rows = self.weight.view(torch.bfloat16).transpose(1, 2).flatten(2).flatten(0, 1)[: self.out_features]
-            return rows[:, self.front : self.front + self.in_features].to(dtype).contiguous()
+            return rows[:, self.padding_before : self.padding_before + self.in_features].to(dtype).contiguous()
         return self.to_quantized(dtype).dequantize()
 
     def slice_outputs(self, first: int, last: int) -> "BlockedWeight":
-        """The outputs first..last alone, of which the first begins a block."""
+        """Return the weight of the outputs first..last only, as views; `first` must be a multiple of 64."""
         blocks = slice(first // BLOCK_OUTPUTS, -(-last // BLOCK_OUTPUTS))
         scales = None if self.scales is None else self.scales[blocks]
         return replace(self, weight=self.weight[blocks], scales=scales, out_features=last - first)
 
     def slice_inputs(self, first: int, last: int) -> "BlockedWeight":
-        """The inputs first..last alone: whole groups that hold them, of which the first has `front` others before them."""
-        unit = self.group_size
-        begin, end = first // unit, -(-last // unit)
-        weight = self.weight[
-            :, begin * unit // INPUTS_PER_WORD[self.format] : end * unit // INPUTS_PER_WORD[self.format]
-        ].contiguous()
-        scales = None if self.scales is None else self.scales[:, begin:end].contiguous()
-        return replace(self, weight=weight, scales=scales, in_features=last - first, front=first - begin * unit)
+        """Return a copy of the inputs first..last only, with the rest of the first and the last group as padding."""
+        size, words_per_group = self.group_size, self.group_size // INPUTS_PER_WORD[self.format]
+        first_group, last_group = first // size, -(-last // size)
+        weight = self.weight[:, first_group * words_per_group : last_group * words_per_group].contiguous()
+        scales = None if self.scales is None else self.scales[:, first_group:last_group].contiguous()
+        padding_before = first - first_group * size
+        return replace(self, weight=weight, scales=scales, in_features=last - first, padding_before=padding_before)
 
 
 class BlockedLinear(LinearKernel):
-    """Multiply by a weight in blocks. If the weight is quantized, so are the rows of x: to 8 bits, with a scale for each 32
-    inputs, and with `digits` 2 also what is left, to 8 more."""
+    """Multiply by a weight in blocks, with the C kernels.
+
+    For int8 and int4 weights, activations are quantized to int8 in groups of 32. If `int8_per_activation` is 2, the rounding
+    error of each activation is quantized to a second int8 value, so that together they have about 16 bits.
+    """
 
     def __init__(self, blocks: BlockedWeight, dtype: torch.dtype) -> None:
         self.blocks, self.dtype, self.out_dtype = blocks, dtype, dtype
         self.format = None if blocks.format == "bfloat16" else blocks.format
-        self.digits = NARROW_DIGITS if self.format and blocks.group_size == ACTIVATION_GROUP else 1
+        narrow = self.format is not None and blocks.group_size == ACTIVATION_GROUP
+        self.int8_per_activation = NARROW_INT8_PER_ACTIVATION if narrow else 1
         self.in_features, self.out_features = blocks.in_features, blocks.out_features
-        self.padding = (blocks.front, blocks.width - blocks.front - blocks.in_features)
-        found = extension_for(blocks.format)
-        assert found is not None
-        self.extension = found
+        self.padding = (blocks.padding_before, blocks.width - blocks.padding_before - blocks.in_features)
+        extension = extension_for(blocks.format)
+        assert extension is not None
+        self.extension = extension
         self.base_args = fill_struct(
             LinearArgs(),
-            kind=FORMAT_CODES[blocks.format],
-            numbers=DTYPE_CODES[dtype],
-            y_numbers=DTYPE_CODES[dtype],
+            format=FORMAT_CODES[blocks.format],
+            x_dtype=DTYPE_CODES[dtype],
+            y_dtype=DTYPE_CODES[dtype],
             weight=blocks.weight,
             scales=blocks.scales,
             group=blocks.group_size,
@@ -199,48 +211,50 @@ class BlockedLinear(LinearKernel):
 
     def use_highest_precision(self) -> None:
         if self.format:
-            self.digits = 2
+            self.int8_per_activation = 2
             self.out_dtype = torch.float32
-            fill_struct(self.base_args, y_numbers=DTYPE_CODES[self.out_dtype])
+            fill_struct(self.base_args, y_dtype=DTYPE_CODES[self.out_dtype])
 
     def rows(self, first: int, last: int) -> "BlockedLinear | None":
         if first % BLOCK_OUTPUTS:
             return None
-        made = BlockedLinear(self.blocks.slice_outputs(first, last), self.dtype)
-        made.digits = self.digits
-        return made
+        kernel = BlockedLinear(self.blocks.slice_outputs(first, last), self.dtype)
+        kernel.int8_per_activation = self.int8_per_activation
+        return kernel
 
     def forward_2d(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.to(self.dtype)  # a caller's autocast gives attention's outputs another
-        if x.shape[1] != self.in_features or not c_extension.is_plain_tensor(
-            x
-        ):  # which raises the error for a wrong width, and can be traced
+        x = x.to(self.dtype)  # a caller's autocast may have changed the dtype
+        # F.linear raises PyTorch's error for a wrong width, and can be traced and transformed.
+        if x.shape[1] != self.in_features or not c_extension.is_plain_tensor(x):
             return F.linear(x, self.dequantize())
         x = F.pad(x, self.padding) if any(self.padding) else x.contiguous()
         y = x.new_empty(len(x), self.out_features, dtype=self.out_dtype)
-        room = torch.empty(self.scratch_bytes(len(x)), dtype=torch.uint8, device="cpu")
+        scratch = torch.empty(self.scratch_bytes(len(x)), dtype=torch.uint8, device="cpu")
         if len(x):
-            self.extension.call("multiply", ctypes.byref(self.args(len(x), x=x, y=y, room=room)))
+            self.extension.call("multiply", ctypes.byref(self.args(len(x), x=x, y=y, scratch=scratch)))
         return y
 
     def swiglu(self, x: torch.Tensor) -> torch.Tensor | None:
-        half, plain = self.out_features // 2, c_extension.is_plain_tensor(x) and not torch.is_grad_enabled()
-        fits = x.ndim == 2 and x.shape[1] == self.in_features and x.dtype == self.dtype == torch.bfloat16 and len(x)
-        if self.extension is not avx512.extension() or not plain or not fits or half % BLOCK_OUTPUTS or any(self.padding):
+        if self.extension is not avx512.extension() or not c_extension.is_plain_tensor(x) or torch.is_grad_enabled():
+            return None
+        half = self.out_features // 2
+        x_fits = x.ndim == 2 and x.shape[1] == self.in_features and x.dtype == self.dtype == torch.bfloat16 and len(x) > 0
+        if not x_fits or half % BLOCK_OUTPUTS or any(self.padding):
             return None
         x, y = x.contiguous(), x.new_empty(len(x), half)
-        room = torch.empty(self.scratch_bytes(len(x)), dtype=torch.uint8, device="cpu")
-        self.extension.call("multiply", ctypes.byref(self.args(len(x), x=x, y=y, room=room, gated=1, out=half)))
+        scratch = torch.empty(self.scratch_bytes(len(x)), dtype=torch.uint8, device="cpu")
+        self.extension.call("multiply", ctypes.byref(self.args(len(x), x=x, y=y, scratch=scratch, gated=1, out=half)))
         return y
 
     def args(self, n: int, **fields: object) -> LinearArgs:
-        """The product of n rows, with more of its fields set."""
-        return fill_struct(LinearArgs.from_buffer_copy(self.base_args), n=n * self.digits, digits=self.digits, **fields)
+        """Return the arguments of the C function `multiply` for n rows, with further fields set."""
+        args, count = LinearArgs.from_buffer_copy(self.base_args), self.int8_per_activation
+        return fill_struct(args, n=n * count, int8_per_activation=count, **fields)
 
     def scratch_bytes(self, n: int) -> int:
-        """Bytes that n rows need: their 8-bit values, scales, and sums."""
+        """Return the size of the buffer that `multiply` needs for n rows: their int8 values, scales and sums."""
         width = self.blocks.width
-        return n * self.digits * (width + 12 * width // ACTIVATION_GROUP) if self.format else 0
+        return n * self.int8_per_activation * (width + 12 * width // ACTIVATION_GROUP) if self.format else 0
 
     def unpack(self) -> torch.Tensor | QuantizedWeight:
         return self.blocks.to_quantized(self.dtype) if self.format else self.dequantize()

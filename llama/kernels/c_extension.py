@@ -1,4 +1,7 @@
-"""What setup.py compiled from C, and how it is called: on PyTorch's own threads, with structures of sizes and addresses."""
+"""Load the C extensions that setup.py compiled, and call their functions on PyTorch's threads.
+
+Arguments are C structures of sizes and addresses, which `fill_struct` fills.
+"""
 
 import ctypes
 import importlib.util
@@ -16,24 +19,26 @@ import torch
 from .. import compat
 
 SOURCES = Path(__file__).with_name("csrc")
-BF16, FP16, FP32, INT8, INT4 = range(5)  # of weights; the first three also of what they multiply
+BF16, FP16, FP32, INT8, INT4 = range(5)  # weight formats in csrc/common.h; activations have one of the first three
 DTYPE_CODES = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
 
 
 class CExtension:
-    """A file of C, whose functions take these structures, and numbers after them."""
+    """A loaded C extension. Its functions take pointers to structures, then integers."""
 
     def __init__(self, path: str, functions: Mapping[str, Sequence[Any]]) -> None:
         self.library = ctypes.CDLL(path)
-        # What runs a function on each of the threads; where PyTorch has threads of another kind there is none.
+        # GOMP_parallel runs a function on PyTorch's own threads. A PyTorch that was built with another OpenMP library lacks it,
+        # and AttributeError is raised.
         parallel = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so")).GOMP_parallel
         self.parallel = ctypes.cast(parallel, c_void_p)
-        for name, kinds in functions.items():
+        for name, parameters in functions.items():
             function = getattr(self.library, name)
-            types = [kind if kind is c_long else ctypes.POINTER(kind) for kind in kinds]
+            types = [parameter if parameter is c_long else ctypes.POINTER(parameter) for parameter in parameters]
             function.argtypes, function.restype = [c_void_p, c_uint, *types], None
 
     def call(self, name: str, *args: Any) -> None:
+        """Call a function of the extension on as many threads as PyTorch uses."""
         getattr(self.library, name)(self.parallel, torch.get_num_threads(), *args)
 
 
@@ -42,15 +47,19 @@ REINSTALL = "install llama again where there is a C compiler (gcc)"
 
 @dataclass(frozen=True)
 class ExtensionStatus:
-    """A loaded extension, or why there is none."""
+    """A loaded extension, or the reason why it cannot be used."""
 
     extension: CExtension | None
-    reason: str = ""  # why it cannot be used
-    not_compiled: bool = False  # True if this CPU could use it, were it compiled
+    reason: str = ""
+    not_compiled: bool = False  # True if the reason is the installation or a setting, not this CPU
 
 
 def load_extension(name: str, structures: Sequence[Any], functions: Mapping[str, Sequence[Any]]) -> ExtensionStatus:
-    """Load the extension module _<name>, if it was compiled from the C sources here and this CPU has what it needs."""
+    """Load the extension module `_name`, and return it or the reason why it cannot be used.
+
+    The module must have been compiled from the present C files, with structures of the same sizes as `structures`, and the CPU
+    must have the instructions that it uses. `functions` maps the names of its C functions to the types of their parameters.
+    """
     if os.environ.get("LLAMA_COMPILED") == "0":
         return ExtensionStatus(None, "switched off by LLAMA_COMPILED=0", not_compiled=True)
     spec = importlib.util.find_spec(f"._{name}", __package__)
@@ -63,7 +72,7 @@ def load_extension(name: str, structures: Sequence[Any], functions: Mapping[str,
     except (AttributeError, OSError, ValueError) as e:
         reason = f"_{name} cannot be loaded ({' '.join(str(e).split()):.80}): {REINSTALL}"
         return ExtensionStatus(None, reason, not_compiled=True)
-    files = sorted(SOURCES.glob("*.[ch]"))  # present in a clone only
+    files = sorted(SOURCES.glob("*.[ch]"))  # an installed package contains no C files
     changed = bool(files) and source != zlib.crc32(b"".join(file.read_bytes() for file in files))
     if changed or sizes != [*map(ctypes.sizeof, structures)]:
         reason = f"a C file in llama/kernels/csrc has changed since _{name} was compiled: install llama again"
@@ -74,27 +83,27 @@ def load_extension(name: str, structures: Sequence[Any], functions: Mapping[str,
     return ExtensionStatus(extension)
 
 
-def struct_fields(*kinds: tuple[Any, str]) -> Any:
-    """Of a structure: the names that have each kind."""
-    return [(name, kind) for kind, names in kinds for name in names.split()]
+def struct_fields(*typed_names: tuple[Any, str]) -> Any:
+    """Return the `_fields_` of a ctypes structure, from pairs of a type and the names of adjacent fields of that type."""
+    return [(name, type_) for type_, names in typed_names for name in names.split()]
 
 
 class LinearArgs(ctypes.Structure):
-    """native.h explains it."""
+    """The arguments of the C function `multiply`, a linear layer; csrc/common.h describes the fields."""
 
     _fields_ = struct_fields(
-        (c_long, "kind numbers y_numbers digits"),
+        (c_long, "format x_dtype y_dtype int8_per_activation"),
         (c_void_p, "weight scales"),
         (c_long, "group in_ out gated"),
         (c_void_p, "norm"),
         (c_float, "eps unused"),
-        (c_void_p, "x y residual normed room"),
+        (c_void_p, "x y residual normed scratch"),
         (c_long, "n threads next"),
     )
 
 
 def fill_struct(structure: Any, **fields: Any) -> Any:
-    """The structure, with these fields set; tensors stand for their addresses, and must outlive it."""
+    """Set fields of a structure and return it. A tensor is stored as its address, so it must outlive the structure."""
     for name, value in fields.items():
         assert hasattr(structure, name), name
         setattr(structure, name, value.data_ptr() if isinstance(value, torch.Tensor) else value)
@@ -102,7 +111,7 @@ def fill_struct(structure: Any, **fields: Any) -> Any:
 
 
 def is_plain_tensor(*tensors: torch.Tensor) -> bool:
-    """Return True if C may read the tensors' memory: plain CPU tensors that are not traced, transformed or differentiated."""
+    """Return True if C may read the tensors' memory: they are on the CPU, of no subclass, and not traced or differentiated."""
     return (
         not torch.compiler.is_compiling()
         and all(

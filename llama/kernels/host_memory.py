@@ -1,4 +1,4 @@
-"""How the CPU's memory is allocated for weights and activations: huge pages, glibc's thresholds, memory-mapped files."""
+"""Host memory for weights and activations: huge pages, glibc's thresholds, and advice about memory-mapped files."""
 
 import contextlib
 import ctypes
@@ -16,10 +16,12 @@ import torch
 def set_environment() -> None:
     """Set environment variables that PyTorch and oneDNN read at their first use, unless the caller has set them.
 
-    THP_MEM_ALLOC_ENABLE puts large tensors into pages of 2 MB where Linux grants them: the CPU's prefetching ends at the end
-    of a page. PyTorch reads it at its first tensor, so it has no effect if the caller has made one before `build`.
-    The others limit caches of compiled products and their buffers, one entry for each shape. By default oneDNN and PyTorch keep
-    1,024 each, a gigabyte after prompts of many lengths; a decode step needs 5, a prompt some 10.
+    THP_MEM_ALLOC_ENABLE puts large tensors into pages of 2 MB if Linux grants them: a CPU does not prefetch beyond the end of a
+    page. PyTorch reads the variable when it creates its first tensor, so it has no effect if the caller has created one before
+    `build`.
+    ONEDNN_PRIMITIVE_CACHE_CAPACITY and LRU_CACHE_CAPACITY limit caches of oneDNN and PyTorch with an entry for each shape of a
+    matrix product. With their default of 1,024 entries the caches grow to a gigabyte after prompts of many lengths, although a
+    decode step needs 5 entries and a prompt about 10.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
@@ -27,16 +29,16 @@ def set_environment() -> None:
 
 
 class HugePageAllocator:
-    """Allocate tensors in pages of 2 MB where Linux grants them. In pages of 4 kB, reading may be half as fast."""
+    """Allocate tensors in pages of 2 MB if Linux grants them: from pages of 4 kB, weights may be read half as fast."""
 
-    chunk_bytes = 1 << 26  # requested from the system at a time
+    chunk_bytes = 1 << 26  # bytes requested from the system at a time
 
     def __init__(self) -> None:
         self.memory: mmap.mmap | None = None
         self.used, self.lock = 0, threading.Lock()
 
     def empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return a tensor to be filled, next to the one allocated before."""
+        """Return an uninitialized tensor, if possible next to the tensor allocated before."""
         if sys.platform != "linux":
             return torch.empty(shape, dtype=dtype, device="cpu")
         nbytes = math.prod(shape) * dtype.itemsize
@@ -44,7 +46,7 @@ class HugePageAllocator:
             if self.memory is None or len(self.memory) - self.used < nbytes:
                 size = max(self.chunk_bytes, nbytes, 1)
                 self.memory, self.used = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), 0
-                with contextlib.suppress(OSError):  # a kernel without huge pages
+                with contextlib.suppress(OSError):  # raised by a Linux kernel without huge pages
                     self.memory.madvise(mmap.MADV_HUGEPAGE)
             memory, start = self.memory, self.used
             self.used += -(-nbytes // 64) * 64
@@ -57,9 +59,10 @@ HUGE_PAGES = HugePageAllocator()
 def raise_malloc_threshold() -> None:
     """Make glibc keep freed activations for reuse, which saves a tenth of the time of a prompt of 512 tokens at 1.1B.
 
-    glibc maps large blocks one by one and returns free memory to the system, which clears each page anew. Both thresholds
-    follow the largest block freed so far, up to 32 MiB: this one, which is never written. Call it once weights are loaded,
-    since they are better mapped, in huge pages.
+    glibc maps a block above one threshold separately, and returns free memory above another threshold to the system, which must
+    clear every page before its next use. Both thresholds rise to the size of the largest block freed so far, up to 32 MiB, so
+    this function allocates and frees a block of nearly that size without writing to it. Call it after the weights are loaded,
+    because weights should be mapped separately, in huge pages.
     """
     torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
@@ -70,7 +73,7 @@ def _libc() -> Any:
 
 
 def malloc_trim() -> None:
-    """Return freed memory to the system, if glibc can: quantizing leaves holes of a tenth of the weights' size."""
+    """Return freed memory to the system if the C library is glibc: quantizing leaves a tenth of the weights' size unused."""
     if hasattr(_libc(), "malloc_trim"):
         _libc().malloc_trim(0)
 
@@ -79,10 +82,10 @@ WILLNEED, DONTNEED = 3, 4  # advice for `madvise`
 
 
 def madvise(view: torch.Tensor, advice: int) -> None:
-    """Advise the system about the mapped pages under a view: to read them ahead, or that this process no longer needs them.
+    """Advise the system to read the mapped pages of a view ahead (WILLNEED), or to unmap them from this process (DONTNEED).
 
-    The pages stay in the page cache, but would count as this process's memory until the shard's last tensor is gone, and double
-    its peak.
+    Pages of a shard that have been read count as memory of this process until the last tensor of the shard is freed, which
+    would double the peak. After DONTNEED they only remain in the page cache of the system.
     """
     if _libc() is None or view.numel() == 0:
         return

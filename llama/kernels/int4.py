@@ -1,9 +1,9 @@
-"""How weights of 4 bits are held and multiplied where blocks.py does not.
+"""Linear kernels for int4 weights by PyTorch's own int4 products, on CUDA and on CPUs without our C kernels.
 
-    Int4        on the CPU, in PyTorch's blocks, for its kernel
-    Int4Cuda    as the tensor cores take them, for PyTorch's kernel
+    Int4CpuLinear     packs a weight for PyTorch's CPU kernel
+    Int4CudaLinear    packs a weight for PyTorch's CUDA kernel, in the order of the tensor cores
 
-Both unpack what they hold for many rows.
+PyTorch's kernels are slow for many rows: for these the weight is unpacked and dequantized, and multiplied as floating point.
 """
 
 import functools
@@ -20,146 +20,166 @@ from .host_memory import HUGE_PAGES
 
 
 class _Int4Linear(LinearKernel):
-    """Groups of inputs with a scale and a zero each, (groups, out, 2)."""
+    """Base class of the int4 kernels: packed values, and scales and zeros (groups, out, 2), padded to the sizes of a kernel."""
 
     format = "int4"
 
     def __init__(self, weight: QuantizedWeight, multiple: int) -> None:
         self.in_features, self.out_features, self.group_size = weight.in_features, len(weight.values), weight.group_size
-        more = -len(weight.values) % multiple
-        q = F.pad(weight.values, (0, 0, 0, more)) if more else weight.values
+        padding = -len(weight.values) % multiple  # outputs to add, up to the next multiple
+        values = F.pad(weight.values, (0, 0, 0, padding)) if padding else weight.values
         assert weight.zeros is not None
         scales = torch.stack((weight.scales.t(), weight.zeros.t()), dim=-1).to(weight.dtype)
-        self.scales = F.pad(scales, (0, 0, 0, more)) if more else scales
-        self.packed = self._packed(q.split(max(1, tuning.QUANTIZE_AT_ONCE // 2 // q.shape[1] // multiple) * multiple))
-        self.padding = weight.front, q.shape[1] - weight.front - self.in_features
-        self.plain = not any(self.padding) and len(q) == self.out_features
+        self.scales = F.pad(scales, (0, 0, 0, padding)) if padding else scales
+        rows_at_once = max(1, tuning.QUANTIZE_AT_ONCE // 2 // values.shape[1] // multiple) * multiple
+        self.packed = self._pack(values.split(rows_at_once))
+        self.padding = weight.padding_before, values.shape[1] - weight.padding_before - self.in_features
+        self.is_unpadded = not any(self.padding) and len(values) == self.out_features
 
-    def _packed(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        """From numbers (out, in) as they come."""
+    def _pack(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Pack int8 values, given as pieces (rows, in) of the weight in order."""
         raise NotImplementedError
 
-    def _product(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    def _multiply(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Return padded x (N, width) times the packed values with scales and zeros (groups, padded out, 2)."""
         raise NotImplementedError
 
     def forward_2d(self, x: torch.Tensor) -> torch.Tensor:
-        """By the widths that the kernel needs, and in its dtype: a caller's autocast gives attention's outputs another."""
-        x = x.to(self.scales.dtype)
-        y = self._product(F.pad(x, self.padding) if any(self.padding) else x, self.scales.flatten(1, -2))
-        return y if self.plain else y[:, : self.out_features]
+        x = x.to(self.scales.dtype)  # a caller's autocast may have changed the dtype
+        y = self._multiply(F.pad(x, self.padding) if any(self.padding) else x, self.scales.flatten(1, -2))
+        return y if self.is_unpadded else y[:, : self.out_features]
 
     def unpack(self) -> QuantizedWeight:
-        """The numbers as the kernel sees them: what it makes of unit rows, with scales of 1 and zeros of 0."""
+        """Return the weight; its values are the products of unit vectors with scales of 1 and zeros of 0."""
         scales = self.scales.flatten(1, -2)
-        ones = torch.zeros_like(scales, dtype=torch.bfloat16)
-        ones[..., 0] = 1
+        unit_scales = torch.zeros_like(scales, dtype=torch.bfloat16)
+        unit_scales[..., 0] = 1
         width = self.group_size * len(scales)
         parts = []
         for i in range(0, width, self.group_size):
-            unit = ones.new_zeros(self.group_size, width)
-            unit[:, i : i + self.group_size].fill_diagonal_(1)
-            parts.append(self._product(unit, ones)[:, : self.out_features].to(torch.int8))
+            unit_vectors = unit_scales.new_zeros(self.group_size, width)
+            unit_vectors[:, i : i + self.group_size].fill_diagonal_(1)
+            parts.append(self._multiply(unit_vectors, unit_scales)[:, : self.out_features].to(torch.int8))
         scale, zero = scales[:, : self.out_features].transpose(0, 1).bfloat16().unbind(-1)
-        q, dtype = torch.cat(parts).t().contiguous(), self.scales.dtype
-        return QuantizedWeight("int4", q, scale, zero, self.in_features, dtype, self.padding[0])
+        values, dtype = torch.cat(parts).t().contiguous(), self.scales.dtype
+        return QuantizedWeight("int4", values, scale, zero, self.in_features, dtype, self.padding[0])
 
 
 class Int4CpuLinear(_Int4Linear):
+    """Multiply by an int4 weight on the CPU, in PyTorch's packed form."""
+
     def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__(weight, 64)
 
     def forward_2d(self, x: torch.Tensor) -> torch.Tensor:
-        # At once: it is called for each weight of a step.
-        if self.plain and x.dtype == self.scales.dtype == torch.bfloat16 and x.shape[0] <= tuning.INT4_CPU_MAX_ROWS:
+        # A short way for the common case, because this runs for every weight in every decode step.
+        if self.is_unpadded and x.dtype == self.scales.dtype == torch.bfloat16 and x.shape[0] <= tuning.INT4_CPU_MAX_ROWS:
             return compat.int4_linear_cpu(x, self.packed, self.group_size, self.scales.flatten(1, -2))
         return super().forward_2d(x)
 
-    def _packed(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _pack(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
         blocks = HUGE_PAGES.empty(sum(map(len, pieces)), pieces[0].shape[1] // 2, dtype=torch.uint8)
-        for q, own in zip(pieces, blocks.split(len(pieces[0])), strict=True):
-            own.copy_(_pack_int4(q))
+        for values, packed_piece in zip(pieces, blocks.split(len(pieces[0])), strict=True):
+            packed_piece.copy_(_pack_int4(values))
         return blocks
 
-    def _product(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        few = x.dtype == torch.bfloat16 and x.shape[0] <= tuning.INT4_CPU_MAX_ROWS  # in float32 the kernel is ten times slower
-        half = None if few or torch.compiler.is_compiling() else _half_block_outputs()
-        if not half:
+    def _multiply(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        # In float32 PyTorch's kernel is ten times slower.
+        kernel_is_fast = x.dtype == torch.bfloat16 and x.shape[0] <= tuning.INT4_CPU_MAX_ROWS
+        half_block = None if kernel_is_fast or torch.compiler.is_compiling() else _half_block_outputs()
+        if not half_block:
             return compat.int4_linear_cpu(x, self.packed, self.group_size, scales)
         scale, zero = scales.unbind(-1)  # (groups, out)
 
-        def piece(out: slice, buffer: torch.Tensor) -> torch.Tensor:
+        def piece(outs: slice, buffer: torch.Tensor) -> torch.Tensor:
             parts, n, width = buffer.shape
-            q = _unpack_int4(self.packed[out], half, buffer).view(parts, -1, self.group_size, n)
-            # Both (parts, groups, 1, n).
-            a, b = (s[:, out].unflatten(1, (parts, 1, n)).transpose(0, 1).to(q.dtype).contiguous() for s in (scale, zero))
-            return torch.addcmul(b, q, a, out=q).view(parts, width, n)
+            values = _unpack_int4(self.packed[outs], half_block, buffer).view(parts, -1, self.group_size, n)
+            part_scales, part_zeros = (  # (parts, groups, 1, n)
+                s[:, outs].unflatten(1, (parts, 1, n)).transpose(0, 1).to(values.dtype).contiguous() for s in (scale, zero)
+            )
+            return torch.addcmul(part_zeros, values, part_scales, out=values).view(parts, width, n)
 
         return half_precision.linear_in_pieces(x, len(self.packed), piece)
 
 
-def _pack_int4(q: torch.Tensor) -> torch.Tensor:
-    return compat.int4_pack_cpu(q.int() + 8)
+def _pack_int4(values: torch.Tensor) -> torch.Tensor:
+    """Pack int8 values (out, in) for PyTorch's CPU kernel, two to a byte."""
+    return compat.int4_pack_cpu(values.int() + 8)
 
 
-def _unpack_int4(blocks: torch.Tensor, half: int, buffer: torch.Tensor) -> torch.Tensor:
-    """The weights (parts * n, in) that PyTorch packed, as (parts, in, n), in a buffer (parts, n, in): a block is 2 * half
-    outputs by all inputs, and a byte holds outputs i and i + half of an input."""
+def _unpack_int4(blocks: torch.Tensor, half_block: int, buffer: torch.Tensor) -> torch.Tensor:
+    """Unpack PyTorch's CPU blocks of a weight (parts * n, in) into a buffer (parts, n, in), and return it as (parts, in, n).
+
+    A block contains 2 * half_block outputs and all inputs. A byte contains the outputs i and i + half_block of one input.
+    """
     parts, n, width = buffer.shape
-    pairs = blocks.view(parts, n // (2 * half), width, half).transpose(1, 2)  # (parts, in, n / block, half)
-    q = buffer.view(*pairs.shape[:3], 2, half)
-    q[..., 0, :], q[..., 1, :] = (pairs & 15).view(torch.int8) - 8, (pairs >> 4).view(torch.int8) - 8
+    pairs = blocks.view(parts, n // (2 * half_block), width, half_block).transpose(1, 2)  # (parts, in, n / block, half_block)
+    values = buffer.view(*pairs.shape[:3], 2, half_block)
+    values[..., 0, :], values[..., 1, :] = (pairs & 15).view(torch.int8) - 8, (pairs >> 4).view(torch.int8) - 8
     return buffer.view(parts, width, n)
 
 
 @functools.cache
 def _half_block_outputs() -> int | None:
-    """32 with AVX-512, 16 with AVX2; None: this machine's PyTorch packs in a way of its own. It is no public format."""
+    """Return half the outputs of PyTorch's int4 blocks on this CPU: 32 with AVX-512, 16 with AVX2; None for an unknown layout.
+
+    The layout is not public, so known values are packed and unpacked to find it out.
+    """
     with torch.device("cpu"):
-        q = ((torch.arange(128 * 64).view(128, 64) * 2654435761 >> 7) % 16 - 8).to(torch.float32)
-        blocks = _pack_int4(q.to(torch.int8))
-        for half in (32, 16):
-            if blocks.shape == (128, 32) and torch.equal(_unpack_int4(blocks, half, torch.empty_like(q)[None])[0].t(), q):
-                return half
+        values = ((torch.arange(128 * 64).view(128, 64) * 2654435761 >> 7) % 16 - 8).to(torch.float32)
+        blocks = _pack_int4(values.to(torch.int8))
+        for half_block in (32, 16):
+            if blocks.shape != (128, 32):
+                continue
+            unpacked = _unpack_int4(blocks, half_block, torch.empty_like(values)[None])[0].t()
+            if torch.equal(unpacked, values):
+                return half_block
     return None
 
 
 class Int4CudaLinear(_Int4Linear):
+    """Multiply by an int4 weight on CUDA, in PyTorch's packed form."""
+
     def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__(weight, 8)
 
-    def _packed(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([_pack_int4_cuda(q) for q in pieces])
+    def _pack(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([_pack_int4_cuda(values) for values in pieces])
 
-    def _product(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        many = len(x) > tuning.INT4_CUDA_MAX_ROWS and not torch.compiler.is_compiling()
-        if many and _can_unpack_cuda(self.packed.shape[3], self.packed.device):
+    def _multiply(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        kernel_is_slow = len(x) > tuning.INT4_CUDA_MAX_ROWS and not torch.compiler.is_compiling()
+        if kernel_is_slow and _can_unpack_cuda(self.packed.shape[3], self.packed.device):
             scale, zero = scales.transpose(0, 1).unsqueeze(3).unbind(2)  # (out, groups, 1)
-            q = _unpack_int4_cuda(self.packed, x.dtype).unflatten(1, (len(scales), -1))
-            return F.linear(x, torch.addcmul(zero, q, scale, out=q).flatten(1))
+            values = _unpack_int4_cuda(self.packed, x.dtype).unflatten(1, (len(scales), -1))
+            return F.linear(x, torch.addcmul(zero, values, scale, out=values).flatten(1))
         return compat.int4_linear_cuda(x.contiguous(), self.packed, self.group_size, scales)
 
 
-def _pack_int4_cuda(q: torch.Tensor) -> torch.Tensor:
-    unsigned = (q + 8).to(torch.uint8)
-    tiles = next(n for n in (8, 4, 2) if q.shape[1] % (16 * n) == 0)
+def _pack_int4_cuda(values: torch.Tensor) -> torch.Tensor:
+    """Pack int8 values (out, in) for PyTorch's CUDA kernel."""
+    unsigned = (values + 8).to(torch.uint8)
+    tiles = next(n for n in (8, 4, 2) if values.shape[1] % (16 * n) == 0)
     return compat.int4_pack_cuda(unsigned[:, ::2] << 4 | unsigned[:, 1::2], tiles)
 
 
 def _unpack_int4_cuda(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The numbers (out, in) that PyTorch packed as the tensor cores take them, (out / 8, in / 16t, 32, t / 2) of int32:
-    one of 32 threads has 8 inputs of an output. Of an input's number within 32 its bytes have bit 0 and bit 4, their halves
-    bit 3, the threads bits 1 and 2."""
-    n, k, _, t = blocks.shape
-    pairs = blocks.view(torch.uint8).view(n, k, 8, 4, t, 2, 2).permute(0, 2, 1, 4, 6, 3, 5)
-    q = torch.empty(n, 8, k, t, 2, 2, 4, 2, dtype=dtype, device=blocks.device)  # bits 4, 3, 2 and 1, 0
-    for bit3, number in enumerate((pairs & 15, pairs >> 4)):
-        q[:, :, :, :, :, bit3] = number.view(torch.int8).sub_(8)
-    return q.view(8 * n, -1)
+    """Unpack PyTorch's CUDA blocks of t tiles, int32 (out / 8, in / 16t, 32, t / 2), to values (out, in).
+
+    An int32 contains 8 inputs of one output, for one of 32 threads. In the binary index of an input among 32 inputs, bits 0 and
+    4 choose the byte, bit 3 the half of the byte, and bits 1 and 2 the thread.
+    """
+    n, k, _, half_tiles = blocks.shape
+    pairs = blocks.view(torch.uint8).view(n, k, 8, 4, half_tiles, 2, 2).permute(0, 2, 1, 4, 6, 3, 5)
+    # The last four dimensions are bit 4, bit 3, bits 2 and 1, and bit 0 of the input's index.
+    values = torch.empty(n, 8, k, half_tiles, 2, 2, 4, 2, dtype=dtype, device=blocks.device)
+    for bit3, half_bytes in enumerate((pairs & 15, pairs >> 4)):
+        values[:, :, :, :, :, bit3] = half_bytes.view(torch.int8).sub_(8)
+    return values.view(8 * n, -1)
 
 
 @functools.cache
 def _can_unpack_cuda(half_tiles: int, device: torch.device) -> bool:
-    """Whether this machine's PyTorch packs so: it is no public format."""
-    q = ((torch.arange(16 * 96 * half_tiles, device=device).view(16, -1) * 2654435761 >> 7) % 16 - 8).to(torch.int8)
-    blocks = _pack_int4_cuda(q)
-    return blocks.shape[2:] == (32, half_tiles) and torch.equal(_unpack_int4_cuda(blocks, q.dtype), q)
+    """Return True if `_unpack_int4_cuda` undoes the packing of the installed PyTorch, whose layout is not public."""
+    values = ((torch.arange(16 * 96 * half_tiles, device=device).view(16, -1) * 2654435761 >> 7) % 16 - 8).to(torch.int8)
+    blocks = _pack_int4_cuda(values)
+    return blocks.shape[2:] == (32, half_tiles) and torch.equal(_unpack_int4_cuda(blocks, values.dtype), values)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Linear kernels for int8 weights without our own C code: dequantized for each product, or multiplied by cuBLAS."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,11 @@ from .base import LinearKernel
 
 
 class Int8DequantLinear(LinearKernel):
-    """Keep q as it is, and dequantize it for each product: a piece at a time on the CPU; on a GPU a compiler may fuse it."""
+    """Dequantize an int8 weight for each product.
+
+    On the CPU one piece of the weight is dequantized at a time. In compiled code, the compiler may fuse dequantizing into the
+    product.
+    """
 
     format = "int8"
 
@@ -24,9 +28,9 @@ class Int8DequantLinear(LinearKernel):
             return F.linear(x, weight.dequantize())
         groups = weight.scales.shape[1]
 
-        def piece(out: slice, buffer: torch.Tensor) -> torch.Tensor:
-            scale = weight.scales[out].view(len(buffer), -1, groups, 1).to(buffer.dtype)
-            buffer.copy_(weight.values[out].view_as(buffer)).unflatten(2, (groups, -1)).mul_(scale)
+        def piece(outs: slice, buffer: torch.Tensor) -> torch.Tensor:
+            scale = weight.scales[outs].view(len(buffer), -1, groups, 1).to(buffer.dtype)
+            buffer.copy_(weight.values[outs].view_as(buffer)).unflatten(2, (groups, -1)).mul_(scale)
             return buffer.transpose(1, 2)
 
         return half_precision.linear_in_pieces(x, len(weight.values), piece)
@@ -36,17 +40,23 @@ class Int8DequantLinear(LinearKernel):
 
 
 def split_into_two_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows x (N, in) as whole numbers of 15 bits, 128 * high + low, in int8 (2, N, in), and the scale of each row, (N, 1)."""
-    scale = (torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True) / 16256).clamp_(min=1e-30)  # 127 * 128
-    whole = (x / scale).round_()
-    high = (whole / 128).round_()
-    return torch.stack((high, whole - 128 * high)).clamp_(-128, 127).to(torch.int8), scale
+    """Quantize rows x (N, in) to integers of 15 bits, each 128 * high + low.
+
+    Return high and low stacked, int8 (2, N, in), and the scale of each row, (N, 1).
+    """
+    scale = (torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True) / 16256).clamp_(min=1e-30)  # 16256 = 127 * 128
+    integers = (x / scale).round_()
+    high = (integers / 128).round_()
+    return torch.stack((high, integers - 128 * high)).clamp_(-128, 127).to(torch.int8), scale
 
 
 class Int8CudaLinear(LinearKernel):
-    """One scale for each row of the weight; cuBLAS multiplies int8 by int8. Rows of x are rounded to 15 bits, so that values
-    beside a large one lose no more than in groups of 8 bits. Rounding the rows takes many small kernels: a single
-    row that is compiled is not rounded, and all of its product is one kernel."""
+    """Multiply an int8 weight with one scale per row by int8 activations, with cuBLAS.
+
+    Rows of x are quantized to 15 bits, in two int8 parts, so that a large activation does not make the rest of its row less
+    precise than 8 bits with a scale for each group. Quantizing launches many small kernels: compiled code therefore does not
+    quantize a single row, and computes its product in one kernel.
+    """
 
     format = "int8"
 
@@ -54,21 +64,22 @@ class Int8CudaLinear(LinearKernel):
         self.weight, self.scale = weight, weight.scales.flatten().float()
 
     def forward_2d(self, x: torch.Tensor) -> torch.Tensor:
-        q, n, dtype = self.weight.values, len(x), self.weight.dtype
+        values, n, dtype = self.weight.values, len(x), self.weight.dtype
         if n == 1 and torch.compiler.is_compiling():
-            return ((x.float() * q.float()).sum(1) * self.scale).to(dtype).unsqueeze(0)
+            return ((x.float() * values.float()).sum(1) * self.scale).to(dtype).unsqueeze(0)
         if n > tuning.INT8_CUDA_ROWS:
             return torch.cat([self.forward_2d(rows) for rows in x.split(tuning.INT8_CUDA_ROWS)])
-        digits, scales = split_into_two_int8(x.float())
-        rows = q.new_zeros(max(2 * n, 32), x.shape[1])  # PyTorch asks for 17 or more
-        rows[: 2 * n] = digits.flatten(0, 1)
-        high, low = compat.int8_matmul(rows, q.t())[: 2 * n].float().view(2, n, len(q))
+        high_and_low, scales = split_into_two_int8(x.float())
+        rows = values.new_zeros(max(2 * n, 32), x.shape[1])  # int8_matmul requires at least 17 rows
+        rows[: 2 * n] = high_and_low.flatten(0, 1)
+        high, low = compat.int8_matmul(rows, values.t())[: 2 * n].float().view(2, n, len(values))
         return (high.mul_(128).add_(low).mul_(self.scale).mul_(scales)).to(dtype)
 
     def unpack(self) -> QuantizedWeight:
         return self.weight
 
     @staticmethod
-    def serves(weight: QuantizedWeight) -> bool:
+    def supports(weight: QuantizedWeight) -> bool:
+        """Return True if cuBLAS can multiply: one scale per row, sizes that are multiples of 8, compute capability from 7.5."""
         fits = weight.scales.shape[1] == 1 and not any(size % 8 for size in weight.values.shape)
         return fits and torch.cuda.get_device_capability(weight.device) >= (7, 5)

@@ -1,4 +1,4 @@
-"""bfloat16 weights in oneDNN's layout, for CPUs that multiply bfloat16 where no C was compiled."""
+"""Linear kernel for bfloat16 weights in oneDNN's layout, used if the C kernels are not compiled."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from .base import LinearKernel
 
 
 class OneDnnLinear(LinearKernel):
-    """Multiply by a weight in oneDNN's own layout, which is faster than `F.linear` by a plain one."""
+    """Multiply by a weight in oneDNN's own layout, which is faster than `F.linear` with a plain weight."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.packed = compat.onednn_pack(weight.detach())

@@ -1,4 +1,4 @@
-"""Packing weights into blocks, in bfloat16, 8 or 4 bit, by csrc/pack.c."""
+"""Binding of csrc/pack.c, which packs weights into blocks and quantizes them to int8 or int4."""
 
 import ctypes
 import functools
@@ -8,16 +8,17 @@ from .c_extension import CExtension, ExtensionStatus, load_extension, struct_fie
 
 
 class PackArgs(ctypes.Structure):
-    """pack.c explains it."""
+    """The arguments of the C function `pack`; csrc/pack.c describes the fields."""
 
-    _fields_ = struct_fields((c_long, "kind numbers"), (c_void_p, "rows weight scales"), (c_long, "group in_ width out next"))
+    _fields_ = struct_fields((c_long, "format dtype"), (c_void_p, "rows weight scales"), (c_long, "group in_ width out next"))
 
 
 @functools.cache
 def status() -> ExtensionStatus:
-    """Load the extension once."""
+    """Load the packing extension on the first call, and return it or the reason why it cannot be used."""
     return load_extension("pack", [PackArgs], {"pack": [PackArgs]})
 
 
 def extension() -> CExtension | None:
+    """Return the packing extension, or None if this machine cannot use it."""
     return status().extension

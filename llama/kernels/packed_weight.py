@@ -1,11 +1,11 @@
-"""Weights that a kernel holds in its own form, as parameters of ordinary modules.
+"""Packed weights as parameters of ordinary modules: tensors whose values are stored in a linear kernel.
 
-A `PackedWeight` is a tensor (out, in) without memory of its own: some rows, or all, of what a kernel multiplies by.
+A `PackedWeight` (out, in) has no memory of its own. It stands for all or some rows of the weight in a kernel:
 
-    F.linear(x, weight)          the kernel's product
-    weight.float(), 2 * weight   computed from a plain copy; a quantized weight is dequantized
-    weight.mul_(2), weight[0]=x  the copy is changed and packed again; quantized rows are quantized again
-    weight[0], weight.t()        refused: what is written to a view would be lost
+    F.linear(x, weight)              calls the kernel
+    weight.float(), 2 * weight       computes from a plain copy of the weight, which is dequantized if necessary
+    weight.mul_(2), weight[0] = x    changes a plain copy and packs it again, quantizing its rows again
+    weight[0], weight.t()            raises InputError: a packed weight cannot have views
 """
 
 import copy
@@ -29,65 +29,68 @@ USE_EAGER = 'build with backend="eager", which keeps plain tensors'
 
 
 class SharedKernel:
-    """A kernel (out, in), and how to change rows of it: all weights that are parts of it see the change."""
+    """A kernel (out, in) that several packed weights share. Replacing rows of it changes all of these weights."""
 
-    n_edits = 0  # edits of any kernel so far, of which no tensor has a version
+    n_edits = 0  # calls of `replace` on all kernels so far, counted because packed weights have no tensor version
 
     def __init__(self, kernel: LinearKernel, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.kernel, self.shape, self.dtype, self.device = kernel, shape, dtype, device
-        self.logits = False
-        self.parts: dict[tuple[int, int], LinearKernel | None] = {}
+        self.computes_logits = False
+        self.row_kernels: dict[tuple[int, int], LinearKernel | None] = {}  # the results of `rows`, by first and last row
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle_shared, (self.kernel, self.shape, self.dtype, self.device, self.logits)
+        return _unpickle_shared, (self.kernel, self.shape, self.dtype, self.device, self.computes_logits)
 
     def use_highest_precision(self) -> None:
-        """Multiply as exactly as the kernel can from now on."""
-        self.logits = True
+        """Make all further products as precise as the kernel can, which logits need."""
+        self.computes_logits = True
         self.kernel.use_highest_precision()
-        self.parts = {}
+        self.row_kernels = {}
 
     def rows(self, first: int, last: int) -> LinearKernel | None:
-        """Return a kernel of the rows first..last alone, None where that takes a copy."""
+        """Return a kernel of the rows first..last only; None if it would need a copy."""
         if (first, last) == (0, self.shape[0]):
             return self.kernel
-        if (first, last) not in self.parts:
-            self.parts[first, last] = self.kernel.rows(first, last)
-        return self.parts[first, last]
+        if (first, last) not in self.row_kernels:
+            self.row_kernels[first, last] = self.kernel.rows(first, last)
+        return self.row_kernels[first, last]
 
     def replace(self, first: int, last: int, rows: torch.Tensor) -> None:
-        """Pack other values (last - first, in) in place of the rows first..last; the others stay as they are."""
-        held = self.kernel.unpack()
-        if isinstance(held, QuantizedWeight):
-            new = quantize(rows.to(self.device), held.format, held.dtype)
-            parts = held.slice_outputs(0, first), new, held.slice_outputs(last, self.shape[0])
-            held = QuantizedWeight.cat([part for part in parts if len(part.values)])
+        """Replace the rows first..last by new values (last - first, in) and pack the weight again. Other rows do not change."""
+        weight = self.kernel.unpack()
+        if isinstance(weight, QuantizedWeight):
+            assert not weight.padding_before or (first, last) == (0, self.shape[0]), "rows with padding are replaced as a whole"
+            new_rows = quantize(rows.to(self.device), weight.format, weight.dtype)
+            parts = weight.slice_outputs(0, first), new_rows, weight.slice_outputs(last, self.shape[0])
+            weight = QuantizedWeight.cat([part for part in parts if len(part.values)])
         else:
-            held = held.clone()
-            held[first:last] = rows
-        if isinstance(self.kernel, BlockedLinear) and isinstance(held, torch.Tensor):  # however small
-            self.kernel = BlockedLinear(BlockedWeight.from_dense(held), self.dtype)
+            weight = weight.clone()
+            weight[first:last] = rows
+        if isinstance(self.kernel, BlockedLinear) and isinstance(weight, torch.Tensor):
+            # `pack_weight` would leave a small weight unpacked.
+            self.kernel = BlockedLinear(BlockedWeight.from_dense(weight), self.dtype)
         else:
-            kernel = pack_weight(held)
+            kernel = pack_weight(weight)
             assert kernel is not None
             self.kernel = kernel
-        self.parts = {}
-        if self.logits:
+        self.row_kernels = {}
+        if self.computes_logits:
             self.use_highest_precision()
         SharedKernel.n_edits += 1
 
 
 def _unpickle_shared(
-    kernel: Any, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, logits: bool
+    kernel: Any, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, computes_logits: bool
 ) -> SharedKernel:
-    made = SharedKernel(kernel, shape, dtype, device)
-    if logits and isinstance(kernel, LinearKernel):
-        made.use_highest_precision()
-    return made
+    """Return a copied or unpickled SharedKernel, around the plain or quantized weight if this machine has no kernel for it."""
+    shared = SharedKernel(kernel, shape, dtype, device)
+    if computes_logits and isinstance(kernel, LinearKernel):
+        shared.use_highest_precision()
+    return shared
 
 
 class PackedWeight(torch.Tensor):
-    """The rows first..last of a shared kernel."""
+    """A weight (last - first, in) whose values are the rows first..last of a shared kernel."""
 
     shared: SharedKernel
     first: int
@@ -103,54 +106,55 @@ class PackedWeight(torch.Tensor):
         pass
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., in) -> (..., out)."""
+        """Return x (..., in) times the weight: (..., out)."""
         part = self.shared.rows(self.first, self.last)
         return part.forward(x) if part else self.shared.kernel.forward(x)[..., self.first : self.last]
 
     def dequantize(self) -> torch.Tensor:
-        """Return a plain copy."""
+        """Return a copy of the weight as a plain tensor (out, in)."""
         part = self.shared.rows(self.first, self.last)
         return part.dequantize() if part else self.shared.kernel.dequantize()[self.first : self.last].clone()
 
     def assign(self, values: torch.Tensor) -> None:
+        """Replace all values by those of a plain tensor (out, in)."""
         self.shared.replace(self.first, self.last, values)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        own = _FUNCTIONS.get(func)
-        result = own(*args, **(kwargs or {})) if own else NotImplemented
+        handler = _HANDLERS.get(func)
+        result = handler(*args, **(kwargs or {})) if handler else NotImplemented
         if result is not NotImplemented:
             return result
-        with compat.without_torch_function():  # results are plain tensors, not of this class
+        with compat.without_torch_function():  # so that results are plain tensors, not packed weights
             return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return _alias(args[0])
-        result = func.decompose(*args, **(kwargs or {}))  # of a composite, which inference mode does not take apart
+        # Inference mode does not decompose composite operations into those below.
+        result = func.decompose(*args, **(kwargs or {}))
         if result is not NotImplemented:
             return result
         values = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | (kwargs or {})
-        written: list[tuple[Any, Any]] = []  # packed weights that the operation writes to, and the copies that it is given
-        given = {}
+        plain_values = {}  # the arguments by name, with a plain copy of each packed weight
+        written: list[tuple[Any, Any]] = []  # packed weights that the operation writes to, and their plain copies
         for argument in func._schema.arguments:
             value = values.get(argument.name)
-            copies = given[argument.name] = tree_map(_plain, value)
+            plain_value = plain_values[argument.name] = tree_map(_to_plain, value)
             if argument.alias_info is None:
                 continue
-            pairs = [(old, new) for old, new in zip(tree_leaves(value), tree_leaves(copies), strict=True) if old is not new]
-            if pairs and not argument.alias_info.is_write:
-                raise InputError(
-                    f"{func} makes a view of a packed weight, and what is written to a view would be lost: {USE_EAGER}"
-                )
-            written += pairs
-        positional = [given[argument.name] for argument in func._schema.arguments[: len(args)]]
-        result = func(*positional, **{name: given[name] for name in kwargs or {}})
-        for weight, copy_ in written:
-            weight.assign(copy_)
-        for weight, copy_ in written:
-            if result is copy_:
+            leaves = zip(tree_leaves(value), tree_leaves(plain_value), strict=True)
+            copied = [(weight, plain_copy) for weight, plain_copy in leaves if weight is not plain_copy]
+            if copied and not argument.alias_info.is_write:
+                raise InputError(f"{func} makes a view, and a packed weight cannot have views: {USE_EAGER}")
+            written += copied
+        positional = [plain_values[argument.name] for argument in func._schema.arguments[: len(args)]]
+        result = func(*positional, **{name: plain_values[name] for name in kwargs or {}})
+        for weight, plain_copy in written:
+            weight.assign(plain_copy)
+        for weight, plain_copy in written:
+            if result is plain_copy:
                 return weight
         return result
 
@@ -160,59 +164,66 @@ class PackedWeight(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         if isinstance(self, nn.Parameter):
             return _unpickle_parameter, (self.shared, self.first, self.last)
-        return self.dequantize().__reduce_ex__(protocol)  # a state_dict is saved as plain tensors
+        return self.dequantize().__reduce_ex__(protocol)  # the tensors of a state_dict are saved as plain tensors
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"PackedWeight({tuple(self.shape)}, {self.shared.kernel.format or self.dtype})"
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
+    """Return a plain copy of a packed weight, and any other value unchanged."""
     return value.dequantize() if isinstance(value, PackedWeight) else value
 
 
 def _alias(weight: PackedWeight) -> PackedWeight:
+    """Return another PackedWeight that stands for the same rows of the same kernel."""
     with torch.inference_mode(False):
         return PackedWeight(weight.shared, weight.first, weight.last)
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    """Compute `F.linear` with the weight's kernel."""
     if not isinstance(weight, PackedWeight):
         return NotImplemented
     y = weight.linear(input)
-    if torch.is_autocast_enabled(input.device.type):  # as of a plain weight's product
+    if torch.is_autocast_enabled(input.device.type):  # under autocast, F.linear with a plain weight returns autocast's dtype
         y = y.to(torch.get_autocast_dtype(input.device.type))
     return y if bias is None else y + bias
 
 
 def _set_item(weight: Any, index: Any, value: Any) -> Any:
+    """Compute `weight[index] = value` on a plain copy, and pack the copy."""
     if not isinstance(weight, PackedWeight):
         return NotImplemented
     values = weight.dequantize()
-    values[index] = _plain(value)
+    values[index] = _to_plain(value)
     weight.assign(values)
 
 
 def _set_data(weight: Any, data: Any) -> Any:
-    same = [(t.shared, t.first, t.last) if isinstance(t, PackedWeight) else t for t in (weight, data)]
-    if same[0] != same[1]:
+    """Accept `weight.data = data` if both are the same rows of the same kernel, as in `Module.to`; else raise InputError."""
+    storages = [(t.shared, t.first, t.last) if isinstance(t, PackedWeight) else t for t in (weight, data)]
+    if storages[0] != storages[1]:
         raise InputError(f"the data of a packed weight cannot be another tensor; copy_ values into it, or {USE_EAGER}")
 
 
 def _requires_grad(weight: Any, requires_grad: bool = True) -> Any:
+    """Raise InputError for requires_grad=True, because kernels compute no gradients."""
     if requires_grad:
-        raise InputError(f"a packed weight takes no gradient: to train, {USE_EAGER}")
+        raise InputError(f"a packed weight has no gradient: to train, {USE_EAGER}")
     return weight
 
 
 def _may_take_data(weight: Any, data: Any) -> Any:
-    """Have `Module.to` make a new parameter unless both tensors are packed."""
+    """Return True if both tensors are packed; for any other pair `Module.to` makes a new parameter."""
     return isinstance(weight, PackedWeight) and isinstance(data, PackedWeight)
 
 
-_FUNCTIONS: dict[Any, Any] = {
+# Replacements of PyTorch functions for packed weights. A handler returns NotImplemented if its weight is not packed.
+_HANDLERS: dict[Any, Any] = {
     compat.may_take_data: _may_take_data,
     F.linear: _linear,
-    # Here, not by __torch_dispatch__: at the first call of that PyTorch imports its distributed tensors, 40 MB in 0.7 seconds.
+    # Not left to __torch_dispatch__: on its first call PyTorch imports distributed tensors, 40 MB in 0.7 seconds.
     torch.Tensor.detach: _alias,
     torch.Tensor.data.__get__: _alias,  # type: ignore[attr-defined]
     torch.Tensor.__setitem__: _set_item,
@@ -223,7 +234,7 @@ _FUNCTIONS: dict[Any, Any] = {
 
 
 def _unpickle_parameter(shared: SharedKernel, first: int, last: int) -> nn.Parameter:
-    """Return a copied or unpickled weight; a plain tensor if this machine cannot pack it."""
+    """Return a copied or unpickled weight as a parameter, which is a plain tensor if this machine cannot pack it."""
     if isinstance(shared.kernel, torch.Tensor):
         return nn.Parameter(shared.kernel[first:last], requires_grad=False)
     if isinstance(shared.kernel, QuantizedWeight):
@@ -237,26 +248,29 @@ def make_parameters(
     in_features: int,
     dtype: torch.dtype,
     device: torch.device,
-    packs: bool = True,
-    logits: bool = False,
+    pack: bool = True,
+    computes_logits: bool = False,
 ) -> list[nn.Parameter]:
-    """Split one weight (sum of outs, in) into parameters (out, in): packed for the fastest kernel if `packs`, else views.
-    logits: it computes logits, so the kernel multiplies as exactly as it can."""
-    kernel = weight if isinstance(weight, LinearKernel) else pack_weight(weight) if packs else None
+    """Split one weight (sum of outs, in) into parameters (out, in), one for each number in `outs`.
+
+    pack: pack the weight for the fastest kernel. If False, or if plain tensors are the fastest, the parameters are its views.
+    computes_logits: make the kernel as precise as it can be.
+    """
+    kernel = weight if isinstance(weight, LinearKernel) else pack_weight(weight) if pack else None
     if kernel is None:
         assert isinstance(weight, torch.Tensor)
         return [nn.Parameter(part, requires_grad=False) for part in weight.split(list(outs))]
-    shared, made, first = SharedKernel(kernel, (sum(outs), in_features), dtype, device), [], 0
-    if logits:
+    shared, parameters, first = SharedKernel(kernel, (sum(outs), in_features), dtype, device), [], 0
+    if computes_logits:
         shared.use_highest_precision()
     for out in outs:
-        made.append(nn.Parameter(PackedWeight(shared, first, first + out), requires_grad=False))
+        parameters.append(nn.Parameter(PackedWeight(shared, first, first + out), requires_grad=False))
         first += out
-    return made
+    return parameters
 
 
 def merge_weights(weights: Sequence[torch.Tensor]) -> LinearKernel | torch.Tensor | None:
-    """Return the weight (sum of outs, in) of which these are the parts in order, without a copy; None if there is none."""
+    """Return a single weight or kernel whose rows are those of all weights in order; None if that would need a copy."""
     first = weights[0]
     if isinstance(first, PackedWeight):
         if len(weights) == 1:
@@ -268,8 +282,8 @@ def merge_weights(weights: Sequence[torch.Tensor]) -> LinearKernel | torch.Tenso
         return first.detach()
     address = first.data_ptr()
     for weight in weights:
-        alike = (weight.dtype, weight.device, weight.shape[1:]) == (first.dtype, first.device, first.shape[1:])
-        if isinstance(weight, PackedWeight) or not weight.is_contiguous() or not alike or weight.data_ptr() != address:
+        matches = (weight.dtype, weight.device, weight.shape[1:]) == (first.dtype, first.device, first.shape[1:])
+        if isinstance(weight, PackedWeight) or not weight.is_contiguous() or not matches or weight.data_ptr() != address:
             return None
         address += weight.nbytes
     rows, width = sum(map(len, weights)), first.shape[1]

@@ -1,15 +1,19 @@
-"""How a weight is held so that multiplying by it reads it as one stream.
+"""Choose the packed form and the kernel for each weight, by its format, its dtype and the device.
 
-A parallel layer gives its weight to `pack` once, when it is loaded. Where there is nothing better than the weight itself
-and `widened.linear`, it gets None.
+A parallel layer packs its weight once, when it is loaded. A weight for which nothing is faster stays a plain tensor, which
+`half_precision.linear` multiplies.
 
-    weight      device                        form
-    bfloat16    CPU that multiplies it        BlockedLinear (blocks.py): products.c; without a C compiler Packed: oneDNN
-    int8        CPU with AVX-512 or AVX2      BlockedLinear: products.c, avx2.c
-                CUDA, one scale per row       Int8Cuda: as it is, for cuBLAS
-                others                        Int8: as it is, dequantized for each product
-    int4        CPU with AVX-512 or AVX2      BlockedLinear
-                other CPUs, CUDA              int4.py's
+    weight      device                          packed as
+    bfloat16    CPU with AVX-512 bfloat16       BlockedLinear
+                other CPUs with bfloat16        OneDnnLinear
+    int8        CPU with AVX-512 or AVX2        BlockedLinear
+                CUDA, one scale per row         Int8CudaLinear
+                other devices                   Int8DequantLinear
+    int4        CPU with AVX-512 or AVX2        BlockedLinear
+                other CPUs                      Int4CpuLinear
+                CUDA                            Int4CudaLinear
+
+BlockedLinear needs the C kernels, which are compiled at installation. Without them every CPU counts as one of the others.
 """
 
 import itertools
@@ -30,75 +34,81 @@ from .int8 import Int8CudaLinear, Int8DequantLinear
 from .onednn import OneDnnLinear
 
 
-def uses_blocks(kind: str | None, weight: torch.Tensor | QuantizedWeight, in_features: int) -> bool:
-    """Tell whether a weight is to be held in blocks once it is of this kind; None means bfloat16."""
-    if weight.device.type != "cpu" or weight.dtype not in DTYPE_CODES or extension_for(kind or "bfloat16") is None:
+def uses_blocks(format: str | None, weight: torch.Tensor | QuantizedWeight, in_features: int) -> bool:
+    """Return True if the weight can be packed into blocks in `format` on this machine; format None means bfloat16."""
+    if weight.device.type != "cpu" or weight.dtype not in DTYPE_CODES or extension_for(format or "bfloat16") is None:
         return False
-    return kind is not None or (weight.dtype == torch.bfloat16 and in_features % 2 == 0)
+    return format is not None or (weight.dtype == torch.bfloat16 and in_features % 2 == 0)
 
 
 def pack_rows(
-    kind: str | None, views: Sequence[torch.Tensor], dtype: torch.dtype, width: int, first: int, last: int
+    format: str | None, views: Sequence[torch.Tensor], dtype: torch.dtype, width: int, first: int, last: int
 ) -> LinearKernel | None:
-    """Pack the inputs first..last of rows of `width` inputs into blocks in one call of pack.c, quantized by groups of the whole
-    row, or in bfloat16. The views are rows (outs, width), one after the other, or, if narrower, columns side by side.
+    """Pack the inputs first..last of a weight (out, width) into blocks; format None means bfloat16.
 
-    Return None where blocks do not serve; `pack` then chooses the form.
+    views: the parts of the weight, in order. Each part has some of the outputs (outs, width) or some of the inputs (out, ins).
+    dtype: of the activations. Groups are those of the whole row, so that every rank has the values that one rank would have.
+    Returns None if this weight is not packed into blocks on this machine; `pack_weight` may then pack it otherwise.
     """
-    view, *others = views
-    n = sum(map(len, views)) if view.shape[1] == width else len(view)
-    big = kind is not None or n * (last - first) * 2 >= tuning.MIN_PACKED_BYTES
-    alike = all(other.dtype == view.dtype for other in others)
-    fits = dtype in DTYPE_CODES and (kind is not None or dtype == view.dtype)
-    if not (big and alike and fits) or not uses_blocks(kind, view, last - first):
+    n_outputs = sum(map(len, views)) if views[0].shape[1] == width else len(views[0])
+    large_enough = format is not None or n_outputs * (last - first) * 2 >= tuning.MIN_PACKED_BYTES
+    same_dtype = all(view.dtype == views[0].dtype for view in views)
+    supported_dtype = dtype in DTYPE_CODES and (format is not None or dtype == views[0].dtype)
+    if not (large_enough and same_dtype and supported_dtype) or not uses_blocks(format, views[0], last - first):
         return None
-    group = group_size(width, kind) if kind else ACTIVATION_GROUP
+    group = group_size(width, format) if format else ACTIVATION_GROUP
     begin, end = first // group * group, min(-(-last // group) * group, width)
-    if view.shape[1] == width:
-        rows = [v[:, begin:end] for v in views]
+    if views[0].shape[1] == width:
+        rows = [view[:, begin:end] for view in views]
     else:
-        starts = itertools.accumulate((v.shape[1] for v in views), initial=0)
-        rows = [torch.cat([v[:, max(begin - at, 0) : max(end - at, 0)] for v, at in zip(views, starts, strict=False)], dim=1)]
-    made = BlockedWeight.from_rows(kind or "bfloat16", rows, group)
-    return BlockedLinear(replace(made, in_features=last - first, front=first - begin), dtype)
+        starts = itertools.accumulate((view.shape[1] for view in views), initial=0)
+        columns = [v[:, max(begin - start, 0) : max(end - start, 0)] for v, start in zip(views, starts, strict=False)]
+        rows = [torch.cat(columns, dim=1)]
+    blocks = BlockedWeight.from_rows(format or "bfloat16", rows, group)
+    return BlockedLinear(replace(blocks, in_features=last - first, padding_before=first - begin), dtype)
 
 
 def pack_weight(weight: torch.Tensor | QuantizedWeight) -> LinearKernel | None:
-    """The form that multiplies (..., in) to (..., out) fastest, for a weight (out, in); None: the weight as it is."""
+    """Pack a weight (out, in) for the fastest kernel; return None if a plain tensor is the fastest.
+
+    Raises DeviceError if no kernel multiplies this format on the weight's device.
+    """
     if isinstance(weight, QuantizedWeight):
         check_kernel(weight.format, weight.device, weight.dtype)
         if uses_blocks(weight.format, weight, weight.in_features) and weight.group_size % ACTIVATION_GROUP == 0:
             return BlockedLinear(BlockedWeight.from_quantized(weight), weight.dtype)
         if weight.format == "int4":
             return Int4CpuLinear(weight) if weight.device.type == "cpu" else Int4CudaLinear(weight)
-        return (
-            Int8CudaLinear(weight)
-            if weight.device.type == "cuda" and Int8CudaLinear.serves(weight)
-            else Int8DequantLinear(weight)
-        )
+        if weight.device.type == "cuda" and Int8CudaLinear.supports(weight):
+            return Int8CudaLinear(weight)
+        return Int8DequantLinear(weight)
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or weight.nbytes < tuning.MIN_PACKED_BYTES:
         return None
-    made = pack_rows(None, [weight.detach()], weight.dtype, weight.shape[1], 0, weight.shape[1])
-    return made or (OneDnnLinear(weight) if half_precision.is_native(weight.dtype) else None)
+    blocked = pack_rows(None, [weight.detach()], weight.dtype, weight.shape[1], 0, weight.shape[1])
+    return blocked or (OneDnnLinear(weight) if half_precision.is_native(weight.dtype) else None)
 
 
-def repack(held: torch.Tensor | QuantizedWeight) -> LinearKernel | torch.Tensor | QuantizedWeight:
-    """`pack`, of what came from a machine that may have had a form where this one has none."""
-    return pack_weight(held) or held
+def repack(weight: torch.Tensor | QuantizedWeight) -> LinearKernel | torch.Tensor | QuantizedWeight:
+    """Pack the weight of a copied or unpickled kernel; return it unpacked if this machine has no kernel for it."""
+    return pack_weight(weight) or weight
 
 
 LinearKernel.rebuild = staticmethod(repack)
 
 
-def check_kernel(kind: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise DeviceError where there is no kernel for weights of this kind. "cuda" without a number: some GPU, not one here."""
-    if kind == "int4" and device.type == "mps":
+def check_kernel(format: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise DeviceError if no kernel multiplies a weight in `format` on the device, with activations of `dtype`.
+
+    For a device "cuda" without an index, a GPU of compute capability 8.0 is assumed, which this machine need not have.
+    """
+    if format == "int4" and device.type == "mps":
         raise DeviceError("quantize='int4' has no kernel on mps; use quantize='int8', or device='cpu'")
-    if kind == "int4" and device.type == "cuda":
+    if format == "int4" and device.type == "cuda":
         if dtype != torch.bfloat16:
             raise DeviceError(f"quantize='int4' on CUDA multiplies bfloat16 only, and dtype is {dtype}; use dtype='bfloat16'")
         major, minor = (8, 0) if device.index is None else torch.cuda.get_device_capability(device)
         if major < 8:
             raise DeviceError(
-                f"quantize='int4' needs a GPU of compute capability 8.0, and {device} has {major}.{minor}; use quantize='int8'"
+                f"quantize='int4' needs a GPU of compute capability 8.0 or higher, and {device} has {major}.{minor}; "
+                "use quantize='int8'"
             )

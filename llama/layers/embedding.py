@@ -1,4 +1,4 @@
-"""TODO."""
+"""The token embedding, tensor-parallel."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from .linear import InitMethod, divide, make_weight, small_normal_
 
 
 class ParallelEmbedding(fs_layers.ParallelEmbedding):
-    """tokens (...) -> (..., dim); each rank holds dim / ranks columns of every token's embedding."""
+    """Look up embeddings: tokens (...) -> (..., dim). Each rank stores dim / ranks columns of the table."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, init_method: InitMethod = small_normal_) -> None:
         nn.Module.__init__(self)

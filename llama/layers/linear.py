@@ -1,8 +1,8 @@
-"""fairscale's tensor-parallel layers, made to allocate only what a rank keeps.
+"""Linear layers, tensor-parallel: fairscale's, changed to allocate only the part of the weight that a rank uses.
 
-fairscale's own constructors build the whole matrix on every rank and ignore the default device, so that a model cannot be laid
-out on `meta`. These subclasses keep its groups and collectives, its arguments, and what it calls "column" (the output is split)
-and "row" (the input is split). With one rank no group is needed.
+fairscale's own constructors build the whole matrix on every rank and ignore the default device, so that a model cannot be built
+on `meta`. These subclasses keep fairscale's groups, collectives, arguments and terms: column-parallel layers split the outputs
+among the ranks, row-parallel layers the inputs. With one rank no group is needed.
 """
 
 from collections.abc import Callable
@@ -25,32 +25,35 @@ InitMethod = Callable[[torch.Tensor], Any]
 
 
 def divide(n: int, ranks: int, what: str) -> int:
-    """Return n / ranks. Raise DeviceError, which names the possible numbers of ranks, if n is not divisible."""
+    """Return n / ranks, or raise DeviceError, which lists the possible numbers of ranks. what: the name of n in the error."""
     if n % ranks:
-        fitting = ", ".join(str(r) for r in range(1, min(n, 64) + 1) if n % r == 0)
-        raise DeviceError(f"{what}: {n} cannot be divided among {ranks} ranks; use one of {fitting}")
+        divisors = ", ".join(str(r) for r in range(1, min(n, 64) + 1) if n % r == 0)
+        raise DeviceError(f"{what}: {n} cannot be divided among {ranks} ranks; use one of {divisors}")
     return n // ranks
 
 
 def small_normal_(weight: torch.Tensor) -> torch.Tensor:
+    """Fill a weight with normally distributed values of standard deviation 0.02."""
     return nn.init.normal_(weight, std=0.02)
 
 
 def make_weight(rows: int, columns: int, init_method: InitMethod) -> nn.Parameter:
+    """Return a parameter (rows, columns) without gradient, initialized unless it is on `meta`."""
     weight = torch.empty(rows, columns)
-    if not weight.is_meta:  # on meta, initializing would only import torch's compiler: 1.5 seconds
+    if not weight.is_meta:  # on `meta`, initializing would only import torch's compiler, which takes 1.5 s
         with torch.no_grad():
             init_method(weight)
     return nn.Parameter(weight, requires_grad=False)
 
 
 def _no_bias(bias: bool) -> None:
+    """Raise InputError if a caller asks for a bias."""
     if bias:
-        raise InputError("bias=True: the linear layers of Llama 2 have no bias; leave it out")
+        raise InputError("bias=True: the linear layers of Llama 2 have no bias; leave the argument out")
 
 
 class ColumnParallelLinear(fs_layers.ColumnParallelLinear):
-    """x (..., in) -> (..., out), or this rank's (..., out / ranks) without `gather_output`. The weight is split by rows."""
+    """Multiply x (..., in) by this rank's rows of the weight: (..., out / ranks), or (..., out) with `gather_output`."""
 
     def __init__(
         self,
@@ -72,12 +75,12 @@ class ColumnParallelLinear(fs_layers.ColumnParallelLinear):
         if self.ranks == 1:
             return F.linear(x, self.weight, self.bias)
         y = F.linear(copy_to_model_parallel_region(x), self.weight, self.bias)
-        # The ranks' kernels may give logits of different dtypes, if their machines differ: what they send must not.
+        # Gathered tensors must have one dtype, but ranks on different machines may use kernels whose logits differ in dtype.
         return gather_from_model_parallel_region(y.float()) if self.gather_output else y
 
 
 class RowParallelLinear(fs_layers.RowParallelLinear):
-    """This rank's x (..., in / ranks) -> (..., out), summed over the ranks. The weight is split by columns."""
+    """Multiply x (..., in / ranks) by this rank's columns of the weight, and sum over the ranks: (..., out)."""
 
     def __init__(
         self,
@@ -90,7 +93,9 @@ class RowParallelLinear(fs_layers.RowParallelLinear):
         nn.Module.__init__(self)
         _no_bias(bias)
         if not input_is_parallel:
-            raise InputError("input_is_parallel=False: each rank is given its own part of the input; leave it out")
+            raise InputError(
+                "input_is_parallel=False: every rank must be given only its part of the input; leave the argument out"
+            )
         self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, True
         self.ranks = model_parallel()[1]
         self.input_size_per_partition = divide(in_features, self.ranks, "input features of a linear layer")

@@ -1,4 +1,4 @@
-"""What a model needs, and which machines can hold it."""
+"""Compute how much memory a model needs, and on which machines it fits, without loading it."""
 
 from .machines import GPUS, MODELS, plan
 

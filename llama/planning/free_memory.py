@@ -1,4 +1,4 @@
-"""TODO."""
+"""Measure how much memory a rank may still allocate: on a GPU, or on the host within its container's limit."""
 
 import contextlib
 import os
@@ -10,19 +10,20 @@ from ..distributed import groups
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes this rank may still allocate on its device; None where the system does not tell."""
+    """Return the bytes that this rank may still allocate on its device; None if the system does not report them."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     limits = [n for n in (_linux_available(), _cgroup_available()) if n is not None]
-    if not limits and hasattr(os, "sysconf"):  # macOS: what is installed is the only bound to be had
+    if not limits and hasattr(os, "sysconf"):  # macOS reports installed memory only
         limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     return min(limits) // (groups.local_rank_and_size()[1] or 1) if limits else None
 
 
 def _linux_available() -> int | None:
+    """Return the memory that Linux reports as available, in bytes; None on other systems."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -31,10 +32,10 @@ def _linux_available() -> int | None:
 
 
 def _cgroup_available() -> int | None:
-    """What a container (cgroup v2) leaves: its limit less what is used, page cache not counted."""
+    """Return the bytes that a container (cgroup v2) may still use, page cache counted as free; None without a limit."""
     root = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):
-        limit = int((root / "memory.max").read_text())  # "max" is no number: no limit
+        limit = int((root / "memory.max").read_text())  # "max", for no limit, raises ValueError
         stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
         return limit - int((root / "memory.current").read_text()) + int(stat.get("inactive_file", 0))
     return None

@@ -1,13 +1,14 @@
-"""Which machines hold a model, and how fast it can be there at best: computed, not measured.
+"""Compute on which machines a model fits, and an upper bound of its tokens/s there.
 
-A decode step reads each rank's weights once for all rows, of the embedding no more than a row for each, and the keys and
-values of all positions in use. Ranks read at the same time, each from a memory of its own, and a step ends when all have:
-so ids/s are at most rows * bandwidth / bytes read on one rank. What ranks send each other, and what kernels lose, comes on
-top. Nothing here knows of files, or of the machine it runs on.
+A decode step generates one token for each row of the batch. For all rows together, a rank reads its weights once, and its KV
+cache up to the positions in use; of the embedding it reads single rows, which are not counted. Ranks read at the same time,
+each from its own memory. So tokens/s are at most rows * bandwidth / bytes read by one rank. Communication between ranks and
+the losses of kernels are not counted.
 """
 
+import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,11 +17,12 @@ import torch
 
 from ..checkpoint.params import parse_dtype, read_params
 from ..checkpoint.shards import open_shards, shard_paths
-from ..errors import InputError, describe, format_bytes
+from ..errors import InputError, check_count, describe, format_bytes, short_repr
 from ..model import ModelArgs, check_ranks
+from ..quantization.weight import check_quantize
 from .estimate import cache_bytes, check_quantization, explain_oom, is_possible, matmul_bytes, memory_required
 
-VOCAB_SIZE = 32000  # of Llama 2's vocabulary
+VOCAB_SIZE = 32000  # tokens in Llama 2's vocabulary
 MODELS = {
     "7B": ModelArgs(vocab_size=VOCAB_SIZE),
     "13B": ModelArgs(dim=5120, n_layers=40, n_heads=40, vocab_size=VOCAB_SIZE),
@@ -28,20 +30,23 @@ MODELS = {
         dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3, vocab_size=VOCAB_SIZE
     ),
 }
-SHOWN = 16  # most ranks that a table has unasked
-NOTE = "Computed, not measured: as fast as memory is read, all positions in use; what ranks send each other comes on top."
+MAX_RANKS_SHOWN = 16  # the largest number of ranks in a table if the caller names none
+NOTE = (
+    "Computed, not measured: the bound that memory bandwidth sets when the context is full. "
+    "Communication between ranks is not counted."
+)
 
 
 class Machine(NamedTuple):
-    """What a rank runs on: memory in GB, all of it free, and how fast it is read, in GB/s."""
+    """The device of one rank: its memory in GB, all of it free, and its memory bandwidth in GB/s."""
 
     name: str
     memory: float
     bandwidth: float
 
 
-# As in the vendors' data sheets; from A100 on the SXM modules. A GB is taken as 10^9 bytes, though most of these have 2^30:
-# the difference is about what error correction and CUDA itself take.
+# From the vendors' data sheets; from A100 on, of the SXM modules. Memory counts as 10^9 bytes per GB, though most of these GPUs
+# have 2^30: the difference is about what error correction and CUDA itself take.
 GPUS = {
     machine.name: machine
     for machine in (
@@ -53,21 +58,33 @@ GPUS = {
 }  # fmt: skip
 
 
+def _is_key(value: object, table: Mapping[str, object]) -> bool:
+    return isinstance(value, str) and value in table
+
+
 def choose_machines(gpu: str | None, memory: float | None, bandwidth: float | None) -> tuple[list[Machine], torch.device]:
-    """The GPU named, the machine described, or all GPUs there are; and where kernels have to be found for them."""
+    """Return the machines to plan for, and the device whose kernels they need.
+
+    gpu: the name of a GPU. memory, bandwidth: of a single machine without a name. By default all GPUs are returned.
+    """
+    if gpu is not None and not _is_key(gpu, GPUS):
+        raise InputError(f"gpu is {describe(gpu)}; use one of {', '.join(GPUS)}, or give memory and bandwidth")
     if memory is None and bandwidth is None:
         return [GPUS[gpu]] if gpu else list(GPUS.values()), torch.device("cuda")
     if gpu or memory is None or bandwidth is None:
-        raise InputError("a machine is either a --gpu or both --memory and --bandwidth, not something of each")
+        raise InputError(
+            f"gpu is {short_repr(gpu)}, memory is {memory}, bandwidth is {bandwidth}; "
+            "give either gpu, or both memory and bandwidth"
+        )
     for name, value, unit in (("memory", memory, "GB"), ("bandwidth", bandwidth, "GB/s")):
-        if not 0 < value <= 1e6:
-            raise InputError(f"{name} is {value}; it must be a number of {unit} above 0, at most a million")
-    return [Machine("a machine", memory, bandwidth)], torch.device("cpu")
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value <= 1e6:
+            raise InputError(f"{name} is {describe(value)}; it must be a number of {unit} above 0, at most a million")
+    return [Machine("this machine", memory, bandwidth)], torch.device("cpu")
 
 
-def bytes_read_per_step(args: ModelArgs, ranks: int, dtype: torch.dtype, kind: str | None = None) -> int:
-    """What each rank reads in a decode step of `max_batch_size` rows when all `max_seq_len` positions are in use."""
-    return matmul_bytes(args, ranks, dtype, kind) + cache_bytes(args, ranks, dtype)
+def bytes_read_per_step(args: ModelArgs, ranks: int, dtype: torch.dtype, format: str | None = None) -> int:
+    """Return the bytes that each rank reads in a decode step of `max_batch_size` rows with `max_seq_len` positions in use."""
+    return matmul_bytes(args, ranks, dtype, format) + cache_bytes(args, ranks, dtype)
 
 
 def plan_report(
@@ -75,49 +92,56 @@ def plan_report(
     args: ModelArgs,
     ranks: list[int],
     dtype: torch.dtype,
-    kind: str | None,
+    format: str | None,
     machines: list[Machine],
     device: torch.device,
 ) -> str:
-    """A table of memory and of most ids/s: a column for each number of ranks, if none is given for all that are possible.
+    """Return a table of memory and of a bound of the tokens/s, with a column for each number of ranks.
 
-    Of a single machine it says, too, what would make fit what does not. Raises InputError for sizes that cannot be, and
-    DeviceError, as `Llama.build` does, for a number of ranks that does not divide the model or has no kernel.
+    ranks: if empty, use all possible numbers up to MAX_RANKS_SHOWN. For a single machine that is too small, the report adds
+    the changes that would make the model fit. Raises InputError for sizes out of range, and DeviceError, as `Llama.build` does,
+    for a number of ranks that does not divide the model and for a format without a kernel on `device`.
     """
-    sizes = [("ranks", n) for n in ranks] + [("max_seq_len", args.max_seq_len), ("max_batch_size", args.max_batch_size)]
-    for what, value in sizes:
-        if not 1 <= value < 2**31:
-            raise InputError(f"{what} is {value}; it must be a whole number from 1 to {2**31 - 1:,}")
-    notes = [NOTE] if ranks else [NOTE, f"No other number of ranks up to {SHOWN} is possible."]
-    ranks = ranks or [n for n in range(1, SHOWN + 1) if is_possible(args, n, dtype, device, kind)] or [1]
+    for n in ranks:
+        check_count(n, "ranks")
+    check_count(args.max_seq_len, "max_seq_len")
+    check_count(args.max_batch_size, "max_batch_size")
+    notes = [NOTE] if ranks else [NOTE, f"No other number of ranks up to {MAX_RANKS_SHOWN} is possible."]
+    ranks = ranks or [n for n in range(1, MAX_RANKS_SHOWN + 1) if is_possible(args, n, dtype, device, format)] or [1]
     for n in ranks:
         check_ranks(args, n)
-        check_quantization(args, n, dtype, device, kind)
+        check_quantization(args, n, dtype, device, format)
 
-    needs = [memory_required(args, n, dtype, kind) for n in ranks]
-    steps = [bytes_read_per_step(args, n, dtype, kind) for n in ranks]
-    held_as, rows = kind or str(dtype).removeprefix("torch."), args.max_batch_size
+    required = [memory_required(args, n, dtype, format) for n in ranks]
+    bytes_read = [bytes_read_per_step(args, n, dtype, format) for n in ranks]
+    stored_as, rows = format or str(dtype).removeprefix("torch."), args.max_batch_size
     table: list[tuple[str, list[str]]] = [
         ("ranks", [str(n) for n in ranks]),
-        ("weights, on each", [format_bytes(each.weights) for each in needs]),
-        (f"cache of {rows} x {args.max_seq_len} ids", [format_bytes(each.cache) for each in needs]),
-        ("to compute in", [format_bytes(each.working) for each in needs]),
-        ("in all", [format_bytes(each.total) for each in needs]),
-        ("read in a step", [format_bytes(n) for n in steps]),
-        ("most ids/s; -: does not fit", []),
+        ("weights, on each rank", [format_bytes(memory.weights) for memory in required]),
+        (f"KV cache, {rows} x {args.max_seq_len} tokens", [format_bytes(memory.kv_cache) for memory in required]),
+        ("activations", [format_bytes(memory.activations) for memory in required]),
+        ("total", [format_bytes(memory.total) for memory in required]),
+        ("read per decode step", [format_bytes(n) for n in bytes_read]),
+        ("at most tokens/s (-: does not fit)", []),
     ]
     for machine in machines:
-        free, speed = int(machine.memory * 1e9), machine.bandwidth * 1e9
-        missing = [explain_oom(args, n, dtype, device, free, kind, machine.name) for n in ranks]
-        most = ["-" if why else f"{rows * speed / step:,.1f}" for why, step in zip(missing, steps, strict=True)]
-        table.append((f"{machine.name:<10}{machine.memory:>5g} GB{machine.bandwidth:>6g} GB/s", most))
-        notes += [why for why in missing if why and len(machines) == 1]
+        memory_bytes, bytes_per_second = int(machine.memory * 1e9), machine.bandwidth * 1e9
+        errors = [explain_oom(args, n, dtype, device, memory_bytes, format, machine.name) for n in ranks]
+        speeds = [
+            "-" if error else f"{rows * bytes_per_second / n_bytes:,.1f}"
+            for error, n_bytes in zip(errors, bytes_read, strict=True)
+        ]
+        table.append((f"{machine.name:<10}{machine.memory:>5g} GB{machine.bandwidth:>6g} GB/s", speeds))
+        notes += [error for error in errors if error and len(machines) == 1]
     lines = [(f"{label:<30}" + "".join(f"{cell:>12}" for cell in cells)).rstrip() for label, cells in table]
-    return "\n".join([f"{name}, {held_as}", *lines, *notes])
+    return "\n".join([f"{name}, {stored_as}", *lines, *notes])
 
 
 def describe_checkpoint(ckpt_dir: str | os.PathLike[str]) -> tuple[ModelArgs, torch.dtype]:
-    """A checkpoint's shape and dtype; of one that has no shards yet, as far as params.json tells."""
+    """Return a checkpoint's ModelArgs and stored dtype.
+
+    Without shards, the dtype is taken to be bfloat16, and the vocabulary to be Llama 2's if params.json does not give its size.
+    """
     params = read_params(ckpt_dir)
     if shard_paths(Path(ckpt_dir).expanduser()):
         embedding = open_shards(ckpt_dir).first.get("tok_embeddings.weight")
@@ -139,16 +163,20 @@ def plan(
     memory: float | None = None,
     bandwidth: float | None = None,
 ) -> str:
-    """Return a table of a model's memory on each rank, and of the tokens/s that reading it allows on some machines.
+    """Return a table of a model's memory on each rank, and of the tokens/s that memory bandwidth allows on some machines.
 
-    model: one of MODELS; or ckpt_dir, a folder with params.json. ranks: columns of the table, by default all possible numbers.
-    gpu: one of GPUS; or memory in GB and bandwidth in GB/s of another machine; by default all GPUs. The other arguments are
-    those of `Llama.build`. Raises LlamaError for what cannot be.
+    model: "7B", "13B" or "70B"; or instead ckpt_dir, a folder with params.json.
+    ranks: the columns of the table; by default all possible numbers of ranks up to 16.
+    gpu: the name of a GPU; or instead memory in GB and bandwidth in GB/s of any machine; by default all known GPUs.
+    The other arguments are those of `Llama.build`. Raises LlamaError for arguments that are wrong or contradict each other.
     """
-    if (model is None) == (ckpt_dir is None) or (model is not None and model not in MODELS):
+    if (model is None) == (ckpt_dir is None) or (model is not None and not _is_key(model, MODELS)):
         raise InputError(f"model is {describe(model)}; give one of {', '.join(MODELS)}, or a ckpt_dir instead")
-    args, stored = (MODELS[model], torch.bfloat16) if model else describe_checkpoint(ckpt_dir)  # type: ignore[arg-type]
+    check_quantize(quantize)
+    args, stored_dtype = (MODELS[model], torch.bfloat16) if model else describe_checkpoint(ckpt_dir)  # type: ignore[arg-type]
     args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     machines, device = choose_machines(gpu, memory, bandwidth)
-    held_dtype = parse_dtype(dtype) or stored
-    return plan_report(model or str(ckpt_dir), args, list(ranks), held_dtype, quantize, machines, device)
+    weights_dtype = parse_dtype(dtype) or stored_dtype
+    if isinstance(ranks, str) or not isinstance(ranks, Sequence):
+        raise InputError(f"ranks is {describe(ranks)}; it must be a list of numbers of ranks")
+    return plan_report(model or str(ckpt_dir), args, list(ranks), weights_dtype, quantize, machines, device)

@@ -1,0 +1,1 @@
+"""The int8 and int4 weight formats, and quantization into them."""

@@ -1,89 +1,113 @@
-"""TODO."""
+"""The int8 and int4 formats: which weights are quantized, their group sizes, and the tensors of a quantized weight.
+
+A quantized weight (out, in) is stored as small integers. Each group of adjacent inputs of one output shares a scale and, in
+int4, a zero, which is the weight that the integer 0 represents:
+
+    weight[o, i] = values[o, i] * scales[o, i // group_size] + zeros[o, i // group_size]
+
+    int8    values from -127 to 127, no zeros
+    int4    values from -8 to 7
+
+A group has 128 inputs in int8 and 64 in int4, but 32 if the row has fewer than 2,048 inputs, or not a multiple of 128 or 64.
+On a GPU an int8 row of 2,048 inputs or more is one group. Scales and zeros are bfloat16.
+"""
 
 from dataclasses import dataclass, replace
 
 import torch
 
+from ..errors import InputError, describe
+
 FORMATS = ("int8", "int4")
-OUTPUT_FORMAT = (
-    "int8"  # the output layer's format, in both: 4 bit raises the KL divergence by a third or more, and saves 4% of a step
-)
-WIDE_ROW = 2048  # inputs from which rows have larger groups: decoding is a tenth faster than with groups of 32
+# The output layer is int8 in both formats: int4 raises the KL divergence by a third or more, and saves 4% of a decode step.
+OUTPUT_FORMAT = "int8"
+WIDE_ROW = 2048  # inputs from which rows have groups larger than 32, which makes decoding a tenth faster
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A quantized weight, as the table above has it, and the dtype of what it multiplies."""
+    """A quantized weight (out, in): integer values, scales and zeros, as the formula of this module combines them."""
 
-    format: str
-    values: torch.Tensor  # int8 (out, width): whole groups, of which `in_features` inputs count, from `front` on
+    format: str  # "int8" or "int4"
+    values: torch.Tensor  # int8 (out, width); width is a multiple of the group size
     scales: torch.Tensor  # (out, groups)
-    zeros: torch.Tensor | None  # (out, groups); None: 0
-    in_features: int
-    dtype: torch.dtype
-    front: int = 0
+    zeros: torch.Tensor | None  # (out, groups); None means 0
+    in_features: int  # inputs of the weight; the other columns of `values` only complete its first and last group
+    dtype: torch.dtype  # of the activations that the weight multiplies
+    padding_before: int = 0  # columns of `values` before the first input of the weight
 
     @property
     def device(self) -> torch.device:
         return self.values.device
 
+    @property
+    def group_size(self) -> int:
+        """Return the number of inputs that share a scale."""
+        return self.values.shape[1] // self.scales.shape[1]
+
     def dequantize(self) -> torch.Tensor:
-        """(out, in), as what it stands for."""
+        """Return the weight as a plain tensor (out, in)."""
         groups = self.values.unflatten(1, (self.scales.shape[1], -1)).float() * self.scales.float().unsqueeze(-1)
         if self.zeros is not None:
             groups += self.zeros.float().unsqueeze(-1)
-        return groups.flatten(1)[:, self.front : self.front + self.in_features].to(self.dtype)
+        return groups.flatten(1)[:, self.padding_before : self.padding_before + self.in_features].to(self.dtype)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "QuantizedWeight":
-        zero = None if self.zeros is None else self.zeros.to(device)
-        return replace(self, values=self.values.to(device), scales=self.scales.to(device), zeros=zero, dtype=dtype)
-
-    @property
-    def group_size(self) -> int:
-        """Inputs that share a scale."""
-        return self.values.shape[1] // self.scales.shape[1]
+        """Return the weight on another device, for activations of another dtype."""
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return replace(self, values=self.values.to(device), scales=self.scales.to(device), zeros=zeros, dtype=dtype)
 
     def slice_inputs(self, first: int, last: int) -> "QuantizedWeight":
-        """The inputs first..last alone: the groups that hold them."""
-        if self.scales.shape[1] == 1 and self.zeros is None:  # as on a GPU: the whole row
+        """Return the weight of the inputs first..last only, with the rest of the first and the last group as padding."""
+        if self.scales.shape[1] == 1 and self.zeros is None:  # one scale for the whole row: no padding is needed
             return replace(self, values=self.values[:, first:last].contiguous(), in_features=last - first)
-        begin, end = first // self.group_size, -(-last // self.group_size)
-        q = self.values[:, begin * self.group_size : end * self.group_size].contiguous()
-        zero = None if self.zeros is None else self.zeros[:, begin:end]
-        front, scale = first - begin * self.group_size, self.scales[:, begin:end]
-        return replace(self, values=q, scales=scale, zeros=zero, in_features=last - first, front=front)
+        size = self.group_size
+        first_group, last_group = first // size, -(-last // size)
+        return replace(
+            self,
+            values=self.values[:, first_group * size : last_group * size].contiguous(),
+            scales=self.scales[:, first_group:last_group],
+            zeros=None if self.zeros is None else self.zeros[:, first_group:last_group],
+            in_features=last - first,
+            padding_before=first - first_group * size,
+        )
 
     def slice_outputs(self, first: int, last: int) -> "QuantizedWeight":
-        """The outputs first..last alone."""
-        zero = None if self.zeros is None else self.zeros[first:last]
-        return replace(self, values=self.values[first:last], scales=self.scales[first:last], zeros=zero)
+        """Return the weight of the outputs first..last only."""
+        zeros = None if self.zeros is None else self.zeros[first:last]
+        return replace(self, values=self.values[first:last], scales=self.scales[first:last], zeros=zeros)
 
     @staticmethod
     def cat(parts: "list[QuantizedWeight]") -> "QuantizedWeight":
-        """Their outputs, one after the other."""
+        """Concatenate the outputs of several weights that have the same inputs."""
         if len(parts) == 1:
             return parts[0]
-        zero = None if parts[0].zeros is None else torch.cat([p.zeros for p in parts])  # type: ignore[misc]
-        return replace(
-            parts[0], values=torch.cat([p.values for p in parts]), scales=torch.cat([p.scales for p in parts]), zeros=zero
-        )
+        values, scales = torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts])
+        zeros = None if parts[0].zeros is None else torch.cat([part.zeros for part in parts])  # type: ignore[misc]
+        return replace(parts[0], values=values, scales=scales, zeros=zeros)
+
+
+def check_quantize(quantize: str | None) -> None:
+    """Raise InputError unless `quantize` is one of FORMATS, or None for no quantization."""
+    if quantize is not None and (not isinstance(quantize, str) or quantize not in FORMATS):
+        raise InputError(f"quantize is {describe(quantize)}; use {' or '.join(map(repr, FORMATS))}, or leave it out")
 
 
 def format_of(name: str, format: str) -> str | None:
-    """What a weight of Meta's name becomes in a model of this format; None: it stays as it is."""
+    """Return the format of the weight `name`, as in Meta's checkpoints, in a model of `format`; None if it keeps its dtype."""
     if "norm" in name or name == "tok_embeddings.weight":
         return None
     return OUTPUT_FORMAT if name == "output.weight" and format in FORMATS else format
 
 
 def group_size(in_features: int, format: str) -> int:
-    """Inputs that share a scale."""
+    """Return how many adjacent inputs share a scale in rows of `in_features` inputs."""
     group = 128 if format == "int8" else 64
     return group if in_features >= WIDE_ROW and in_features % group == 0 else 32
 
 
 def bytes_per_weight(format: str | None, dtype: torch.dtype, in_features: int = WIDE_ROW) -> float:
-    """With its share of scales and zeros."""
+    """Return the bytes that one value takes with its share of scales and zeros; if format is None, the bytes of `dtype`."""
     if format is None:
         return float(dtype.itemsize)
     return {"int8": 1 + 2 / group_size(in_features, format), "int4": 0.5 + 4 / group_size(in_features, format)}[format]

@@ -1,4 +1,4 @@
-"""Where ids stand: spans, masks, and what is written where."""
+"""Ragged batches and the KV cache: segments, masks, the rows and positions that are written, and prefill chunks."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from llama import Llama
 from llama.engine.kv_cache import KVCache, RaggedBatch, Segment, kv_view, prefill_chunks, store_kv
 
 
-def test_equal_neighbours_share_a_span() -> None:
+def test_neighbouring_rows_of_equal_length_share_a_segment() -> None:
     batch = RaggedBatch.from_segments([(0, 0, 3), (1, 0, 2), (2, 0, 2), (4, 0, 2), (5, 4, 2)])
     assert batch.rows.tolist() == [0, 0, 0, 1, 1, 2, 2, 4, 4, 5, 5]
     assert batch.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 0, 1, 4, 5]
@@ -15,19 +15,21 @@ def test_equal_neighbours_share_a_span() -> None:
     assert [s.starts_at_zero for s in batch.segments] == [True, True, True, False]
 
 
-def test_masks_show_each_query_the_slots_up_to_its_own() -> None:
+def test_masks_let_each_token_attend_to_the_positions_up_to_its_own() -> None:
     batch = RaggedBatch.from_segments([(0, 0, 3), (1, 2, 2)])
-    fresh, chunk = batch.masks(torch.float32)
-    assert fresh is None  # the kernel's causal mask
+    prompt, chunk = batch.masks(torch.float32)
+    assert prompt is None  # a segment that starts at position 0 needs only the kernel's causal mask
     assert chunk is not None
     assert chunk.shape == (1, 1, 2, 4)
     assert (chunk[0, 0] == 0).tolist() == [[True, True, True, False], [True, True, True, True]]
     (step,) = RaggedBatch.decode(torch.tensor([0, 2]), 4).masks(torch.float32)
-    assert RaggedBatch.decode(torch.tensor([0, 2]), 4).segments == (Segment(0, 2, 1, 4, True),)  # and reads no slot beyond
+    assert RaggedBatch.decode(torch.tensor([0, 2]), 4).segments == (
+        Segment(0, 2, 1, 4, True),
+    )  # a decode step reads 4 positions
     assert step is not None and (step[:, 0, 0] == 0).tolist() == [[True, False, False, False], [True, True, True, False]]
 
 
-def test_write_and_read() -> None:
+def test_stored_keys_and_values_are_read_back_as_views_of_the_cache() -> None:
     cache = KVCache(torch.zeros(2, 2, 3, 2, 5, 4))
     kv = torch.randn(3, 2, 2, 4)
     k, v = kv.unbind(1)
@@ -42,46 +44,45 @@ def test_write_and_read() -> None:
     assert torch.equal(cache.views[1][0][1, :2], k[:2]) and torch.equal(cache.views[1][1][2, 3], v[2])
 
 
-def test_the_layers_look_at_views_of_the_cache(llama: Llama) -> None:
+def test_the_cache_tensors_of_the_layers_are_views_of_the_kv_cache(llama: Llama) -> None:
     model, cache = llama.model, llama.engine.forward().cache
     args = model.params
     shape = args.max_batch_size, args.max_seq_len, args.kv_heads, args.head_dim
     for layer, (k, v) in zip(model.layers, cache.data, strict=True):
-        for held, data in ((layer.attention.cache_k, k), (layer.attention.cache_v, v)):
-            assert tuple(held.shape) == shape
-            assert held.data_ptr() == data.data_ptr() and torch.equal(held.transpose(1, 2), data)
+        for cached, data in ((layer.attention.cache_k, k), (layer.attention.cache_v, v)):
+            assert tuple(cached.shape) == shape
+            assert cached.data_ptr() == data.data_ptr() and torch.equal(cached.transpose(1, 2), data)
 
 
-def test_adopting_keeps_what_the_layers_hold(llama: Llama) -> None:
-    """Whether the caller put another tensor there, or the model has another dtype now."""
+def test_a_cache_tensor_that_the_caller_replaced_is_copied_into_a_new_kv_cache(llama: Llama) -> None:
     model = llama.model
     cache = llama.engine.forward().cache
     assert llama.engine.forward().cache is cache and cache.belongs_to(model)
     cache.record_version()
-    mine = torch.randn_like(model.layers[1].attention.cache_v)
-    model.layers[1].attention.cache_v = mine
+    replacement = torch.randn_like(model.layers[1].attention.cache_v)
+    model.layers[1].attention.cache_v = replacement
     assert cache.is_unchanged() and not cache.belongs_to(model)
-    again = llama.engine.forward().cache
-    assert again is not cache and again.belongs_to(model) and again.prefix_tokens is None
-    assert torch.equal(again.data[1, 1], mine.transpose(1, 2)) and torch.equal(again.data[0], cache.data[0])
-    again.record_version()
+    adopted = llama.engine.forward().cache
+    assert adopted is not cache and adopted.belongs_to(model) and adopted.prefix_tokens is None
+    assert torch.equal(adopted.data[1, 1], replacement.transpose(1, 2)) and torch.equal(adopted.data[0], cache.data[0])
+    adopted.record_version()
     model.layers[1].attention.cache_v[0, 0] = 1
-    assert not again.is_unchanged()
+    assert not adopted.is_unchanged()
 
 
-def test_chunks_hold_all_pieces_in_order() -> None:
+def test_prefill_chunks_split_the_prompts_in_order() -> None:
     assert list(prefill_chunks([3, 5, 1], 4)) == [[(0, 0, 3), (1, 0, 1)], [(1, 1, 4)], [(2, 0, 1)]]
     assert list(prefill_chunks([9], 4)) == [[(0, 0, 4)], [(0, 4, 4)], [(0, 8, 1)]]
     assert list(prefill_chunks([2, 2], 4)) == [[(0, 0, 2), (1, 0, 2)]]
 
 
-@pytest.mark.parametrize("most, block", [(1, 1), (8, 1), (8, 2), (8, 4), (8, 8), (4, 128), (9, 4)])
-def test_rows_are_cut_where_blocks_end(most: int, block: int) -> None:
+@pytest.mark.parametrize("chunk_size, alignment", [(1, 1), (8, 1), (8, 2), (8, 4), (8, 8), (4, 128), (9, 4)])
+def test_prefill_chunks_start_at_multiples_of_the_attention_chunk(chunk_size: int, alignment: int) -> None:
     lengths = [3, 9, 1, 0, 20, 4, 8, 17]
-    chunks = list(prefill_chunks(lengths, most, block))
+    chunks = list(prefill_chunks(lengths, chunk_size, alignment))
     pieces = [piece for chunk in chunks for piece in chunk]
-    assert all(0 < sum(n for _, _, n in chunk) <= most for chunk in chunks)
-    assert all(start % min(most, block) == 0 for _, start, _ in pieces)
-    assert [(row, at) for row, n in enumerate(lengths) for at in range(n)] == [
-        (row, at) for row, start, n in pieces for at in range(start, start + n)
+    assert all(0 < sum(n for _, _, n in chunk) <= chunk_size for chunk in chunks)
+    assert all(start % min(chunk_size, alignment) == 0 for _, start, _ in pieces)
+    assert [(row, position) for row, n in enumerate(lengths) for position in range(n)] == [
+        (row, position) for row, start, n in pieces for position in range(start, start + n)
     ]

@@ -1,4 +1,4 @@
-"""Text as its ids come: joined it is the whole answer, cut at no place inside a character, and stopped at strings."""
+"""Text as its tokens come: joined it is the whole answer, cut at no place inside a character, and stopped at strings."""
 
 import random
 import time
@@ -13,7 +13,7 @@ from llama import InputError, Llama, Tokenizer, resolve_model_paths
 from llama.chat import UNSAFE_ERROR
 from llama.engine.incremental_text import IncrementalText, check_stop, extends_character, last_character_start
 
-from .counting import counted
+from .counting import count_forward_tokens
 from .support import ROOT
 
 TEXTS = [
@@ -31,50 +31,50 @@ def any_tokenizer(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Token
     return tokenizer if request.param == "trained" else request.getfixturevalue("llama2_tokenizer")
 
 
-def pieces(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...] = ()) -> list[str]:
+def pieces(tokenizer: Tokenizer, tokens: list[int], stops: tuple[str, ...] = ()) -> list[str]:
     text = IncrementalText(tokenizer, stops)
-    return [*(text.push(id_) for id_ in ids), text.end()]
+    return [*(text.push(token) for token in tokens), text.end()]
 
 
-def random_ids(tokenizer: Tokenizer, draw: random.Random) -> list[int]:
+def random_tokens(tokenizer: Tokenizer, draw: random.Random) -> list[int]:
     """Ids of all kinds, valid and broken runs of bytes, control pieces, spaces that lead."""
     sp = tokenizer.sp_model
     bytes_ = [i for i in range(tokenizer.n_words) if sp.is_byte(i)]
     space, whole = sp.piece_to_id("▁"), [i for t in TEXTS for i in sp.encode(t)]
-    ids: list[int] = []
-    while len(ids) < 40:
+    tokens: list[int] = []
+    while len(tokens) < 40:
         kind = draw.randrange(6)
         start = draw.randrange(len(whole))
-        ids += [
+        tokens += [
             [draw.randrange(tokenizer.n_words)], [draw.choice(bytes_)], whole[start : start + draw.randrange(6)],
             [space], [draw.choice((0, 1, 2))], [bytes_[n] for n in "上🦙é".encode()[: draw.randrange(1, 10)]],
         ][kind]  # fmt: skip
-    return ids[draw.randrange(4) :]
+    return tokens[draw.randrange(4) :]
 
 
 def test_joined_pieces_are_the_decoded_whole(any_tokenizer: Tokenizer) -> None:
     draw = random.Random(1)
-    for ids in [any_tokenizer.encode(t, bos=True, eos=True) for t in TEXTS] + [
-        random_ids(any_tokenizer, draw) for _ in range(300)
+    for tokens in [any_tokenizer.encode(t, bos=True, eos=True) for t in TEXTS] + [
+        random_tokens(any_tokenizer, draw) for _ in range(300)
     ]:
-        assert "".join(pieces(any_tokenizer, ids)) == any_tokenizer.decode(ids), ids
+        assert "".join(pieces(any_tokenizer, tokens)) == any_tokenizer.decode(tokens), tokens
 
 
 def test_an_echoed_prompt_stands_before_the_answer(any_tokenizer: Tokenizer) -> None:
     """The answer's first piece keeps its space, unless the prompt has no text."""
     draw = random.Random(3)
     for prompt in TEXTS:
-        before, ids = any_tokenizer.encode(prompt, bos=True, eos=False), random_ids(any_tokenizer, draw)
+        before, tokens = any_tokenizer.encode(prompt, bos=True, eos=False), random_tokens(any_tokenizer, draw)
         text = IncrementalText(any_tokenizer, [prompt[-2:] + "?"])
-        whole = [text.begin(before), *(text.push(id_) for id_ in ids), text.end()]
-        assert "".join(whole) == any_tokenizer.decode(before + ids)
+        whole = [text.begin(before), *(text.push(token) for token in tokens), text.end()]
+        assert "".join(whole) == any_tokenizer.decode(before + tokens)
 
 
 def test_each_piece_begins_where_a_character_does(any_tokenizer: Tokenizer) -> None:
     for text in TEXTS[:-1]:
-        ids = any_tokenizer.encode(text, bos=False, eos=False)
+        tokens = any_tokenizer.encode(text, bos=False, eos=False)
         before = ""
-        for piece in pieces(any_tokenizer, ids):
+        for piece in pieces(any_tokenizer, tokens):
             assert "\ufffd" not in piece
             assert not piece or not extends_character(piece[0], before), (text, piece)
             assert not piece or not (unicodedata.combining(piece[0]) or piece[0] in "\u200d\ufe0f\u20e3"), (text, piece)
@@ -89,26 +89,26 @@ def test_what_belongs_to_one_character_comes_in_one_piece(any_tokenizer: Tokeniz
 
 
 def test_waiting_has_an_end(tokenizer: Tokenizer) -> None:
-    """A letter with marks without end is let go, and a long answer costs the same work for each id."""
-    ids = tokenizer.encode("z" + "\u0301" * 500, bos=False, eos=False)
+    """A letter with marks without end is let go, and a long answer costs the same work for each token."""
+    tokens = tokenizer.encode("z" + "\u0301" * 500, bos=False, eos=False)
     text = IncrementalText(tokenizer, ["\n\n"])
-    assert max(len(text.pending) for id_ in ids if text.push(id_) is not None) <= 66
+    assert max(len(text.pending) for token in tokens if text.push(token) is not None) <= 66
     text = IncrementalText(tokenizer, ["\n\n"])
     for _ in range(2000):
         text.push(tokenizer.sp_model.encode("sea")[0])
-    assert len(text.pending) < 10 and len(text.ids.before) == 1
+    assert len(text.pending) < 10 and len(text.detokenizer.context) == 1
     text, begun = (
         IncrementalText(tokenizer, ["z" * 1_000_000]),
         time.process_time(),
     )  # is looked for no further than there is text
     assert text.push(tokenizer.sp_model.encode("z")[-1]) == "" and time.process_time() - begun < 1
     text = IncrementalText(tokenizer)
-    assert {text.push(tokenizer.bos_id) for _ in range(99)} == {""} and text.ids.before == []
+    assert {text.push(tokenizer.bos_id) for _ in range(99)} == {""} and text.detokenizer.context == []
 
 
-def cut(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...]) -> str:
+def cut(tokenizer: Tokenizer, tokens: list[int], stops: tuple[str, ...]) -> str:
     """The definition: all the text, up to the stop string that is complete first, of several the longest."""
-    text = tokenizer.decode(ids)
+    text = tokenizer.decode(tokens)
     found = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
     return text[: min(found)[1]] if found else text
 
@@ -117,15 +117,15 @@ def test_stops_are_found_across_tokens_and_no_part_of_them_is_let_out(any_tokeni
     """Stop strings cut from the very text, from near it, and beginnings of each other."""
     draw, stopped = random.Random(2), 0
     for _ in range(400):
-        ids = random_ids(any_tokenizer, draw)
-        text = any_tokenizer.decode(ids)
+        tokens = random_tokens(any_tokenizer, draw)
+        text = any_tokenizer.decode(tokens)
         at = draw.randrange(len(text))
         stop = text[at : at + draw.randrange(1, 7)]
         stops = (stop, stop + "?", text[max(at - 2, 0) : at + 1] + "!", text[-3:])[draw.randrange(2) :]
-        want, seen = cut(any_tokenizer, ids, stops), ""
+        want, seen = cut(any_tokenizer, tokens, stops), ""
         assembled = IncrementalText(any_tokenizer, stops)
-        for id_ in ids:
-            seen += assembled.push(id_)
+        for token in tokens:
+            seen += assembled.push(token)
             assert want.startswith(seen)
             if assembled.stopped:
                 break
@@ -135,14 +135,14 @@ def test_stops_are_found_across_tokens_and_no_part_of_them_is_let_out(any_tokeni
 
 
 def test_a_row_stops_at_the_id_that_makes_a_stop_string_complete(llama: Llama) -> None:
-    """Each row of a batch by itself; ids and log probabilities go on to that id; the others as without stops."""
+    """Each row of a batch by itself; tokens and log probabilities go on to that token; the others as without stops."""
     prompts = ["Once upon a time", "The capital", "good 上 🦙", "one, two, three"] * 3
     free = llama.text_completion(prompts, temperature=0, max_gen_len=24, logprobs=True)
-    ids, _ = llama.generate([llama.tokenizer.encode(p, bos=True, eos=False) for p in prompts], 24, temperature=0)
+    tokens, _ = llama.generate([llama.tokenizer.encode(p, bos=True, eos=False) for p in prompts], 24, temperature=0)
     stops = [free[0]["generation"][9:12], free[2]["generation"][4:6]]
     got = llama.text_completion(prompts, temperature=0, max_gen_len=24, logprobs=True, stop=stops, details=True)
     echoed = llama.text_completion(prompts, temperature=0, max_gen_len=24, echo=True, stop=stops)
-    for prompt, row, mine, whole, echo in zip(prompts, ids, got, free, echoed, strict=True):
+    for prompt, row, mine, whole, echo in zip(prompts, tokens, got, free, echoed, strict=True):
         decoded = [llama.tokenizer.decode(row[:n]) for n in range(len(row) + 1)]
         n = next((n for n, text in enumerate(decoded) if any(s in text for s in stops)), len(row))
         assert mine["generation"] == cut(llama.tokenizer, row, tuple(stops))
@@ -170,11 +170,11 @@ def test_why_an_answer_ended(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(llama.tokenizer, "eos_id", -2)
     (whole,) = llama.text_completion([prompt], 0, details=True)
     assert (whole["finish_reason"], whole["prompt_tokens"], whole["new_tokens"]) == ("length", n, 64 - n)  # the window
-    ids = llama.generate([llama.tokenizer.encode(prompt, bos=True, eos=False)], 5, temperature=0)[0][0]
+    tokens = llama.generate([llama.tokenizer.encode(prompt, bos=True, eos=False)], 5, temperature=0)[0][0]
     assert llama.text_completion([prompt], 0, max_gen_len=0, details=True)[0]["finish_reason"] == "length"
-    monkeypatch.setattr(llama.tokenizer, "eos_id", ids[4])
+    monkeypatch.setattr(llama.tokenizer, "eos_id", tokens[4])
     (ended,) = llama.text_completion([prompt], 0, details=True)
-    assert (ended["finish_reason"], ended["new_tokens"]) == ("stop", ids.index(ids[4]))
+    assert (ended["finish_reason"], ended["new_tokens"]) == ("stop", tokens.index(tokens[4]))
 
 
 # --- streams ---------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_a_stream_is_the_batch_answer_in_pieces(llama: Llama, options: dict) -> None:
-    """Random weights: broken bytes, characters of many ids, anything."""
+    """Random weights: broken bytes, characters of many tokens, anything."""
     for prompt in ("Once upon a time", "good 上 🦙", ""):
         (want,) = llama.text_completion([prompt], details=True, **options)
         stream = llama.text_completion_stream(prompt, **options)
@@ -225,7 +225,7 @@ def test_a_turn_of_a_chat_prefills_only_what_is_new(demo: Llama) -> None:
     dialog: list = []
     for question in ("What is the capital of France?", "And what should I see there?", "What is 3 + 4?", "Thank you!"):
         dialog += [{"role": "user", "content": question}]
-        with counted() as forwards:
+        with count_forward_tokens() as forwards:
             stream = demo.chat_completion_stream(dialog, 0, reuse=True)
             dialog += [{"role": "assistant", "content": "".join(stream)}]
         new = demo.tokenizer.encode(f"[INST] {question} [/INST]", bos=True, eos=False)

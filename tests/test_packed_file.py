@@ -21,7 +21,7 @@ from llama.kernels import pack, packing
 from llama.kernels.blocked_linear import BlockedLinear
 from llama.kernels.packed_weight import PackedWeight
 
-from .support import no_extension, refused, write_shards
+from .support import assert_raises, no_extension, write_shards
 
 
 @pytest.fixture
@@ -43,20 +43,20 @@ def build(folder: Path, small: SimpleNamespace, **options: Any) -> Llama:
 def test_a_saved_file_answers_as_the_shards_it_was_made_from(
     kept: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, dtype: str | None
 ) -> None:
-    ids = torch.arange(3, 63).view(2, 30)
+    tokens = torch.arange(3, 63).view(2, 30)
     with monkeypatch.context() as patch:
         for again in ("quantize", "pack_rows"):
             patch.setattr(loading, again, lambda *_: pytest.fail("quantized or packed again"))
-        from_file = build(kept, small, dtype=dtype).model.forward(ids, 0)
+        from_file = build(kept, small, dtype=dtype).model.forward(tokens, 0)
         for shard in kept.glob("*.pth"):
             shard.rename(shard.with_suffix(".away"))
-        alone = build(kept, small, dtype=dtype).model.forward(ids, 0)
-    with pytest.raises(CheckpointError, match=r"it holds quantized weights: build with quantize='int4'"):
+        alone = build(kept, small, dtype=dtype).model.forward(tokens, 0)
+    with pytest.raises(CheckpointError, match=r"it contains quantized weights: build with quantize='int4'"):
         build(kept, small, quantize=None)
     for away in kept.glob("*.away"):
         away.rename(away.with_suffix(".pth"))
     (kept / "int4.safetensors").unlink()
-    assert torch.equal(build(kept, small, dtype=dtype).model.forward(ids, 0), from_file) and torch.equal(alone, from_file)
+    assert torch.equal(build(kept, small, dtype=dtype).model.forward(tokens, 0), from_file) and torch.equal(alone, from_file)
 
 
 @pytest.fixture
@@ -72,9 +72,9 @@ def test_weights_saved_as_they_are_make_the_same_model(in_bfloat16: Path, small:
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, small.weights[name].bfloat16()), name
     (in_bfloat16 / "bfloat16.safetensors").rename(in_bfloat16 / "away")
-    ids = torch.arange(3, 63).view(2, 30)
-    logits = build(in_bfloat16, small, quantize=None).model.forward(ids, 0)
-    torch.testing.assert_close(model.forward(ids, 0), logits, atol=0.05, rtol=0.05)
+    tokens = torch.arange(3, 63).view(2, 30)
+    logits = build(in_bfloat16, small, quantize=None).model.forward(tokens, 0)
+    torch.testing.assert_close(model.forward(tokens, 0), logits, atol=0.05, rtol=0.05)
 
 
 def test_weights_saved_as_they_are_serve_any_dtype_where_there_are_no_shards(in_bfloat16: Path, small: SimpleNamespace) -> None:
@@ -96,10 +96,10 @@ def test_a_bfloat16_file_is_not_read_for_float32(in_bfloat16: Path, small: Simpl
 
 def test_weights_of_more_digits_are_not_saved_in_bfloat16(small: SimpleNamespace, tmp_path: Path) -> None:
     folder = write_shards(tmp_path, small.params, small.weights)
-    refused(lambda: packed_file.save_packed_file(folder, "bfloat16"), InputError, "stored as torch.float32")
+    assert_raises(lambda: packed_file.save_packed_file(folder, "bfloat16"), InputError, "stored as torch.float32")
     one = {name: w if name == "output.weight" else w.bfloat16() for name, w in small.weights.items()}
     folder = write_shards(tmp_path / "one", small.params, one)
-    refused(lambda: packed_file.save_packed_file(folder, "bfloat16"), InputError, "output.weight is stored as torch.float32")
+    assert_raises(lambda: packed_file.save_packed_file(folder, "bfloat16"), InputError, "output.weight is stored as torch.float32")
 
 
 def test_a_bfloat16_file_that_holds_nan_is_refused(in_bfloat16: Path, small: SimpleNamespace) -> None:
@@ -109,7 +109,7 @@ def test_a_bfloat16_file_that_holds_nan_is_refused(in_bfloat16: Path, small: Sim
     first = 8 + length + json.loads(data[8 : 8 + length])["layers.1.attention.wo.weight"]["data_offsets"][0]
     data[first : first + 2] = b"\xff\xff"
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"layers.1.attention.wo.weight holds NaN"):
+    with pytest.raises(CheckpointError, match=r"layers.1.attention.wo.weight contains NaN"):
         build(in_bfloat16, small, quantize=None)
 
 
@@ -127,8 +127,8 @@ def test_weights_stored_in_any_order_and_of_several_dtypes_are_quantized(
     stored["layers.0.attention.wq.weight"] = stored["layers.0.attention.wq.weight"].float()
     torch.save(stored, odd / "consolidated.00.pth")
     for folder in (odd, packed_file.save_packed_file(odd, quantize).parent):
-        ids = torch.arange(3, 33).view(1, 30)
-        assert torch.equal(build(folder, small, quantize=quantize).model.forward(ids, 0), plain.model.forward(ids, 0))
+        tokens = torch.arange(3, 33).view(1, 30)
+        assert torch.equal(build(folder, small, quantize=quantize).model.forward(tokens, 0), plain.model.forward(tokens, 0))
 
 
 @pytest.mark.parametrize("kind", packed_file.PACKED_FORMATS)
@@ -189,7 +189,7 @@ def test_a_file_made_from_other_weights_is_refused(kept: Path, small: SimpleName
     for shard in folder.glob("*.pth"):
         shard.unlink()
     (folder / "params.json").write_text(json.dumps(small.params | {"n_layers": 1}))
-    with pytest.raises(CheckpointError, match=r"n_layers=1, but the shards hold 2"):
+    with pytest.raises(CheckpointError, match=r"n_layers=1, but the shards contain 2"):
         build(folder, small)
 
 
@@ -253,9 +253,9 @@ def test_saving_leaves_nothing_half_done(small: SimpleNamespace, tmp_path: Path,
     other = {name: w.clone() for name, w in small.weights.items()}
     other["output.weight"][3, 3] = float("nan")
     write_shards(folder, small.params, other)
-    with pytest.raises(CheckpointError, match=r"output.weight holds NaN"):
+    with pytest.raises(CheckpointError, match=r"output.weight contains NaN"):
         packed_file.save_packed_file(folder, "int8")
-    with pytest.raises(CheckpointError, match=r"output.weight holds NaN"):
+    with pytest.raises(CheckpointError, match=r"output.weight contains NaN"):
         build(folder, small)
 
 
@@ -320,7 +320,7 @@ def test_a_file_of_another_layout_is_refused(small: SimpleNamespace, tmp_path: P
     with monkeypatch.context() as patch:
         patch.setattr(packed_file, "LAYOUT", "another")
         packed_file.save_packed_file(folder, "int8")
-    refused(lambda: packed_file.open_packed_file(folder, "int8"), CheckpointError, "its layout is 'another', 'int8'")
+    assert_raises(lambda: packed_file.open_packed_file(folder, "int8"), CheckpointError, "its layout is 'another', 'int8'")
 
 
 def test_a_shard_of_many_records_is_no_shard(small: SimpleNamespace, tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_a_shard_of_many_records_is_no_shard(small: SimpleNamespace, tmp_path: P
     with zipfile.ZipFile(folder / "consolidated.00.pth", "w") as archive:
         for i in range(packed_file.MAX_ZIP_RECORDS + 1):
             archive.writestr(f"archive/data/{i}", b"")
-    refused(lambda: packed_file.open_packed_file(folder, "int8"), CheckpointError, "more than 10,000 records")
+    assert_raises(lambda: packed_file.open_packed_file(folder, "int8"), CheckpointError, "more than 10,000 records")
 
 
 def test_what_a_header_says_is_cut_short(small: SimpleNamespace, tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ def test_what_a_header_says_is_cut_short(small: SimpleNamespace, tmp_path: Path)
         text += b" " * (-(8 + len(text)) % 64)
         path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
         build = functools.partial(Llama.build, path.parent, small.tokenizer_path, 16, 2, device="cpu", quantize="int8")
-        refused(build, CheckpointError, part)
+        assert_raises(build, CheckpointError, part)
 
 
 def test_wide_numbers_come_first(small: SimpleNamespace) -> None:
@@ -373,7 +373,7 @@ def test_a_shard_touched_while_it_is_saved(
         return written(name, *args)
 
     monkeypatch.setattr(packed_file, "_tensors_to_write", touched)
-    refused(lambda: packed_file.save_packed_file(folder, "int8"), CheckpointError, "while it was being read")
+    assert_raises(lambda: packed_file.save_packed_file(folder, "int8"), CheckpointError, "while it was being read")
     assert len(seen) == when and not (folder / "int8.safetensors").exists()
 
 
@@ -384,7 +384,7 @@ def test_a_header_of_any_length_and_dtypes_of_any_kind_are_refused(
     path = packed_file.save_packed_file(folder, "int8")
     with monkeypatch.context() as patch:
         patch.setattr(packed_file, "MAX_HEADER_BYTES", 64)
-        refused(lambda: packed_file.open_packed_file(folder, "int8"), CheckpointError, "cut off, damaged")
+        assert_raises(lambda: packed_file.open_packed_file(folder, "int8"), CheckpointError, "cut off, damaged")
     shards = packed_file.open_packed_file(folder, "int8")
     assert shards is not None
     with torch.device("meta"):
@@ -393,4 +393,4 @@ def test_a_header_of_any_length_and_dtypes_of_any_kind_are_refused(
     for name, tensor in shards[path.name].items():
         if tensor.ndim == 1 or name == "tok_embeddings.weight":
             shards[path.name][name] = tensor.to(torch.int8)
-    refused(lambda: packed_file.check_packed_file(model, shards), CheckpointError, "tok_embeddings.weight")
+    assert_raises(lambda: packed_file.check_packed_file(model, shards), CheckpointError, "tok_embeddings.weight")

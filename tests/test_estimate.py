@@ -1,4 +1,4 @@
-"""Memory: what the preflight counts is what is held; what it advises fits, and nothing larger does."""
+"""Check the estimate of memory against the memory that real models take, and the advice that an error about memory gives."""
 
 import re
 from dataclasses import replace
@@ -14,11 +14,11 @@ from llama.engine.kv_cache import KVCache
 from llama.layers import embedding, linear
 from llama.planning import estimate, free_memory
 
-from .counting import counted
-from .support import refused
+from .counting import count_forward_tokens
+from .support import assert_raises
 
 SEVEN_B = ModelArgs(vocab_size=32000, max_seq_len=4096, max_batch_size=8)
-CODE = replace(SEVEN_B, vocab_size=32016)  # which 32 ranks do not divide
+CODE = replace(SEVEN_B, vocab_size=32016)  # cannot be divided among 32 ranks
 HALF = replace(SEVEN_B, max_seq_len=2048)
 SHORT = replace(SEVEN_B, max_seq_len=16)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -40,70 +40,70 @@ BF16, FP32 = torch.bfloat16, torch.float32
         (SEVEN_B, FP32, 1, 10**6, set()),
     ],
 )
-def test_each_advice_of_the_preflight_fits_and_nothing_larger(
+def test_each_change_that_the_error_advises_fits_and_nothing_larger_fits(
     args: ModelArgs, dtype: torch.dtype, ranks: int, free: int, advised: set[str]
 ) -> None:
     free += estimate.activation_bytes(args, ranks, dtype)
 
-    def preflight(args: ModelArgs = args, ranks: int = ranks, dtype: torch.dtype = dtype, kind: str | None = None) -> None:
-        estimate.check_memory(args, ranks, dtype, torch.device("cpu"), free, kind)
+    def check(args: ModelArgs = args, ranks: int = ranks, dtype: torch.dtype = dtype, format: str | None = None) -> None:
+        estimate.check_memory(args, ranks, dtype, torch.device("cpu"), free, format)
 
     with pytest.raises(DeviceError, match=rf"max_seq_len={args.max_seq_len}, max_batch_size=8") as caught:
-        preflight()
+        check()
     facts, _, advice = str(caught.value).partition("It fits with ")
     assert f"{errors.format_bytes(free)} are free" in facts and f"{ranks} rank(s)" in facts
-    assert advice or "No change of length, rows, dtype or ranks" in facts
-    found = set()
-    for way in advice.rstrip(".").split(", or "):
-        if match := re.fullmatch(r"(max_seq_len|max_batch_size)=(\d+)", way):
+    assert advice or "No single change of" in facts
+    changes = set()
+    for change in advice.rstrip(".").split(", or "):
+        if match := re.fullmatch(r"(max_seq_len|max_batch_size)=(\d+)", change):
             name, value = match[1], int(match[2])
-            preflight(replace(args, **{name: value}))
+            check(replace(args, **{name: value}))
             with pytest.raises(DeviceError):
-                preflight(replace(args, **{name: value + 1}))
-        elif match := re.fullmatch(r"(max_batch_size=1 with max_seq_len)=(\d+)", way):
+                check(replace(args, **{name: value + 1}))
+        elif match := re.fullmatch(r"(max_batch_size=1 with max_seq_len)=(\d+)", change):
             name, value = match[1], int(match[2])
-            preflight(replace(args, max_batch_size=1, max_seq_len=value))
+            check(replace(args, max_batch_size=1, max_seq_len=value))
             with pytest.raises(DeviceError):
-                preflight(replace(args, max_batch_size=1, max_seq_len=value + 1))
-        elif re.fullmatch(r"dtype='bfloat16' \(\d+\.\d\d GB\)", way):
+                check(replace(args, max_batch_size=1, max_seq_len=value + 1))
+        elif re.fullmatch(r"dtype='bfloat16' \(\d+\.\d\d GB\)", change):
             name = "dtype"
-            preflight(dtype=BF16)
-        elif match := re.fullmatch(r"quantize='(int8|int4)' \(\d+\.\d\d GB\)", way):
+            check(dtype=BF16)
+        elif match := re.fullmatch(r"quantize='(int8|int4)' \(\d+\.\d\d GB\)", change):
             name = match[1]
-            preflight(kind=name)
+            check(format=name)
             if name == "int4":
                 with pytest.raises(DeviceError):
-                    preflight(kind="int8")
-        elif match := re.fullmatch(r"(\d+) ranks on machines of their own \(\d+\.\d\d GB each\)", way):
+                    check(format="int8")
+        elif match := re.fullmatch(r"(\d+) ranks on separate machines \(\d+\.\d\d GB each\)", change):
             name, value = "ranks", int(match[1])
-            preflight(ranks=value)
+            check(ranks=value)
             smaller = [r for r in range(ranks + 1, value) if args.kv_heads % r == 0]
             assert ranks < value and args.vocab_size % value == args.kv_heads % value == 0
             assert not any(estimate.memory_required(args, r, dtype).total <= free for r in smaller)
         else:
-            assert way == "", way
+            assert change == "", change
             continue
-        found.add(name)
-    assert found == advised
+        changes.add(name)
+    assert changes == advised
 
 
-def test_no_advice_leads_into_another_error() -> None:
-    """Where a kind of quantization, or a number of ranks, has no kernel."""
+def test_the_error_advises_nothing_that_would_raise_another_error() -> None:
+    """Formats without a kernel on the device, and numbers of ranks that do not divide the model, are not advised."""
     for device, dtype in (("mps", BF16), ("cuda", torch.float16)):
-        with pytest.raises(DeviceError, match=r"does not fit on \w+: 13.48 GB") as caught:
+        with pytest.raises(DeviceError, match=r"does not fit on \w+: .* take 13.48 GB") as caught:
             estimate.check_memory(SHORT, 1, dtype, torch.device(device), 6 * 10**9)
         assert "int4" not in str(caught.value) and "4 ranks" in str(caught.value)
     with pytest.raises(DeviceError, match="2 ranks") as caught:
         estimate.check_memory(SHORT, 1, BF16, torch.device("cpu"), 4 * 10**9, "int4")
     assert "int4" in str(caught.value)
-    endless = ModelArgs(dim=2**30, n_heads=2**29, vocab_size=2**30)  # not every number of ranks is tried
-    with pytest.raises(DeviceError, match="No change of"):
-        estimate.check_memory(endless, 1, BF16, torch.device("cpu"), 10**9)
+    huge = ModelArgs(dim=2**30, n_heads=2**29, vocab_size=2**30)  # returns soon: not every number of ranks is tried
+    with pytest.raises(DeviceError, match="No single change of"):
+        estimate.check_memory(huge, 1, BF16, torch.device("cpu"), 10**9)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_the_bytes_counted_are_those_of_a_real_model(
+def test_the_estimated_bytes_of_weights_and_kv_cache_are_those_of_a_real_model(
     llama: Llama, monkeypatch: pytest.MonkeyPatch, ranks: int, dtype: torch.dtype
 ) -> None:
     args = llama.model.params
@@ -117,29 +117,33 @@ def test_the_bytes_counted_are_those_of_a_real_model(
     assert estimate.cache_bytes(args, ranks, dtype) * ranks == estimate.cache_bytes(args, 1, dtype)
 
 
-def test_no_forward_has_more_ids_than_are_counted(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sequence to be scored goes through whole, prompts in chunks."""
+def test_no_forward_has_more_tokens_than_the_estimate_assumes(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scored sequence is computed in one forward, a prompt in chunks."""
     monkeypatch.setattr(tuning, "PREFILL_CHUNK", 16)
-    with counted() as ids_at_once:
+    with count_forward_tokens() as token_counts:
         llama.engine.score([[1] * 10] * 3 + [[1] * 64, [1] * 4], [1] * 5, [""] * 5)
-    assert max(ids_at_once) == estimate.max_tokens_per_forward(llama.model.params) == llama.model.params.max_seq_len
-    with counted() as ids_at_once:
+    assert max(token_counts) == estimate.max_tokens_per_forward(llama.model.params) == llama.model.params.max_seq_len
+    with count_forward_tokens() as token_counts:
         llama.generate([[1] * 60] * 3, 2)
-    assert max(ids_at_once) == 16
+    assert max(token_counts) == 16
     assert estimate.activation_bytes(replace(SEVEN_B, max_seq_len=8192), 1, BF16) > estimate.activation_bytes(SEVEN_B, 1, BF16)
 
 
-def test_what_does_not_fit_is_refused_before_any_work(small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read(
+    small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the system does not report its free memory, `build` goes on."""
+
     def build() -> Llama:
         return Llama.build(small.folder, small.tokenizer_path, 64, 4, device="cpu")
 
-    # A position takes 512 bytes of cache: keys and values, 2 layers, 4 heads, 8 numbers, 4 bytes.
+    # A position takes 512 bytes of the KV cache: keys and values, 2 layers, 4 heads, 8 values each, 4 bytes per value.
     working = estimate.activation_bytes(ModelArgs(**{**small.params, "vocab_size": 384}), 1, torch.float32)
     monkeypatch.setattr(free_memory, "free_memory", lambda _: 591_500 + 2 * 64 * 512 + working)
     with monkeypatch.context() as patch:
         patch.setattr(loading, "load_weights", lambda *_: pytest.fail("weights were read"))
         patch.setattr(KVCache, "adopt", lambda *_: pytest.fail("a cache was made"))
-        facts = ("0.591 MB of weights (float32)", "0.131 MB of cache", f"{errors.format_bytes(working)} to compute in")
-        refused(build, DeviceError, *facts, "max_seq_len=32,", "max_batch_size=2,", "dtype='bfloat16'")
-    monkeypatch.setattr(free_memory, "free_memory", lambda _: None)  # where the system does not tell
+        facts = ("Weights in float32 take 0.591 MB", "=4) 0.131 MB", f"activations {errors.format_bytes(working)}")
+        assert_raises(build, DeviceError, *facts, "max_seq_len=32,", "max_batch_size=2,", "dtype='bfloat16'")
+    monkeypatch.setattr(free_memory, "free_memory", lambda _: None)
     assert build().model.params.max_batch_size == 4

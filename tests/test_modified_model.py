@@ -1,7 +1,7 @@
-"""What programs do to the inside of the model: each is obeyed, or refused with the way out, and nothing is ignored.
+"""Read, edit and replace parts of the model as callers may: every change takes effect, or raises an error with the way out.
 
-A model whose forward a caller has changed is generated with through `Transformer.forward`, on (B, S) tokens, as in the
-reference. Each use is tried on plain tensors and on packed ones.
+A model whose forward a caller has changed generates through its own `Transformer.forward`, on tokens (B, S), as the reference
+does. Most tests run on plain float32 weights, on packed bfloat16 weights and on packed int8 weights.
 """
 
 import copy
@@ -30,13 +30,13 @@ FORMS = ["plain", "packed", "int8"]
 
 
 def build(small: SimpleNamespace, form: str = "plain", **options: Any) -> Llama:
-    more = {"plain": {}, "packed": {"dtype": "bfloat16"}, "int8": {"quantize": "int8"}}[form]
-    return Llama.build(small.folder, small.tokenizer_path, 64, 4, device="cpu", **more, **options)
+    form_options = {"plain": {}, "packed": {"dtype": "bfloat16"}, "int8": {"quantize": "int8"}}[form]
+    return Llama.build(small.folder, small.tokenizer_path, 64, 4, device="cpu", **form_options, **options)
 
 
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)  # these weights, too, are packed
+    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)  # pack even the small weights of the test model
     return request.param
 
 
@@ -45,29 +45,29 @@ def built(small: SimpleNamespace, form: str) -> Llama:
     return build(small, form)
 
 
-def say(llama: Llama) -> list[list[int]]:
+def greedy(llama: Llama) -> list[list[int]]:
     return llama.generate(PROMPTS, 8, temperature=0)[0]
 
 
-def most_likely(llama: Llama, answers: list[list[int]]) -> bool:
-    """Whether each token's logit is within a tolerance of the largest, by `model.forward` called as in the reference."""
-    nearly = 0.05 if next(llama.model.parameters()).dtype == torch.float32 else 0.15
+def agrees_with_forward(llama: Llama, answers: list[list[int]]) -> bool:
+    """Return True if each token's logit is within a tolerance of the largest one, calling `model.forward` as Meta's loop does."""
+    tolerance = 0.05 if next(llama.model.parameters()).dtype == torch.float32 else 0.15
     rows = [prompt + answer for prompt, answer in zip(PROMPTS, answers, strict=True)]
     tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     before = 0
     for position in range(min(map(len, PROMPTS)), tokens.shape[1]):
         logits = llama.model.forward(tokens[:, before:position], before)[:, -1]
-        for row, prompt, of_row in zip(rows, PROMPTS, logits, strict=True):
-            if len(prompt) <= position < len(row) and of_row.max() - of_row[row[position]] > nearly:
+        for row, prompt, row_logits in zip(rows, PROMPTS, logits, strict=True):
+            if len(prompt) <= position < len(row) and row_logits.max() - row_logits[row[position]] > tolerance:
                 return False
         before = position
     return True
 
 
-# --- looked at ---
+# --- reading the model ---
 
 
-def test_modules_parameters_and_state_have_metas_names(built: Llama) -> None:
+def test_modules_parameters_and_state_dict_have_metas_names_and_shapes(built: Llama) -> None:
     model, parts = built.model, ("wq", "wk", "wv", "wo")
     names = [name for name, _ in model.named_parameters()]
     assert names[1:10] == [
@@ -79,14 +79,14 @@ def test_modules_parameters_and_state_have_metas_names(built: Llama) -> None:
     assert [*model.state_dict()] == names and sum(p.numel() for p in model.parameters()) == 147_776
     attention = model.layers[0].attention
     assert [list(getattr(attention, part).weight.shape) for part in parts] == [[64, 64], [32, 64], [32, 64], [64, 64]]
-    numbers = attention.n_kv_heads, attention.n_local_heads, attention.n_local_kv_heads, attention.n_rep, attention.head_dim
-    assert numbers == (4, 8, 4, 2, 8)
+    heads = attention.n_kv_heads, attention.n_local_heads, attention.n_local_kv_heads, attention.n_rep, attention.head_dim
+    assert heads == (4, 8, 4, 2, 8)
     block = model.layers[1]
     assert (block.n_heads, block.dim, block.head_dim, block.layer_id) == (8, 64, 8, 1)
     assert model.freqs_cis.shape == (128, 4) and model.freqs_cis.dtype == torch.complex64
 
 
-def test_weights_have_their_values(built: Llama, small: SimpleNamespace, form: str) -> None:
+def test_weights_read_as_the_checkpoints_values_and_can_be_saved(built: Llama, small: SimpleNamespace, form: str) -> None:
     tolerance = 1e-6 if form == "plain" else 0.02
     for name, weight in built.model.state_dict().items():
         torch.testing.assert_close(weight.float(), small.weights[name], atol=tolerance, rtol=tolerance)
@@ -98,7 +98,7 @@ def test_weights_have_their_values(built: Llama, small: SimpleNamespace, form: s
         assert type(weight) is torch.Tensor and torch.equal(weight, built.model.state_dict()[name].clone())
 
 
-def test_a_linear_layer_multiplies_by_the_values_it_shows(built: Llama, form: str) -> None:
+def test_a_linear_layer_multiplies_by_the_values_that_its_weight_shows(built: Llama, form: str) -> None:
     x = torch.randn(2, 5, 64).to(built.model.norm.weight.dtype)
     for name in ("attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1", "feed_forward.w3"):
         layer = built.model.layers[1].get_submodule(name)
@@ -106,7 +106,7 @@ def test_a_linear_layer_multiplies_by_the_values_it_shows(built: Llama, form: st
         torch.testing.assert_close(layer(x).float(), want, atol=1e-5 if form == "plain" else 0.02, rtol=0.02)
 
 
-def test_the_cache_is_there_to_read_and_write(built: Llama) -> None:
+def test_callers_may_read_and_write_the_kv_cache(built: Llama) -> None:
     attention, tokens = built.model.layers[1].attention, torch.tensor([[1, 5, 6, 40], [1, 7, 8, 90]])
     built.model(tokens, 0)
     assert attention.cache_k.shape == (4, 64, 4, 8) and attention.cache_k[:2, :4].abs().sum(-1).min() > 0
@@ -115,11 +115,11 @@ def test_the_cache_is_there_to_read_and_write(built: Llama) -> None:
         layer.attention.cache_k.zero_()
         layer.attention.cache_v.zero_()
     assert not torch.equal(built.model(next_, 4), step)
-    say(built)  # row i of a batch is row i of the cache
-    row = PROMPTS[1] + say(built)[1]
+    greedy(built)  # row i of a batch is row i of the cache
+    row = PROMPTS[1] + greedy(built)[1]
     want = built.model(torch.tensor([row]), 0)[0, -1]
-    say(built)
-    both = [(prompt + answer)[:9] for prompt, answer in zip(PROMPTS, say(built), strict=True)]
+    greedy(built)
+    both = [(prompt + answer)[:9] for prompt, answer in zip(PROMPTS, greedy(built), strict=True)]
     got = built.model(torch.tensor([tokens[8:] for tokens in both]), 8)[1, -1]
     assert built.model(torch.tensor([row[:9]]), 0)[0, -1].argmax() == got.argmax() and want.shape == got.shape
 
@@ -128,13 +128,13 @@ def test_logits_need_no_detach(built: Llama) -> None:
     assert built.model(torch.tensor([[1, 5]]), 0).numpy().shape == (1, 2, 384)
 
 
-# --- hooks, and what is replaced ---
+# --- hooks and replaced modules, functions and weights ---
 
 
-def zeroed(layer: nn.Module) -> nn.Linear:
-    made = nn.Linear(layer.in_features, layer.weight.shape[0], bias=False).to(layer.weight.dtype)  # type: ignore[arg-type, union-attr]
-    nn.init.zeros_(made.weight)
-    return made
+def zero_linear(layer: nn.Module) -> nn.Linear:
+    zero = nn.Linear(layer.in_features, layer.weight.shape[0], bias=False).to(layer.weight.dtype)  # type: ignore[arg-type, union-attr]
+    nn.init.zeros_(zero.weight)
+    return zero
 
 
 class Negative(nn.Module):
@@ -180,15 +180,15 @@ def last_position(module: nn.Module, args: Any, y: torch.Tensor) -> torch.Tensor
     return y
 
 
-def patched_block(llama: Llama) -> None:
+def patch_block(llama: Llama) -> None:
     block = llama.model.layers[0]
-    plain = block.forward
-    block.forward = types.MethodType(lambda self, x, *args: plain(x, *args) - 1.5 * x, block)
+    original = block.forward
+    block.forward = types.MethodType(lambda self, x, *args: original(x, *args) - 1.5 * x, block)
 
 
-def patched_forward(llama: Llama) -> None:
-    plain = llama.model.forward
-    llama.model.forward = lambda tokens, start_pos: -plain(tokens, start_pos)  # type: ignore[method-assign]
+def patch_forward(llama: Llama) -> None:
+    original = llama.model.forward
+    llama.model.forward = lambda tokens, start_pos: -original(tokens, start_pos)  # type: ignore[method-assign]
 
 
 CHANGES: dict[str, Callable[[Llama], Any]] = {
@@ -196,14 +196,14 @@ CHANGES: dict[str, Callable[[Llama], Any]] = {
     "a hook on wq": lambda x: x.model.layers[0].attention.wq.register_forward_hook(lambda m, i, y: y * 0),
     "a hook on w3": lambda x: x.model.layers[0].feed_forward.w3.register_forward_hook(lambda m, i, y: y * 0),
     "a hook before the output": lambda x: x.model.output.register_forward_pre_hook(lambda m, i: (i[0] * -1,)),
-    "forward replaced": patched_forward,
-    "a block's forward replaced": patched_block,
+    "forward replaced": patch_forward,
+    "a block's forward replaced": patch_block,
     "a subclass": lambda x: setattr(x.model, "__class__", Subclass),
     "a wrapped model": lambda x: setattr(x, "model", Negative(x.model)),
     "a block replaced": lambda x: x.model.layers.__setitem__(0, Skip()),
     "a layer removed": lambda x: setattr(x.model, "layers", x.model.layers[:-1]),
     "layers appended": lambda x: x.model.layers.extend([copy.deepcopy(x.model.layers[i]) for i in (1, 0)]),
-    "wq replaced": lambda x: replace(x, "attention.wq", zeroed),
+    "wq replaced": lambda x: replace(x, "attention.wq", zero_linear),
     "lora around wv": lambda x: replace(x, "attention.wv", Lora),
     "other frequencies": lambda x: setattr(x.model, "freqs_cis", model.precompute_freqs_cis(8, 128, 50.0)),
     "wk pruned": lambda x: prune.l1_unstructured(x.model.layers[0].attention.wk, "weight", 0.9),
@@ -223,49 +223,49 @@ CHANGES: dict[str, Callable[[Llama], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_is_in_the_answers(built: Llama, change: str) -> None:
-    """In those of `generate` as in those of `forward`; the same after the model has been used before."""
-    before = say(built)
+def test_a_modified_model_generates_as_its_own_forward(built: Llama, change: str) -> None:
+    """Generate once before the change: the second call must not use anything that the first call prepared."""
+    before = greedy(built)
     with torch.no_grad():
         CHANGES[change](built)
-        answers = say(built)
-        assert answers != before and most_likely(built, answers)
+        answers = greedy(built)
+        assert answers != before and agrees_with_forward(built, answers)
     assert (
         "".join(built.text_completion_stream("the", 0, max_gen_len=4))
         == built.text_completion(["the"], 0, max_gen_len=4)[0]["generation"]
     )
 
 
-def test_functions_of_the_model_file_may_be_replaced(built: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = say(built)
-    for owner, name, other in (
+def test_functions_and_methods_of_the_model_module_may_be_replaced(built: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = greedy(built)
+    for owner, name, replacement in (
         (model, "apply_rotary_emb", lambda xq, xk, freqs_cis: (xq, xk)),
         (model.Attention, "forward", lambda self, x, *args: x * 0),
         (model.RMSNorm, "_norm", lambda self, x: x),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, other)
-            answers = say(built)
-            assert answers != before and most_likely(built, answers)
-    assert say(built) == before
+            patch.setattr(owner, name, replacement)
+            answers = greedy(built)
+            assert answers != before and agrees_with_forward(built, answers)
+    assert greedy(built) == before
 
 
-def test_hooks_see_batches_and_it_is_told_once(built: Llama, capsys: pytest.CaptureFixture[str]) -> None:
-    seen: list[list[int]] = []
-    handle = built.model.layers[1].register_forward_hook(lambda module, args, y: seen.append(list(y.shape)))
-    want = say(built)
-    assert seen[:2] == [[2, 2, 64], [2, 1, 64]] and say(built) == want
-    told = "llama: layers.1 has a hook: generating through the model's own forward, which is slower\n"
-    assert capsys.readouterr().err == told
-    seen.clear()
+def test_hooks_get_whole_batches_and_a_message_is_printed_once(built: Llama, capsys: pytest.CaptureFixture[str]) -> None:
+    shapes: list[list[int]] = []
+    handle = built.model.layers[1].register_forward_hook(lambda module, args, y: shapes.append(list(y.shape)))
+    want = greedy(built)
+    assert shapes[:2] == [[2, 2, 64], [2, 1, 64]] and greedy(built) == want
+    message = "llama: layers.1 has a hook: generating through the model's own forward, which is slower\n"
+    assert capsys.readouterr().err == message
+    shapes.clear()
     built.chat_completion([[{"role": "user", "content": "hi"}]], temperature=0, max_gen_len=4)
-    assert len(seen) == 4 and seen[1] == [1, 1, 64]
+    assert len(shapes) == 4 and shapes[1] == [1, 1, 64]
     handle.remove()
-    assert say(built) == want and len(seen) == 4
+    assert greedy(built) == want and len(shapes) == 4
 
 
-def test_a_hook_may_ban_tokens(built: Llama) -> None:
-    """Logits of -inf beside finite ones are a mask; where all are, or one is NaN, there is nothing to choose."""
+def test_a_hook_may_ban_tokens_with_logits_of_minus_infinity(built: Llama) -> None:
+    """Logits that are NaN or +inf still raise an error."""
 
     def ban(module: nn.Module, args: Any, y: torch.Tensor) -> torch.Tensor:
         y = y.clone()
@@ -273,34 +273,34 @@ def test_a_hook_may_ban_tokens(built: Llama) -> None:
         return y
 
     handle = built.model.output.register_forward_hook(ban)
-    assert all(token % 2 for row in say(built) for token in row)
+    assert all(token % 2 for row in greedy(built) for token in row)
     torch.manual_seed(0)
     assert all(token % 2 for row in built.generate(PROMPTS, 8, temperature=1.0)[0] for token in row)
-    _, values = built.generate([[1, 2, 5]], 2, temperature=0, logprobs=True, echo=True)
-    assert values and values[0][1] == float("-inf")
+    _, logprobs = built.generate([[1, 2, 5]], 2, temperature=0, logprobs=True, echo=True)
+    assert logprobs and logprobs[0][1] == float("-inf")
     handle.remove()
     for bad in (float("nan"), float("inf")):
         handle = built.model.output.register_forward_hook(
             lambda m, i, y, bad=bad: y.clone().index_fill_(-1, torch.tensor([3]), bad)
         )
         with pytest.raises(ValueError, match="not finite"):
-            say(built)
+            greedy(built)
         handle.remove()
 
 
-def test_calls_go_through_what_the_caller_put_there(built: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`generate`, `tokenizer` and the sampler are looked up at each call."""
-    seen: list[dict[str, Any]] = []
+def test_callers_may_replace_generate_the_tokenizer_and_the_sampler(built: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call looks up `generate`, `tokenizer` and `sample_top_p` anew."""
+    options_of_calls: list[dict[str, Any]] = []
 
-    class Mine(Llama):
+    class RecordingLlama(Llama):
         def generate(self, prompt_tokens: Any, **options: Any) -> Any:
-            seen.append(options)
+            options_of_calls.append(options)
             return super().generate(prompt_tokens, **options)
 
     want = built.text_completion(["the"], 0, max_gen_len=4, logprobs=True)
-    built.__class__ = Mine
+    built.__class__ = RecordingLlama
     assert built.text_completion(["the"], 0, max_gen_len=4, logprobs=True) == want
-    assert seen == [{"max_gen_len": 4, "temperature": 0.0, "top_p": 0.9, "logprobs": True}]
+    assert options_of_calls == [{"max_gen_len": 4, "temperature": 0.0, "top_p": 0.9, "logprobs": True}]
     built.generate = lambda prompt_tokens, **options: ([[40, 41, 42, 43]], None)  # type: ignore[method-assign]
     assert built.text_completion(["the"])[0]["generation"] == built.tokenizer.decode([40, 41, 42, 43])
     piece = built.tokenizer.decode([42])
@@ -310,7 +310,7 @@ def test_calls_go_through_what_the_caller_put_there(built: Llama, monkeypatch: p
     del built.generate
     built.__class__ = Llama
 
-    class Shouting:
+    class UpperCaseEncoder:
         def __init__(self, inner: Any) -> None:
             self.inner = inner
 
@@ -320,9 +320,9 @@ def test_calls_go_through_what_the_caller_put_there(built: Llama, monkeypatch: p
         def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
             return self.inner.encode("Tom said " + s.upper(), bos=bos, eos=eos)
 
-    shouted = built.text_completion(["Tom said THE"], 0, max_gen_len=4)
-    built.tokenizer = Shouting(built.tokenizer)  # type: ignore[assignment]
-    assert built.text_completion(["the"], 0, max_gen_len=4) == shouted
+    want = built.text_completion(["Tom said THE"], 0, max_gen_len=4)
+    built.tokenizer = UpperCaseEncoder(built.tokenizer)  # type: ignore[assignment]
+    assert built.text_completion(["the"], 0, max_gen_len=4) == want
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generation, "sample_top_p", lambda probs, p: probs.argmin(-1, keepdim=True))
         with pytest.raises(InputError, match="seed is for this library's sample_top_p"):
@@ -332,34 +332,34 @@ def test_calls_go_through_what_the_caller_put_there(built: Llama, monkeypatch: p
     assert tokens == [int(built.model(torch.tensor([[1, 5]]), 0)[0, -1].argmin())]
 
 
-def test_a_callers_own_decode_makes_the_text(built: Llama) -> None:
-    """Of answers, echoes, streams, dialogs and single tokens."""
+def test_a_replaced_tokenizers_decode_makes_all_text(built: Llama) -> None:
+    """Test answers, echoed prompts, streams, dialogs and single tokens."""
 
-    class Shouting:
+    class UpperCaseDecoder:
         def __init__(self, inner: Any) -> None:
             self.inner = inner
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self.__dict__["inner"], name)
 
-        def decode(self, ids: list[int]) -> str:
-            return self.inner.decode(ids).upper()
+        def decode(self, tokens: list[int]) -> str:
+            return self.inner.decode(tokens).upper()
 
     dialog = [{"role": "user", "content": "hi"}]
 
     def texts() -> list[str]:
-        whole = built.text_completion(["the", "once upon"], 0, max_gen_len=6, echo=True, logprobs=True)
-        said = built.chat_completion([dialog], 0, max_gen_len=6)[0]["generation"]["content"]
+        results = built.text_completion(["the", "once upon"], 0, max_gen_len=6, echo=True, logprobs=True)
+        reply = built.chat_completion([dialog], 0, max_gen_len=6)[0]["generation"]["content"]
         stream = "".join(built.text_completion_stream("the", 0, max_gen_len=6))
-        return [*(w["generation"] for w in whole), *whole[0]["tokens"], said, stream]
+        return [*(result["generation"] for result in results), *results[0]["tokens"], reply, stream]
 
-    plain = texts()
-    built.tokenizer = Shouting(built.tokenizer)  # type: ignore[assignment]
-    assert texts() == [text.upper() for text in plain] != plain
+    original_texts = texts()
+    built.tokenizer = UpperCaseDecoder(built.tokenizer)  # type: ignore[assignment]
+    assert texts() == [text.upper() for text in original_texts] != original_texts
 
 
-def test_settings_are_looked_up_at_each_call(built: Llama) -> None:
-    answer = say(built)[0]
+def test_max_seq_len_and_eos_id_are_read_anew_at_each_call(built: Llama) -> None:
+    answer = greedy(built)[0]
     built.model.params.max_seq_len = 9
     assert built.generate(PROMPTS[:1], 50, temperature=0)[0] == [answer[:4]]
     built.tokenizer.eos_id = answer[2]
@@ -370,8 +370,8 @@ def test_settings_are_looked_up_at_each_call(built: Llama) -> None:
 
 
 @pytest.mark.parametrize("form", ["packed", "int8"], indirect=True)
-def test_what_a_packed_weight_cannot_do_it_refuses(built: Llama) -> None:
-    """With the way out; never in silence."""
+def test_a_packed_weight_raises_for_operations_that_need_plain_memory(built: Llama) -> None:
+    """The error names the way out: backend="eager" keeps plain tensors."""
     weight = built.model.layers[0].attention.wq.weight
     assert isinstance(weight, PackedWeight) and isinstance(weight, nn.Parameter)
     for use in (
@@ -385,8 +385,8 @@ def test_what_a_packed_weight_cannot_do_it_refuses(built: Llama) -> None:
             use()
 
 
-def test_packed_weights_import_nothing_heavy(small: SimpleNamespace) -> None:
-    """PyTorch's distributed tensors, and sympy with them, take 40 MB, and most of a second of each start."""
+def test_packed_weights_do_not_import_sympy(small: SimpleNamespace) -> None:
+    """PyTorch's distributed tensors import sympy, which takes 40 MB and most of a second at each start."""
     code = (
         f"import sys; from llama import Llama; paths = {str(small.folder)!r}, {str(small.tokenizer_path)!r}\n"
         "llama = Llama.build(*paths, 64, 2, device='cpu', quantize='int8'); llama.generate([[1, 5]], 2)\n"
@@ -396,31 +396,31 @@ def test_packed_weights_import_nothing_heavy(small: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("form", ["packed", "int8"], indirect=True)
-def test_an_edit_leaves_the_neighbors_as_they_are(built: Llama) -> None:
-    """wq, wk and wv are packed as one."""
+def test_an_edit_of_wk_leaves_wq_and_wv_unchanged(built: Llama) -> None:
+    """The weights wq, wk and wv are packed as one matrix."""
     attention = built.model.layers[0].attention
     before = attention.wq.weight.clone(), attention.wv.weight.clone()
     attention.wk.weight.mul_(2)
     assert torch.equal(attention.wq.weight.clone(), before[0]) and torch.equal(attention.wv.weight.clone(), before[1])
 
 
-def test_copies_are_apart(built: Llama) -> None:
-    want = say(built)
-    for other in (copy.deepcopy(built.model), pickle.loads(pickle.dumps(built.model))):
-        twin = Llama(other, built.tokenizer)
-        assert say(twin) == want
-        other.layers[0].attention.wo.weight.mul_(0)
-        assert say(twin) != want and say(built) == want
+def test_an_edit_of_a_copied_model_leaves_the_original_unchanged(built: Llama) -> None:
+    want = greedy(built)
+    for duplicate in (copy.deepcopy(built.model), pickle.loads(pickle.dumps(built.model))):
+        llama_of_copy = Llama(duplicate, built.tokenizer)
+        assert greedy(llama_of_copy) == want
+        duplicate.layers[0].attention.wo.weight.mul_(0)
+        assert greedy(llama_of_copy) != want and greedy(built) == want
 
 
-def test_eager_keeps_plain_tensors(small: SimpleNamespace, form: str) -> None:
+def test_the_eager_backend_keeps_plain_tensors(small: SimpleNamespace, form: str) -> None:
     eager = build(small, form, backend="eager")
     assert all(type(p) is nn.Parameter for p in eager.model.parameters()) and eager.backend == "eager"
-    assert most_likely(eager, say(eager))
+    assert agrees_with_forward(eager, greedy(eager))
 
 
 @pytest.mark.parametrize("form", ["packed", "int8"], indirect=True)
-def test_operations_that_write_into_a_packed_weight_are_obeyed(built: Llama) -> None:
+def test_operations_that_write_into_a_packed_weight_take_effect(built: Llama) -> None:
     weight = built.model.layers[0].attention.wo.weight
     before = weight.clone().float()
     torch.mul(weight, 2, out=weight)
@@ -429,35 +429,35 @@ def test_operations_that_write_into_a_packed_weight_are_obeyed(built: Llama) -> 
     torch.testing.assert_close(weight.clone().float(), 2 * before, atol=0.02, rtol=0.02)
 
 
-def test_what_a_model_was_not_built_for_is_an_error_before_any_work(built: Llama) -> None:
-    say(built)
+def test_a_context_longer_than_the_kv_cache_is_refused(built: Llama) -> None:
+    greedy(built)
     built.model.params.max_seq_len = 128
     with pytest.raises(InputError, match="max_seq_len is 128, but the model was built with a cache for 64: build it anew"):
-        say(built)
+        greedy(built)
     with pytest.raises(InputError, match="max_seq_len is 128"):
         built.score(["the"], [" fox"])
 
 
-def test_two_streams_do_not_mix_in_a_changed_model(built: Llama) -> None:
+def test_a_stream_of_a_modified_model_raises_after_another_call(built: Llama) -> None:
     built.model.layers[0].register_forward_hook(lambda module, args, y: None)
     stream = built.generate_stream(PROMPTS[:1], 8, 0)
     next(stream)
-    say(built)
+    greedy(built)
     with pytest.raises(InputError, match="another call has used this model's cache"):
         list(stream)
 
 
-def test_edited_weights_end_a_reuse(built: Llama) -> None:
-    def turn(reuse: bool) -> str:
+def test_reuse_computes_the_prompt_anew_after_an_edit_of_the_weights(built: Llama) -> None:
+    def answer(reuse: bool) -> str:
         return "".join(built.text_completion_stream("once upon a time", 0, max_gen_len=6, reuse=reuse))
 
-    turn(True)
+    answer(True)
     for layer in built.model.layers:
         layer.attention.wv.weight.mul_(-2)
-    assert turn(True) == turn(False)
+    assert answer(True) == answer(False)
 
 
-def test_training_after_answering(small: SimpleNamespace) -> None:
+def test_a_model_can_be_trained_after_generating(small: SimpleNamespace) -> None:
     model = build(small, backend="eager").model.double()
     Llama(model, build(small).tokenizer).generate(PROMPTS, 2)
     model.requires_grad_(True)
@@ -465,10 +465,10 @@ def test_training_after_answering(small: SimpleNamespace) -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-# --- made by hand ---
+# --- models built without Llama.build ---
 
 
-def test_a_model_made_by_hand_draws_nothing_and_answers() -> None:
+def test_constructing_a_transformer_leaves_torchs_generator_alone_and_takes_metas_arguments() -> None:
     torch.manual_seed(3)
     want = torch.rand(1)
     torch.manual_seed(3)
@@ -482,8 +482,8 @@ def test_a_model_made_by_hand_draws_nothing_and_answers() -> None:
         linear.ColumnParallelLinear(8, 16, bias=True)
 
 
-def test_any_pth_files_are_shards(small: SimpleNamespace, tmp_path: Path) -> None:
+def test_shards_may_have_any_name_that_ends_in_pth(small: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "finetuned.pth").write_bytes((small.folder / "consolidated.00.pth").read_bytes())
     (tmp_path / "params.json").write_bytes((small.folder / "params.json").read_bytes())
     renamed = Llama.build(tmp_path, small.tokenizer_path, 64, 4, device="cpu")
-    assert say(renamed) == say(build(small))
+    assert greedy(renamed) == greedy(build(small))

@@ -1,0 +1,27 @@
+"""What all engines of one model share, so that several `Llama` objects may use one model."""
+
+import threading
+import weakref
+
+from torch import nn
+
+from .kv_cache import KVCache
+
+CACHE_TAKEN_ERROR = "another call has used this model's cache since: end a stream before the next call"
+
+
+class SharedState:
+    """A model's lock, its KV cache once there is one, and the call that owns the cache."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.cache: KVCache | None = None
+        self.owner: object = None
+
+
+_BY_MODEL: weakref.WeakKeyDictionary[nn.Module, SharedState] = weakref.WeakKeyDictionary()
+
+
+def shared_state_of(model: nn.Module) -> SharedState:
+    """Return the state of a model, a new one if the model has none yet."""
+    return _BY_MODEL.setdefault(model, SharedState())

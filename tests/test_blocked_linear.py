@@ -1,0 +1,411 @@
+"""BlockedLinear: the C kernels multiply blocked weights as a PyTorch reference does, and pack them as quantize.py does."""
+
+import copy
+import dataclasses
+import itertools
+import pickle
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llama import tuning
+from llama.kernels import avx2, avx512, half_precision, int4, int8, onednn, pack, packing
+from llama.kernels.blocked_linear import ACTIVATION_GROUP, BlockedLinear, BlockedWeight
+from llama.kernels.c_extension import CExtension
+from llama.quantization.quantize import quantize
+from llama.quantization.weight import QuantizedWeight, group_size
+
+from .support import no_extension, quantize_int8_per_row
+
+packs = pytest.mark.skipif(pack.extension() is None, reason="pack.c is not compiled, or this CPU has no AVX2")
+DTYPES = torch.bfloat16, torch.float16, torch.float32
+ROUNDING_ERROR = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}  # largest relative error of rounding
+ROWS = 1, 2, 3, 4, 5, 16, 130
+EXTENSIONS = {"AVX-512": avx512.extension(), "AVX2": avx2.extension()}
+
+
+class KernelConfig(NamedTuple):
+    """An extension, a weight format, and the dtype and number of 8-bit digits of the activations. Overrides llama's choice."""
+
+    extension_name: str
+    format: str
+    dtype: torch.dtype
+    digits: int
+
+    def extension(self) -> CExtension:
+        """Return the extension; skip the test if it is not compiled."""
+        extension = EXTENSIONS[self.extension_name]
+        if extension is None or pack.extension() is None:
+            pytest.skip(f"the {self.extension_name} extension is not compiled here")
+        return extension
+
+    def kernel(self, blocks: BlockedWeight) -> BlockedLinear:
+        """Return the kernel that multiplies by the blocks with this configuration."""
+        extension = self.extension()
+        kernel = BlockedLinear(blocks, self.dtype)
+        kernel.extension, kernel.int8_per_activation = extension, self.digits
+        if self.digits == 2:
+            kernel.use_highest_precision()
+        return kernel
+
+    def pack(self, weight: torch.Tensor) -> tuple[BlockedLinear, torch.Tensor]:
+        """Pack a weight (out, in); return its kernel and its dequantized values in float64."""
+        self.extension()
+        if self.format == "bfloat16":
+            return self.kernel(
+                BlockedWeight.from_rows(self.format, [weight.bfloat16()], ACTIVATION_GROUP)
+            ), weight.bfloat16().double()
+        quantized = quantize(weight, self.format, self.dtype)
+        dequantized = dataclasses.replace(quantized, dtype=torch.float64).dequantize()
+        return self.kernel(BlockedWeight.from_quantized(quantized)), dequantized
+
+    def round_activations(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x in float64, rounded as the kernel rounds it before it multiplies."""
+        return x.double() if self.format == "bfloat16" else round_to_8_bits(x, self.digits)
+
+
+QUANTIZED_CONFIGS = [KernelConfig(*config) for config in itertools.product(EXTENSIONS, ("int8", "int4"), DTYPES, (1, 2))]
+CONFIGS = [KernelConfig("AVX-512", "bfloat16", torch.bfloat16, 1), *QUANTIZED_CONFIGS]
+NAMES = {
+    config: f"{config.format} {str(config.dtype)[6:]} {config.digits} digit(s) {config.extension_name}" for config in CONFIGS
+}
+every_config = pytest.mark.parametrize("config", CONFIGS, ids=NAMES.get)
+quantized_configs = pytest.mark.parametrize("config", QUANTIZED_CONFIGS, ids=NAMES.get)
+# Besides one whole block: outputs that do not fill a block, inputs that do not fill a group, and inputs in wider groups.
+SHAPES = (64, 64), (100, 192), (37, 40), (129, 2304)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape) + seed))
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def round_to_8_bits(x: torch.Tensor, digits: int = 1, group: int = ACTIVATION_GROUP) -> torch.Tensor:
+    """Return rows (N, in) rounded as the kernels round activations, in float64.
+
+    Each `group` neighbours are 8-bit integers times a common scale. A second digit rounds the error of the first likewise.
+    """
+    groups = F.pad(x.float(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
+    rounded = torch.zeros_like(groups, dtype=torch.float64)
+    for _ in range(digits):
+        scale = groups.abs().amax(2, keepdim=True).clamp(min=1e-30) / 127
+        digit = (groups * scale.reciprocal()).round()
+        rounded += digit.double() * scale.double()
+        groups = groups - digit * scale
+    return rounded.flatten(1)[:, : x.shape[1]]
+
+
+def assert_product(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, atol: float = 1e-7) -> None:
+    """Check that y is x @ weight.T up to the error of float32 sums and of one rounding to y's dtype."""
+    want, sums = x @ weight.T, x.abs() @ weight.abs().T
+    tolerance = 1e-6 * sums + 1.01 * ROUNDING_ERROR[y.dtype] * want.abs() + atol
+    excess = ((y.double() - want).abs() - tolerance).max().item()
+    assert excess <= 0
+
+
+# --- multiplication ----------------------------------------------------------------------------------------------------------
+
+
+@every_config
+def test_kernels_multiply_rounded_activations_by_dequantized_weights(config: KernelConfig) -> None:
+    for out, width in SHAPES:
+        kernel, weight = config.pack(random(out, width))
+        for n in ROWS:
+            x = random(n, width, seed=1).to(config.dtype)
+            y = kernel(x)
+            assert y.dtype == (torch.float32 if config.digits == 2 else config.dtype)
+            assert_product(y, config.round_activations(x), weight)
+
+
+@quantized_configs
+def test_very_small_and_very_large_activations_are_multiplied_precisely(config: KernelConfig) -> None:
+    kernel, weight = config.pack(random(100, 192))
+    for scale in (1e-3, 1e3) if config.dtype == torch.float16 else (1e-20, 1e-3, 1e3, 1e20):
+        x = (random(5, 192, seed=1) * scale).to(config.dtype)
+        assert_product(kernel(x), config.round_activations(x), weight, atol=1e-7 * scale)
+
+
+@every_config
+def test_a_row_is_bitwise_the_same_alone_and_in_any_batch(config: KernelConfig, threads: int) -> None:
+    kernel, _ = config.pack(random(200, 320))
+    x = random(135, 320, seed=1).to(config.dtype)
+    together = kernel(x)
+    for n in (1, 2, 3, 4, 5, 6, 7, 9, 64):
+        assert torch.equal(torch.cat([kernel(rows) for rows in x.split(n)]), together), n
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(2))
+    assert torch.equal(kernel(x[order]), together[order])
+
+
+@every_config
+def test_nan_and_infinity_in_a_row_do_not_affect_other_rows(config: KernelConfig) -> None:
+    kernel, _ = config.pack(random(100, 192))
+    x = random(7, 192, seed=1).to(config.dtype)
+    clean = kernel(x)
+    x[1, 7], x[3, 9], x[4, 191] = float("nan"), float("inf"), float("-inf")
+    y = kernel(x)
+    assert y[1].isnan().all() and not y[[1, 3, 4]].isfinite().any()
+    assert torch.equal(y[[0, 2, 5, 6]], clean[[0, 2, 5, 6]])
+    assert not kernel(torch.zeros_like(x)).any()
+
+
+@pytest.mark.parametrize("extension_name", EXTENSIONS)
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_outputs_too_large_for_float16_are_infinite(extension_name: str, format: str) -> None:
+    kernel, _ = KernelConfig(extension_name, format, torch.float16, 1).pack(torch.ones(64, 64))
+    assert kernel(torch.full((1, 64), 4096.0).half()).eq(float("inf")).all()  # 64 * 4096 = 262144 is beyond float16
+    assert kernel(torch.full((1, 64), 512.0).half()).sub(32768).abs().max() < 64
+
+
+@pytest.mark.parametrize("extension_name", EXTENSIONS)
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_two_digits_are_fifty_times_as_precise_as_one(extension_name: str, format: str) -> None:
+    """Logits use two digits; compare both with the product of unrounded activations and dequantized weights."""
+    x = random(5, 2048, seed=1).bfloat16()
+    errors = []
+    for digits in (1, 2):
+        kernel, weight = KernelConfig(extension_name, format, torch.bfloat16, digits).pack(random(100, 2048))
+        exact = x.double() @ weight.T
+        errors.append((kernel(x).double() - exact).norm() / exact.norm())
+    assert errors[1] < 1e-4 and errors[1] < errors[0] / 50
+
+
+# --- slices of a weight, as ranks store them ----------------------------------------------------------------------------
+
+
+@every_config
+@pytest.mark.parametrize(
+    ("width", "first", "last"), [(176, 44, 88), (176, 88, 176), (2304, 576, 1152), (192, 7, 12), (40, 21, 40)]
+)
+def test_a_slice_of_the_inputs_has_the_values_of_the_whole_weight_even_within_a_group(
+    config: KernelConfig, width: int, first: int, last: int
+) -> None:
+    """Slice the blocks, slice a quantized weight, and pack slices of the rows: all have the same values.
+
+    A slice that starts within a group starts with zeros, so that its groups are those of the whole weight.
+    """
+    rows = random(70, width).to(config.dtype)
+    whole, weight = config.pack(rows)
+    parts = [whole.blocks.slice_inputs(first, last)]
+    if config.format != "bfloat16":
+        assert parts[0].padding_before == first % group_size(width, config.format)
+        parts.append(BlockedWeight.from_quantized(quantize(rows, config.format).slice_inputs(first, last)))
+        packed = packing.pack_rows(config.format, [rows], config.dtype, width, first, last)
+        assert isinstance(packed, BlockedLinear)
+        parts.append(packed.blocks)
+    x = random(5, last - first, seed=1).to(config.dtype)
+    padded = F.pad(x, (first, width - last))  # 0 for all inputs outside the slice
+    for part in parts:
+        assert part.in_features == last - first
+        assert torch.equal(part.dequantize(torch.float64), weight[:, first:last])
+        assert_product(config.kernel(part)(x), config.round_activations(padded), weight)
+
+
+@packs
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_the_outputs_of_all_input_slices_add_up_to_the_output_of_the_whole_weight(format: str) -> None:
+    rows, x = random(70, 176), random(5, 176, seed=1)
+    whole = packing.pack_rows(format, [rows], torch.float32, 176, 0, 176)
+    parts = [packing.pack_rows(format, [rows], torch.float32, 176, first, first + 44) for first in range(0, 176, 44)]
+    assert whole and all(parts)
+    assert torch.equal(torch.cat([part.dequantize() for part in parts if part], 1), whole.dequantize())
+    total = sum(part(inputs) for part, inputs in zip(parts, x.split(44, 1), strict=True) if part)
+    assert (total - whole(x)).norm() < 0.01 * whole(x).norm()
+
+
+@packs
+@pytest.mark.parametrize("format", ["bfloat16", "int8", "int4"])
+def test_a_slice_of_the_outputs_shares_memory_and_gives_bitwise_the_same_outputs(format: str) -> None:
+    """The slice must start with a block of outputs; otherwise `rows` returns None."""
+    if format == "bfloat16" and avx512.extension() is None:
+        pytest.skip("the AVX-512 extension is not compiled here")
+    whole = BlockedLinear(BlockedWeight.from_rows(format, [random(200, 192).bfloat16()], ACTIVATION_GROUP), torch.bfloat16)
+    x = random(5, 192, seed=1).bfloat16()
+    for first, last in ((0, 64), (64, 200), (128, 150)):
+        part = whole.rows(first, last)
+        assert part is not None and torch.equal(part(x), whole(x)[:, first:last])
+        assert torch.equal(part.dequantize(), whole.dequantize()[first:last])
+        assert part.blocks.weight.untyped_storage().data_ptr() == whole.blocks.weight.untyped_storage().data_ptr()
+    assert whole.rows(32, 64) is None
+
+
+# --- packing -------------------------------------------------------------------------------------------------------------
+
+
+def difficult_weight(out: int, width: int) -> torch.Tensor:
+    """Return rows of all magnitudes, among them rows of zeros, of one value, with outliers, and as large as float16 allows."""
+    weight = random(out, width) * torch.logspace(-6, 1, out).unsqueeze(1)
+    weight[1], weight[2, : width // 2], weight[3] = 0, 0, 0.37
+    weight[4, width // 3], weight[5], weight[6] = 50, weight[5].abs(), -weight[6].abs()
+    weight[7] *= 60000 / weight[7].abs().max()
+    return weight
+
+
+@packs
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize(("out", "width"), [(64, 64), (100, 200), (37, 40), (20, 7), (70, 2048), (66, 2304), (66, 2080)])
+def test_pack_c_quantizes_bitwise_as_quantize_py_does(format: str, dtype: torch.dtype, out: int, width: int) -> None:
+    rows = difficult_weight(out, width).to(dtype)
+    want, got = quantize(rows, format), BlockedWeight.from_rows(format, [rows], group_size(width, format)).to_quantized(dtype)
+    assert torch.equal(got.values, want.values) and torch.equal(got.scales, want.scales)
+    assert (got.zeros is None and want.zeros is None) or torch.equal(got.zeros, want.zeros)  # type: ignore[arg-type]
+
+
+@packs
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-20, 1e20, 1e37])
+def test_pack_c_quantizes_tiny_and_huge_weights_as_quantize_py_does(format: str, size: float) -> None:
+    rows = random(70, 96).clamp(-3, 3) * size
+    want, got = quantize(rows, format), BlockedWeight.from_rows(format, [rows], 32).to_quantized(torch.float32)
+    assert torch.equal(got.dequantize(), want.dequantize()) and got.dequantize().isfinite().all()
+
+
+@packs
+@pytest.mark.parametrize("format", ["bfloat16", "int8", "int4"])
+def test_several_views_are_packed_as_their_concatenation(format: str, threads: int) -> None:
+    """Pack strided views of a wider matrix, as they occur in the shards of a checkpoint."""
+    file = random(90, 400).bfloat16()
+    views = [file[:10, 3:131], file[10:77, :128], file[::2, 200:328]]
+    assert torch.equal(
+        BlockedWeight.from_rows(format, views, ACTIVATION_GROUP).dequantize(torch.float32),
+        BlockedWeight.from_rows(format, [torch.cat(views)], ACTIVATION_GROUP).dequantize(torch.float32),
+    )
+
+
+@packs
+@pytest.mark.parametrize("format", ["bfloat16", "int8", "int4"])
+def test_packing_ignores_the_callers_default_device(format: str) -> None:
+    rows = random(70, 96).bfloat16()
+    want = BlockedWeight.from_rows(format, [rows], ACTIVATION_GROUP)
+    with torch.device("meta"):
+        got = BlockedWeight.from_rows(format, [rows], ACTIVATION_GROUP)
+    assert torch.equal(got.weight, want.weight)
+
+
+@packs
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize(("out", "width"), SHAPES)
+def test_unpacking_a_kernel_or_its_copy_returns_the_quantized_weight(format: str, out: int, width: int) -> None:
+    quantized = quantize(random(out, width), format)
+    blocks = BlockedWeight.from_quantized(quantized)
+    kernel = BlockedLinear(blocks, torch.float32)
+    for copied in (kernel, copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel))):
+        unpacked = copied.unpack()
+        assert isinstance(unpacked, QuantizedWeight)
+        for field in dataclasses.fields(QuantizedWeight):
+            a, b = getattr(quantized, field.name), getattr(unpacked, field.name)
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, field.name
+        assert torch.equal(copied.dequantize(), quantized.dequantize())
+    if out > 64:  # ranks slice the output layer in whole blocks
+        assert torch.equal(blocks.slice_outputs(64, out).dequantize(torch.float32), quantized.dequantize()[64:])
+
+
+@packs
+@pytest.mark.parametrize(("out", "width"), [(64, 64), (100, 190), (37, 2)])
+def test_unpacking_bfloat16_blocks_returns_the_weight_unchanged(out: int, width: int) -> None:
+    weight = random(out, width).bfloat16()
+    blocks = BlockedWeight.from_rows("bfloat16", [weight], ACTIVATION_GROUP)
+    assert torch.equal(blocks.dequantize(torch.bfloat16), weight)
+    first, last = 1, width - width // 3
+    assert torch.equal(blocks.slice_inputs(first, last).dequantize(torch.bfloat16), weight[:, first:last])
+
+
+# --- use in models, and fallbacks to PyTorch -------------------------------------------------------------------------------
+
+
+@packs
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+def test_without_extensions_the_outputs_are_nearly_the_same(format: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without extensions activations are not rounded, and PyTorch multiplies bfloat16 weights."""
+    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)
+    rows, x = random(200, 192).bfloat16(), random(9, 192, seed=1).bfloat16()
+    weight = quantize(rows, format) if format else rows
+    compiled = packing.pack_weight(weight)
+    for module, name in ((avx512, "status"), (avx2, "status"), (pack, "status")):
+        monkeypatch.setattr(module, name, no_extension)
+    fallback = packing.pack_weight(weight)
+    assert isinstance(
+        fallback, {"int8": int8.Int8DequantLinear, "int4": int4.Int4CpuLinear}.get(format or "", onednn.OneDnnLinear | None)
+    )
+    assert packing.pack_rows(format, [rows], rows.dtype, 192, 0, 192) is None
+    want = rows.float() if fallback is None else fallback.dequantize().float()
+    if format and compiled:
+        assert torch.equal(compiled.dequantize().float(), want)
+    y = half_precision.linear(x, rows) if fallback is None else fallback(x)
+    for output in (y, compiled(x) if compiled else y):
+        assert (output.float() - x.float() @ want.T).norm() < 0.01 * (x.float() @ want.T).norm()
+
+
+@pytest.mark.parametrize("format", ["bfloat16", "int8", "int4"])
+def test_traced_mapped_and_differentiated_inputs_go_through_pytorch(format: str) -> None:
+    """Inputs of another width raise PyTorch's own error."""
+    extension_name = "AVX-512" if format == "bfloat16" or avx512.extension() else "AVX2"
+    kernel, weight = KernelConfig(extension_name, format, torch.bfloat16, 1).pack(random(64, 64))
+    x = random(3, 64, seed=1).bfloat16()
+    want = x.double() @ weight.T
+
+    def near(y: torch.Tensor) -> bool:
+        return bool((y.double() - want).norm() < 0.02 * want.norm())
+
+    assert near(torch.vmap(kernel)(x.unsqueeze(1)).squeeze(1))
+    torch._dynamo.reset()
+    assert near(torch.compile(kernel, fullgraph=True, backend="eager")(x))
+    (gradient,) = torch.autograd.grad(kernel(x.requires_grad_()).float().sum(), x)
+    torch.testing.assert_close(gradient.double(), weight.sum(0).expand(3, -1), atol=0.2, rtol=0.02)
+    assert kernel(x[:0].detach()).shape == (0, 64) and kernel(x.detach().view(1, 3, 64)).shape == (1, 3, 64)
+    for wrong in (x[:, :63], x.repeat(1, 2)):
+        with pytest.raises(RuntimeError):
+            kernel(wrong.detach())
+
+
+FORMS = {
+    "int8 in blocks": lambda weight: BlockedLinear(BlockedWeight.from_quantized(quantize(weight, "int8")), weight.dtype),
+    "int4 in blocks": lambda weight: BlockedLinear(BlockedWeight.from_quantized(quantize(weight, "int4")), weight.dtype),
+    "int8 on a GPU": lambda weight: int8.Int8CudaLinear(quantize_int8_per_row(weight, weight.dtype)),
+}
+
+
+@packs
+@pytest.mark.parametrize("form", FORMS)
+def test_a_large_activation_does_not_erase_small_ones(form: str) -> None:
+    """Real models have activations a hundred times as large as most.
+
+    With one 8-bit scale per row the small activations would be rounded to a few values; the output must still reflect them.
+    """
+    weight, x = random(256, 4096), random(4, 4096, seed=1)
+    x[:, 1234] = 100 * x.std()
+    kernel = FORMS[form](weight)
+    small = x.clone()
+    small[:, 1234] = 0
+    dequantized = kernel.dequantize().double()
+
+    def relative_error(y: torch.Tensor) -> float:
+        return float((y.double() - x.double() @ dequantized.T).norm() / (small.double() @ dequantized.T).norm())
+
+    assert relative_error(kernel(x)) < 0.03
+    assert relative_error(round_to_8_bits(x, group=4096) @ dequantized.T) > 0.15  # with one scale for the whole row
+
+
+@packs
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_narrow_rows_keep_16_bits_of_activations_and_wide_rows_8_bits(format: str) -> None:
+    """Small models lose most from 8 bits: beside a large activation only a few bits remain for the others in its group."""
+    errors = {}
+    for width in (576, 2304):
+        weight, x = random(64, width), random(4, width, seed=1)
+        x[:, ::ACTIVATION_GROUP] *= 100
+        kernel = packing.pack_rows(format, [weight], torch.float32, width, 0, width)
+        assert isinstance(kernel, BlockedLinear)
+        want = x.double() @ kernel.blocks.to_quantized(torch.float64).dequantize().T
+        errors[width] = ((kernel(x) - want).norm() / want.norm()).item()
+    assert errors[576] < 1e-4 < 1e-3 < errors[2304]
