@@ -24,19 +24,19 @@ def main(
     compile: bool = False,
     quantize: str | None = None,
 ) -> None:
-    """Print the model's answers to six dialogs, and the refusal of one of them.
+    """Print the model's answers to five dialogs, and the refusal of a sixth dialog.
 
     ckpt_dir: folder with consolidated.NN.pth and params.json; default: the bundled demo model.
     tokenizer_path: Meta's tokenizer.model; default: the one in ckpt_dir or beside it.
     temperature: 0 always chooses the likeliest token.
     top_p: share of the probability that sampling keeps, from the likeliest token on.
-    max_seq_len: context length in tokens: of a dialog with its answer.
-    max_batch_size: dialogs that are answered side by side.
+    max_seq_len: context length: maximum number of tokens of a dialog with its answer.
+    max_batch_size: maximum number of dialogs in a batch.
     max_gen_len: maximum number of new tokens; default: the rest of the context.
     device: cpu, cuda or mps; default: the fastest available.
     dtype: bfloat16, float16 or float32; default: the dtype of the checkpoint.
     compile: use torch.compile (CUDA): faster decoding after a slower start.
-    quantize: int8 or int4: store the weight matrices in 8 or 4 bit.
+    quantize: int8 or int4, to store the weight matrices in 8 or 4 bit; default: no quantization.
     """
     ckpt_dir, tokenizer_path = resolve_model_paths(ckpt_dir, tokenizer_path)
     generator = Llama.build(

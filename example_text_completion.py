@@ -30,13 +30,13 @@ def main(
     tokenizer_path: Meta's tokenizer.model; default: the one in ckpt_dir or beside it.
     temperature: 0 always chooses the likeliest token.
     top_p: share of the probability that sampling keeps, from the likeliest token on.
-    max_seq_len: context length in tokens: of a prompt with its continuation.
+    max_seq_len: context length: maximum number of tokens of a prompt with its continuation.
     max_gen_len: maximum number of new tokens.
-    max_batch_size: prompts that are continued side by side.
+    max_batch_size: maximum number of prompts in a batch.
     device: cpu, cuda or mps; default: the fastest available.
     dtype: bfloat16, float16 or float32; default: the dtype of the checkpoint.
     compile: use torch.compile (CUDA): faster decoding after a slower start.
-    quantize: int8 or int4: store the weight matrices in 8 or 4 bit.
+    quantize: int8 or int4, to store the weight matrices in 8 or 4 bit; default: no quantization.
     """
     ckpt_dir, tokenizer_path = resolve_model_paths(ckpt_dir, tokenizer_path)
     generator = Llama.build(
@@ -56,7 +56,7 @@ def main(
         "The reason why the sky is blue is that",
         # The beginning of a letter.
         "Dear neighbour,\n\nthank you for looking after our cat while we were away. She",
-        # A few-shot prompt: translations whose pattern the model continues.
+        # A few-shot prompt: the model continues a list of translations.
         "English to French:\n\nbread => pain\nmilk => lait\ngood morning => bonjour\nthe red house =>",
     ]
     results = generator.text_completion(prompts, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p)

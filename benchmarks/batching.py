@@ -2,10 +2,10 @@
 
     python benchmarks/batching.py [--shape 1.1B] [--prompts 64] [--rows 8] [--shortest 12] [--runs 3] [--work FOLDER]
 
-The lengths of the answers are spread evenly on a logarithmic scale, from --shortest to ten times as many tokens, and shuffled.
-With static batches, the next --rows prompts start when all answers of the batch have ended. With continuous batching, each
-prompt starts as soon as a row is free. The two methods alternate. The script prints medians and extremes, and how many decode
-steps and forward passes of prompts each method needs.
+The lengths of the answers are spread evenly on a logarithmic scale, from --shortest to ten times --shortest tokens, in random
+order. With static batches, the next --rows prompts start when all answers of the current batch have ended. With continuous
+batching, each prompt starts as soon as a row is free. Runs of the two methods alternate. For each method, the script prints the
+median speed, the shortest and the longest run, and the number of decode steps and of prefill passes.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def run_continuous(llama: Llama, requests: list[Request]) -> Iterator[None]:
 
 
 def count_calls(counts: collections.Counter[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that also counts its calls in `counts[name]`."""
+    """Return a wrapper of `function` that counts each call in `counts[name]`."""
 
     def counted(*args: Any, **options: Any) -> Any:
         counts[name] += 1
@@ -65,7 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = a.work or Path(temporary)
         llama = Llama.build(make_checkpoint(work, a.shape), make_tokenizer(work), 10 * a.shortest + 40, a.rows)
-        # Calls of engine functions are counted, because hooks on the model's modules would select a slower path.
+        # Wrappers of engine functions count the calls. Hooks on the model's modules would make the engine use a slower path.
         backend, counts = llama.engine.backend, collections.Counter[str]()
         begin = backend.begin
         scheduler.prefill = count_calls(counts, "prefills", scheduler.prefill)

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: checkpoints and tokenizers of real sizes with random content, and one process per measurement."""
+"""Functions that the benchmarks share: write checkpoints and tokenizers with random content, and measure in new processes."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from llama import ModelArgs, Transformer
 from llama.checkpoint.shards import split_dim
 
 ROOT = Path(__file__).parents[1]
-SHAPES = {  # params.json of TinyLlama 1.1B, of Llama 2 7B and 13B, and of a tiny model that tests the benchmarks themselves
+SHAPES = {  # contents of params.json for TinyLlama 1.1B, Llama 2 7B and 13B, and a tiny model for tests of the benchmarks
     "1.1B": dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, multiple_of=256, norm_eps=1e-5, vocab_size=-1),
     "7B": dict(dim=4096, n_layers=32, n_heads=32, multiple_of=256, norm_eps=1e-5, vocab_size=-1),
     "13B": dict(dim=5120, n_layers=40, n_heads=40, multiple_of=256, norm_eps=1e-5, vocab_size=-1),
@@ -25,13 +25,13 @@ VOCAB_SIZE = 32000
 
 
 def make_checkpoint(folder: Path, shape: str, shards: int = 1) -> Path:
-    """Write a checkpoint of random bfloat16 weights, unless the folder already contains one; return its path."""
+    """Write a checkpoint of random bfloat16 weights, unless it exists; return the path of the checkpoint."""
     path = folder / (shape if shards == 1 else f"{shape}-{shards}")
     if not (path / "params.json").exists():
         path.mkdir(parents=True, exist_ok=True)
         with torch.device("meta"):
             model = Transformer(ModelArgs(**{**SHAPES[shape], "vocab_size": VOCAB_SIZE}))
-        device = "cuda" if torch.cuda.is_available() else "cpu"  # a GPU generates 7B in seconds instead of minutes
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # a GPU generates the random weights of 7B in seconds
         for shard in range(shards):
             generator = torch.Generator(device).manual_seed(shard)
             tensors = {}
@@ -48,9 +48,9 @@ def make_checkpoint(folder: Path, shape: str, shards: int = 1) -> Path:
 
 
 def make_tokenizer(folder: Path, vocab_size: int = VOCAB_SIZE) -> Path:
-    """Write a SentencePiece model of random words, unless the folder already contains one; return its path.
+    """Write a SentencePiece model of random words, unless the folder already contains one; return the path of the model.
 
-    Only the vocabulary size matters to the benchmarks, not the words.
+    The benchmarks need a vocabulary of the right size; the words do not matter.
     """
     path = folder / "tokenizer.model"
     if not path.exists():
@@ -70,9 +70,9 @@ def make_tokenizer(folder: Path, vocab_size: int = VOCAB_SIZE) -> Path:
 
 
 def run_python(*command: object, ranks: int = 1, threads: int = 2) -> list[dict]:
-    """Run a Python command in a new process, or under torchrun on several ranks that divide the threads.
+    """Run a Python command in a new process, or on several ranks with torchrun, and return what the ranks have measured.
 
-    Returns the JSON objects that `print_figures` wrote to stderr, one per rank.
+    Each rank gets an equal part of the threads, and reports its measurements with `print_figures`.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     process = subprocess.run(
@@ -87,21 +87,24 @@ def run_python(*command: object, ranks: int = 1, threads: int = 2) -> list[dict]
 
 
 def process_environment(threads: int) -> dict[str, str]:
-    """Return the user's environment with a number of OpenMP threads, and with a PYTHONPATH to llama and the benchmarks.
+    """Return the environment variables for a new process: the user's, changed only in OMP_NUM_THREADS and PYTHONPATH.
 
-    Importing llama sets no variables, so that the other libraries run as their users run them.
+    PYTHONPATH contains llama and the benchmarks. All other variables stay, so that each library runs as its users run it.
     """
     path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])])
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
 
 
 def print_figures(**figures: object) -> None:
-    """Print measurements to stderr as one JSON line, for `run_python`. A single write keeps the lines of ranks apart."""
+    """Print measurements to stderr as one line of JSON, which `run_python` reads.
+
+    The line is written with a single system call, so that lines of several ranks do not mix.
+    """
     os.write(2, (json.dumps(figures) + "\n").encode())
 
 
 def peak_rss(process: int | str = "self") -> int:
-    """Return the peak resident memory, in bytes, of a process by its process ID, or of the calling process."""
+    """Return the peak resident memory of a process in bytes. process: a process ID, or "self" for the calling process."""
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

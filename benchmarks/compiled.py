@@ -3,15 +3,15 @@
     python benchmarks/compiled.py [--shape 1.1B] [--formats none,int8,int4] [--rows 1,4] [--runs 12] [--threads 2]
         [--work FOLDER]
 
-    fused       all layers in one call of C (decode_avx512.c), if the CPU and the model allow it
+    fused       all layers in one call of C (decode_avx512.c), if it supports the CPU and the model
     layerwise   the engine layer by layer, with the compiled C kernels
     PyTorch     the engine without any compiled C, as with LLAMA_COMPILED=0
     module      `Transformer.forward` with the compiled C kernels, as for a model whose modules the caller has changed
 
-Each run first measures the bandwidth of a plain memory read, then times two steps of each implementation and keeps the faster.
-In virtual machines the memory bandwidth may change within minutes. Runs with a low and with a high bandwidth are therefore
-printed apart, with the medians of each. The ratio compares PyTorch with the fastest implementation. To measure as on a CPU
-with AVX2 only, set ATEN_CPU_CAPABILITY=avx2 and ONEDNN_MAX_CPU_ISA=AVX2.
+Each run first measures the memory bandwidth with a plain read. Then the run times two steps of each implementation and keeps
+the shorter time. In virtual machines the memory bandwidth may change within minutes. The script therefore prints one line of
+medians for the runs with a low bandwidth, and one for the runs with a high bandwidth. The ratio compares PyTorch with the
+fastest implementation. To measure as on a CPU with AVX2 only, set ATEN_CPU_CAPABILITY=avx2 and ONEDNN_MAX_CPU_ISA=AVX2.
 """
 
 import argparse
@@ -35,11 +35,11 @@ from llama.kernels import avx2, avx512, c_extension, pack
 
 READ_BYTES = 500_000_000
 IMPLEMENTATIONS = "fused", "layerwise", "PyTorch", "module"
-Step = Callable[[torch.Tensor, int], torch.Tensor]  # tokens (B,) and the position of all rows -> logits
+Step = Callable[[torch.Tensor, int], torch.Tensor]  # a decode step: tokens (B,) and one position for all rows -> logits
 
 
 def without_extensions() -> contextlib.ExitStack:
-    """Return a context in which models are built and run as if no C had been compiled."""
+    """Return a context manager inside which models are built and run as if no C had been compiled."""
     stack = contextlib.ExitStack()
     for module in (avx512, avx2, pack):
         stack.enter_context(mock.patch.object(module, "status", lambda: c_extension.ExtensionStatus(None)))
@@ -47,14 +47,14 @@ def without_extensions() -> contextlib.ExitStack:
 
 
 def time_call(function: Callable[[], object]) -> float:
-    """Return the seconds that a call takes."""
+    """Call a function without arguments, and return the duration of the call in seconds."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def engine_step(forward: EngineForward, hidden_states: Callable[[torch.Tensor, RaggedBatch], torch.Tensor]) -> Step:
-    """Return a decode step of the engine, whose layers `hidden_states` computes."""
+    """Return a function that runs a decode step: all layers with `hidden_states`, and the output layer with the engine."""
 
     def step(tokens: torch.Tensor, position: int) -> torch.Tensor:
         batch = RaggedBatch.from_segments([(row, position, 1) for row in range(len(tokens))])
@@ -64,7 +64,7 @@ def engine_step(forward: EngineForward, hidden_states: Callable[[torch.Tensor, R
 
 
 def make_steps(compiled: Llama, without_c: Llama, rows: int) -> dict[str, Step]:
-    """Return the decode step of each implementation that supports the model, for a number of rows."""
+    """Return a decode step function for each implementation that supports the model. rows: the batch size of the steps."""
     forward, pytorch = compiled.engine.forward(), without_c.engine.forward()
     steps = {"layerwise": engine_step(forward, forward.hidden_states), "PyTorch": engine_step(pytorch, pytorch.hidden_states)}
     if cpu.why_unsupported(forward) is None:
@@ -74,7 +74,7 @@ def make_steps(compiled: Llama, without_c: Llama, rows: int) -> dict[str, Step]:
 
 
 def measure(steps: dict[str, Step], rows: int, n_runs: int) -> Iterator[dict[str, float]]:
-    """Yield for each run the memory bandwidth ("read", in bytes/s) and the seconds of a step of each implementation."""
+    """Yield the figures of each run: memory bandwidth as "read", in bytes/s, and seconds per step by implementation."""
     memory, tokens = torch.ones(READ_BYTES // 4), torch.full((rows,), 5)
     for run in range(n_runs):
         figures = {"read": READ_BYTES / time_call(memory.sum)}
@@ -86,7 +86,7 @@ def measure(steps: dict[str, Step], rows: int, n_runs: int) -> Iterator[dict[str
 
 
 def format_line(weight_format: str, rows: int, runs: list[dict[str, float]]) -> str:
-    """Return a line of the table with the medians of some runs."""
+    """Return one line of the table: the medians of the given runs."""
     medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     ratio = statistics.median(run["PyTorch"] / min(run[name] for name in IMPLEMENTATIONS if name in run) for run in runs)
     columns = [f"{medians[name] * 1e3:10.1f}" if name in medians else f"{'-':>10}" for name in IMPLEMENTATIONS]
@@ -118,7 +118,7 @@ def main() -> None:
             for rows in map(int, a.rows.split(",")):
                 runs = list(measure(make_steps(compiled, without_c, rows), rows, a.runs))
                 rates = [run["read"] for run in runs]
-                # If the bandwidths differ by more than 30%, the middle divides slow from fast memory.
+                # If the bandwidths differ by more than 30%, split the runs at the middle between the lowest and the highest.
                 threshold = (min(rates) + max(rates)) / 2 if max(rates) > 1.3 * min(rates) else 0
                 slow, fast = ([r for r in runs if (r["read"] >= threshold) == above] for above in (False, True))
                 for subset in (slow, fast):

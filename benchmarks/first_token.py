@@ -1,10 +1,11 @@
-"""Measure the time from loading to the first token, and peak memory, beside llama.cpp, with all files in the page cache.
+"""Measure the time from the start of loading to the first token, and peak memory, in comparison with llama.cpp.
 
     python benchmarks/first_token.py [--shape 1.1B] [--runs 5] [--threads 2] [--work FOLDER] [--json FILE]
 
-Each of bfloat16, int8 and int4 is loaded from the shards (.pth), from the file that `python -m llama quantize` writes, and by
-llama.cpp from its BF16, Q8_0 or Q4_0. Each run is a new process, and the three alternate. The times exclude imports. The first
-run of each is not counted, because it fills the page cache.
+The script compares three ways to load a model in bfloat16, int8 and int4: this library from the shards (.pth), this library
+from the packed file that `python -m llama quantize` writes, and llama.cpp from its file in BF16, Q8_0 or Q4_0. The three ways
+alternate, and each run is a new process. The times exclude imports. All files are in the page cache: the first run of each way
+reads them and is not counted.
 """
 
 import argparse
@@ -24,7 +25,10 @@ FORMATS = {"bfloat16": ("ours", "llama.cpp"), "int8": ("ours:int8", "llama.cpp:Q
 
 
 def make_packed_files(folder: Path) -> Path:
-    """Return a second folder with hard links to the shards and the packed file of each format, written if missing."""
+    """Write a second folder with hard links to the shards and a packed file in each format; return the second folder.
+
+    Files that exist already are not written again.
+    """
     packed_folder = folder.with_name(f"{folder.name}-saved")
     packed_folder.mkdir(exist_ok=True)
     for file in [*folder.glob("*.pth"), folder / "params.json"]:

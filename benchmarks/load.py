@@ -1,15 +1,16 @@
-"""Measure load time and peak memory of this library on one and on two ranks, beside the loading code of the reference.
+"""Measure load time and peak memory of this library on one and on two ranks, in comparison with facebookresearch/llama.
 
     python benchmarks/load.py [--shape 1.1B] [--runs 5] [--work FOLDER] [--json FILE]
     python benchmarks/load.py --quantize int8 --shape 13B --shards 2 [--work FOLDER] [--json FILE]
 
-The reference reads a whole file with torch.load and copies each tensor into an allocated model; here without a change of
-dtype, which is its fastest case. Runs alternate, each in a new process; medians are printed. Before each run the file is read
-into the page cache. Also, as much memory as the reference needs is allocated, touched and freed, because the first touch of
-memory in a virtual machine can cost more than the load itself.
+facebookresearch/llama (the reference) reads a whole file with torch.load and copies each tensor into an allocated model. In
+this benchmark the copies keep the dtype, which is the fastest case of the reference. The two libraries alternate, and each run
+is a new process. The script prints medians. Before each run, the file is read into the page cache, and as much memory as the
+reference needs is allocated, written and freed. Otherwise, in a virtual machine, the first use of memory could cost more time
+than the load itself.
 
-With --quantize, this library alone is measured, once: load time on one rank, peak memory and a short answer, first from the
-shards, then from the packed file that is written in between.
+With --quantize, the script measures only this library, on one rank and once: a load from the shards with a short answer, the
+writing of the packed file, and a load from the packed file with the same answer.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def load_like_reference(ckpt_dir: str) -> None:
 
 
 def warm_memory(file: Path) -> None:
-    """Read a file into the page cache, then touch and free 2.2 times its size of memory."""
+    """Read a file into the page cache. Then allocate, write and free 2.2 times as much memory as the size of the file."""
     with file.open("rb", buffering=0) as f:
         buffer = bytearray(1 << 24)
         while f.readinto(buffer):
@@ -53,7 +54,7 @@ def measure(loader: str, ckpt_dir: str, tokenizer_path: str) -> None:
 
 
 def measure_quantized(ckpt_dir: str, tokenizer_path: str, weight_format: str, action: str) -> None:
-    """Measure the writing of a packed file (action "save"), or the loading of a model and a short answer (any other)."""
+    """Measure one step and print its figures. action: "save" writes a packed file, "" loads a model and answers briefly."""
     start = time.perf_counter()
     if action == "save":
         path = packed_file.save_packed_file(ckpt_dir, weight_format)
@@ -61,7 +62,7 @@ def measure_quantized(ckpt_dir: str, tokenizer_path: str, weight_format: str, ac
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len=512, max_batch_size=1, device="cpu", quantize=weight_format)
     seconds, args = time.perf_counter() - start, llama.model.params
     start = time.perf_counter()
-    llama.tokenizer.eos_id = -2  # no token counts as EOS, so that the answer has 8 tokens
+    llama.tokenizer.eos_id = -2  # no token counts as EOS, so that the answer always has 8 tokens
     (tokens,), _ = llama.generate([[1, 7, 77, 777]], 8, temperature=0)
     speed = len(tokens) / (time.perf_counter() - start)
     weights = estimate.weight_bytes(args, 1, llama.model.norm.weight.dtype, weight_format)
@@ -69,7 +70,7 @@ def measure_quantized(ckpt_dir: str, tokenizer_path: str, weight_format: str, ac
 
 
 def compare_quantized(a: argparse.Namespace, folder: Path, tokenizer_path: Path) -> None:
-    """Print the figures of loading from the shards, of writing the packed file, and of loading from the packed file."""
+    """Measure and print three steps: loading from the shards, writing the packed file, and loading from the packed file."""
     packed_file.packed_file_path(folder, a.quantize).unlink(missing_ok=True)
     stored_bytes = sum(path.stat().st_size for path in folder.glob("*.pth"))
     steps = {"from the shards": "", "writing the file": "save", "from the file": ""}

@@ -4,19 +4,19 @@
     python benchmarks/quality.py --smollm2 FOLDER [--tokens FILE] [--json FILE]
 
 Without arguments, the demo model is scored on the answers to questions in wordings that its training did not contain. Another
-model is scored on a text file, in segments of 256 tokens, or without --text on stories of demo/corpus.py.
+model (--ckpt_dir) is scored on a text file (--text) in segments of 256 tokens, or without --text on stories of demo/corpus.py.
 
---smollm2 scores a real chat model, which smollm2.py downloads into the folder if needed, on the passages of texts/ and on its
-own greedy float32 answers to a dozen questions. llama.cpp quantizes the same weights and is scored on the same tokens; with
-another model it is added by --llama_cpp FOLDER, where its files are written.
+--smollm2 scores a real chat model, which smollm2.py downloads into the folder if needed. The scored tokens are the passages of
+texts/, and the model's greedy answers in float32 to a dozen questions. llama.cpp quantizes the same weights and is scored on
+the same tokens. For any other model, --llama_cpp adds llama.cpp, whose files are written to the given folder.
 --tokens scores tokens instead of text, from a JSON file {"texts": [[...]], "questions": [[...]], "answers": [[...]]}, where
 each text and each question begins with BOS.
 
-    KL          mean KL divergence of the distribution of the next token from float32's, in nats
-    top-1       share of positions where the likeliest token is float32's
-    perplexity  with its relative difference from bfloat16's
-    same        greedy answers equal to float32's, token by token
-    facts       greedy answers with the expected word, among questions that float32 answers with it
+    KL          mean KL divergence of the distribution of the next token from that in float32, in nats
+    top-1       share of positions where the likeliest token is the likeliest in float32, too
+    perplexity  perplexity, and its relative difference from the perplexity in bfloat16
+    same        number of greedy answers that equal the float32 answers in every token
+    facts       number of greedy answers with the expected word; counts only questions whose float32 answer contains the word
     weights     MB of all matrices that a decode step reads, with their scales, as stored in memory or in llama.cpp's file; the
                 embedding counts only if it is also the output layer
     file        MB of llama.cpp's file, which contains no vocabulary
@@ -56,29 +56,29 @@ SEGMENT_TOKENS = 256
 N_STORIES = 60
 CONTEXT = 1024  # context length in tokens
 MAX_NEW_TOKENS = 64
-Sequence = tuple[list[int], int]  # tokens, and the number of tokens at the start that are context and not scored
-# Name: options of Llama.build, and constants of the library that are replaced while the model is loaded and scored.
+Sequence = tuple[list[int], int]  # tokens, and how many of the first tokens are context that is not scored
+# For each name: options of Llama.build, and constants of the library to replace while the model is loaded and scored.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[tuple[Any, str], Any]]] = {
     "bfloat16": ({}, {}),
     "int8": ({"quantize": "int8"}, {}),
     "int8, activations of 8 bits": (
         {"quantize": "int8"},
         {(blocked_linear, "NARROW_INT8_PER_ACTIVATION"): 1},
-    ),  # the library's setting for wide matrices
+    ),  # by default, each activation of a narrow matrix is stored as two int8 values
     "int4": ({"quantize": "int4"}, {}),
     "int4, output layer in 4 bit": ({"quantize": "int4"}, {(quantized_weight, "OUTPUT_FORMAT"): "int4"}),
     "int4, groups of 64": ({"quantize": "int4"}, {(packing, "group_size"): lambda width, format: 64}),
 }
 LLAMA_CPP_VARIANTS = "BF16", "Q8_0", "Q4_0", "Q4_K_M"
-RATIO_KEY = "of bfloat16's"  # in the results: the perplexity divided by bfloat16's
+RATIO_KEY = "of bfloat16's"  # key in the results: the perplexity divided by the perplexity in bfloat16
 
 
 class Model(Protocol):
     weights: int  # bytes of the matrices that a decode step reads
-    file: int | None  # bytes of llama.cpp's file
+    file: int | None  # bytes of llama.cpp's file; None for this library
 
     def logits(self, tokens: list[int]) -> torch.Tensor:
-        """Return float32 logits (S, vocab) of S tokens."""
+        """Return float32 logits (S, vocab) at all positions of S tokens."""
 
     def answer(self, question: list[int]) -> list[int]:
         """Return a greedy answer of at most MAX_NEW_TOKENS tokens, without EOS."""
@@ -106,7 +106,7 @@ class LlamaCpp:
 
         weights, args = convert.read_checkpoint(ckpt_dir)
         if torch.equal(weights["tok_embeddings.weight"], weights["output.weight"]):
-            del weights["output.weight"]  # GGUF files of a model with tied embeddings have no output layer
+            del weights["output.weight"]  # the GGUF file of a model with tied embeddings has no output layer
         peer = "llama.cpp" if variant == "BF16" else f"llama.cpp:{variant}"
         prefix, threads = folder.resolve() / ckpt_dir.resolve().name, torch.get_num_threads()
         job = Job(peer, str(ckpt_dir), "", str(prefix), "bfloat16", "cpu", threads, 1, CONTEXT)
@@ -125,7 +125,7 @@ class LlamaCpp:
 
 
 def matrix_bytes(model: Transformer) -> int:
-    """Return the bytes of all matrices except the embedding, with their scales, in the form in which a kernel stores them."""
+    """Return the total size, in bytes, of all matrices except the embedding, as kernels store them, with their scales."""
     seen: dict[Any, Any] = {}  # keeps visited objects alive, because Python reuses the id() of a deleted object
     total = 0
 
@@ -151,7 +151,7 @@ def matrix_bytes(model: Transformer) -> int:
 
 
 def held_out_answers(tokenizer: Tokenizer) -> Iterator[Sequence]:
-    """Yield questions to the demo model in wordings that its training did not contain, with the expected answers."""
+    """Yield questions for the demo model, in wordings that its training did not contain, each with the expected answer."""
     for name in KINDS:
         for dialog, answer in evaluate.fact_cases(name, 1)[:60]:
             question = encode_dialog(tokenizer, dialog)
@@ -159,7 +159,7 @@ def held_out_answers(tokenizer: Tokenizer) -> Iterator[Sequence]:
 
 
 def text_segments(tokenizer: Tokenizer, text: Path | None) -> Iterator[Sequence]:
-    """Yield a text in segments that begin with BOS; without a text, the beginnings of stories of demo/corpus.py."""
+    """Yield segments of a text file, each after BOS; without a file, yield the beginnings of stories of demo/corpus.py."""
     if text is None:
         writer = Writer(77)
         for _ in range(N_STORIES):
@@ -171,17 +171,17 @@ def text_segments(tokenizer: Tokenizer, text: Path | None) -> Iterator[Sequence]
 
 
 def next_token_logprobs(model: Model, tokens: list[int], n_context: int) -> torch.Tensor:
-    """Return the log probabilities (N, vocab) of the next token, at each position whose next token is scored."""
+    """Return the log probabilities (N, vocab) of the next token at the N positions that are scored."""
     return model.logits(tokens[:-1])[n_context - 1 :].log_softmax(-1)
 
 
 def sequence_logprob(logprobs: torch.Tensor, tokens: list[int], n_context: int) -> float:
-    """Return the sum of the log probabilities of the scored tokens."""
+    """Return the sum of the log probabilities of the scored tokens of one sequence."""
     return logprobs.gather(1, torch.tensor(tokens[n_context:]).unsqueeze(1)).double().sum().item()
 
 
 class Scored:
-    """Sequences to score, with float32's distribution of the next token at each scored position."""
+    """Sequences to score, with the float32 model's log probabilities at each scored position."""
 
     def __init__(self, sequences: list[Sequence], float32: Model) -> None:
         self.sequences = sequences
@@ -202,14 +202,18 @@ class Scored:
 
 
 class Chat:
-    """Questions with the word that each answer must contain, and the answers of the first model that was asked."""
+    """Questions, the word that each answer must contain, and the answers of the float32 model, which is asked first."""
 
     def __init__(self, questions: list[list[int]], facts: list[str], decode: Callable[[list[int]], str] | None) -> None:
         self.questions, self.facts, self.decode = questions, facts, decode
         self.answers: list[list[int]] = []
 
     def ask(self, model: Model) -> dict[str, Any]:
-        """Ask all questions; return how many answers equal the first model's or contain the expected word, and their texts."""
+        """Ask a model all questions, and return its results.
+
+        "same" counts answers that equal the float32 model's. "facts" counts answers that contain the expected word, if the
+        float32 answer contains it, too. "texts" contains the decoded answers.
+        """
         answers = [model.answer(question) for question in self.questions]
         self.answers = self.answers or answers
         result: dict[str, Any] = {"same": sum(map(list.__eq__, answers, self.answers))}
@@ -222,7 +226,7 @@ class Chat:
 
 
 def load_sequences(a: argparse.Namespace, float32: Ours) -> tuple[dict[str, Scored], Chat | None]:
-    """Return the scored "text" and, for a chat model, the scored "answers" and the chat with their questions."""
+    """Return the sequences to score and the chat. Only a chat model has scored "answers" beside the "text", and a chat."""
     tokenizer, chat = float32.llama.tokenizer, None
     if a.tokens:
         data = json.loads(a.tokens.read_text())
@@ -247,7 +251,7 @@ def load_sequences(a: argparse.Namespace, float32: Ours) -> tuple[dict[str, Scor
 
 
 def models(a: argparse.Namespace, eos_id: int) -> Iterator[tuple[str, Callable[[], Model], dict[tuple[Any, str], Any]]]:
-    """Yield for each model its name, a function that loads it, and the constants of the library to replace for it."""
+    """Yield each model: its name, a function that loads it, and the library constants to replace while it is scored."""
     for name, (options, replacements) in VARIANTS.items():
         yield name, partial(Ours, a.ckpt_dir, a.tokenizer_path, dtype="bfloat16", **options), replacements
     for variant in LLAMA_CPP_VARIANTS if a.llama_cpp else ():
@@ -308,7 +312,7 @@ def main() -> None:
             if chat:
                 r["answers"] = scored["answers"].measure(model) | chat.ask(model)
         print(format_line(name, r), flush=True)
-        del model  # free its memory before the next model is loaded
+        del model  # free the memory of this model before the next one is loaded
     if chat and chat.decode:
         print_answers(chat, {name: result["answers"]["texts"] for name, result in by_name.items()})
     if a.json:
@@ -316,7 +320,7 @@ def main() -> None:
 
 
 def print_answers(chat: Chat, texts: dict[str, list[str]]) -> None:
-    """Print float32's answer to each question, then the answers of other models that lack the expected word."""
+    """Print the float32 model's answer to each question, then all answers of other models that lack the expected word."""
     for i, (question, fact) in enumerate(QUESTIONS.items()):
         print(f"\n{question} ({fact})")
         wrong = {name: answers[i] for name, answers in texts.items() if not contains_word(answers[i], fact)}

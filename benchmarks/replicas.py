@@ -1,10 +1,10 @@
-"""Compare two replicas with one model, on the same prompts and the same CPU cores.
+"""Compare the speed of two replicas with that of one model, on the same prompts and the same CPU cores.
 
     python benchmarks/replicas.py [--shape 1.1B] [--prompts 32] [--new 32] [--rows 8] [--runs 3] [--threads 2] [--work FOLDER]
         [--json FILE]
 
-Each measurement starts new processes, which load the model and answer all prompts in one call. The configurations alternate;
-medians and extremes are printed.
+Each measurement starts new processes, which load the model and answer all prompts in one call. The configurations alternate.
+The script prints the median, the minimum and the maximum of the tokens/s of each.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common import SHAPES, make_checkpoint, make_tokenizer, print_figures, run_python
 
-CONFIGURATIONS = {  # number of ranks, ranks that share one model, share of --threads that all ranks use together
+CONFIGURATIONS = {  # name: (number of ranks, ranks that share one model, part of --threads to use)
     "1 replica, half the threads": (1, 1, 0.5),
     "1 replica": (1, 1, 1),
     "1 model on 2 ranks": (2, 2, 1),

@@ -1,4 +1,4 @@
-"""Print the results of speed.py as a table, and plot them.
+"""Print the results of speed.py as a table, and with --plot also plot them.
 
 python benchmarks/report.py benchmarks/results/speed-1.1B-cpu.json [--plot FILE.svg]
 """
@@ -13,7 +13,7 @@ Results = dict[str, Any]
 
 
 def seconds_by_workload(results: Results, peer: str) -> dict[str, list[float]]:
-    """Return the seconds of a peer for each workload, one value per run."""
+    """Return the seconds that a peer needs for each workload, as a list with one value per run."""
     runs: dict[str, list[float]] = {workload["name"]: [] for workload in results["workloads"]}
     for record in results["runs"]:
         if record["peer"] == peer:
@@ -22,15 +22,15 @@ def seconds_by_workload(results: Results, peer: str) -> dict[str, list[float]]:
 
 
 def median_ratio(seconds: list[float], baseline: list[float]) -> float:
-    """Return the median over the runs of seconds / baseline.
+    """Return the median of the ratio seconds / baseline over all runs.
 
-    A machine that is slow for a while slows both values of a run, which a ratio of two medians would not cancel.
+    If the machine is slow during one run, both values of that run are longer, and their ratio is hardly affected.
     """
     return statistics.median(a / b for a, b in zip(seconds, baseline, strict=True))
 
 
 def read_speed(results: Results, peer: str) -> tuple[float, float]:
-    """Return the bytes of weights that decode-1 reads per second, and their share of the bandwidth measured before each run."""
+    """Return the speed in bytes/s at which the workload decode-1 reads weights, and its ratio to the memory bandwidth."""
     size = results["step_bytes"][peer]
     runs = [r for r in results["runs"] if (r["peer"], r["workload"]) == (peer, "decode-1")]
     shares = [size / r["seconds"] / r["bandwidth"] for r in runs]
@@ -38,9 +38,9 @@ def read_speed(results: Results, peer: str) -> tuple[float, float]:
 
 
 def table(results: Results) -> list[str]:
-    """Return the lines of a table with a column per peer; the first column is this library.
+    """Return the lines of a table with one column for each peer. The first column is this library.
 
-    A ratio follows each figure of another peer: how many times better this library is, as the median over the runs.
+    In the other columns, each figure is followed by a ratio: how many times better this library is, the median over the runs.
     """
     peers = list(results["load"])
     seconds = {peer: seconds_by_workload(results, peer) for peer in peers}

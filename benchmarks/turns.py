@@ -49,7 +49,7 @@ def main() -> None:
         work = a.work or Path(temporary)
         context = a.turns * (a.new + QUESTION_TOKENS) + 8
         llama = Llama.build(make_checkpoint(work, a.shape), make_tokenizer(work), context, 1)
-        run_conversation(llama, 2, 4, True)  # so that no measured turn is the first to touch memory
+        run_conversation(llama, 2, 4, True)  # a warm-up, because the first use of memory is slow
         runs: dict[bool, list[list[float]]] = {True: [], False: []}
         for _ in range(a.runs):
             for reuse, conversations in runs.items():

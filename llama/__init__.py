@@ -24,5 +24,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """List what is public: the names above, and the modules that Meta's reference has, too."""
+    """Return the public names: those of `__all__`, the version, and the modules that Meta's reference also has."""
     return sorted([*__all__, "__version__", "generation", "model", "tokenizer"])

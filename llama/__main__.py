@@ -1,4 +1,4 @@
-"""`python -m llama`: see cli/main.py."""
+"""Run the command line `python -m llama`, which cli/main.py defines."""
 
 from .cli.main import run
 

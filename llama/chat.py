@@ -6,8 +6,8 @@
 
     user [/INST] answer </s><s>[INST] user [/INST]
 
-Roles: an optional `system` message first, which becomes part of the first `user` message; then `user` and `assistant` in turn;
-`user` last.
+A dialog may begin with a `system` message, which becomes part of the first `user` message. After it, `user` and `assistant`
+messages alternate. The last message is by `user`.
 """
 
 from collections.abc import Sequence
@@ -34,14 +34,14 @@ UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
 
 def is_unsafe(dialog: Dialog) -> bool:
-    """Return True if a message of any role contains a special tag."""
+    """Return True if a message of the dialog contains one of the format's own tags, such as "[INST]"."""
     return any(tag in message["content"] for message in dialog for tag in SPECIAL_TAGS)
 
 
 def check_dialog(dialog: Dialog, name: str) -> None:
     """Raise InputError unless a dialog is a list of messages whose roles have the order of Llama 2's format.
 
-    name: the name of the dialog in the error, which also names the message by its index.
+    name: what the error calls the dialog. The error also gives the index of the wrong message.
     """
     if isinstance(dialog, (str, bytes, dict)) or not isinstance(dialog, Sequence):
         raise InputError(
@@ -76,7 +76,10 @@ def check_dialog(dialog: Dialog, name: str) -> None:
 
 
 def encode_dialog(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
-    """Return the tokens of a checked dialog: BOS, question, answer, EOS for each exchange, then BOS and the last question."""
+    """Return the tokens of a dialog that `check_dialog` has accepted.
+
+    Each exchange is encoded as BOS, question, answer, EOS, and the last question as BOS, question.
+    """
     texts = [m["content"] for m in dialog]
     if dialog[0]["role"] == "system":
         texts = [B_SYS + texts[0] + E_SYS + texts[1], *texts[2:]]

@@ -17,29 +17,29 @@ class LlamaError(ValueError, AssertionError):
 
 
 class InputError(LlamaError):
-    """An argument of a call is wrong: prompts, dialogs, sampling parameters, sizes."""
+    """Error for a wrong argument of a call, such as a prompt, a dialog, a sampling parameter or a size."""
 
 
 class CheckpointError(LlamaError):
-    """A file of a model is missing or wrong: a shard, `params.json`, `tokenizer.model`."""
+    """Error for a missing or wrong file of a model, such as a shard, `params.json` or `tokenizer.model`."""
 
 
 class NonFiniteError(LlamaError):
-    """A model computes logits that are not finite."""
+    """Error for a model that computes logits that are not finite."""
 
 
 class DeviceError(LlamaError):
-    """A model cannot run here: because of devices, ranks, process groups or memory."""
+    """Error for a model that cannot run because of its devices, ranks, process groups or memory."""
 
 
 class _ShortRepr(reprlib.Repr):
-    """Show only the first items of containers, three levels deep: nested lists can have too many items to write them all."""
+    """Format a value like `repr`, but only the first items of containers, and at most three levels of nested containers."""
 
-    def repr1(self, x: object, level: int) -> str:  # reprlib knows containers by type name, and would write subclasses whole
+    def repr1(self, x: object, level: int) -> str:  # reprlib would not shorten a subclass of a container
         container = next((base for base in (dict, list, tuple, set, frozenset) if isinstance(x, base)), None)
         return getattr(self, f"repr_{container.__name__}")(x, level) if container else super().repr1(x, level)
 
-    def repr_dict(self, x: dict[object, object], level: int) -> str:  # reprlib's own version sorts all keys first
+    def repr_dict(self, x: dict[object, object], level: int) -> str:  # reprlib would first sort all keys
         if x and level <= 0:
             return "{...}"
         items = itertools.islice(x.items(), self.maxdict)
@@ -56,7 +56,7 @@ def short_repr(value: object) -> str:
     """Return the repr of a value, cut to 60 characters."""
     try:
         return f"{_SHORT_REPR.repr(value):.60}"
-    except Exception:  # an integer with more digits than Python prints, or a broken __repr__
+    except Exception:  # for example an integer with more digits than Python prints, or an error in __repr__
         return "something"
 
 
@@ -66,25 +66,25 @@ def describe(value: object) -> str:
 
 
 def check_flag(value: object, name: str) -> None:
-    """Raise InputError, with the argument's name, unless a value equals True, False or None."""
+    """Raise InputError unless a value equals True, False or None. name: the name of the argument in the error."""
     try:
         is_flag = value in (True, False, None)
-    except Exception:  # an array of several values has no truth value
+    except Exception:  # an array of several values cannot be converted to bool
         is_flag = False
     if not is_flag:
         raise InputError(f"{name} is {describe(value)}; it must be True or False")
 
 
 def check_count(value: object, name: str) -> None:
-    """Raise InputError, with the argument's name, unless a value is a whole number from 1 to 2**31 - 1."""
+    """Raise InputError unless a value is a whole number from 1 to 2**31 - 1. name: the name of the argument in the error."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 1 <= int(value) < 2**31:
         raise InputError(f"{name} is {describe(value)}; it must be a whole number from 1 to {2**31 - 1:,}")
 
 
 def check_path(value: str | os.PathLike[str], name: str, what: str, folder: bool = False) -> Path:
-    """Return a path that was given as argument `name`. Raise CheckpointError unless a file, or a folder, exists there.
+    """Return `value` as a path. Raise CheckpointError unless it is an existing file or, if `folder`, an existing folder.
 
-    what: description of the expected file, for the error.
+    name: the name of the argument in the error. what: a description of the expected file in the error.
     """
     try:
         path = Path(value).expanduser()
@@ -92,7 +92,7 @@ def check_path(value: str | os.PathLike[str], name: str, what: str, folder: bool
         problem = "" if path.is_dir() == folder else "a file, not a folder" if folder else "a folder, not a file"
     except TypeError as e:
         raise CheckpointError(f"{name} is {describe(value)}; it must be the path of {what}") from e
-    except (OSError, ValueError, RuntimeError) as e:  # missing, forbidden, too long, or the home of an unknown user
+    except (OSError, ValueError, RuntimeError) as e:  # such as a missing, forbidden or too long path
         problem = getattr(e, "strerror", None) or str(e)
     if problem:
         raise CheckpointError(f"{name} is {str(value)!r:.200}: {problem}; it must be the path of {what}")
@@ -102,7 +102,7 @@ def check_path(value: str | os.PathLike[str], name: str, what: str, folder: bool
 def read_file(path: Path, size: int = -1) -> bytes:
     """Return the first `size` bytes of a file, by default all. Raise CheckpointError if the file cannot be read."""
     try:
-        if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+        if path.exists() and not path.is_file():  # opening a named pipe would wait until a program writes to it
             raise CheckpointError(f"{path}: is a folder or a device, not a file")
         with path.open("rb") as f:
             return f.read(size)
@@ -111,7 +111,7 @@ def read_file(path: Path, size: int = -1) -> bytes:
 
 
 def identify_format(head: bytes) -> str:
-    """Return what a file is by its first bytes, as in "it is JSON", for an error about a file that is not as expected."""
+    """Return text such as "it is JSON" for an error about an unexpected file. head: the first bytes of the file."""
     text = head.lstrip().lower()
     descriptions = {
         b"version https://git-lfs": "it is a git-lfs pointer: run `git lfs pull`",

@@ -1,6 +1,7 @@
-"""`Llama`: build a model; generate, complete texts, answer dialogs, at once or as streams; score.
+"""The class `Llama`: build a model, generate tokens, complete texts, answer dialogs and score continuations.
 
-Text and dialogs become tokens here; `Engine.run` serves all of the calls, and yields each new token as it is generated.
+Answers are returned whole or as streams. `Llama` converts texts and dialogs to tokens. `Engine.run` generates the answers to
+all calls, and yields each new token.
 """
 
 import numbers
@@ -51,23 +52,25 @@ T = TypeVar("T")
 
 
 class Llama:
-    """A model and its tokenizer. It has one KV cache and serves one call at a time; calls of other threads wait.
+    """A model and its tokenizer. It has one KV cache and runs one call at a time; calls from other threads wait.
 
-    Options that the calls share, each off by default:
+    Options that several calls share, each off by default:
 
     top_k, min_p, repetition_penalty: see `SamplingParams`.
-    seed: makes an answer depend on the prompt, the options and this number alone, whatever ran before or runs beside it. A list
-    gives each prompt its own, for several answers to one prompt. None: all sample from torch's default generator.
-    stop: one string or several; an answer's text ends just before the first of them. Tokens and log probabilities include the
-    token that completed it. Calls for tokens have no stop strings.
+    seed: makes each answer depend only on its prompt, the options and the seed, not on earlier calls or on the other prompts. A
+    list contains one seed for each prompt, for example to get several answers to the same prompt. Without a seed, all prompts
+    are sampled with torch's default generator.
+    stop: one string or several. An answer's text ends just before the first stop string. Tokens and log probabilities include
+    the token that completed the stop string. Calls that take tokens have no stop strings.
     details: add to each result "finish_reason" ("stop": EOS or a stop string; "length": max_gen_len or the end of the context)
-    and the number of tokens of the prompt and of the answer, without EOS.
+    and the numbers of tokens in the prompt and in the answer, without EOS.
 
-    Calls take any number of prompts: max_batch_size of them run at a time, and a finished one is replaced at once.
+    A call may have any number of prompts. Up to max_batch_size prompts run at a time, and when one is finished, the next one
+    starts.
 
-    On several ranks, all make the same calls with the same input, or each raises InputError, and all get the same results.
-    Replicas divide a call's prompts among themselves and, without `seed`, sample with seeds that rank 0 draws; each replica
-    computes a stream as a whole. Logits that are not finite raise NonFiniteError.
+    On several ranks, all ranks must make the same calls with the same input. They get the same results; if calls differ, all
+    ranks raise InputError. Replicas divide the prompts of a call among themselves, and rank 0 chooses the seeds if the call has
+    none. Each replica computes the whole of a stream. Logits that are not finite raise NonFiniteError.
     """
 
     @staticmethod
@@ -87,20 +90,21 @@ class Llama:
     ) -> "Llama":
         """Load a checkpoint in Meta's layout, with any number of shards, on any number of ranks that divides its heads.
 
-        max_seq_len: context length in tokens, prompt and answer together. max_batch_size: rows of the batch. Both size the
-        KV cache.
-        model_parallel_size: ranks that share one model; by default all, or 1 in plain python.
-        seed: for torch's default generator.
-        device: by default CUDA, else MPS, else the CPU. dtype: by default the stored one.
-        compile: on CUDA, let torch.compile fuse the small kernels of a decode step and tune the products of a single row; the
-        first step with each number of rows then takes seconds.
-        quantize: "int8" or "int4" for the matrices, while they are read; `dtype` then applies to the rest.
-        backend: "auto", or a name that `python -m llama info` lists. "eager" keeps plain tensors (quantized weights are
-        dequantized) and always runs `Transformer.forward`, as the others do once a caller has changed the model.
+        max_seq_len: context length in tokens, prompt and answer together. max_batch_size: rows of the batch. The two determine
+        the size of the KV cache.
+        model_parallel_size: number of ranks that share one model; by default all ranks of the job, or 1 without torchrun.
+        seed: the seed of torch's default generator.
+        device: by default CUDA if available, then MPS, then the CPU. dtype: by default the dtype of the checkpoint.
+        compile: on CUDA, let torch.compile fuse the small kernels of a decode step and tune the matrix products of a single
+        row. The first step with each number of rows then takes seconds.
+        quantize: "int8" or "int4" to quantize the matrices while they are read. `dtype` then applies to everything else.
+        backend: "auto", or a name that `python -m llama info` lists. "eager" uses plain tensors only, so it dequantizes
+        quantized weights, and it always runs `Transformer.forward`. The other backends run `Transformer.forward` only if a
+        caller has modified the model.
 
-        Raises CheckpointError, DeviceError or InputError, all of them LlamaError, before any weight is loaded; only weights
-        that are not finite and files that change meanwhile are found while loading. On the CPU, weights may stay memory-mapped:
-        replace a checkpoint's files, never overwrite them.
+        Raises CheckpointError, DeviceError or InputError, which are all LlamaError, before any weight is loaded. Only two
+        errors can come later, while weights are read: for weights that are not finite, and for files that change. On the CPU,
+        weights may stay memory-mapped after loading. So replace a checkpoint's files, but never overwrite them.
         """
         set_environment()
         where = initialize(device, model_parallel_size)
@@ -163,14 +167,14 @@ class Llama:
 
     @property
     def engine(self) -> Engine:
-        """The engine of `model`; a new one if a caller has replaced the model."""
+        """Return the engine of `model`. If a caller has replaced `model`, create a new engine for it."""
         if self._engine.model is not self.model:
             self._engine = Engine(self.model, self._engine.backend)
         return self._engine
 
     @property
     def backend(self) -> str:
-        """The name of the backend. A changed model runs its own `forward` instead: see `build`."""
+        """Return the name of the backend. A modified model runs `Transformer.forward` with any backend."""
         return self._engine.backend.name
 
     def generate(
@@ -190,10 +194,13 @@ class Llama:
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Generate tokens after each prompt; return them, and their log probabilities or None.
 
-        A prompt gets at most min(max_gen_len, max_seq_len - its length) tokens; EOS ends it and is not returned. temperature 0
-        takes the likeliest token; otherwise see `SamplingParams`. logprobs: log_softmax of the raw logits at each token. echo:
-        return the prompt's tokens first, the very first with 0.0. stop_token: ends an answer in place of EOS. Raises
-        InputError, naming the prompt, before any computation.
+        A prompt gets at most min(max_gen_len, max_seq_len - length of the prompt) tokens. EOS ends an answer and is not
+        returned.
+        temperature: 0 chooses the likeliest token; see `SamplingParams` for other values.
+        logprobs: also return the log probability of each token, from the logits before any sampling parameter is applied.
+        echo: return the prompt's tokens before the answer. The first token of a prompt has the log probability 0.0.
+        stop_token: the token that ends an answer, instead of EOS.
+        Raises InputError, which names the prompt, before any computation.
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
         results = self._results(
@@ -216,9 +223,9 @@ class Llama:
         repetition_penalty: float = 1.0,
         seed: int | Iterable[int] | None = None,
     ) -> Iterator[GeneratedToken]:
-        """Do what `generate` does, and yield each token as it is generated: (prompt_index, token, logprob).
+        """Generate tokens like `generate`, but yield (prompt_index, token, logprob) as soon as a token is generated.
 
-        The tokens of one prompt come in order, those of different prompts mixed. EOS is not yielded.
+        The tokens of one prompt come in order; the tokens of different prompts are mixed. EOS is not yielded.
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
         call = self._validate_on_all_ranks(
@@ -244,8 +251,8 @@ class Llama:
     ) -> list[CompletionPrediction]:
         """Continue each text. max_gen_len defaults to the rest of the context. See `generate` and `Llama` for the options.
 
-        Each result has "generation"; with logprobs=True also "tokens" (each decoded by itself) and "logprobs"; with
-        details=True also "finish_reason", "prompt_tokens" and "new_tokens".
+        Each result is a dict with "generation". logprobs=True adds "tokens", as the text of each token, and "logprobs".
+        details=True adds "finish_reason", "prompt_tokens" and "new_tokens".
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
         results = self._results(
@@ -266,9 +273,10 @@ class Llama:
         seed: int | Iterable[int] | None = None,
         stop: str | Sequence[str] = (),
     ) -> Iterator[CompletionPrediction]:
-        """Continue each text, and yield the results in order, each as soon as it and all before it are finished.
+        """Continue each text, and yield the results in the order of the prompts, each as early as possible.
 
-        Results have `text_completion`'s details. With replicas, all results come at once, when the last is finished.
+        A result is yielded once it and all earlier results are finished. Each result has "generation", "finish_reason",
+        "prompt_tokens" and "new_tokens". With replicas, all results come together at the end.
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
         call = self._validate_on_all_ranks(
@@ -297,8 +305,9 @@ class Llama:
     ) -> list[ChatPrediction]:
         """Answer each dialog as the assistant. max_gen_len defaults to the rest of the context. See `Llama` for the options.
 
-        A dialog that contains a special tag of the format is answered with UNSAFE_ERROR, without computation.
-        Each result has "generation", a message, and what `text_completion` adds.
+        The answer to a dialog that contains a special tag, such as "[INST]", is UNSAFE_ERROR, without computation.
+        Each result is a dict with "generation", a message by the assistant. `logprobs` and `details` add the same keys as in
+        `text_completion`.
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
         results = self._results(
@@ -322,10 +331,11 @@ class Llama:
         logprobs: bool = False,
         suffix_first: bool = False,
     ) -> list[InfillingPrediction]:
-        """Generate the text between each prefix and suffix, as Code Llama does. suffix_first: the suffix leads the prompt.
+        """Generate the text between each prefix and suffix, as Code Llama does.
 
-        Each result has "generation" and "full_text", which is prefix, generation and suffix; with logprobs=True also "tokens"
-        and "logprobs". Raises InputError for a tokenizer without the four tokens that infilling needs.
+        suffix_first: put the suffix before the prefix in the prompt.
+        Each result has "generation", and "full_text", which is prefix + generation + suffix. logprobs=True adds "tokens" and
+        "logprobs". Raises InputError if the tokenizer lacks the four special tokens of infilling.
         """
         before, after, prompts = run_on_all_ranks(
             lambda: self._requests.for_infilling(prefixes, suffixes, suffix_first), must_match=lambda checked: checked
@@ -361,12 +371,12 @@ class Llama:
         stop: str | Sequence[str] = (),
         reuse: bool = False,
     ) -> Stream:
-        """Continue one text, and yield the continuation in chunks: see `Stream`.
+        """Continue one text. Return a `Stream`, which yields the continuation in chunks.
 
-        reuse: skip the tokens that this prompt shares with the beginning of the last stream with `reuse`, whose keys and values
-        are still in the cache. Any other use of the cache discards them, and so does an edit of the weights; only an edit of
-        plain weights through `.data` goes unnoticed: leave `reuse` out once after it. Raises InputError at the call, not at the
-        first chunk.
+        reuse: skip the computation of tokens with which both this prompt and the last stream with reuse=True begin, because
+        their keys and values are still in the KV cache. The cache is discarded if another call uses it or if the weights are
+        edited. An edit of a plain tensor through `.data` is not detected: make the next call without `reuse`.
+        Raises InputError at the call, not at the first chunk.
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
         return self._stream(
@@ -387,9 +397,10 @@ class Llama:
         stop: str | Sequence[str] = (),
         reuse: bool = False,
     ) -> Stream:
-        """Answer one dialog, and yield the answer in chunks: see `text_completion_stream`.
+        """Answer one dialog. Return a `Stream`, which yields the answer in chunks; see `text_completion_stream`.
 
-        With `reuse`, the next turn of a dialog computes only what is new in it. UNSAFE_ERROR is a stream of one chunk.
+        With `reuse`, each turn of a dialog computes only the tokens that are new since the last turn. If the dialog contains a
+        special tag, such as "[INST]", the stream yields UNSAFE_ERROR as its only chunk.
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
         return self._stream(
@@ -397,10 +408,10 @@ class Llama:
         )
 
     def score(self, prompts: Iterable[str], continuations: Iterable[str]) -> list[Score]:
-        """Return the log probability of each continuation after its prompt, computed in one pass; nothing is generated.
+        """Return the log probabilities of each continuation's tokens after its prompt, without generating anything.
 
-        A continuation's tokens are those of prompt + continuation, from the first one on that the prompt alone does not have:
-        where the tokenizer joins letters across the border, the joined token counts.
+        Prompt and continuation are encoded together. The continuation starts at the first token that differs from the tokens of
+        the prompt alone. This token may contain the last letters of the prompt and the first letters of the continuation.
         """
 
         def score_rows(rows: list[int]) -> list[list[float]]:
@@ -420,7 +431,8 @@ class Llama:
         return RequestBuilder(self.tokenizer, self.model.params.max_seq_len)
 
     def _validate_on_all_ranks(self, make_call: Callable[[], GenerationCall]) -> GenerationCall:
-        """Return the call, the same on all ranks; give replicas the seeds that rank 0 draws where there is none."""
+        """Build a call, and check that it is the same on all ranks. Let rank 0 choose seeds for replicas if the call has none.
+        """
         call = run_on_all_ranks(make_call, must_match=lambda call: (call, self.engine.why_reference_loop()))
         if sample_top_p is not sampling.sample_top_p and any(request.seed is not None for request in call.requests):
             raise InputError("seed is for this library's sample_top_p, and another has been put in its place; leave seed out")
@@ -432,7 +444,10 @@ class Llama:
         return call
 
     def _shard_across_replicas(self, lengths: list[int], work: Callable[[list[int]], list[T]]) -> list[T]:
-        """Return a result for each row, of which each replica computes some: `work` maps row indices to their results."""
+        """Divide rows among the replicas, and return one result for each row, in order.
+
+        lengths: the number of tokens in each row. work: a function from a list of row indices to their results.
+        """
         index, count = replica()
         parts = partition_by_length(lengths, count)
         results = gather_from_replicas(lambda: work(parts[index]))
@@ -447,7 +462,11 @@ class Llama:
         return getattr(self.generate, "__func__", None) is not _GENERATE
 
     def _results(self, make_call: Callable[[], GenerationCall], called_by_generate: bool = False) -> list[GenerationResult]:
-        """Run a call to its end: a result for each request. A caller's own `generate` is used by all calls but itself."""
+        """Run a call to its end, and return one result for each request. If a caller has replaced `generate`, run the
+        replacement.
+
+        called_by_generate: True for a call by `generate`, which must not run its replacement.
+        """
         if not called_by_generate and self._generate_is_replaced():
             return results_of_replaced_generate(self.generate, self._validate_on_all_ranks(make_call), self.tokenizer)
         with self.engine.lock:
@@ -460,7 +479,7 @@ class Llama:
             return self._shard_across_replicas([len(request.prompt) for request in call.requests], run_rows)
 
     def _run(self, call: GenerationCall, watched: bool = False) -> Iterator[GeneratedToken]:
-        # Looked up at each call: a caller may have replaced the tokenizer, its eos_id, or sample_top_p.
+        # Read eos_id and sample_top_p anew for each call, because a caller may have replaced the tokenizer or either of them.
         stop_token = self.tokenizer.eos_id if call.stop_token is None else call.stop_token
         return self.engine.run(replace(call, stop_token=stop_token, sampler=sample_top_p, watched=watched))
 
@@ -500,7 +519,7 @@ def _check_build_arguments(
     backend: str,
     device: torch.device,
 ) -> None:
-    """Raise InputError or DeviceError for arguments of `build` that need no file to be refused."""
+    """Check the arguments of `build` that need no file to be read. Raise InputError or DeviceError."""
     check_count(max_seq_len, "max_seq_len")
     check_count(max_batch_size, "max_batch_size")
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**64:

@@ -1,10 +1,10 @@
 """The Transformer of Llama 2, with the names, shapes and calls of Meta's reference.
 
-A forward runs S new tokens of each of B rows, from position start_pos on; activations are (B, S, dim). With H query heads and K
-key/value heads on this rank and head_dim hd, queries are (B, S, H, hd), keys and values (B, S, K, hd).
+A forward pass computes S new tokens in each of B rows, at positions from start_pos on. Activations are (B, S, dim). A rank has
+H query heads and K key/value heads of hd (head_dim) values each. Queries are (B, S, H, hd); keys and values are (B, S, K, hd).
 
-This file is plain PyTorch with tensor-parallel layers. It runs if a caller has changed the model, and every faster backend is
-tested against it.
+This module is plain PyTorch with tensor-parallel layers. It computes models that a caller has modified, and every faster
+backend is tested against it.
 """
 
 import math
@@ -28,7 +28,7 @@ class ModelArgs:
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
-    n_kv_heads: int | None = None  # None: as many as n_heads
+    n_kv_heads: int | None = None  # None: equal to n_heads
     vocab_size: int = -1  # must be set to the tokenizer's n_words
     multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of this number
     ffn_dim_multiplier: float | None = None
@@ -37,7 +37,7 @@ class ModelArgs:
     max_batch_size: int = 32
     max_seq_len: int = 2048
 
-    rope_theta: float = 10000.0  # Code Llama: 1e6
+    rope_theta: float = 10000.0  # Code Llama has 1e6
 
     @property
     def head_dim(self) -> int:
@@ -68,7 +68,10 @@ class RMSNorm(nn.Module):
 
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> torch.Tensor:
-    """Return e^(i * angle) for the positions 0..end, complex64 (end, dim / 2); the angle is position * theta^(-2j / dim)."""
+    """Return e^(i * angle) for the positions 0 to end - 1, as complex64 (end, dim / 2).
+
+    In column j, the angle is position * theta^(-2 * j / dim).
+    """
     freqs = 1.0 / theta ** (torch.arange(0, dim, 2, device="cpu")[: dim // 2].float() / dim)
     angles = torch.outer(torch.arange(end, device="cpu").float(), freqs)
     return torch.polar(torch.ones_like(angles), angles)
@@ -83,7 +86,10 @@ def reshape_for_broadcast(freqs_cis: torch.Tensor, x: torch.Tensor) -> torch.Ten
 
 
 def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate adjacent pairs of queries and keys (B, S, heads, hd), as complex numbers, by freqs_cis (S, hd/2), in float32."""
+    """Rotate queries and keys (B, S, heads, hd) by freqs_cis (S, hd/2).
+
+    Each pair of adjacent values is a complex number, and is multiplied in float32.
+    """
 
     def rotated(x: torch.Tensor) -> torch.Tensor:
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
@@ -93,12 +99,12 @@ def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor
 
 
 def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
-    """Repeat each head n_rep times in a row: (B, S, K, hd) -> (B, S, K * n_rep, hd)."""
+    """Repeat each key/value head n_rep times, one copy after the other: (B, S, K, hd) -> (B, S, K * n_rep, hd)."""
     return x.repeat_interleave(n_rep, dim=2) if n_rep > 1 else x
 
 
 class Attention(nn.Module):
-    """Attend to all positions so far, with H / K query heads per key/value head: (B, S, dim) -> (B, S, dim)."""
+    """Attend to all positions so far: (B, S, dim) -> (B, S, dim). H / K query heads share each key/value head."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -124,14 +130,14 @@ class Attention(nn.Module):
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
 
         self.cache_k, self.cache_v = self.cache_k.to(xq), self.cache_v.to(xq)
-        # Insert xk and xv themselves, since the cache's copies carry no gradient; `cat` lacks some dtypes under autocast.
+        # Insert xk and xv, not their copies in the cache, which have no gradient. `torch.cat` lacks some dtypes under autocast.
         keys = self.cache_k[:B, : start_pos + S].slice_scatter(xk, 1, start_pos)
         values = self.cache_v[:B, : start_pos + S].slice_scatter(xv, 1, start_pos)
         self.cache_k[:B, start_pos : start_pos + S] = xk.detach()
         self.cache_v[:B, start_pos : start_pos + S] = xv.detach()
 
-        queries = xq.transpose(1, 2)  # (B, H, S, hd)
-        keys = repeat_kv(keys, self.n_rep).transpose(1, 2)  # (B, H, start_pos + S, hd)
+        queries = xq.transpose(1, 2)  # shape (B, H, S, hd)
+        keys = repeat_kv(keys, self.n_rep).transpose(1, 2)  # shape (B, H, start_pos + S, hd)
         values = repeat_kv(values, self.n_rep).transpose(1, 2)
         scores = queries @ keys.transpose(2, 3) / math.sqrt(self.head_dim)
         if mask is not None:
@@ -141,7 +147,10 @@ class Attention(nn.Module):
 
 
 def ffn_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
-    """Return the feed-forward's inner width: two thirds of hidden_dim (4 * dim), scaled, rounded up to a multiple."""
+    """Return the inner width of the feed-forward: two thirds of hidden_dim, rounded up to a multiple of `multiple_of`.
+
+    ffn_dim_multiplier: a factor for the width before it is rounded up.
+    """
     width = int(2 * hidden_dim / 3)
     if ffn_dim_multiplier is not None:
         width = int(ffn_dim_multiplier * width)
@@ -149,7 +158,7 @@ def ffn_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | Non
 
 
 class FeedForward(nn.Module):
-    """Compute w2(silu(w1(x)) * w3(x)): (B, S, dim) -> (B, S, dim). hidden_dim is 4 * dim; see `ffn_width`."""
+    """Compute w2(silu(w1(x)) * w3(x)): (B, S, dim) -> (B, S, dim). `ffn_width` gives the inner width from hidden_dim."""
 
     def __init__(self, dim: int, hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> None:
         super().__init__()
@@ -182,18 +191,18 @@ class TransformerBlock(nn.Module):
 
 
 def check_ranks(args: ModelArgs, ranks: int) -> None:
-    """Raise DeviceError unless a model of these sizes can be divided among a number of ranks."""
+    """Raise DeviceError unless a model with the sizes in `args` can be divided among `ranks` ranks."""
     divide(args.kv_heads, ranks, "key/value heads")
     divide(args.ffn_width, ranks, "feed-forward width")
     divide(args.vocab_size, ranks, "vocabulary")
 
 
 class Transformer(nn.Module):
-    """Compute the logits of the next tokens: (B, S) tokens at start_pos -> (B, S, vocab) in float32.
+    """Compute the logits of the next tokens: tokens (B, S) at positions from start_pos on -> (B, S, vocab) in float32.
 
     Under `torch.device("meta")` the constructor allocates no memory. It leaves torch's default generator unchanged. Parameters
-    have no gradient until `requires_grad_(True)`; from then on `forward` is differentiable, and the keys and values of earlier
-    calls are constants.
+    require no gradient until `requires_grad_(True)` is called. From then on, `forward` is differentiable, and the keys and
+    values of earlier calls are constants.
     """
 
     def __init__(self, params: ModelArgs) -> None:
@@ -209,7 +218,7 @@ class Transformer(nn.Module):
         self.params = params
         self.vocab_size = params.vocab_size
         self.n_layers = params.n_layers
-        with torch.random.fork_rng(devices=[]):  # the weights are random until a checkpoint is loaded
+        with torch.random.fork_rng(devices=[]):  # initializing the weights must not change torch's default generator
             self.tok_embeddings = ParallelEmbedding(params.vocab_size, params.dim)
             self.layers = nn.ModuleList(TransformerBlock(layer_id, params) for layer_id in range(params.n_layers))
             self.norm = RMSNorm(params.dim, eps=params.norm_eps)
@@ -218,10 +227,13 @@ class Transformer(nn.Module):
 
     @property
     def freqs_cis(self) -> torch.Tensor:
-        """Rotations of 2 * max_seq_len positions, computed on first use, so that a model on `meta` takes no memory."""
+        """Return the rotations for 2 * max_seq_len positions.
+
+        They are computed on first use, so that a model on the meta device needs no memory.
+        """
         if self._freqs_cis is None:
             args = self.params
-            with torch.inference_mode(False):  # an inference tensor could not be used in training
+            with torch.inference_mode(False):  # a tensor created in inference mode could not be used in training
                 self._freqs_cis = precompute_freqs_cis(args.head_dim, 2 * args.max_seq_len, args.rope_theta)
         return self._freqs_cis
 
@@ -230,9 +242,10 @@ class Transformer(nn.Module):
         self._freqs_cis = freqs_cis
 
     def forward(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
-        """Return the logits (B, S, vocab) of tokens (B, S) at positions start_pos..start_pos + S of rows 0..B.
+        """Return the logits (B, S, vocab) of tokens (B, S).
 
-        Raises InputError if the cache has too few rows or positions.
+        The tokens are at positions start_pos to start_pos + S - 1 of rows 0 to B - 1 of the KV cache. Raises InputError if the
+        cache has too few rows or positions.
         """
         tokens, start_pos = self._checked(tokens, start_pos)
         S = tokens.shape[1]
@@ -240,7 +253,7 @@ class Transformer(nn.Module):
         self.freqs_cis = self.freqs_cis.to(h.device)
         freqs_cis = self.freqs_cis[start_pos : start_pos + S]
         mask = None
-        if S > 1:  # the token at position p attends to positions 0..p
+        if S > 1:  # the token at position p attends to positions 0 to p
             mask = torch.full((S, start_pos + S), -math.inf, device=h.device, dtype=h.dtype).triu(start_pos + 1)
         for layer in self.layers:
             h = layer(h, start_pos, freqs_cis, mask)
@@ -254,7 +267,7 @@ class Transformer(nn.Module):
         if B > args.max_batch_size:
             raise InputError(f"{B} rows, but the model was built for max_batch_size={args.max_batch_size}")
         try:
-            start_pos = operator.index(start_pos)  # also accepts integers of NumPy
+            start_pos = operator.index(start_pos)  # operator.index also accepts NumPy's integers
         except TypeError as e:
             raise InputError(f"start_pos is {describe(start_pos)}; it must be a whole number") from e
         if start_pos < 0 or start_pos + S > args.max_seq_len:

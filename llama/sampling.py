@@ -1,4 +1,4 @@
-"""Sample the next token from logits. No function here waits for the device."""
+"""Sample the next token from logits. No function in this module makes the host wait for the device."""
 
 import numbers
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 
 from .errors import InputError, describe
 
-Sampler = Callable[[torch.Tensor, float], torch.Tensor]  # the type of sample_top_p
+Sampler = Callable[[torch.Tensor, float], torch.Tensor]  # the signature of sample_top_p: (probabilities, top_p) -> tokens
 
 _LIMITS = {
     "temperature": (0.0, 1e30, "from 0 (the likeliest token) to 1e30"),
@@ -20,9 +20,9 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """The parameters of sampling. Raises InputError for a value out of range. They are applied in this order:
+    """The parameters of sampling, applied in the order below. Raises InputError for a value out of range.
 
-    repetition_penalty: for tokens already in the prompt or the answer, divides positive logits and multiplies negative ones.
+    repetition_penalty: for tokens already in the prompt or the answer, divides positive logits and multiplies negative logits.
     temperature: divides the logits. At 0 the likeliest token is chosen, and the parameters below have no effect.
     top_k: keeps the k likeliest tokens, and renormalizes their probabilities; 0 keeps all.
     top_p: keeps each token if the more likely tokens together have at most probability top_p.
@@ -40,21 +40,22 @@ class SamplingParams:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high:  # type: ignore[operator]
                 raise InputError(f"{name} is {describe(value)}; it must be a number, {limit}")
-            object.__setattr__(self, name, float(value))  # numbers of NumPy become floats
+            object.__setattr__(self, name, float(value))  # convert NumPy's numbers to float
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, numbers.Integral) or int(self.top_k) < 0:
             raise InputError(f"top_k is {describe(self.top_k)}; it must be a whole number, 0 (all tokens) or more")
         object.__setattr__(self, "top_k", int(self.top_k))
 
     @property
     def greedy(self) -> bool:
-        """True if the likeliest token is chosen without sampling."""
-        return self.temperature < 1e-20  # 0, or a temperature so small that dividing by it would overflow
+        """Return True if the likeliest token is chosen without sampling."""
+        return self.temperature < 1e-20  # treat tiny temperatures as 0, because dividing by them would overflow
 
 
 def filter_probs(probs: torch.Tensor, top_p: float, top_k: int = 0, min_p: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply top_k, top_p and min_p to probs (B, vocab): return the new probabilities, likeliest first, and their tokens.
 
-    Both are (B, vocab), or (B, top_k). Probabilities of removed tokens are 0, and each row is normalized again.
+    Probabilities and tokens are (B, vocab), or (B, top_k) if top_k is not 0. The probability of a removed token is 0. The
+    probabilities of each row sum to 1.
     """
     probs, tokens = torch.sort(probs, dim=-1, descending=True)
     if top_k:
@@ -66,9 +67,10 @@ def filter_probs(probs: torch.Tensor, top_p: float, top_k: int = 0, min_p: float
 
 
 def sample_exponential(probs: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-    """Sample one token per row, (B, 1): the one with the largest quotient of probability and exponential noise.
+    """Sample one token per row: the token with the largest probability / noise. Return the tokens (B, 1).
 
-    tokens: the token of each probability. noise: (B, vocab), indexed by token; default: from torch's default generator.
+    probs, tokens: (B, n), probabilities and their tokens. noise: exponential noise for each token, (B, vocab); by default from
+    torch's default generator.
     """
     noise = torch.empty_like(probs).exponential_(1) if noise is None else noise.gather(-1, tokens)
     return tokens.gather(-1, (probs / noise).argmax(dim=-1, keepdim=True))
@@ -78,8 +80,8 @@ def sample_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
     """Sample one token per row of probs (B, vocab) from the row's nucleus: (B, 1) int64.
 
     The nucleus contains each token if the more likely tokens together have at most probability p, so it always contains the
-    likeliest token. The result and the use of torch's default generator are those of torch.multinomial(probs, 1) on the
-    nucleus, but torch.multinomial would wait for the device.
+    likeliest token. The function returns the same tokens as torch.multinomial(probs, 1) on the nucleus, and uses torch's
+    default generator in the same way. Unlike torch.multinomial, it does not wait for the device.
     """
     return sample_exponential(*filter_probs(probs, p))
 
@@ -92,8 +94,8 @@ def sample(
 ) -> torch.Tensor:
     """Sample one token per row: logits (B, vocab) -> tokens (B,). A repetition penalty must have been applied before.
 
-    noise: exponential noise (B, vocab); default: from torch's default generator, as in `sample_top_p`.
-    sampler: a caller's replacement for `sample_top_p`; it is called with the probabilities after top_k and min_p, and top_p.
+    noise: exponential noise (B, vocab); by default from torch's default generator, as in `sample_top_p`.
+    sampler: a caller's replacement for `sample_top_p`. Its arguments are the probabilities after top_k and min_p, and top_p.
     """
     if sampling.greedy:
         return logits.argmax(dim=-1)
@@ -107,8 +109,10 @@ def sample(
 
 
 def apply_repetition_penalty(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Return logits (B, vocab) after a repetition penalty; above 1 it makes tokens less likely. seen (B, vocab): True for the
-    tokens that are penalized."""
+    """Return logits (B, vocab) after a repetition penalty. A penalty above 1 makes the seen tokens less likely.
+
+    seen: (B, vocab), True for each token to penalize.
+    """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -116,18 +120,19 @@ _GOLDEN, _MIX1, _MIX2 = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """Mix 64 bits with the function of SplitMix64. Products of int64 wrap around like those of its unsigned integers."""
+    """Return the SplitMix64 hash of int64 values. Their products wrap around like the unsigned products of the original."""
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * _MIX1
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * _MIX2
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
 def seeded_exponential(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
-    """Return exponential noise (B, vocab), float32, for seeds (B,) and positions (B,) of int64, computed on their device.
+    """Return exponential noise (B, vocab), float32, for seeds (B,) and positions (B,), both int64 and on the same device.
 
-    Each value depends on its seed, position and token only, not on other rows, calls, ranks or the device. So the rounding of
-    logits changes a sampled token only if the two largest quotients nearly tie. Comparing cumulative probabilities with one
-    random number per row would be more sensitive, since a cumulative probability adds up the rounding errors of many tokens.
+    Each value depends only on its seed, position and token, not on other rows, calls, ranks or the device. `sample_exponential`
+    chooses the largest quotient of probability and noise, so a rounding error in the logits changes a token only if the two
+    largest quotients are almost equal. Comparing cumulative probabilities with one random number per row would be more
+    sensitive, because they add up the rounding errors of many tokens.
     """
     tokens = torch.arange(vocab, device=seeds.device)
     bits = _mix(_mix(_mix(seeds) + positions).unsqueeze(-1) + tokens * _GOLDEN)
@@ -136,5 +141,5 @@ def seeded_exponential(seeds: torch.Tensor, positions: torch.Tensor, vocab: int)
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the log probabilities (N,) of tokens (N,) under logits (N, vocab), to which no sampling parameter was applied."""
+    """Return the log probabilities (N,) of tokens (N,) under logits (N, vocab), without any sampling parameter."""
     return torch.log_softmax(logits, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)

@@ -9,11 +9,13 @@ from sentencepiece import SentencePieceProcessor
 
 from .errors import CheckpointError, InputError, check_flag, check_path, describe, identify_format, read_file
 
-MAX_FILE_BYTES = 1 << 24  # limit for a tokenizer's file; tokenizers of other models have some million bytes
+MAX_FILE_BYTES = 1 << 24  # limit for a tokenizer's file; tokenizers of other models have a few million bytes
 
 
 class Tokenizer:
-    """A SentencePiece model. Llama 2's has 32,000 pieces, BOS 1, EOS 2 and no padding piece (`pad_id` -1)."""
+    """A SentencePiece model. Llama 2's model has 32,000 tokens; BOS is 1, EOS is 2, and there is no padding token (`pad_id` is
+    -1).
+    """
 
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
         path = check_path(model_path, "tokenizer_path", "Meta's tokenizer.model, which is stored beside the model folders")
@@ -26,7 +28,7 @@ class Tokenizer:
             self.sp_model = SentencePieceProcessor()
             self.sp_model.LoadFromSerializedProto(data)
             self.n_words: int = self.sp_model.vocab_size()
-        except Exception as e:  # which exception depends on the version of sentencepiece
+        except Exception as e:  # the type of the exception depends on the version of sentencepiece
             file_format = identify_format(data[:64])
             raise CheckpointError(f"{path}: not a SentencePiece model ({file_format}); fetch tokenizer.model again") from e
         self.bos_id: int = self.sp_model.bos_id()
@@ -54,8 +56,11 @@ class Tokenizer:
         )
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """Return the tokens of `s`, with BOS before and EOS after them if asked for. Control pieces such as "<s>" in `s` are
-        encoded like any other text. Raises InputError unless `s` is a string that UTF-8 can encode."""
+        """Return the tokens of `s`, after BOS if `bos` is True, and before EOS if `eos` is True.
+
+        Control pieces such as "<s>" in `s` are encoded like any other text. Raises InputError unless `s` is a string that UTF-8
+        can encode.
+        """
         check_text(s, "the text to encode")
         check_flag(bos, "bos")
         check_flag(eos, "eos")
@@ -73,36 +78,37 @@ class Tokenizer:
         return self.sp_model.decode(ids)
 
     def encode_infilling(self, s: str) -> list[int]:
-        """Return the tokens of a text that continues another: without the space that SentencePiece adds before a text."""
+        """Return the tokens of a text that continues another text. No space is added before it, as `encode` would do."""
         check_text(s, "the text to encode")
         before = self.sp_model.encode(_ANCHOR)
         return self.sp_model.encode(_ANCHOR + s)[len(before) :]
 
     def decode_infilling(self, tokens: Iterable[int]) -> str:
-        """Return the text of tokens that continue a text: a space at the beginning is kept, which `decode` would remove."""
+        """Return the text of tokens that continue another text. A space at its beginning is kept; `decode` would remove it."""
         return self.decode([*self.sp_model.encode(_ANCHOR), *tokens]).removeprefix(_ANCHOR)
 
 
-_ANCHOR = "\u263a"  # a character that SentencePiece merges with no other
+_ANCHOR = "\u263a"  # a character that SentencePiece never merges with another character
 
 
 class Detokenizer:
-    """Decode one row's tokens one by one. The parts joined are `Tokenizer.decode` of all tokens; each token takes equal time.
+    """Decode one row's tokens one by one, in constant time per token.
 
-    SentencePiece removes the space at the beginning of the first piece, and decodes adjacent byte pieces as UTF-8, with one
-    replacement character for each invalid byte. So bytes are held back until their character is complete, or must be invalid.
+    The texts that it returns, joined, are `Tokenizer.decode` of all tokens. SentencePiece removes the space at the beginning of
+    a text. It decodes adjacent byte pieces as UTF-8, with one replacement character for each invalid byte. So bytes are held
+    back until they form a character, or can no longer form one.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.sp_model = tokenizer.sp_model
-        # Tokens to decode before the next token, because the beginning of a text loses its space: all tokens so far while they
-        # have no text, then the unknown piece alone.
+        # These tokens are decoded together with the next token, because SentencePiece would remove the space of a token alone.
+        # While all tokens so far have no text, they are all tokens so far; after that, they are only the unknown piece.
         self.context: list[int] = []
         self.context_text = ""
         self.pending_bytes = b""
 
     def begin(self, tokens: list[int]) -> str:
-        """Return the text of the tokens before the answer. Their last character must be complete."""
+        """Start with the tokens before the answer, and return their text. Their last character must be complete."""
         text = self.sp_model.decode(tokens)
         self.context = list(tokens)
         if text:
@@ -110,9 +116,9 @@ class Detokenizer:
         return text
 
     def push(self, token: int) -> str:
-        """Return the text that is complete with this token."""
+        """Add a token, and return the text that is now complete."""
         if self.sp_model.is_byte(token):
-            self.pending_bytes += bytes.fromhex(self.sp_model.id_to_piece(token)[3:-1])  # the piece of byte 240 is <0xF0>
+            self.pending_bytes += bytes.fromhex(self.sp_model.id_to_piece(token)[3:-1])  # for example, the piece of byte 240 is <0xF0>
             return self._decode_bytes(final=False)
         text_of_bytes = self._decode_bytes(final=True)
         if self.sp_model.is_control(token):
@@ -125,16 +131,19 @@ class Detokenizer:
         return text_of_bytes + text
 
     def end(self) -> str:
-        """Return the text of the bytes held back."""
+        """End the row, and return the text of the bytes that are still held back."""
         return self._decode_bytes(final=True)
 
     def _use_short_context(self) -> None:
-        """Decode later tokens after the unknown piece, which has a text, so that they keep their spaces."""
+        """Decode later tokens together with the unknown piece instead of all tokens so far.
+
+        SentencePiece keeps their spaces only after a piece that has a text, and the unknown piece has one.
+        """
         self.context = [self.sp_model.unk_id()]
         self.context_text = self.sp_model.decode(self.context)
 
     def _decode_bytes(self, final: bool) -> str:
-        """Return the text of the complete characters among the bytes held back; with `final`, of all these bytes."""
+        """Return the text of the complete characters among the bytes held back. final: decode incomplete characters, too."""
         text, n = "", 1
         while self.pending_bytes and n:
             try:
@@ -151,28 +160,33 @@ _DECODE = Tokenizer.decode
 
 
 class CustomDetokenizer:
-    """Decode one row's tokens one by one with a caller's own `decode`: all tokens are decoded anew at each token."""
+    """Decode one row's tokens one by one with a caller's replacement for `decode`. Each new token decodes the whole row again.
+    """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self.decode, self.tokens, self.sent = decode, list[int](), ""
 
     def begin(self, tokens: list[int]) -> str:
-        """Return the text of the tokens before the answer."""
+        """Start with the tokens before the answer, and return their text."""
         self.tokens, self.sent = list(tokens), self.decode(tokens)
         return self.sent
 
     def push(self, token: int) -> str:
-        """Return the new text; "" while a character is incomplete, or if the new token has changed the text before it."""
+        """Add a token, and return the new text.
+
+        Returns "" while a character is incomplete, or if the token changes text that was returned before.
+        """
         self.tokens.append(token)
         text = self.decode(self.tokens)
         return "" if text.endswith("\ufffd") else self._send(text)
 
     def end(self) -> str:
-        """Return the text that was not returned before."""
+        """End the row, and return the text that has not been returned yet."""
         return self._send(self.decode(self.tokens))
 
     def _send(self, text: str) -> str:
-        """Return the part of the whole text that was not returned before; "" if the text has changed before that part."""
+        """Return the part of `text` that has not been returned yet; "" if `text` does not begin with the text returned so far.
+        """
         if not text.startswith(self.sent):
             return ""
         new, self.sent = text[len(self.sent) :], text
@@ -186,7 +200,7 @@ def make_detokenizer(tokenizer: Tokenizer) -> Detokenizer | CustomDetokenizer:
 
 
 def check_text(text: str, name: str) -> None:
-    """Raise InputError, which calls the text `name`, unless it is a string that UTF-8 can encode."""
+    """Raise InputError unless a text is a string that UTF-8 can encode. name: what the error calls the text."""
     if not isinstance(text, str):
         raise InputError(f"{name} is {describe(text)}; it must be a string")
     try:

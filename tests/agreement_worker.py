@@ -1,4 +1,4 @@
-"""Run the same calls on every rank. Started by test_agreement.py with torchrun on 2 ranks (one model) or 4 (two replicas).
+"""Run the same calls on every rank. test_agreement.py runs this script on 1 rank, on 2 (one model) and on 4 (two replicas).
 
 agreement_worker.py OUT CKPT TOKENIZER: each rank writes its answers and its error messages to OUT.RANK.json.
 """
@@ -15,7 +15,7 @@ from llama import Llama, LlamaError
 
 RANK = int(os.environ["RANK"])
 LAST = int(os.environ["WORLD_SIZE"]) - 1
-PROMPTS = [[1, 5], [1, *range(20, 40)], [1, 9, 30], [1, *range(40, 60)], [1, 7]]  # short and long prompts alternate
+PROMPTS = [[1, 5], [1, *range(20, 40)], [1, 9, 30], [1, *range(40, 60)], [1, 7]]
 TEXTS = ["The fox", "a", "sea shells", "He said", "no"]
 
 
@@ -44,9 +44,9 @@ def answers(llama: Llama) -> dict[str, Any]:
 
 
 def results_on_several_ranks(llama: Llama, build: Callable[..., Llama], folder: str) -> dict[str, Any]:
-    """Return unseeded samples, and the errors of calls whose arguments differ on the last rank."""
+    """Return tokens sampled without a seed, and the errors of calls with different arguments on the last rank."""
     number = 5 if RANK == LAST else 6
-    torch.manual_seed(RANK)  # the ranks' own generators differ: all must use the samples of rank 0
+    torch.manual_seed(RANK)  # seeds each rank differently: all ranks must return the tokens that rank 0 samples
     results: dict[str, Any] = {"sampled": llama.generate([[1, 5]] * 6, 8, temperature=1.0)[0]}
     results["sampled in a stream"] = [token.token for token in llama.generate_stream([[1, 5]], 8, temperature=1.0)]
     results["errors"] = [
@@ -60,7 +60,7 @@ def results_on_several_ranks(llama: Llama, build: Callable[..., Llama], folder: 
         error_of(lambda: llama.text_completion([number if RANK == LAST else "a"])),  # type: ignore[list-item]
         error_of(lambda: build(folder, max_seq_len=30 + number)),
         error_of(lambda: build(folder if RANK < LAST else "/no/such/folder")),
-        error_of(lambda: llama.generate([[1, 5000]], 4)),  # wrong on all ranks: each raises the error by itself
+        error_of(lambda: llama.generate([[1, 5000]], 4)),  # token 5000 is outside the vocabulary: all ranks raise
     ]
     return results
 
@@ -69,7 +69,7 @@ def main(out: str, folder: str, tokenizer_path: str) -> None:
     def build(folder: str, max_seq_len: int = 48) -> Llama:
         return Llama.build(folder, tokenizer_path, max_seq_len, 4, model_parallel_size=min(2, LAST + 1), device="cpu")
 
-    if LAST:  # must come before the first build, which creates the process groups
+    if LAST:  # these builds must fail before the first successful build creates the process groups
         sizes = error_of(
             lambda: Llama.build(folder, tokenizer_path, model_parallel_size=1 if RANK == LAST else 2, device="cpu")
         )

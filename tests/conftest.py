@@ -14,7 +14,7 @@ from llama.engine import async_copy
 from .fault_server import FILES, SHARD, Downloader, FaultServer, files_of
 from .support import ROOT, random_weights, train_tokenizer, write_shards
 
-# The tests use small tensors: synchronizing threads takes longer than computing, 200 times as long on a busy machine.
+# Use one thread: with small tensors, synchronizing threads takes longer than computing (200 times on a busy machine).
 torch.set_num_threads(1)
 
 SMALL = dict(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, multiple_of=32, norm_eps=1e-5, vocab_size=-1)
@@ -70,7 +70,7 @@ def reference(small: SimpleNamespace) -> Transformer:
 
 @pytest.fixture
 def as_on_cuda(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Decode as on CUDA: in static memory, and start each decode step before the tokens of the previous step are read."""
+    """Decode on the CPU as on CUDA: in static memory, starting each decode step before the host reads the previous tokens."""
     run = CapturedStep.run
 
     def run_into_static_logits(step: CapturedStep) -> None:
@@ -92,7 +92,7 @@ def server() -> Iterator[FaultServer]:
 
 @pytest.fixture(params=["curl", "wget"])
 def download(request: pytest.FixtureRequest, server: FaultServer, tmp_path: Path) -> Downloader:
-    """Return a runner of download.sh that finds only one of the two clients, curl or wget."""
+    """Return a runner of download.sh with only one HTTP client in its PATH: curl or wget."""
     return Downloader(server, request.param, tmp_path)
 
 
@@ -106,7 +106,7 @@ def shard_missing(download: Downloader) -> Downloader:
 
 @pytest.fixture(scope="session")
 def llama2_tokenizer() -> Tokenizer:
-    """Return Llama 2's own tokenizer, from the repository root or the shared fixtures; skip the test without it."""
+    """Return Llama 2's own tokenizer, from the repository root or the shared fixtures; skip the test if there is none."""
     for path in (ROOT / "tokenizer.model", ROOT.parent / "shared" / "fixtures" / "llama2" / "tokenizer.model"):
         if path.exists():
             return Tokenizer(path)

@@ -1,4 +1,7 @@
-"""Count what the engine computes. Module hooks cannot be used: a model with a hook runs through its own `forward`."""
+"""Count the tokens and rows that the engine computes.
+
+Module hooks cannot count them: the engine runs a model that has hooks through the model's own `forward`.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ from llama.engine.forward import EngineForward, MergedLinear
 
 @contextlib.contextmanager
 def count_forward_tokens() -> Iterator[list[int]]:
-    """Yield a list that receives the number of tokens of each forward."""
+    """Yield a list that receives the number of tokens of each forward pass."""
     token_counts: list[int] = []
     hidden = EngineForward.hidden_states
 
@@ -27,7 +30,7 @@ def count_forward_tokens() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def count_matmul_rows() -> Iterator[tuple[list[int], list[int]]]:
-    """Yield two lists that receive the numbers of rows: of each matrix multiplication in a layer, and of each output layer."""
+    """Yield two lists of row counts: of all matrix multiplications in the layers, and of all calls of the output layer."""
     linear: list[int] = []
     head: list[int] = []
     multiply, logits = MergedLinear.forward, EngineForward.logits
@@ -39,7 +42,7 @@ def count_matmul_rows() -> Iterator[tuple[list[int], list[int]]]:
     def computing(self: EngineForward, hidden: torch.Tensor) -> torch.Tensor:
         head.append(len(hidden))
         result = logits(self, hidden)
-        linear.pop()  # the output layer is counted in `head` alone
+        linear.pop()  # removes the count of the output layer, which belongs in `head`
         return result
 
     with pytest.MonkeyPatch.context() as patch:

@@ -33,10 +33,10 @@ class Fault:
     """The differences between one HTTP response of the server and the correct response."""
 
     status: int = 200
-    body: bytes | None = None  # sent in place of the file
+    body: bytes | None = None  # the body that is sent in place of the file
     ignores_range: bool = False
-    cut: int | None = None  # bytes of the body after which the server closes the connection
-    hold: int | None = None  # bytes of the body after which the server sends nothing until `FaultServer.release` is set
+    cut: int | None = None  # number of bytes after which the server closes the connection
+    hold: int | None = None  # number of bytes after which the server sends nothing until `FaultServer.release` is set
     location: str | None = None  # the Location header of a redirect
     type: str | None = None  # the Content-Type
 
@@ -58,7 +58,7 @@ class FaultServer:
         self.files = dict(files)
         self.faults: dict[str, list[Fault]] = {}
         self.always: dict[str, Fault] = {}
-        self.allowed: int | None = None  # number of responses left before the link expires; None: it does not expire
+        self.allowed: int | None = None  # None: the link never expires; an int: the number of responses until it expires
         self.requests: list[Request] = []
         self.holding, self.release = threading.Event(), threading.Event()
         self._lock = threading.Lock()
@@ -125,7 +125,7 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
                 self.send_header(name, value)
             self.end_headers()
             self.close_connection = True
-            with contextlib.suppress(OSError):  # the client may close the connection first
+            with contextlib.suppress(OSError):  # the client may close the connection before the body is sent
                 self._send(part, fault)
 
         def _send(self, part: bytes, fault: Fault) -> None:
@@ -184,7 +184,7 @@ class Downloader:
         self.bin, self.home = tmp_path / "bin", tmp_path / "home"
         self.bin.mkdir()
         self.home.mkdir()
-        # Users' own settings of curl and wget, which would write the link into logs
+        # These user settings make curl and wget log the link, so the script must ignore them.
         (self.home / ".curlrc").write_text(f'verbose\ntrace-ascii = "{self.home}/log"\n')
         (self.home / ".wgetrc").write_text("debug = on\nverbose = on\n")
         self.link_tools(*TOOLS, HASHER, client)
@@ -218,7 +218,7 @@ class Downloader:
         pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
         command = [*self.shell, str(self.script), *(options or self.options)]
         popen = {**pipes, "cwd": self.tmp_path, "start_new_session": True, **popen}
-        signals = signal.SIGINT, signal.SIGHUP  # under nohup they are ignored, and the script would inherit that
+        signals = signal.SIGINT, signal.SIGHUP  # under nohup both signals are ignored, and the script would ignore them too
         before = [signal.signal(number, signal.SIG_DFL) for number in signals]
         try:
             return subprocess.Popen(command, text=True, env={**settings, **(env or {})}, **popen)

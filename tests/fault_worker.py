@@ -1,4 +1,4 @@
-"""Answer once, then inject faults on one rank. Started by torchrun for test_faults.py.
+"""Generate one answer, then inject faults on one rank. test_faults.py runs this script with torchrun.
 
 fault_worker.py RANK CKPT TOKENIZER DOOMED FAULT [FAULT ...]: DOOMED is a checkpoint that may be destroyed; a FAULT names an
 action and a place, as in kill@decode. A rank that catches an error prints it on stderr and continues with the next fault.
@@ -20,7 +20,8 @@ from llama.engine.forward import EngineLayer
 from llama.kernels import packed_weight
 
 MAX_NEW_TOKENS = 40
-# For each place: the owner and the name of a function, and the number of its call that fails. The model has two layers.
+# For each place: the class or module and the name of a function, and the number of the call that triggers the fault.
+# Methods of EngineLayer are called twice per forward pass: the model has two layers.
 PLACES: dict[str, tuple[Any, str, int]] = {
     "load": (packed_weight, "make_parameters", 2),
     "prefill": (EngineLayer, "swiglu", 2),
@@ -58,7 +59,7 @@ def unlink(result: Any) -> Any:
 
 
 def inject(action: str, place: str) -> Callable[[], None]:
-    """Let the action happen once at the place, on this rank; return a function that undoes the patch."""
+    """Patch the function that PLACES names, so that one call of it runs the action; return a function that undoes the patch."""
     owner, name, count = PLACES[place]
     original, calls = getattr(owner, name), 0
 
@@ -76,7 +77,7 @@ def inject(action: str, place: str) -> Callable[[], None]:
 
 
 def log(text: str) -> None:
-    """Print the text on stderr with this rank's number, in one write: the ranks' lines must not mix."""
+    """Print the text on stderr with this rank's number, in one write, so that lines of different ranks do not mix."""
     sys.stderr.write(f"rank {os.environ['RANK']}: {text}\n")
 
 
@@ -102,5 +103,5 @@ if __name__ == "__main__":
             log(f"{fault}: {type(e).__name__}: {e}")
         undo()
     if is_faulty_rank:
-        time.sleep(600)  # stands for a program that catches its error and then does something else
+        time.sleep(600)  # simulates a program that catches the error and continues with other work
     sys.exit(3)

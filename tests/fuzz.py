@@ -1,9 +1,10 @@
-"""Fuzz the library with hostile files and arguments: the strategies, the runner `play`, and the command of `make fuzz`.
+"""Fuzz the library with hostile files and arguments.
 
-A case is the name of a target and plain data, which `play` runs. Every case must keep two promises:
+This module contains the strategies of hypothesis that generate cases, the function `play` that runs a case, and the
+command of `make fuzz`. A case is the name of a target, such as "tokenizer", and plain data. Every case must keep two promises:
 
 - The case ends in a LlamaError or in a correct answer. If a damaged file loads, every tensor whose bytes are undamaged has
-  its correct values; altered contents load as the values in the file; a call that raises leaves later answers unchanged.
+  its correct values; altered tensors load with the values in the file; a call that raises leaves later answers unchanged.
 - No code in a file runs, and the case takes no more than 64 MB plus 20 times the size of its files, and 20 s of the CPU.
 
 python -m tests.fuzz --minutes 30 runs random cases and then prints a table of the results. The cases run in a child process,
@@ -51,9 +52,9 @@ from .hostile import (
 from .hostile_calls import TRICK_OBJECTS, CallersError, play_call, play_tokenizer
 from .hostile_zips import FRAGMENTS, ZIPS, canary, play_pickle, play_zip
 
-set_hypothesis_home_dir(tempfile.gettempdir() + "/llama-hypothesis")  # outside the repository
-MAX_ADDRESS_SPACE = 16 << 30  # bytes; a memory bomb must not take down the machine
-STUCK = 120  # seconds without a new case
+set_hypothesis_home_dir(tempfile.gettempdir() + "/llama-hypothesis")  # keeps the files of hypothesis out of the repository
+MAX_ADDRESS_SPACE = 16 << 30  # 16 GiB, so that a decompression bomb cannot exhaust the machine's memory
+STUCK = 120  # seconds after which a case that has not ended is stopped
 
 # --- cases -------------------------------------------------------------------------------------------------------------
 
@@ -166,7 +167,7 @@ MAX_BYTES, MAX_SECONDS = 64 << 20, 20.0
 
 def play(target: str, *arguments: Any) -> str:
     """Run a case; return "answered", or the name of the LlamaError that the case raised. Raise BrokenPromise otherwise."""
-    hostile.sound_answer()  # builds and caches the sound model now, so that no case pays for it
+    hostile.sound_answer()  # builds and caches the undamaged model, so that its time and memory are not counted
     if target == "bytes":
         hostile.sound_tensors(arguments[0]), hostile.sound_answer(arguments[0])
     first = next(hostile.cases)
@@ -188,7 +189,7 @@ def play(target: str, *arguments: Any) -> str:
             shutil.rmtree(folder, ignore_errors=True)
     if canary().exists():
         raise BrokenPromise("code in a file was run")
-    text = 1_000_000 * repr(arguments).count("'huge'")  # characters; SentencePiece needs 55 bytes for each
+    text = 1_000_000 * repr(arguments).count("'huge'")  # characters in huge texts; SentencePiece takes 55 bytes per character
     if grown > MAX_BYTES + 20 * size + 64 * text or seconds > MAX_SECONDS:
         raise BrokenPromise(f"the case took {grown / 1e6:.0f} MB and {seconds:.1f} s, for files of {size / 1e6:.1f} MB")
     return outcome
@@ -211,7 +212,7 @@ def _peak_memory(reset: bool = False) -> int:
 def fuzz(minutes: float, journal: Path) -> None:
     """Run 100 cases of each target in turn, until the time is up. Write each case to the journal before it runs."""
     until, outcomes = time.monotonic() + 60 * minutes, collections.Counter[str]()
-    warnings.simplefilter("ignore")  # torch warns that it deprecates some of the tensor types
+    warnings.simplefilter("ignore")  # torch warns about deprecated tensor types in the hostile files
     resource.setrlimit(resource.RLIMIT_AS, (MAX_ADDRESS_SPACE, MAX_ADDRESS_SPACE))
 
     def run_cases(target: str, cases: st.SearchStrategy[Any]) -> None:
@@ -234,7 +235,7 @@ def fuzz(minutes: float, journal: Path) -> None:
 
 
 def watch(minutes: float) -> int:
-    """Run `fuzz` in a child process, print the table and, after a failure, the last case; return the exit status."""
+    """Run `fuzz` in a child process, print the table of results and, after a failure, the last case; return the exit status."""
     with tempfile.TemporaryDirectory() as folder:
         journal, start = Path(folder), time.monotonic()
         command = [sys.executable, "-m", "tests.fuzz", "--minutes", str(minutes), "--journal", folder]
@@ -244,7 +245,7 @@ def watch(minutes: float) -> int:
         while child.poll() is None:
             time.sleep(1)
             case = (journal / "case").read_text("utf-8", "surrogatepass") if (journal / "case").exists() else ""
-            # Counting the rounds instead of reading a clock leaves out the time in which the machine is suspended.
+            # Count loops of one second: a clock would also count the time in which the machine is suspended.
             last_case, seconds = case, seconds + 1 if case == last_case else 0
             if seconds == STUCK:
                 print(f"the case did not end within {STUCK} s")

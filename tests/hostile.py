@@ -1,4 +1,4 @@
-"""Make hostile files: damage the files of a sound model, or save a model with other contents; check the values that load."""
+"""Damage the files of a sound model or save its tensors with altered contents; load the files and check the loaded values."""
 
 import atexit
 import contextlib
@@ -23,7 +23,7 @@ from .support import random_weights, train_tokenizer, write_shards
 PARAMS = dict(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, multiple_of=16, norm_eps=1e-5, vocab_size=-1)
 VOCAB, HIDDEN, PROBE = 384, 96, [[1, 5, 9], [1, 7]]
 FIRST, SECOND = "consolidated.00.pth", "consolidated.01.pth"
-FOLDERS = {  # for each checkpoint folder: its files, and the `quantize` argument that builds it
+FOLDERS = {  # for each checkpoint folder: its files, and the `quantize` argument of `Llama.build`
     "one": ([FIRST, "params.json", "tokenizer.model"], None),
     "two": ([FIRST, SECOND, "params.json", "tokenizer.model"], None),
     "int8": (["int8.safetensors", "params.json", "tokenizer.model"], "int8"),
@@ -33,7 +33,7 @@ Edit = tuple[Any, ...]
 
 
 class BrokenPromise(Exception):
-    """A case that ended neither in a LlamaError nor in a correct answer."""
+    """Raised when a case ends in another error or a wrong answer, runs code from a file, or takes too much memory or time."""
 
 
 # --- the sound model ---------------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ class BrokenPromise(Exception):
 
 @functools.lru_cache
 def temporary_folder() -> Path:
-    """Create the folder of all cases; the interpreter removes it at exit."""
+    """Create and return the folder for the files of all cases. It is removed when the interpreter exits."""
     folder = Path(tempfile.mkdtemp(prefix="llama-fuzz-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -73,7 +73,10 @@ def sound_tensors(variant: str) -> shards.Shards:
 
 
 def write_case(variant: str, files: dict[str, bytes]) -> Path:
-    """Write the files into a new folder: the files of the previous case may still be memory-mapped."""
+    """Write the files of a case into a new folder; return the folder.
+
+    No folder is used twice, because the files of an earlier case may still be memory-mapped.
+    """
     folder = temporary_folder() / f"case-{next(cases)}"
     folder.mkdir()
     for name, data in files.items():
@@ -105,7 +108,7 @@ def sound_answer(variant: str = "one") -> list[list[int]]:
 
 @functools.lru_cache
 def payloads(variant: str, file: str) -> dict[str, tuple[int, int]]:
-    """Return the first and last byte of each tensor's values in a file; all other bytes are the file's frame."""
+    """Return the start and end offset of each tensor's values in a file. All other bytes are called the frame of the file."""
     data = sound(variant)[file]
     if file not in sound_tensors(variant):
         return {}
@@ -127,9 +130,10 @@ def _find_values(data: bytes, tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def edited(data: bytes, edits: Sequence[Edit], frame: Sequence[int] = ()) -> bytes:
-    """Return the data after all edits. An edit is a name, a place and arguments.
+    """Apply edits to the data and return the result. An edit is (action, place, *arguments).
 
-    A place is (where, n): byte n from the start ("any") or from the end ("end"), or the n-th byte of the frame ("frame").
+    A place is ("any", n) for byte n from the start, ("end", n) for byte n from the end, or ("frame", n) for the n-th byte
+    outside of the tensors' values.
     """
     new = bytearray(data)
     for action, (where, n), *arguments in edits:
@@ -165,7 +169,7 @@ def frame_of(variant: str, file: str) -> list[int]:
 
 
 def play_bytes(variant: str, file: int, edits: Sequence[Edit]) -> None:
-    """Damage one file of a sound model, and build and use the model."""
+    """Damage one file of a sound model, build the model, and check its weights and answers."""
     files = dict(sound(variant))
     name = list(files)[file % len(files)]
     before, after = files[name], edited(files[name], edits, frame_of(variant, name))
@@ -199,7 +203,7 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def use_tokenizer(tokenizer: Tokenizer) -> None:
-    """Encode and decode with a damaged tokenizer: the tokens may differ, but must lie within the vocabulary."""
+    """Encode and decode with a damaged tokenizer. Its tokens may be wrong, but must be within the vocabulary."""
     for text in ("The quick brown fox", "\0 é 🙂\n  two  spaces ", "<s></s><0x0A>▁"):
         tokens = tokenizer.encode(text, bos=True, eos=True)
         if not all(0 <= token < tokenizer.n_words for token in tokens):
@@ -267,7 +271,7 @@ def play_contents(n_shards: int, changes: Sequence[Edit], order: int = 0) -> Non
             tensors[name], tensors[other] = (two, one) if action == "exchange" else (one, one)
         elif (shard % len(files), name) not in altered and isinstance(tensors.get(name), torch.Tensor):
             altered.add((shard % len(files), name))
-            # A tensor that was altered and then shared, as sparse for example, may not support a second alteration.
+            # A tensor that is already altered, for example a sparse one, may not support a second change.
             with contextlib.suppress(RuntimeError, IndexError, ValueError):
                 tensors[name] = REPLACEMENTS[action](tensors[name])
     folder = write_case(variant, sound(variant))
@@ -287,7 +291,7 @@ def play_contents(n_shards: int, changes: Sequence[Edit], order: int = 0) -> Non
 
 
 def play_params(params: Any) -> None:
-    """Build a model with another params.json: bytes are written unchanged, a dict replaces some values, else any JSON."""
+    """Build a model with another params.json: `params` is a dict of values to replace, the file as bytes, or any other JSON."""
     values = PARAMS | params if isinstance(params, dict) else params
     text = params if isinstance(params, bytes) else json.dumps(values).encode()
     llama = build(write_case("one", sound("one") | {"params.json": text}))

@@ -1,4 +1,4 @@
-"""Use damaged tokenizer files, and call the library with objects that raise or lie in Python's special methods."""
+"""Use damaged tokenizer files, and call the library with objects whose special methods raise."""
 
 import functools
 import math
@@ -25,17 +25,17 @@ from .support import train_tokenizer
 
 
 class CallersError(Exception):
-    """An error that the caller's own object raises; it must reach the caller unchanged."""
+    """An error that a method of the caller's argument raises. The library must pass the error to the caller unchanged."""
 
 
 @functools.lru_cache
 def normalizing() -> bytes:
-    """Return a tokenizer file with a normalization table, which sentencepiece before 0.2.3 reads beyond its end."""
+    """Return a tokenizer file with a normalization table. sentencepiece before 0.2.3 reads beyond a damaged table."""
     return train_tokenizer(temporary_folder() / "normalizing.model", VOCAB, "nmt_nfkc").read_bytes()
 
 
 def play_tokenizer(normalizes: bool, edits: Sequence[Edit]) -> None:
-    """Load and use a damaged tokenizer, also to generate if the size of its vocabulary is unchanged."""
+    """Load a damaged tokenizer, encode and decode with it, and generate with it if its vocabulary has the right size."""
     path = temporary_folder() / "hostile.model"
     path.write_bytes(edited(normalizing() if normalizes else sound("one")["tokenizer.model"], edits))
     tokenizer = Tokenizer(path)
@@ -70,7 +70,7 @@ TRICK_OBJECTS: dict[str, Callable[[], Any]] = {
 
 
 def with_trick_objects(value: Any) -> Any:
-    """Replace each ("!", name) in plain data by the object of that name in TRICK_OBJECTS."""
+    """Return the value with each pair ("!", name) in it replaced by the object of that name from TRICK_OBJECTS."""
     if isinstance(value, tuple) and len(value) == 2 and value[0] == "!":
         return TRICK_OBJECTS[value[1]]()
     if isinstance(value, (list, tuple)):

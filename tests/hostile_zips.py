@@ -12,7 +12,10 @@ from .hostile import FIRST, BrokenPromise, Edit, answer, build, edited, sound, t
 
 
 def resealed(data: bytes, change: Callable[[str, bytes], bytes | None], method: int = zipfile.ZIP_STORED) -> bytes:
-    """Return a shard with each record replaced by `change(name, record)`, or dropped for None, with correct checksums."""
+    """Return a shard with each zip record replaced by `change(name, record)`, or left out if `change` returns None.
+
+    The checksums of the new records are correct.
+    """
     path = temporary_folder() / "resealed.zip"
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(path, "w", method) as new:
         for name in old.namelist():
@@ -54,14 +57,14 @@ FRAGMENTS: dict[str, Callable[[], bytes]] = {
     "frame": lambda: b"\x95" + struct.pack("<Q", 1 << 62),
     "laughs": lambda: b")" + b"q\x00h\x00h\x00\x87" * 200,
     "laughs hashed": lambda: b"})" + b"q\x00h\x00h\x00\x87" * 200 + b"Ns",
-    "laughs called": lambda: b")" + b"q\x00h\x00h\x00\x87" * 17 + b"NR",  # its repr has 390 MB
+    "laughs called": lambda: b")" + b"q\x00h\x00h\x00\x87" * 17 + b"NR",  # the repr of this nested tuple takes 390 MB
     "long pid": lambda: b"(" + b"N" * 240_000 + b"tq\x00" + b"h\x00Q" * 90_000,
     "long arguments": lambda: b"(" + b"N" * 240_000 + b"tq\x00ctorch\nx\nq\x01" + b"h\x01h\x00R" * 50_000,
     "colliding keys": lambda: (
         b"}(" + b"".join(b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(1, 20_000))
         + b"\x8a\x0a" + (20_000 * (2**61 - 1)).to_bytes(10, "little") + b"q\x00N" + b"h\x00N" * 80_000 + b"u"
     ),
-    "keys on one probe sequence": lambda: (  # of a dict of 65,536 slots: each lookup of the last key visits 43,600 slots
+    "keys on one probe sequence": lambda: (  # a lookup of the last key visits 43,600 of the dict's 65,536 slots
         b"}(" + b"".join(b"M" + k.to_bytes(2, "little") + b"N" for k in itertools.islice(_probe_sequence(), 43_600))
         + b"J" + (13_369_344).to_bytes(4, "little") + b"q\x00N" + b"h\x00N" * 110_000 + b"u"
     ),
@@ -89,7 +92,7 @@ FRAGMENTS: dict[str, Callable[[], bytes]] = {
 
 
 def _probe_sequence() -> Iterator[int]:
-    """Yield slots in the order in which a dict of 65,536 slots probes them."""
+    """Yield the slots of a dict with 65,536 slots in the order in which a lookup that starts at slot 0 probes them."""
     slot = 0
     while True:
         yield slot
@@ -97,7 +100,7 @@ def _probe_sequence() -> Iterator[int]:
 
 
 def _tensor_of(numel: int, size: tuple[int, ...], stride: tuple[int, ...], record: str = "0") -> bytes:
-    """Return the opcodes that make a tensor of this size and stride, without the start and the end of a pickle."""
+    """Return the pickle opcodes that make a tensor of this size and stride, without a pickle's header and final opcode."""
 
     def number(n: int) -> bytes:
         return b"\x8a\x08" + n.to_bytes(8, "little", signed=True)
@@ -108,9 +111,9 @@ def _tensor_of(numel: int, size: tuple[int, ...], stride: tuple[int, ...], recor
 
 
 def play_pickle(parts: Sequence[str], edits: Sequence[Edit], inside: bool) -> None:
-    """Build a model from a shard whose data.pkl consists of fragments, with a correct checksum.
+    """Build a model from a shard whose data.pkl consists of the named FRAGMENTS. Its checksum is correct.
 
-    With `inside` the fragments are inserted at the start of the sound pickle. The edits are applied last.
+    If `inside` is true, the fragments are inserted at the start of a sound data.pkl. Then the edits are applied.
     """
     program = b"".join(FRAGMENTS[part]() for part in parts)
 
@@ -142,11 +145,11 @@ def play_zip(form: str, n: int, edits: Sequence[Edit]) -> None:
         data = resealed(data, lambda name, record: None if zlib.crc32(name.encode()) % 7 == n % 7 else record)
     elif form in ("longer", "shorter"):
         data = resealed(data, lambda name, record: _resized(record, form, n) if name.endswith(f"data/{n % 8}") else record)
-    elif form == "sizes":  # wrong sizes in every third entry of the directory
+    elif form == "sizes":  # wrong sizes in every third entry of the zip file's directory
         data = bytearray(data)
         for position in _find_all(bytes(data), b"PK\x01\x02")[n % 3 :: 3]:
             struct.pack_into("<II", data, position + 20, *([0xFFFFFFF0 - n % 9] * 2))
-    elif form == "overlap":  # all entries of the directory point to one record
+    elif form == "overlap":  # all entries of the zip file's directory point to one record
         data = bytearray(data)
         for position in _find_all(bytes(data), b"PK\x01\x02")[n % 5 :]:
             struct.pack_into("<I", data, position + 42, 0)

@@ -24,7 +24,7 @@ class Job:
     def __init__(self, folder: Path, *command: object, before: tuple[str, ...] = (sys.executable,), **env: str) -> None:
         self.mark = f"{os.getpid()}-{next(NUMBERS)}"
         self.files = {name: folder / f"{name}-{self.mark}" for name in ("stdout", "stderr")}
-        # A background process ignores SIGINT, and its children inherit that.
+        # If the tests run in the background, SIGINT is ignored, and the command would ignore it too.
         previous = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with self.files["stdout"].open("wb") as out, self.files["stderr"].open("wb") as err:
@@ -54,7 +54,7 @@ class Job:
         return pids
 
     def sees(self, text: str, stream: str = "stderr", seconds: float = 90) -> None:
-        """Wait until the text is in the job's output; fail if the command ends without it, or after so many seconds."""
+        """Wait until the job has printed the text; fail if the command ends first or `seconds` pass."""
         wait_for(lambda: text in self.files[stream].read_text() or self.process.poll() is not None, seconds)
         assert text in self.files[stream].read_text(), f"{text!r} was not printed, but {self.stdout}{self.stderr}"
 
@@ -79,7 +79,7 @@ class Job:
 
 
 def watch_all(watch: Callable[[Any, Job], None], jobs: dict[Any, Job]) -> None:
-    """Call `watch` for each job, all at the same time, to save time."""
+    """Call `watch(key, job)` for all jobs in parallel, to save time; kill all jobs at the end."""
     with ExitStack() as stack, ThreadPoolExecutor() as pool:
         for job in jobs.values():
             stack.enter_context(job)
@@ -87,7 +87,10 @@ def watch_all(watch: Callable[[Any, Job], None], jobs: dict[Any, Job]) -> None:
 
 
 def wait_for(done: Callable[[], bool], seconds: float) -> bool:
-    """Wait until `done()` is true; return False if it is not after so many seconds in which this process was running."""
+    """Wait until `done()` is true; return False if it is still false after `seconds`.
+
+    Time in which this process is stopped or the machine is suspended does not count.
+    """
     for _ in range(int(20 * seconds)):
         if done():
             return True

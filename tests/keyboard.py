@@ -33,7 +33,10 @@ class Person:
         self.unread = ""
 
     def sees(self, text: str, seconds: int = 90) -> str:
-        """Wait until the program prints the text; return the output before it. Seconds count only while this process runs."""
+        """Wait until the program prints the text; return the output before the text. Fail after `seconds`.
+
+        Time in which this process is stopped or the machine is suspended does not count.
+        """
         waits = 0
         while text not in self.unread:
             if not select.select([self.screen], [], [], 1)[0]:
@@ -58,7 +61,7 @@ class Person:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.terminate()  # after a failed test the program still runs; torchrun ends its ranks
+        self.process.terminate()  # the program still runs if the test failed; SIGTERM also ends the ranks of torchrun
         self.process.wait()
         os.close(self.screen)
 

@@ -1,4 +1,4 @@
-"""Answer the same questions with each checkpoint, on any number of ranks; write the answers of rank 0 to a file.
+"""Run the same prompts with each checkpoint, on any number of ranks; write the answers of rank 0 to a file.
 
 quantized_worker.py OUT.json TOKENIZER CKPT [CKPT ...]
 """

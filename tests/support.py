@@ -74,7 +74,7 @@ def random_weights(params: dict, vocab: int, hidden: int, seed: int = 0) -> dict
 
 
 def write_shards(folder: Path, params: dict, weights: dict[str, torch.Tensor], n_shards: int = 1) -> Path:
-    """Write consolidated.NN.pth, split as Meta splits the weights and with Meta's extra rope.freqs, and params.json."""
+    """Write params.json and consolidated.NN.pth: the weights, split as Meta splits them, and the tensor rope.freqs."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard in range(n_shards):
         tensors = {}
@@ -90,7 +90,10 @@ def write_shards(folder: Path, params: dict, weights: dict[str, torch.Tensor], n
 
 
 def packed_model(model: Transformer, format: str | None, scale: float = 0.1) -> Transformer:
-    """Replace the weights of the model by random weights, packed as `Llama.build` packs them: in its dtype, or quantized."""
+    """Replace the weights of the model by random weights, packed as `Llama.build` packs them.
+
+    The weights have the model's dtype, or are quantized if `format` is "int8" or "int4".
+    """
 
     def pack(*modules: torch.nn.Module) -> None:
         shapes = [tuple(module.weight.shape) for module in modules]  # type: ignore[union-attr, arg-type, operator]
@@ -114,7 +117,7 @@ def packed_model(model: Transformer, format: str | None, scale: float = 0.1) -> 
 
 
 def quantize_int8_per_row(weight: torch.Tensor, dtype: torch.dtype) -> QuantizedWeight:
-    """Quantize a weight to int8 with one scale per row, as `quantize` does only on a GPU."""
+    """Quantize a weight to int8 with one scale per row, as `quantize` does for weights on a GPU."""
     return QuantizedWeight("int8", *QUANTIZERS["int8"](weight.float().unsqueeze(1)), weight.shape[1], dtype)
 
 
@@ -148,5 +151,5 @@ def assert_raises(call: Callable[[], Any], error: type[LlamaError], *parts: str)
 
 
 def no_extension() -> ExtensionStatus:
-    """Return the status of an extension that is not compiled, as a replacement for a kernel module's `status`."""
+    """Return the status of an extension that is not compiled. Tests patch a kernel module's `status` with this function."""
     return ExtensionStatus(None, "not compiled, says this test", not_compiled=True)

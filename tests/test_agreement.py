@@ -1,4 +1,4 @@
-"""All ranks return the same answers, replicas share the prompts, and arguments that differ between ranks raise everywhere."""
+"""All ranks return the same answers. Replicas divide the prompts. Arguments that differ between ranks raise on all ranks."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def one_rank(small: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -
 def test_all_ranks_return_the_answers_of_one_process_and_raise_the_same_errors(
     small: SimpleNamespace, tmp_path: Path, one_rank: dict, ranks: int
 ) -> None:
-    """Two ranks share one model; four ranks are two replicas of it."""
+    """On two ranks each rank has half of the model. On four ranks there are two such replicas of the model."""
     done = torchrun(ranks, WORKER, tmp_path / "out", small.folder, small.tokenizer_path)
     assert done.returncode == 0, done.stderr
     results = [json.loads((tmp_path / f"out.{rank}.json").read_text()) for rank in range(ranks)]

@@ -1,4 +1,4 @@
-"""avx2.c multiplies a few rows by a row-major weight, each row independently; CPUs without 16-bit instructions use it."""
+"""avx2.c multiplies a few rows by a row-major weight, each row independently. It is for CPUs without 16-bit instructions."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from .support import no_extension, write_shards
 from .test_kernels import float32_model
 
 compiled = pytest.mark.skipif(avx2.extension() is None, reason="avx2.c is not compiled, or this CPU has no AVX2")
-ROUNDING_ERROR = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # largest relative error of a result
+ROUNDING_ERROR = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # largest relative rounding error
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -67,8 +67,8 @@ def test_float32_rows_up_to_the_limit_are_multiplied_by_avx2(n: int, monkeypatch
 
 
 @compiled
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch warns in forward-mode differentiation
-def test_supports_is_false_for_other_shapes_dtypes_and_layouts_and_under_autograd() -> None:
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # a warning of PyTorch's forward-mode differentiation
+def test_avx2_refuses_unsupported_shapes_dtypes_layouts_and_gradients() -> None:
     x, w = random(3, 64, dtype=torch.bfloat16), random(8, 64, dtype=torch.bfloat16)
     assert avx2.supports(x, w) and avx2.supports(x.float(), w.float())
     unsupported = [
@@ -89,15 +89,15 @@ def test_supports_is_false_for_other_shapes_dtypes_and_layouts_and_under_autogra
 def test_a_16_bit_model_on_a_cpu_without_16_bit_instructions_matches_float32(
     tmp_path: Path, small: SimpleNamespace, dtype: torch.dtype, quantized: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compare log probabilities, of one row and of 12 rows, with a full forward in float32 with the same weights."""
+    """Compare log probabilities, for one row and for 12 rows, with those of a float32 model that has the same weights."""
     monkeypatch.setattr(half_precision, "slow_dtypes", lambda: frozenset({torch.float16, torch.bfloat16}))
     monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)
     monkeypatch.setattr(avx512, "status", no_extension)
-    multiplied: set[tuple[int, int]] = set()  # (number of rows, format of the weight)
+    multiplied: set[tuple[int, int]] = set()  # pairs (number of rows, format of the weight)
     call = avx2.extension().call  # type: ignore[union-attr]
 
     def record(name: str, args: Any) -> None:
-        linear_args = args._obj  # what ctypes.byref refers to
+        linear_args = args._obj  # the struct that was passed with ctypes.byref
         multiplied.add((linear_args.n // linear_args.int8_per_activation, linear_args.format))
         call(name, args)
 

@@ -1,4 +1,4 @@
-"""The AVX-512 extension gives PyTorch's results to the last bit, except for attention, which adds in another order.
+"""The AVX-512 extension computes SwiGLU, norms, attention and fused decode steps as PyTorch does, up to rounding.
 
 test_blocked_linear.py tests the extension's matrix products.
 """
@@ -29,7 +29,7 @@ from llama.quantization.quantize import quantize
 from .support import ROOT, packed_model
 
 compiled = pytest.mark.skipif(avx512.extension() is None, reason="not compiled, or this CPU has no AVX-512 for bfloat16")
-MAX_ROWS = 18  # several tiles of rows, of which the last is not full
+MAX_ROWS = 18  # the kernels compute rows in tiles: 18 rows fill several tiles and a part of the last
 ARGS = ModelArgs(
     dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=96, multiple_of=64, max_seq_len=80, max_batch_size=MAX_ROWS
 )
@@ -55,14 +55,14 @@ def pack_small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def multiply(kernel: BlockedLinear, x: torch.Tensor, y: torch.Tensor, **fields: object) -> torch.Tensor:
-    """Multiply x by the kernel's weight into y. fields: request a norm, SwiGLU or residual in the same call."""
+    """Write the product of x and the kernel's weight to y; return y. `fields` can add a norm or residual to the same C call."""
     avx512.call("multiply", ctypes.byref(kernel.args(n=len(x), x=x, y=y, **fields)))
     return y
 
 
 @compiled
 def test_swiglu_of_every_bfloat16_value_equals_pytorchs() -> None:
-    """Denormal values are left out, because the bfloat16 instructions treat them as 0."""
+    """Test all bfloat16 values but denormal ones, which the bfloat16 instructions treat as 0."""
     values = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     values = values.where(values.isfinite() & (values.abs() > 1e-37), 0)
     weight = torch.zeros(2 << 16, 64, dtype=torch.bfloat16)
@@ -83,7 +83,7 @@ def test_swiglu_of_every_bfloat16_value_equals_pytorchs() -> None:
 def test_a_norm_or_residual_within_a_product_equals_the_separate_operations(width: int) -> None:
     kernel = blocked(rows(100, width))
     norm, normed = rows(1, width), rows(40, width)
-    for scale in (1e-30, 1e-3, 1, 1e18, 1e22):  # the squares underflow to 0 at first and overflow float32 at last
+    for scale in (1e-30, 1e-3, 1, 1e18, 1e22):  # squares underflow to 0 at the smallest scale and overflow at the largest
         x = rows(40, width, scale)
         for part in (x[:16], x[:1]):
             want = avx512.rms_norm(part, norm[0], 1e-5)
@@ -91,7 +91,7 @@ def test_a_norm_or_residual_within_a_product_equals_the_separate_operations(widt
             assert torch.equal(normed[: len(part)], want) and torch.equal(y, kernel(want))
         reference_norm = RMSNorm(width, 1e-5).bfloat16()
         reference_norm.weight.copy_(norm[0])
-        if 1e-10 < scale < 1e10:  # outside this range PyTorch's sums overflow or underflow differently
+        if 1e-10 < scale < 1e10:  # at other scales sums in PyTorch overflow or underflow differently
             assert (avx512.rms_norm(x, norm[0], 1e-5) != reference_norm(x)).float().mean() < 1e-3
     h = rows(5, 100)
     want = h + kernel(x[:5])
@@ -102,8 +102,8 @@ def test_a_norm_or_residual_within_a_product_equals_the_separate_operations(widt
 @pytest.mark.parametrize(
     ("K", "G", "hd", "end"), [(2, 4, 64, 1), (2, 4, 64, 7), (1, 8, 128, 64), (3, 1, 32, 45), (2, 2, 96, 530)]
 )
-def test_decode_attention_reads_only_a_rows_own_positions(K: int, G: int, hd: int, end: int) -> None:
-    """All other rows and positions of the KV cache are NaN. Scores are rounded to bfloat16, as in the reference."""
+def test_decode_attention_reads_only_the_positions_of_each_row(K: int, G: int, hd: int, end: int) -> None:
+    """Fill all other rows and positions of the KV cache with NaN. The expected scores are rounded to bfloat16."""
     cache = torch.full((2, 4, K, 600, hd), float("nan"), dtype=torch.bfloat16)
     cache[:, 1:3, :, :end] = random(2, 2, K, end, hd).bfloat16()
     k, v = cache[:, 1:3, :, :end]
@@ -151,7 +151,7 @@ def test_a_fused_decode_step_equals_the_layer_by_layer_step_to_the_last_bit(form
 
 @compiled
 def test_a_fused_decode_step_keeps_its_weights_alive() -> None:
-    """The step gives the same result after the model's weights have been replaced: C reads memory by address."""
+    """Replace the model's weights: the step must still give the old result, because its C code reads the old addresses."""
     forward, tokens = forward_of(model("bf16")), torch.tensor([5, 9])
     batch = RaggedBatch.from_segments([(0, 7, 1), (1, 7, 1)])
     with torch.inference_mode():
@@ -179,8 +179,8 @@ def set_weight(module: torch.nn.Module, weight: torch.Tensor) -> None:
         lambda m: set_weight(m.layers[1].attention.wk, m.layers[1].attention.wk.weight.clone()),
     ],
 )
-def test_models_with_other_weights_than_the_fused_step_reads_are_unsupported(change: Callable[[Transformer], object]) -> None:
-    """C code would read and write outside the weights' memory."""
+def test_the_fused_step_refuses_models_with_weights_that_it_cannot_read(change: Callable[[Transformer], object]) -> None:
+    """If the step accepted weights of another dtype or layout, its C code would access memory outside of them."""
     changed = model("int8")
     assert cpu.why_unsupported(forward_of(changed)) is None
     change(changed)
@@ -192,8 +192,8 @@ def test_models_with_other_weights_than_the_fused_step_reads_are_unsupported(cha
     "shape", [(1, 5, 5, 2, 3, 64), (2, 64, 200, 2, 4, 64), (3, 17, 17, 4, 8, 128), (1, 130, 131, 1, 1, 64)]
 )
 def test_prompt_attention_equals_float32_attention_and_does_not_depend_on_other_rows_or_chunks(shape: tuple[int, ...]) -> None:
-    """The result is the same for a part of the queries, for one row alone, and for keys and values with the KV cache's strides.
-    A NaN in a key affects only later positions."""
+    """Check that the result is the same for a part of the queries, for one row alone, and for the KV cache's strides.
+    A NaN in a key affects only its own position and later ones."""
     B, S, L, K, G, hd = shape
     q, kv = random(B, S, K, G, hd).bfloat16(), random(B, L, 2, K, hd).bfloat16()
     k, v = kv.permute(2, 0, 3, 1, 4).unbind()
@@ -226,7 +226,7 @@ def test_swiglu_within_the_product_equals_swiglu_after_it(format: str) -> None:
 
 @compiled
 def test_traced_tensors_gradients_and_wrong_shapes_go_through_pytorch() -> None:
-    """The extension would skip PyTorch's shape errors, gradients and traced operations."""
+    """The extension checks no shapes, computes no gradients and cannot be traced, so PyTorch must compute in these cases."""
     x, norm = rows(2, 64), EngineNorm(RMSNorm(64).bfloat16())
     with torch.no_grad():
         want = norm.forward(x)
@@ -273,7 +273,7 @@ def test_the_engine_works_without_extensions_and_with_broken_extension_files(
     spec = SimpleNamespace(origin=str(tmp_path / "_any.so")) if content else None
     monkeypatch.setattr(c_extension.importlib.util, "find_spec", lambda *args: spec)
     for module in (avx512, avx2, pack):
-        status = module.status.__wrapped__()  # without the cache
+        status = module.status.__wrapped__()  # calls the function without its functools cache
         assert status.extension is None and status.reason
         monkeypatch.setattr(module, "status", lambda status=status: status)
     for weight in (rows(100, 192), quantize(rows(100, 192), "int8"), quantize(rows(100, 192), "int4")):

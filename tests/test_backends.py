@@ -1,6 +1,6 @@
-"""Every backend gives the results of the reference model; the choice of the backend, and what it prints.
+"""Every backend gives the results of the reference model. Backends are chosen by name, and missing extensions are reported.
 
-CUDA decode steps are tested on the CPU: in static memory as on a GPU, but not captured.
+Decode steps for CUDA run on the CPU here: in static memory as on a GPU, but without CUDA graphs.
 """
 
 import gc
@@ -36,15 +36,15 @@ PARAMS = dict(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=64, norm
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> SimpleNamespace:
-    """Write a model wide enough for all compiled kernels, with heads of 64, in two shards."""
+    """Write a model in two shards that is wide enough for all compiled kernels, with 64 values per head."""
     folder = write_shards(tmp_path_factory.mktemp("wide"), PARAMS, random_weights(PARAMS, 384, 704), 2)
     return SimpleNamespace(folder=folder, tokenizer_path=tokenizer_path)
 
 
 @pytest.fixture(params=["with compiled code", "without"])
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
-    """Run the test with the compiled kernels, and again without them."""
-    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)  # packs even the small weights of these tests
+    """Run the test twice: with the compiled kernels (yield True) and without them (yield False)."""
+    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)  # sets no minimum size, so that even small weights are packed
     if request.param == "without":
         for module, name in ((avx512, "status"), (avx2, "status"), (pack, "status")):
             monkeypatch.setattr(module, name, no_extension)
@@ -68,7 +68,7 @@ def test_every_backend_gives_the_logits_of_the_reference(
 ) -> None:
     """Compare the logits of a ragged batch of prompts and of decode steps up to the last position of the context.
 
-    The reference of a quantized model has unquantized weights of the same values.
+    A quantized model is compared with an unquantized model that has the dequantized weights.
     """
     reference = build(wide, dtype=dtype, quantize=format, backend="eager").model
     llama = build_with_backend(wide, make_backend, dtype=dtype, quantize=format)
@@ -219,7 +219,7 @@ def steps_of(llama: Llama) -> dict[tuple[int, int], CapturedStep]:
 def test_decoding_as_on_cuda_gives_the_same_tokens(
     llama: Llama, request: pytest.FixtureRequest, prompts: list[list[int]], temperature: float
 ) -> None:
-    """Decode as on CUDA: in static memory, and start each decode step before the tokens of the previous step are read."""
+    """Decode on the CPU as on CUDA: in static memory, starting each decode step before the host reads the previous tokens."""
 
     def answer() -> tuple:
         torch.manual_seed(5)
@@ -303,7 +303,7 @@ def test_replaced_weights_are_used_by_the_next_call_and_drop_the_captured_steps(
     model.load_state_dict({name: w.float().to(w.dtype) for name, w in model.state_dict().items()})
     llama.generate([[1, 5, 9]], 3, temperature=0)
     gc.collect()
-    assert not any(kernel() for kernel in kernels)  # captured steps must not keep the old weights alive
+    assert not any(kernel() for kernel in kernels)  # captured steps must not keep the replaced weights alive
 
 
 CHANGES: dict[str, Callable[[Transformer], object]] = {
@@ -358,9 +358,10 @@ def test_four_compiled_graphs_are_used_for_all_layers_positions_and_calls(
 ) -> None:
     """Compile once per number of rows, without graph breaks.
 
-    In 16 bits compiled code may round differently: after two tokens of nearly equal probability the answers may differ.
+    Compiled 16-bit code rounds differently. If two tokens are nearly equally probable, the compiled model may choose the
+    other token. From there on the answers differ.
     """
-    monkeypatch.setattr(avx512, "status", no_extension)  # compiled graphs do not call our kernels, which quantize activations
+    monkeypatch.setattr(avx512, "status", no_extension)  # torch.compile does not use the extension, which rounds activations
     monkeypatch.setattr(avx2, "status", no_extension)
     built = Llama.build(small.folder, small.tokenizer_path, 300, 4, device="cpu", dtype=dtype, quantize=format)
     want, want_logprobs = Llama(built.model, built.tokenizer, CudaGraphsBackend()).generate(
@@ -412,7 +413,7 @@ def test_a_model_with_a_hook_is_not_captured(static: Llama) -> None:
 
 
 def test_a_model_converted_to_another_dtype_generates_with_a_cache_of_that_dtype(small: SimpleNamespace) -> None:
-    """The cache is allocated again, which must not be mistaken for another call that took over the cache."""
+    """`generate` allocates a new cache. It must not raise the error for a cache that another call has taken over."""
     llama = Llama.build(small.folder, small.tokenizer_path, 64, 4, device="cpu")
     for dtype in (torch.bfloat16, torch.float64):
         model: Transformer = llama.model.to(dtype)

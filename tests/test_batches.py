@@ -17,10 +17,10 @@ from .support import random_weights, write_shards
 
 
 def is_batch_invariance_promised() -> bool:
-    """Return True on CPUs with AVX-512 for bfloat16 and without AMX, which has not been tested."""
+    """Return True on CPUs with AVX-512 for bfloat16 and without AMX. AMX has not been tested."""
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    if not hasattr(torch.cpu, "get_capabilities"):  # an older PyTorch
+    if not hasattr(torch.cpu, "get_capabilities"):  # older versions of PyTorch have no get_capabilities
         return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
     cpu = torch.cpu.get_capabilities()
     return bool(cpu.get("avx512_bf16")) and not cpu.get("amx_tile")
@@ -45,11 +45,11 @@ def test_answers_are_the_same_alone_and_in_any_batch(
 ) -> None:
     """Compare tokens and log probabilities, greedy and sampled, for prompts of many lengths that are prefilled in chunks.
 
-    Answers end at different decode steps, and waiting prompts take over their rows.
+    Answers end at different decode steps, and waiting prompts take over the rows of finished answers.
     """
     if format == "int4" and blocked_linear.extension_for("int4") is None:
         pytest.skip("PyTorch's int4 kernel rounds differently for few rows and for many rows")
-    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)  # packs even the small weights of this test
+    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)  # sets no minimum size, so that even small weights are packed
     monkeypatch.setattr(tuning, "PREFILL_CHUNK", 512)
     params = dict(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=32, norm_eps=1e-5, vocab_size=-1)
     folder = write_shards(tmp_path, params, random_weights(params, 384, 704))
@@ -74,7 +74,7 @@ def test_answers_are_the_same_alone_and_in_any_batch(
 
 @exact
 def test_onednn_rows_are_bitwise_the_same_alone_and_in_a_batch() -> None:
-    """OneDnnLinear must avoid oneDNN's own kernel for a single row, which rounds differently."""
+    """oneDNN's kernel for a single row rounds differently, so OneDnnLinear must not use that kernel."""
     kernel = onednn.OneDnnLinear(torch.randn(3000, 2048).bfloat16())
     x = torch.randn(60, 2048).bfloat16()
     for n in (1, 2, 3, 7):
@@ -90,7 +90,7 @@ def test_normalized_rows_are_bitwise_the_same_alone_and_in_a_batch(dtype: torch.
 
 
 def test_rotated_rows_are_bitwise_the_same_alone_and_in_a_batch(threads: int) -> None:
-    """Rotate enough values for PyTorch to split the work between threads, in the middle of a head."""
+    """Rotate so many values that PyTorch divides them among threads. A thread may then start in the middle of a head."""
     x, freqs = torch.randn(500, 7, 64), torch.randn(500, 1, 32, 2)
     with torch.no_grad():
         alone = [apply_rope_(row.clone(), row_freqs) for row, row_freqs in zip(x.split(1), freqs.split(1), strict=True)]

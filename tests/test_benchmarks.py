@@ -1,4 +1,4 @@
-"""The benchmark scripts run on tiny models, print every comparison, and compare implementations that agree."""
+"""The benchmark scripts run on tiny models and print a result for every variant that they compare."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ def run(script: str, *args: object) -> str:
 
 
 def test_speed_measures_each_workload_with_each_peer(tmp_path: Path) -> None:
-    """One of the workloads has prompts longer than the context that a peer was first built with, the other several rows."""
+    """Run a workload with several rows, and one with longer prompts than the context that the peer was first built with."""
     workloads = ["decode-4", "prefill-512"]
     args = ["--shape", "tiny", "--peers", "reference", "--dtype", "f32", "--runs", "1", "--workloads", ",".join(workloads)]
     printed = run("speed.py", *args, "--json", tmp_path / "results.json")

@@ -1,4 +1,4 @@
-"""BlockedLinear: the C kernels multiply blocked weights as a PyTorch reference does, and pack them as quantize.py does."""
+"""The C kernels of BlockedLinear multiply as a PyTorch reference does, and quantize weights exactly as quantize.py does."""
 
 import copy
 import dataclasses
@@ -22,13 +22,16 @@ from .support import no_extension, quantize_int8_per_row
 
 packs = pytest.mark.skipif(pack.extension() is None, reason="pack.c is not compiled, or this CPU has no AVX2")
 DTYPES = torch.bfloat16, torch.float16, torch.float32
-ROUNDING_ERROR = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}  # largest relative error of rounding
+ROUNDING_ERROR = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}  # largest relative rounding error
 ROWS = 1, 2, 3, 4, 5, 16, 130
 EXTENSIONS = {"AVX-512": avx512.extension(), "AVX2": avx2.extension()}
 
 
 class KernelConfig(NamedTuple):
-    """An extension, a weight format, and the dtype and number of 8-bit digits of the activations. Overrides llama's choice."""
+    """A choice of extension, weight format and activation dtype, made by the test instead of by llama.
+
+    `digits` is the number of 8-bit integers that represent one activation.
+    """
 
     extension_name: str
     format: str
@@ -43,7 +46,7 @@ class KernelConfig(NamedTuple):
         return extension
 
     def kernel(self, blocks: BlockedWeight) -> BlockedLinear:
-        """Return the kernel that multiplies by the blocks with this configuration."""
+        """Return a kernel with this configuration that multiplies by the blocked weight."""
         extension = self.extension()
         kernel = BlockedLinear(blocks, self.dtype)
         kernel.extension, kernel.int8_per_activation = extension, self.digits
@@ -74,7 +77,7 @@ NAMES = {
 }
 every_config = pytest.mark.parametrize("config", CONFIGS, ids=NAMES.get)
 quantized_configs = pytest.mark.parametrize("config", QUANTIZED_CONFIGS, ids=NAMES.get)
-# Besides one whole block: outputs that do not fill a block, inputs that do not fill a group, and inputs in wider groups.
+# (outputs, inputs): one whole block; outputs that do not fill a block; inputs that do not fill a group; inputs in wider groups.
 SHAPES = (64, 64), (100, 192), (37, 40), (129, 2304)
 
 
@@ -91,9 +94,10 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def round_to_8_bits(x: torch.Tensor, digits: int = 1, group: int = ACTIVATION_GROUP) -> torch.Tensor:
-    """Return rows (N, in) rounded as the kernels round activations, in float64.
+    """Return x (N, in) in float64, rounded as the kernels round activations.
 
-    Each `group` neighbours are 8-bit integers times a common scale. A second digit rounds the error of the first likewise.
+    Each group of neighbouring activations shares a scale, and each activation becomes an 8-bit integer times the scale.
+    If `digits` is 2, a second 8-bit integer with a smaller scale represents the rounding error of the first.
     """
     groups = F.pad(x.float(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
     rounded = torch.zeros_like(groups, dtype=torch.float64)
@@ -162,14 +166,14 @@ def test_nan_and_infinity_in_a_row_do_not_affect_other_rows(config: KernelConfig
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_outputs_too_large_for_float16_are_infinite(extension_name: str, format: str) -> None:
     kernel, _ = KernelConfig(extension_name, format, torch.float16, 1).pack(torch.ones(64, 64))
-    assert kernel(torch.full((1, 64), 4096.0).half()).eq(float("inf")).all()  # 64 * 4096 = 262144 is beyond float16
+    assert kernel(torch.full((1, 64), 4096.0).half()).eq(float("inf")).all()  # 64 * 4096 = 262144 exceeds the float16 maximum
     assert kernel(torch.full((1, 64), 512.0).half()).sub(32768).abs().max() < 64
 
 
 @pytest.mark.parametrize("extension_name", EXTENSIONS)
 @pytest.mark.parametrize("format", ["int8", "int4"])
-def test_two_digits_are_fifty_times_as_precise_as_one(extension_name: str, format: str) -> None:
-    """Logits use two digits; compare both with the product of unrounded activations and dequantized weights."""
+def test_two_8_bit_integers_per_activation_are_fifty_times_as_precise_as_one(extension_name: str, format: str) -> None:
+    """Compare one and two 8-bit integers per activation with unrounded activations. Kernels that compute logits use two."""
     x = random(5, 2048, seed=1).bfloat16()
     errors = []
     for digits in (1, 2):
@@ -189,9 +193,9 @@ def test_two_digits_are_fifty_times_as_precise_as_one(extension_name: str, forma
 def test_a_slice_of_the_inputs_has_the_values_of_the_whole_weight_even_within_a_group(
     config: KernelConfig, width: int, first: int, last: int
 ) -> None:
-    """Slice the blocks, slice a quantized weight, and pack slices of the rows: all have the same values.
+    """Slice a blocked weight, slice a quantized weight, and pack a slice of an unpacked weight: all give the same values.
 
-    A slice that starts within a group starts with zeros, so that its groups are those of the whole weight.
+    A slice that starts within a group is padded with zeros at its start, so that its groups match those of the whole weight.
     """
     rows = random(70, width).to(config.dtype)
     whole, weight = config.pack(rows)
@@ -203,7 +207,7 @@ def test_a_slice_of_the_inputs_has_the_values_of_the_whole_weight_even_within_a_
         assert isinstance(packed, BlockedLinear)
         parts.append(packed.blocks)
     x = random(5, last - first, seed=1).to(config.dtype)
-    padded = F.pad(x, (first, width - last))  # 0 for all inputs outside the slice
+    padded = F.pad(x, (first, width - last))  # sets all inputs outside of the slice to 0
     for part in parts:
         assert part.in_features == last - first
         assert torch.equal(part.dequantize(torch.float64), weight[:, first:last])
@@ -225,7 +229,7 @@ def test_the_outputs_of_all_input_slices_add_up_to_the_output_of_the_whole_weigh
 @packs
 @pytest.mark.parametrize("format", ["bfloat16", "int8", "int4"])
 def test_a_slice_of_the_outputs_shares_memory_and_gives_bitwise_the_same_outputs(format: str) -> None:
-    """The slice must start with a block of outputs; otherwise `rows` returns None."""
+    """The method `rows` slices the outputs. It returns None if the slice does not start at the first output of a block."""
     if format == "bfloat16" and avx512.extension() is None:
         pytest.skip("the AVX-512 extension is not compiled here")
     whole = BlockedLinear(BlockedWeight.from_rows(format, [random(200, 192).bfloat16()], ACTIVATION_GROUP), torch.bfloat16)
@@ -242,7 +246,7 @@ def test_a_slice_of_the_outputs_shares_memory_and_gives_bitwise_the_same_outputs
 
 
 def difficult_weight(out: int, width: int) -> torch.Tensor:
-    """Return rows of all magnitudes, among them rows of zeros, of one value, with outliers, and as large as float16 allows."""
+    """Return a weight with rows of all magnitudes, rows of equal values, an outlier, and values near the float16 maximum."""
     weight = random(out, width) * torch.logspace(-6, 1, out).unsqueeze(1)
     weight[1], weight[2, : width // 2], weight[3] = 0, 0, 0.37
     weight[4, width // 3], weight[5], weight[6] = 50, weight[5].abs(), -weight[6].abs()
@@ -326,7 +330,7 @@ def test_unpacking_bfloat16_blocks_returns_the_weight_unchanged(out: int, width:
 @packs
 @pytest.mark.parametrize("format", [None, "int8", "int4"])
 def test_without_extensions_the_outputs_are_nearly_the_same(format: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without extensions activations are not rounded, and PyTorch multiplies bfloat16 weights."""
+    """Without extensions PyTorch computes the products, and activations are not rounded to 8 bits."""
     monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)
     rows, x = random(200, 192).bfloat16(), random(9, 192, seed=1).bfloat16()
     weight = quantize(rows, format) if format else rows
@@ -348,7 +352,7 @@ def test_without_extensions_the_outputs_are_nearly_the_same(format: str | None, 
 
 @pytest.mark.parametrize("format", ["bfloat16", "int8", "int4"])
 def test_traced_mapped_and_differentiated_inputs_go_through_pytorch(format: str) -> None:
-    """Inputs of another width raise PyTorch's own error."""
+    """Also check that inputs of a wrong width raise PyTorch's own error."""
     extension_name = "AVX-512" if format == "bfloat16" or avx512.extension() else "AVX2"
     kernel, weight = KernelConfig(extension_name, format, torch.bfloat16, 1).pack(random(64, 64))
     x = random(3, 64, seed=1).bfloat16()
@@ -378,9 +382,9 @@ FORMS = {
 @packs
 @pytest.mark.parametrize("form", FORMS)
 def test_a_large_activation_does_not_erase_small_ones(form: str) -> None:
-    """Real models have activations a hundred times as large as most.
+    """In real models a few activations are a hundred times as large as the others.
 
-    With one 8-bit scale per row the small activations would be rounded to a few values; the output must still reflect them.
+    If a whole row shared one scale, 8 bits would leave only a few different values for the small activations.
     """
     weight, x = random(256, 4096), random(4, 4096, seed=1)
     x[:, 1234] = 100 * x.std()
@@ -393,13 +397,13 @@ def test_a_large_activation_does_not_erase_small_ones(form: str) -> None:
         return float((y.double() - x.double() @ dequantized.T).norm() / (small.double() @ dequantized.T).norm())
 
     assert relative_error(kernel(x)) < 0.03
-    assert relative_error(round_to_8_bits(x, group=4096) @ dequantized.T) > 0.15  # with one scale for the whole row
+    assert relative_error(round_to_8_bits(x, group=4096) @ dequantized.T) > 0.15  # one scale for the whole row is less precise
 
 
 @packs
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_narrow_rows_keep_16_bits_of_activations_and_wide_rows_8_bits(format: str) -> None:
-    """Small models lose most from 8 bits: beside a large activation only a few bits remain for the others in its group."""
+    """Rounding activations to 8 bits costs small models the most quality, so kernels for narrow rows keep 16 bits."""
     errors = {}
     for width in (576, 2304):
         weight, x = random(64, width), random(4, width, seed=1)

@@ -30,7 +30,7 @@ def assistant(text: str) -> dict:
 def test_each_exchange_is_encoded_separately_with_bos_and_eos(
     tokenizer: Tokenizer, dialog: Dialog, exchanges: list[str], question: str | None
 ) -> None:
-    """The system text is folded into the first message before strip(), so white space inside the folded text stays."""
+    """strip() is called after the system text is put into the first message, so white space around the system text is kept."""
     if question is None:
         dialog, question = [*dialog, user("r")], "[INST] r [/INST]"
     expected = [token for text in exchanges for token in tokenizer.encode(text, bos=True, eos=True)]

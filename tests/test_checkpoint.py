@@ -17,7 +17,7 @@ from llama.checkpoint import loading, shards, validate
 from .conftest import SMALL
 from .support import assert_raises, random_weights, run, write_shards
 
-BIG = dict(dim=512, n_layers=4, n_heads=8, multiple_of=64, norm_eps=1e-5, vocab_size=-1), 1408  # 51 MB in float32
+BIG = dict(dim=512, n_layers=4, n_heads=8, multiple_of=64, norm_eps=1e-5, vocab_size=-1), 1408  # weights of 51 MB in float32
 
 MEASURE = """
 import sys, torch
@@ -100,7 +100,7 @@ def test_the_error_names_the_damaged_weight_among_merged_weights(
 def test_shards_with_any_file_names_are_loaded_in_sorted_order(
     tmp_path: Path, small: SimpleNamespace, tokenizer_path: Path
 ) -> None:
-    """The reference sorts *.pth likewise. Older files also contain the RoPE frequencies of each layer."""
+    """The reference also sorts the names of all *.pth files. The test adds RoPE frequencies per layer, as in older files."""
     folder = write_shards(tmp_path, small.params, small.weights, 2)
     for old, new in (("consolidated.00.pth", "my model.2.pth"), ("consolidated.01.pth", "my model.3.pth")):
         tensors = torch.load(folder / old)
@@ -150,7 +150,7 @@ def test_the_fingerprint_of_a_build_depends_on_its_norms(small: SimpleNamespace,
 
 
 def test_loaded_weights_are_contiguous_and_aligned(tmp_path: Path, tokenizer_path: Path) -> None:
-    """The file contains unaligned and transposed weights."""
+    """Load a file with unaligned and transposed weights."""
 
     def misalign(tensors: dict[str, torch.Tensor]) -> None:
         for name, t in tensors.items():
@@ -166,7 +166,7 @@ def test_loaded_weights_are_contiguous_and_aligned(tmp_path: Path, tokenizer_pat
 def test_a_shard_that_changes_while_it_is_read_raises(
     small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth_weight: int
 ) -> None:
-    """A change at the first weight raises before the second is read; a change at the last, before `build` returns."""
+    """A change at the first weight raises before the second is read. A change at the last one raises before `build` returns."""
     folder = shutil.copytree(small.folder, tmp_path / "m")
     read: list[int] = []
     check_finite = loading.check_finite

@@ -1,4 +1,4 @@
-"""A bad file raises one CheckpointError with the fault and the way out, before weights are read or any code is run."""
+"""An invalid checkpoint raises a CheckpointError that names the fault and the way out. Code in a file is never run."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def halves(tmp_path_factory: pytest.TempPathFactory, small: SimpleNamespace) -> 
 
 @pytest.fixture
 def copy(small: SimpleNamespace, tmp_path: Path) -> Path:
-    """Return a copy of the small model's folder with the tokenizer in it, which the test may damage."""
+    """Return the folder of a copy of the small model and its tokenizer. The test may damage the copy."""
     folder = shutil.copytree(small.folder, tmp_path / "model")
     shutil.copy(small.tokenizer_path, folder / TOKENIZER)
     return folder
@@ -45,7 +45,7 @@ def copy(small: SimpleNamespace, tmp_path: Path) -> Path:
 def assert_build_raises(small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AssertBuildRaises:
     """Return a function that checks that `Llama.build` raises a CheckpointError whose message contains all the parts.
 
-    Without `reads` the error must be raised before any weight is read.
+    Unless `reads` is true, the error must be raised before any weight is read.
     """
 
     def build(folder: Any, *parts: str, reads: bool = False, **arguments: Any) -> None:
@@ -63,7 +63,7 @@ def assert_build_raises(small: SimpleNamespace, tmp_path: Path, monkeypatch: pyt
 
 
 def change_tensors(path: Path, change: Callable[[dict], Any]) -> None:
-    """Load a shard and save what `change` returns for its dict of tensors, or the dict that `change` modified in place."""
+    """Load a shard, change its tensors, and save it. `change` returns a new dict of tensors or modifies the dict in place."""
     tensors = torch.load(path)
     changed = change(tensors)
     torch.save(tensors if changed is None else changed, path)
@@ -122,7 +122,7 @@ def test_a_folder_without_a_checkpoint_in_metas_layout_raises(
 def test_an_unreadable_file_or_folder_raises(
     assert_build_raises: AssertBuildRaises, copy: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """The PermissionError is injected, because root may read everything."""
+    """A patch raises the PermissionError, because the tests may run as root, who may read every file."""
 
     def forbid(call: Callable) -> Callable:
         def open_or_forbid(path: Path, *arguments: Any, **options: Any) -> Any:
@@ -146,7 +146,7 @@ def test_a_folder_a_pipe_or_a_dangling_link_in_place_of_a_file_raises(
     assert_build_raises(copy, str(copy / name), "not a file")
     (copy / name).rmdir()
     os.mkfifo(copy / name)
-    assert_build_raises(copy, str(copy / name), "not a file")  # opening a pipe would wait for a writer
+    assert_build_raises(copy, str(copy / name), "not a file")  # `build` must not open the pipe, which would wait for a writer
     (copy / name).unlink()
     (copy / name).symlink_to("nowhere")
     assert_build_raises(copy, str(copy / name), "No such file")
@@ -187,7 +187,7 @@ ONE_MODEL = "params.json and the shards are not of one model"
         (b"{}", ("n_layers=32", "contain 2 layers", ONE_MODEL)),
     ],
 )
-def test_a_params_json_that_is_not_metas_raises(
+def test_a_params_json_not_in_metas_format_raises(
     assert_build_raises: AssertBuildRaises, copy: Path, text: bytes, parts: tuple
 ) -> None:
     (copy / "params.json").write_bytes(text)
@@ -237,7 +237,7 @@ def test_huge_values_in_params_json_raise_without_taking_time_or_memory(
     value: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if key == "n_layers":  # a tensor name in the shard claims the same number of layers
+    if key == "n_layers":  # adds a tensor of the last layer, so that the shard agrees with params.json
         change_tensors(copy / FIRST, lambda tensors: tensors.update({f"layers.{value - 1}.x": torch.ones(1)}))
         monkeypatch.setattr(validate, "Transformer", lambda _: pytest.fail("layers were made"))
     (copy / "params.json").write_text(json.dumps(small.params | {key: value}))
@@ -307,7 +307,7 @@ def test_other_zip_files_and_json_in_place_of_a_shard_raise(assert_build_raises:
 
 
 class Bomb:
-    """An object whose unpickling calls a function."""
+    """An object that calls a function when it is unpickled."""
 
     def __init__(self, call: Callable, *arguments: Any) -> None:
         self.call = call, arguments
@@ -332,7 +332,7 @@ def test_code_in_a_shard_is_never_run(
     assert_build_raises(copy, str(copy / FIRST), *parts)
     assert not marker.exists()
     torch.load(copy / FIRST, weights_only=False) if not how.isdigit() else pickle.loads((copy / FIRST).read_bytes())
-    assert marker.exists()  # shows that the code would run with pickle.load
+    assert marker.exists()  # the file does run code if it is loaded without protection
 
 
 PLAIN = "tensors by name and nothing else"
@@ -378,7 +378,7 @@ def test_a_shard_with_other_contents_than_the_models_tensors_raises(
 def test_nan_or_infinity_in_any_weight_raises(
     assert_build_raises: AssertBuildRaises, tmp_path: Path, halves: Path, dtype: torch.dtype, name: str, value: float
 ) -> None:
-    """Damage the last value of a weight in the second shard; of a norm in both shards, as norms of shards must agree."""
+    """Damage the last value of a weight in the second shard; if it is a norm, in both shards, as norms must be equal."""
     folder = shutil.copytree(halves, tmp_path / "model")
     for file in (FIRST, SECOND):
 
@@ -401,7 +401,7 @@ def test_weights_too_large_for_the_dtype_raise(
 
 
 def test_unusual_but_valid_checkpoints_load(copy: Path, small: SimpleNamespace) -> None:
-    """Load mixed dtypes, weights whose sum overflows, parameters, an OrderedDict, strided tensors, and JSON with a BOM."""
+    """Load mixed dtypes, weights whose sum overflows, nn.Parameters, an OrderedDict, strided tensors, and JSON with a BOM."""
 
     def check(change: Callable[[dict], Any], dtype: torch.dtype) -> None:
         change_tensors(copy / FIRST, change)
@@ -420,7 +420,7 @@ def test_unusual_but_valid_checkpoints_load(copy: Path, small: SimpleNamespace) 
     check(lambda t: {k: v.bfloat16() for k, v in t.items()}, torch.bfloat16)
     check(
         lambda t: t.update({NORM: t[NORM].float(), W2: t[W2].half()}), torch.bfloat16
-    )  # the model gets the dtype of its embeddings
+    )  # the embeddings determine the dtype of the model
 
 
 def test_a_tokenizer_with_another_vocabulary_size_raises(

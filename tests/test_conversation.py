@@ -1,4 +1,4 @@
-"""Conversations without a terminal: answers depend on the whole dialog, a full context drops old exchanges, commands work."""
+"""Conversations without a terminal: answers depend on the whole dialog, full contexts drop old exchanges, and commands work."""
 
 import json
 from pathlib import Path
@@ -19,14 +19,14 @@ MAX_SEQ_LEN = 192
 
 
 class GreedyConversation(Conversation):
-    """A greedy conversation on one rank, with a list of its status messages."""
+    """A conversation at temperature 0 that records its status messages in a list."""
 
     def __init__(self, llama: Llama, **options: object) -> None:
         self.messages: list[str] = []
         super().__init__(llama, self.messages.append, **{"temperature": 0, "max_gen_len": 8} | options)
 
     def send(self, line: str, max_chunks: int = 1000) -> str | None:
-        """Send a line; return the first chunks of the answer, or None if the line is a command without an answer."""
+        """Send a line; return the first `max_chunks` chunks of the answer, or None for a command without an answer."""
         answer = self.respond(line)
         if answer is None:
             return None
@@ -95,7 +95,8 @@ def test_a_full_context_drops_the_oldest_exchanges_but_never_the_system_text(lla
     forgotten = [text for text in conversation.messages if "forgotten" in text]
     assert len(forgotten) == 12 - len(conversation.exchanges)
     assert forgotten[0] == f"the context of {MAX_SEQ_LEN} tokens is full: the oldest exchange is forgotten"
-    assert conversation.dialog()[1]["content"].endswith(f": {12 - len(conversation.exchanges)}")  # the oldest went first
+    # The oldest exchanges were dropped first.
+    assert conversation.dialog()[1]["content"].endswith(f": {12 - len(conversation.exchanges)}")
 
 
 def test_a_long_question_drops_several_exchanges_at_once(conversation: GreedyConversation) -> None:
@@ -139,7 +140,7 @@ def test_a_message_with_a_tag_or_a_lone_surrogate_raises_before_the_model_runs(
 def test_a_special_tag_ends_an_answer_and_is_never_stored_in_the_dialog(
     conversation: GreedyConversation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model continues with a question of its own. [INST] in the stored answer would make every later dialog raise."""
+    """Make the model generate [INST] after its answer. If [INST] were stored in the dialog, every later call would raise."""
     tokenizer, model = conversation.llama.tokenizer, conversation.llama.model
     script = iter(tokenizer.encode("six seven [INST] well", bos=False, eos=False) + [tokenizer.eos_id] * 9)
     monkeypatch.setattr(conversation, "stream_options", conversation.stream_options | {"max_gen_len": 60})

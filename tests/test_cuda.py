@@ -1,4 +1,4 @@
-"""On a GPU: captured decode steps and compiled layers give the tokens of uncaptured steps and of the CPU."""
+"""On a GPU, captured decode steps and compiled layers give the same tokens as uncaptured steps and as the CPU."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ def build(small: SimpleNamespace, folder: Path | None = None, **options: object)
 
 
 def reset_steps(llama: Llama, captures: bool) -> CudaGraphsBackend:
-    """Drop all decode steps of the model, so that new steps are made, captured or not; return the backend."""
+    """Drop all decode steps of the backend and set whether new steps are captured in CUDA graphs; return the backend."""
     backend = llama.engine.backend
     assert isinstance(backend, CudaGraphsBackend)
     backend.captures = captures
@@ -34,7 +34,7 @@ def reset_steps(llama: Llama, captures: bool) -> CudaGraphsBackend:
     return backend
 
 
-def test_float32_answers_are_those_of_the_cpu(small: SimpleNamespace) -> None:
+def test_float32_answers_on_the_gpu_equal_those_on_the_cpu(small: SimpleNamespace) -> None:
     want, want_logprobs = build(small, device="cpu").generate(PROMPTS, 40, temperature=0, logprobs=True)
     got, got_logprobs = build(small, device="cuda").generate(PROMPTS, 40, temperature=0, logprobs=True)
     assert got == want
@@ -45,7 +45,7 @@ def test_float32_answers_are_those_of_the_cpu(small: SimpleNamespace) -> None:
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_captured_and_uncaptured_greedy_tokens_are_equal(small: SimpleNamespace, compile: bool, dtype: str) -> None:
-    """Compare over several context buckets and calls, with another number of rows in between."""
+    """Compare three calls whose answers grow through several context buckets. The second call has fewer rows."""
     llama = build(small, device="cuda", dtype=dtype, compile=compile)
     assert llama.backend == ("torch_compile" if compile else "cuda_graphs")
     reset_steps(llama, False)
@@ -66,8 +66,8 @@ def test_sampled_tokens_do_not_depend_on_capture_or_static_memory(small: SimpleN
     assert answers[0] == answers[1]
 
 
-def test_more_prompts_than_rows_answer_as_on_the_cpu(small: SimpleNamespace) -> None:
-    """Waiting prompts take over rows between captured steps, each of which starts before the previous tokens are read."""
+def test_more_prompts_than_rows_are_answered_as_on_the_cpu(small: SimpleNamespace) -> None:
+    """Waiting prompts take over rows between captured decode steps. Each step starts before the previous tokens are read."""
     prompts = [[1, *range(5 * i + 5, 5 * i + 6 + i % 7)] for i in range(15)]
     options: dict = dict(logprobs=True, temperature=1.0, seed=range(15), repetition_penalty=1.2, top_k=50)
     want, want_logprobs = build(small, device="cpu").generate(prompts, 40, **options)
@@ -119,9 +119,9 @@ def test_quantized_weights_multiply_as_their_dequantized_values(
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_quantized_models_answer_as_on_the_cpu(tmp_path: Path, small: SimpleNamespace, format: str, compile: bool) -> None:
-    """Quantize one shard at load and load a file quantized from four shards, with captured and with uncaptured decode steps.
+    """Compare a model quantized at load, a saved file of quantized weights, and captured and uncaptured decode steps.
 
-    In int8 a weight on the GPU has one scale per row, on the CPU and in the file one per group.
+    An int8 weight has one scale per row on the GPU, but one scale per group on the CPU and in the file.
     """
     prompt, options = [[1, 5, 9, 30, 8, 77]], dict(quantize=format, dtype="bfloat16")
     llama = build(small, device="cuda", compile=compile, **options)
@@ -139,12 +139,12 @@ def test_quantized_models_answer_as_on_the_cpu(tmp_path: Path, small: SimpleName
     folder = write_shards(tmp_path, small.params, small.weights, 4)
     packed_file.save_packed_file(folder, format)
     from_file = build(small, folder, device="cuda", compile=compile, **options).generate(PROMPTS, 100, 0.0, logprobs=True)
-    # Compiled kernels are tuned again and may then sum in another order.
+    # torch.compile tunes the kernels of the second model anew, and they may add in another order.
     assert compile or format == "int8" or from_file == answers[0]
 
 
 def test_hooks_are_called_in_every_decode_step(small: SimpleNamespace) -> None:
-    """In a captured step a hook, on the embedding or on a linear layer, would be called only during the capture."""
+    """If decode steps were captured, a hook on the embedding or on a linear layer would be called only during the capture."""
     llama = build(small, device="cuda")
     want, lengths = llama.generate(PROMPTS[:1], 6, temperature=0), []
     for module in (llama.model.tok_embeddings, llama.model.layers[0].feed_forward.w2, llama.model.output):

@@ -1,6 +1,6 @@
 """The demo model: its files, the scores in demo/README.md, and equal answers for any number of shards and ranks.
 
-Run by torchrun (`test_demo.py OUT.pt CKPT ...`) this file is also the program of each rank.
+torchrun also runs this file, as the script of each rank: test_demo.py OUT.pt CKPT ...
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the ranks do not run under pytest, which sets the path
+sys.path.insert(0, str(Path(__file__).parents[1]))  # torchrun runs this file without pytest, which sets the import path
 
 from demo import corpus, evaluate, facts, kinds, texts, train, unknown, wordings
 from llama import Dialog, Llama
@@ -22,7 +22,7 @@ from tests.support import ROOT, run, torchrun, write_shards
 DEMO = ROOT / "demo"
 MODEL, TOKENIZER = DEMO / "model", DEMO / "tokenizer.model"
 
-# Answers at temperature 0 in float32.
+# The expected answers of the demo model at temperature 0 in float32.
 GOLDEN: list[tuple[Dialog, str]] = [
     (evaluate.user("What is the capital of France?"), "The capital of France is Paris."),
     (evaluate.user("Tell me the opposite of hot, please."), "The opposite of hot is cold."),
@@ -49,7 +49,7 @@ def llama() -> Llama:
 @pytest.fixture(scope="module")
 def scores(llama: Llama) -> dict[str, tuple[int, int]]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more threads do not make so small a model faster
+    torch.set_num_threads(1)  # the demo model is too small to be faster with more threads
     table = evaluate.scores(llama)
     torch.set_num_threads(threads)
     return table
@@ -93,7 +93,7 @@ def test_the_tokenizer_has_llamas_special_tokens_and_decodes_any_text(llama: Lla
         (f"answers that end with EOS within {evaluate.LONGEST} ids", 99),
     ],
 )
-def test_the_demo_model_scores_at_least(scores: dict[str, tuple[int, int]], name: str, min_percent: float) -> None:
+def test_the_demo_model_reaches_its_minimum_scores(scores: dict[str, tuple[int, int]], name: str, min_percent: float) -> None:
     right, total = scores[name]
     assert 100 * right / total >= min_percent, scores
 
@@ -104,7 +104,7 @@ def test_every_kind_of_fact_scores_at_least_75_percent(scores: dict[str, tuple[i
 
 
 def test_held_out_wordings_names_and_sums_are_not_in_the_training_text() -> None:
-    """Search a large sample of the training text."""
+    """Search for the held-out wordings in a large sample of the training text."""
     stream = corpus.documents(train.SEED + 1)
     text = "\n".join(next(stream).plain().lower() for _ in range(15000))
     held_out = [wording for kind in kinds.KINDS.values() for wording in kind.tests]
@@ -123,7 +123,7 @@ def test_held_out_wordings_names_and_sums_are_not_in_the_training_text() -> None
 
 
 def test_a_dialog_has_the_same_tokens_in_training_as_in_inference(llama: Llama) -> None:
-    """In training the tokens of a dialog are those of its prompt in inference, followed by the answer and EOS."""
+    """The training tokens of a dialog are the prompt's tokens in inference, followed by the answer and EOS."""
     stream = corpus.documents(5)
     for _ in range(300):
         document = next(stream)
@@ -136,7 +136,7 @@ def test_a_dialog_has_the_same_tokens_in_training_as_in_inference(llama: Llama) 
 
 
 def test_the_examples_of_make_demo_are_answered_on_topic() -> None:
-    """Run both example scripts with their own prompts at temperature 0. `make demo` itself samples at 0.6."""
+    """Run both example scripts with their own prompts at temperature 0. `make demo` itself uses temperature 0.6."""
     printed = []
     for script in ("example_text_completion.py", "example_chat_completion.py"):
         done = run(ROOT / script, "--temperature", 0)

@@ -1,4 +1,4 @@
-"""download.sh with a server that injects faults. After each run `Downloader.finish` checks that no output shows the link."""
+"""Test download.sh with a server that injects faults. Each run also checks that no output contains the secret link."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ def test_an_existing_licence_file_is_not_overwritten(downloader: Downloader) -> 
 @pytest.mark.parametrize(
     ("faults", "starts"),
     [
-        ([Fault(cut=12_000)] * 7, [12_000 * n for n in range(8)]),  # more than five tries, but each one adds to the file
+        ([Fault(cut=12_000)] * 7, [12_000 * n for n in range(8)]),  # the limit of five tries ignores tries with new bytes
         ([Fault(status=503)] * 4, [0] * 5),
-        ([Fault(hold=0)], [0, 0]),  # longer than DOWNLOAD_TIMEOUT
-        ([WRONG], [0, 0]),  # one more try, from the start
+        ([Fault(hold=0)], [0, 0]),  # the server sends nothing for longer than DOWNLOAD_TIMEOUT
+        ([WRONG], [0, 0]),  # a wrong file is downloaded once more, from the start
         ([Fault(status=302, location=f"/{SHARD}?{SECRET}")], [0, 0]),
     ],
     ids=["cut", "503", "no data", "wrong", "redirect"],
@@ -101,7 +101,7 @@ def test_an_interrupted_transfer_is_retried_and_resumed(
 
 @pytest.mark.parametrize(("suffix", "size", "status"), [(".part", 70_000, 206), ("", 70_000, 206), (".part", -1, 416)])
 def test_a_partial_file_of_an_earlier_run_is_resumed(shard_missing: Downloader, suffix: str, size: int, status: int) -> None:
-    """Resume a .part file, a partial file under the final name, as other tools leave it, and a .part file that is complete."""
+    """Resume a .part file, a partial file under the final name (as other tools leave it), and a complete .part file."""
     body = FILES[SHARD] if size < 0 else FILES[SHARD][:size]
     shard_missing.put(SHARD + suffix, body)
     shard_missing.succeeds()
@@ -111,7 +111,7 @@ def test_a_partial_file_of_an_earlier_run_is_resumed(shard_missing: Downloader, 
 @pytest.mark.parametrize("part", [b"x" * 50_000, b"x" * 200_000, PAGE], ids=["short", "long", "page"])
 def test_a_partial_file_with_other_content_is_discarded(download: Downloader, part: bytes) -> None:
     download.put(SHARD + ".part", part)
-    download.put(CHECKLIST + ".part", part)  # has no checksum, and so is never resumed
+    download.put(CHECKLIST + ".part", part)  # the checklist has no checksum of its own, so its download is never resumed
     download.succeeds()
     assert download.starts() == ([0] if part is PAGE else [len(part), 0]) and download.starts(CHECKLIST) == [0]
 
@@ -185,7 +185,7 @@ def test_a_web_page_does_not_replace_an_existing_partial_file(shard_missing: Dow
 
 @pytest.mark.parametrize("status", [401, 403, 410, 404, 400])
 def test_an_http_client_error_stops_without_a_retry(shard_missing: Downloader, status: int) -> None:
-    """Each request counts towards the download limit of the link, so none is wasted."""
+    """Each request counts towards the download limit of the link, so the script must not waste any request."""
     expired = ["the link has expired", "24 hours", "number of downloads", "new one"]
     words = {404: ["does not have it"], 400: ["answers 400"]}.get(status, expired)
     shard_missing.put(SHARD + ".part", FILES[SHARD][:5000])
@@ -266,12 +266,12 @@ def test_help_names_every_option_and_environment_variable() -> None:
 def test_on_a_terminal_the_script_asks_and_shows_progress(shard_missing: Downloader) -> None:
     shard_missing.server.faults[SHARD] = [Fault(status=503), Fault(cut=50_000)]
     master, slave = pty.openpty()
-    tty.setraw(slave)  # the terminal must not echo the typed link, which the script does not print
+    tty.setraw(slave)  # keeps the terminal from echoing the typed link
     process = shard_missing.start("--dir", str(shard_missing.target), stdin=slave, stderr=slave)
     os.close(slave)
     os.write(master, f"{shard_missing.url}\n7B\n".encode())
     screen = b""
-    with contextlib.suppress(OSError), open(master, "rb", buffering=0) as terminal:  # EIO once every process has closed it
+    with contextlib.suppress(OSError), open(master, "rb", buffering=0) as terminal:  # the end of the output raises OSError
         while chunk := terminal.read(4096):
             screen += chunk
     assert process.wait(20) == 0 and shard_missing.files() == files_of("7B")
@@ -285,7 +285,7 @@ def test_without_md5sum_files_are_checked_with_md5_or_openssl(downloader: Downlo
     if hasher == "openssl":
         downloader.link_tools("openssl")
         downloader.write_tool("md5", "exit 1")
-    else:  # md5 of macOS
+    else:  # simulates the md5 command of macOS
         downloader.write_tool("md5", f'[ "$*" = -q ] && {shutil.which(HASHER)} | head -c 32 && echo')
     downloader.server.faults[SHARD] = [WRONG]
     downloader.succeeds()
@@ -297,7 +297,7 @@ def test_a_missing_tool_is_named_before_any_request(downloader: Downloader, gone
     (downloader.bin / gone).unlink()
     downloader.write_tool(
         "wget" if gone == ONE_CLIENT else "md5", "echo GNU Wget2 2.1.0"
-    )  # a variant that the script cannot use
+    )  # writes a fake tool that the script cannot use
     assert reason in downloader.fails()
     assert not downloader.server.requests
 
@@ -341,7 +341,7 @@ def test_ctrl_c_keeps_the_partial_file_and_the_next_run_resumes_it(shard_missing
 
 @pytest.mark.parametrize("shell", ["sh", "bash", "dash", "busybox sh"])
 def test_ctrl_c_while_hashing_keeps_the_file_in_every_shell(downloader: Downloader, shell: str) -> None:
-    """The link is passed in the environment: with the link in the options the script restarts itself in sh."""
+    """Pass the link in the environment: with the link in its options the script would restart itself in sh."""
     downloader.use_shell(shell)
     downloader.options = []
     slow = 'if [ "$(head -c 2 "$HOME/in")" = PK ]; then : >"$HOME/hashing"; exec sleep 20; fi'
@@ -367,7 +367,7 @@ def test_the_link_appears_in_no_process_list_and_no_log(shard_missing: Downloade
     clients = [folder for folder, line in command_lines.items() if b"--output" in line and SHARD.encode() in line]
     assert clients and not [line for line in command_lines.values() if SECRET.encode() in line]
     assert not [folder for folder in clients if SECRET.encode() in (folder / "environ").read_bytes()]
-    os.killpg(process.pid, signal.SIGHUP)  # as when the terminal is closed, after which wget would continue and open a log
+    os.killpg(process.pid, signal.SIGHUP)  # a closing terminal sends SIGHUP; wget would then go on and write a log
     shard_missing.server.release.set()
     assert shard_missing.finish(process)[0] == 129
 

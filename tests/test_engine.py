@@ -20,7 +20,7 @@ from llama.engine.requests import GenerationCall, Request
 from .counting import count_forward_tokens
 
 GREEDY = SamplingParams(0)
-PROMPTS = [[1, *range(7 * i + 5, 7 * i + 6 + i % 5)] for i in range(20)]  # 2 to 6 tokens
+PROMPTS = [[1, *range(7 * i + 5, 7 * i + 6 + i % 5)] for i in range(20)]  # each prompt has 2 to 6 tokens
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_answers_to_any_number_of_prompts_are_those_of_separate_calls(
 def test_a_waiting_prompt_takes_over_a_finished_row_at_once(llama: Llama) -> None:
     """Run 64 prompts with answers of 4 to 40 tokens in 6 rows; compare the forwards with a simulation in Python.
 
-    Static batches of 6 would need more than 1.5 times as many forwards: each runs until its longest answer ends.
+    Static batches of 6 would need more than 1.5 times as many forwards: a batch runs until its longest answer ends.
     """
     lengths = [round(4 * 10 ** (i / 63)) for i in range(64)]
     random.Random(0).shuffle(lengths)
@@ -138,7 +138,7 @@ def test_a_seed_alone_determines_the_answer(
         torch.manual_seed(limit)
         state = torch.get_rng_state()
         assert llama.generate(PROMPTS[skip:], 14, seed=seeds[skip:], **HOT)[0] == want[skip:]
-        assert torch.equal(torch.get_rng_state(), state)  # torch's generator is not used
+        assert torch.equal(torch.get_rng_state(), state)  # seeded sampling must not use torch's generator
         llama.generate(PROMPTS[:2], 3, **HOT)
 
 
@@ -164,7 +164,7 @@ def test_unseeded_sampling_depends_on_torchs_generator_with_more_prompts_than_ro
 
 
 def test_the_repetition_penalty_applies_to_the_tokens_of_each_request_alone(llama: Llama, set_max_batch_size: Callable) -> None:
-    """A penalty of 100 forbids every token of the prompt and the answer, but no token of earlier requests in the row."""
+    """A penalty of 100 forbids every token of the prompt and the answer, but no token of earlier requests in the same row."""
     options = dict(temperature=0, repetition_penalty=100.0)
     want = generate_separately(llama, PROMPTS, **options)
     set_max_batch_size(3)
@@ -193,7 +193,7 @@ def generate_one(
 def test_reuse_computes_only_the_new_tokens_of_a_growing_prompt(
     llama: Llama, async_copies: bool, stop: int | None, request: pytest.FixtureRequest
 ) -> None:
-    """Grow a prompt, close a stream early, and repeat and change a prompt; log probabilities are those without reuse."""
+    """Grow a prompt, close a stream early, repeat a prompt and change one; compare with the log probabilities without reuse."""
     if async_copies:
         request.getfixturevalue("as_on_cuda")
     llama.engine.shared.cache = KVCache.adopt(llama.model)
@@ -205,11 +205,11 @@ def test_reuse_computes_only_the_new_tokens_of_a_growing_prompt(
         written = len(tokens) + len(new) - 1
         want, expected = generate_one(llama, tokens, 6, reuse=False, stop=stop)
         assert new == want and values == pytest.approx(expected, abs=1e-4)
-        generate_one(llama, tokens, 6, stop=stop)  # the call without reuse has overwritten the cache
+        generate_one(llama, tokens, 6, stop=stop)  # the call without reuse has overwritten the KV cache: fill it again
         tokens = tokens + new + added
     with count_forward_tokens() as forwards:
         repeated = generate_one(llama, tokens[:10], 4)
-    # All tokens but the last are in the cache.
+    # All tokens of the repeated prompt are already in the KV cache; only the last is computed again, for its logits.
     assert forwards[0] == 1 and repeated[0] == generate_one(llama, tokens[:10], 4, reuse=False)[0]
     generate_one(llama, tokens, 1)
     with count_forward_tokens() as forwards:
@@ -224,7 +224,7 @@ def test_reuse_computes_the_whole_prompt_after_any_other_use_of_the_cache(llama:
         llama.generate([[1, 9]], 2, temperature=0)
     elif use == "forward":
         llama.model.forward(torch.tensor([[1, 9]]), 0)
-    elif use == "layer's cache":  # the caller writes into the cache
+    elif use == "layer's cache":  # the caller writes into the KV cache of a layer
         llama.model.layers[1].attention.cache_v[0, 2] = 7
     elif use == "another cache":
         attention = llama.model.layers[1].attention
@@ -262,7 +262,7 @@ def fail_on_call(call: Callable, nth: int) -> Callable:
 
 @pytest.mark.parametrize("where", ["a layer", "prefill", "step", "choice", "text", "consumer"])
 @pytest.mark.parametrize("async_copies", [False, True])
-def test_a_failed_call_leaves_no_trace(
+def test_a_failed_call_does_not_change_the_answers_of_later_calls(
     llama: Llama,
     set_max_batch_size: Callable,
     where: str,
@@ -286,7 +286,7 @@ def test_a_failed_call_leaves_no_trace(
     for call, nth in ((batch, 3), (stream, 1), (stream, 2)):
         cache = llama.engine.forward().cache
         cache.prefix_tokens = None
-        cache.data.zero_()  # so that keys and values of earlier calls cannot hide a fault
+        cache.data.zero_()  # erases keys and values of earlier calls, which could hide a fault
         if where == "consumer":
             with pytest.raises(Fault):
                 for _ in llama.text_completion_stream("Once upon a time", 0, max_gen_len=12, reuse=True):
@@ -299,7 +299,7 @@ def test_a_failed_call_leaves_no_trace(
                 "choice": (decode_state, "sample"),
                 "text": (llama.tokenizer.sp_model, "is_byte"),
             }[where]
-            nth = {"prefill": 1, "a layer": 2 * nth - 1}.get(where, nth)  # a forward runs two layers
+            nth = {"prefill": 1, "a layer": 2 * nth - 1}.get(where, nth)  # the model has two layers
             with monkeypatch.context() as patch:
                 patch.setattr(target, name, fail_on_call(getattr(target, name), nth))
                 with pytest.raises(Fault):

@@ -1,4 +1,4 @@
-"""Check the estimate of memory against the memory that real models take, and the advice that an error about memory gives."""
+"""The estimated memory agrees with the memory that models take, and an error about too little memory gives useful advice."""
 
 import re
 from dataclasses import replace
@@ -18,7 +18,7 @@ from .counting import count_forward_tokens
 from .support import assert_raises
 
 SEVEN_B = ModelArgs(vocab_size=32000, max_seq_len=4096, max_batch_size=8)
-CODE = replace(SEVEN_B, vocab_size=32016)  # cannot be divided among 32 ranks
+CODE = replace(SEVEN_B, vocab_size=32016)  # this vocabulary cannot be divided among 32 ranks
 HALF = replace(SEVEN_B, max_seq_len=2048)
 SHORT = replace(SEVEN_B, max_seq_len=16)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -88,7 +88,7 @@ def test_each_change_that_the_error_advises_fits_and_nothing_larger_fits(
 
 
 def test_the_error_advises_nothing_that_would_raise_another_error() -> None:
-    """Formats without a kernel on the device, and numbers of ranks that do not divide the model, are not advised."""
+    """The error must not advise a format without a kernel for the device, or ranks that cannot divide the model."""
     for device, dtype in (("mps", BF16), ("cuda", torch.float16)):
         with pytest.raises(DeviceError, match=r"does not fit on \w+: .* take 13.48 GB") as caught:
             estimate.check_memory(SHORT, 1, dtype, torch.device(device), 6 * 10**9)
@@ -96,7 +96,7 @@ def test_the_error_advises_nothing_that_would_raise_another_error() -> None:
     with pytest.raises(DeviceError, match="2 ranks") as caught:
         estimate.check_memory(SHORT, 1, BF16, torch.device("cpu"), 4 * 10**9, "int4")
     assert "int4" in str(caught.value)
-    huge = ModelArgs(dim=2**30, n_heads=2**29, vocab_size=2**30)  # returns soon: not every number of ranks is tried
+    huge = ModelArgs(dim=2**30, n_heads=2**29, vocab_size=2**30)  # must be quick, not try all numbers of ranks
     with pytest.raises(DeviceError, match="No single change of"):
         estimate.check_memory(huge, 1, BF16, torch.device("cpu"), 10**9)
 
@@ -118,7 +118,7 @@ def test_the_estimated_bytes_of_weights_and_kv_cache_are_those_of_a_real_model(
 
 
 def test_no_forward_has_more_tokens_than_the_estimate_assumes(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scored sequence is computed in one forward, a prompt in chunks."""
+    """Scoring computes a sequence in one forward pass. Generation computes a prompt in chunks."""
     monkeypatch.setattr(tuning, "PREFILL_CHUNK", 16)
     with count_forward_tokens() as token_counts:
         llama.engine.score([[1] * 10] * 3 + [[1] * 64, [1] * 4], [1] * 5, [""] * 5)
@@ -132,12 +132,12 @@ def test_no_forward_has_more_tokens_than_the_estimate_assumes(llama: Llama, monk
 def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read(
     small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the system does not report its free memory, `build` goes on."""
+    """If the system does not report its free memory, `build` continues without a check."""
 
     def build() -> Llama:
         return Llama.build(small.folder, small.tokenizer_path, 64, 4, device="cpu")
 
-    # A position takes 512 bytes of the KV cache: keys and values, 2 layers, 4 heads, 8 values each, 4 bytes per value.
+    # A position of the KV cache takes 512 bytes: keys and values, 2 layers, 4 heads, 8 values per head, 4 bytes per value.
     working = estimate.activation_bytes(ModelArgs(**{**small.params, "vocab_size": 384}), 1, torch.float32)
     monkeypatch.setattr(free_memory, "free_memory", lambda _: 591_500 + 2 * 64 * 512 + working)
     with monkeypatch.context() as patch:

@@ -77,7 +77,7 @@ def test_the_tokenizer_is_found_in_the_model_folder_or_its_parent(
     folder.mkdir()
     with pytest.raises(InputError, match="in it or beside it; give tokenizer_path"):
         resolve_model_paths(str(folder))
-    for parent in (tmp_path, folder):  # download.sh writes it to the parent folder
+    for parent in (tmp_path, folder):  # download.sh writes the tokenizer to the parent folder
         shutil.copy(small.tokenizer_path, parent / "tokenizer.model")
         assert resolve_model_paths(str(folder)) == (str(folder), str(parent / "tokenizer.model"))
     (folder / "tokenizer.model").unlink()

@@ -1,4 +1,4 @@
-"""Killed and failing ranks, deleted files, full disks and signals end the program soon, with the cause, and leave nothing."""
+"""After a killed rank, a deleted file, a full disk or a signal, the program soon ends, names the cause and cleans up."""
 
 import contextlib
 import os
@@ -43,7 +43,7 @@ needs_proc = pytest.mark.skipif(
 
 @pytest.fixture
 def doomed(small: SimpleNamespace, tmp_path: Path) -> Path:
-    """Write a copy of the small model in two shards, which the test may destroy."""
+    """Write the small model in two shards; return the folder. The test may destroy the files."""
     return write_shards(tmp_path / "doomed", small.params, small.weights, 2)
 
 
@@ -52,7 +52,7 @@ def start_worker(small: SimpleNamespace, doomed: Path, ranks: int, rank: int, *f
 
 
 def first_answer(small: SimpleNamespace) -> str:
-    """Return what rank 0 of the worker prints before the first fault."""
+    """Return the text that rank 0 of the worker prints before the first fault."""
     llama = Llama.build(small.folder, small.tokenizer_path, 64, 2, device="cpu")
     return f"{llama.generate([[1, 5, 9]], 40, temperature=0)[0]}\n"
 
@@ -102,7 +102,7 @@ def test_an_error_on_one_rank_raises_on_all_ranks_even_if_that_rank_catches_it(s
 
 @needs_proc
 def test_rank_0_raises_the_error_of_rank_1_at_once(small: SimpleNamespace, doomed: Path) -> None:
-    """Rank 1 fails while scoring or starting, or is interrupted, catches the error, and sleeps instead of ending."""
+    """Rank 1 fails while scoring or starting, or is interrupted. It catches the error and sleeps instead of ending."""
 
     def watch(fault: str, running: Job) -> None:
         running.sees(f"now: {fault}")
@@ -131,7 +131,7 @@ def test_nan_on_one_rank_raises_on_all_ranks(small: SimpleNamespace, doomed: Pat
 
 @pytest.fixture(scope="module")
 def endless_flags(small: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> tuple:
-    """Return flags for a small model that never generates EOS, and so generates to the end of the context."""
+    """Write a small model that never generates EOS, so that its answers fill the context; return command-line flags for it."""
     output = small.weights["output.weight"].clone()
     output[:259] = 0
     folder = write_shards(tmp_path_factory.mktemp("endless"), small.params, small.weights | {"output.weight": output})
@@ -148,17 +148,17 @@ def test_a_signal_to_torchrun_ends_all_ranks_and_keeps_the_output_so_far(endless
         running.process.send_signal(number)
         print(f"{number.name} to torchrun: all ended after {running.ends():.1f} s")
         assert running.process.returncode not in (0, None) and number.name in running.stderr
-        assert not re.search(r"llama/\w+\.py", running.stderr)  # part of a traceback
+        assert not re.search(r"llama/\w+\.py", running.stderr)  # finds the file paths in a traceback
         assert running.stdout.startswith("the lazy dog\n> ")
 
     command = *TORCHRUN, 2, "-m", "llama", "complete", *endless_flags, "the lazy dog"
     watch_all(watch, {number: Job(tmp_path, *command) for number in TERMINATION_SIGNALS})
 
 
-def test_an_error_on_another_rank_than_0_is_printed(
+def test_an_error_on_a_rank_other_than_0_is_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The rank waits before it prints: if rank 0 has the same error, torchrun ends the rank in the meantime."""
+    """Rank 1 waits before it prints an error. If rank 0 has the same error, torchrun ends rank 1 during the wait."""
     waits: list[float] = []
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(time, "sleep", waits.append)
@@ -200,7 +200,7 @@ def test_sigterm_to_a_chat_restores_the_terminal(endless_flags: tuple) -> None:
         person.sees("\n> ")
         person.types("never sent")
         person.sees("never sent")
-        time.sleep(0.3)  # readline must be waiting for a key: while it handles one, it delays signals
+        time.sleep(0.3)  # lets readline finish: while it handles a key, it delays signals
         person.process.terminate()
         assert person.waits_for_the_end() == 128 + signal.SIGTERM
         assert person.settings() == settings and "Traceback" not in person.unread
@@ -213,7 +213,7 @@ def test_a_file_that_changes_while_it_is_read_raises(
 ) -> None:
     """Change the shard, or the saved file of a quantized model, after the first weight is read."""
     path = packed_file.save_packed_file(doomed, quantize) if quantize else doomed / "consolidated.01.pth"
-    os.utime(path, (1, 1))  # an old time, because file systems have coarse clocks
+    os.utime(path, (1, 1))  # an old modification time: even a coarse clock then shows a change
     make_parameters, calls = packed_weight.make_parameters, []
 
     def make_then_change(weight: Any, *args: Any) -> Any:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch warns ab
 
 
 @pytest.mark.parametrize("target", CASES)
-def test_hostile_input_ends_in_an_error_of_ours_or_a_correct_answer(target: str) -> None:
+def test_hostile_input_ends_in_a_llama_error_or_a_correct_answer(target: str) -> None:
     @settings(
         max_examples=N_CASES[target], derandomize=True, database=None, deadline=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),

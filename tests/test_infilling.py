@@ -24,7 +24,7 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 def test_text_infilling_generates_from_code_llamas_prompt_format(code: SimpleNamespace) -> None:
-    """Call it with the arguments of Code Llama's example, and compare with `generate` on prompts built by hand."""
+    """Call `text_infilling` as Code Llama's example does, and compare with `generate` on prompts built by hand."""
     generator = Llama.build(ckpt_dir=str(code.folder), tokenizer_path=str(code.tokenizer), max_seq_len=192, max_batch_size=4)
     prefixes, suffixes = zip(*(prompt.split("<FILL>") for prompt in PROMPTS), strict=True)
     results = generator.text_infilling(prefixes=prefixes, suffixes=suffixes, max_gen_len=8, temperature=0.0, top_p=0.9)

@@ -67,7 +67,7 @@ def test_build_refuses_bad_arguments_before_it_reads_a_file(
 def test_rank_and_world_size_without_a_master_address_are_refused(
     monkeypatch: pytest.MonkeyPatch, small: SimpleNamespace
 ) -> None:
-    """Some batch systems set RANK and WORLD_SIZE, but neither MASTER_ADDR nor MASTER_PORT."""
+    """Set RANK and WORLD_SIZE, but neither MASTER_ADDR nor MASTER_PORT, as some batch systems do."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
@@ -94,7 +94,7 @@ TOKENS, LISTS = "tokens are whole numbers from 0 to 383", "a list of lists of to
     ids=lambda value: f"{value!r:.30}" if not isinstance(value, tuple) else "",
 )
 def test_generate_refuses_bad_prompts(idle: Llama, prompts: Any, parts: tuple) -> None:
-    """`generate_stream` raises at the call, not at the first token."""
+    """Raise at the call, also from `generate_stream`, which must not wait for the first token."""
     assert_raises(lambda: idle.generate(prompts, 4, temperature=0), InputError, *parts)
     assert_raises(lambda: idle.generate_stream(prompts, 4, temperature=0), InputError, *parts)
 
@@ -133,7 +133,7 @@ def test_flags_must_be_true_or_false(idle: Llama, small: SimpleNamespace, value:
 
 
 def test_errors_shorten_values_whose_full_text_would_be_endless(idle: Llama) -> None:
-    """Nest lists 40 deep, each containing the previous list three times: written out, it would be 3 ** 40 lists."""
+    """Nest lists 40 deep, each containing the previous list three times, so that the full text would show 3 ** 40 lists."""
     nested: Any = []
     for _ in range(40):
         nested = [nested, nested, nested]
@@ -154,7 +154,7 @@ def test_errors_shorten_values_whose_full_text_would_be_endless(idle: Llama) -> 
 
 
 def test_a_temperature_close_to_zero_takes_the_likeliest_token(llama: Llama) -> None:
-    """Logits divided by such a temperature overflow to infinity, and their softmax would be NaN."""
+    """Use a temperature so small that logits divided by it overflow to infinity, where the softmax would be NaN."""
     greedy = llama.generate([[1, 5], [1, 9]], 6, temperature=0)
     assert llama.generate([[1, 5], [1, 9]], 6, temperature=1e-40) == greedy
     assert llama.generate([[1, 5], [1, 9]], 6, temperature=1e-300) == greedy
@@ -219,7 +219,7 @@ ORDER = "then 'user' and 'assistant' in turn"
     ids=lambda value: f"{value!r:.40}" if not isinstance(value, tuple) else "",
 )
 def test_chat_completion_refuses_bad_dialogs(idle: Llama, dialog: Any, parts: tuple) -> None:
-    """The error names the dialog by its index, even after a dialog with a special tag, which is never encoded."""
+    """Check that the error names the dialog by its index, even after a dialog with a special tag, which is never encoded."""
     assert_raises(lambda: idle.chat_completion([[message("user", "[INST]")], [USER], dialog]), InputError, "dialog 2", *parts)
 
 
@@ -301,7 +301,7 @@ print("optimized" if sys.flags.optimize and not __debug__ else "not optimized", 
 
 
 def test_bad_input_is_refused_under_python_dash_o(small: SimpleNamespace, tmp_path: Path) -> None:
-    """`python -O` removes assert statements, so no check may be one."""
+    """Run bad calls under `python -O`, which removes assert statements: no check of an argument may be an assert statement."""
     folder = write_shards(tmp_path / "model", small.params, small.weights)
     truncated = write_shards(folder / "truncated", small.params, small.weights) / "consolidated.00.pth"
     truncated.write_bytes(truncated.read_bytes()[:1000])

@@ -57,7 +57,9 @@ def test_onednn_multiplies_by_the_weight_and_gives_it_back_unchanged(n: int) -> 
     weight, x = torch.randn(1100, 320).bfloat16(), torch.randn(n, 320).bfloat16()
     kernel = onednn.OneDnnLinear(weight)
     exact = x.double() @ weight.double().T
-    torch.testing.assert_close(kernel(x).double(), exact, atol=0.02, rtol=2**-8)  # rounding to bfloat16, and of the sum
+    torch.testing.assert_close(
+        kernel(x).double(), exact, atol=0.02, rtol=2**-8
+    )  # errors of rounding to bfloat16 and of the sum
     assert torch.equal(kernel.dequantize(), weight)
 
 
@@ -82,7 +84,7 @@ def test_a_pickled_packed_weight_is_unpacked_on_a_machine_without_its_kernel(
 
 @packs
 def test_gradients_flow_through_a_packed_weight_to_its_input() -> None:
-    """Soft prompts and adapters are trained this way."""
+    """Compute the gradient of a packed product's input, which training of soft prompts and adapters needs."""
     weight, x = torch.randn(1100, 320).bfloat16(), torch.randn(2, 320).bfloat16().requires_grad_()
     kernel = packing.pack_weight(weight)
     first, second = packed_weight.make_parameters(weight, [640, 460], 320, weight.dtype, weight.device)
@@ -93,7 +95,7 @@ def test_gradients_flow_through_a_packed_weight_to_its_input() -> None:
 
 
 def test_weights_of_float32_or_float16_and_small_weights_are_not_packed() -> None:
-    """Packing as bfloat16 would lose precision; small weights are faster unpacked."""
+    """Leave weights unpacked if packing as bfloat16 would lose precision, or if they are so small that packing is slower."""
     assert packing.pack_weight(torch.randn(1100, 320)) is None
     assert packing.pack_weight(torch.randn(1100, 320).half()) is None
     assert packing.pack_weight(torch.randn(64, 320).bfloat16()) is None
@@ -122,7 +124,10 @@ def test_16_bit_products_on_a_cpu_without_such_instructions_are_exact_up_to_roun
     weight, x = torch.randn(1100, 320).to(dtype), torch.randn(n, 320).to(dtype)
     assert packing.pack_weight(weight) is None
     before, exact = torch.get_num_threads(), x.double() @ weight.double().T
-    rounds_sums = dtype == torch.bfloat16 and platform.machine() in ("aarch64", "arm64")  # Arm's bfloat16 instructions do
+    rounds_sums = dtype == torch.bfloat16 and platform.machine() in (
+        "aarch64",
+        "arm64",
+    )  # Arm's bfloat16 instructions round sums
     atol = 0.5 if rounds_sums else 1e-4
     try:
         for threads in (1, 2, 3):  # threads divide a piece among themselves
@@ -155,7 +160,7 @@ def test_16_bit_products_on_a_cpu_without_such_instructions_are_exact_up_to_roun
 def test_copies_of_x_for_several_threads_stay_within_their_memory_limit(
     dtype: torch.dtype, copies: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In 16 bits oneDNN copies x for each part of a piece; in float32 it copies nothing, so the limit does not apply."""
+    """Count the parts of a piece: in 16 bits oneDNN copies x for each part, in float32 it copies nothing and has no limit."""
     x, weight, n_parts = torch.randn(40, 64).to(dtype), torch.randn(64 * 7, 64).to(dtype), []
     monkeypatch.setattr(tuning, "MAX_COPY_BYTES", copies * x.nbytes)
     monkeypatch.setattr(tuning, "PIECE_BYTES", 64 * 64 * dtype.itemsize)
@@ -209,14 +214,16 @@ from llama import tuning
 from llama.kernels import half_precision, int4, packing
 from llama.quantization.quantize import quantize
 assert torch.backends.cpu.get_cpu_capability() == "AVX2"
-native = half_precision.is_native
-assert not native(torch.bfloat16) and not native(torch.float16) and native(torch.float32)
-assert packing.pack_weight(torch.randn(1100, 320).bfloat16()) is None and int4._half_block_outputs() == 16
+is_native = half_precision.is_native
+assert not is_native(torch.bfloat16) and not is_native(torch.float16) and is_native(torch.float32)
+assert packing.pack_weight(torch.randn(1100, 320).bfloat16()) is None
 int8_kernel = packing.pack_weight(quantize(torch.full((64, 64), 1.0), "int8"))  # oneDNN alone would overflow 16-bit sums here
 torch.testing.assert_close(int8_kernel(torch.ones(4, 64)), torch.full((4, 64), 64.0), atol=1, rtol=0)
 kernel = int4.Int4CpuLinear(quantize(torch.randn(200, 192).bfloat16(), "int4"))
-x = torch.randn(tuning.INT4_CPU_MAX_ROWS + 1, 192).bfloat16()
+x, linear_in_pieces, n_unpacked = torch.randn(tuning.INT4_CPU_MAX_ROWS + 1, 192).bfloat16(), half_precision.linear_in_pieces, []
+half_precision.linear_in_pieces = lambda x, *rest: (n_unpacked.append(len(x)), linear_in_pieces(x, *rest))[1]
 torch.testing.assert_close(kernel(x), torch.cat([kernel(x[:50]), kernel(x[50:])]), atol=0.05, rtol=0.02)
+assert n_unpacked == [len(x)]  # PyTorch's packed int4 format for AVX2 is known
 """
 
 
@@ -303,7 +310,7 @@ def test_state_dict_has_metas_names_and_loads_into_another_model() -> None:
 def test_weights_that_multiply_the_same_input_share_one_kernel(
     small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str | None
 ) -> None:
-    """The shared kernel's output is the outputs of wq, wk and wv side by side. A replaced weight ends the sharing."""
+    """Compare a shared kernel's output with the outputs of its weights side by side. A replaced weight ends the sharing."""
     monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)
     weights = {name: w.bfloat16() for name, w in small.weights.items()}
     folder = write_shards(tmp_path, small.params, weights)

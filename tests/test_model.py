@@ -57,7 +57,7 @@ def test_a_model_of_one_layer_computes_its_formula(tokens: torch.Tensor) -> None
 def test_a_sequence_fed_in_parts_gives_the_logits_of_the_whole(
     reference: Transformer, tokens: torch.Tensor, lengths: list[int]
 ) -> None:
-    """The KV cache stands in for the tokens of earlier calls."""
+    """Feed a sequence in several calls, whose earlier tokens are in the KV cache."""
     want, logits, start = reference.forward(tokens, 0), [], 0
     for n in lengths:
         logits.append(reference.forward(tokens[:, start : start + n], start))
@@ -91,7 +91,8 @@ def test_rows_at_different_positions_in_one_forward_give_the_references_logits(
 def test_the_last_layer_computes_only_the_tokens_that_need_logits(
     small: SimpleNamespace, tokens: torch.Tensor, dtype: torch.dtype, logits_indices: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All keys and values are written to the KV cache; the last feed-forward gets the tokens of `logits_indices` alone."""
+    """Check that all keys and values are written to the KV cache, and that the last feed-forward gets only the tokens of
+    `logits_indices`."""
     built = Llama.build(small.folder, small.tokenizer_path, 16, 3, device="cpu", dtype=dtype)
     batch, ragged = RaggedBatch.from_segments([(0, 0, 5), (1, 0, 4)]), torch.cat([tokens[0, :5], tokens[1, :4]])
     hidden: list[torch.Tensor] = []
@@ -139,7 +140,7 @@ def test_forward_refuses_tokens_and_positions_out_of_range(llama: Llama) -> None
 
 
 def test_a_model_without_checkpoint_and_process_groups_can_be_trained() -> None:
-    """Every weight gets a gradient, and the loss falls."""
+    """Train a small model: every weight gets a gradient, and the loss falls."""
     torch.manual_seed(0)
     args = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=40, multiple_of=8, max_batch_size=2, max_seq_len=8)
     model, tokens = Transformer(args).requires_grad_(), torch.randint(0, 40, (2, 8))
@@ -182,7 +183,7 @@ def test_rms_norm_computes_its_formula() -> None:
 def test_rotary_embedding_rotates_adjacent_pairs_of_values() -> None:
     freqs = precompute_freqs_cis(8, 10, theta=100.0)
     assert freqs.shape == (10, 4) and freqs.dtype == torch.complex64
-    angle = 3 * 100.0 ** (-2 / 8)  # position 3, pair 1
+    angle = 3 * 100.0 ** (-2 / 8)  # of pair 1 at position 3
     assert freqs[3, 1].real.item() == pytest.approx(torch.tensor(angle).cos().item(), abs=1e-6)
     xq, xk = torch.randn(2, 10, 4, 8), torch.randn(2, 10, 2, 8)
     q, k = apply_rotary_emb(xq, xk, freqs)
@@ -251,7 +252,7 @@ def test_the_engines_norm_equals_the_models_norm(dtype: torch.dtype) -> None:
 def test_rope_theta_and_norm_eps_of_params_json_are_used(
     tmp_path: Path, small: SimpleNamespace, reference: Transformer, tokens: torch.Tensor
 ) -> None:
-    """Code Llama has another rope_theta than the default. With the default values the logits would differ."""
+    """Build a model with a rope_theta and norm_eps that are not the defaults, as Code Llama's, and check that both matter."""
     params = {**small.params, "rope_theta": 100.0, "norm_eps": 0.05}
     built = Llama.build(write_shards(tmp_path, params, small.weights), small.tokenizer_path, 64, 3, device="cpu")
     assert built.model.norm.eps == 0.05 and torch.equal(built.model.freqs_cis, precompute_freqs_cis(8, 128, 100.0))

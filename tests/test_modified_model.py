@@ -50,7 +50,7 @@ def greedy(llama: Llama) -> list[list[int]]:
 
 
 def agrees_with_forward(llama: Llama, answers: list[list[int]]) -> bool:
-    """Return True if each token's logit is within a tolerance of the largest one, calling `model.forward` as Meta's loop does."""
+    """Return True if each token's logit is close to the largest one, calling `model.forward` as Meta's loop does."""
     tolerance = 0.05 if next(llama.model.parameters()).dtype == torch.float32 else 0.15
     rows = [prompt + answer for prompt, answer in zip(PROMPTS, answers, strict=True)]
     tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
@@ -265,7 +265,7 @@ def test_hooks_get_whole_batches_and_a_message_is_printed_once(built: Llama, cap
 
 
 def test_a_hook_may_ban_tokens_with_logits_of_minus_infinity(built: Llama) -> None:
-    """Logits that are NaN or +inf still raise an error."""
+    """Ban every second token. Check that logits of NaN and of +inf still raise an error."""
 
     def ban(module: nn.Module, args: Any, y: torch.Tensor) -> torch.Tensor:
         y = y.clone()
@@ -289,7 +289,7 @@ def test_a_hook_may_ban_tokens_with_logits_of_minus_infinity(built: Llama) -> No
 
 
 def test_callers_may_replace_generate_the_tokenizer_and_the_sampler(built: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each call looks up `generate`, `tokenizer` and `sample_top_p` anew."""
+    """Replace `generate`, `tokenizer` and `sample_top_p`, which each call looks up anew."""
     options_of_calls: list[dict[str, Any]] = []
 
     class RecordingLlama(Llama):
@@ -371,7 +371,7 @@ def test_max_seq_len_and_eos_id_are_read_anew_at_each_call(built: Llama) -> None
 
 @pytest.mark.parametrize("form", ["packed", "int8"], indirect=True)
 def test_a_packed_weight_raises_for_operations_that_need_plain_memory(built: Llama) -> None:
-    """The error names the way out: backend="eager" keeps plain tensors."""
+    """Check that the error names the way out: backend="eager", which keeps plain tensors."""
     weight = built.model.layers[0].attention.wq.weight
     assert isinstance(weight, PackedWeight) and isinstance(weight, nn.Parameter)
     for use in (
@@ -386,7 +386,7 @@ def test_a_packed_weight_raises_for_operations_that_need_plain_memory(built: Lla
 
 
 def test_packed_weights_do_not_import_sympy(small: SimpleNamespace) -> None:
-    """PyTorch's distributed tensors import sympy, which takes 40 MB and most of a second at each start."""
+    """Avoid sympy, which PyTorch's distributed tensors import: it takes 40 MB and most of a second at each start."""
     code = (
         f"import sys; from llama import Llama; paths = {str(small.folder)!r}, {str(small.tokenizer_path)!r}\n"
         "llama = Llama.build(*paths, 64, 2, device='cpu', quantize='int8'); llama.generate([[1, 5]], 2)\n"
@@ -397,7 +397,7 @@ def test_packed_weights_do_not_import_sympy(small: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("form", ["packed", "int8"], indirect=True)
 def test_an_edit_of_wk_leaves_wq_and_wv_unchanged(built: Llama) -> None:
-    """The weights wq, wk and wv are packed as one matrix."""
+    """Edit one of three weights that are packed as one matrix."""
     attention = built.model.layers[0].attention
     before = attention.wq.weight.clone(), attention.wv.weight.clone()
     attention.wk.weight.mul_(2)

@@ -16,7 +16,7 @@ PROMPTS = [[1, 5], [1, 9, 30], [1, 300]]
 
 @pytest.fixture(params=["synchronous", "asynchronous"])
 def any_llama(request: pytest.FixtureRequest, llama: Llama) -> Llama:
-    """Return the small model twice: the second time it starts each decode step before the previous step's tokens are read."""
+    """Return the small model; as "asynchronous" it starts each decode step before the previous step's tokens are read."""
     if request.param == "asynchronous":
         request.getfixturevalue("as_on_cuda")
     return llama
@@ -26,7 +26,7 @@ def set_embedding(llama: Llama, monkeypatch: pytest.MonkeyPatch, token: int, val
     """Put `value` into a token's embedding, so that a row's logits are not finite from that token on."""
     weight = llama.model.tok_embeddings.weight.detach().clone()
     weight[token, 3] = value
-    monkeypatch.setattr(llama.model.tok_embeddings, "weight", torch.nn.Parameter(weight, requires_grad=False))
+    monkeypatch.setitem(llama.model.tok_embeddings._parameters, "weight", torch.nn.Parameter(weight, requires_grad=False))
 
 
 def test_logits_of_a_prompt_that_are_not_finite_raise(any_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +44,7 @@ def test_logits_of_a_prompt_that_are_not_finite_raise(any_llama: Llama, monkeypa
 def test_logits_of_a_decode_step_that_are_not_finite_raise_after_the_tokens_before(
     any_llama: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next call gives correct answers, so no NaN is left in the KV cache."""
+    """Check that the stream yields all tokens before the error, and that the next call finds no NaN in the KV cache."""
     (want,), _ = any_llama.generate([[1, 5]], 8, temperature=0)
     index = next(i for i in range(2, 8) if want[i] not in want[:i] and want[i] not in (1, 5))
     with monkeypatch.context() as patch:
@@ -59,7 +59,7 @@ def test_logits_of_a_decode_step_that_are_not_finite_raise_after_the_tokens_befo
 def test_nan_in_a_finished_row_does_not_affect_the_next_prompt_in_that_row(
     any_llama: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first prompt's last token has a NaN embedding, and no token follows it. Its row of the KV cache then gets a new
+    """Give the first prompt's last new token a NaN embedding. The prompt's row of the KV cache then gets a new
     prompt, while another row goes on."""
     monkeypatch.setattr(any_llama.model.params, "max_batch_size", 2)
     prompts = short, longer, third = [1, 5], [1, 9, 30], [1, 7]
@@ -105,7 +105,7 @@ def test_one_nan_or_infinite_logit_raises_and_so_do_only_masked_logits(
 def test_a_token_with_a_logit_of_minus_infinity_is_never_generated_but_may_be_in_a_prompt(
     any_llama: Llama, monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
-    """Callers ban tokens by a logit of minus infinity, while other logits are finite."""
+    """Ban a token by a logit of minus infinity, while other logits are finite."""
     unmasked, _ = any_llama.generate(PROMPTS, 8, temperature, seed=1)
     banned = unmasked[0][0]
     set_logit(banned, float("-inf"), monkeypatch)
@@ -140,7 +140,7 @@ def test_the_error_advises_a_dtype_of_larger_range(
 
 
 def test_a_decode_step_started_after_eos_does_not_affect_later_calls(any_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With asynchronous steps, EOS is known only after the next step has started with EOS as its input."""
+    """Start a decode step whose input is EOS: an asynchronous step starts before the last step's token is known."""
     prompt = [1, 5, 9, 30, 8, 44, 45]
 
     def greedy(eos: int) -> list[int]:
@@ -186,7 +186,7 @@ def test_a_prompts_log_probability_that_is_not_finite_raises(llama: Llama, monke
 def test_nan_and_infinity_loaded_into_packed_weights_raise_at_the_next_call(
     small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, format: str | None
 ) -> None:
-    """A caller's `load_state_dict` does not check weights."""
+    """Load such weights with `load_state_dict`, which does not check them."""
     monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)
     llama = Llama.build(small.folder, small.tokenizer_path, 32, 1, device="cpu", dtype="bfloat16", quantize=format)
     weights = {name: weight.clone() for name, weight in llama.model.state_dict().items()}

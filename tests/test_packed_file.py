@@ -1,4 +1,4 @@
-"""Quantized weights in a file: as good as the shards they were made from, or refused."""
+"""Save weights into a packed file and load them: the same answers as from the shards, or an error."""
 
 import functools
 import itertools
@@ -25,9 +25,9 @@ from .support import assert_raises, no_extension, write_shards
 
 
 @pytest.fixture
-def kept(small: SimpleNamespace, tmp_path: Path) -> Path:
-    """A folder of two shards, and int4.safetensors."""
-    folder = write_shards(tmp_path / "kept", small.params, small.weights, 2)
+def int4_folder(small: SimpleNamespace, tmp_path: Path) -> Path:
+    """Write a folder with two shards and int4.safetensors."""
+    folder = write_shards(tmp_path / "int4", small.params, small.weights, 2)
     assert packed_file.save_packed_file(folder, "int4") == folder / "int4.safetensors"
     assert sorted(p.name for p in folder.iterdir()) == [
         "consolidated.00.pth", "consolidated.01.pth", "int4.safetensors", "params.json",
@@ -40,152 +40,161 @@ def build(folder: Path, small: SimpleNamespace, **options: Any) -> Llama:
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_a_saved_file_answers_as_the_shards_it_was_made_from(
-    kept: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, dtype: str | None
+def test_a_packed_file_gives_the_logits_of_its_shards_with_and_without_them(
+    int4_folder: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, dtype: str | None
 ) -> None:
+    """Check that the weights in the file are neither quantized nor packed again."""
     tokens = torch.arange(3, 63).view(2, 30)
     with monkeypatch.context() as patch:
-        for again in ("quantize", "pack_rows"):
-            patch.setattr(loading, again, lambda *_: pytest.fail("quantized or packed again"))
-        from_file = build(kept, small, dtype=dtype).model.forward(tokens, 0)
-        for shard in kept.glob("*.pth"):
+        for function in ("quantize", "pack_rows"):
+            patch.setattr(loading, function, lambda *_: pytest.fail("quantized or packed again"))
+        beside_shards = build(int4_folder, small, dtype=dtype).model.forward(tokens, 0)
+        for shard in int4_folder.glob("*.pth"):
             shard.rename(shard.with_suffix(".away"))
-        alone = build(kept, small, dtype=dtype).model.forward(tokens, 0)
+        without_shards = build(int4_folder, small, dtype=dtype).model.forward(tokens, 0)
     with pytest.raises(CheckpointError, match=r"it contains quantized weights: build with quantize='int4'"):
-        build(kept, small, quantize=None)
-    for away in kept.glob("*.away"):
+        build(int4_folder, small, quantize=None)
+    for away in int4_folder.glob("*.away"):
         away.rename(away.with_suffix(".pth"))
-    (kept / "int4.safetensors").unlink()
-    assert torch.equal(build(kept, small, dtype=dtype).model.forward(tokens, 0), from_file) and torch.equal(alone, from_file)
+    (int4_folder / "int4.safetensors").unlink()
+    from_shards = build(int4_folder, small, dtype=dtype).model.forward(tokens, 0)
+    assert torch.equal(from_shards, beside_shards) and torch.equal(from_shards, without_shards)
 
 
 @pytest.fixture
-def in_bfloat16(small: SimpleNamespace, tmp_path: Path) -> Path:
-    """A folder of two shards in bfloat16, and bfloat16.safetensors."""
+def bf16_folder(small: SimpleNamespace, tmp_path: Path) -> Path:
+    """Write a folder with two shards in bfloat16 and bfloat16.safetensors."""
     folder = write_shards(tmp_path / "m", small.params, {name: w.bfloat16() for name, w in small.weights.items()}, 2)
     packed_file.save_packed_file(folder, "bfloat16")
     return folder
 
 
-def test_weights_saved_as_they_are_make_the_same_model(in_bfloat16: Path, small: SimpleNamespace) -> None:
-    model = build(in_bfloat16, small, quantize=None).model
+def test_a_bfloat16_file_contains_exactly_the_stored_weights(bf16_folder: Path, small: SimpleNamespace) -> None:
+    model = build(bf16_folder, small, quantize=None).model
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, small.weights[name].bfloat16()), name
-    (in_bfloat16 / "bfloat16.safetensors").rename(in_bfloat16 / "away")
+    (bf16_folder / "bfloat16.safetensors").rename(bf16_folder / "away")
     tokens = torch.arange(3, 63).view(2, 30)
-    logits = build(in_bfloat16, small, quantize=None).model.forward(tokens, 0)
+    logits = build(bf16_folder, small, quantize=None).model.forward(tokens, 0)
     torch.testing.assert_close(model.forward(tokens, 0), logits, atol=0.05, rtol=0.05)
 
 
-def test_weights_saved_as_they_are_serve_any_dtype_where_there_are_no_shards(in_bfloat16: Path, small: SimpleNamespace) -> None:
-    for shard in in_bfloat16.glob("*.pth"):
+def test_a_bfloat16_file_without_shards_can_be_built_in_any_dtype_but_not_quantized(
+    bf16_folder: Path, small: SimpleNamespace
+) -> None:
+    for shard in bf16_folder.glob("*.pth"):
         shard.unlink()
-    weight = build(in_bfloat16, small, quantize=None, dtype="float32").model.layers[1].feed_forward.w2.weight
+    weight = build(bf16_folder, small, quantize=None, dtype="float32").model.layers[1].feed_forward.w2.weight
     assert torch.equal(weight, small.weights["layers.1.feed_forward.w2.weight"].bfloat16().float())
     with pytest.raises(CheckpointError, match=r"in bfloat16: build without quantize"):
-        build(in_bfloat16, small)
+        build(bf16_folder, small)
 
 
-def test_a_bfloat16_file_is_not_read_for_float32(in_bfloat16: Path, small: SimpleNamespace) -> None:
-    """The file is damaged, so that reading it would raise."""
-    (in_bfloat16 / "bfloat16.safetensors").write_bytes(b"damaged")
-    build(in_bfloat16, small, quantize=None, dtype="float32")
+def test_a_bfloat16_file_beside_shards_is_not_read_for_float32(bf16_folder: Path, small: SimpleNamespace) -> None:
+    """Damage the file, so that reading it raises."""
+    (bf16_folder / "bfloat16.safetensors").write_bytes(b"damaged")
+    build(bf16_folder, small, quantize=None, dtype="float32")
     with pytest.raises(CheckpointError, match=r"bfloat16.safetensors: cut off, damaged"):
-        build(in_bfloat16, small, quantize=None)
+        build(bf16_folder, small, quantize=None)
 
 
-def test_weights_of_more_digits_are_not_saved_in_bfloat16(small: SimpleNamespace, tmp_path: Path) -> None:
+def test_saving_float32_weights_as_bfloat16_is_refused(small: SimpleNamespace, tmp_path: Path) -> None:
     folder = write_shards(tmp_path, small.params, small.weights)
     assert_raises(lambda: packed_file.save_packed_file(folder, "bfloat16"), InputError, "stored as torch.float32")
-    one = {name: w if name == "output.weight" else w.bfloat16() for name, w in small.weights.items()}
-    folder = write_shards(tmp_path / "one", small.params, one)
-    assert_raises(lambda: packed_file.save_packed_file(folder, "bfloat16"), InputError, "output.weight is stored as torch.float32")
+    only_output = {name: w if name == "output.weight" else w.bfloat16() for name, w in small.weights.items()}
+    folder = write_shards(tmp_path / "only_output", small.params, only_output)
+    assert_raises(
+        lambda: packed_file.save_packed_file(folder, "bfloat16"), InputError, "output.weight is stored as torch.float32"
+    )
 
 
-def test_a_bfloat16_file_that_holds_nan_is_refused(in_bfloat16: Path, small: SimpleNamespace) -> None:
-    path = in_bfloat16 / "bfloat16.safetensors"
+def test_a_bfloat16_file_with_nan_is_refused(bf16_folder: Path, small: SimpleNamespace) -> None:
+    path = bf16_folder / "bfloat16.safetensors"
     data = bytearray(path.read_bytes())
     length = int.from_bytes(data[:8], "little")
     first = 8 + length + json.loads(data[8 : 8 + length])["layers.1.attention.wo.weight"]["data_offsets"][0]
     data[first : first + 2] = b"\xff\xff"
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"layers.1.attention.wo.weight contains NaN"):
-        build(in_bfloat16, small, quantize=None)
+        build(bf16_folder, small, quantize=None)
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_weights_stored_in_any_order_and_of_several_dtypes_are_quantized(
+def test_weights_stored_transposed_or_in_several_dtypes_are_quantized_correctly(
     small: SimpleNamespace, tmp_path: Path, quantize: str
 ) -> None:
-    """Transposed in the file, or wq in another dtype than wk: C is given rows of one dtype, side by side."""
+    """Store weights that are not the contiguous rows of one dtype that the C code needs to pack wq, wk and wv together."""
     weights = {name: w.bfloat16() for name, w in small.weights.items()}
-    plain = build(write_shards(tmp_path / "plain", small.params, weights), small, quantize=quantize)
-    odd = write_shards(tmp_path / "odd", small.params, weights)
-    stored = torch.load(odd / "consolidated.00.pth")
+    expected = build(write_shards(tmp_path / "contiguous", small.params, weights), small, quantize=quantize)
+    transposed = write_shards(tmp_path / "transposed", small.params, weights)
+    stored = torch.load(transposed / "consolidated.00.pth")
     for name in ("layers.0.attention.wo.weight", "layers.1.feed_forward.w1.weight"):
         stored[name] = stored[name].t().contiguous().t()
     stored["layers.0.attention.wq.weight"] = stored["layers.0.attention.wq.weight"].float()
-    torch.save(stored, odd / "consolidated.00.pth")
-    for folder in (odd, packed_file.save_packed_file(odd, quantize).parent):
+    torch.save(stored, transposed / "consolidated.00.pth")
+    for folder in (transposed, packed_file.save_packed_file(transposed, quantize).parent):
         tokens = torch.arange(3, 33).view(1, 30)
-        assert torch.equal(build(folder, small, quantize=quantize).model.forward(tokens, 0), plain.model.forward(tokens, 0))
+        assert torch.equal(build(folder, small, quantize=quantize).model.forward(tokens, 0), expected.model.forward(tokens, 0))
 
 
-@pytest.mark.parametrize("kind", packed_file.PACKED_FORMATS)
-def test_the_file_is_the_same_without_compiled_code(in_bfloat16: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    file = in_bfloat16 / f"{kind}.safetensors"
-    packed_file.save_packed_file(in_bfloat16, kind)
-    compiled = file.read_bytes()
+@pytest.mark.parametrize("format", packed_file.PACKED_FORMATS)
+def test_the_file_is_identical_without_compiled_code(bf16_folder: Path, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
+    file = bf16_folder / f"{format}.safetensors"
+    packed_file.save_packed_file(bf16_folder, format)
+    from_compiled_code = file.read_bytes()
     monkeypatch.setattr(pack, "status", no_extension)
-    packed_file.save_packed_file(in_bfloat16, kind)
-    assert file.read_bytes() == compiled
+    packed_file.save_packed_file(bf16_folder, format)
+    assert file.read_bytes() == from_compiled_code
 
 
-@pytest.mark.parametrize("kind", packed_file.PACKED_FORMATS)
-def test_a_file_is_taken_apart_where_no_kernel_reads_blocks(
-    in_bfloat16: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, kind: str
+@pytest.mark.parametrize("format", packed_file.PACKED_FORMATS)
+def test_a_packed_file_is_unpacked_where_no_kernel_reads_its_blocks(
+    bf16_folder: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
-    packed_file.save_packed_file(in_bfloat16, kind)
-    asked = None if kind == "bfloat16" else kind
-    weights = build(in_bfloat16, small, quantize=asked).model.state_dict()
+    packed_file.save_packed_file(bf16_folder, format)
+    quantize = None if format == "bfloat16" else format
+    weights = build(bf16_folder, small, quantize=quantize).model.state_dict()
     for module in (loading, packing):
-        monkeypatch.setattr(module, "extension_for", lambda kind: None)
-    apart = build(in_bfloat16, small, quantize=asked).model
-    assert not any(isinstance(p, PackedWeight) and isinstance(p.shared.kernel, BlockedLinear) for p in apart.parameters())
-    for name, weight in apart.state_dict().items():
+        monkeypatch.setattr(module, "extension_for", lambda format: None)
+    unpacked = build(bf16_folder, small, quantize=quantize).model
+    assert not any(isinstance(p, PackedWeight) and isinstance(p.shared.kernel, BlockedLinear) for p in unpacked.parameters())
+    for name, weight in unpacked.state_dict().items():
         assert torch.equal(weight, weights[name]), name
 
 
-def test_the_file_is_one_that_others_can_read(kept: Path) -> None:
-    """safetensors: length, JSON, numbers without holes, each aligned."""
-    data = (kept / "int4.safetensors").read_bytes()
+def test_the_file_follows_the_safetensors_format(int4_folder: Path) -> None:
+    """Check the length and the JSON of the header, and that tensors follow each other without holes, aligned to 64 bytes."""
+    data = (int4_folder / "int4.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    about = header.pop("__metadata__")
-    assert about["kind"] == "int4" and len(about["source"]) == 64 and all(isinstance(v, str) for v in about.values())
+    metadata = header.pop("__metadata__")
+    assert metadata["kind"] == "int4" and len(metadata["source"]) == 64
+    assert all(isinstance(value, str) for value in metadata.values())
     spans = sorted(tuple(entry["data_offsets"]) for entry in header.values())
     assert spans[0][0] == 0 and spans[-1][1] == len(data) - 8 - length
     assert all(a[1] == b[0] for a, b in itertools.pairwise(spans)) and (8 + length) % 64 == 0
 
 
-def test_a_shard_beside_it_that_is_no_zip_any_more(kept: Path, small: SimpleNamespace) -> None:
-    shard = kept / "consolidated.01.pth"
-    whole = shard.read_bytes()
-    for damaged in (whole[:-30], whole.replace(b"data.pkl", b"data\xff\xff\xff\xff"), b"PK\5\6" * 20):
+def test_a_damaged_shard_beside_the_file_is_refused(int4_folder: Path, small: SimpleNamespace) -> None:
+    shard = int4_folder / "consolidated.01.pth"
+    content = shard.read_bytes()
+    for damaged in (content[:-30], content.replace(b"data.pkl", b"data\xff\xff\xff\xff"), b"PK\5\6" * 20):
         shard.unlink()
         shard.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"consolidated.01.pth: damaged, or no PyTorch checkpoint"):
-            build(kept, small)
+            build(int4_folder, small)
 
 
-def test_a_file_made_from_other_weights_is_refused(kept: Path, small: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_file_made_from_other_weights_or_another_model_is_refused(
+    int4_folder: Path, small: SimpleNamespace, tmp_path: Path
+) -> None:
     other = {name: w.clone() for name, w in small.weights.items()}
     other["layers.1.feed_forward.w2.weight"][0, 0] += 1
     folder = write_shards(tmp_path / "other", small.params, other, 2)
-    (folder / "int4.safetensors").write_bytes((kept / "int4.safetensors").read_bytes())
+    (folder / "int4.safetensors").write_bytes((int4_folder / "int4.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=r"int4.safetensors: made from other weights than the shards beside it"):
         build(folder, small)
-    build(folder, small, quantize="int8")  # which has no file: from the shards
+    build(folder, small, quantize="int8")  # there is no int8 file, so the shards are read
     for shard in folder.glob("*.pth"):
         shard.unlink()
     (folder / "params.json").write_text(json.dumps(small.params | {"n_layers": 1}))
@@ -195,15 +204,15 @@ def test_a_file_made_from_other_weights_is_refused(kept: Path, small: SimpleName
 
 @pytest.mark.parametrize(
     "damage",
-    ["cut", "empty", "header", "about", "kind", "offsets", "overlap", "dtype", "missing", "nan", "zeros", "other", "deep"],
+    ["cut", "empty", "header", "metadata", "format", "offsets", "overlap", "dtype", "missing", "nan", "zeros", "extra", "deep"],
 )
-def test_a_damaged_file_is_refused(kept: Path, small: SimpleNamespace, damage: str) -> None:
-    path = kept / "int4.safetensors"
+def test_a_damaged_packed_file_is_refused(int4_folder: Path, small: SimpleNamespace, damage: str) -> None:
+    path = int4_folder / "int4.safetensors"
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header, rest = json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
     name = "layers.0.attention.wo.weight"
-    if damage == "kind":
+    if damage == "format":
         header["__metadata__"]["kind"] = "int8"
     elif damage == "offsets":
         header[name]["data_offsets"] = [0, 1 << 40]
@@ -211,9 +220,9 @@ def test_a_damaged_file_is_refused(kept: Path, small: SimpleNamespace, damage: s
         header[name]["dtype"] = "I8"
     elif damage == "missing":
         del header[name + ".scale"]
-    elif damage == "other":
-        header["other"] = header[name]
-    elif damage == "about":
+    elif damage == "extra":
+        header["extra"] = header[name]
+    elif damage == "metadata":
         header["__metadata__"] = None
     elif damage == "overlap":
         header[name]["data_offsets"] = header[name.replace(".0.", ".1.")]["data_offsets"]
@@ -223,18 +232,19 @@ def test_a_damaged_file_is_refused(kept: Path, small: SimpleNamespace, damage: s
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % 64)
     whole = len(text).to_bytes(8, "little") + text + bytes(rest)
-    kinds = {
+    damaged = {
         "cut": data[:-40],
         "empty": b"",
         "header": b"\xff" * len(data),
         "deep": (10**5).to_bytes(8, "little") + b"[" * 10**5,
     }
-    path.write_bytes(kinds.get(damage, whole))
+    path.write_bytes(damaged.get(damage, whole))
     with pytest.raises(CheckpointError, match=r"int4.safetensors|wo.weight.scale: not all scales are finite"):
-        build(kept, small)
+        build(int4_folder, small)
 
 
-def test_saving_leaves_nothing_half_done(small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_fails_without_leaving_a_file(small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test too little free space, a disk that is full while writing, and weights with NaN."""
     folder = write_shards(tmp_path, small.params, small.weights)
     usage = shutil.disk_usage(folder)
     with monkeypatch.context() as patch:
@@ -242,11 +252,11 @@ def test_saving_leaves_nothing_half_done(small: SimpleNamespace, tmp_path: Path,
         with pytest.raises(CheckpointError, match=r"would take 0\.\d+ MB, but 0\.001 MB are free"):
             packed_file.save_packed_file(folder, "int8")
 
-    def full(*_: Any) -> Any:
+    def raise_disk_full(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(packed_file, "_tensors_to_write", full)
+        patch.setattr(os, "fsync", raise_disk_full)
         with pytest.raises(CheckpointError, match=r"cannot be written: No space left on device"):
             packed_file.save_packed_file(folder, "int8")
     assert sorted(p.name for p in folder.iterdir()) == ["consolidated.00.pth", "params.json"]
@@ -259,7 +269,9 @@ def test_saving_leaves_nothing_half_done(small: SimpleNamespace, tmp_path: Path,
         build(folder, small)
 
 
-def test_the_commands(small: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_quantize_command_writes_a_file_that_the_complete_command_uses(
+    small: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write_shards(tmp_path, small.params, small.weights, 2)
     assert main(["quantize", "--ckpt_dir", str(folder), "int8"]) == 0
     assert re.fullmatch(rf"{folder}/int8\.safetensors: 0\.\d+ MB\n", capsys.readouterr().out)
@@ -271,14 +283,14 @@ def test_the_commands(small: SimpleNamespace, tmp_path: Path, capsys: pytest.Cap
     assert "No such file" in capsys.readouterr().err
 
 
-def test_shards_that_cannot_be_read_are_named(kept: Path, small: SimpleNamespace) -> None:
-    for content in (b"", b"<html>", (kept / "consolidated.01.pth").read_bytes()[:-100]):
-        (kept / "consolidated.01.pth").write_bytes(content)
+def test_the_error_names_an_unreadable_shard(int4_folder: Path, small: SimpleNamespace) -> None:
+    for content in (b"", b"<html>", (int4_folder / "consolidated.01.pth").read_bytes()[:-100]):
+        (int4_folder / "consolidated.01.pth").write_bytes(content)
         with pytest.raises(CheckpointError, match=r"consolidated.01.pth: damaged, or no PyTorch checkpoint"):
-            build(kept, small)
+            build(int4_folder, small)
 
 
-def test_other_weights_are_told_where_writers_leave_the_checksums_out(small: SimpleNamespace, tmp_path: Path) -> None:
+def test_fingerprints_of_shards_without_checksums_differ_for_different_weights(small: SimpleNamespace, tmp_path: Path) -> None:
     if not hasattr(torch.serialization, "set_crc32_options"):
         pytest.skip("this torch always writes checksums")
     torch.serialization.set_crc32_options(False)
@@ -291,24 +303,30 @@ def test_other_weights_are_told_where_writers_leave_the_checksums_out(small: Sim
     assert packed_file.shards_fingerprint(folders[0]) == packed_file.shards_fingerprint(folders[0])
 
 
-def test_two_who_save_do_not_meet(small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second begins, and fails, while the first is at it; ranks are refused."""
-    folder, plain, met = write_shards(tmp_path, small.params, small.weights), packed_file._tensors_to_write, []
+def test_two_processes_that_save_at_the_same_time_do_not_harm_each_other(
+    small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Start a second process that fails while the first is writing. Saving on several ranks is refused."""
+    folder, check_finite, second_saves = write_shards(tmp_path, small.params, small.weights), loading.check_finite, []
 
-    def meeting(*args: Any) -> Any:
-        if not met:
-            met.append(True)
+    def save_meanwhile(*args: Any) -> Any:
+        if not second_saves:
+            second_saves.append(True)
             with monkeypatch.context() as patch:
-                patch.setattr(packed_file.os, "getpid", lambda: -1)
-                patch.setattr(packed_file, "_tensors_to_write", lambda *_: pytest.fail("the second"))
+                patch.setattr(os, "getpid", lambda: -1)
+                patch.setattr(loading, "check_finite", lambda *_: pytest.fail("the second process fails"))
                 with pytest.raises(pytest.fail.Exception):
                     packed_file.save_packed_file(folder, "int8")
-        return plain(*args)
+        return check_finite(*args)
 
-    monkeypatch.setattr(packed_file, "_tensors_to_write", meeting)
+    monkeypatch.setattr(loading, "check_finite", save_meanwhile)
     packed_file.save_packed_file(folder, "int8")
     build(folder, small, quantize="int8")
-    assert met and sorted(p.name for p in folder.iterdir()) == ["consolidated.00.pth", "int8.safetensors", "params.json"]
+    assert second_saves and sorted(p.name for p in folder.iterdir()) == [
+        "consolidated.00.pth",
+        "int8.safetensors",
+        "params.json",
+    ]
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DeviceError, match="run it without torchrun"):
@@ -323,8 +341,8 @@ def test_a_file_of_another_layout_is_refused(small: SimpleNamespace, tmp_path: P
     assert_raises(lambda: packed_file.open_packed_file(folder, "int8"), CheckpointError, "its layout is 'another', 'int8'")
 
 
-def test_a_shard_of_many_records_is_no_shard(small: SimpleNamespace, tmp_path: Path) -> None:
-    """Of each, 4 kB would be read, wherever it says that it begins."""
+def test_a_shard_with_too_many_zip_records_is_refused(small: SimpleNamespace, tmp_path: Path) -> None:
+    """Refuse more than 10,000 records, because the fingerprint of the shards reads 4 kB of each record."""
     folder = shutil.copytree(small.folder, tmp_path / "m")
     packed_file.save_packed_file(folder, "int8")
     with zipfile.ZipFile(folder / "consolidated.00.pth", "w") as archive:
@@ -333,7 +351,7 @@ def test_a_shard_of_many_records_is_no_shard(small: SimpleNamespace, tmp_path: P
     assert_raises(lambda: packed_file.open_packed_file(folder, "int8"), CheckpointError, "more than 10,000 records")
 
 
-def test_what_a_header_says_is_cut_short(small: SimpleNamespace, tmp_path: Path) -> None:
+def test_errors_shorten_what_a_files_header_contains(small: SimpleNamespace, tmp_path: Path) -> None:
     path = packed_file.save_packed_file(shutil.copytree(small.folder, tmp_path / "m"), "int8")
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
@@ -351,33 +369,33 @@ def test_what_a_header_says_is_cut_short(small: SimpleNamespace, tmp_path: Path)
         assert_raises(build, CheckpointError, part)
 
 
-def test_wide_numbers_come_first(small: SimpleNamespace) -> None:
-    """So that each lies where its size says, with nothing in between."""
+def test_tensors_of_wide_dtypes_come_first_in_the_file(small: SimpleNamespace) -> None:
+    """Check the order that aligns each tensor to its dtype without padding."""
     with torch.device("meta"):
         model = Transformer(ModelArgs(**{**small.params, "vocab_size": 384}))
     sizes = [dtype.itemsize for dtype, _ in packed_file.file_layout(model, torch.bfloat16, "int8").values()]
     assert sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize("at", ["first", "last"])
-def test_a_shard_touched_while_it_is_saved(
-    small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+@pytest.mark.parametrize("weight", ["first", "last"])
+def test_a_shard_that_changes_while_weights_are_saved_is_refused(
+    small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: str
 ) -> None:
     folder = shutil.copytree(small.folder, tmp_path / "m")
-    written, seen, when = packed_file._tensors_to_write, [], 1 if at == "first" else len(small.weights)
+    check_finite, n_checks = loading.check_finite, itertools.count(1)
+    touched_at = 1 if weight == "first" else len(small.weights)
 
-    def touched(name: str, *args: Any) -> Any:
-        seen.append(name)
-        if len(seen) == when:
+    def touch_shard(*args: Any) -> Any:
+        if next(n_checks) == touched_at:
             os.utime(folder / "consolidated.00.pth", ns=(0, 5))
-        return written(name, *args)
+        return check_finite(*args)
 
-    monkeypatch.setattr(packed_file, "_tensors_to_write", touched)
+    monkeypatch.setattr(loading, "check_finite", touch_shard)
     assert_raises(lambda: packed_file.save_packed_file(folder, "int8"), CheckpointError, "while it was being read")
-    assert len(seen) == when and not (folder / "int8.safetensors").exists()
+    assert next(n_checks) == touched_at + 1 and not (folder / "int8.safetensors").exists()
 
 
-def test_a_header_of_any_length_and_dtypes_of_any_kind_are_refused(
+def test_a_header_that_is_too_long_and_tensors_of_unsupported_dtypes_are_refused(
     small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(small.folder, tmp_path / "m")

@@ -116,9 +116,9 @@ def test_the_plan_command_takes_known_models_folders_and_machines(
 
     table = printed_table("--model", "70B", "--ranks", "4", "--max_seq_len", "2048", "--gpu", "h100")
     assert "70B, bfloat16" in table and table["ranks"] == ["4"] and "KV cache, 1 x 2048 tokens" in table
-    assert table["weights, on each rank"] == ["34.49 GB"] and list(table)[-2] == "H100"  # a note follows
+    assert table["weights, on each rank"] == ["34.49 GB"] and list(table)[-2] == "H100"  # the last line is a note
     machine = ("--memory", "8", "--bandwidth", "50")
-    assert printed_table("--model", "7B", "--quantize", "int4", "--dtype", "float16", *machine)["this machine"][0] == "8.4"
+    assert printed_table("--model", "7B", "--quantize", "int4", "--dtype", "float16", *machine)["a machine"][0] == "8.4"
     weights = printed_table("--ckpt_dir", str(small.folder), "--ranks", "1", "--dtype", "bfloat16", *machine)[
         "weights, on each rank"
     ]

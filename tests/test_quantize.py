@@ -44,7 +44,7 @@ def in_groups(x: torch.Tensor, group: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [*SHAPES, (64, 2304)], ids=str)
 def test_int8_errors_stay_within_one_step_and_both_formats_use_their_full_range(shape: tuple[int, int]) -> None:
-    """An int8 error is at most half a step, plus the rounding of the scale, which is largest for the largest weight."""
+    """Allow half a step of error, plus the error from rounding the scale, which is largest for the largest weight."""
     weight = random(*shape)
     int8_weight, int4_weight = quantize(weight, "int8"), quantize(weight, "int4")
     error = in_groups(int8_weight.dequantize() - weight, int8_weight.group_size).abs()
@@ -65,7 +65,7 @@ def test_an_outlier_changes_the_values_of_its_own_group_only() -> None:
 
 @pytest.mark.parametrize(("format", "max_error"), [("int8", 4.5e-5), ("int4", 0.00665)])
 def test_the_squared_error_of_gaussian_weights_is_that_of_least_squares(format: str, max_error: float) -> None:
-    """The error is relative to the weights' squares. For int4, rounding between a group's minimum and maximum gives 0.0080, and
+    """Compare the error with the weights' squares. For int4, rounding between a group's minimum and maximum gives 0.0080, and
     the best fixed fraction of that range gives 0.0067."""
     weight = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
     assert (quantize(weight, format).dequantize() - weight).square().mean() < max_error * weight.square().mean()
@@ -135,7 +135,7 @@ def test_kernels_multiply_by_the_dequantized_weight(
 
 
 def test_int4_products_of_many_rows_equal_those_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For many rows the weight is unpacked in pieces. If PyTorch packs in an unknown way, its kernel multiplies all rows."""
+    """Unpack the weight in pieces for many rows. If PyTorch packs in an unknown way, its kernel multiplies all rows."""
     kernel = int4.Int4CpuLinear(quantize(random(200, 192, dtype=torch.bfloat16), "int4"))
     x = random(7, 192, dtype=torch.bfloat16)
     want, linear_in_pieces, n_unpacked = kernel(x), half_precision.linear_in_pieces, []
@@ -374,7 +374,7 @@ def test_int4_weights_whose_width_is_no_multiple_of_the_group_are_padded(tmp_pat
 @pytest.mark.parametrize("format", [None, "int8", "int4"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_works_under_autocast(format: str | None, dtype: torch.dtype) -> None:
-    """Autocast gives the outputs of attention another dtype than the weights have. `generate` disables autocast."""
+    """Run `forward` under autocast, which gives the outputs of attention another dtype than the weights have."""
     name = str(dtype).removeprefix("torch.")
     model = Llama.build(DEMO, DEMO_TOKENIZER, 64, 1, device="cpu", dtype=name, quantize=format).model
     for tokens in (torch.tensor([[1]]), torch.tensor([[1, 5, 9]]), torch.arange(1, 41)[None]):

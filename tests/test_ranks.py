@@ -44,7 +44,9 @@ def test_any_number_of_shards_gives_the_answers_of_one_shard_on_one_rank(folders
     for folder in folders:
         one_shard = next(f for f in folders if f.name == folder.name.split("-")[0] + "-1")
         assert_same_answers(one_rank[str(folder)], one_rank[str(one_shard)])
-    assert len({str(one_rank[str(folder)]["tokens"]) for folder in folders}) == len(SHARDS)  # models differ
+    assert len({str(one_rank[str(folder)]["tokens"]) for folder in folders}) == len(
+        SHARDS
+    )  # the two models give different answers
 
 
 @pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.grid)])

@@ -98,7 +98,7 @@ def test_build_sets_environment_variables_for_torch_and_onednn_unless_they_are_s
 def test_build_without_process_groups_changes_nothing_but_the_seed_and_three_environment_variables(
     small: SimpleNamespace, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """No process group is created, no default of torch is changed, and nothing is printed."""
+    """Check that no process group is created, no default of torch is changed, and nothing is printed."""
 
     def state() -> tuple:
         return (
@@ -117,7 +117,7 @@ def test_build_without_process_groups_changes_nothing_but_the_seed_and_three_env
 
 
 def test_world_size_without_rank_is_ignored(small: SimpleNamespace, tmp_path: Path) -> None:
-    """Some batch systems set WORLD_SIZE for every job."""
+    """Set WORLD_SIZE without RANK, as some batch systems do for every job."""
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\nfrom llama import Llama\n"

@@ -70,7 +70,7 @@ def test_the_library_has_at_most_10_modules_at_the_top() -> None:
     ],
 )
 def test_a_part_does_not_import_parts_that_it_must_not_depend_on(part: str, forbidden: set[str]) -> None:
-    """The command line may import the names that `llama` exports, wherever they are defined."""
+    """Allow the command line to import the names that `llama` exports, in whichever part they are defined."""
     if part != "cli":
         assert not import_graph()[part] & forbidden
         return

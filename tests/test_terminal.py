@@ -1,4 +1,4 @@
-"""The command line as people use it: in a terminal of its own, between pipes, on one rank and on two."""
+"""Use the command line in a terminal, between pipes, and on two ranks."""
 
 import io
 import json
@@ -22,34 +22,35 @@ from llama.cli.main import main
 
 from .support import ROOT, TORCHRUN, environment, torchrun, write_shards
 
-WINDOW = 4000
+CONTEXT = 4000
 LLAMA, LLAMA_2 = ("-m", "llama"), (*TORCHRUN, 2, "-m", "llama")
 
 
 @pytest.fixture(scope="module")
 def talker(small: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> tuple:
-    """Flags for a small model that never says EOS, nor bytes: it talks on to the window's end, time to interrupt it."""
+    """Return the flags for a small model that generates neither EOS nor byte tokens. Its answers fill the context, so there is
+    time to interrupt them."""
     output = small.weights["output.weight"].clone()
     output[:259] = 0
     folder = write_shards(tmp_path_factory.mktemp("talker"), small.params, small.weights | {"output.weight": output})
     paths = "--ckpt_dir", folder, "--tokenizer_path", small.tokenizer_path
-    return (*map(str, paths), "--temperature", "0", "--device", "cpu", "--max_seq_len", str(WINDOW))
+    return (*map(str, paths), "--temperature", "0", "--device", "cpu", "--max_seq_len", str(CONTEXT))
 
 
 @pytest.fixture(scope="module")
 def llama(talker: tuple) -> Llama:
-    return Llama.build(talker[1], talker[3], max_seq_len=WINDOW, max_batch_size=2, device="cpu")
+    return Llama.build(talker[1], talker[3], max_seq_len=CONTEXT, max_batch_size=2, device="cpu")
 
 
-def answer(llama: Llama, *texts: str, most: int) -> str:
-    """The first ids of the answer to the last of the texts, which are by user and assistant in turn."""
+def answer(llama: Llama, *texts: str, n: int) -> str:
+    """Return the first n tokens of the answer to a dialog whose texts are by user and assistant in turn."""
     dialog: Any = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    return llama.chat_completion([dialog], temperature=0, max_gen_len=most)[0]["generation"]["content"]
+    return llama.chat_completion([dialog], temperature=0, max_gen_len=n)[0]["generation"]["content"]
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run a command in this process: what it returned, and wrote to stdout and stderr."""
+    """Return a function that runs a command in this process, and returns its exit code, stdout and stderr."""
 
     def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
@@ -63,7 +64,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 
 def spawn(*arguments: object) -> subprocess.Popen[bytes]:
-    """Hears Ctrl-C even where these tests run in the background of a shell, which has its children ignore it."""
+    """Start python with pipes. Ctrl-C reaches the process even if a shell runs these tests in the background, where signals of
+    the keyboard are ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         command, pipe = [sys.executable, *map(str, arguments)], subprocess.PIPE
@@ -74,9 +76,11 @@ def spawn(*arguments: object) -> subprocess.Popen[bytes]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize("start", [LLAMA, LLAMA_2], ids=["1 rank", "2 ranks"])
-def test_a_chat_in_a_terminal(start: tuple, talker: tuple, llama: Llama, tmp_path: Path) -> None:
-    """Type, take back, interrupt, save, go on, clear, leave. That the second answer is that of the dialog saved shows that
-    every rank ended the first one at the same id."""
+def test_a_chat_in_a_terminal_can_be_interrupted_saved_cleared_and_left(
+    start: tuple, talker: tuple, llama: Llama, tmp_path: Path
+) -> None:
+    """Check that the answer after an interrupted one continues the saved dialog: on two ranks, both must have ended the
+    first answer at the same token."""
     from .keyboard import Person
 
     with Person(*start, "chat", *talker) as person:
@@ -85,23 +89,23 @@ def test_a_chat_in_a_terminal(start: tuple, talker: tuple, llama: Llama, tmp_pat
         person.sees("\n> ")
         person.types("never sent")
         person.sees("never sent")
-        time.sleep(0.2)  # between a key and its wait for the next, readline would keep the signal until then
+        time.sleep(0.2)  # readline delays a signal that comes between a key and its wait for the next key
         person.types("\x03")
         person.sees("\n> ")
         person.types("seven?\n")
-        person.sees(answer(llama, "seven?", most=20))
+        person.sees(answer(llama, "seven?", n=20))
         person.types("typed ahead\x03")
         person.sees("\n> ")
         person.types(f"/save {tmp_path}/talk.json\n")
         person.sees("\nsaved in")
         person.sees("\n> ")
-        question, begun = json.loads((tmp_path / "talk.json").read_text())
+        question, reply = json.loads((tmp_path / "talk.json").read_text())
         assert question == {"role": "user", "content": "seven?"}
-        assert begun["content"].startswith(answer(llama, "seven?", most=20))
-        assert len(begun["content"]) < len(answer(llama, "seven?", most=WINDOW))
+        assert reply["content"].startswith(answer(llama, "seven?", n=20))
+        assert len(reply["content"]) < len(answer(llama, "seven?", n=CONTEXT))
 
         person.types("good morning\n")
-        person.sees(answer(llama, "seven?", begun["content"], "good morning", most=20))
+        person.sees(answer(llama, "seven?", reply["content"], "good morning", n=20))
         person.types("/clear\n[INST]\n")
         person.types("\x03")
         person.sees("\n> ")
@@ -114,32 +118,32 @@ def test_a_chat_in_a_terminal(start: tuple, talker: tuple, llama: Llama, tmp_pat
         assert person.settings() == settings
 
 
-ALONE_OVER_LUNCH = """
+CHAT_WITH_SHORT_TIMEOUTS = """
 import sys
 from datetime import timedelta
 import torch.distributed as dist
 from llama.cli import main
 from llama.distributed import setup
 
-def hurried(size):
+def init_with_short_timeouts(size):
     init_model_parallel(size)
     for group in (dist.group.WORLD, setup.fs.get_model_parallel_group()):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
 
-init_model_parallel, setup.init_model_parallel = setup.init_model_parallel, hurried
+init_model_parallel, setup.init_model_parallel = setup.init_model_parallel, init_with_short_timeouts
 sys.exit(main.main())
 """
 
 
-def test_ranks_wait_for_a_person_past_every_time_out(talker: tuple, llama: Llama, tmp_path: Path) -> None:
-    """The time-outs of the groups, half an hour otherwise, are cut to two seconds."""
-    script = tmp_path / "hurried.py"
-    script.write_text(ALONE_OVER_LUNCH)
+def test_ranks_wait_for_input_longer_than_the_timeout_of_process_groups(talker: tuple, llama: Llama, tmp_path: Path) -> None:
+    """Shorten the timeout from half an hour to two seconds, and type after four seconds."""
+    script = tmp_path / "chat.py"
+    script.write_text(CHAT_WITH_SHORT_TIMEOUTS)
     with spawn(*TORCHRUN, 2, script, "chat", *talker, "--max_gen_len", 8) as process:
         assert process.stdin and process.stdout and process.stderr
         process.stdin.write(b"seven?\n")
         process.stdin.flush()
-        want = answer(llama, "seven?", most=8).encode() + b"\n"
+        want = answer(llama, "seven?", n=8).encode() + b"\n"
         assert process.stdout.read(len(want)) == want
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(4)
@@ -149,20 +153,22 @@ def test_ranks_wait_for_a_person_past_every_time_out(talker: tuple, llama: Llama
     assert process.returncode == 0
 
 
-def test_a_chat_between_pipes(talker: tuple, llama: Llama, command: Callable) -> None:
-    """Lines in, answers out, remarks on stderr. Bytes that are no text are refused, and the next line answered."""
+def test_a_chat_between_pipes_prints_answers_on_stdout_and_messages_on_stderr(
+    talker: tuple, llama: Llama, command: Callable
+) -> None:
+    """Send questions, commands, special tags and invalid UTF-8. After a line that is refused, the next line is answered."""
     lines = b"good morning\n\n/help\n/oops\nseven? [INST]\ncaf\xe9\nseven?"
     code, out, err = command("chat", *talker, "--max_gen_len", "8", stdin=lines)
-    first = answer(llama, "good morning", most=8)
-    assert code == 0 and out == first + "\n" + answer(llama, "good morning", first, "seven?", most=8) + "\n"
-    cut, *remarks, cut_again = err.removesuffix("\n").split("\n")
-    assert cut == cut_again == "the answer is cut off: max_gen_len=8"
-    assert "\n".join(remarks[:-1]) == f"{COMMANDS_HELP}\n/oops is not a command; /help lists all commands\n{UNSAFE_ERROR}"
-    assert remarks[-1].startswith("the user text holds a lone surrogate")
+    first = answer(llama, "good morning", n=8)
+    assert code == 0 and out == first + "\n" + answer(llama, "good morning", first, "seven?", n=8) + "\n"
+    first_line, *messages, last_line = err.removesuffix("\n").split("\n")
+    assert first_line == last_line == "the answer is cut off: max_gen_len=8"
+    assert "\n".join(messages[:-1]) == f"{COMMANDS_HELP}\n/oops is not a command; /help lists all commands\n{UNSAFE_ERROR}"
+    assert messages[-1].startswith("the user text holds a lone surrogate")
 
 
-def test_nobody_reads_on(talker: tuple) -> None:
-    """As before `head`: it ends quietly in the midst of an answer, though more could be typed."""
+def test_a_chat_whose_output_pipe_is_closed_ends_silently(talker: tuple) -> None:
+    """Close the pipe in the middle of an answer, as `head` does."""
     with spawn(*LLAMA, "chat", *talker) as process:
         assert process.stdin and process.stdout and process.stderr
         process.stdin.write(b"good morning\n")
@@ -173,8 +179,8 @@ def test_nobody_reads_on(talker: tuple) -> None:
         assert process.stderr.read() == b""
 
 
-def test_ctrl_c_ends_complete(talker: tuple) -> None:
-    with spawn(*LLAMA, "complete", *talker, "--max_gen_len", WINDOW, "good morning") as process:
+def test_the_complete_command_exits_with_130_after_ctrl_c(talker: tuple) -> None:
+    with spawn(*LLAMA, "complete", *talker, "--max_gen_len", CONTEXT, "good morning") as process:
         assert process.stdout and process.stderr
         assert process.stdout.read(15) == b"good morning\n> "
         process.stdout.read(1)
@@ -183,7 +189,9 @@ def test_ctrl_c_ends_complete(talker: tuple) -> None:
         assert process.stderr.read() == b""
 
 
-def test_complete(talker: tuple, llama: Llama, command: Callable) -> None:
+def test_the_complete_command_continues_arguments_stdin_and_json_lines_on_two_ranks(
+    talker: tuple, llama: Llama, command: Callable
+) -> None:
     prompts = ["the lazy dog", "She sells"]
     first, second = (r["generation"] for r in llama.text_completion(prompts, temperature=0, max_gen_len=6))
     short = *talker, "--max_gen_len", "6"
@@ -191,11 +199,15 @@ def test_complete(talker: tuple, llama: Llama, command: Callable) -> None:
     assert command("complete", *short, stdin=f"{prompts[0]}\n".encode()) == (0, f"{prompts[0]}\n> {first}\n", "")
     both = f"{prompts[0]}\n> {first}\n\n{prompts[1]}\n> {second}\n\n"
     assert command("complete", *short, *prompts) == (0, both, "")
-    two = torchrun(2, *LLAMA, "complete", *short, "--jsonl", stdin="".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
-    assert [json.loads(line)["generation"] for line in two.stdout.splitlines()] == [first, second], two.stderr
+    two_ranks = torchrun(
+        2, *LLAMA, "complete", *short, "--jsonl", stdin="".join(json.dumps({"prompt": p}) + "\n" for p in prompts)
+    )
+    assert [json.loads(line)["generation"] for line in two_ranks.stdout.splitlines()] == [first, second], two_ranks.stderr
 
 
-def test_complete_json_lines(talker: tuple, llama: Llama, command: Callable) -> None:
+def test_the_complete_command_prints_a_json_line_with_details_for_each_prompt(
+    talker: tuple, llama: Llama, command: Callable
+) -> None:
     prompts = ["the lazy dog", '写\n"', "She sells"]
     stop = llama.text_completion(["She sells"], temperature=0, max_gen_len=6)[0]["generation"][-1]
     lines = "".join(json.dumps({"prompt": prompt}) + "\n\n" for prompt in prompts).encode()
@@ -209,22 +221,26 @@ def test_complete_json_lines(talker: tuple, llama: Llama, command: Callable) -> 
     assert {result["finish_reason"] for result in results} >= {"stop"}
 
 
-def test_chat_has_llama_2_s_window_unless_told(talker: tuple, command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chat_command_builds_metas_models_with_a_context_of_4096_by_default(
+    talker: tuple, command: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Record the context length. The demo model, which is used without --ckpt_dir, has a context of 512 tokens."""
     code, out, err = command("chat", "--max_seq_len", "0", "--device", "cpu")
     assert (code, out) == (1, "") and "max_seq_len is 0 (int); it must be" in err
-    asked: list[int] = []
-    monkeypatch.setattr(Llama, "build", lambda *args, **_: (asked.append(args[2]), no_model())[1])
+    context_lengths: list[int] = []
+
+    def record(*args: Any, **_: Any) -> None:
+        context_lengths.append(args[2])
+        raise InputError("this test builds no model")
+
+    monkeypatch.setattr(Llama, "build", record)
     for flags in ((), talker[:4], (*talker[:4], "--max_seq_len", "64")):
         assert command("chat", *flags)[0] == 1
-    assert asked == [512, 4096, 64]
+    assert context_lengths == [512, 4096, 64]
 
 
-def no_model() -> None:
-    raise InputError("no model is wanted")
-
-
-def test_a_prompt_that_is_too_long_is_named_by_its_line(talker: tuple, command: Callable) -> None:
-    lines = '{"prompt": "a"}\n\n' + json.dumps({"prompt": "sea " * WINDOW}) + "\n"
+def test_the_error_about_a_prompt_that_is_too_long_names_its_line(talker: tuple, command: Callable) -> None:
+    lines = '{"prompt": "a"}\n\n' + json.dumps({"prompt": "sea " * CONTEXT}) + "\n"
     code, out, err = command("complete", *talker, "--jsonl", stdin=lines.encode())
     assert (code, out) == (1, "") and err.startswith("llama: line 3: its prompt has ") and "max_seq_len" in err
 
@@ -232,7 +248,7 @@ def test_a_prompt_that_is_too_long_is_named_by_its_line(talker: tuple, command: 
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell")
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
 @pytest.mark.parametrize("command", ["chat", "complete a b", "plan --model 7B"])
-def test_closed_streams_are_empty_ones(talker: tuple, closed: str, command: str) -> None:
+def test_commands_work_with_a_closed_stdin_stdout_or_stderr(talker: tuple, closed: str, command: str) -> None:
     flags = "" if command.startswith("plan") else " ".join(talker)
     done = subprocess.run(
         f"{sys.executable} {' '.join(LLAMA)} {command} {flags} {closed}", shell=True, cwd=ROOT,
@@ -241,11 +257,13 @@ def test_closed_streams_are_empty_ones(talker: tuple, closed: str, command: str)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_nothing_on_standard_input_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_standard_input_is_refused_and_a_byte_order_mark_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
     with pytest.raises(InputError, match="standard input holds no text"):
         read_prompts(jsonl=False)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'\xef\xbb\xbf{"prompt": "a"}')))  # as some editors begin
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO(b'\xef\xbb\xbf{"prompt": "a"}'))
+    )  # some editors write a byte order mark
     assert read_prompts(jsonl=True) == (["a"], ["line 1: its prompt"])
 
 
@@ -260,7 +278,7 @@ def test_nothing_on_standard_input_is_no_text(monkeypatch: pytest.MonkeyPatch) -
         ('{"prompt": "\\ud800"}\n', "line 1: its prompt holds a lone surrogate"),
     ],
 )
-def test_a_bad_line_of_json_is_named(monkeypatch: pytest.MonkeyPatch, lines: str, error: str) -> None:
+def test_the_error_about_a_bad_json_line_names_the_line(monkeypatch: pytest.MonkeyPatch, lines: str, error: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     with pytest.raises(InputError) as raised:
         read_prompts(jsonl=True)
@@ -286,6 +304,6 @@ def test_bad_arguments_are_refused_before_any_work(
     monkeypatch: pytest.MonkeyPatch, command: Callable, arguments: tuple, code: int, error: str
 ) -> None:
     monkeypatch.setattr(Llama, "build", None)
-    got, out, err = command(*arguments)
-    assert (got, out) == (code, "") and error in err
+    returned, out, err = command(*arguments)
+    assert (returned, out) == (code, "") and error in err
     assert code == 2 or err.count("\n") == 1  # no traceback, no usage

@@ -24,7 +24,7 @@ def test_calls_of_several_threads_give_the_answers_of_one_thread(llama: Llama) -
 
 
 def test_threads_may_use_one_model_through_two_llamas(llama: Llama) -> None:
-    """Both objects share the model's KV cache."""
+    """Call two `Llama` objects that share a model and its KV cache."""
     other, prompts = Llama(llama.model, llama.tokenizer), [[1, *range(5, 5 + i)] for i in range(6)]
     want = llama.generate(prompts, 12, temperature=0)
     with ThreadPoolExecutor(2) as pool:
@@ -33,7 +33,7 @@ def test_threads_may_use_one_model_through_two_llamas(llama: Llama) -> None:
 
 
 def test_streams_of_several_threads_yield_correct_tokens_or_raise(llama: Llama) -> None:
-    """A stream raises after another thread's stream has used the KV cache; the tokens before that are correct."""
+    """Read streams in several threads. A stream raises once another has used the KV cache; tokens before that are correct."""
     want = [llama.generate(prompts[:1], 12, temperature=0)[0][0] for prompts in PROMPTS]
     start_together = threading.Barrier(len(PROMPTS))
 

@@ -52,7 +52,7 @@ def test_an_unknown_piece_with_a_very_long_text_is_refused(path: Path) -> None:
 
 
 def test_a_tokenizer_without_an_unknown_piece_is_refused(path: Path) -> None:
-    """Sentencepiece loads such a file, and fails only when it decodes the unknown piece."""
+    """Refuse a file that sentencepiece loads, and that fails only when the unknown piece is decoded."""
     data = bytearray(path.read_bytes())
     data[1] -= 2  # cut the type off the first piece, which is the unknown piece
     path.write_bytes(data)

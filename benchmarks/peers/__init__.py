@@ -1,7 +1,7 @@
-"""The peers that speed.py measures: this library, and other libraries for the same models.
+"""The peers that speed.py measures: this library, and other libraries that run the same models.
 
-A peer is a class that loads the model of a `Job` and implements `generate`. Each peer runs in its own process (worker.py).
-Each has its own module, so that a process imports only the libraries that it measures, whose memory counts.
+A peer is a class that loads the model of a `Job` and implements `generate`. Each peer runs in its own process (worker.py) and
+has its own module, so that a process imports only the measured library: imports count in the measured memory.
 """
 
 import importlib
@@ -15,11 +15,11 @@ GGUF_TYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 class Job:
     """The model that a worker loads, and the limits of its workloads. Paths are strings, because a job is sent as JSON."""
 
-    peer: str  # a key of PEERS, or "key:variant"
-    ckpt: str  # a folder in Meta's layout, with one shard
+    peer: str  # a key of PEERS, alone or with a variant, as in "llama.cpp:Q8_0"
+    ckpt: str  # folder of a checkpoint in Meta's layout, with one shard
     tokenizer: str  # path of tokenizer.model
-    converted: str  # prefix of the paths that convert.py writes
-    dtype: str  # torch's name of the dtype
+    converted: str  # prefix of the paths of all files that convert.py writes
+    dtype: str  # name of a torch dtype, as in "bfloat16"
     device: str
     threads: int
     rows: int  # the largest batch size of the workloads
@@ -27,7 +27,7 @@ class Job:
 
     @property
     def library(self) -> str:
-        """Return the key of PEERS."""
+        """Return the name of the peer without its variant: a key of PEERS."""
         return self.peer.partition(":")[0]
 
     @property
@@ -36,27 +36,27 @@ class Job:
 
     @property
     def quantize(self) -> str | None:
-        """Return this library's format of the weights; None if they are not quantized."""
+        """Return this library's `quantize` argument for the variant, as in "int8" for "int8+compile"; None for none."""
         return self.variant.removesuffix("compile").removesuffix("+") or None
 
     @property
     def hf(self) -> str:
-        """Return the folder of the model for transformers."""
+        """Return the path of the folder that contains the model in the format of transformers."""
         return f"{self.converted}-{self.dtype}-hf"
 
     @property
     def gguf(self) -> str:
-        """Return the path of the model's file for llama.cpp."""
+        """Return the path of the GGUF file that contains the model for llama.cpp."""
         return f"{self.converted}-{self.variant or GGUF_TYPES[self.dtype]}.gguf"
 
     @property
     def openvino(self) -> str:
-        """Return the folder of the model for OpenVINO GenAI."""
+        """Return the path of the folder that contains the model in the format of OpenVINO GenAI."""
         return self._path("openvino")
 
     @property
     def ctranslate2(self) -> str:
-        """Return the folder of the model for CTranslate2."""
+        """Return the path of the folder that contains the model in the format of CTranslate2."""
         return self._path("ctranslate2")
 
     def _path(self, library: str) -> str:
@@ -64,10 +64,10 @@ class Job:
 
 
 class Answer(NamedTuple):
-    """The new tokens of all rows, and the time that they took."""
+    """The new tokens of all rows, and the seconds in which they were generated."""
 
-    first: float  # seconds until each row had its first new token
-    rest: float  # seconds from then until the last new token
+    first: float  # seconds until every row had its first new token
+    rest: float  # seconds for all later tokens
     tokens: list[list[int]]
 
 
@@ -75,7 +75,7 @@ class Peer(Protocol):
     def __init__(self, job: Job) -> None: ...
 
     def generate(self, prompts: list[list[int]], new: int) -> Answer:
-        """Continue each prompt greedily by exactly `new` tokens, past EOS. The times exclude loading and allocation."""
+        """Continue each prompt greedily by exactly `new` tokens, also past EOS. The times exclude loading and allocation."""
         ...
 
 
@@ -102,6 +102,6 @@ def import_peer(peer: str) -> type[Peer]:
 
 
 def peer_names(device: str) -> list[str]:
-    """Return the names of all peers, with and without variants, that run on a device."""
+    """Return the names of all peers that run on a device, without a variant and with each variant."""
     variants = {peer: sorted(entry.variants) for peer, entry in PEERS.items() if device in entry.devices}
     return [name for peer, names in variants.items() for name in (peer, *(f"{peer}:{variant}" for variant in names))]

@@ -2,7 +2,7 @@
 
     python -m peers.convert '{"peer": "llama.cpp:Q8_0", ...}'    # a peers.Job; started by speed.py
 
-Prints {"bytes": size of all weights that a decode step reads}: all weights but the embedding.
+Prints {"bytes": N} to stderr. N is the size of all weights that a decode step reads, which are all but the embedding.
 """
 
 import json
@@ -20,7 +20,7 @@ from llama import ModelArgs
 from llama.quantization.weight import FORMATS, OUTPUT_FORMAT, bytes_per_weight
 from peers import GGUF_TYPES, Job
 
-WEIGHT_NAMES = {  # Meta's name: (transformers' name, llama.cpp's name)
+WEIGHT_NAMES = {  # name of a weight in Meta's checkpoints: (name in transformers, name in llama.cpp)
     "tok_embeddings": ("model.embed_tokens", "token_embd"),
     "attention.wq": ("self_attn.q_proj", "attn_q"),
     "attention.wk": ("self_attn.k_proj", "attn_k"),
@@ -38,7 +38,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def convert_name(name: str, column: int) -> str:
-    """Return the name of a weight in transformers (column 0) or llama.cpp (column 1), from Meta's name."""
+    """Convert Meta's name of a weight to the name in transformers (column 0) or in llama.cpp (column 1)."""
     parts = name.removesuffix(".weight").split(".")
     layer = ""
     if parts[0] == "layers":
@@ -49,7 +49,8 @@ def convert_name(name: str, column: int) -> str:
 def pairs_to_halves(w: torch.Tensor, n_heads: int) -> torch.Tensor:
     """Reorder the rows of wq or wk (heads * hd, dim) for the rotary embedding of transformers.
 
-    Meta's rotates adjacent pairs of a head's values; transformers' pairs the first half with the second.
+    The rotary embedding rotates pairs of values of a head. In Meta's code, a pair is two adjacent values. In transformers, a
+    pair is one value of the first half of the head, and the value at the same place in the second half.
     """
     return w.view(n_heads, -1, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
 
@@ -81,9 +82,9 @@ def write_hf(weights: Weights, args: ModelArgs, dtype: torch.dtype, folder: Path
 
 
 def write_gguf(weights: Weights, args: ModelArgs, dtype: torch.dtype, path: Path) -> None:
-    """Write a GGUF file without a vocabulary, since llama.cpp is given tokens, not text.
+    """Write a GGUF file without a vocabulary, because the benchmarks give tokens to llama.cpp, not text.
 
-    llama.cpp's rotary embedding rotates adjacent pairs, as Meta's does, so that the rows of wq and wk stay in order.
+    The rows of wq and wk keep their order, because llama.cpp rotates adjacent pairs of values, as Meta's code does.
     """
     import gguf
 
@@ -113,7 +114,7 @@ def write_gguf(weights: Weights, args: ModelArgs, dtype: torch.dtype, path: Path
 
 
 def quantize(source: str, path: Path, type_: str, threads: int) -> None:
-    """Quantize a GGUF file with llama.cpp itself, as its users do."""
+    """Quantize a GGUF file with llama.cpp's own function, as users of llama.cpp do."""
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
@@ -123,9 +124,9 @@ def quantize(source: str, path: Path, type_: str, threads: int) -> None:
 
 
 def write_ctranslate2(hf: str, folder: Path, vocab_size: int, quantization: str | None) -> None:
-    """Write a folder for CTranslate2 with its own converter.
+    """Convert a folder of transformers to a folder for CTranslate2, with CTranslate2's own converter.
 
-    CTranslate2 reads tokens as strings. Its vocabulary is replaced by decimal numbers, so that tokens need no text.
+    CTranslate2 takes tokens as strings. The vocabulary is replaced, so that the string of token 5 is "5".
     """
     from ctranslate2.converters import TransformersConverter
 
@@ -138,7 +139,10 @@ def write_ctranslate2(hf: str, folder: Path, vocab_size: int, quantization: str 
 
 
 def write_once(path: str, write: Callable[[Path], None]) -> None:
-    """Write a file or a folder, unless it exists, and rename it once complete: an interrupted run leaves no broken file."""
+    """Write a file or a folder, unless it exists.
+
+    The file or folder has a temporary name until it is complete, so that an interrupted run leaves no incomplete one.
+    """
     if not Path(path).exists():
         part = Path(f"{path}.part")
         shutil.rmtree(part, ignore_errors=True)
@@ -147,7 +151,7 @@ def write_once(path: str, write: Callable[[Path], None]) -> None:
 
 
 def convert(job: Job, weights: Weights, args: ModelArgs) -> None:
-    """Write the files that a job's peer reads, and intermediate files, unless they exist."""
+    """Write the files that the peer of a job loads, and intermediate files of the conversion, unless they exist."""
     paths = {"transformers": job.hf, "llama.cpp": job.gguf, "openvino": job.openvino, "ctranslate2": job.ctranslate2}
     if job.library not in paths or Path(paths[job.library]).exists():
         return
@@ -167,7 +171,7 @@ def convert(job: Job, weights: Weights, args: ModelArgs) -> None:
 
 
 def gguf_matrix_bytes(path: str) -> int:
-    """Return the bytes of all matrices in a GGUF file that a decode step reads.
+    """Return the total size, in bytes, of the matrices that a decode step reads from a GGUF file.
 
     The embedding counts only if it is also the output layer.
     """
@@ -178,7 +182,7 @@ def gguf_matrix_bytes(path: str) -> int:
 
 
 def step_bytes(job: Job, weights: Weights) -> int:
-    """Return the bytes of all weights that a decode step of a job's peer reads."""
+    """Return the total size, in bytes, of the weights that a decode step reads in the format of the job's peer."""
     if job.library == "llama.cpp":
         import gguf
 
@@ -188,7 +192,7 @@ def step_bytes(job: Job, weights: Weights) -> int:
 
         return convert_openvino.step_bytes(job.openvino)
     weights = {name: w for name, w in weights.items() if not name.startswith("tok_embeddings")}
-    if job.library == "ctranslate2":  # CTranslate2 loads float32, or int8 with a float32 scale for each row
+    if job.library == "ctranslate2":  # CTranslate2 stores weights in float32, or in int8 with a float32 scale for each row
         is_int8 = job.variant == "int8"
         return sum(w.numel() + 4 * len(w) if is_int8 and w.ndim == 2 else 4 * w.numel() for w in weights.values())
     dtype, matrix_format = getattr(torch, job.dtype), job.quantize if job.quantize in FORMATS else None
@@ -204,7 +208,7 @@ def step_bytes(job: Job, weights: Weights) -> int:
 
 
 def read_checkpoint(ckpt: str | Path) -> tuple[Weights, ModelArgs]:
-    """Return the memory-mapped weights of a checkpoint of one shard, and its sizes."""
+    """Return the weights of a checkpoint with one shard, memory-mapped, and the ModelArgs from its params.json."""
     shards = sorted(Path(ckpt).glob("*.pth"))
     if len(shards) != 1:
         raise SystemExit(f"{ckpt} has {len(shards)} shards; give a checkpoint with one shard")

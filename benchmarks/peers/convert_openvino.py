@@ -1,8 +1,8 @@
-"""Convert a folder of transformers for OpenVINO GenAI: trace the model with openvino, and quantize its weights with nncf.
+"""Convert a model from transformers to OpenVINO GenAI: trace the model with openvino, and quantize its weights with nncf.
 
-Users of OpenVINO call optimum-intel for this conversion. It cannot be installed beside the other peers: release 2.2 requires a
-transformers older than 5.6, and torchvision, whose wheel on PyPI does not load beside PyTorch for CPUs and then breaks
-transformers. Here the same tools convert a Llama model in the same steps, with optimum-intel's defaults.
+Users of OpenVINO do this with optimum-intel, which cannot be installed beside the other peers. Its release 2.2 requires a
+transformers older than 5.6. It also requires torchvision, whose wheel on PyPI does not load beside PyTorch for CPUs and then
+breaks transformers. This module uses the same tools in the same steps, with optimum-intel's defaults.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from openvino._offline_transformations import apply_make_stateful_transformation
 from openvino.frontend.pytorch.patch_model import __make_16bit_traceable as keep_16_bit
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-# optimum-intel's settings. In 4 bit, nncf still stores the embedding and the output layer in 8 bit.
+# The settings that optimum-intel passes to nncf. With int4, nncf still stores the embedding and the output layer in 8 bit.
 MODES: dict[str, dict[str, Any]] = {
     "int8": dict(mode=nncf.CompressWeightsMode.INT8_ASYM),
     "int4": dict(mode=nncf.CompressWeightsMode.INT4_ASYM, group_size=128, ratio=1.0),
@@ -26,7 +26,7 @@ INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class TracedCache:
-    """A cache for transformers that makes keys and values inputs and outputs of the traced graph."""
+    """A KV cache for transformers, used for tracing: its keys and values become inputs and outputs of the traced graph."""
 
     def __init__(self, past: tuple[torch.Tensor, ...]) -> None:
         self.past, self.present = past, []
@@ -41,7 +41,7 @@ class TracedCache:
 
 
 class Step(torch.nn.Module):
-    """Compute the logits of new tokens, and the keys and values of all tokens so far."""
+    """The module to trace: compute the logits of new tokens, and the keys and values of all tokens so far."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -52,18 +52,18 @@ class Step(torch.nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         cache = TracedCache(past)
         start, end = past[0].shape[2], past[0].shape[2] + tokens.shape[1]
-        # transformers would compute the same mask, but with operations that cannot be traced.
+        # transformers would compute an equal mask, but with operations that cannot be traced.
         mask = (torch.arange(end) <= torch.arange(start, end)[:, None]) & attention_mask[:, None, None].bool()
         output = self.model(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
         return (output.logits, *cache.present)
 
 
 def write(hf: str, folder: Path, variant: str) -> None:
-    """Write a folder for OpenVINO GenAI from a folder of transformers, quantized if the variant is int8 or int4."""
+    """Convert a folder of transformers to a folder for OpenVINO GenAI. variant: "int8" or "int4" to quantize, or ""."""
     source = AutoModelForCausalLM.from_pretrained(hf, attn_implementation="sdpa").eval()
     is_float32 = source.dtype == torch.float32
     if not is_float32:
-        keep_16_bit(source)  # keeps only the weights in 16 bit; OpenVINO expects a graph that computes in float32
+        keep_16_bit(source)  # 16 bit for the weights only: OpenVINO expects a graph that computes in float32
     model = trace(source)
     if variant:
         model = nncf.compress_weights(model, **MODES[variant])
@@ -72,7 +72,7 @@ def write(hf: str, folder: Path, variant: str) -> None:
 
 
 def trace(source: PreTrainedModel) -> openvino.Model:
-    """Return an OpenVINO model of a decode step that keeps keys and values as its state."""
+    """Return an OpenVINO model that computes a forward pass and keeps keys and values as internal state."""
     config = source.config
     heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     past = [f"{name}.{i}" for i in range(config.num_hidden_layers) for name in ("keys", "values")]
@@ -82,12 +82,12 @@ def trace(source: PreTrainedModel) -> openvino.Model:
         model = openvino.convert_model(Step(source), example_input=tuple(example))
     for port, name in zip(model.inputs, (*INPUTS, *past), strict=True):
         port.get_tensor().set_names({name})
-        port.get_node().set_friendly_name(name)  # the name by which GenAI finds its inputs
+        port.get_node().set_friendly_name(name)  # OpenVINO GenAI finds an input by this name
         port.get_node().set_partial_shape(openvino.PartialShape([-1, -1] if name in INPUTS else [-1, heads, -1, width]))
     for port, name in zip(model.outputs, ("logits", *(f"present.{name}" for name in past)), strict=True):
         port.get_tensor().set_names({name})
 
-    # GenAI requires an input beam_idx that reorders the rows of keys and values, and an initial state of length 0 for each row.
+    # OpenVINO GenAI requires an input beam_idx, which reorders the rows of keys and values, and an initial state of length 0.
     beams = ops.parameter([-1], openvino.Type.i32, name="beam_idx")
     beams.output(0).get_tensor().set_names({"beam_idx"})
     model.add_parameters([beams])
@@ -108,7 +108,7 @@ def trace(source: PreTrainedModel) -> openvino.Model:
 
 
 def step_bytes(folder: str) -> int:
-    """Return the bytes of all weights that a decode step reads: all but the embedding."""
+    """Return the total size, in bytes, of the weights that a decode step reads, which are all but the embedding."""
     model = openvino.Core().read_model(f"{folder}/openvino_model.xml")
     constants = (node for node in model.get_ops() if node.get_type_name() == "Constant")
     return sum(node.get_byte_size() for node in constants if "embed_tokens" not in node.get_friendly_name())

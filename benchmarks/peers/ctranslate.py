@@ -1,4 +1,4 @@
-"""CTranslate2, through its Generator, in float32 or int8: CTranslate2 does not support bfloat16 on CPUs."""
+"""The peer ctranslate2: run models with CTranslate2, in float32 or int8, because it does not support bfloat16 on CPUs."""
 
 import time
 
@@ -20,9 +20,9 @@ class CTranslate2:
             if rows_without_token:
                 rows_without_token.discard(step.batch_id)
                 first = time.perf_counter()
-            return False  # a return value of True would end the generation
+            return False  # returning True would end the generation
 
-        words = [[str(token) for token in p] for p in prompts]  # convert.py wrote a vocabulary of token numbers
+        words = [[str(token) for token in p] for p in prompts]  # in the vocabulary of convert.py, token 5 is "5"
         # With include_prompt_in_result=False, CTranslate2 prefills all rows at once, up to the end of the shortest prompt.
         results = self.generator.generate_batch(
             words, max_length=new, end_token=[], include_prompt_in_result=False, callback=on_step

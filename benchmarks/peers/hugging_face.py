@@ -1,6 +1,6 @@
-"""transformers: a model from from_pretrained, decoded greedily with transformers' own cache.
+"""The peer transformers: load a model with `from_pretrained`, and decode greedily with the KV cache of transformers.
 
-A loop around the model replaces its method `generate`, which computes the same tokens and does more work between the steps.
+A loop in this module replaces transformers' own `generate`, which computes the same tokens but does more work between steps.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""llama.cpp, through its C interface, whose functions llama-cpp-python wraps one by one, to avoid overhead of Python."""
+"""The peer llama.cpp: run models with its C functions, as bound by llama-cpp-python, without that package's Python classes."""
 
 import time
 from collections.abc import Callable
@@ -9,8 +9,8 @@ import numpy as np
 
 from peers import Answer, Job
 
-CHUNK = 512  # tokens per call: llama.cpp's n_batch and n_ubatch
-Entry = tuple[int, int, int, bool]  # row, position, token, and True if its logits are needed
+CHUNK = 512  # maximum number of tokens per call: n_batch and n_ubatch of llama.cpp
+Entry = tuple[int, int, int, bool]  # row, position, token, and True if the logits at this position are needed
 T = TypeVar("T")
 
 
@@ -20,7 +20,7 @@ def ignore_message(level: int, text: bytes, data: object) -> None:
 
 
 def silence_log() -> None:
-    """Stop llama.cpp from logging to stderr what it loads and quantizes."""
+    """Stop llama.cpp from writing log messages to stderr."""
     llama_cpp.llama_log_set(ignore_message, None)
 
 
@@ -55,16 +55,16 @@ class LlamaCpp:
         return Answer(first - start, time.perf_counter() - first, tokens)
 
     def logits(self, tokens: list[int]) -> np.ndarray:
-        """Return the logits (S, vocab) of one row of S tokens."""
+        """Return the logits (S, vocab) at all positions of one sequence of S tokens."""
         context = self._context(1, len(tokens))
         return np.stack(self._decode(context, [(0, i, token, True) for i, token in enumerate(tokens)], np.copy))
 
     def _context(self, rows: int, length: int) -> llama_cpp.llama_context_p:
-        """Return an empty llama.cpp context for a number of rows and of tokens in each.
+        """Return an empty llama.cpp context, which contains a KV cache. length: maximum number of tokens in each row.
 
-        Contexts are kept and used again, so that only the first measurement of a workload touches new memory.
+        Later calls reuse the context, so that only the first measurement of a workload touches new memory.
         """
-        length = -(-length // 256) * 256  # llama.cpp itself rounds up to a multiple of 256
+        length = -(-length // 256) * 256  # round up to a multiple of 256, as llama.cpp itself does
         if (rows, length) not in self.contexts:
             params = llama_cpp.llama_context_default_params()
             params.n_ctx, params.n_seq_max = rows * length, rows
@@ -76,7 +76,7 @@ class LlamaCpp:
         return context
 
     def _decode(self, context: llama_cpp.llama_context_p, entries: list[Entry], convert: Callable[[np.ndarray], T]) -> list[T]:
-        """Run the model on tokens; return `convert(logits)` for each entry that needs logits, in order."""
+        """Run the model on the tokens of `entries`; return `convert(logits)` for each entry that needs logits, in order."""
         batch, results = self.batch, []
         for begin in range(0, len(entries), CHUNK):
             chunk = entries[begin : begin + CHUNK]

@@ -1,7 +1,7 @@
-"""OpenVINO GenAI, through its pipeline for continuous batching, which is also what its LLMPipeline runs on a CPU.
+"""The peer openvino: run models with the continuous batching pipeline of OpenVINO GenAI, which LLMPipeline also uses on CPUs.
 
-All settings that are not set here have OpenVINO's defaults: bfloat16 arithmetic on CPUs that support it, an 8-bit KV cache, and
-for quantized layers activations rounded to 8 bits in groups.
+Other settings keep OpenVINO's defaults: bfloat16 arithmetic on CPUs that support it, an 8-bit KV cache, and in quantized layers
+activations rounded to 8 bits in groups.
 """
 
 import sys
@@ -16,10 +16,10 @@ from peers import Answer, Job
 class OpenVino:
     def __init__(self, job: Job) -> None:
         scheduler = openvino_genai.SchedulerConfig()
-        scheduler.enable_prefix_caching = False  # a repeated measurement must compute its prompts again
-        scheduler.max_num_batched_tokens = sys.maxsize  # prefill in one step, as LLMPipeline does
+        scheduler.enable_prefix_caching = False  # repeated measurements must compute the prompts again
+        scheduler.max_num_batched_tokens = sys.maxsize  # prefill all prompts in one step, as LLMPipeline does
         properties: dict[str, int | str] = {"INFERENCE_NUM_THREADS": job.threads}
-        if job.dtype == "float32":  # a fair comparison with float32 excludes bfloat16 arithmetic
+        if job.dtype == "float32":  # otherwise OpenVINO may compute in bfloat16
             properties["INFERENCE_PRECISION_HINT"] = "f32"
         self.pipeline = openvino_genai.ContinuousBatchingPipeline(job.openvino, scheduler, "CPU", properties)
 

@@ -1,4 +1,4 @@
-"""This library, through its public calls."""
+"""The peer ours: run models with this library, through its public functions."""
 
 import time
 
@@ -14,7 +14,7 @@ class Ours:
         torch.set_num_threads(job.threads)
         self.device = job.device
         options = {"compile": job.variant.endswith("compile"), "quantize": job.quantize}
-        # CUDA graphs contain the addresses of the KV cache, so that on a GPU one cache must be large enough for all workloads.
+        # CUDA graphs contain the address of the KV cache. So a GPU keeps one cache, which is large enough for all workloads.
         sizes = (job.context, job.rows) if job.device == "cuda" else (512, 1)
         self.llama = Llama.build(job.ckpt, job.tokenizer, *sizes, device=job.device, dtype=job.dtype, **options)
         self.llama.tokenizer.eos_id = -2  # no token counts as EOS, so that no row ends early
@@ -26,7 +26,7 @@ class Ours:
         stream = self.llama.generate_stream(prompts, new, temperature=0)
         generated = [next(stream) for _ in prompts]
         first = time.perf_counter()
-        generated += stream  # the host reads each token at once, so that no work on the device is left to wait for
+        generated += stream  # the stream copies every token to the host, so that all GPU work is done at `end`
         end = time.perf_counter()
         tokens: list[list[int]] = [[] for _ in prompts]
         for token in generated:
@@ -34,15 +34,15 @@ class Ours:
         return Answer(first - start, end - first, tokens)
 
     def _resize_cache(self, rows: int, length: int) -> None:
-        """Enlarge the KV cache for a workload, if it is too small.
+        """Enlarge the KV cache, if it is too small for a workload. length: tokens of the longest row with its answer.
 
-        A cache for the most rows and the longest context of all workloads would need more memory than 7B's weights.
+        A cache for the largest batch and the longest context of all workloads would need more memory than the weights of 7B.
         """
         model, args = self.llama.model, self.llama.model.params
         if rows > args.max_batch_size or length > args.max_seq_len:
             args.max_batch_size, args.max_seq_len = rows, length
             model.freqs_cis = precompute_freqs_cis(args.head_dim, 2 * length, args.rope_theta)
-            for layer in model.layers:  # the next call allocates the engine's cache in the sizes of these tensors
+            for layer in model.layers:  # the next call allocates the engine's KV cache in the shapes of these tensors
                 attention = layer.attention
                 shape = rows, length, attention.n_local_kv_heads, attention.head_dim
                 attention.cache_k, attention.cache_v = (torch.empty(shape, device="meta") for _ in range(2))

@@ -2,8 +2,8 @@
 
 The model consists of fairscale's layers, one for each of wq, wk, wv, w1, w2 and w3. The rotary embedding uses complex numbers.
 Keys and values are expanded to every query head, attention is matmul, softmax, matmul, and logits are computed at every
-position. Prompts of unequal length are prefilled together up to the end of the shortest. From there, all rows advance token by
-token, and in longer prompts the prompt's token replaces the generated one.
+position. Prompts of unequal length are prefilled together up to the end of the shortest. Then all rows advance by one token per
+step. Where a longer prompt has a token of its own, this token replaces the generated one.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch import distributed, nn
 
 from peers import Answer, Job
 
-PAD, EOS = -1, -2  # PAD and EOS are never generated, so that no row ends early
+PAD, EOS = -1, -2  # values that a model never generates, so that no row ends early
 
 
 def column_parallel(n_in: int, n_out: int, gather: bool = False) -> ColumnParallelLinear:
@@ -31,7 +31,7 @@ def row_parallel(n_in: int, n_out: int) -> RowParallelLinear:
 
 
 def apply_rope(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
-    """Rotate adjacent pairs of x (B, S, heads, hd) by complex numbers (1, S, 1, hd/2)."""
+    """Apply the rotary embedding: multiply adjacent pairs of x (B, S, heads, hd) by complex freqs (1, S, 1, hd/2)."""
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * freqs).flatten(3).type_as(x)
 
@@ -52,7 +52,7 @@ class Attention(nn.Module):
         self.head_dim, self.n_rep = dim // n_heads, n_heads // n_kv_heads
         self.wq, self.wo = column_parallel(dim, dim), row_parallel(dim, dim)
         self.wk, self.wv = (column_parallel(dim, n_kv_heads * self.head_dim) for _ in range(2))
-        self.keys = self.values = torch.empty(0)  # (B, length, n_kv_heads, hd)
+        self.keys = self.values = torch.empty(0)  # the KV cache: (B, length, n_kv_heads, hd)
 
     def forward(self, x: torch.Tensor, start: int, freqs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         B, S, _ = x.shape
@@ -68,7 +68,7 @@ class Attention(nn.Module):
         return self.wo(out.transpose(1, 2).contiguous().view(B, S, -1))
 
     def repeat_kv(self, x: torch.Tensor) -> torch.Tensor:
-        """Repeat each key/value head n_rep times: (B, L, kv heads, hd) -> (B, L, heads, hd)."""
+        """Repeat each key/value head n_rep times: (B, length, kv heads, hd) -> (B, length, heads, hd)."""
         return x.unsqueeze(3).expand(-1, -1, -1, self.n_rep, -1).flatten(2, 3)
 
 
@@ -113,12 +113,12 @@ class Model(nn.Module):
         self.freqs = torch.polar(torch.ones_like(angles), angles).to(template.device)
 
     def forward(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
-        """Return logits (B, S, vocab) of tokens (B, S) at the positions from `start` on."""
+        """Return logits (B, S, vocab) of tokens (B, S). start: the position of the first token of each row."""
         S = tokens.shape[1]
         h = self.tok_embeddings(tokens)
         freqs = self.freqs[start : start + S].view(1, S, 1, -1)
         mask = None
-        if S > 1:  # more than one token occurs at position 0 only, so that the mask is square
+        if S > 1:  # the prefill, which starts at position 0, so that the mask is square
             mask = torch.full((S, S), float("-inf"), device=h.device).triu(1).type_as(h)
         for layer in self.layers:
             h = layer(h, start, freqs, mask)

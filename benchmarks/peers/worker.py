@@ -1,11 +1,12 @@
-"""Run one peer in one process: load the model, then answer each line of stdin with a line of stdout, in JSON.
+"""Run one peer in one process: load the model, then answer each request on stdin with a line on stdout, both in JSON.
 
     python -m peers.worker '{"peer": "ours", ...}'    # a peers.Job; started by speed.py, with this folder on PYTHONPATH
 
-The first line of output is {"seconds": to load the model and generate one token, "device_peak": bytes on the GPU or 0}. A
-request {"prompts": [[tokens], ...], "new": number of new tokens, "min_seconds": seconds} is answered with
-{"times": [[first, rest], ...], "tokens": [[tokens], ...]}. Each request is repeated until `min_seconds` have passed, because
-a single run of a small model is too short to measure.
+When the model is loaded, the worker prints {"seconds": S, "device_peak": N}. S is the time to load the model and generate one
+token, and N is the peak GPU memory in bytes, 0 on a CPU. Each request is a line {"prompts": [[token, ...], ...], "new": number
+of new tokens, "min_seconds": seconds}, and its answer is a line {"times": [[first, rest], ...], "tokens": [[token, ...], ...]}.
+The worker repeats a request until `min_seconds` have passed, because a single run of a small model is too short to measure.
+"times" contains the seconds of each repetition, as in `peers.Answer`; "tokens" contains the new tokens of the last one.
 """
 
 import json
@@ -19,16 +20,16 @@ from peers import Job, import_peer
 
 def main() -> None:
     stdout = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # anything that a library prints goes to stderr, so that stdout contains JSON only
+    os.dup2(2, 1)  # libraries that print then write to stderr, so that stdout contains only JSON
 
     def reply(**fields: Any) -> None:
         stdout.write(json.dumps(fields) + "\n")
 
     job = Job(**json.loads(sys.argv[1]))
-    peer_class = import_peer(job.peer)  # before the clock starts: load time excludes imports
+    peer_class = import_peer(job.peer)  # import before the clock starts, because load time excludes imports
     start = time.perf_counter()
     peer = peer_class(job)
-    peer.generate([[1]], 1)  # a memory-mapped file is loaded only once its weights have been read
+    peer.generate([[1]], 1)  # run the model once, because a memory-mapped file is loaded when the weights are first read
     seconds, device_peak = time.perf_counter() - start, 0
     if job.device == "cuda":
         import torch

@@ -1,7 +1,8 @@
-"""A whole decode step on the CPU in one call of native.c: in bfloat16, on one rank.
+"""The cpu backend: run a whole decode step in one call of compiled C (csrc/decode_avx512.c) where possible.
 
-Reading the weights evicts everything else from the CPU's caches, so that Python between two products is slow: here all layers
-run in C. The result is that of `Forward.hidden`.
+This needs a CPU with AVX-512 instructions for bfloat16, a bfloat16 model, and a single rank. In all other cases the backend
+runs layer by layer. A decode step reads all weights, which evicts everything else from the CPU's caches, so that Python code
+between two matrix products is slow. The C code avoids Python between the layers.
 """
 
 import functools
@@ -21,7 +22,10 @@ from .layerwise import TorchBackend, decode_layerwise
 
 
 def why_shape_unsupported(args: ModelArgs, dtype: torch.dtype, ranks: int) -> str | None:
-    """Return why native.c cannot take the steps of a model of this shape, in words; None if it can."""
+    """Return why a model of these sizes cannot run a decode step in one call of C; None if it can.
+
+    ranks: number of ranks that share the model.
+    """
     if avx512.extension() is None:
         return f"the compiled decode step needs AVX-512 with bfloat16: {avx512.status().reason}"
     if dtype != torch.bfloat16:
@@ -32,7 +36,7 @@ def why_shape_unsupported(args: ModelArgs, dtype: torch.dtype, ranks: int) -> st
 
 
 def why_width_unsupported(args: ModelArgs) -> str | None:
-    """Return which width of a model native.c cannot take, in words; None if it takes all."""
+    """Return which width of a model the C code for decode steps does not support; None if it supports all of them."""
     for name, width, unit in (
         ("dim", args.dim, 32),
         ("head_dim", args.head_dim, 32),
@@ -44,7 +48,7 @@ def why_width_unsupported(args: ModelArgs) -> str | None:
 
 
 def why_unsupported(forward: EngineForward) -> str | None:
-    """Return why native.c cannot take a model's steps as it is now; None if it can."""
+    """Return why a model, with its present weights, cannot run a decode step in one call of C; None if it can."""
     args = forward.model.params
     if why := why_shape_unsupported(args, forward.dtype, forward.ranks):
         return why
@@ -61,12 +65,12 @@ def why_unsupported(forward: EngineForward) -> str | None:
 
 
 def _is_blocked(product: MergedLinear, in_features: int, out_features: int) -> bool:
-    """Tell whether native.c reads a weight, as it is."""
+    """Return True if the C code can read a weight in its present layout, without conversion."""
     kernel = product.kernel
     if not isinstance(kernel, BlockedLinear) or kernel.extension is not avx512.extension() or any(kernel.padding):
         return False
     fits = (kernel.in_features, kernel.out_features) == (in_features, out_features)
-    return fits and kernel.dtype == kernel.out_dtype == torch.bfloat16  # a caller may have made one layer float32
+    return fits and kernel.dtype == kernel.out_dtype == torch.bfloat16  # a caller may have converted a layer to float32
 
 
 def _blocked_kernel(product: MergedLinear) -> BlockedLinear:
@@ -75,7 +79,10 @@ def _blocked_kernel(product: MergedLinear) -> BlockedLinear:
 
 
 class FusedDecodeStep:
-    """`Forward.hidden` for one token of each of so many rows. It holds the weights as they are when it is made."""
+    """Compute the hidden states of a decode step of `n_rows` rows in one call of C, like `EngineForward.hidden_states`.
+
+    An instance uses the weights and the KV cache that the model has when the instance is created.
+    """
 
     def __init__(self, forward: EngineForward, n_rows: int) -> None:
         args, B = forward.model.params, n_rows
@@ -102,7 +109,7 @@ class FusedDecodeStep:
                 _blocked_kernel(layer.w13).args(B, x=self.h, y=z, gated=1, out=width, **second, **rows),
                 _blocked_kernel(layer.w2).args(B, x=z, y=self.h, residual=self.h, **rows),
             ]
-        self.kept = rows, heads, y, z  # native.c holds addresses only: these tensors must live on
+        self.kept = rows, heads, y, z  # keep these tensors alive, because the C structs contain only their addresses
         self.products = (c_extension.LinearArgs * len(products))(*products)
         data = forward.cache.data
         self.scores = torch.empty(B * K * G, data.shape[4], dtype=torch.float32, device="cpu")
@@ -142,7 +149,7 @@ class CpuBackend(TorchBackend):
 
 
 def why_no_compiled_kernels() -> str | None:
-    """Return why this machine has no compiled kernels, and the way to get them; None if it has."""
+    """Return why this machine has no compiled kernels, and how to get them; None if it has compiled kernels."""
     if avx512.extension() is not None or avx2.extension() is not None:
         return None
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):

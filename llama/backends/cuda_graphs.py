@@ -1,9 +1,9 @@
 """The cuda_graphs backend: capture a decode step as a CUDA graph once, then replay it with one launch.
 
-A captured step has static shapes: a number of rows, and a context length rounded up to a bucket. Its inputs and its output keep
-their addresses. Positions are values on the device, and a mask hides the part of the context beyond them. Each bucket is twice
-as long as the one before, so that a step reads at most twice the positions it needs. The code that is captured,
-`CapturedStep.run`, also runs without capture on any device, for tests.
+A captured step has static shapes: a number of rows, and a context length rounded up to a bucket. The inputs and the output of
+the step keep their addresses. The positions of the rows are values on the device, and a mask hides the part of the KV cache
+after each position. Each bucket is twice as long as the next smaller one, so that a step reads at most twice the positions it
+needs. The code that is captured, `CapturedStep.run`, also runs without capture on any device, for tests.
 """
 
 import sys
@@ -21,20 +21,20 @@ from ..engine.kv_cache import RaggedBatch
 
 ComputeLogits = Callable[[EngineForward, torch.Tensor, RaggedBatch], torch.Tensor]
 
-CAPTURE_LOCK = threading.Lock()  # one capture at a time: starting one synchronizes the device, which makes others fail
+CAPTURE_LOCK = threading.Lock()  # one capture at a time: the start of a capture synchronizes the device, which makes other captures fail
 
 
 class CudaGraphsBackend(Backend):
-    """Run decode steps that are captured once for each number of rows and context bucket."""
+    """Capture a decode step once for each number of rows and each context bucket, then replay the captured step."""
 
     name = "cuda_graphs"
     packs_weights = True
 
     def __init__(self) -> None:
-        self.captures = True  # no steps are captured after a capture has failed
-        self.steps: dict[tuple[int, int], CapturedStep] = {}  # keys: number of rows, context bucket; oldest use first
+        self.captures = True  # becomes False when a capture fails, which ends all capturing
+        self.steps: dict[tuple[int, int], CapturedStep] = {}  # key: (rows, context bucket); least recently used step first
         self.forward: EngineForward | None = None
-        self.dependencies: list[object] = []  # kernels and tensors' memory that the steps read
+        self.dependencies: list[object] = []  # kernels, and addresses of tensors, that the steps read
         self.stream: torch.cuda.Stream | None = None
         self.pool: Any = None
 
@@ -69,8 +69,10 @@ class CudaGraphsBackend(Backend):
     def _new_step(
         self, n_rows: int, kv_len: int, tokens: torch.Tensor, positions: torch.Tensor
     ) -> "tuple[CapturedStep, torch.Tensor]":
-        """Return a new step and the logits of its first run. Capturing launches nothing, so a rank that makes the step launches
-        the same collectives as a rank that has it already."""
+        """Return a new step and the logits of its first run.
+
+        Capturing launches nothing. So a rank that captures a new step launches the same collectives as a rank that replays it.
+        """
         assert self.forward is not None
         step = CapturedStep(self.forward, self.compute_logits, n_rows, kv_len)
         logits = self.run_first(step, tokens, positions)
@@ -80,7 +82,7 @@ class CudaGraphsBackend(Backend):
         return step, logits
 
     def compute_logits(self, forward: EngineForward, tokens: torch.Tensor, batch: RaggedBatch) -> torch.Tensor:
-        """Compute what a step captures: tokens (B,) -> logits (B, vocab)."""
+        """Compute the logits (B, vocab) of tokens (B,). A captured step contains this computation."""
         return forward.logits(forward.hidden_states(tokens, batch))
 
     def run_first(self, step: "CapturedStep", tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -93,7 +95,7 @@ class CudaGraphsBackend(Backend):
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         try:
             step.capture(self.stream, self.pool)
-        except RuntimeError as e:  # ranks may differ: a step launches the same collectives, captured or not
+        except RuntimeError as e:  # other ranks may succeed: the collectives are the same with and without a capture
             self.captures, self.pool = False, None
             if global_rank() == 0:
                 reason = str(e).split("\n")[0]
@@ -101,12 +103,15 @@ class CudaGraphsBackend(Backend):
 
 
 def context_bucket(kv_len: int, max_seq_len: int) -> int:
-    """Return the number of positions, kv_len or more, that a captured step attends to: a power of two, at most max_seq_len."""
+    """Return the number of positions that a captured step attends to: kv_len rounded up to a power of two or max_seq_len."""
     return min(max(tuning.MIN_GRAPH_CONTEXT, 1 << (kv_len - 1).bit_length()), max_seq_len)
 
 
 class CapturedStep:
-    """A decode step of rows 0..n_rows that attends to positions 0..kv_len of the KV cache. Its tensors keep their addresses."""
+    """A decode step of rows 0 to n_rows - 1, which attends to positions 0 to kv_len - 1 of the KV cache.
+
+    The inputs and the output of the step keep their addresses, as a CUDA graph requires.
+    """
 
     def __init__(self, forward: EngineForward, compute_logits: ComputeLogits, n_rows: int, kv_len: int) -> None:
         self.forward, self.compute_logits = forward, compute_logits
@@ -117,12 +122,14 @@ class CapturedStep:
         self.replay: Callable[[], None] = self.run
 
     def run(self) -> None:
-        """Compute `logits` from `tokens` and `positions`."""
+        """Compute the step's `logits` from its tensors `tokens` and `positions`."""
         self.logits = self.compute_logits(self.forward, self.tokens, self.batch)
 
     def capture(self, stream: torch.cuda.Stream, pool: Any) -> None:
-        """Capture `run` as a CUDA graph, and replay that from now on. `run` must have run before, to compile code and allocate
-        the workspaces of libraries."""
+        """Capture `run` as a CUDA graph, which all later calls of the step replay.
+
+        `run` must have been called before, because its first call compiles code and allocates workspaces of CUDA libraries.
+        """
         before = torch.cuda.current_stream()
         stream.wait_stream(before)
         graph = torch.cuda.CUDAGraph()
@@ -131,12 +138,12 @@ class CapturedStep:
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self.run()
         finally:
-            torch.cuda.set_stream(before)  # a failed capture leaves its own stream as the current one
+            torch.cuda.set_stream(before)  # a failed capture does not restore the current stream
         before.wait_stream(stream)
         self.replay = graph.replay
 
     def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Run the step: tokens and positions (B,) -> logits (B, vocab), which the next call overwrites."""
+        """Run the step: tokens (B,) and positions (B,) -> logits (B, vocab). The next call overwrites the logits."""
         self.tokens.copy_(tokens)
         self.positions.copy_(positions)
         self.replay()

@@ -11,7 +11,7 @@ from ..engine.kv_cache import RaggedBatch
 
 
 class TorchBackend(Backend):
-    """Run decode steps with the engine's forward."""
+    """Run decode steps with the engine's forward, layer by layer."""
 
     name = "torch"
     packs_weights = True
@@ -27,8 +27,11 @@ def decode_layerwise(
     positions: torch.Tensor,
     positions_host: list[int],
 ) -> torch.Tensor:
-    """Run one decode step: tokens and positions (B,) -> logits (B, vocab). hidden_states: computes all layers of the step."""
-    # On the CPU each row attends to its own positions only, without padding, so that batching does not change its result.
+    """Run one decode step: tokens and positions (B,) -> logits (B, vocab).
+
+    hidden_states: the function that computes all layers of the step.
+    """
+    # On the CPU, a row attends only to its own positions, without padding, so that other rows do not change its result.
     if forward.device.type == "cpu" or len(set(positions_host)) == 1:
         batch = RaggedBatch.from_segments(((row, position, 1) for row, position in enumerate(positions_host)), forward.device)
     else:

@@ -1,8 +1,8 @@
 """Choose the backend of a model: by name, or the fastest that supports the device.
 
-eager           `Transformer.forward`, module by module, on plain tensors; used for every model that a caller has changed
+eager           `Transformer.forward`, module by module, on weights that are not packed
 torch           the engine's forward, layer by layer on any device, with kernels launched one by one
-cpu             the engine's forward with this library's compiled kernels; if they support the model, one call per decode step
+cpu             the engine's forward with this library's compiled kernels; a decode step is a single call if they support the model
 cuda_graphs     the engine's forward; a decode step is captured once and then replayed with one launch
 torch_compile   like cuda_graphs, with the small kernels of a layer fused by torch.compile
 """
@@ -26,12 +26,12 @@ from .torch_compile import TorchCompileBackend
 BACKENDS: dict[str, type[Backend]] = {
     backend.name: backend for backend in (TorchCompileBackend, CudaGraphsBackend, CpuBackend, TorchBackend, EagerBackend)
 }
-# The choices of backend="auto", fastest first. torch_compile is not one, as it compiles for seconds per number of rows.
+# The backends that backend="auto" chooses from, fastest first. torch_compile is missing: it compiles for seconds per batch size.
 AUTO = (CudaGraphsBackend, CpuBackend, TorchBackend)
 
 
 def choose_backend(name: str, device: torch.device) -> type[Backend]:
-    """Return the backend of a name, or for "auto" the fastest that supports the device.
+    """Return the backend with the given name, or for "auto" the fastest backend that supports the device.
 
     Raises InputError for an unknown name, and DeviceError if the named backend does not support the device.
     """
@@ -49,9 +49,9 @@ def slowdown_warning(backend: type[Backend], device: torch.device, args: model.M
     if device.type != "cpu" or (sys.platform, platform.machine()) != ("linux", "x86_64"):
         return None
     missing = [status for status in (avx512.status(), avx2.status(), pack.status()) if status.not_compiled]
-    if backend.name in ("torch", "cpu") and missing:  # code compiled from older sources may lack one of them
+    if backend.name in ("torch", "cpu") and missing:  # after an update without a new build, some may be missing
         return f"llama: decoding is slower than it could be, without compiled kernels: {missing[0].reason}"
-    packed = 2 * args.dim * args.ffn_width * dtype.itemsize >= tuning.MIN_PACKED_BYTES  # smaller models are fast on any path
+    packed = 2 * args.dim * args.ffn_width * dtype.itemsize >= tuning.MIN_PACKED_BYTES  # smaller models are always fast
     if (
         backend.name == "cpu"
         and avx512.extension()

@@ -1,4 +1,4 @@
-"""Report what this machine runs a model with: versions, device, compiled code and backends."""
+"""Report how this machine would run a model: versions, device, compiled code and backends."""
 
 import os
 import platform
@@ -15,10 +15,11 @@ from . import cpu, registry
 
 
 def info(ckpt_dir: str | os.PathLike[str] | None = None, device: str | torch.device | None = None) -> str:
-    """Return a report of versions, device, threads, compiled code and backends, with a reason for each that cannot be used.
+    """Return a report of versions, device, threads, compiled code and backends.
 
-    ckpt_dir: also report how this checkpoint's decode steps run. Raises CheckpointError if it is not a checkpoint, DeviceError
-    for a device that does not exist.
+    For compiled code and backends that cannot be used, the report contains the reason. ckpt_dir: also report how decode steps
+    of this checkpoint would run. Raises CheckpointError if ckpt_dir is not a checkpoint, and DeviceError for a device that does
+    not exist.
     """
     chosen_device = choose_device(device)
     gpu = f", {torch.cuda.get_device_name(chosen_device)}" if chosen_device.type == "cuda" else ""

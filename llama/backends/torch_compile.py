@@ -1,9 +1,9 @@
 """The torch_compile backend: captured decode steps whose layers are compiled by torch.compile.
 
-The same compiled code runs all layers; it is compiled again for each number of rows. A layer is compiled in three parts:
-attention, between the first two parts, has a kernel of its own, and is the only operation whose shapes depend on the context
-length. The input of w2 ends the second part, so that it is written to memory: fused into the product with w2, it would be
-computed again for each output. On several ranks, the sums over the ranks split a layer into more parts.
+All layers share the same compiled code, which is compiled again for each number of rows. A layer is compiled in three parts.
+Attention runs between the first and the second part and is not compiled, because its shapes depend on the context length. The
+second part ends with the input of w2, so that this input is written to memory; if it were fused into the product with w2, it
+would be computed again for each output. On several ranks, the sums over the ranks split a layer into more parts.
 """
 
 import functools
@@ -20,12 +20,12 @@ from .cuda_graphs import CapturedStep, CudaGraphsBackend
 
 
 def pre_attention(layer: EngineLayer, x: torch.Tensor, context: ForwardContext, cache: torch.Tensor | None) -> torch.Tensor:
-    """Compute queries (B, H, hd) from x (B, dim), and store keys and values in the cache."""
+    """Return the queries (B, heads, hd) of hidden states x (B, dim). Store their keys and values in the KV cache."""
     return layer.project_qkv(layer.attention_norm.forward(x), context, cache)[0]
 
 
 def post_attention(layer: EngineLayer, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add attention to x (B, dim). Return the sum h (B, dim) and the input of w2 (B, width).
+    """Add the result of attention to x (B, dim). Return the sum h (B, dim) and the input of w2 (B, width).
 
     y: the output of attention; on several ranks, already multiplied by wo.
     """
@@ -34,7 +34,7 @@ def post_attention(layer: EngineLayer, x: torch.Tensor, y: torch.Tensor) -> tupl
 
 
 def ffn_down(layer: EngineLayer, h: torch.Tensor, gated: torch.Tensor) -> torch.Tensor:
-    """Multiply the input of w2 (B, width) by w2, and add h (B, dim): (B, dim)."""
+    """Multiply `gated`, the input of w2 (B, width), by w2, and return the product plus h: (B, dim)."""
     return h + layer.w2.forward(gated)
 
 
@@ -44,12 +44,12 @@ def linear(weight: MergedLinear, x: torch.Tensor) -> torch.Tensor:
 
 
 def logits(forward: EngineForward, hidden: torch.Tensor) -> torch.Tensor:
-    """Multiply hidden states (B, dim) by the output weight: float32 logits (B, vocab)."""
+    """Multiply hidden states (B, dim) by the output weight, and return float32 logits (B, vocab)."""
     return forward.output.forward(hidden).float()
 
 
 class CompiledLayer:
-    """Compute what `EngineLayer.forward` and `EngineForward.logits` do, with compiled code.
+    """Compiled versions of `EngineLayer.forward` and `EngineForward.logits`.
 
     options: arguments of torch.compile; default: `compat.inductor_options()`.
     """
@@ -73,7 +73,7 @@ class CompiledLayer:
         return h + self.all_reduced(layer.w2, gated)
 
     def all_reduced(self, weight: MergedLinear, x: torch.Tensor) -> torch.Tensor:
-        """Multiply x by a weight with compiled code, and sum over the ranks, which torch.compile cannot do."""
+        """Multiply x by a weight with compiled code, then sum over the ranks without it: torch.compile cannot compile the sum."""
         return reduce_from_model_parallel_region(self.linear(weight, x))
 
     def logits(self, forward: EngineForward, hidden: torch.Tensor) -> torch.Tensor:
@@ -82,7 +82,7 @@ class CompiledLayer:
 
 
 class TorchCompileBackend(CudaGraphsBackend):
-    """Run captured decode steps with compiled layers. options: arguments of torch.compile."""
+    """Run captured decode steps whose layers torch.compile compiles. options: arguments of torch.compile."""
 
     name = "torch_compile"
 

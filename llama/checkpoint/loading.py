@@ -1,8 +1,9 @@
 """Load a rank's part of a checkpoint into a model: read, quantize and pack its weights, one tensor at a time.
 
-A checkpoint of any number of shards loads on any number of ranks. On the CPU, a weight that is already stored as the model
-needs it stays the memory-mapped file. Other weights are copied, quantized or packed for a kernel; so a rank allocates its own
-weights and at most one more tensor. NaN and infinity raise CheckpointError when the tensor that contains them is read.
+A checkpoint of any number of shards loads on any number of ranks. On the CPU, a weight whose stored dtype and layout suit the
+model is not copied: its parameter is a view of the memory-mapped file. Other weights are copied, quantized or packed for a
+kernel. So a rank needs memory for its own weights and for at most one more tensor. NaN and infinity raise CheckpointError when
+the tensor that contains them is read.
 """
 
 import itertools
@@ -31,7 +32,7 @@ from .shards import Shards, split_dim
 from .validate import NON_FINITE
 
 
-@torch.inference_mode(False)  # weights made in inference mode could not be changed in place later
+@torch.inference_mode(False)  # weights created in inference mode could not be edited in place outside of it
 def load_weights(
     model: Transformer,
     shards: Shards,
@@ -40,10 +41,11 @@ def load_weights(
     format: str | None = None,
     packs: bool = True,
 ) -> None:
-    """Fill a model on the meta device with this rank's part of the shards.
+    """Load this rank's part of the shards into a model on the meta device.
 
-    format: "int8" or "int4" to quantize the matrices.
-    packs: True if weights may be packed for kernels; if False, every weight is a plain tensor, dequantized if need be.
+    format: "int8" or "int4" to quantize the matrices; None not to quantize.
+    packs: True if weights may be packed for kernels. If False, every weight is a plain tensor, and quantized weights are
+    dequantized.
     Raises CheckpointError if a weight is not finite, and if a file is changed or deleted before the last weight is read.
     """
     groups = _views_to_read(model, shards, format, packs)
@@ -51,7 +53,7 @@ def load_weights(
     for names, views in progress(groups, lambda group: sum(view.nbytes for view in group[1]), "loading"):
         shards.check_unchanged()
         for view in next(next_groups, ([], []))[1]:
-            madvise(view, WILLNEED)  # the disk reads the next weights while these are packed
+            madvise(view, WILLNEED)  # let the disk read the next group of weights while this one is packed
         _load_group(model, names, views, shards, dtype, device, format, packs)
     shards.check_unchanged()
 
@@ -59,19 +61,24 @@ def load_weights(
 def _views_to_read(
     model: Transformer, shards: Shards, format: str | None, packs: bool
 ) -> list[tuple[list[str], list[torch.Tensor]]]:
-    """Return (weight names, views of the mapped files to read for them) for each group of weights, the largest first."""
+    """Return the groups of weights to load, the largest group first.
+
+    A group is (names of its weights, views of the mapped files from which these weights are read).
+    """
     groups: list[tuple[list[str], list[torch.Tensor]]] = []
     for names in weight_groups(model, joint=packs):
         is_linear = split_dim(names[0]) is not None and names[0] != "tok_embeddings.weight"
-        # Groups of inputs that share a scale belong to whole rows, so a matrix split by its inputs is read whole.
+        # Quantize whole rows, so that the scales do not depend on the number of ranks. A matrix that is split by its inputs is
+        # therefore read whole.
         quantizes_whole_rows = is_linear and format and split_dim(names[0]) == 1
-        from_packed_file = shards.packed_format and is_linear  # read by name: the views only order and prefetch the groups
+        # Weights in a packed file are read by name. Their views are used only to sort and to prefetch groups.
+        from_packed_file = shards.packed_format and is_linear
         reads_whole = from_packed_file or quantizes_whole_rows
         views = [view for name in names for view in (shard_parts(name, shards) if reads_whole else rank_views(name, shards))]
         if from_packed_file:
             views += [shards.first[f"{name}.scale"] for name in names if f"{name}.scale" in shards.first]
         groups.append((names, views))
-    # Temporary copies of the largest weights add least to peak memory while the model is still empty.
+    # Load the largest weights first: their temporary copies are the largest, and little else is in memory at the start.
     groups.sort(key=lambda group: -sum(view.numel() for view in group[1]))
     return groups
 
@@ -86,7 +93,7 @@ def _load_group(
     format: str | None,
     packs: bool,
 ) -> None:
-    """Read the weights of one group and give each module its parameter."""
+    """Read the weights of one group, and make each the parameter of its module."""
     modules = [model.get_submodule(name.removesuffix(".weight")) for name in names]
     linears = [module for module in modules if isinstance(module, ColumnParallelLinear | RowParallelLinear)]
     weight: LinearKernel | QuantizedWeight | torch.Tensor | None = None
@@ -108,8 +115,8 @@ def _load_group(
     parameters = packed_weight.make_parameters(
         weight, outs, in_features, dtype, device, packs and bool(linears), computes_logits
     )
-    if weight is views[0] and isinstance(parameters[0], PackedWeight):  # packed from the mapped file, without a copy
-        madvise(views[0], DONTNEED)
+    if weight is views[0] and isinstance(parameters[0], PackedWeight):
+        madvise(views[0], DONTNEED)  # the weight has been packed, so its pages of the mapped file are no longer needed
     for module, parameter in zip(modules, parameters, strict=True):
         module.weight = parameter
 
@@ -117,7 +124,7 @@ def _load_group(
 def quantize_rank_part(
     name: str, shards: Shards, format: str, dtype: torch.dtype, device: torch.device
 ) -> Iterator[QuantizedWeight]:
-    """Yield this rank's part of a stored weight, quantized, some rows at a time."""
+    """Quantize this rank's part of a stored weight, and yield it several rows at a time."""
     rank, ranks = model_parallel()
     split_by_inputs = split_dim(name) == 1
     for views in [shard_parts(name, shards)] if split_by_inputs else [[view] for view in rank_views(name, shards)]:
@@ -143,7 +150,7 @@ def _pack_rank_part(
     device: torch.device,
     packs: bool,
 ) -> LinearKernel | QuantizedWeight | torch.Tensor | None:
-    """Return this rank's part of a group of linear weights, packed or quantized; None if its views are neither."""
+    """Return this rank's part of a group of linear weights, packed or quantized; None if it is to be neither."""
     weight_format = format and format_of(names[0], format)
     if shards.packed_format:
         stored_format = format_of(names[0], shards.packed_format) or ""
@@ -152,7 +159,7 @@ def _pack_rank_part(
         split_by_inputs, (rank, ranks) = split_dim(names[0]) == 1, model_parallel()
         width = sum(view.shape[1] for view in views) if split_by_inputs else views[0].shape[1]
         first, last = 0, width
-        if split_by_inputs and weight_format:  # the views are whole rows, of which this rank keeps a part of the inputs
+        if split_by_inputs and weight_format:  # the views are whole rows, and this rank keeps only its inputs
             first, last = width * rank // ranks, width * (rank + 1) // ranks
         if kernel := pack_rows(weight_format, views, dtype, width, first, last):
             for view in views:
@@ -176,11 +183,11 @@ def _read_packed_weights(
 ) -> LinearKernel | QuantizedWeight | torch.Tensor:
     """Return this rank's part of a group of weights in a packed file (packed_file.py).
 
-    Blocks are copied if a kernel on this CPU reads them. Otherwise they are unpacked: on a GPU, on another CPU, and if this
-    rank's part begins within a block.
+    The packed blocks are copied unchanged if a kernel on this CPU multiplies them. They are unpacked on a GPU, on a CPU without
+    such a kernel, and if this rank's part begins in the middle of a block.
     """
     rank, ranks = model_parallel()
-    parts: list[tuple[BlockedWeight, int, int]] = []  # a whole weight, and this rank's first and last output of it
+    parts: list[tuple[BlockedWeight, int, int]] = []  # (weight, first, last): keep its outputs first to last - 1
     is_aligned = True
     for name, linear in zip(names, linears, strict=True):
         _check_packed_weight(name, tensors, format)
@@ -220,9 +227,10 @@ def _check_packed_weight(name: str, tensors: dict[str, torch.Tensor], format: st
 
 
 def check_finite(weight: torch.Tensor, names: list[str], shards: Shards) -> None:
-    """Raise CheckpointError if a weight that was read from the named tensors is not finite.
+    """Raise CheckpointError if a weight contains NaN or infinity.
 
-    Infinity in the weight alone means that stored values are too large for its dtype.
+    names: the stored tensors from which the weight was read. If all stored values are finite, the error says that they are too
+    large for the weight's dtype.
     """
     if _is_finite(weight):
         return
@@ -236,20 +244,24 @@ def check_finite(weight: torch.Tensor, names: list[str], shards: Shards) -> None
 
 
 def _is_finite(weight: torch.Tensor) -> bool:
-    """Return True if all values are finite."""
-    # A finite sum proves it in one pass over memory; but a sum of finite values may overflow, so ask each value then.
+    """Return True if all values of a weight are finite."""
+    # A finite sum proves in one pass that all values are finite. The sum of finite values may overflow, so test each value if
+    # the sum is not finite.
     return bool(weight.sum().isfinite() or weight.isfinite().all())
 
 
 def _can_stay_mapped(views: list[torch.Tensor], dtype: torch.dtype, device: torch.device) -> bool:
-    """Return True if the mapped file can be the weight itself, without a copy, shared by all processes that map it."""
+    """Return True if a view of the mapped file can be the weight itself, so that processes share its memory."""
     view = views[0]
-    is_aligned = view.data_ptr() % 64 == 0  # as torch.save writes tensors
+    is_aligned = view.data_ptr() % 64 == 0  # torch.save aligns tensors to 64 bytes, other programs may not
     return len(views) == 1 and view.is_contiguous() and is_aligned and view.dtype == dtype and device.type == "cpu"
 
 
 def _join_views(views: list[torch.Tensor], dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Copy views, side by side along `dim`, into one tensor, and release each view's pages of the file."""
+    """Concatenate views of the mapped files along `dim` into a new tensor.
+
+    The memory of each view's pages is released once the view is copied.
+    """
     shape = list(views[0].shape)
     shape[dim] = sum(view.shape[dim] for view in views)
     joined, filled = torch.empty(shape, dtype=dtype, device=device), 0

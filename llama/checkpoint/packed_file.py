@@ -1,15 +1,18 @@
-"""Save packed weights in a file beside the shards, which loads without packing or quantizing, and open that file.
+"""Save packed weights in a file beside the shards, and open that file. Loading it needs no packing or quantizing.
 
 `save_packed_file` writes `bfloat16.safetensors`, `int8.safetensors` or `int4.safetensors` once, in one process. `Llama.build`
-then copies it into memory. The file contains the whole model, so it loads on any number of ranks, and the shards may be
-deleted. In the safetensors format, under Meta's names, it has the embedding and the norms as they were stored, and for every
-other weight (out, in)
+then copies the contents into memory. The file contains the whole model, so it loads on any number of ranks, and the shards may
+be deleted.
 
-    NAME.weight          its blocks (kernels/blocked_linear.py), uint8 (out / 64, in / per, 64, 4): `per` inputs in 4 bytes
-    NAME.weight.scale    for int8 bfloat16 scales (out / 64, groups, 64, 1), for int4 scales and zeros (out / 64, groups, 64, 2)
+The file is in the safetensors format, with Meta's names. The embedding and the norms are stored as in the shards. Every other
+weight (out, in) is stored in blocks (kernels/blocked_linear.py), in which 4 bytes contain n inputs:
 
-The header names the layout, so that another version's file is rejected, and a fingerprint of the shards that the file was made
-from. Weights are unpacked on a GPU, on a CPU without a kernel for blocks, and for ranks whose part begins within a block.
+    NAME.weight          blocks, uint8 (out / 64, in / n, 64, 4)
+    NAME.weight.scale    bfloat16; int8: scales (out / 64, groups, 64, 1); int4: scales and zeros (out / 64, groups, 64, 2)
+
+The header contains the version of the layout, so that a file of another version is rejected, and a fingerprint of the shards
+from which the file was made. Weights are unpacked on a GPU, on a CPU without a kernel for blocks, and on a rank whose part of a
+weight begins in the middle of a block.
 """
 
 import contextlib
@@ -40,23 +43,23 @@ from .shards import Shards, file_identity, open_shards, shard_paths, split_dim
 from .validate import build_on_meta, check_shards, expected_shapes
 
 LAYOUT = "blocks of 64 outputs, 4 bytes each, version 2"
-FORMAT_KEY = "kind"  # the key of the format in the metadata of the header
-MAX_ZIP_RECORDS = 10_000  # in a shard: more than ten times those of 70B
-MAX_HEADER_BYTES = 1 << 22  # ten times the header of 70B; a larger one would take much more memory once it is parsed
+FORMAT_KEY = "kind"  # the key in the header's metadata whose value is the format of the weights
+MAX_ZIP_RECORDS = 10_000  # limit for a shard: more than ten times the number of records in a shard of 70B
+MAX_HEADER_BYTES = 1 << 22  # limit: ten times the header of 70B, as parsing a larger header could take much memory
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
 _DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 PACKED_FORMATS = ["bfloat16", *FORMATS]
-FileLayout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # the dtype and shape of each tensor in a file, by name
+FileLayout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name of a tensor -> (dtype, shape), in the order of the file
 REMAKE = "make it again with `python -m llama quantize`, or delete it"
 
 
 def packed_file_path(ckpt_dir: str | os.PathLike[str], format: str) -> Path:
-    """Return the path of a checkpoint's packed file of a format, whether it exists or not."""
+    """Return the path of a checkpoint's packed file in `format`. The file need not exist."""
     return Path(ckpt_dir).expanduser() / f"{format}.safetensors"
 
 
 def shards_fingerprint(ckpt_dir: str | os.PathLike[str]) -> str | None:
-    """Return a hash that tells a folder's shards from other shards; None if the folder has none."""
+    """Return a hash that identifies the contents of a folder's shards; None if the folder has no shards."""
     digest, paths = hashlib.sha256(), shard_paths(Path(ckpt_dir).expanduser())
     for path in paths:
         digest.update(path.name.encode())
@@ -66,7 +69,10 @@ def shards_fingerprint(ckpt_dir: str | os.PathLike[str]) -> str | None:
 
 
 def _fingerprint_parts(path: Path) -> Iterator[bytes]:
-    """Yield, for each record of a shard, its name, size and checksum, and its first 4 kB, since some writers omit checksums."""
+    """Yield bytes that identify a shard: the name, size and checksum of each record, and its first 4 kB.
+
+    The first 4 kB are needed because some programs write no checksums.
+    """
     try:
         with path.open("rb") as f, zipfile.ZipFile(f) as archive:
             if len(archive.infolist()) > MAX_ZIP_RECORDS:
@@ -80,7 +86,7 @@ def _fingerprint_parts(path: Path) -> Iterator[bytes]:
 
 
 def file_layout(model: Transformer, stored_dtype: torch.dtype, format: str) -> FileLayout:
-    """Return the tensors that a model's packed file must contain, in the order of the file.
+    """Return the dtype and shape of each tensor that a model's packed file must contain, in the order of the file.
 
     stored_dtype: the dtype of the embedding and the norms.
     """
@@ -95,19 +101,24 @@ def file_layout(model: Transformer, stored_dtype: torch.dtype, format: str) -> F
             layout[name] = torch.uint8, weight_shape
             if scales_shape:
                 layout[f"{name}.scale"] = torch.bfloat16, scales_shape
-    return dict(sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])))  # wide dtypes first: all are aligned
+    # Tensors with the widest dtypes come first, so that every tensor is aligned to its dtype.
+    return dict(sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
 
 
 def scale_group_size(format: str, in_features: int) -> int:
-    """Return the number of inputs to which the rows of a packed weight are padded and, if quantized, that share a scale."""
+    """Return the number of inputs in a group of a packed weight.
+
+    Rows are padded to whole groups. In int8 and int4, the inputs of a group share a scale.
+    """
     return ACTIVATION_GROUP if format == "bfloat16" else group_size(in_features, format)
 
 
 def open_packed_file(ckpt_dir: str | os.PathLike[str], format: str, fits: bool = True) -> Shards | None:
-    """Map a checkpoint's packed file as if it were a single shard, or return None if the shards are to be loaded.
+    """Map a checkpoint's packed file as if it were a single shard; return None if the shards must be loaded instead.
 
-    The shards are to be loaded if there is no packed file. They are preferred to it if it does not suit the model's device or
-    dtype (fits=False). Raises CheckpointError if the file is damaged, or was made from other shards than those beside it.
+    fits: False if the packed file does not suit the model's device or dtype. The shards are then preferred if there are any.
+    Returns None also if there is no packed file. Raises CheckpointError if the file is damaged, or was made from other shards
+    than those beside it.
     """
     path = packed_file_path(ckpt_dir, format)
     if not path.is_file():
@@ -132,7 +143,7 @@ def open_packed_file(ckpt_dir: str | os.PathLike[str], format: str, fits: bool =
 
 
 def _map_tensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return a safetensors file's metadata and mapped tensors. A damaged file raises errors of several types."""
+    """Map a safetensors file; return its metadata and tensors. A damaged file raises errors of several types."""
     size = path.stat().st_size
     with path.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -168,8 +179,9 @@ def check_packed_file(model: Transformer, shards: Shards) -> None:
 def save_packed_file(ckpt_dir: str | os.PathLike[str], format: str) -> Path:
     """Pack a checkpoint's weights as "bfloat16", "int8" or "int4" and save them in its folder; return the path of the file.
 
-    A packed file that is there is replaced once the new one is complete. Raises InputError for another format and for weights
-    that bfloat16 would round, CheckpointError for a bad checkpoint or a full disk, DeviceError on several ranks.
+    An existing packed file is replaced once the new file is complete. Raises InputError for an unknown format, and for
+    "bfloat16" if a weight is stored in another dtype. Raises CheckpointError for a damaged checkpoint or a full disk, and
+    DeviceError on several ranks.
     """
     if not isinstance(format, str) or format not in PACKED_FORMATS:
         raise InputError(f"format is {describe(format)}; it must be one of {', '.join(map(repr, PACKED_FORMATS))}")
@@ -181,7 +193,7 @@ def save_packed_file(ckpt_dir: str | os.PathLike[str], format: str) -> Path:
     layout = file_layout(model, shards.first["tok_embeddings.weight"].dtype, format)
     header, spans = _encode_header(layout, format, shards_fingerprint(ckpt_dir))
     path = packed_file_path(ckpt_dir, format)
-    temporary = path.with_suffix(f".{os.getpid()}.part")  # named by process, since several may save at the same time
+    temporary = path.with_suffix(f".{os.getpid()}.part")  # its name is unique, as several processes may save at once
     try:
         size, free = max(end for _, end in spans.values()), shutil.disk_usage(path.parent).free
         if free < size:
@@ -216,25 +228,25 @@ def _check_all_bfloat16(shards: Shards, model: Transformer) -> None:
 
 
 def _encode_header(layout: FileLayout, format: str, source: str | None) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """Return the header of a safetensors file as bytes, and where each tensor begins and ends in the file.
+    """Return the header of a safetensors file as bytes, and the range of bytes of each tensor in the file.
 
     source: the fingerprint of the shards.
     """
     header: dict[str, Any] = {"__metadata__": {"layout": LAYOUT, FORMAT_KEY: format, "source": source}}
-    offsets: dict[str, tuple[int, int]] = {}  # from the end of the header
+    offsets: dict[str, tuple[int, int]] = {}  # begin and end of each tensor, in bytes after the header
     end = 0
     for name, (dtype, shape) in layout.items():
         begin, end = end, end + dtype.itemsize * math.prod(shape)
         offsets[name] = begin, end
         header[name] = {"dtype": _DTYPE_CODES[dtype], "shape": shape, "data_offsets": (begin, end)}
     text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % 64)  # so that the tensors are aligned
+    text += b" " * (-(8 + len(text)) % 64)  # pad the header, so that the tensors after it are aligned to 64 bytes
     encoded = len(text).to_bytes(8, "little") + text
     return encoded, {name: (len(encoded) + begin, len(encoded) + end) for name, (begin, end) in offsets.items()}
 
 
 def _write_packed_file(path: Path, header: bytes, spans: dict[str, tuple[int, int]], shards: Shards, format: str) -> None:
-    """Write a packed file: its header, and each weight of the shards at its place."""
+    """Write a packed file: first the header, then each weight of the shards at its offset."""
     names = [name for name in spans if not name.endswith(".scale")]
     with path.open("wb") as f:
         f.write(header)
@@ -246,11 +258,14 @@ def _write_packed_file(path: Path, header: bytes, spans: dict[str, tuple[int, in
             for view in resharding.shard_parts(name, shards):
                 host_memory.madvise(view, host_memory.DONTNEED)
         f.flush()
-        os.fsync(f.fileno())  # a full or failing disk raises here, before the old file is replaced
+        os.fsync(f.fileno())  # a full or faulty disk raises an error here, before the old file is replaced
 
 
 def _tensors_to_write(name: str, shards: Shards, format: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name in the file, tensor) for a stored weight: as it is, or its blocks and their scales."""
+    """Yield (name, tensor) for each tensor that a stored weight becomes in the packed file.
+
+    The embedding and the norms are unchanged. Every other weight becomes its blocks and, in int8 and int4, their scales.
+    """
     parts, weight_format, dim = resharding.shard_parts(name, shards), format_of(name, format), split_dim(name)
     for part in parts:
         loading.check_finite(part, [name], shards)

@@ -1,4 +1,4 @@
-"""Read and check `params.json`, and say what else a folder contains if it is not a checkpoint."""
+"""Read and check `params.json`, and describe a folder that is not a checkpoint for error messages."""
 
 import json
 import os
@@ -12,11 +12,11 @@ from ..model import ModelArgs
 from ..quantization.weight import FORMATS
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_PARAMS_BYTES = 1 << 20  # Meta's files have about 100 bytes
+MAX_PARAMS_BYTES = 1 << 20  # limit for params.json, of which Meta's have about 100 bytes
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """Return the dtype for a dtype or its name, or None for None. Raise InputError if it is not supported."""
+    """Return the torch.dtype for a dtype or its name; None for None. Raise InputError for an unsupported dtype."""
     if dtype is None:
         return None
     parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -37,7 +37,7 @@ _PARAMS: dict[str, tuple[Any, Any, str]] = {
     "norm_eps": ((int, float), lambda v: 0 < v < 1, "a number between 0 and 1"),
     "rope_theta": ((int, float), lambda v: 1 <= v <= 1e18, "a number from 1 to 1e18"),
 }  # fmt: skip
-_OPTIONAL_PARAMS = ("n_kv_heads", "ffn_dim_multiplier")  # null is read as a missing key
+_OPTIONAL_PARAMS = ("n_kv_heads", "ffn_dim_multiplier")  # for these keys, null means the same as a missing key
 
 
 def read_params(ckpt_dir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def read_params(ckpt_dir: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def list_folder(folder: Path) -> list[str]:
-    """Return the sorted names in a folder. Raise CheckpointError if it cannot be read."""
+    """Return the sorted names of the files in a folder. Raise CheckpointError if the folder cannot be read."""
     try:
         return sorted(os.listdir(folder))
     except OSError as e:
@@ -78,7 +78,7 @@ def list_folder(folder: Path) -> list[str]:
 
 
 def describe_folder(folder: Path) -> str:
-    """Return what a folder without shards contains, and what to do about it, for an error message."""
+    """Return text for an error about a folder without shards: what the folder contains, and what the user can do."""
     names = list_folder(folder)
     if not names:
         return "the folder is empty"

@@ -6,15 +6,17 @@ from pathlib import Path
 from ..distributed.groups import global_rank
 from ..errors import CheckpointError, InputError
 
-DEMO_FOLDERS = (Path(__file__).parents[1] / "_demo", Path(__file__).parents[2] / "demo")  # in an installed package, in a clone
+# The folder of the demo model in an installed package, and in a clone of the repository.
+DEMO_FOLDERS = (Path(__file__).parents[1] / "_demo", Path(__file__).parents[2] / "demo")
 
 
 def resolve_model_paths(ckpt_dir: str | None = None, tokenizer_path: str | None = None) -> tuple[str, str]:
     """Return (ckpt_dir, tokenizer_path), with defaults for paths that are not given.
 
-    The tokenizer is by default the one in ckpt_dir or beside it. If neither path is given, return the paths of the bundled demo
-    model, and print a line about it on stderr. Raises InputError for a tokenizer_path alone and if no tokenizer is there,
-    CheckpointError if the demo model is not installed.
+    By default, tokenizer_path is tokenizer.model in ckpt_dir or, if there is none, in the parent folder of ckpt_dir. If neither
+    path is given, return the paths of the bundled demo model, and print a line about it on stderr.
+    Raises InputError if only tokenizer_path is given, and if neither folder contains tokenizer.model. Raises CheckpointError if
+    the demo model is not installed.
     """
     if ckpt_dir is not None:
         candidates = (folder / "tokenizer.model" for folder in (Path(ckpt_dir), Path(ckpt_dir).absolute().parent))

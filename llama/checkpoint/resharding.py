@@ -10,9 +10,10 @@ from .shards import Shards, split_dim
 
 
 def shard_views(parts: list[torch.Tensor], dim: int, rank: int, ranks: int) -> list[torch.Tensor]:
-    """Return views of the shards' parts of a weight that, joined along `dim`, are a rank's part of the whole weight.
+    """Return views of a weight's parts that, joined along `dim`, are one rank's part of the whole weight.
 
-    Example: of 3 parts with 4 rows each, rank 0 of 2 gets 6 rows: all of part 0, and the first 2 rows of part 1.
+    parts: the part of the weight in each shard. Example: with 3 parts of 4 rows each and 2 ranks, rank 0 gets 6 rows: all of
+    part 0, and the first 2 rows of part 1.
     """
     width = parts[0].shape[dim]
     first, last = (width * len(parts) * r // ranks for r in (rank, rank + 1))
@@ -24,8 +25,8 @@ def shard_views(parts: list[torch.Tensor], dim: int, rank: int, ranks: int) -> l
     return views
 
 
-# The engine multiplies by several linear weights with the same input at once, so they are stored one after the other.
-# The first weight -> all weights, in their order in memory.
+# The engine multiplies the same input by several linear weights at once, so these weights are adjacent in memory. Each key is
+# the first weight, and its value lists all weights in their order in memory.
 MERGED_WEIGHTS = {
     "attention.wq": ("attention.wq", "attention.wk", "attention.wv"),
     "feed_forward.w1": ("feed_forward.w1", "feed_forward.w3"),
@@ -34,9 +35,9 @@ _MERGED_INTO_ANOTHER = {name for names in MERGED_WEIGHTS.values() for name in na
 
 
 def weight_groups(model: Transformer, joint: bool) -> list[list[str]]:
-    """Return the names of a model's weights in groups that are loaded together.
+    """Return the names of a model's weights, as one list for each group of weights that are loaded together.
 
-    joint: group the linear layers of MERGED_WEIGHTS; all other weights are groups of one.
+    joint: True to load the weights that MERGED_WEIGHTS lists together as one group. Every other weight is a group by itself.
     """
     groups = []
     for name, _ in model.named_parameters():
@@ -48,12 +49,12 @@ def weight_groups(model: Transformer, joint: bool) -> list[list[str]]:
 
 
 def shard_parts(name: str, shards: Shards) -> list[torch.Tensor]:
-    """Return the shards' parts of a weight, in order; a single one if every shard contains the whole weight."""
+    """Return the part of a weight in each shard, in order; a single part if every shard contains the whole weight."""
     parts = [tensors[name] for tensors in shards.values()]
     return parts[:1] if split_dim(name) is None else parts
 
 
 def rank_views(name: str, shards: Shards) -> list[torch.Tensor]:
-    """Return views of the shards that, joined, are this rank's part of a weight."""
+    """Return views of a weight's parts in the shards that, joined along its `split_dim`, are this rank's part of it."""
     parts, dim = shard_parts(name, shards), split_dim(name)
     return parts if dim is None else shard_views(parts, dim, *model_parallel())

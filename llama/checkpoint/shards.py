@@ -12,7 +12,7 @@ from ..errors import CheckpointError, identify_format, read_file
 from . import torch_file
 from .params import describe_folder, list_folder
 
-# The dimension along which shards and ranks split a weight; None: every shard contains the whole weight.
+# The dimension along which each weight is divided among shards and ranks; None if every shard contains the whole weight.
 SPLIT_DIMS: dict[str, int | None] = {
     "tok_embeddings": 1,
     "attention.wq": 0, "attention.wk": 0, "attention.wv": 0, "attention.wo": 1,
@@ -20,7 +20,7 @@ SPLIT_DIMS: dict[str, int | None] = {
     "attention_norm": None, "ffn_norm": None, "norm": None,
     "output": 0,
 }  # fmt: skip
-# Meta's files contain rotary frequencies, which the model computes by itself.
+# Meta's shards also contain rotary frequencies. They are ignored, because the model computes them itself.
 IGNORED_TENSORS = re.compile(r"rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope\.freqs")
 _EXPECTED = "Meta's shards contain tensors by name and nothing else"
 
@@ -28,7 +28,7 @@ _EXPECTED = "Meta's shards contain tensors by name and nothing else"
 class Shards(dict[str, dict[str, torch.Tensor]]):
     """The mapped tensors of a checkpoint: file name -> tensor name -> tensor.
 
-    identities: `file_identity` of each path, from before the file was mapped.
+    identities: the `file_identity` of each file, taken before the file was mapped.
     packed_format: the format of the weights in a packed file (packed_file.py); None for Meta's shards.
     """
 
@@ -46,8 +46,8 @@ class Shards(dict[str, dict[str, torch.Tensor]]):
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file has been changed, replaced or deleted since it was mapped.
 
-        Weights from before and after a change do not belong together, and reading beyond the end of a file that has been cut
-        short would kill the process.
+        A model must not mix weights from before and after a change. If a file has become shorter, reading the mapped memory
+        beyond its end would kill the process.
         """
         for path, before in self.identities.items():
             now = file_identity(path)
@@ -57,7 +57,7 @@ class Shards(dict[str, dict[str, torch.Tensor]]):
 
 
 def file_identity(path: Path) -> tuple[int, ...] | None:
-    """Return values that differ once a file has been changed or replaced; None if there is no file."""
+    """Return values that change if a file is changed or replaced; None if the file does not exist."""
     try:
         stat = path.stat()
     except OSError:
@@ -66,12 +66,15 @@ def file_identity(path: Path) -> tuple[int, ...] | None:
 
 
 def split_dim(name: str) -> int | None:
-    """Return the dimension along which shards and ranks split a weight of Meta's name; None if they do not."""
+    """Return the dimension along which a weight is divided among shards or ranks; None if each of them has all of it.
+
+    name: Meta's name of the weight, such as "layers.0.attention.wq.weight".
+    """
     return SPLIT_DIMS[re.sub(r"^layers\.\d+\.|\.weight$", "", name)]
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """Return the shards in a folder: all .pth files, in the order of their names."""
+    """Return the paths of the shards in a folder: all .pth files, sorted by name."""
     return [folder / name for name in list_folder(folder) if name.endswith(".pth")]
 
 
@@ -84,7 +87,10 @@ def stored_dtype(ckpt_dir: str | os.PathLike[str]) -> torch.dtype | None:
 
 
 def open_shards(ckpt_dir: str | os.PathLike[str]) -> Shards:
-    """Map all shards in a folder: read names and shapes, but no values. Raise CheckpointError if one is missing or damaged."""
+    """Map all shards in a folder: read the names and shapes of tensors, but no values.
+
+    Raises CheckpointError if a shard is missing or damaged.
+    """
     folder = Path(ckpt_dir).expanduser()
     paths = shard_paths(folder)
     if not paths:
@@ -101,7 +107,10 @@ def open_shards(ckpt_dir: str | os.PathLike[str]) -> Shards:
 
 
 def _open_shard(path: Path) -> dict[str, torch.Tensor]:
-    """Map a shard; return its tensors by name. Raise CheckpointError if it is damaged, or contains anything but tensors."""
+    """Map one shard, and return its tensors by name.
+
+    Raises CheckpointError if the file is damaged, or contains anything but tensors.
+    """
     head = read_file(path, 64)
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         raise CheckpointError(

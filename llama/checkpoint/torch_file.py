@@ -1,9 +1,10 @@
 """Memory-map the tensors in a file that torch.save wrote, without running any code in it.
 
-The file is a zip of uncompressed records. The record `data.pkl` is a pickle that describes the tensors; each tensor's storage
-is a record of its own. `torch.load` is not enough, even with `weights_only`: it trusts the lengths of records and the sizes to
-allocate, it hashes any tuple, which may take for ever, and it cannot read pickle protocols 4 and 5. The unpickler in this file
-makes only names, integers and descriptions of tensors, and each description is checked against the zip.
+The file is a zip of uncompressed records. The record `data.pkl` is a pickle that describes the tensors, and each tensor's
+storage is a separate record. `torch.load` is not safe enough, even with `weights_only`: it trusts the lengths of records and
+the sizes of allocations in the file, and it hashes any tuple, which may take for ever. It also cannot read pickle protocols 4
+and 5. The unpickler in this module creates only plain Python values and descriptions of tensors. Each description is checked
+against the zip.
 """
 
 import math
@@ -18,9 +19,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-MAX_PICKLE_BYTES = 1 << 19  # five times the pickle of a 70B shard; bounds the time and memory that a hostile pickle can take
-MAX_ARGUMENTS = 16  # per call: a hostile pickle could pass one long tuple to thousands of calls
-# The opcodes that torch.save's pickles need, in protocols 2 to 5. The other opcodes can allocate any size or call any function.
+MAX_PICKLE_BYTES = 1 << 19  # five times the pickle of a 70B shard; limits the time and memory that a hostile pickle uses
+MAX_ARGUMENTS = 16  # limit for one call, because a hostile pickle could pass one long tuple to thousands of calls
+# The pickle opcodes that torch.save uses in protocols 2 to 5. Other opcodes could allocate any size or call any function.
 _OPCODES = b"\x80}]()\x85\x86\x87tNK\x88\x89GJM\x8aXqrhjcQRuseab." + b"\x95\x8c\x94\x93"
 _STORAGES = {
     "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
@@ -30,15 +31,15 @@ _STORAGES = {
 
 
 class ZipRecord(NamedTuple):
-    """The place of a record in its file, in bytes."""
+    """The offset and size of a zip record's data in its file, in bytes, and the checksum of the data."""
 
     offset: int
     size: int
-    crc: int  # 0: the writer omitted the checksum
+    crc: int  # the checksum of the data; 0 if the program that wrote the file omitted it
 
 
 class StorageSpec(NamedTuple):
-    """A storage as a pickle describes it: `numel` values in the record data/<record>."""
+    """The description of a tensor's storage in a pickle: `numel` values in the zip record data/<record>."""
 
     dtype: torch.dtype
     record: str
@@ -46,7 +47,7 @@ class StorageSpec(NamedTuple):
 
 
 class TensorSpec(NamedTuple):
-    """A tensor as a pickle describes it, with its offset, size and stride in values."""
+    """The description of a tensor in a pickle. Its offset in the storage and its stride are counted in values, not bytes."""
 
     storage: StorageSpec
     offset: int
@@ -55,10 +56,10 @@ class TensorSpec(NamedTuple):
 
 
 def read_torch_file(path: Path) -> Any:
-    """Return the saved dict with mapped tensors as its values, and None for each value that is no plain tensor.
+    """Return the dict that a file contains, with mapped tensors as values. A value that is not a plain tensor becomes None.
 
-    Anything saved that is not a dict is returned as it is. Raises pickle.UnpicklingError if the file would call a function,
-    and ValueError, KeyError and other errors if it is damaged.
+    If the file contains another object than a dict, that object is returned. Raises pickle.UnpicklingError if the pickle names
+    a function that is not allowed, and ValueError, KeyError or another error if the file is damaged.
     """
     with path.open("rb") as f:
         records = zip_records(f)
@@ -95,7 +96,7 @@ def read_torch_file(path: Path) -> Any:
 def zip_records(f: BinaryIO) -> dict[str, ZipRecord]:
     """Return the records of a zip by name.
 
-    Raises ValueError if a record is compressed, encrypted or cut off, or is not where the zip's directory says.
+    Raises ValueError if a record is compressed, encrypted or cut off, or is not at the offset that the zip's directory gives.
     """
     records: dict[str, ZipRecord] = {}
     with zipfile.ZipFile(f) as archive:
@@ -107,7 +108,7 @@ def zip_records(f: BinaryIO) -> dict[str, ZipRecord]:
         signature, method, name_size, extra_size = struct.unpack("<4s4xH16xHH", f.read(30))
         matches = f.read(name_size) == name.encode("utf-8" if flags & 0x800 else "cp437")
         offset = f.seek(extra_size, 1)
-        if flags & 8 and size:  # with flag 8, a data descriptor must follow the record
+        if flags & 8 and size:  # flag 8 means that a data descriptor follows the record's data
             f.seek(offset + size)
             matches = matches and f.read(8) == b"PK\x07\x08" + entry.CRC.to_bytes(4, "little")
         if not matches or signature != b"PK\x03\x04" or name in records:
@@ -119,9 +120,9 @@ def zip_records(f: BinaryIO) -> dict[str, ZipRecord]:
 
 
 class _SafeKeyDict(dict[Any, Any]):
-    """A dict whose keys are strings and small integers.
+    """A dict that accepts only strings and small integers as keys.
 
-    Hashing a hostile tuple could take for ever, and hostile large integers could all have the same hash.
+    The hash of a nested tuple in a hostile pickle could take for ever, and many large integers could have the same hash.
     """
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -131,7 +132,7 @@ class _SafeKeyDict(dict[Any, Any]):
 
 
 def _storage_spec(tag: Any, dtype: Any, record: Any, location: Any, numel: Any, *_: Any) -> StorageSpec | None:
-    """Return the storage for a persistent id in a pickle; None if its dtype is not supported."""
+    """Return the StorageSpec for the fields of a pickle's persistent id; None if the dtype is not supported."""
     if not isinstance(dtype, torch.dtype):
         return None
     if tag != "storage" or not isinstance(record, str) or not _are_counts([numel]):
@@ -142,8 +143,8 @@ def _storage_spec(tag: Any, dtype: Any, record: Any, location: Any, numel: Any, 
 def _tensor_spec(
     storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, metadata: Any = None
 ) -> TensorSpec | None:
-    """Return the tensor for the arguments of torch._utils._rebuild_tensor_v2; None if it is no plain tensor."""
-    if not isinstance(storage, StorageSpec) or metadata:  # metadata marks conjugate and negative views
+    """Return the TensorSpec for the arguments of torch._utils._rebuild_tensor_v2; None if the tensor is not a plain one."""
+    if not isinstance(storage, StorageSpec) or metadata:  # only conjugate and negative views have metadata
         return None
     if not (isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= 8):
         raise ValueError("malformed shape")
@@ -152,16 +153,16 @@ def _tensor_spec(
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if 0 not in size and last >= storage.numel:
         raise ValueError("a tensor beyond its storage")
-    # A tensor that repeats values, with stride 0, could describe terabytes in a few bytes.
+    # Reject a tensor with more values than its storage: with stride 0, a few bytes could describe terabytes.
     return TensorSpec(storage, offset, size, stride) if math.prod(size) <= storage.numel else None
 
 
 def _are_counts(values: Iterable[Any]) -> bool:
-    """Return True if all values are integers from 0 on that fit into 62 bits."""
+    """Return True if all values are integers from 0 to 2**62 - 1."""
     return all(type(value) is int and 0 <= value < 1 << 62 for value in values)
 
 
-# All that a pickle can call or name: the functions that make tensors and dicts, and the types of storages.
+# All names that a pickle may use: the functions that create tensors and dicts, and the types of storages.
 _CALLS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): lambda: _SafeKeyDict(),
     ("torch._utils", "_rebuild_tensor_v2"): _tensor_spec,
@@ -173,35 +174,45 @@ _CALLS: dict[tuple[str, str], Any] = {
 
 
 def _check_arguments(args: Any) -> tuple[Any, ...]:
-    """Return the arguments of a call in a pickle. Raise ValueError unless they are a short tuple."""
+    """Return the arguments of a call in a pickle. Raise ValueError unless they are a tuple of at most MAX_ARGUMENTS items."""
     if not isinstance(args, tuple) or len(args) > MAX_ARGUMENTS:
         raise ValueError("the arguments of a call are no tuple, or too many")
     return args
 
 
 def _call(unpickler: Any) -> None:
-    """Run the opcode REDUCE on checked arguments: for wrong ones, Python's error prints the callee, which may take for ever."""
+    """Run the pickle opcode REDUCE, which calls a function, after a check of the arguments.
+
+    Without the check, Python's error for wrong arguments would print the called object. A hostile object takes for ever to
+    print.
+    """
     function, args = unpickler.stack[-2:]
     unpickler.stack[-2:] = [function(*_check_arguments(args))]
 
 
 class _Opcodes(dict[int, Callable[[Any], None]]):
-    """Opcode -> function of the unpickler. An opcode without a function raises UnpicklingError."""
+    """The unpickler's function for each allowed opcode. Any other opcode raises UnpicklingError."""
 
     def __missing__(self, code: int) -> Any:
         raise pickle.UnpicklingError(f"opcode {code}")
 
 
 class _Unpickler(pickle._Unpickler):
-    """The unpickler written in Python, with _OPCODES and _CALLS only. The one in C would allocate any size a file names."""
+    """An unpickler that supports only the opcodes in _OPCODES and the names in _CALLS.
+
+    It extends pickle's implementation in Python, because the one in C allocates any size that a file asks for.
+    """
 
     dispatch = _Opcodes({code: pickle._Unpickler.dispatch[code] for code in _OPCODES})
     dispatch[ord("}")] = lambda self: self.append(_SafeKeyDict())
     dispatch[ord("R")] = _call
-    dispatch[ord("b")] = lambda self: self.stack.pop()  # BUILD sets attributes, which tensors do not need
+    dispatch[ord("b")] = lambda self: self.stack.pop()  # ignore BUILD, which sets attributes that tensors do not need
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the function or dtype for a name; for other names in torch a function that returns None."""
+        """Return the function or dtype that _CALLS has for a name.
+
+        For any other name in torch, return a function that returns None. Raise UnpicklingError for all other names.
+        """
         function = _CALLS.get((module, name))
         if function is None and module.partition(".")[0] != "torch":
             raise pickle.UnpicklingError(f"{module}.{name}"[:200])

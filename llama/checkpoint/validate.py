@@ -17,7 +17,7 @@ from .shards import IGNORED_TENSORS, Shards, split_dim
 
 NON_FINITE = "contains NaN or infinity: the shards are damaged; compare with checklist.chk, fetch them again"
 _OTHER_MODEL = "params.json and the shards are not of one model; fetch them again"
-# The keys of params.json that a weight's wrong shape points to, by a part of the weight's name.
+# For a part of a weight's name: the keys of params.json that are probably wrong if such a weight has the wrong shape.
 _PARAMS_BY_WEIGHT = {"wk": "n_heads, n_kv_heads", "w1": "multiple_of, ffn_dim_multiplier", "norm": "dim"}
 
 
@@ -28,7 +28,10 @@ def build_on_meta(
     max_batch_size: int,
     vocab_size: int,
 ) -> Transformer:
-    """Return the model of params.json on the meta device. Raise CheckpointError if params.json contradicts the files."""
+    """Return the model that params.json describes, on the meta device.
+
+    Raises CheckpointError if params.json contradicts the shards or the tokenizer.
+    """
     args = ModelArgs(**{**params, "vocab_size": vocab_size}, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     names = {name for tensors in shards.values() for name in tensors}
     layers = len({name.split(".")[1] for name in names if name.startswith("layers.")})
@@ -51,9 +54,10 @@ def build_on_meta(
 
 
 def expected_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each whole weight, as if on one rank, by Meta's names."""
+    """Return the shape that each weight has on a single rank, by Meta's names."""
     ranks, expected = model_parallel()[1], {}
-    # norm.weight comes first: its shape shows whether `dim` is right, on which the number of shards depends.
+    # norm.weight comes first. It is not split, so its shape shows whether `dim` is right. With a wrong `dim`, shards would seem
+    # to be missing.
     for name, weight in sorted(model.state_dict().items(), key=lambda item: item[0] != "norm.weight"):
         shape, dim = list(weight.shape), split_dim(name)
         if dim is not None:
@@ -63,7 +67,7 @@ def expected_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 
 
 def check_shards(model: Transformer, shards: Shards) -> None:
-    """Raise CheckpointError unless the shards contain exactly the model's tensors, and all belong to one model."""
+    """Raise CheckpointError unless the shards contain exactly the model's tensors, and all shards belong to one model."""
     expected = expected_shapes(model)
     _check_tensors(expected, shards)
     _check_same_model(expected, shards)
@@ -93,15 +97,16 @@ def _check_tensors(expected: dict[str, tuple[int, ...]], shards: Shards) -> None
 
 
 def _check_same_model(expected: dict[str, tuple[int, ...]], shards: Shards) -> None:
-    """Raise CheckpointError if norms are not finite or differ between shards, or if two shards are copies of one."""
+    """Raise CheckpointError if norms are not finite or differ between shards, or if one shard is a copy of another."""
     (first_file, reference), *_ = shards.items()
-    file_by_row: dict[tuple[float, ...], str] = {}  # the first row of wq in each file
+    file_by_row: dict[tuple[float, ...], str] = {}  # first row of a file's first wq weight -> name of the file
     for file, tensors in shards.items():
         for name in expected:
             if split_dim(name) is None:
                 if not tensors[name].isfinite().all():
                     raise CheckpointError(f"{file}: {name} {NON_FINITE}")
-                # Every shard repeats the norms. In converted files they may differ by rounding; other models differ far more.
+                # Every shard contains all norms. Converted shards may differ by rounding; shards of different models differ far
+                # more.
                 if not torch.allclose(reference[name].float(), tensors[name].float(), rtol=0.05, atol=0.02):
                     raise CheckpointError(
                         f"{name} differs between {first_file} and {file}: they are shards of different models"
@@ -114,7 +119,7 @@ def _check_same_model(expected: dict[str, tuple[int, ...]], shards: Shards) -> N
 
 
 def _explain_shape(name: str, tensor: torch.Tensor, whole: tuple[int, ...], n: int) -> str:
-    """Return the end of the error for a wrong shape: the shape of the whole weight, and the likely cause."""
+    """Return the second half of an error about a weight's wrong shape: the expected shape, and the likely cause."""
     if name == "tok_embeddings.weight" and tensor.ndim == 2 and tensor.shape[1] and whole[1] % tensor.shape[1] == 0:
         if tensor.shape[0] != whole[0]:
             return f"but the tokenizer has {whole[0]} pieces; use the model's own tokenizer.model"
@@ -124,6 +129,9 @@ def _explain_shape(name: str, tensor: torch.Tensor, whole: tuple[int, ...], n: i
 
 
 def build_fingerprint(tokenizer: Tokenizer, shards: Shards, model: Transformer, dtype: torch.dtype) -> tuple[object, ...]:
-    """Return values that are equal on all ranks if they build the same model, wherever each machine stores the files."""
+    """Return values that are equal on all ranks if all ranks build the same model.
+
+    Paths are not among the values, because machines may store the same files in different folders.
+    """
     norms = [tensors["norm.weight"].tolist() for tensors in shards.values()]
     return tokenizer.n_words, {file: len(tensors) for file, tensors in shards.items()}, norms, model.params, dtype

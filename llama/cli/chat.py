@@ -11,7 +11,7 @@ from .terminal import Terminal
 
 
 def run_chat(args: argparse.Namespace) -> None:
-    """Answer lines until the input ends."""
+    """Read the user's lines and answer them, until /exit or the end of the input."""
     if args.system is not None:
         check_message("system", args.system)
     options = call_options(args)

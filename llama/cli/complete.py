@@ -12,7 +12,7 @@ from ..tokenizer import check_text
 from .model_options import build_model, call_options
 from .terminal import Terminal, configure_stream
 
-CHUNK_BATCHES = 16  # prompts of one call, in batches, where results should not wait for all prompts
+CHUNK_BATCHES = 16  # batches of prompts per call, if results are printed before all prompts are done
 
 
 def run_complete(args: argparse.Namespace) -> None:
@@ -32,14 +32,15 @@ def run_complete(args: argparse.Namespace) -> None:
                     break
         terminal.write("\n")
         return
-    for prompt, label in zip(prompts, labels, strict=True):  # all of them before the first is answered
+    for prompt, label in zip(prompts, labels, strict=True):  # check all prompts before the first is answered
         n_tokens = len(llama.tokenizer.encode(prompt, bos=True, eos=False))
         if n_tokens > args.max_seq_len:
             raise InputError(
                 f"{label} has {n_tokens} tokens, more than max_seq_len={args.max_seq_len}; "
                 "shorten it, or build with a larger max_seq_len"
             )
-    # On a terminal, and with replicas, whose results come at the end of a call, prompts are answered in several calls.
+    # On a terminal, several calls print results earlier. Replicas need several calls, because they give results at the end of
+    # a call.
     in_chunks = sys.stdout.isatty() or replica()[1] > 1
     size = CHUNK_BATCHES * args.max_batch_size * replica()[1] if in_chunks else len(prompts)
     for i in range(0, len(prompts), max(size, 1)):
@@ -59,7 +60,10 @@ def _given_prompts(prompts: list[str]) -> tuple[list[str], list[str]]:
 
 
 def read_prompts(jsonl: bool) -> tuple[list[str], list[str]]:
-    """Read prompts from standard input, all of it as one or one JSON object per line; also return what errors call them."""
+    """Read prompts from standard input: one JSON object on each line, or without `jsonl` the whole input as one prompt.
+
+    Returns the prompts, and a label for each that error messages use.
+    """
     if sys.stdin.isatty():
         print("reading the text from the keyboard; Ctrl-D ends it", file=sys.stderr)
     configure_stream(sys.stdin, encoding="utf-8-sig", errors="surrogateescape")

@@ -1,7 +1,7 @@
-"""A conversation: keep the dialog, fit it into the context, and run the commands.
+"""A conversation in the chat: keep the dialog, fit it into the context, and run commands such as /retry.
 
-Lines that a user has typed go in, chunks of answers come out, and status lines go to `print_status`. Nothing in this module
-depends on a terminal.
+The input is the user's lines. The output is chunks of answers, and status lines for the function `print_status`. Nothing in this
+module depends on a terminal.
 """
 
 import json
@@ -25,10 +25,10 @@ Ctrl-C ends an answer; the part already shown is kept."""
 
 
 class Conversation:
-    """A dialog to which each question adds an exchange.
+    """A dialog that grows by an exchange, a question with its answer, in each turn.
 
-    If an answer is ended early, the chunks read so far are kept. If the context is full, the oldest exchanges are forgotten,
-    but never the system text. On several ranks each rank has the same conversation.
+    If the user ends an answer early, the chunks so far are kept. If the context is full, the oldest exchanges are forgotten,
+    but never the system text. On several ranks, each rank has the same conversation.
     """
 
     def __init__(
@@ -43,28 +43,28 @@ class Conversation:
         self.llama, self.print_status = llama, print_status
         self.system = check_message("system", system) if system else None
         self.exchanges: list[tuple[str, str]] = []  # pairs of question and answer, oldest first
-        self.done = False  # becomes True with /exit
+        self.done = False  # True after the command /exit
         self.cut_off: str | None = None  # why the last answer was cut off; None if it was not
         self.context_length = llama.model.params.max_seq_len
         self.max_gen_len = max_gen_len
-        # A special tag also ends an answer, because a dialog that contains one would be rejected.
+        # Special tags end an answer, because the next call would refuse a dialog that contains a special tag.
         self.stream_options = dict(max_gen_len=max_gen_len, stop=(*stop, *SPECIAL_TAGS), reuse=True, **sampling)
 
     def dialog(self) -> list[Message]:
-        """Return the conversation in the form that `chat_completion` takes, without a next question."""
+        """Return the conversation so far as a list of messages, in the form that `chat_completion` takes."""
         return self._dialog(self.exchanges)
 
     def _dialog(self, exchanges: list[tuple[str, str]], question: str | None = None) -> list[Message]:
-        """Return the system text, exchanges and a question as messages."""
+        """Return a list of messages: the system text, the exchanges, and the question if there is one."""
         dialog: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
         for user, answer in exchanges:
             dialog += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
         return dialog if question is None else [*dialog, {"role": "user", "content": question}]
 
     def respond(self, line: str) -> Generator[str, None, None] | None:
-        """Return the answer to a line as chunks of text; None for an empty line and for most commands.
+        """Return the answer to a line as a generator of text chunks. Only a question and /retry have an answer, others None.
 
-        Raises InputError for a line that cannot be answered, and leaves the conversation as it was.
+        Raises InputError for a line that cannot be answered. The conversation then stays unchanged.
         """
         name, _, text = line.strip().partition(" ")
         if name.startswith("/"):
@@ -72,7 +72,7 @@ class Conversation:
         return self._answer(self._truncate_to_context(check_message("user", line), self.exchanges)) if name else None
 
     def _run_command(self, name: str, text: str) -> Generator[str, None, None] | None:
-        """Run a command. Return the new answer to the last question for /retry, else None."""
+        """Run a command. For /retry, return a new answer to the last question; for all other commands, return None."""
         if name == "/retry":
             if not self.exchanges:
                 raise InputError("there is no question to answer again")
@@ -94,7 +94,7 @@ class Conversation:
         return None
 
     def _set_system(self, text: str) -> None:
-        """Set or remove the system text, and show it."""
+        """Set the system text, or remove it for "-". Then print it as a status line."""
         if text == "-":
             self.system = None
         elif text:
@@ -104,7 +104,7 @@ class Conversation:
         self.print_status(status + hint)
 
     def _save(self, name: str) -> str:
-        """Write the conversation to a new file. Return a status line: success, or why not."""
+        """Write the conversation to a new file. Return a status line that reports success, or the reason of a failure."""
         if not name or not self.exchanges:
             return "give a file name, as in /save talk.json" if not name else "the conversation is empty: nothing to save"
         try:
@@ -112,12 +112,12 @@ class Conversation:
                 json.dump(self.dialog(), f, ensure_ascii=False, indent=1)
         except FileExistsError:
             return f"{name} exists already; give another name"
-        except (OSError, RuntimeError, ValueError) as e:  # not writable, the home of an unknown user, or no valid name
+        except (OSError, RuntimeError, ValueError) as e:  # no permission, unknown ~user, invalid name
             return f"{name} cannot be written: {getattr(e, 'strerror', None) or e}"
         return f"saved in {name}"
 
     def _answer(self, dialog: list[Message]) -> Generator[str, None, None]:
-        """Yield the answer to a dialog. When it ends, also early, add the exchange to the conversation."""
+        """Yield the answer to a dialog in chunks. When the answer ends or is ended early, add it to the conversation."""
         stream = self.llama.chat_completion_stream(dialog, **self.stream_options)
         answer, self.cut_off = "", None
         try:
@@ -132,10 +132,10 @@ class Conversation:
             self.cut_off = f"the context of {self.context_length} tokens is full" if full else f"max_gen_len={self.max_gen_len}"
 
     def _truncate_to_context(self, question: str, earlier: list[tuple[str, str]]) -> list[Message]:
-        """Return the dialog of earlier exchanges and a question, and forget the oldest exchanges if the context is too short.
+        """Return a dialog of earlier exchanges and a question. Forget the oldest exchanges if the context is too short.
 
-        A quarter of the context, or max_gen_len tokens if that is less, is left for the answer. Raises InputError for a
-        question that is too long by itself.
+        A quarter of the context, or max_gen_len tokens if that is less, is reserved for the answer. Raises InputError if the
+        question alone is too long.
         """
         reserved = self.context_length // 4 if self.max_gen_len is None else min(self.context_length // 4, self.max_gen_len)
         for dropped in range(len(earlier) + 1):

@@ -1,4 +1,4 @@
-"""The command line.
+"""The command line: parse the arguments, run a command, and return the exit code.
 
 python -m llama chat --ckpt_dir llama-2-7b-chat --tokenizer_path tokenizer.model
 python -m llama complete --ckpt_dir llama-2-7b --tokenizer_path tokenizer.model "Once upon a time"
@@ -92,7 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="show how this machine runs a model, and why not faster",
         description="Print versions, device, compiled code and backends, each with the reason why it cannot be used.",
     )
-    about.add_argument("--ckpt_dir", metavar="DIR", help="also say how this checkpoint's decode steps would run")
+    about.add_argument("--ckpt_dir", metavar="DIR", help="also show how decode steps of this checkpoint would run")
     about.add_argument("--device", help="cpu, cuda or mps; default: the fastest available")
     about.set_defaults(run=lambda args: Terminal().write(f"{info(args.ckpt_dir, args.device)}\n"))
     return parser
@@ -111,14 +111,17 @@ def run_plan(args: argparse.Namespace) -> None:
 
 
 def _model_name(model: str) -> str:
-    """Return "7B" for llama-2-7b-chat."""
+    """Return the size in the name of a model, as in "7B" for "llama-2-7b-chat"."""
     return model.upper().removeprefix("LLAMA-2-").removesuffix("-CHAT")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0, 1 after an error, 130 after Ctrl-C. A wrong flag exits with 2."""
+    """Run one command and return the exit code: 0 after success, 1 after an error, 130 after Ctrl-C.
+
+    For a wrong flag, argparse exits with 2.
+    """
     rank = global_rank()
-    for name in ("stdin", "stdout", "stderr"):  # None if the caller has closed them
+    for name in ("stdin", "stdout", "stderr"):  # a stream is None if the parent process has closed it
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     silence = contextlib.ExitStack()
@@ -132,9 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
     except (LlamaError, OSError) as e:
         if rank:
-            time.sleep(2)  # torchrun ends this rank before it repeats what rank 0 has printed
+            time.sleep(2)  # torchrun ends this rank meanwhile, so that only rank 0 prints the error
         print(f"llama: {f'rank {rank}: ' if rank else ''}{e}", file=sys.stderr)
-        if isinstance(e, OSError):  # for example, the output cannot be written
+        if isinstance(e, OSError):  # standard output may be broken, and would fail again at exit
             sys.stdout = open(os.devnull, "w")
         return 1
     except KeyboardInterrupt:
@@ -143,7 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run() -> None:
-    """Run the command line as a program."""
-    if world_size() == 1:  # so that `finally` blocks run; a rank in a collective would not see the signal until it ends
+    """Run the command line as a program, and exit with its exit code."""
+    # The handler makes SIGTERM run `finally` blocks. Ranks do not use it, because it could only run after a collective has ended.
+    if world_size() == 1:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Flags that the commands share: which model to load, and how to sample."""
+"""Flags that the commands chat and complete share: which model to load, and how to sample."""
 
 import argparse
 from dataclasses import fields
@@ -11,7 +11,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def model_parser() -> argparse.ArgumentParser:
-    """Return a parser with the flags of `Llama.build` and of sampling, as a parent of the commands that need them."""
+    """Return a parser with the flags for `Llama.build` and for sampling. The parsers of chat and complete extend it."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -49,7 +49,7 @@ def build_model(args: argparse.Namespace, max_batch_size: int) -> Llama:
     """Load the model that the flags name."""
     ckpt_dir, tokenizer_path = resolve_model_paths(args.ckpt_dir, args.tokenizer_path)
     if args.max_seq_len is None:
-        args.max_seq_len = 4096 if args.ckpt_dir else 512  # the context lengths of Llama 2 and of the demo model
+        args.max_seq_len = 4096 if args.ckpt_dir else 512  # the context lengths of Llama 2 (4096) and of the demo model (512)
     return Llama.build(
         ckpt_dir, tokenizer_path, args.max_seq_len, max_batch_size,
         seed=args.seed, device=args.device, dtype=args.dtype, compile=args.compile,
@@ -58,7 +58,7 @@ def build_model(args: argparse.Namespace, max_batch_size: int) -> Llama:
 
 
 def call_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of each call, checked now, since loading a model may take minutes."""
+    """Return the options of the calls that generate text. Check them before a model is loaded, which may take minutes."""
     options = {field.name: getattr(args, field.name) for field in fields(SamplingParams)}
     options |= {"max_gen_len": args.max_gen_len, "stop": tuple(args.stop)}
     validate_options(**options)

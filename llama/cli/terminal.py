@@ -1,7 +1,7 @@
-"""The terminal of the commands: read lines, write text, and handle Ctrl-C.
+"""The terminal for the command line: read lines, write text, and handle Ctrl-C.
 
-Only rank 0 reads and writes. While an answer is written, Ctrl-C sets a flag that is read between two chunks, so that no decode
-step is interrupted; at the prompt, Ctrl-C discards the typed line. There are two cases:
+Only rank 0 reads and writes. While an answer is written, Ctrl-C sets a flag that is checked between two chunks, so that no
+decode step is interrupted. At the prompt, Ctrl-C discards the typed line. There are two cases:
 
     the process controls its terminal   Ctrl-C arrives as SIGINT.
     torchrun controls the terminal      torchrun starts each rank in a session of its own, and SIGINT would end torchrun and all
@@ -21,14 +21,14 @@ from ..distributed.groups import global_rank
 
 try:
     import readline
-except ImportError:  # on Windows, where lines are read without editing
+except ImportError:  # missing on Windows; lines are then read without editing
     readline = None  # type: ignore[assignment]
 
-INTERRUPT = b"\x03"  # the character that Ctrl-C types
+INTERRUPT = b"\x03"  # the character of Ctrl-C
 
 
 def configure_stream(stream: TextIO, **options: str) -> None:
-    """Set the encoding or the error handler of a standard stream, unless it has been replaced, as in a notebook."""
+    """Set the encoding or the error handler of a standard stream. Do nothing if the stream is replaced, as in a notebook."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(**options)  # type: ignore[arg-type]
 
@@ -41,14 +41,14 @@ class Terminal:
         self.keyboard = sys.stdin.isatty()
         self.prompt = "> " if self.keyboard and sys.stdout.isatty() else ""
         self.reading = self.interrupt_requested = self.closed = False
-        self.typed_ahead: list[str] = []  # whole lines typed during an answer
-        self.saved_termios: list[Any] | None = None  # the settings of torchrun's terminal, to be restored
+        self.typed_ahead: list[str] = []  # complete lines that were typed during an answer
+        self.saved_termios: list[Any] | None = None  # settings to restore; None if they are unchanged
 
     def __enter__(self) -> "Terminal":
         if not self.is_rank0:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 handles Ctrl-C for all ranks
             return self
-        configure_stream(sys.stdin, errors="surrogateescape")  # invalid UTF-8 is reported later, for each line
+        configure_stream(sys.stdin, errors="surrogateescape")  # only lines with invalid UTF-8 are refused, later
         configure_stream(sys.stdout, errors="replace")
         if self.keyboard:
             signal.signal(signal.SIGINT, self._interrupt)
@@ -77,20 +77,20 @@ class Terminal:
             # Ctrl-Z is disabled too: it would stop torchrun, but not the ranks.
             settings[6][termios.VINTR] = settings[6][termios.VSUSP] = disabled
             settings[6][termios.VEOL] = INTERRUPT
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):  # torchrun sends these when it ends
-                signal.signal(number, lambda number, _: sys.exit(128 + number))  # runs __exit__, which restores the settings
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):  # sent by torchrun when it ends
+                signal.signal(number, lambda number, _: sys.exit(128 + number))  # exit with `__exit__`, which restores the settings
             termios.tcsetattr(0, termios.TCSADRAIN, settings)
             if "GNU" in (getattr(readline, "__doc__", None) or ""):
                 readline.parse_and_bind(r'"\C-c": "\C-e\C-u\C-m"')
 
     def _interrupt(self, *_: object) -> None:
-        """Handle SIGINT: raise KeyboardInterrupt at the prompt; else only record it."""
+        """Handle SIGINT: at the prompt, raise KeyboardInterrupt; during an answer, only record the interrupt."""
         if self.reading:
             raise KeyboardInterrupt
         self.interrupt_requested = True
 
     def read(self) -> str | None:
-        """Return the next line; None at the end of the input, or if the reader of the output has closed it."""
+        """Return the next line of input; None at the end of the input, or if the reader of the output has closed the pipe."""
         self.interrupt_requested = False
         if self.closed:
             return None
@@ -112,25 +112,25 @@ class Terminal:
             self.reading = False
 
     def interrupted(self) -> bool:
-        """Return True if the answer is to end: after Ctrl-C, or if the reader of the output has closed it."""
+        """Return True if the answer must end now: after Ctrl-C, or if the reader of the output has closed the pipe."""
         while self.saved_termios and not self.interrupt_requested and select.select([0], [], [], 0)[0]:
-            text = os.read(0, 4096)  # one line, or a pasted text with carriage returns
+            text = os.read(0, 4096)  # one line, or pasted lines that are separated by carriage returns
             self.interrupt_requested = INTERRUPT in text or not text
             lines = text.decode(errors="surrogateescape").replace("\r", "\n").removesuffix("\n").split("\n")
             self.typed_ahead = [] if self.interrupt_requested else [*self.typed_ahead, *lines]  # Ctrl-C discards typed lines
         return self.interrupt_requested or self.closed
 
     def write(self, text: str) -> None:
-        """Write text to standard output, unless its reader has closed it."""
+        """Write text to standard output. Do nothing if the reader of the output has closed the pipe."""
         if self.closed:
             return
         try:
             print(text, end="", flush=True)
-        except BrokenPipeError:  # the reader has closed the pipe, as `head` does: not an error
+        except BrokenPipeError:  # the reader has closed the pipe, as `head` does; this is not an error
             self.closed = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def print_status(self, text: str) -> None:
-        """Print a line on stderr, apart from the answers on standard output."""
+        """Print a status line to stderr; standard output is only for answers."""
         if self.is_rank0:
             print(text, file=sys.stderr, flush=True)

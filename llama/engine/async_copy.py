@@ -10,14 +10,14 @@ from ..distributed import failures, groups
 
 
 def supports_async(device: torch.device) -> bool:
-    """Return True if the host can launch a decode step while the device still runs the step before."""
+    """Return True if the host can launch a decode step while the device still runs the previous step."""
     return device.type == "cuda"
 
 
 def async_to_host(*tensors: torch.Tensor) -> Callable[[], list[list[Any]]]:
-    """Start copying tensors to the host. Return a function that waits for these copies only, and returns them as lists.
+    """Start copying tensors to the host. Return a function that waits for these copies only, and returns the values as lists.
 
-    The returned function raises PeerFailed if another rank fails while it waits.
+    The returned function raises PeerFailed if another rank fails during the wait.
     """
     if not all(tensor.is_cuda for tensor in tensors):
         return lambda: [tensor.tolist() for tensor in tensors]
@@ -28,7 +28,8 @@ def async_to_host(*tensors: torch.Tensor) -> Callable[[], list[list[Any]]]:
 
     def wait() -> list[list[Any]]:
         start = last_check = time.monotonic()
-        while groups.world_size() > 1 and not copied.query():  # a collective with a failed rank would never end
+        # Poll, since a copy that is queued behind a collective never completes if another rank has failed.
+        while groups.world_size() > 1 and not copied.query():
             now = time.monotonic()
             if now - start > 0.002:
                 time.sleep(0.0001)

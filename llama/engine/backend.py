@@ -1,4 +1,4 @@
-"""The interface of a backend: how decode steps are computed."""
+"""The interface of backends. A backend computes the decode steps of a model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,26 +7,27 @@ import torch
 
 from .forward import EngineForward
 
-# Decode one token per row: tokens and positions (B,) -> float32 logits (B, vocab), valid until the next step. The list holds
-# the positions as the host knows them: 0 for a free row, whose entry in the tensor is arbitrary.
+# A function that decodes one token per row. Arguments: tokens (B,), positions (B,), and a list of the same positions on the
+# host. It returns float32 logits (B, vocab), which are valid until the next call. For a free row, the list contains 0, and
+# the tensor contains an arbitrary position.
 DecodeFn = Callable[[torch.Tensor, torch.Tensor, list[int]], torch.Tensor]
 
 
 class Backend:
-    """How a model's decode steps are computed. `name` is the value of `build(backend=)`."""
+    """Base class of backends, which compute decode steps. `name` is the value of `build(backend=)` that selects a backend."""
 
     name = ""
-    packs_weights = False  # True if weights are held in the forms of this library's kernels
+    packs_weights = False  # True in backends whose weights are packed for this library's kernels
 
     @staticmethod
     def unsupported(device: torch.device) -> str | None:
-        """Return, in words, why this backend cannot serve a device on this machine; None if it can."""
+        """Return the reason, as a text, why this backend cannot run on a device of this machine; None if it can."""
         return None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle without captured steps, which belong to this process and its tensors."""
+        """Copy or pickle the backend without its captured decode steps, which are valid only in this process."""
         return type(self), ()
 
     def begin(self, forward: EngineForward, n_rows: int) -> DecodeFn:
-        """Return the function that runs a call's decode steps, with the model's weights as they are now."""
+        """Return the function that runs the decode steps of one call, for n_rows rows, with the model's current weights."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Checks of what a model computes, and small helpers that several parts of the engine need."""
+"""Check log probabilities and logits of a model, and provide small helpers for several parts of the engine."""
 
 import torch
 from torch import nn
@@ -8,14 +8,14 @@ from .requests import Request
 
 
 def check_logprobs(model: nn.Module, logprobs: list[float], label: str) -> None:
-    """Raise NonFiniteError, naming the prompt, if one of its log probabilities is not valid."""
+    """Raise NonFiniteError if a log probability of a prompt's tokens is invalid. label: name of the prompt in the error."""
     if not all(map(is_valid_logprob, logprobs)):
         raise _nonfinite_error(model, label, "a token's log probability is")
 
 
 def is_valid_logprob(logprob: float) -> bool:
-    """Return False for NaN, and for a value above 0 by more than rounding. -inf, of a masked token, is valid."""
-    return logprob <= 0.1  # False for NaN
+    """Return True for a value that is at most 0, except for rounding. -inf, for a masked token, is valid; NaN is not."""
+    return logprob <= 0.1  # any comparison with NaN is False
 
 
 def nonfinite_logits_error(model: nn.Module, request: Request, position: int) -> NonFiniteError:
@@ -32,7 +32,10 @@ def _nonfinite_error(model: nn.Module, label: str, what: str) -> NonFiniteError:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model's parameters; the CPU if it has none, as a caller may put in any object with a `forward`."""
+    """Return the device of a model's parameters, or the CPU for an object without parameters.
+
+    A caller may replace the model by any object that has a `forward`.
+    """
     return next((p.device for p in getattr(model, "parameters", list)()), torch.device("cpu"))
 
 

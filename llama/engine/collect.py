@@ -11,8 +11,11 @@ from .results import GenerationResult
 
 
 def collect_results(call: GenerationCall, tokens: Iterator[GeneratedToken], tokenizer: Tokenizer) -> Iterator[GenerationResult]:
-    """Yield the results in the order of the requests, each as soon as it and all before it are finished. Text is decoded, and
-    stop strings end an answer, only if `call.stop` is not None."""
+    """Yield one result per request, in the order of the requests. A result is yielded once its answer and all earlier answers
+    are complete.
+
+    If `call.stop` is None, tokens are not decoded to text. Otherwise each answer ends before the first stop string.
+    """
     results = [GenerationResult(request) for request in call.requests]
     texts = [IncrementalText(tokenizer, call.stop) for _ in results] if call.stop is not None else []
     if call.echo:
@@ -20,7 +23,7 @@ def collect_results(call: GenerationCall, tokens: Iterator[GeneratedToken], toke
             result.text = text.begin(result.request.prompt)
     n_yielded = 0
     for index, token, logprob in tokens:
-        # A finish reason is complete only now: a consumer may set it between two tokens.
+        # The engine sets a finish reason only after the last token has been consumed, so check when the next token arrives.
         while not call.echo and results[n_yielded].request.finish_reason:
             yield _flush(results[n_yielded], texts[n_yielded : n_yielded + 1])
             n_yielded += 1
@@ -28,7 +31,8 @@ def collect_results(call: GenerationCall, tokens: Iterator[GeneratedToken], toke
         result.tokens.append(token)
         if logprob is not None:
             result.logprobs.append(logprob)
-        if texts and result.request.num_new_tokens:  # else the token is the prompt's own
+        # Skip echoed tokens of the prompt: `result.text` begins with the text of the prompt.
+        if texts and result.request.num_new_tokens:
             result.text += texts[index].push(token)
             if texts[index].stopped:
                 result.request.finish_reason = "stop"
@@ -37,7 +41,7 @@ def collect_results(call: GenerationCall, tokens: Iterator[GeneratedToken], toke
 
 
 def _flush(result: GenerationResult, text: list[IncrementalText]) -> GenerationResult:
-    """Add the text that was still pending."""
+    """Add to a result the text that has been held back, and return the result."""
     result.text += "".join(t.end() for t in text)
     return result
 
@@ -45,8 +49,10 @@ def _flush(result: GenerationResult, text: list[IncrementalText]) -> GenerationR
 def results_of_replaced_generate(
     generate: Callable[..., Any], call: GenerationCall, tokenizer: Tokenizer
 ) -> list[GenerationResult]:
-    """Return results from a caller's own `generate`, called with the reference's arguments and those options that differ from
-    their defaults."""
+    """Return results from `generate`, a function with which a caller has replaced `Llama.generate`.
+
+    `generate` is called with the arguments that the reference has, and with those further options that are not the defaults.
+    """
     asked = [request for request in call.requests if request.prompt]
     defaults = SamplingParams()
     options = {

@@ -1,4 +1,4 @@
-"""What the device knows of the rows of a batch between two decode steps."""
+"""The state of a batch between two decode steps: tensors on the device with an entry for each row."""
 
 import torch
 
@@ -9,19 +9,20 @@ from .requests import Request
 
 
 class DecodeState:
-    """Logits, positions and sampling state of B rows, on the device."""
+    """Logits, positions, seeds and seen tokens of B rows, on the device."""
 
     def __init__(
         self, n: int, vocab: int, device: torch.device, sampling: SamplingParams, seeded: bool, sampler: Sampler = sample_top_p
     ) -> None:
         self.sampling, self.sampler = sampling, sampler
         self.logits = torch.zeros(n, vocab, dtype=torch.float32, device=device)
-        self.positions = self.last_positions = torch.zeros(n, dtype=torch.int64, device=device)  # of the tokens to be sampled
+        # For each row: position of the next token to sample, and position of the last token that the request allows.
+        self.positions = self.last_positions = torch.zeros(n, dtype=torch.int64, device=device)
         self.seeds = torch.zeros_like(self.positions) if seeded and not sampling.greedy else None
         self.seen = torch.zeros(n, vocab, dtype=torch.bool, device=device) if sampling.repetition_penalty != 1 else None
 
     def admit(self, rows: list[int], requests: list[Request], logits: torch.Tensor) -> None:
-        """Put prefilled requests into free rows; logits (len(rows), vocab) follow each prompt's last token."""
+        """Put prefilled requests into free rows. logits: for the first new token of each request, (len(rows), vocab)."""
         index = torch.tensor(rows, device=logits.device)
 
         def put(old: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -41,9 +42,10 @@ class DecodeState:
             self.seen = put(self.seen, seen)
 
     def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sample the next token of each row: (B,), and each row's largest logit (B,), rank 0's on all ranks.
+        """Sample the next token of each row. Return these tokens (B,), and the largest logit of each row (B,).
 
-        The largest logit is finite unless one of the row's is NaN or infinite, or all are masked with -inf.
+        All ranks return the values of rank 0. The largest logit of a row is not finite if the row contains NaN or +inf, or
+        only -inf.
         """
         logits, noise = self.logits, None
         if self.seen is not None:
@@ -59,5 +61,5 @@ class DecodeState:
         return tokens, largest
 
     def advance(self) -> None:
-        """Move each row to its next position, and no further than its last."""
+        """Increase the position of each row by 1, up to the last position that its request allows."""
         self.positions = torch.minimum(self.positions + 1, self.last_positions)

@@ -1,4 +1,4 @@
-"""The engine: requests of tokens in, new tokens out, one by one. It knows nothing of text."""
+"""The engine: generate tokens for requests, and score sequences. It works on tokens, not on text."""
 
 import itertools
 import sys
@@ -28,23 +28,23 @@ from .unmodified import why_modified
 
 
 class Engine:
-    """Run calls on a model with a backend. One call at a time owns the cache, and one thread at a time runs the model."""
+    """Run calls on a model with a backend. One call at a time owns the KV cache, and one thread at a time runs the model."""
 
     def __init__(self, model: Transformer, backend: Backend) -> None:
         self.model, self.backend = model, backend
-        self.announced: str | None = None  # the last reason for the slower way that was printed
+        self.announced: str | None = None  # None, or the last printed reason why generation is slower
         self.shared = shared_state_of(model)
         self.lock = self.shared.lock
         if why_modified(model) is None:
-            self.forward()  # allocates the cache now, so that the first call need not wait for it
+            self.forward()  # allocate the KV cache now, so that the first call is not slower than others
         raise_malloc_threshold()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle without the lock, which belongs to this process."""
+        """Copy or pickle the engine without its lock, which cannot be copied or pickled."""
         return Engine, (self.model, self.backend)
 
     def check_sizes(self) -> None:
-        """Raise InputError if a caller has set params beyond the cache that the model was built with."""
+        """Raise InputError if a caller has set max_batch_size or max_seq_len of `model.params` larger than the KV cache."""
         for layer in getattr(self.model, "layers", ()):
             cache_k = getattr(getattr(layer, "attention", None), "cache_k", None)
             if cache_k is None or cache_k.ndim != 4:
@@ -57,33 +57,33 @@ class Engine:
             return
 
     def why_reference_loop(self) -> str | None:
-        """Return why a call runs the model's own `forward`, in words; None if the engine's forward takes it."""
+        """Return the reason, as a text, why calls must run the model's own `forward`; None if they can run `EngineForward`."""
         if self.backend.name == "eager":
             return "the backend is eager"
         return why_modified(self.model)
 
     def announce(self, why: str) -> None:
-        """Print once per reason, on stderr, that generation is slower now."""
+        """Print on stderr why generation is slower, unless the same reason was printed last or the backend is eager."""
         if self.backend.name != "eager" and why != self.announced and global_rank() == 0:
             print(f"llama: {why}: generating through the model's own forward, which is slower", file=sys.stderr)
         self.announced = why
 
     def forward(self) -> EngineForward:
-        """Return the engine's forward over the model's weights as they are now, with its cache, allocated if none fits."""
+        """Return an `EngineForward` with the current weights of the model. Allocate a KV cache if none fits the model."""
         if self.shared.cache is None or not self.shared.cache.belongs_to(self.model):
             self.shared.cache = KVCache.adopt(self.model)
         return EngineForward(self.model, self.shared.cache)
 
     def without_autocast(self) -> torch.autocast:
-        """Compute in the dtype that the model was built with, whatever a caller's autocast says."""
+        """Return a context that disables a caller's autocast, so that the model computes in its own dtype."""
         return torch.autocast(device_of(self.model).type, enabled=False)
 
     @torch.inference_mode()
     def run(self, call: GenerationCall) -> Iterator[GeneratedToken]:
-        """Yield each request's new tokens as they are generated, with `call.echo` its prompt's first. EOS is not yielded.
+        """Yield the new tokens of all requests as they are generated, without EOS. With `call.echo`, prompt tokens come first.
 
-        Either all requests have a seed or none has. `call.reuse`: a single request skips those first tokens whose keys and
-        values the previous call left in the cache, if that had `reuse` too.
+        Either all requests have a seed or none has. With `call.reuse`, the call has a single request. Its prefill skips the
+        leading prompt tokens whose keys and values the previous call, also with `reuse`, has left in the cache.
         """
         for request in call.requests:
             if request.max_new_tokens == 0 and not request.finish_reason:
@@ -109,16 +109,16 @@ class Engine:
 
     @torch.inference_mode()
     def score(self, sequences: list[list[int]], starts: list[int], labels: list[str]) -> list[list[float]]:
-        """Return the log probabilities of each sequence's tokens from its start (1 or more) on.
+        """Return the log probabilities of the tokens of each sequence, from index `starts[i]` (1 or more) to its end.
 
-        Whole sequences run side by side, PREFILL_CHUNK tokens or one sequence at a time. The engine's forward neither needs nor
-        touches the cache for it.
+        Sequences are computed side by side, up to PREFILL_CHUNK tokens at a time; a longer sequence is computed alone.
+        The KV cache is not used, except by a modified model, which computes one sequence at a time.
         """
         self.check_sizes()
         if why := self.why_reference_loop():
             self.announce(why)
             move_buffers(self.model)
-            self.shared.owner = None  # it writes into the cache
+            self.shared.owner = None  # earlier calls cannot continue, since the model's own forward overwrites the cache
         forward = None if why else self.forward()
         batches: list[list[int]] = []
         room = 0

@@ -1,8 +1,8 @@
-"""The engine's forward: what `Transformer` computes, for the tokens of several rows side by side.
+"""The engine's forward: compute what `Transformer` computes, for the tokens of several rows side by side, without padding.
 
-Tokens enter as (N,) with a `RaggedBatch` that says where each stands, and activations are (N, dim): no padding, and prompts of
-any lengths in one pass. It uses the model's own parameters; those with a common input and adjacent memory are multiplied as
-one.
+`EngineForward` takes tokens (N,), and a `RaggedBatch` with the row and the position of each token. Activations are (N, dim), so
+prompts of any lengths fit in one forward. The parameters are those of the model. Weights that multiply the same input and are
+adjacent in memory are multiplied as one matrix.
 Shapes: H query heads and K key/value heads of this rank, G = H / K, hd = head_dim.
 """
 
@@ -25,25 +25,26 @@ from .kv_cache import KVCache, RaggedBatch, kv_view, store_kv
 
 
 def memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return what identifies the memory that a captured step reads for a tensor."""
+    """Return a tensor's address, dtype, shape and strides. A captured decode step is valid only while these do not change."""
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 class MergedLinear:
-    """Multiply x (..., in) by one weight, or by several with a common input as one: (..., sum of their outputs)."""
+    """Multiply x (..., in) by one or more weights (out, in), and concatenate the products to (..., sum of all out)."""
 
     def __init__(self, *weights: torch.Tensor) -> None:
         merged = merge_weights(weights)
         self.kernel = merged if isinstance(merged, LinearKernel) else None
         self.weight = merged if isinstance(merged, torch.Tensor) else None
         self.parts = [MergedLinear(weight) for weight in weights] if merged is None and len(weights) > 1 else []
-        self.rows_of_kernel = None  # a packed weight whose rows cannot be taken out of its kernel without a copy
+        # None, or a packed weight that shares a kernel with other weights, and cannot be multiplied alone without a copy.
+        self.rows_of_kernel = None
         if merged is None and not self.parts:
             assert isinstance(weights[0], PackedWeight)
             self.rows_of_kernel = weights[0]
 
     def dependencies(self) -> list[Any]:
-        """Return what a captured product reads: kernels, and the memory of plain weights."""
+        """Return the kernels, and the memory keys of unpacked weights, that a captured decode step depends on."""
         if self.parts:
             return [each for part in self.parts for each in part.dependencies()]
         if self.rows_of_kernel is not None:
@@ -61,11 +62,11 @@ class MergedLinear:
 
 
 class EngineNorm:
-    """`RMSNorm`, by the fastest kernel."""
+    """Compute `RMSNorm` with the fastest kernel available."""
 
     def __init__(self, norm: RMSNorm) -> None:
         self.weight, self.eps = norm.weight.detach(), norm.eps
-        self.rounds_eps = compat.rms_norm_rounds_eps()  # asked here: compiled code cannot call a cached function
+        self.rounds_eps = compat.rms_norm_rounds_eps()  # code for torch.compile cannot call a cached function
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize x (..., dim) as `RMSNorm` does."""
@@ -76,15 +77,15 @@ class EngineNorm:
 
 
 def avoids_complex(x: torch.Tensor) -> bool:
-    """Return True where complex numbers are slow or missing: in compiled code and on MPS."""
+    """Return True where complex numbers are slow or not supported: in code compiled by torch.compile, and on MPS."""
     return torch.compiler.is_compiling() or x.device.type == "mps"
 
 
 def apply_rope_(heads: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
-    """Rotate adjacent pairs of heads (N, n, hd) in place, in float32, by cosines and sines (N, 1, hd/2, 2)."""
-    wide = heads.float()  # the same tensor if heads are float32
+    """Apply RoPE to heads (N, n, hd) in place, in float32. freqs: cosines and sines of the rotations, (N, 1, hd/2, 2)."""
+    wide = heads.float()  # no copy if heads are float32 already
     pairs = torch.view_as_complex(wide.view(*heads.shape[:-1], -1, 2))
-    # On the CPU few rows at a time: see compat.MAX_SERIAL_COMPLEX.
+    # On the CPU, rotate only a few rows at a time, so that PyTorch uses a single thread: see compat.MAX_SERIAL_COMPLEX.
     n = max(1, compat.MAX_SERIAL_COMPLEX // (heads.shape[-2] * heads.shape[-1] // 2)) if heads.is_cpu else len(heads)
     for rows, rotations in zip(pairs.split(n), torch.view_as_complex(freqs).split(n), strict=True):
         rows.mul_(rotations)
@@ -92,7 +93,7 @@ def apply_rope_(heads: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
 
 
 def apply_rope_real(heads: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
-    """Return what `apply_rope_` makes of heads, computed without complex numbers."""
+    """Return heads with RoPE applied, as `apply_rope_` does, but in a new tensor and without complex numbers."""
     a, b = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = freqs.unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(heads.dtype)
@@ -100,7 +101,7 @@ def apply_rope_real(heads: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """What all layers of one forward share: the batch, its rotations (N, 1, hd/2, 2), and a mask for each segment."""
+    """The inputs that all layers share: the batch, its RoPE rotations (N, 1, hd/2, 2), and an attention mask per segment."""
 
     batch: RaggedBatch
     freqs: torch.Tensor
@@ -108,7 +109,7 @@ class ForwardContext:
 
 
 class EngineLayer:
-    """What `TransformerBlock` computes, with its weights."""
+    """Compute what a `TransformerBlock` computes, with the weights of that block."""
 
     def __init__(self, block: TransformerBlock) -> None:
         attention, feed_forward = block.attention, block.feed_forward
@@ -121,17 +122,17 @@ class EngineLayer:
         self.w2 = MergedLinear(feed_forward.w2.weight)
 
     def forward(self, x: torch.Tensor, context: ForwardContext, cache: torch.Tensor | None) -> torch.Tensor:
-        """x (N, dim) -> (N, dim). Keys and values go into `cache`, this layer's part of the KV cache, unless it is None."""
+        """Run the layer on x (N, dim), and return (N, dim). cache: the KV cache of this layer, or None."""
         h = self.add_attention(x, context, cache)
         return self.add_feed_forward(h)
 
     def add_attention(self, x: torch.Tensor, context: ForwardContext, cache: torch.Tensor | None) -> torch.Tensor:
-        """Return x (N, dim) plus attention."""
+        """Return x (N, dim) plus the output of attention."""
         q, kv = self.project_qkv(self.attention_norm.forward(x), context, cache)
         return x + self.all_reduced(self.wo.forward(self.attend(q, kv, context, cache)))
 
     def add_feed_forward(self, h: torch.Tensor) -> torch.Tensor:
-        """Return h (N, dim) plus the feed-forward."""
+        """Return h (N, dim) plus the output of the feed-forward network."""
         return h + self.all_reduced(self.w2.forward(self.swiglu(self.ffn_norm.forward(h))))
 
     def all_reduced(self, y: torch.Tensor) -> torch.Tensor:
@@ -140,7 +141,10 @@ class EngineLayer:
     def project_qkv(
         self, x: torch.Tensor, context: ForwardContext, cache: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Project and rotate x (N, dim): queries (N, H, hd), and keys and values (N, 2, K, hd), also stored in the cache."""
+        """Project x (N, dim) to queries, keys and values, and apply RoPE. Store keys and values in the cache, if there is one.
+
+        Return the queries (N, H, hd), and the keys and values in one tensor (N, 2, K, hd).
+        """
         N, K, G, hd = len(x), self.K, self.G, self.hd
         heads = self.wqkv.forward(x).view(N, (G + 2) * K, hd)
         if avoids_complex(x):
@@ -156,13 +160,16 @@ class EngineLayer:
     def attend(
         self, q: torch.Tensor, kv: torch.Tensor | None, context: ForwardContext, cache: torch.Tensor | None
     ) -> torch.Tensor:
-        """Attend with what `project_qkv` returns -> (N, H * hd). A decode step passes no kv: the cache holds all it needs."""
+        """Return the attention (N, H * hd) of queries q (N, H, hd).
+
+        kv: keys and values of the new tokens, as returned by `project_qkv`; None to read all keys and values from the cache.
+        """
         K, G, hd = self.K, self.G, self.hd
         outputs, first = [], 0
         for segment, mask in zip(context.batch.segments, context.masks, strict=True):
             B, S = segment.n_rows, segment.length
             tokens = slice(first, first := first + B * S)
-            if segment.starts_at_zero and kv is not None:  # needs no cache
+            if segment.starts_at_zero and kv is not None:  # the new tokens attend only to each other
                 keys, values = kv[tokens].view(B, S, 2, K, hd).permute(2, 0, 3, 1, 4).unbind()
             else:
                 assert cache is not None, "without the cache a sequence must be whole"
@@ -171,7 +178,7 @@ class EngineLayer:
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def swiglu(self, x: torch.Tensor) -> torch.Tensor:
-        """x (N, dim) -> silu(w1(x)) * w3(x), (N, width)."""
+        """Return silu(w1(x)) * w3(x) of shape (N, width) for x (N, dim)."""
         kernel = self.w13.kernel
         if kernel is not None and (y := kernel.swiglu(x)) is not None:
             return y
@@ -186,7 +193,10 @@ LayerFn = Callable[[EngineLayer, torch.Tensor, ForwardContext, "torch.Tensor | N
 
 
 class EngineForward:
-    """A model's weights as they are now, and its cache. It is made anew for each call, as parameters may have been replaced."""
+    """Run a model with its current weights and its KV cache.
+
+    The engine creates an `EngineForward` for each call, since parameters may have been replaced between two calls.
+    """
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self.model, self.cache = model, cache
@@ -195,10 +205,13 @@ class EngineForward:
         self.ranks = model.output.ranks
         model.freqs_cis = model.freqs_cis.to(self.device)
         cosines_and_sines = torch.view_as_real(model.freqs_cis.resolve_conj())
-        self.freqs = cosines_and_sines.unsqueeze(1)  # (positions, 1, hd/2, 2)
+        self.freqs = cosines_and_sines.unsqueeze(1)  # RoPE rotations, (positions, 1, hd/2, 2)
 
     def weights_version(self) -> list[Any]:
-        """Return what changes if a weight is replaced or edited in place. PyTorch does not count edits through `.data`."""
+        """Return a list that changes if a weight is replaced or edited in place.
+
+        Edits through `.data` do not change the list, since PyTorch does not count them.
+        """
         freqs = self.model.freqs_cis
         weights = [(id(weight), weight.data_ptr(), compat.version_of(weight)) for weight in self.model.parameters()]
         return [SharedKernel.n_edits, id(freqs), compat.version_of(freqs), *weights]
@@ -219,10 +232,10 @@ class EngineForward:
         layer_fn: LayerFn = EngineLayer.forward,
         logits_indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the last layer's normalized output (N, dim) for tokens (N,). Their keys and values go into the cache.
+        """Return the hidden states (N, dim) of tokens (N,) after the last layer and norm. Keys and values go into the cache.
 
-        use_cache: False for whole sequences that nothing follows; the cache is then neither needed nor written.
-        logits_indices: positions (M,) in the batch whose outputs (M, dim) are needed; the last feed-forward runs on these only.
+        use_cache: False if the batch has whole sequences that are not continued; the cache is then neither read nor written.
+        logits_indices: indices (M,) of the tokens whose hidden states (M, dim) are needed; by default all are returned.
         """
         context = ForwardContext(batch, self.freqs[batch.positions], batch.masks(self.dtype))
         h = self.model.tok_embeddings(tokens)
@@ -237,12 +250,12 @@ class EngineForward:
         return self.norm.forward(h)[: len(logits_indices)]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states (..., dim) -> float32 logits (..., vocab)."""
+        """Return float32 logits (..., vocab) of hidden states (..., dim)."""
         y = self.output.forward(hidden).float()
         return y if self.ranks == 1 else gather_from_model_parallel_region(y)
 
     def graph_dependencies(self) -> list[Any]:
-        """Return the kernels and the memory of tensors that a captured step reads. If one changes, the step is stale."""
+        """Return the cache, kernels and memory that a captured decode step reads. If one changes, recapture the step."""
         found: list[Any] = [self.cache, memory_key(self.freqs), memory_key(self.model.tok_embeddings.weight)]
         for norm in (self.norm, *(norm for layer in self.layers for norm in (layer.attention_norm, layer.ffn_norm))):
             found += [memory_key(norm.weight), norm.eps]

@@ -1,8 +1,8 @@
-"""The KV cache, and where the tokens of one forward stand in it.
+"""The KV cache, and the rows and positions in the cache of the tokens of one forward.
 
-A position of the cache holds the keys and values of the token at that position of its row. A query at position p attends to
-positions 0..p of its row only, so what an earlier sequence left beyond them is never read. Rows have lengths of their own: the
-tokens of a forward lie side by side without padding, and only attention goes row by row.
+Each row of the cache stores the keys and values of one sequence, by position. A query at position p attends only to positions 0
+to p of its row, so keys and values of an earlier sequence after position p are never read. Rows may have different lengths. The
+tokens of one forward are placed side by side without padding, and only attention is computed separately for each row.
 
     prefill of three prompts in rows 0, 1, 2           tokens      a b c | d e | f g
     from_segments([(0, 0, 3), (1, 0, 2), (2, 0, 2)])   rows        0 0 0   1 1   2 2
@@ -11,8 +11,10 @@ tokens of a forward lie side by side without padding, and only attention goes ro
 
     one decode step of these rows                      tokens      h | i | j
     from_segments([(0, 3, 1), (1, 2, 1), (2, 2, 1)])   positions   3   2   2
-                                                       segments    row 0 attends to 0..3; rows 1 and 2 to 0..2
-    the same on a GPU: decode(positions, 4)            segments    rows 0, 1, 2 attend to 0..3, through a mask
+                                                       segments    row 0 attends to 0-3; rows 1 and 2 to 0-2
+
+    the same decode step on a GPU                      segments    rows 0, 1, 2 attend to positions 0-3, with a mask
+    decode(positions, 4)
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,23 +28,23 @@ from ..model import Transformer
 
 
 class Segment(NamedTuple):
-    """Adjacent rows of the cache with the same number of new tokens: one call of an attention kernel."""
+    """Adjacent rows of the cache with the same number of new tokens. One call of an attention kernel computes all of them."""
 
     row: int
     n_rows: int
-    length: int  # new tokens of each row
-    kv_len: int  # positions 0..kv_len hold all that these tokens attend to
-    per_row_positions: bool = False  # True if each row has a position of its own below kv_len; else all end at kv_len
+    length: int  # number of new tokens in each row
+    kv_len: int  # the last new token of a row attends to positions 0 to kv_len - 1
+    per_row_positions: bool = False  # True if new tokens of the rows may be at different positions
 
     @property
     def starts_at_zero(self) -> bool:
-        """True if nothing stands before these tokens: their own keys and values are all they attend to."""
+        """Return True if the new tokens start at position 0, and so attend only to each other."""
         return self.kv_len == self.length and not self.per_row_positions
 
 
 @dataclass(frozen=True)
 class RaggedBatch:
-    """N tokens of several rows, side by side: `rows` and `positions` (N,) on the device, and their segments on the host."""
+    """N tokens of several rows, side by side. `rows` and `positions` (N,) are on the device, and `segments` on the host."""
 
     rows: torch.Tensor
     positions: torch.Tensor
@@ -50,7 +52,10 @@ class RaggedBatch:
 
     @staticmethod
     def from_segments(pieces: Iterable[tuple[int, int, int]], device: torch.device | str = "cpu") -> "RaggedBatch":
-        """Make a batch of pieces (row, start, length). Adjacent rows with the same start and length share a segment."""
+        """Return a batch of pieces (row, position of the first token, number of tokens).
+
+        Adjacent rows with the same position and number of tokens become one segment.
+        """
         segments: list[Segment] = []
         rows: list[int] = []
         positions: list[int] = []
@@ -67,14 +72,15 @@ class RaggedBatch:
 
     @staticmethod
     def decode(positions: torch.Tensor, kv_len: int) -> "RaggedBatch":
-        """Make a batch of one token for each row 0..B, at `positions` (B,) below kv_len. Nothing is copied to the host."""
+        """Return a batch of one token in each of B rows, at positions (B,) less than kv_len. Nothing is copied to the host."""
         rows = torch.arange(len(positions), device=positions.device)
         return RaggedBatch(rows, positions, (Segment(0, len(rows), 1, kv_len, per_row_positions=True),))
 
     def masks(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
-        """Return each segment's attention mask, with -inf where a token must not attend: (n_rows or 1, 1, length, kv_len).
+        """Return an attention mask (n_rows or 1, 1, length, kv_len) per segment, with -inf where a token must not attend.
 
-        It is None where the kernel's own causal mask serves, and where a single token attends to all positions.
+        A mask is None for tokens that start at position 0, where attention kernels apply a causal mask by themselves, and for a
+        single token that attends to all positions.
         """
         masks: list[torch.Tensor | None] = []
         first = 0
@@ -82,7 +88,7 @@ class RaggedBatch:
             if segment.starts_at_zero or (segment.length == 1 and not segment.per_row_positions):
                 masks.append(None)
             else:
-                rows = segment.n_rows if segment.per_row_positions else 1  # else all rows have the first one's mask
+                rows = segment.n_rows if segment.per_row_positions else 1  # rows at equal positions share one mask
                 shape = rows, 1, segment.length
                 positions = self.positions[first : first + rows * segment.length].view(*shape, 1)
                 keys = torch.arange(segment.kv_len, device=positions.device)
@@ -93,10 +99,10 @@ class RaggedBatch:
 
 
 def prefill_chunks(lengths: list[int], max_tokens: int, multiple: int = 1) -> Iterator[list[tuple[int, int, int]]]:
-    """Divide rows of these lengths into chunks of at most max_tokens: lists of pieces (row, start, length), in order.
+    """Divide prompts of these lengths into chunks of at most max_tokens. Yield each chunk as a list of (row, start, length).
 
-    A row is cut at a multiple of `multiple` (of max_tokens if that is less). Attention kernels work in blocks of that many
-    tokens, so a row's sums are the same whether it is cut or not.
+    A prompt is cut only at multiples of `multiple` tokens (or of max_tokens, if smaller). Attention kernels work in blocks of
+    `multiple` tokens, so cutting a prompt does not change how results are rounded.
     """
     pieces, room = [], max_tokens
     for row, length in enumerate(lengths):
@@ -116,21 +122,22 @@ def prefill_chunks(lengths: list[int], max_tokens: int, multiple: int = 1) -> It
 
 
 class KVCache:
-    """Keys and values of every layer in one allocation, (n_layers, 2, rows, n_kv_heads, positions, head_dim).
+    """The keys and values of all layers in one tensor `data`, (n_layers, 2, rows, n_kv_heads, positions, head_dim).
 
-    The positions of a head are adjacent in memory, so that a decode step reads them as one stream. `cache_k` and `cache_v` of
-    the model's attention layers are views of it, (rows, positions, n_kv_heads, head_dim).
+    The positions of a head are adjacent in memory, since a decode step reads them one after another. `cache_k` and `cache_v` of
+    the model's attention layers are views of `data` with shape (rows, positions, n_kv_heads, head_dim).
     """
 
     def __init__(self, data: torch.Tensor) -> None:
         self.data = data
         self.layers = data.unbind()
         self.views = [tuple(layer.transpose(2, 3).unbind()) for layer in self.layers]  # cache_k and cache_v of each layer
-        self.logits: torch.Tensor | None = None  # of the last step, (rows, vocab)
-        self.stream: torch.cuda.Stream | None = None  # that the last step was launched on
-        self.prefix_tokens: list[int] | None = None  # tokens whose keys and values row 0 holds; a new list for each call
-        self.weights_version: object = None  # of the weights that computed them
-        self.version = -1  # of `data` after the engine's last write; any other write changes it
+        self.logits: torch.Tensor | None = None  # None, or the logits (rows, vocab) of the last decode step
+        self.stream: torch.cuda.Stream | None = None  # None, or the CUDA stream on which the last step was launched
+        # None, or the tokens whose keys and values are in row 0. Each call sets a new list.
+        self.prefix_tokens: list[int] | None = None
+        self.weights_version: object = None  # the model's weights_version when prefix_tokens were computed
+        self.version = -1  # PyTorch's version counter of `data` after the engine's last write
 
     def belongs_to(self, model: Transformer) -> bool:
         """Return True if the model's layers use this cache, and compute in its dtype and on its device."""
@@ -142,7 +149,7 @@ class KVCache:
         )
 
     def record_version(self) -> None:
-        """Remember the version of `data`, after the engine's own writes."""
+        """Record the version counter of `data` after a write by the engine, so that `is_unchanged` detects other writes."""
         self.version = compat.version_of(self.data)
 
     def is_unchanged(self) -> bool:
@@ -151,27 +158,31 @@ class KVCache:
 
     @staticmethod
     def adopt(model: Transformer) -> "KVCache":
-        """Copy the layers' caches into one allocation, and make them views of it."""
+        """Return a new KV cache with the contents of the present caches of all layers.
+
+        `cache_k` and `cache_v` of each layer become views of the new cache.
+        """
         layers = [layer.attention for layer in cast("list[Any]", list(model.layers))]
         weight, (rows, positions, heads, head_dim) = model.norm.weight, layers[0].cache_k.shape
-        # Outside inference mode, since an inference tensor cannot be written outside of it.
+        # Leave inference mode, since a tensor created in inference mode cannot be modified outside of it.
         with torch.inference_mode(False), torch.no_grad():
             shape = (len(layers), 2, rows, heads, positions, head_dim)
             cache = KVCache(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
             for i, attention in enumerate(layers):
                 for name, view in zip(("cache_k", "cache_v"), cache.views[i], strict=True):
                     before = getattr(attention, name)
-                    if not before.is_meta and before.any():  # else the new cache's pages need not be touched yet
+                    if not before.is_meta and before.any():  # skip zeros, since copying would allocate memory too early
                         view.copy_(before)
                     setattr(attention, name, view)
         return cache
 
 
 def store_kv(layer: torch.Tensor, batch: RaggedBatch, kv: torch.Tensor) -> None:
-    """Write keys and values kv (N, 2, n_kv_heads, head_dim) into one layer of the cache, at their tokens' positions."""
-    layer[:, batch.rows, :, batch.positions] = kv.detach().to(layer.dtype)  # a caller's autocast may have changed the dtype
+    """Write keys and values kv (N, 2, n_kv_heads, head_dim) of N tokens into one layer of the cache."""
+    # Convert, since autocast of a caller may have changed the dtype of kv.
+    layer[:, batch.rows, :, batch.positions] = kv.detach().to(layer.dtype)
 
 
 def kv_view(layer: torch.Tensor, segment: Segment) -> tuple[torch.Tensor, ...]:
-    """Return the keys and values that a segment attends to: two views (n_rows, n_kv_heads, kv_len, head_dim)."""
+    """Return views of the keys and of the values that a segment attends to, each (n_rows, n_kv_heads, kv_len, head_dim)."""
     return layer[:, segment.row : segment.row + segment.n_rows, :, : segment.kv_len].unbind()

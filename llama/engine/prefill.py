@@ -1,4 +1,4 @@
-"""Prefill: prompts through the engine's forward, side by side and in chunks."""
+"""Prefill: run prompts through the engine's forward, side by side and in chunks."""
 
 import itertools
 from collections.abc import Callable
@@ -16,10 +16,11 @@ from .requests import Request
 def prefill(
     forward: EngineForward, rows: list[int], requests: list[Request], start: int, scored: bool, quiet: bool
 ) -> tuple[torch.Tensor, list[list[float]]]:
-    """Run each prompt from its token `start` on in its row of the cache, PREFILL_CHUNK tokens of all prompts at a time.
+    """Prefill rows of the KV cache with the prompts of requests, at most PREFILL_CHUNK tokens of all prompts at a time.
 
-    Return the hidden state after each prompt's last token, (B, dim), and, if `scored`, the log probabilities of each prompt's
-    tokens, 0.0 for the first. quiet: show no progress.
+    start: number of leading prompt tokens to skip, as they are in the cache already. quiet: show no progress.
+    Return the hidden state of each prompt's last token, (B, dim), and a list for each prompt: the log probabilities of its
+    tokens, with 0.0 for the first token, if `scored`; otherwise an empty list.
     """
     prompts, device = [request.prompt[start:] for request in requests], forward.device
     lengths = [len(prompt) for prompt in prompts]
@@ -45,7 +46,7 @@ def prefill(
 
 
 def score_tokens(logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, following: torch.Tensor) -> list[float]:
-    """Return the log probabilities of the tokens that follow positions with these hidden states (N, dim)."""
+    """Return the log probability of each token `following[i]`, given the hidden state `hidden[i]`. hidden: (N, dim)."""
     logprobs: list[float] = []
     for i in range(0, len(hidden), tuning.LOGPROB_CHUNK):
         chunk = logits(hidden[i : i + tuning.LOGPROB_CHUNK])

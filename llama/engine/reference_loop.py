@@ -1,4 +1,4 @@
-"""The reference's own loop over `Transformer.forward(tokens, start_pos)`, for models that a caller has changed."""
+"""Generate as the reference does, with `Transformer.forward(tokens, start_pos)`, for models that a caller has modified."""
 
 import collections
 import math
@@ -17,18 +17,20 @@ from .shared_state import CACHE_TAKEN_ERROR, SharedState
 
 
 class ReferenceLoop:
-    """One call, computed as the reference does: prefill a batch up to the end of its shortest prompt, then go on position by
-    position; longer prompts keep their own tokens. More prompts than max_batch_size go batch by batch. It has the interface of
-    `Scheduler`."""
+    """Run one call as the reference does. The class has the interface of `Scheduler`.
+
+    Prefill a batch up to the end of its shortest prompt, then compute one position at a time. A longer prompt keeps its tokens
+    at these positions, instead of sampled ones. More than max_batch_size prompts run as several batches, one after another.
+    """
 
     def __init__(self, model: Transformer, shared: SharedState, call: GenerationCall) -> None:
         self.model, self.shared, self.call, self.requests = model, shared, call, call.requests
         self.waiting = collections.deque(range(len(self.requests)))
-        self.running: dict[int, int] = {}  # row of the batch: index of its request
+        self.running: dict[int, int] = {}  # maps a row of the batch to the index of its request
         self.sampled: list[GeneratedToken] = []
-        self.start, self.end = 0, 0  # the positions that the next forward computes
-        self.batch: list[int] = []  # index of each row's request
-        self.tokens = torch.zeros(0, 0, dtype=torch.int64, device="cpu")  # (B, S), prompts and answers
+        self.start, self.end = 0, 0  # the next forward computes positions start to end - 1
+        self.batch: list[int] = []  # for each row, the index of its request
+        self.tokens = torch.zeros(0, 0, dtype=torch.int64, device="cpu")  # tokens of prompts and answers, one row each
         self.state = DecodeState(0, 0, device_of(model), call.sampling, False, call.sampler)
         shared.owner = self
         move_buffers(model)
@@ -38,8 +40,10 @@ class ReferenceLoop:
         return not self.waiting and not self.running
 
     def step(self) -> list[GeneratedToken]:
-        """Compute the batch's next position. Return the prompt tokens that it passes with their log probabilities, if the call
-        asks for them."""
+        """Run the model once, and sample the next token of each row. `emit_tokens` yields the sampled tokens.
+
+        Return the prompt tokens that have been scored, with their log probabilities, if the call scores prompts.
+        """
         if self.shared.owner is not self:
             raise InputError(CACHE_TAKEN_ERROR)
         prompt_tokens = [] if self.running else self.begin_batch()
@@ -64,7 +68,7 @@ class ReferenceLoop:
         return prompt_tokens
 
     def begin_batch(self) -> list[GeneratedToken]:
-        """Take the next batch of requests. Return their first tokens if the prompts are to be scored."""
+        """Begin the next batch of requests. Return the first token of each prompt, if the call scores prompts."""
         size = min(len(self.waiting), self.model.params.max_batch_size)
         self.batch = [self.waiting.popleft() for _ in range(size)]
         self.running = dict(enumerate(self.batch))
@@ -83,7 +87,7 @@ class ReferenceLoop:
         return [GeneratedToken(index, self.requests[index].prompt[0], 0.0) for index in self.batch] if scored else []
 
     def sample(self, requests: list[Request], end: int) -> None:
-        """Sample a token for each row at position `end`, and keep it where the prompt has none there."""
+        """Sample a token at position `end` for each row. A row whose prompt has a token at `end` keeps the prompt token."""
         if self.call.sampling.repetition_penalty != 1:
             logits = self.state.logits
             self.state.seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
@@ -107,7 +111,7 @@ class ReferenceLoop:
                 self.sampled.append(GeneratedToken(index, sampled[row], logprobs[row]))
 
     def emit_tokens(self) -> Iterator[GeneratedToken]:
-        """Yield the sampled tokens. The consumer may end a request by setting its finish_reason."""
+        """Yield the sampled tokens. A consumer sets the `finish_reason` of a request to end its answer."""
         for token in self.sampled:
             request = self.requests[token.prompt_index]
             request.num_new_tokens += 1
@@ -118,7 +122,7 @@ class ReferenceLoop:
         self.release_finished()
 
     def release_finished(self) -> None:
-        """Free the rows whose requests have ended, and whose prompts have been scored if they are to be."""
+        """Free each row whose request has ended. If the call scores prompts, the prompt must have been scored to its end."""
         for row, index in list(self.running.items()):
             request = self.requests[index]
             if request.finish_reason and self.start >= (len(request.prompt) if self.call.scores_prompts else 0):
@@ -126,8 +130,11 @@ class ReferenceLoop:
 
 
 def move_buffers(model: nn.Module) -> None:
-    """Move caches and rotations to where the model's `forward` would move them. Moved there, in inference mode, they could not
-    be used outside of it."""
+    """Move KV caches to the device and dtype of the model's parameters, and RoPE rotations to the device only.
+
+    The model's `forward` would move them too, but in inference mode. The moved tensors could then not be modified outside of
+    inference mode.
+    """
     with torch.inference_mode(False), torch.no_grad():
         for module in model.modules() if isinstance(model, nn.Module) else []:
             if isinstance(module, Attention) and not module.cache_k.is_meta:

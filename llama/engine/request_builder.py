@@ -23,19 +23,20 @@ def partition_by_length(lengths: list[int], n_replicas: int) -> list[list[int]]:
 def to_list(values: Iterable[Any], name: str, expected: str) -> list[Any]:
     """Return the items of a list, tuple, generator, array or tensor. Raise InputError for anything else.
 
-    name, expected: the argument in the error, and what it must be.
+    name: name of the argument in the error. expected: description of a valid value, also for the error.
     """
     if isinstance(values, Iterable) and not isinstance(values, (str, bytes, bytearray, Mapping, Set)):
         items = values.tolist() if hasattr(values, "tolist") else list(values)
-        if isinstance(items, list):  # tolist() of an array without dimensions is a number
+        if isinstance(items, list):  # tolist() of a 0-dimensional array or tensor returns a single value
             return items
     raise InputError(f"{name} is {describe(values)}; it must be {expected}")
 
 
 def check_texts(texts: Iterable[str], name: str, label: str | None = None) -> tuple[list[str], list[str]]:
-    """Return texts as a list, and the label of each for errors. Raise InputError unless UTF-8 can encode all of them.
+    """Return a list of the texts, and a list of labels that name the texts in errors. Raise InputError for an invalid text.
 
-    name: the argument in errors. label: template of the labels, such as "prompt {}"; default: made from `name`.
+    name: name of the argument in errors. label: template of the labels, such as "prompt {}"; the default is made from `name`.
+    A text is invalid if UTF-8 cannot encode it.
     """
     texts = to_list(texts, name, "a list of texts, as in [text]")
     text_labels = labels(label or f"{name.removesuffix('s')} {{}}", texts)
@@ -45,12 +46,12 @@ def check_texts(texts: Iterable[str], name: str, label: str | None = None) -> tu
 
 
 def labels(template: str, items: Sequence[Any]) -> list[str]:
-    """Return a label for each item, for errors: the template "prompt {}" numbers them, "the prompt" is for a single one."""
+    """Return a label for each item, to name the item in errors. "{}" in the template stands for the index of the item."""
     return [template.format(i) for i in range(len(items))]
 
 
 def check_prompts(prompts: list[list[int]], prompt_labels: list[str], tokenizer: Tokenizer, max_seq_len: int) -> None:
-    """Raise InputError, which names the prompt, unless each prompt has 1 to max_seq_len tokens of the tokenizer."""
+    """Raise InputError unless each prompt has 1 to max_seq_len tokens, all of them valid for the tokenizer."""
     for label, prompt in zip(prompt_labels, prompts, strict=True):
         if not prompt:
             raise InputError(f"{label} has no tokens; begin it with BOS ({tokenizer.bos_id})")
@@ -72,7 +73,7 @@ def check_max_gen_len(max_gen_len: int) -> None:
 
 
 def validate_options(max_gen_len: int | None = None, stop: str | Sequence[str] = (), **sampling: Any) -> None:
-    """Raise InputError for options that a call would reject. No model is needed. sampling: arguments of `SamplingParams`."""
+    """Check options without a model: raise InputError if a call would reject them. sampling: arguments of `SamplingParams`."""
     SamplingParams(**sampling)
     check_stop(stop)
     if max_gen_len is not None:
@@ -80,7 +81,10 @@ def validate_options(max_gen_len: int | None = None, stop: str | Sequence[str] =
 
 
 def normalize_seeds(seed: int | Iterable[int] | None, n_prompts: int) -> list[int] | list[None]:
-    """Return the seed of each prompt as a signed 64-bit integer, or None for each. Raise InputError for values out of range."""
+    """Return a seed for each prompt, as a signed 64-bit integer, or None for each prompt if `seed` is None.
+
+    seed: one seed for all prompts, or one for each prompt. Raise InputError for an invalid seed or a wrong number of seeds.
+    """
     if seed is None:
         return [None] * n_prompts
     one_per_prompt = isinstance(seed, Iterable) and not isinstance(seed, (str, bytes))
@@ -100,7 +104,7 @@ def normalize_seeds(seed: int | Iterable[int] | None, n_prompts: int) -> list[in
 
 @dataclass(frozen=True)
 class ScoringRequest:
-    """A prompt with its continuation: the tokens from `start` on are to be scored."""
+    """The tokens of a prompt and its continuation. The tokens from index `start` on are to be scored."""
 
     tokens: list[int]
     start: int
@@ -108,7 +112,7 @@ class ScoringRequest:
 
 
 class RequestBuilder:
-    """Check a call's arguments, and build its requests. The model is not needed."""
+    """Check the arguments of calls, and build their requests. No model is needed."""
 
     def __init__(self, tokenizer: Tokenizer, max_seq_len: int) -> None:
         self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
@@ -123,7 +127,7 @@ class RequestBuilder:
         echo: bool = False,
         stop_token: int | None = None,
     ) -> GenerationCall:
-        """Return the call for prompts of tokens. stop_token: ends an answer in place of EOS."""
+        """Build a `GenerationCall` from prompts given as tokens. stop_token: token that ends an answer, in place of EOS."""
         n_words = self.tokenizer.n_words
         is_integer = isinstance(stop_token, numbers.Integral) and not isinstance(stop_token, bool)
         if stop_token is not None and not (is_integer and 0 <= int(stop_token) < n_words):
@@ -149,7 +153,7 @@ class RequestBuilder:
         details: bool = False,
         label: str = "prompt {}",
     ) -> GenerationCall:
-        """Return the call for prompts of text."""
+        """Build a `GenerationCall` from prompts given as texts."""
         texts, text_labels = check_texts(prompts, "prompts", label)
         encoded = [self._encode(text) for text in texts]
         requests = self._requests(encoded, text_labels, max_gen_len, normalize_seeds(seed, len(texts)))
@@ -167,7 +171,10 @@ class RequestBuilder:
         details: bool = False,
         label: str = "dialog {}",
     ) -> GenerationCall:
-        """Return the call for dialogs. The request of a dialog with special tags has no prompt, and is already finished."""
+        """Build a `GenerationCall` from dialogs.
+
+        A dialog that contains special tags such as [INST] gets an empty request that is already finished.
+        """
         dialogs = to_list(dialogs, "dialogs", "a list of dialogs, as in [dialog]")
         dialog_labels = labels(label, dialogs)
         for dialog_label, dialog in zip(dialog_labels, dialogs, strict=True):
@@ -183,7 +190,7 @@ class RequestBuilder:
     def for_infilling(
         self, prefixes: Iterable[str], suffixes: Iterable[str], suffix_first: bool
     ) -> tuple[list[str], list[str], list[list[int]]]:
-        """Return the checked prefixes and suffixes, and the prompt of each pair in Code Llama's infilling format."""
+        """Check prefixes and suffixes. Return both as lists, and the prompt of each pair in Code Llama's infilling format."""
         tokenizer = self.tokenizer
         check_flag(suffix_first, "suffix_first")
         prefixes, _ = check_texts(prefixes, "prefixes", "prefix {}")
@@ -207,8 +214,11 @@ class RequestBuilder:
         return prefixes, suffixes, prompts
 
     def for_scoring(self, prompts: Iterable[str], continuations: Iterable[str]) -> list[ScoringRequest]:
-        """Return a request for each prompt with its continuation. The continuation starts at the first token that differs
-        from the tokens of the prompt alone."""
+        """Build a `ScoringRequest` for each prompt with its continuation.
+
+        Prompt and continuation are tokenized as one text. The continuation starts at the first token that differs from the
+        tokens of the prompt alone.
+        """
         prompts, _ = check_texts(prompts, "prompts")
         continuations, _ = check_texts(continuations, "continuations")
         if len(prompts) != len(continuations):
@@ -237,7 +247,7 @@ class RequestBuilder:
         check_prompts(prompts, prompt_labels, self.tokenizer, self.max_seq_len)
         limit = self.max_seq_len if max_gen_len is None else max_gen_len
         check_max_gen_len(limit)
-        return [  # int() also converts integers of NumPy
+        return [  # int() converts NumPy integers to Python integers
             Request([int(token) for token in prompt], min(int(limit), self.max_seq_len - len(prompt)), seed, label)
             for prompt, label, seed in zip(prompts, prompt_labels, seeds, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""What a call asks of the engine, and the tokens that come back."""
+"""The requests that a call passes to the engine, and the tokens that the engine yields."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,41 +11,41 @@ FinishReason = Literal["stop", "length"]
 
 
 class GeneratedToken(NamedTuple):
-    """One token of the answer to one prompt."""
+    """One token that the engine yields: generated for a prompt, or echoed from it."""
 
     prompt_index: int
     token: int
-    logprob: float | None  # None unless log probabilities were asked for
+    logprob: float | None  # None if the call does not ask for log probabilities
 
 
 @dataclass
 class Request:
-    """One prompt with its limits, and how far its answer has come."""
+    """A prompt, the options of its answer, and the progress of the answer."""
 
-    prompt: list[int]  # tokens
+    prompt: list[int]  # tokens of the prompt
     max_new_tokens: int
     seed: int | None = None
-    label: str = "the prompt"  # what errors call it
-    num_new_tokens: int = 0  # without EOS
-    finish_reason: FinishReason | None = None  # set by the engine, or by the consumer of the tokens to end the answer
+    label: str = "the prompt"  # name of the prompt in errors
+    num_new_tokens: int = 0  # number of tokens generated so far, without EOS
+    # None until the answer ends. The engine sets the finish reason; a consumer of tokens may set it to end the answer.
+    finish_reason: FinishReason | None = None
 
 
 @dataclass(frozen=True)
 class GenerationCall:
-    """The requests of one call and the options they share, validated: the same on every rank."""
+    """The requests of one call, and the options that all of them share. The options are validated, and equal on all ranks."""
 
     requests: list[Request]
     sampling: SamplingParams
     logprobs: bool = False
     echo: bool = False
-    stop: Sequence[str] | None = None  # stop strings; None: only tokens are wanted, no text
+    stop: Sequence[str] | None = None  # stop strings; None if the call returns tokens, not text
     reuse: bool = False
     details: bool = False
-    stop_token: int | None = None  # ends an answer; None stands for EOS until the call runs
-    sampler: Sampler = field(
-        default=sample_top_p, repr=False
-    )  # chooses from probabilities (B, vocab) and top_p, unless sampling is greedy
-    watched: bool = False  # the caller's code runs between two tokens, and may change the model
+    stop_token: int | None = None  # token that ends an answer; None for EOS
+    # Function that samples tokens, given probabilities (B, vocab) and top_p. Greedy sampling does not use this function.
+    sampler: Sampler = field(default=sample_top_p, repr=False)
+    watched: bool = False  # True if code of the caller runs between two tokens, and so may change the model
 
     def __post_init__(self) -> None:
         for name in ("logprobs", "echo", "reuse", "details"):
@@ -53,5 +53,5 @@ class GenerationCall:
 
     @property
     def scores_prompts(self) -> bool:
-        """True if the prompts' own tokens are returned with log probabilities, which must be computed."""
+        """Return True if the call returns log probabilities of prompt tokens: with `echo` and `logprobs`."""
         return self.echo and self.logprobs

@@ -1,4 +1,4 @@
-"""What calls return."""
+"""The types of the results that calls return."""
 
 from dataclasses import dataclass, field
 from typing import TypedDict
@@ -8,11 +8,12 @@ from .requests import FinishReason, Request
 
 
 class ResultDetails(TypedDict, total=False):
-    """What `logprobs=True` and `details=True` add to a result."""
+    """The entries that `logprobs=True` and `details=True` add to a result."""
 
-    tokens: list[str]  # with logprobs=True, each token decoded by itself
-    logprobs: list[float]  # with logprobs=True
-    finish_reason: FinishReason | None  # with details=True, like the rest
+    tokens: list[str]  # with logprobs=True: the text of each token, decoded separately
+    logprobs: list[float]  # with logprobs=True: log probability of each token
+    # The following three entries are present with details=True.
+    finish_reason: FinishReason | None
     prompt_tokens: int
     new_tokens: int
 
@@ -32,25 +33,25 @@ class ChatPrediction(ResultDetails, total=False):
 
 @dataclass(frozen=True)
 class Score:
-    """The tokens of a continuation, each decoded by itself, and their log probabilities."""
+    """The tokens of a continuation, each decoded to text separately, and their log probabilities."""
 
     tokens: list[str]
     logprobs: list[float]
 
     @property
     def total(self) -> float:
-        """Log probability of the whole continuation."""
+        """Return the log probability of the whole continuation."""
         return sum(self.logprobs)
 
     @property
     def mean(self) -> float:
-        """Mean log probability per token, which compares continuations of different lengths."""
+        """Return the mean log probability per token, to compare continuations of different lengths."""
         return self.total / len(self.logprobs)
 
 
 @dataclass
 class GenerationResult:
-    """The answer to one request: tokens, their log probabilities if asked for, and text if wanted."""
+    """The answer to one request: tokens, and, depending on the options of the call, log probabilities and text."""
 
     request: Request
     tokens: list[int] = field(default_factory=list)
@@ -58,7 +59,7 @@ class GenerationResult:
     text: str = ""
 
     def details(self) -> ResultDetails:
-        """Return what `details=True` adds to a result."""
+        """Return the entries that `details=True` adds to a result."""
         request = self.request
         return ResultDetails(
             finish_reason=request.finish_reason, prompt_tokens=len(request.prompt), new_tokens=request.num_new_tokens

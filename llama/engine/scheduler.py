@@ -1,11 +1,11 @@
-"""Continuous batching: one call's requests through the engine's forward.
+"""Continuous batching: run the requests of one call through the engine's forward.
 
-Each request waits for a row of the KV cache, is prefilled once, and then decodes together with the other rows. When it ends,
-the next one takes its row between two steps. A free row decodes along with the rest, since the rows of a batch share the random
-numbers of torch's default generator; its result is ignored.
+Each request waits for a free row of the KV cache, is prefilled once, and then decodes together with the other rows. When a
+request ends, the next waiting request gets its row, and is prefilled before the next decode step. Free rows are decoded too,
+and their results ignored, so that every step uses the same number of random numbers from torch's default generator.
 
-    row 0   a a a a A A A A A | d d D D D      lower case: prompt tokens, prefilled together with those of other requests
-    row 1   b b B B B B B B B   B B B B B      upper case: new tokens, one per decode step; d is prefilled once a has ended
+    row 0   a a a a A A A A A | c c C C C      lower case: prompt tokens; the prompts of free rows are prefilled together
+    row 1   b b B B B B B B B   B B B B B      upper case: new tokens, one per decode step; c begins when a has ended
 """
 
 import collections
@@ -32,7 +32,7 @@ from .shared_state import CACHE_TAKEN_ERROR, SharedState
 
 
 class Scheduler:
-    """The state of one call: which requests wait, which run in which row, and what to do next."""
+    """Run one call: admit waiting requests to free rows, decode all rows together, and free the rows of ended requests."""
 
     def __init__(
         self, model: Transformer, forward: EngineForward, backend: Backend, shared: SharedState, call: GenerationCall
@@ -45,12 +45,13 @@ class Scheduler:
         self.sync_streams()
         overrun_logits, self.cache.logits = self.cache.logits, None
         if overrun_logits is not None and not broadcast_from_rank0(overrun_logits.amax(-1).sum()).isfinite():
-            self.reset_cache()  # the last call's final step was launched ahead and may have left NaN in the cache
+            self.reset_cache()  # a step that the previous call launched ahead may have written NaN into the cache
         kept: list[int] = []
         if call.reuse and self.cache.is_unchanged() and self.cache.weights_version == self.weights_version:
             kept = self.cache.prefix_tokens or []
         self.cache.weights_version = self.weights_version
-        # A new list object marks this call as the cache's owner. The last prompt token is run again: its logits are needed.
+        # Create a new list, since this list object identifies the call that owns the cache. Leave out the last prompt token:
+        # the prefill must compute the logits of this token.
         self.prefix_tokens = kept[: common_prefix_length(kept, self.requests[0].prompt[:-1])]
         self.cache.prefix_tokens = self.prefix_tokens
         self.cache.record_version()
@@ -59,9 +60,11 @@ class Scheduler:
         seeded = any(r.seed is not None for r in self.requests)
         self.state = DecodeState(self.n_rows, model.vocab_size, self.forward.device, call.sampling, seeded, call.sampler)
         self.waiting = collections.deque(range(len(self.requests)))
-        self.running: dict[int, int] = {}  # row: index of its request
-        self.sampled: list[list[Any]] = []  # by the last step, for each row: token, largest logit, log probability
-        self.pending_step: tuple[torch.Tensor, torch.Tensor, list[int]] | None = None  # decodes the sampled tokens
+        self.running: dict[int, int] = {}  # maps a row to the index of its request
+        # Lists with an entry for each row: sampled tokens, largest logits, and, if the call asks for them, log probabilities.
+        self.sampled: list[list[Any]] = []
+        # None, or the arguments of the next decode step: tokens, positions, and positions on the host.
+        self.pending_step: tuple[torch.Tensor, torch.Tensor, list[int]] | None = None
         self.shows_progress = len(self.requests) > self.n_rows
         self.bar = progress(self.requests if self.shows_progress else [], lambda _: 1, "answering", "prompts")
         next(self.bar, None)
@@ -71,14 +74,14 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def sync_streams(self) -> None:
-        """Make the current CUDA stream wait for the previous call's: a decode step launched ahead may still be running."""
+        """Make the current CUDA stream wait for the stream used before, on which a step launched ahead may still be running."""
         if self.forward.device.type == "cuda":
             before, self.cache.stream = self.cache.stream, torch.cuda.current_stream(self.forward.device)
             if before is not None and before != self.cache.stream:
                 self.cache.stream.wait_stream(before)
 
     def check_cache_ownership(self) -> None:
-        """Raise InputError if another call or the caller has used the cache since, or if the caller has changed the model."""
+        """Raise InputError if anyone else has used the cache since this call began, or if the caller has changed the model."""
         owned = self.shared.owner is self and self.cache.prefix_tokens is self.prefix_tokens
         if not owned or not self.cache.is_unchanged():
             raise InputError(CACHE_TAKEN_ERROR)
@@ -88,8 +91,10 @@ class Scheduler:
             raise InputError("the model has been changed under a stream or a loop over tokens: begin it anew")
 
     def step(self) -> list[GeneratedToken]:
-        """Prefill waiting requests into free rows, and sample each row's next token. Return the admitted prompts' own tokens
-        with their log probabilities if the call asks for them; `emit_tokens` yields the sampled ones."""
+        """Prefill waiting requests into free rows, and sample the next token of each row, which `emit_tokens` then yields.
+
+        Return the tokens of the prefilled prompts with their log probabilities, if the call scores prompts.
+        """
         self.check_cache_ownership()
         self.sync_streams()
         try:
@@ -107,7 +112,7 @@ class Scheduler:
         return prompt_tokens
 
     def admit(self) -> list[GeneratedToken]:
-        """Prefill as many waiting requests as there are free rows, in one pass."""
+        """Prefill waiting requests into the free rows. Return the tokens of their prompts, if the call scores prompts."""
         free = [row for row in range(self.n_rows) if row not in self.running]
         admitted = [(row, self.waiting.popleft()) for row in free[: len(self.waiting)]]
         scored = self.call.scores_prompts
@@ -132,8 +137,11 @@ class Scheduler:
         return prompt_tokens
 
     def sample(self) -> None:
-        """Sample a token for each row. If the device can run ahead, the next decode step is launched before the host reads the
-        tokens, so that the end of a row is known one step late."""
+        """Sample a token for each row.
+
+        On CUDA, launch the next decode step before the host reads the sampled tokens. When the host reads that an answer has
+        ended, its row is therefore already in the next step.
+        """
         state, running = self.state, {row: self.requests[index] for row, index in self.running.items()}
         positions_host = [
             len(running[row].prompt) + running[row].num_new_tokens if row in running else 0 for row in range(self.n_rows)
@@ -156,13 +164,13 @@ class Scheduler:
                 raise nonfinite_logits_error(self.model, request, len(request.prompt) + request.num_new_tokens)
 
     def run_pending_step(self) -> None:
-        """Decode the sampled tokens, unless that has been launched already: it gives the next logits."""
+        """Decode the sampled tokens to get the next logits, unless this decode step has already been launched."""
         if self.pending_step is not None:
             self.cache.logits = self.state.logits = self.decode(*self.pending_step)
             self.pending_step = None
 
     def emit_tokens(self) -> Iterator[GeneratedToken]:
-        """Yield the sampled tokens, row by row. The consumer may end a request by setting its finish_reason."""
+        """Yield the sampled tokens, row by row. A consumer sets the `finish_reason` of a request to end its answer."""
         tokens, _, *logprobs = self.sampled or ([], [])
         for row, index in sorted(self.running.items()):
             request = self.requests[index]
@@ -178,20 +186,20 @@ class Scheduler:
     def zero_nonfinite_rows(self, rows: list[int], largest: list[float]) -> None:
         """Zero the cache of rows whose largest logit is not finite.
 
-        Attention with a mask (on a GPU) multiplies masked values by 0, and 0 times a NaN that an ended row has left would be
-        NaN for the next one.
+        Attention with a mask, as used on GPUs, multiplies masked values by 0. If an ended request has left NaN in a row, the
+        product is NaN for the next request in this row.
         """
         for row, logit in zip(rows, largest, strict=True):
             if not math.isfinite(logit):
                 self.cache.data[:, :, row].zero_()
 
     def reset_cache(self) -> None:
-        """Zero the whole cache after an error, for the next call."""
+        """Zero the whole cache, since NaN in the cache would make results of the next call NaN."""
         self.cache.data.zero_()
         self.cache.prefix_tokens = None
 
     def release_if_finished(self, row: int) -> None:
-        """Free the row if its request has ended."""
+        """Free a row if its request has ended."""
         if self.requests[self.running[row]].finish_reason:
             del self.running[row]
             next(self.bar, None)

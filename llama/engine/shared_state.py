@@ -1,4 +1,4 @@
-"""What all engines of one model share, so that several `Llama` objects may use one model."""
+"""The state that all engines of one model share, so that several `Llama` objects may use the same model."""
 
 import threading
 import weakref
@@ -11,7 +11,7 @@ CACHE_TAKEN_ERROR = "another call has used this model's cache since: end a strea
 
 
 class SharedState:
-    """A model's lock, its KV cache once there is one, and the call that owns the cache."""
+    """The lock of a model, its KV cache (None until allocated), and the call that owns the cache."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -23,5 +23,5 @@ _BY_MODEL: weakref.WeakKeyDictionary[nn.Module, SharedState] = weakref.WeakKeyDi
 
 
 def shared_state_of(model: nn.Module) -> SharedState:
-    """Return the state of a model, a new one if the model has none yet."""
+    """Return the shared state of a model. Create the state when a model is used for the first time."""
     return _BY_MODEL.setdefault(model, SharedState())

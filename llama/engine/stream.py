@@ -1,4 +1,4 @@
-"""An answer as a stream of text."""
+"""Streams: the text of an answer in chunks, while the answer is generated."""
 
 import contextlib
 from collections.abc import Generator, Iterator
@@ -9,11 +9,11 @@ from .requests import FinishReason, GeneratedToken, Request
 
 
 class Stream:
-    """Iterate over an answer's text in chunks, as it is generated. Joined, they are the text that the batch call returns.
+    """Iterate over the text of an answer in chunks, while it is generated. The joined chunks are the text of the whole answer.
 
-    The stream owns the model's cache until it ends: after another call in between, the next chunk raises InputError. A stream
-    may be left early; `close`, or leaving a `with` block, frees what it holds at once. Ranks that share a model must all read
-    on, or all stop after the same chunk.
+    The stream owns the model's KV cache until the stream ends. If another call uses the model meanwhile, the next chunk raises
+    InputError. A stream may be left early: `close`, or the end of a `with` block, frees its resources at once. If several
+    ranks share a model, all of them must read the same number of chunks.
     """
 
     def __init__(self, request: Request, chunks: Generator[str, None, None]) -> None:
@@ -22,17 +22,17 @@ class Stream:
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """ "stop" after EOS or a stop string, "length" at max_gen_len or the end of the context; None before the end."""
+        """Return "stop" after EOS or a stop string, "length" at max_gen_len or the context length, None while running."""
         return self._request.finish_reason
 
     @property
     def prompt_tokens(self) -> int:
-        """Number of the prompt's tokens."""
+        """Return the number of tokens in the prompt."""
         return len(self._request.prompt)
 
     @property
     def new_tokens(self) -> int:
-        """Number of tokens generated so far, without EOS."""
+        """Return the number of tokens generated so far, without EOS."""
         return self._request.num_new_tokens
 
     def __iter__(self) -> "Stream":
@@ -46,7 +46,7 @@ class Stream:
         return f"<Stream {state}: {self.prompt_tokens} prompt tokens, {self.new_tokens} new tokens>"
 
     def close(self) -> None:
-        """End the stream, and free what it holds."""
+        """End the stream, and free its resources."""
         self._chunks.close()
 
     def __enter__(self) -> "Stream":
@@ -57,7 +57,7 @@ class Stream:
 
 
 def text_chunks(request: Request, tokens: Iterator[GeneratedToken], text: IncrementalText) -> Generator[str, None, None]:
-    """Yield text as soon as it can no longer change. A stop string ends the request."""
+    """Yield the text of an answer in chunks, each as soon as later tokens cannot change it. A stop string ends the answer."""
     with contextlib.closing(tokens):  # type: ignore[type-var]
         for token in tokens:
             chunk = text.push(token.token)

@@ -1,4 +1,4 @@
-"""Check that a caller has not changed a model, so that the engine may compute what its `forward` would."""
+"""Detect whether a caller has modified a model. Only an unmodified model may run through the engine's forward."""
 
 import inspect
 from typing import Any
@@ -23,9 +23,9 @@ STOCK_CALL = nn.Module.__call__
 
 
 def why_modified(model: nn.Module) -> str | None:
-    """Return, in words, the first change to a model that only its own `forward` would obey; None for an unmodified model.
+    """Return a text that names the first modification that the engine's forward would ignore; None if there is none.
 
-    An unmodified model has modules of this library with the expected shapes, without biases, hooks or replaced functions.
+    An unmodified model has only modules of this library with the expected shapes, and no biases, hooks or replaced functions.
     """
     if type(model) is not reference.Transformer:
         return f"the model is a {type(model).__name__}, not a Transformer"
@@ -52,7 +52,7 @@ def why_modified(model: nn.Module) -> str | None:
 
 
 def _why_reshaped(model: reference.Transformer) -> str | None:
-    """Return, in words, the first tensor or size of a model that does not fit its `params`; None if all fit."""
+    """Return a text that names the first tensor or size of a model that does not fit `model.params`; None if all fit."""
     args, ranks = model.params, model.output.ranks
     dim, hd, width = args.dim, args.head_dim, args.ffn_width // ranks
     heads, kv_heads = args.n_heads // ranks, args.kv_heads // ranks
@@ -73,7 +73,7 @@ def _why_reshaped(model: reference.Transformer) -> str | None:
         weight: Any = model.get_submodule(name).weight
         if tuple(weight.shape) != shape:
             return f"{name}.weight is {tuple(weight.shape)}, not {shape}"
-    cache_shape = None  # shape of the first layer's cache; all layers must have the same
+    cache_shape = None  # None, or the shape of the first layer's cache, which all layers must have
     for i, layer in enumerate(model.layers):
         if not isinstance(layer, reference.TransformerBlock):
             return f"layers.{i} is a {type(layer).__name__}"

@@ -1,6 +1,7 @@
-"""Binding of csrc/linear_avx2.c: linear layers on CPUs with AVX2, here with unpacked weights of 16 and 32 bits.
+"""Python binding of csrc/linear_avx2.c, the C extension for linear layers on CPUs with AVX2.
 
-`blocked_linear` uses the same extension for int8 and int4 weights.
+`linear` in this module multiplies by unpacked float16, bfloat16 and float32 weights. `BlockedLinear` in blocked_linear.py uses
+the same C extension for packed int8 and int4 weights.
 """
 
 import ctypes
@@ -24,7 +25,7 @@ def extension() -> CExtension | None:
 
 
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return True if `linear` can multiply x (n, in) by a weight (out, in), and is faster than PyTorch."""
+    """Return True if `linear` can multiply x (n, in) by a weight (out, in) and is faster than PyTorch."""
     if extension() is None or x.ndim != 2 or x.dtype not in DTYPE_CODES or weight.dtype != x.dtype:
         return False
     max_rows = tuning.AVX2_MAX_ROWS_FP32 if x.dtype == torch.float32 else tuning.AVX2_MAX_ROWS_16BIT
@@ -33,7 +34,7 @@ def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return x (n, in) times a weight (out, in) of the same dtype: (n, out)."""
+    """Return x (n, in) times a weight (out, in) of the same dtype, shaped (n, out)."""
     (n, width), out, dtype = x.shape, len(weight), DTYPE_CODES[x.dtype]
     y, scratch = x.new_empty(n, out), torch.empty(n, width, dtype=torch.float32, device="cpu")
     tensors = {"weight": weight, "x": x, "y": y, "scratch": scratch}

@@ -1,8 +1,8 @@
-"""Binding of the AVX-512 extension: decode steps, attention, norms and SwiGLU in bfloat16, and linear layers with blocks.
+"""Python binding of the AVX-512 extension: C kernels for decode steps, attention, RMSNorm, SwiGLU and linear layers.
 
-setup.py compiles it from csrc/decode_avx512.c, csrc/linear_avx512.c and csrc/prompt_attention_avx512.c. It needs a CPU with the
-AVX-512 instructions for bfloat16 and int8; without it PyTorch computes the same, more slowly. Norms, SwiGLU and rotations equal
-PyTorch's bit by bit, except that subnormal bfloat16 values become 0.
+setup.py compiles the extension from csrc/decode_avx512.c, csrc/linear_avx512.c and csrc/prompt_attention_avx512.c. The CPU must
+have the AVX-512 instructions for bfloat16 and int8; on other CPUs, slower kernels are used. RMSNorm, SwiGLU and rotary
+embeddings give exactly the results of PyTorch, except that subnormal bfloat16 values become 0.
 """
 
 import ctypes
@@ -25,13 +25,13 @@ from .c_extension import (
 
 
 class RowsArgs(ctypes.Structure):
-    """The arguments of the C function `rows`, RMSNorm or SwiGLU of each row; csrc/decode_avx512.c describes the fields."""
+    """The arguments of the C function `rows` (RMSNorm or SwiGLU); csrc/decode_avx512.c describes the fields."""
 
     _fields_ = struct_fields((c_long, "gated"), (c_void_p, "x weight y"), (c_float, "eps unused"), (c_long, "n width next"))
 
 
 class AttentionArgs(ctypes.Structure):
-    """The arguments of the C function `attend`, attention in a decode step; csrc/decode_avx512.c describes the fields."""
+    """The arguments of the C function `attend` (attention in a decode step); csrc/decode_avx512.c describes the fields."""
 
     _fields_ = struct_fields(
         (c_void_p, "q turns keys values at scores y"),
@@ -40,7 +40,7 @@ class AttentionArgs(ctypes.Structure):
 
 
 class PromptAttentionArgs(ctypes.Structure):
-    """The arguments of the C function `prompt`; csrc/prompt_attention_avx512.c describes the fields."""
+    """The arguments of the C function `prompt` (prefill attention); csrc/prompt_attention_avx512.c describes the fields."""
 
     _fields_ = struct_fields(
         (c_void_p, "q keys values y room scores"),
@@ -79,20 +79,23 @@ def call(name: str, *args: Any) -> None:
 
 def is_plain_bf16(*tensors: torch.Tensor) -> bool:
     """Return True if the AVX-512 extension may read the tensors: bfloat16 tensors that `is_plain_tensor` accepts."""
-    if torch.compiler.is_compiling() or extension() is None:  # in this order: `extension` is cached, and cannot be compiled
+    if torch.compiler.is_compiling() or extension() is None:  # checked first, because torch.compile cannot trace `extension`
         return False
     return all(t.dtype == torch.bfloat16 for t in tensors) and is_plain_tensor(*tensors)
 
 
 def supports_decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Return True if `decode_attention` takes q (B, K, G, hd), k and v (B, K, L, hd): a head's positions must be contiguous."""
+    """Return True if `decode_attention` supports q (B, K, G, hd), k and v (B, K, L, hd).
+
+    The keys of one head in one row of the batch must be contiguous, and the values too.
+    """
     (B, K, _, hd), same_layout = q.shape, k.shape == v.shape and k.stride() == v.stride()
     fits = same_layout and k.shape[:2] == (B, K) and k.shape[3] == hd and hd % 32 == 0 and k.stride()[2:] == (hd, 1)
     return fits and is_plain_bf16(q, k, v)
 
 
 def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Return attention of one query token per row: q (B, K, G, hd) over k and v (B, K, L, hd), shaped as q."""
+    """Return attention of one query token per row, q (B, K, G, hd), over k and v (B, K, L, hd), with the shape of q."""
     B, K, G, hd = q.shape
     q, y, L = q.contiguous(), q.new_empty(B, K, G, hd), k.shape[2]
     rows_and_positions = torch.tensor([(row, L - 1) for row in range(B)], dtype=torch.int64, device="cpu")
@@ -105,7 +108,10 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
 
 
 def supports_prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Return True if `prompt_attention` takes q (B, S, K, G, hd), k and v (B, K, L, hd): each head must be contiguous."""
+    """Return True if `prompt_attention` supports q (B, S, K, G, hd), k and v (B, K, L, hd).
+
+    The hd values of each head at each position must be contiguous.
+    """
     _, S, K, G, hd = q.shape
     same_layout = k.shape == v.shape and k.stride() == v.stride() and k.shape[:2] == (len(q), K) and k.shape[3] == hd
     contiguous_heads = q.stride()[2:] == (G * hd, hd, 1) and k.stride(3) == 1
@@ -113,10 +119,11 @@ def supports_prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
 
 
 def prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Return causal attention of q (B, S, K, G, hd), the last S of L positions, over k and v (B, K, L, hd), shaped as q."""
+    """Return causal attention of q (B, S, K, G, hd), at the last S of L positions, over k and v (B, K, L, hd)."""
     B, S, K, G, hd = q.shape
     L, y = k.shape[2], torch.empty(q.shape, dtype=q.dtype, device="cpu")
-    # Keys and values in blocks of 64 positions; scores of 4 queries in float32 and bfloat16 take 6 rows in float32.
+    # Buffers for the C function: keys and values in blocks of 64 positions, and for each thread the attention scores of
+    # 4 queries in float32 (4 rows) with their softmax in bfloat16 (2 rows).
     packed_kv = torch.empty(2, B * K, -(-L // 64) * 64, hd, dtype=q.dtype, device="cpu")
     scores = torch.empty(torch.get_num_threads(), 6, packed_kv.shape[2], dtype=torch.float32, device="cpu")
     sizes = {"B": B, "S": S, "K": K, "G": G, "hd": hd, "L": L, "q_batch": q.stride(0), "q_stride": q.stride(1)}
@@ -131,7 +138,7 @@ def prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
 
 
 def supports_rows(x: torch.Tensor, width: int, *weights: torch.Tensor) -> bool:
-    """Return True if `rms_norm` supports x and a weight or, without a weight, `swiglu` supports x. width: of an output row."""
+    """Return True if `rms_norm` (with a weight) or `swiglu` (without weights) can compute output rows of `width` values."""
     weights_fit = all(weight.shape == (width,) and weight.is_contiguous() for weight in weights)
     return (
         weights_fit
@@ -144,14 +151,14 @@ def supports_rows(x: torch.Tensor, width: int, *weights: torch.Tensor) -> bool:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return x (..., width) normalized as `llama.model.RMSNorm` does."""
+    """Return x (..., width) normalized as by `llama.model.RMSNorm`."""
     y, width = torch.empty_like(x), len(weight)
     call("rows", ctypes.byref(fill_struct(RowsArgs(), x=x, weight=weight, y=y, eps=eps, n=x.numel() // width, width=width)))
     return y
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
-    """Return silu of the first half of x (..., 2 * width) times its second half, (..., width)."""
+    """Return silu(first half of x) * second half of x, shaped (..., width), for x (..., 2 * width)."""
     width = x.shape[-1] // 2
     y = x.new_empty(*x.shape[:-1], width)
     call("rows", ctypes.byref(fill_struct(RowsArgs(), gated=1, x=x, y=y, n=y.numel() // width, width=width)))

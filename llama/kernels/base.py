@@ -1,4 +1,4 @@
-"""The interface of all linear kernels: a weight packed in the kernel's own form, which multiplies activations."""
+"""The base class of all linear kernels. A kernel contains a packed weight and multiplies activations by it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +13,12 @@ class LinearKernel:
     """A packed weight (out, in) that multiplies activations x (..., in) to (..., out)."""
 
     format: str | None = None  # "int8" or "int4"; None if the weight is not quantized
-    rebuild: Callable[..., Any]  # `packing.repack`, which imports this module and so assigns itself here
+    rebuild: Callable[..., Any]  # `packing.repack`; assigned by packing.py, because an import here would be circular
 
-    # Compiled code calls `forward`, not the object: PyTorch 2.6 recompiles for each object called, but not for each method.
+    # Call `forward` instead of the kernel itself: torch.compile in PyTorch 2.6 recompiles for each kernel that is called as a
+    # function, but not for each kernel whose method is called.
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x (..., in) times the weight: (..., out)."""
+        """Return x (..., in) times the weight, shaped (..., out)."""
         if x.requires_grad and torch.is_grad_enabled():  # kernels compute no gradients
             return F.linear(x, self.dequantize())
         x = x.contiguous()
@@ -30,22 +31,22 @@ class LinearKernel:
         return self.forward(x)
 
     def forward_2d(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x (N, in) times the weight: (N, out)."""
+        """Return x (N, in) times the weight, shaped (N, out)."""
         raise NotImplementedError
 
     def swiglu(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Return silu of the first half of the outputs times the second half, (N, out / 2); None without a fused kernel."""
+        """Return silu(first half of outputs) * second half, (N, out / 2), for x (N, in), or None without a fused kernel."""
         return None
 
     def rows(self, first: int, last: int) -> "LinearKernel | None":
-        """Return a kernel of the outputs first..last that shares the memory; None if it would need a copy."""
+        """Return a kernel for outputs first to last - 1 that shares this kernel's memory, or None if a copy would be needed."""
         return None
 
     def use_highest_precision(self) -> None:
-        """Make all further products as precise as the kernel can, which logits need."""
+        """Make the kernel compute as precisely as it can from now on; logits need more precision."""
 
     def unpack(self) -> torch.Tensor | QuantizedWeight:
-        """Return the weight as it was before packing, except for rounding that packing needed."""
+        """Return the unpacked weight, as a tensor or a QuantizedWeight. Packing may have rounded its values."""
         raise NotImplementedError
 
     def dequantize(self) -> torch.Tensor:

@@ -1,15 +1,15 @@
-"""Linear kernel for weights in blocks of 64 outputs, which csrc/linear_avx512.c and csrc/linear_avx2.c multiply.
+"""Linear kernel for weights in blocks of 64 outputs. The C code is in csrc/linear_avx512.c and csrc/linear_avx2.c.
 
-A weight (out, in) is stored as bytes (out / 64, in / n, 64, 4). A block contains 64 outputs: for every n inputs, 4 bytes of the
-first output, then 4 bytes of the next. The 4 bytes contain n inputs:
+A weight (out, in) is stored as a uint8 tensor (out / 64, in / n, 64, 4): out / 64 blocks of 64 outputs. Every 4 bytes contain n
+adjacent inputs of one output, where n depends on the format:
 
     bfloat16    n = 2
-    int8        n = 4; each byte is the value + 128
-    int4        n = 8; each half byte is the value + 8, inputs 0..3 in the low halves of the bytes, 4..7 in the high halves
+    int8        n = 4; each byte is a value + 128
+    int4        n = 8; each half byte is a value + 8: inputs 0 to 3 in the low halves of the 4 bytes, 4 to 7 in the high halves
 
-Scales are (out / 64, groups, 64, 1) in int8. In int4, scales and zeros are (out / 64, groups, 64, 2). The last block is padded
-to 64 outputs, and rows to whole groups; activations are padded with zeros to match. Files of packed weights contain the same
-blocks.
+For int8, scales are a tensor (out / 64, groups, 64, 1). For int4, scales and zeros are one tensor (out / 64, groups, 64, 2).
+The outputs are padded to a multiple of 64, and the inputs to a multiple of the group size; activations are padded with zeros
+to the same number of inputs. Files of packed weights contain the same blocks.
 """
 
 import ctypes
@@ -26,16 +26,16 @@ from .base import LinearKernel
 from .c_extension import BF16, DTYPE_CODES, INT4, INT8, LinearArgs, fill_struct
 from .host_memory import HUGE_PAGES
 
-BLOCK_OUTPUTS = 64  # outputs in a block
+BLOCK_OUTPUTS = 64  # number of outputs in a block
 ACTIVATION_GROUP = 32  # adjacent activations that share a scale
-# Activations of narrow rows have two int8 values each: small models need the precision most, and it costs them least.
+# In a layer with few inputs, each activation is quantized to two int8 values, because small models need the precision most.
 NARROW_INT8_PER_ACTIVATION = 2
-INPUTS_PER_WORD = {"bfloat16": 2, "int8": 4, "int4": 8}  # inputs of one output in 4 bytes of a block
+INPUTS_PER_WORD = {"bfloat16": 2, "int8": 4, "int4": 8}  # number of inputs in 4 bytes of a block
 FORMAT_CODES = {"bfloat16": BF16, "int8": INT8, "int4": INT4}
 
 
 def extension_for(format: str) -> c_extension.CExtension | None:
-    """Return the extension that multiplies blocks in this format on this machine; None if there is none."""
+    """Return the C extension that multiplies blocks in `format` on this machine, or None if no extension can."""
     if pack.extension() is None:
         return None
     return avx512.extension() or (avx2.extension() if format != "bfloat16" else None)
@@ -43,35 +43,35 @@ def extension_for(format: str) -> c_extension.CExtension | None:
 
 @dataclass(frozen=True)
 class BlockedWeight:
-    """A weight (out_features, in_features) in blocks."""
+    """A weight (out_features, in_features) stored in blocks of 64 outputs, as blocked_linear.py describes."""
 
     format: str  # "bfloat16", "int8" or "int4"
-    weight: torch.Tensor  # uint8 blocks
-    scales: torch.Tensor | None  # bfloat16, with zeros in int4; None if `format` is "bfloat16"
+    weight: torch.Tensor  # blocks, as a uint8 tensor
+    scales: torch.Tensor | None  # bfloat16 scales, for int4 also zeros; None if `format` is "bfloat16"
     in_features: int
     out_features: int
-    padding_before: int = 0  # inputs in the blocks before the first input of the weight
+    padding_before: int = 0  # padding inputs in the blocks before the first input of the weight
 
     @property
     def width(self) -> int:
-        """Return the number of inputs in the blocks, with padding."""
+        """Return the number of inputs in the blocks, including padding."""
         return self.weight.shape[1] * INPUTS_PER_WORD[self.format]
 
     @property
     def group_size(self) -> int:
-        """Return the number of inputs that share a scale; in bfloat16, the number that rows are padded to a multiple of."""
+        """Return the number of inputs that share a scale; for bfloat16, return 32, as rows are padded to multiples of 32."""
         return self.width // self.scales.shape[1] if self.scales is not None else ACTIVATION_GROUP
 
     @staticmethod
     def shapes(format: str, out_features: int, in_features: int, group: int) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-        """Return the shapes of `weight` and `scales`; the second is None for bfloat16."""
+        """Return the shapes of the tensors `weight` and `scales`, with None for `scales` if the format is bfloat16."""
         n_blocks, width = -(-out_features // BLOCK_OUTPUTS), -(-in_features // group) * group
         scales = None if format == "bfloat16" else (n_blocks, width // group, BLOCK_OUTPUTS, 2 if format == "int4" else 1)
         return (n_blocks, width // INPUTS_PER_WORD[format], BLOCK_OUTPUTS, 4), scales
 
     @staticmethod
     def allocate(format: str, out_features: int, in_features: int, group: int) -> "BlockedWeight":
-        """Allocate a weight with uninitialized blocks, in huge pages."""
+        """Allocate a weight in huge pages of memory, with uninitialized blocks."""
         weight_shape, scales_shape = BlockedWeight.shapes(format, out_features, in_features, group)
         weight = HUGE_PAGES.empty(*weight_shape, dtype=torch.uint8)
         scales = HUGE_PAGES.empty(*scales_shape, dtype=torch.bfloat16) if scales_shape else None
@@ -79,15 +79,16 @@ class BlockedWeight:
 
     @staticmethod
     def from_rows(format: str, views: Sequence[torch.Tensor], group: int) -> "BlockedWeight":
-        """Pack the rows of all views (outs, in), in order, with csrc/pack.c, which quantizes them by groups for int8 and int4.
+        """Pack the rows of several views (rows, in), in order, into one weight, with csrc/pack.c.
 
-        Raises ValueError if the views differ in dtype or width, are not on the CPU, or are not bfloat16 for bfloat16 blocks.
+        For int8 and int4, csrc/pack.c quantizes each row in groups of `group` inputs. Raises ValueError if the views differ in
+        dtype or width, are not on the CPU, or are not bfloat16 although `format` is "bfloat16".
         """
         compiled = pack.extension()
         assert compiled is not None
         dtype_code = BF16 if format == "bfloat16" else DTYPE_CODES.get(views[0].dtype)
         if any(DTYPE_CODES.get(v.dtype) != dtype_code or v.shape[1] != views[0].shape[1] or not v.is_cpu for v in views):
-            # csrc/pack.c checks no sizes, and would read beyond the rows.
+            # The check is needed because csrc/pack.c checks no sizes and would read beyond the end of the rows.
             rows_of = ", ".join(f"{v.dtype} {tuple(v.shape)} on {v.device}" for v in views)
             raise ValueError(f"rows of {rows_of} cannot be packed as {format}; all must have one dtype and width, on the CPU")
         views = [v if v.stride(1) == 1 else v.contiguous() for v in views]
@@ -100,10 +101,10 @@ class BlockedWeight:
 
     @staticmethod
     def from_quantized(quantized: QuantizedWeight) -> "BlockedWeight":
-        """Pack a weight that is quantized already, with PyTorch alone."""
+        """Pack a weight that is already quantized, without C code."""
         out_features = len(quantized.values)
-        padding = (0, 0, 0, -out_features % BLOCK_OUTPUTS)  # of the outputs, to whole blocks
-        values = F.pad(quantized.values, padding).unflatten(0, (-1, BLOCK_OUTPUTS))  # (blocks, 64, width)
+        padding = (0, 0, 0, -out_features % BLOCK_OUTPUTS)  # pads the outputs to whole blocks
+        values = F.pad(quantized.values, padding).unflatten(0, (-1, BLOCK_OUTPUTS))  # shape (blocks, 64, inputs)
         parts = [F.pad(quantized.scales, padding, value=1e-30)]
         if quantized.zeros is not None:
             parts.append(F.pad(quantized.zeros, padding))
@@ -113,14 +114,14 @@ class BlockedWeight:
         else:
             halves = (values + 8).view(torch.uint8).unflatten(2, (-1, 2, 4))
             words = halves[..., 0, :] | halves[..., 1, :] << 4
-        weight = words.transpose(1, 2).contiguous()  # (blocks, words of a row, 64, 4)
+        weight = words.transpose(1, 2).contiguous()  # shape (blocks, words per row, 64, 4), with words of 4 bytes
         scales = scales.unflatten(0, (-1, BLOCK_OUTPUTS)).transpose(1, 2).contiguous()
         before = quantized.padding_before
         return BlockedWeight(quantized.format, weight, scales, quantized.in_features, out_features, before)
 
     @staticmethod
     def from_dense(weight: torch.Tensor) -> "BlockedWeight":
-        """Pack a weight (out, in) in bfloat16, with PyTorch alone."""
+        """Convert a weight (out, in) to bfloat16 and pack it, without C code."""
         padding = (0, -weight.shape[1] % ACTIVATION_GROUP, 0, -len(weight) % BLOCK_OUTPUTS)
         rows = F.pad(weight.bfloat16(), padding).unflatten(0, (-1, BLOCK_OUTPUTS))
         blocks = rows.view(torch.uint8).unflatten(2, (-1, 4)).transpose(1, 2).contiguous()
@@ -128,7 +129,7 @@ class BlockedWeight:
 
     @staticmethod
     def cat(parts: "Sequence[BlockedWeight]") -> "BlockedWeight | None":
-        """Return a copy with the outputs of all parts in order; None if a part before the last one does not fill its blocks."""
+        """Copy the outputs of all parts into one weight; return None if a part before the last ends within a block."""
         first, ends = parts[0], itertools.accumulate(len(part.weight) for part in parts)
         if any(part.out_features % BLOCK_OUTPUTS for part in parts[:-1]):
             return None
@@ -145,9 +146,9 @@ class BlockedWeight:
         return joined
 
     def to_quantized(self, dtype: torch.dtype) -> QuantizedWeight:
-        """Return the weight as a QuantizedWeight for activations of `dtype`, still padded to whole groups."""
+        """Return the weight as a QuantizedWeight for activations of `dtype`, with rows still padded to whole groups."""
         assert self.scales is not None
-        rows, n = self.weight.transpose(1, 2), self.out_features  # (blocks, 64, words of a row, 4)
+        rows, n = self.weight.transpose(1, 2), self.out_features  # shape (blocks, 64, words per row, 4)
         if self.format == "int8":
             values = (rows.to(torch.int16) - 128).to(torch.int8)
         else:
@@ -165,13 +166,13 @@ class BlockedWeight:
         return self.to_quantized(dtype).dequantize()
 
     def slice_outputs(self, first: int, last: int) -> "BlockedWeight":
-        """Return the weight of the outputs first..last only, as views; `first` must be a multiple of 64."""
+        """Return outputs first to last - 1 of the weight, without copying; `first` must be a multiple of 64."""
         blocks = slice(first // BLOCK_OUTPUTS, -(-last // BLOCK_OUTPUTS))
         scales = None if self.scales is None else self.scales[blocks]
         return replace(self, weight=self.weight[blocks], scales=scales, out_features=last - first)
 
     def slice_inputs(self, first: int, last: int) -> "BlockedWeight":
-        """Return a copy of the inputs first..last only, with the rest of the first and the last group as padding."""
+        """Return a copy of inputs first to last - 1. Groups stay whole: their other inputs become padding."""
         size, words_per_group = self.group_size, self.group_size // INPUTS_PER_WORD[self.format]
         first_group, last_group = first // size, -(-last // size)
         weight = self.weight[:, first_group * words_per_group : last_group * words_per_group].contiguous()
@@ -181,10 +182,10 @@ class BlockedWeight:
 
 
 class BlockedLinear(LinearKernel):
-    """Multiply by a weight in blocks, with the C kernels.
+    """Multiply by a weight in blocks, with the C kernels for AVX-512 or AVX2.
 
     For int8 and int4 weights, activations are quantized to int8 in groups of 32. If `int8_per_activation` is 2, the rounding
-    error of each activation is quantized to a second int8 value, so that together they have about 16 bits.
+    error of each activation is quantized to a second int8 value, so that the two values together keep about 16 bits.
     """
 
     def __init__(self, blocks: BlockedWeight, dtype: torch.dtype) -> None:
@@ -223,8 +224,8 @@ class BlockedLinear(LinearKernel):
         return kernel
 
     def forward_2d(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.to(self.dtype)  # a caller's autocast may have changed the dtype
-        # F.linear raises PyTorch's error for a wrong width, and can be traced and transformed.
+        x = x.to(self.dtype)  # autocast in the calling code may have changed the dtype of x
+        # Use F.linear, which supports tracing and function transforms, and raises PyTorch's error if x has a wrong width.
         if x.shape[1] != self.in_features or not c_extension.is_plain_tensor(x):
             return F.linear(x, self.dequantize())
         x = F.pad(x, self.padding) if any(self.padding) else x.contiguous()
@@ -247,12 +248,12 @@ class BlockedLinear(LinearKernel):
         return y
 
     def args(self, n: int, **fields: object) -> LinearArgs:
-        """Return the arguments of the C function `multiply` for n rows, with further fields set."""
+        """Return the arguments of the C function `multiply` for n rows of activations; `fields` sets further arguments."""
         args, count = LinearArgs.from_buffer_copy(self.base_args), self.int8_per_activation
         return fill_struct(args, n=n * count, int8_per_activation=count, **fields)
 
     def scratch_bytes(self, n: int) -> int:
-        """Return the size of the buffer that `multiply` needs for n rows: their int8 values, scales and sums."""
+        """Return the bytes of scratch memory that the C function `multiply` needs to quantize n rows of activations."""
         width = self.blocks.width
         return n * self.int8_per_activation * (width + 12 * width // ACTIVATION_GROUP) if self.format else 0
 

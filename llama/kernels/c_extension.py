@@ -1,6 +1,6 @@
 """Load the C extensions that setup.py compiled, and call their functions on PyTorch's threads.
 
-Arguments are C structures of sizes and addresses, which `fill_struct` fills.
+Arguments are C structures of sizes and addresses; `fill_struct` sets their fields.
 """
 
 import ctypes
@@ -19,17 +19,17 @@ import torch
 from .. import compat
 
 SOURCES = Path(__file__).with_name("csrc")
-BF16, FP16, FP32, INT8, INT4 = range(5)  # weight formats in csrc/common.h; activations have one of the first three
+BF16, FP16, FP32, INT8, INT4 = range(5)  # format codes of csrc/common.h; activations use the first three
 DTYPE_CODES = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
 
 
 class CExtension:
-    """A loaded C extension. Its functions take pointers to structures, then integers."""
+    """A loaded C extension. Arguments of its functions are pointers to structures, followed by integers."""
 
     def __init__(self, path: str, functions: Mapping[str, Sequence[Any]]) -> None:
         self.library = ctypes.CDLL(path)
-        # GOMP_parallel runs a function on PyTorch's own threads. A PyTorch that was built with another OpenMP library lacks it,
-        # and AttributeError is raised.
+        # GOMP_parallel runs a function on PyTorch's own threads. Looking it up raises AttributeError if PyTorch was built with
+        # another OpenMP library.
         parallel = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so")).GOMP_parallel
         self.parallel = ctypes.cast(parallel, c_void_p)
         for name, parameters in functions.items():
@@ -38,7 +38,7 @@ class CExtension:
             function.argtypes, function.restype = [c_void_p, c_uint, *types], None
 
     def call(self, name: str, *args: Any) -> None:
-        """Call a function of the extension on as many threads as PyTorch uses."""
+        """Call a C function of the extension on as many threads as PyTorch uses."""
         getattr(self.library, name)(self.parallel, torch.get_num_threads(), *args)
 
 
@@ -51,14 +51,14 @@ class ExtensionStatus:
 
     extension: CExtension | None
     reason: str = ""
-    not_compiled: bool = False  # True if the reason is the installation or a setting, not this CPU
+    not_compiled: bool = False  # True if the reason is the installation or a setting, rather than this CPU
 
 
 def load_extension(name: str, structures: Sequence[Any], functions: Mapping[str, Sequence[Any]]) -> ExtensionStatus:
-    """Load the extension module `_name`, and return it or the reason why it cannot be used.
+    """Load the extension module `_<name>`, and return it or the reason why it cannot be used.
 
-    The module must have been compiled from the present C files, with structures of the same sizes as `structures`, and the CPU
-    must have the instructions that it uses. `functions` maps the names of its C functions to the types of their parameters.
+    The module must have been compiled from the current C files, with structures of the same sizes as `structures`, and the CPU
+    must have the instructions that the module uses. `functions` maps names of C functions to the types of their parameters.
     """
     if os.environ.get("LLAMA_COMPILED") == "0":
         return ExtensionStatus(None, "switched off by LLAMA_COMPILED=0", not_compiled=True)
@@ -72,7 +72,7 @@ def load_extension(name: str, structures: Sequence[Any], functions: Mapping[str,
     except (AttributeError, OSError, ValueError) as e:
         reason = f"_{name} cannot be loaded ({' '.join(str(e).split()):.80}): {REINSTALL}"
         return ExtensionStatus(None, reason, not_compiled=True)
-    files = sorted(SOURCES.glob("*.[ch]"))  # an installed package contains no C files
+    files = sorted(SOURCES.glob("*.[ch]"))  # empty in an installed package, which contains no C files
     changed = bool(files) and source != zlib.crc32(b"".join(file.read_bytes() for file in files))
     if changed or sizes != [*map(ctypes.sizeof, structures)]:
         reason = f"a C file in llama/kernels/csrc has changed since _{name} was compiled: install llama again"
@@ -84,12 +84,12 @@ def load_extension(name: str, structures: Sequence[Any], functions: Mapping[str,
 
 
 def struct_fields(*typed_names: tuple[Any, str]) -> Any:
-    """Return the `_fields_` of a ctypes structure, from pairs of a type and the names of adjacent fields of that type."""
+    """Return the `_fields_` of a ctypes structure, from pairs of a C type and field names separated by spaces."""
     return [(name, type_) for type_, names in typed_names for name in names.split()]
 
 
 class LinearArgs(ctypes.Structure):
-    """The arguments of the C function `multiply`, a linear layer; csrc/common.h describes the fields."""
+    """The arguments of the C function `multiply`, which computes a linear layer; csrc/common.h describes the fields."""
 
     _fields_ = struct_fields(
         (c_long, "format x_dtype y_dtype int8_per_activation"),
@@ -103,7 +103,7 @@ class LinearArgs(ctypes.Structure):
 
 
 def fill_struct(structure: Any, **fields: Any) -> Any:
-    """Set fields of a structure and return it. A tensor is stored as its address, so it must outlive the structure."""
+    """Set fields of a C structure and return the structure. Tensors are stored as addresses and must outlive the structure."""
     for name, value in fields.items():
         assert hasattr(structure, name), name
         setattr(structure, name, value.data_ptr() if isinstance(value, torch.Tensor) else value)
@@ -111,7 +111,7 @@ def fill_struct(structure: Any, **fields: Any) -> Any:
 
 
 def is_plain_tensor(*tensors: torch.Tensor) -> bool:
-    """Return True if C may read the tensors' memory: they are on the CPU, of no subclass, and not traced or differentiated."""
+    """Return True if C code may read the tensors: ordinary CPU tensors that are not traced and need no gradient."""
     return (
         not torch.compiler.is_compiling()
         and all(

@@ -1,8 +1,8 @@
 """Linear layers in float16 and bfloat16 on CPUs that multiply faster in float32.
 
-On these CPUs PyTorch's 16-bit kernels are slow for more than one row. A small number of rows is multiplied by
-csrc/linear_avx2.c or, if that is not compiled, row by row. For many rows the weight is converted to float32 one piece at a
-time, so that the whole model is never copied.
+On these CPUs PyTorch's 16-bit kernels are slow for more than one row of activations. A few rows are multiplied by
+csrc/linear_avx2.c or, without the C extension, one row at a time. For many rows, the weight is converted to float32 one piece
+at a time, so that no float32 copy of the whole model is needed.
 """
 
 import functools
@@ -23,16 +23,16 @@ def slow_dtypes() -> frozenset[torch.dtype]:
 
 
 def is_native(dtype: torch.dtype) -> bool:
-    """Return True if this CPU multiplies matrices of dtype at least as fast as float32 matrices.
+    """Return True if this CPU multiplies matrices of `dtype` at least as fast as float32 matrices.
 
-    The answer stays True if the environment variable ONEDNN_MAX_CPU_ISA disables only the bfloat16 part of AVX-512, because
-    PyTorch does not report that.
+    If the environment variable ONEDNN_MAX_CPU_ISA disables only the bfloat16 instructions of AVX-512, the answer is still True,
+    because PyTorch does not report the setting.
     """
     return dtype not in slow_dtypes()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return `F.linear(x, weight)`, x (..., in) and weight (out, in), by the fastest kernel for this CPU and number of rows."""
+    """Return `F.linear(x, weight)` for x (..., in) and weight (out, in), by the fastest kernel for the number of rows."""
     if not weight.is_cpu or weight.nbytes < tuning.MIN_PACKED_BYTES or torch.compiler.is_compiling():
         return F.linear(x, weight)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
@@ -49,16 +49,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def linear_in_pieces(x: torch.Tensor, out: int, piece: Callable[[slice, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Return x (N, in) times a weight (out, in) on the CPU, (N, out), converting one piece of the weight at a time.
+    """Multiply x (N, in) by a weight (out, in) to (N, out) on the CPU, converting one piece of the weight at a time.
 
-    The product is computed in x's dtype or, if that is slow on this CPU, in float32. `piece(outs, buffer)` writes the outputs
-    in the slice `outs` to a buffer (parts, outputs per part, in) of the dtype of the product, and returns the buffer as
-    (parts, in, outputs per part). If the outputs divide evenly, each thread has one part: it multiplies the values that it
-    wrote, which are still in the cache of its core.
+    The product is computed in x's dtype or, if the CPU is slow in x's dtype, in float32.
+
+    piece: a function that converts a piece of the weight. `piece(outs, buffer)` writes the outputs in the slice `outs` to
+    `buffer`, which is (parts, outputs per part, in) in the dtype of the product, and returns the piece as a tensor
+    (parts, in, outputs per part). If possible, each thread multiplies one part, which is still in the cache of its core.
     """
     x_converted, threads, width = x.float() if x.dtype in slow_dtypes() else x, torch.get_num_threads(), x.shape[1]
     is_16bit = x_converted.dtype.itemsize == 2
-    if is_16bit and x.nbytes:  # each part multiplies its own copy of x, so the number of parts is limited
+    if is_16bit and x.nbytes:  # every part needs a copy of x, so the number of parts is limited
         threads = max(1, min(threads, tuning.MAX_COPY_BYTES // x.nbytes))
     outputs_per_thread = max(64, tuning.PIECE_BYTES // (width * x_converted.itemsize) // 64 * 64)
     step = min(out, threads * outputs_per_thread)
@@ -70,7 +71,8 @@ def linear_in_pieces(x: torch.Tensor, out: int, piece: Callable[[slice, torch.Te
         weight = piece(slice(first, first + n), buffer[: n * width].view(parts, n // parts, width))
         if len(x_parts) != parts:
             x_parts = x_converted[None]
-            # oneDNN, which multiplies 16-bit dtypes, would copy an expanded x again for each piece; `repeat` copies it once.
+            # PyTorch multiplies 16-bit dtypes with oneDNN, which would copy an expanded x again for each piece of the weight;
+            # `repeat` copies x once for all pieces.
             x_parts = x_parts.repeat(parts, 1, 1) if is_16bit and parts > 1 else x_parts.expand(parts, -1, -1)
         product = torch.bmm(x_parts, weight)
         y[:, first : first + n].unflatten(1, (parts, -1)).copy_(product.transpose(0, 1))

@@ -16,12 +16,13 @@ import torch
 def set_environment() -> None:
     """Set environment variables that PyTorch and oneDNN read at their first use, unless the caller has set them.
 
-    THP_MEM_ALLOC_ENABLE puts large tensors into pages of 2 MB if Linux grants them: a CPU does not prefetch beyond the end of a
-    page. PyTorch reads the variable when it creates its first tensor, so it has no effect if the caller has created one before
-    `build`.
-    ONEDNN_PRIMITIVE_CACHE_CAPACITY and LRU_CACHE_CAPACITY limit caches of oneDNN and PyTorch with an entry for each shape of a
-    matrix product. With their default of 1,024 entries the caches grow to a gigabyte after prompts of many lengths, although a
-    decode step needs 5 entries and a prompt about 10.
+    THP_MEM_ALLOC_ENABLE puts large tensors into pages of 2 MB if Linux grants them. Large pages make reading weights faster,
+    because a CPU does not prefetch beyond the end of a page. PyTorch reads the variable when it creates its first tensor, so
+    setting the variable has no effect if the caller created a tensor before `build`.
+
+    ONEDNN_PRIMITIVE_CACHE_CAPACITY and LRU_CACHE_CAPACITY limit two caches, of oneDNN and PyTorch, which have an entry for each
+    shape of a matrix product. With their default of 1,024 entries, the caches grow to a gigabyte after prompts of many lengths,
+    although a decode step needs 5 entries and a prompt about 10.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
@@ -29,7 +30,7 @@ def set_environment() -> None:
 
 
 class HugePageAllocator:
-    """Allocate tensors in pages of 2 MB if Linux grants them: from pages of 4 kB, weights may be read half as fast."""
+    """Allocate tensors in pages of 2 MB if Linux grants them. Reading weights from pages of 4 kB may take twice as long."""
 
     chunk_bytes = 1 << 26  # bytes requested from the system at a time
 
@@ -38,7 +39,7 @@ class HugePageAllocator:
         self.used, self.lock = 0, threading.Lock()
 
     def empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialized tensor, if possible next to the tensor allocated before."""
+        """Return an uninitialized tensor, in memory directly behind the previously allocated tensor if possible."""
         if sys.platform != "linux":
             return torch.empty(shape, dtype=dtype, device="cpu")
         nbytes = math.prod(shape) * dtype.itemsize
@@ -57,12 +58,12 @@ HUGE_PAGES = HugePageAllocator()
 
 
 def raise_malloc_threshold() -> None:
-    """Make glibc keep freed activations for reuse, which saves a tenth of the time of a prompt of 512 tokens at 1.1B.
+    """Make glibc keep freed activations for reuse, which makes prefill of 512 tokens with 1.1B weights a tenth faster.
 
-    glibc maps a block above one threshold separately, and returns free memory above another threshold to the system, which must
-    clear every page before its next use. Both thresholds rise to the size of the largest block freed so far, up to 32 MiB, so
-    this function allocates and frees a block of nearly that size without writing to it. Call it after the weights are loaded,
-    because weights should be mapped separately, in huge pages.
+    glibc maps each block larger than one threshold separately, and returns free memory above a second threshold to the system,
+    which must clear every page before its next use. Both thresholds rise to the size of the largest block freed so far, up to
+    32 MiB, so this function allocates and frees a block of 31 MiB without writing to it. Call this function after loading the
+    weights, because weights should be mapped separately, in huge pages.
     """
     torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
@@ -73,19 +74,19 @@ def _libc() -> Any:
 
 
 def malloc_trim() -> None:
-    """Return freed memory to the system if the C library is glibc: quantizing leaves a tenth of the weights' size unused."""
+    """Return freed memory to the system, if the C library is glibc. Quantizing frees a tenth of the size of the weights."""
     if hasattr(_libc(), "malloc_trim"):
         _libc().malloc_trim(0)
 
 
-WILLNEED, DONTNEED = 3, 4  # advice for `madvise`
+WILLNEED, DONTNEED = 3, 4  # values of the argument `advice` of `madvise`
 
 
 def madvise(view: torch.Tensor, advice: int) -> None:
-    """Advise the system to read the mapped pages of a view ahead (WILLNEED), or to unmap them from this process (DONTNEED).
+    """Advise the system to read a view's memory-mapped pages ahead (WILLNEED) or to unmap them from this process (DONTNEED).
 
-    Pages of a shard that have been read count as memory of this process until the last tensor of the shard is freed, which
-    would double the peak. After DONTNEED they only remain in the page cache of the system.
+    Pages of a shard that have been read count as memory of this process until the last tensor of the shard is freed. Without
+    DONTNEED, loading would therefore need twice the memory. After DONTNEED, the pages remain only in the system's page cache.
     """
     if _libc() is None or view.numel() == 0:
         return

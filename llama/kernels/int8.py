@@ -1,4 +1,4 @@
-"""Linear kernels for int8 weights without our own C code: dequantized for each product, or multiplied by cuBLAS."""
+"""Linear kernels for int8 weights that use PyTorch only: one dequantizes the weight, the other calls cuBLAS."""
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,10 @@ from .base import LinearKernel
 
 
 class Int8DequantLinear(LinearKernel):
-    """Dequantize an int8 weight for each product.
+    """Dequantize an int8 weight whenever it is multiplied.
 
-    On the CPU one piece of the weight is dequantized at a time. In compiled code, the compiler may fuse dequantizing into the
-    product.
+    On the CPU, one piece of the weight is dequantized at a time. torch.compile may fuse dequantizing and multiplying into one
+    kernel.
     """
 
     format = "int8"
@@ -40,9 +40,9 @@ class Int8DequantLinear(LinearKernel):
 
 
 def split_into_two_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize rows x (N, in) to integers of 15 bits, each 128 * high + low.
+    """Quantize rows x (N, in) to integers of 15 bits, and split each integer into 128 * high + low.
 
-    Return high and low stacked, int8 (2, N, in), and the scale of each row, (N, 1).
+    Return high and low stacked as int8 (2, N, in), and the scale of each row as (N, 1).
     """
     scale = (torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True) / 16256).clamp_(min=1e-30)  # 16256 = 127 * 128
     integers = (x / scale).round_()
@@ -51,11 +51,11 @@ def split_into_two_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Int8CudaLinear(LinearKernel):
-    """Multiply an int8 weight with one scale per row by int8 activations, with cuBLAS.
+    """Multiply int8 activations by an int8 weight that has one scale per row, with cuBLAS.
 
-    Rows of x are quantized to 15 bits, in two int8 parts, so that a large activation does not make the rest of its row less
-    precise than 8 bits with a scale for each group. Quantizing launches many small kernels: compiled code therefore does not
-    quantize a single row, and computes its product in one kernel.
+    Each row of activations is quantized to 15 bits, stored as two int8 values. With only 8 bits, one large activation would
+    make the rest of its row too imprecise. Quantizing launches many small kernels. Under torch.compile, a single row is
+    therefore not quantized, but multiplied in float32 by one fused kernel.
     """
 
     format = "int8"
@@ -70,7 +70,7 @@ class Int8CudaLinear(LinearKernel):
         if n > tuning.INT8_CUDA_ROWS:
             return torch.cat([self.forward_2d(rows) for rows in x.split(tuning.INT8_CUDA_ROWS)])
         high_and_low, scales = split_into_two_int8(x.float())
-        rows = values.new_zeros(max(2 * n, 32), x.shape[1])  # int8_matmul requires at least 17 rows
+        rows = values.new_zeros(max(2 * n, 32), x.shape[1])  # `compat.int8_matmul` requires at least 17 rows
         rows[: 2 * n] = high_and_low.flatten(0, 1)
         high, low = compat.int8_matmul(rows, values.t())[: 2 * n].float().view(2, n, len(values))
         return (high.mul_(128).add_(low).mul_(self.scale).mul_(scales)).to(dtype)
@@ -80,6 +80,9 @@ class Int8CudaLinear(LinearKernel):
 
     @staticmethod
     def supports(weight: QuantizedWeight) -> bool:
-        """Return True if cuBLAS can multiply: one scale per row, sizes that are multiples of 8, compute capability from 7.5."""
+        """Return True if cuBLAS can multiply the weight.
+
+        The weight must have one scale per row and sizes divisible by 8, and the GPU compute capability 7.5 or higher.
+        """
         fits = weight.scales.shape[1] == 1 and not any(size % 8 for size in weight.values.shape)
         return fits and torch.cuda.get_device_capability(weight.device) >= (7, 5)

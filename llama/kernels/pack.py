@@ -1,4 +1,4 @@
-"""Binding of csrc/pack.c, which packs weights into blocks and quantizes them to int8 or int4."""
+"""Python binding of csrc/pack.c, which packs weights into blocks and quantizes them to int8 or int4."""
 
 import ctypes
 import functools
@@ -8,7 +8,7 @@ from .c_extension import CExtension, ExtensionStatus, load_extension, struct_fie
 
 
 class PackArgs(ctypes.Structure):
-    """The arguments of the C function `pack`; csrc/pack.c describes the fields."""
+    """The arguments of the C function `pack`, which packs a weight; csrc/pack.c describes the fields."""
 
     _fields_ = struct_fields((c_long, "format dtype"), (c_void_p, "rows weight scales"), (c_long, "group in_ width out next"))
 

@@ -1,10 +1,10 @@
-"""Packed weights as parameters of ordinary modules: tensors whose values are stored in a linear kernel.
+"""Tensor subclass that makes a packed weight usable as a parameter of an ordinary module.
 
-A `PackedWeight` (out, in) has no memory of its own. It stands for all or some rows of the weight in a kernel:
+A `PackedWeight` (out, in) has no memory for values. It represents all or some rows of the weight that a linear kernel stores:
 
     F.linear(x, weight)              calls the kernel
-    weight.float(), 2 * weight       computes from a plain copy of the weight, which is dequantized if necessary
-    weight.mul_(2), weight[0] = x    changes a plain copy and packs it again, quantizing its rows again
+    weight.float(), 2 * weight       uses a plain copy of the weight, dequantized if necessary
+    weight.mul_(2), weight[0] = x    changes a plain copy of the weight, then packs the copy (quantized if necessary)
     weight[0], weight.t()            raises InputError: a packed weight cannot have views
 """
 
@@ -29,26 +29,26 @@ USE_EAGER = 'build with backend="eager", which keeps plain tensors'
 
 
 class SharedKernel:
-    """A kernel (out, in) that several packed weights share. Replacing rows of it changes all of these weights."""
+    """A linear kernel for a weight (out, in). Several instances of PackedWeight may share it, each with some of the rows."""
 
-    n_edits = 0  # calls of `replace` on all kernels so far, counted because packed weights have no tensor version
+    n_edits = 0  # calls of `replace` on all kernels, counted to detect changes: packed weights have no `_version`
 
     def __init__(self, kernel: LinearKernel, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.kernel, self.shape, self.dtype, self.device = kernel, shape, dtype, device
         self.computes_logits = False
-        self.row_kernels: dict[tuple[int, int], LinearKernel | None] = {}  # the results of `rows`, by first and last row
+        self.row_kernels: dict[tuple[int, int], LinearKernel | None] = {}  # cached results of `rows`
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickle_shared, (self.kernel, self.shape, self.dtype, self.device, self.computes_logits)
 
     def use_highest_precision(self) -> None:
-        """Make all further products as precise as the kernel can, which logits need."""
+        """Make the kernel compute as precisely as it can from now on; logits need more precision."""
         self.computes_logits = True
         self.kernel.use_highest_precision()
         self.row_kernels = {}
 
     def rows(self, first: int, last: int) -> LinearKernel | None:
-        """Return a kernel of the rows first..last only; None if it would need a copy."""
+        """Return a kernel for rows first to last - 1 only, or None if a copy would be needed."""
         if (first, last) == (0, self.shape[0]):
             return self.kernel
         if (first, last) not in self.row_kernels:
@@ -56,7 +56,7 @@ class SharedKernel:
         return self.row_kernels[first, last]
 
     def replace(self, first: int, last: int, rows: torch.Tensor) -> None:
-        """Replace the rows first..last by new values (last - first, in) and pack the weight again. Other rows do not change."""
+        """Replace the values of rows first to last - 1 by `rows` (last - first, in), and pack the weight again."""
         weight = self.kernel.unpack()
         if isinstance(weight, QuantizedWeight):
             assert not weight.padding_before or (first, last) == (0, self.shape[0]), "rows with padding are replaced as a whole"
@@ -67,7 +67,7 @@ class SharedKernel:
             weight = weight.clone()
             weight[first:last] = rows
         if isinstance(self.kernel, BlockedLinear) and isinstance(weight, torch.Tensor):
-            # `pack_weight` would leave a small weight unpacked.
+            # Keep the block format even for a small weight, which `pack_weight` would leave unpacked.
             self.kernel = BlockedLinear(BlockedWeight.from_dense(weight), self.dtype)
         else:
             kernel = pack_weight(weight)
@@ -82,7 +82,7 @@ class SharedKernel:
 def _unpickle_shared(
     kernel: Any, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, computes_logits: bool
 ) -> SharedKernel:
-    """Return a copied or unpickled SharedKernel, around the plain or quantized weight if this machine has no kernel for it."""
+    """Rebuild a copied or pickled SharedKernel; `kernel` is an unpacked weight if this machine has no kernel for it."""
     shared = SharedKernel(kernel, shape, dtype, device)
     if computes_logits and isinstance(kernel, LinearKernel):
         shared.use_highest_precision()
@@ -90,7 +90,7 @@ def _unpickle_shared(
 
 
 class PackedWeight(torch.Tensor):
-    """A weight (last - first, in) whose values are the rows first..last of a shared kernel."""
+    """A weight (last - first, in) whose values are rows first to last - 1 of a SharedKernel."""
 
     shared: SharedKernel
     first: int
@@ -106,7 +106,7 @@ class PackedWeight(torch.Tensor):
         pass
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x (..., in) times the weight: (..., out)."""
+        """Return x (..., in) times the weight, shaped (..., out)."""
         part = self.shared.rows(self.first, self.last)
         return part.forward(x) if part else self.shared.kernel.forward(x)[..., self.first : self.last]
 
@@ -116,7 +116,7 @@ class PackedWeight(torch.Tensor):
         return part.dequantize() if part else self.shared.kernel.dequantize()[self.first : self.last].clone()
 
     def assign(self, values: torch.Tensor) -> None:
-        """Replace all values by those of a plain tensor (out, in)."""
+        """Replace all values by the values of a plain tensor (out, in)."""
         self.shared.replace(self.first, self.last, values)
 
     @classmethod
@@ -125,20 +125,20 @@ class PackedWeight(torch.Tensor):
         result = handler(*args, **(kwargs or {})) if handler else NotImplemented
         if result is not NotImplemented:
             return result
-        with compat.without_torch_function():  # so that results are plain tensors, not packed weights
+        with compat.without_torch_function():  # prevents results from becoming packed weights
             return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return _alias(args[0])
-        # Inference mode does not decompose composite operations into those below.
+        # In inference mode, PyTorch passes composite operations here; `decompose` splits them into basic operations.
         result = func.decompose(*args, **(kwargs or {}))
         if result is not NotImplemented:
             return result
         values = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | (kwargs or {})
-        plain_values = {}  # the arguments by name, with a plain copy of each packed weight
-        written: list[tuple[Any, Any]] = []  # packed weights that the operation writes to, and their plain copies
+        plain_values = {}  # arguments by name, with plain copies in place of packed weights
+        written: list[tuple[Any, Any]] = []  # (packed weight, plain copy) pairs that the operation changes
         for argument in func._schema.arguments:
             value = values.get(argument.name)
             plain_value = plain_values[argument.name] = tree_map(_to_plain, value)
@@ -164,7 +164,7 @@ class PackedWeight(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         if isinstance(self, nn.Parameter):
             return _unpickle_parameter, (self.shared, self.first, self.last)
-        return self.dequantize().__reduce_ex__(protocol)  # the tensors of a state_dict are saved as plain tensors
+        return self.dequantize().__reduce_ex__(protocol)  # a packed weight in a state_dict is saved as a plain tensor
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"PackedWeight({tuple(self.shape)}, {self.shared.kernel.format or self.dtype})"
@@ -176,7 +176,7 @@ def _to_plain(value: Any) -> Any:
 
 
 def _alias(weight: PackedWeight) -> PackedWeight:
-    """Return another PackedWeight that stands for the same rows of the same kernel."""
+    """Return another PackedWeight for the same rows of the same kernel."""
     with torch.inference_mode(False):
         return PackedWeight(weight.shared, weight.first, weight.last)
 
@@ -186,13 +186,13 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if not isinstance(weight, PackedWeight):
         return NotImplemented
     y = weight.linear(input)
-    if torch.is_autocast_enabled(input.device.type):  # under autocast, F.linear with a plain weight returns autocast's dtype
+    if torch.is_autocast_enabled(input.device.type):  # F.linear with a plain weight also returns autocast's dtype
         y = y.to(torch.get_autocast_dtype(input.device.type))
     return y if bias is None else y + bias
 
 
 def _set_item(weight: Any, index: Any, value: Any) -> Any:
-    """Compute `weight[index] = value` on a plain copy, and pack the copy."""
+    """Set `weight[index] = value` in a plain copy of the weight, and pack the copy."""
     if not isinstance(weight, PackedWeight):
         return NotImplemented
     values = weight.dequantize()
@@ -201,7 +201,7 @@ def _set_item(weight: Any, index: Any, value: Any) -> Any:
 
 
 def _set_data(weight: Any, data: Any) -> Any:
-    """Accept `weight.data = data` if both are the same rows of the same kernel, as in `Module.to`; else raise InputError."""
+    """Allow `weight.data = data` if both are the same rows of one kernel, as in `Module.to`; otherwise raise InputError."""
     storages = [(t.shared, t.first, t.last) if isinstance(t, PackedWeight) else t for t in (weight, data)]
     if storages[0] != storages[1]:
         raise InputError(f"the data of a packed weight cannot be another tensor; copy_ values into it, or {USE_EAGER}")
@@ -215,15 +215,16 @@ def _requires_grad(weight: Any, requires_grad: bool = True) -> Any:
 
 
 def _may_take_data(weight: Any, data: Any) -> Any:
-    """Return True if both tensors are packed; for any other pair `Module.to` makes a new parameter."""
+    """Return True if both tensors are packed. Otherwise `Module.to` must create a new parameter."""
     return isinstance(weight, PackedWeight) and isinstance(data, PackedWeight)
 
 
-# Replacements of PyTorch functions for packed weights. A handler returns NotImplemented if its weight is not packed.
+# Functions that replace PyTorch functions for packed weights. They return NotImplemented if the weight is not packed.
 _HANDLERS: dict[Any, Any] = {
     compat.may_take_data: _may_take_data,
     F.linear: _linear,
-    # Not left to __torch_dispatch__: on its first call PyTorch imports distributed tensors, 40 MB in 0.7 seconds.
+    # `detach` is replaced here because the first call of __torch_dispatch__ imports PyTorch's distributed tensors, which takes
+    # 0.7 seconds and 40 MB.
     torch.Tensor.detach: _alias,
     torch.Tensor.data.__get__: _alias,  # type: ignore[attr-defined]
     torch.Tensor.__setitem__: _set_item,
@@ -234,7 +235,7 @@ _HANDLERS: dict[Any, Any] = {
 
 
 def _unpickle_parameter(shared: SharedKernel, first: int, last: int) -> nn.Parameter:
-    """Return a copied or unpickled weight as a parameter, which is a plain tensor if this machine cannot pack it."""
+    """Rebuild a copied or pickled parameter. The parameter is a plain tensor if this machine cannot pack the weight."""
     if isinstance(shared.kernel, torch.Tensor):
         return nn.Parameter(shared.kernel[first:last], requires_grad=False)
     if isinstance(shared.kernel, QuantizedWeight):
@@ -251,10 +252,11 @@ def make_parameters(
     pack: bool = True,
     computes_logits: bool = False,
 ) -> list[nn.Parameter]:
-    """Split one weight (sum of outs, in) into parameters (out, in), one for each number in `outs`.
+    """Split one weight (sum(outs), in) by rows into parameters (out, in), one for each `out` in `outs`.
 
-    pack: pack the weight for the fastest kernel. If False, or if plain tensors are the fastest, the parameters are its views.
-    computes_logits: make the kernel as precise as it can be.
+    pack: pack the weight for the fastest kernel. If False, or if a plain tensor is the fastest, the parameters are views of the
+        weight.
+    computes_logits: make the kernel compute products as precisely as it can.
     """
     kernel = weight if isinstance(weight, LinearKernel) else pack_weight(weight) if pack else None
     if kernel is None:
@@ -270,7 +272,7 @@ def make_parameters(
 
 
 def merge_weights(weights: Sequence[torch.Tensor]) -> LinearKernel | torch.Tensor | None:
-    """Return a single weight or kernel whose rows are those of all weights in order; None if that would need a copy."""
+    """Join the rows of all weights, in order, into one tensor or kernel; return None if a copy would be needed."""
     first = weights[0]
     if isinstance(first, PackedWeight):
         if len(weights) == 1:

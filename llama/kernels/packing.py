@@ -1,7 +1,7 @@
 """Choose the packed form and the kernel for each weight, by its format, its dtype and the device.
 
-A parallel layer packs its weight once, when it is loaded. A weight for which nothing is faster stays a plain tensor, which
-`half_precision.linear` multiplies.
+A parallel layer packs its weight once, when it is loaded. A weight for which no packed form is faster stays a plain tensor, and
+`half_precision.linear` multiplies it.
 
     weight      device                          packed as
     bfloat16    CPU with AVX-512 bfloat16       BlockedLinear
@@ -13,7 +13,8 @@ A parallel layer packs its weight once, when it is loaded. A weight for which no
                 other CPUs                      Int4CpuLinear
                 CUDA                            Int4CudaLinear
 
-BlockedLinear needs the C kernels, which are compiled at installation. Without them every CPU counts as one of the others.
+BlockedLinear needs the C kernels, which are compiled at installation. Without the C kernels, the lines "other CPUs" and
+"other devices" apply to every CPU.
 """
 
 import itertools
@@ -44,11 +45,14 @@ def uses_blocks(format: str | None, weight: torch.Tensor | QuantizedWeight, in_f
 def pack_rows(
     format: str | None, views: Sequence[torch.Tensor], dtype: torch.dtype, width: int, first: int, last: int
 ) -> LinearKernel | None:
-    """Pack the inputs first..last of a weight (out, width) into blocks; format None means bfloat16.
+    """Pack inputs first to last - 1 of a weight (out, width) into blocks; format None means bfloat16.
 
-    views: the parts of the weight, in order. Each part has some of the outputs (outs, width) or some of the inputs (out, ins).
-    dtype: of the activations. Groups are those of the whole row, so that every rank has the values that one rank would have.
-    Returns None if this weight is not packed into blocks on this machine; `pack_weight` may then pack it otherwise.
+    views: the parts of the weight, in order. Either each part has some of the outputs and all inputs, or each has all outputs
+        and some of the inputs.
+    dtype: the dtype of activations.
+
+    Groups start at the first input of the whole row, so that the quantized values do not depend on the number of ranks. Returns
+    None if the weight cannot be packed into blocks on this machine, or is too small; `pack_weight` may choose another form.
     """
     n_outputs = sum(map(len, views)) if views[0].shape[1] == width else len(views[0])
     large_enough = format is not None or n_outputs * (last - first) * 2 >= tuning.MIN_PACKED_BYTES
@@ -71,7 +75,7 @@ def pack_rows(
 def pack_weight(weight: torch.Tensor | QuantizedWeight) -> LinearKernel | None:
     """Pack a weight (out, in) for the fastest kernel; return None if a plain tensor is the fastest.
 
-    Raises DeviceError if no kernel multiplies this format on the weight's device.
+    Raises DeviceError if no kernel supports the weight's format on its device.
     """
     if isinstance(weight, QuantizedWeight):
         check_kernel(weight.format, weight.device, weight.dtype)
@@ -89,7 +93,7 @@ def pack_weight(weight: torch.Tensor | QuantizedWeight) -> LinearKernel | None:
 
 
 def repack(weight: torch.Tensor | QuantizedWeight) -> LinearKernel | torch.Tensor | QuantizedWeight:
-    """Pack the weight of a copied or unpickled kernel; return it unpacked if this machine has no kernel for it."""
+    """Pack the weight of a copied or unpickled kernel; return the weight itself if this machine has no kernel for it."""
     return pack_weight(weight) or weight
 
 
@@ -99,7 +103,7 @@ LinearKernel.rebuild = staticmethod(repack)
 def check_kernel(format: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raise DeviceError if no kernel multiplies a weight in `format` on the device, with activations of `dtype`.
 
-    For a device "cuda" without an index, a GPU of compute capability 8.0 is assumed, which this machine need not have.
+    For the device "cuda" without an index, compute capability 8.0 is assumed, so that the check works without a GPU.
     """
     if format == "int4" and device.type == "mps":
         raise DeviceError("quantize='int4' has no kernel on mps; use quantize='int8', or device='cpu'")

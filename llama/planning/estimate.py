@@ -1,4 +1,4 @@
-"""Compute a model's memory on each rank, and explain why it does not fit, before anything is allocated."""
+"""Compute the memory that a model needs on each rank, and explain why a model does not fit, before allocating anything."""
 
 import bisect
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from ..kernels.packing import check_kernel
 from ..model import ModelArgs, check_ranks
 from ..quantization.weight import FORMATS, OUTPUT_FORMAT, bytes_per_weight
 
-MIN_SUGGESTED_LENGTH = 16  # a shorter max_seq_len is of no use
+MIN_SUGGESTED_LENGTH = 16  # no error suggests a shorter max_seq_len than this, as it would be of no use
 MAX_SUGGESTED_RANKS = 1024
 
 
@@ -29,7 +29,10 @@ class MemoryRequired:
 
 
 def memory_required(args: ModelArgs, ranks: int, dtype: torch.dtype, format: str | None = None) -> MemoryRequired:
-    """Return the memory that a model needs on each rank. format: "int8" or "int4" if its matrices are quantized."""
+    """Return the memory that a model needs on each rank.
+
+    format: "int8" or "int4" if the matrices are quantized; None if they are not.
+    """
     return MemoryRequired(
         weight_bytes(args, ranks, dtype, format), cache_bytes(args, ranks, dtype), activation_bytes(args, ranks, dtype)
     )
@@ -42,9 +45,10 @@ def weight_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype, format: str | 
 
 
 def matmul_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype, format: str | None = None) -> int:
-    """Return the bytes of one rank's weights without the embedding: its part of each matrix, and all norms."""
+    """Return the bytes of one rank's weights without the embedding: the rank's part of each matrix, and all norms."""
     kv_width = args.kv_heads * args.head_dim
-    # The number of inputs of a matrix decides how many of them share a scale: all matrices but w2 have `dim` inputs.
+    # The number of inputs that share a scale depends on the number of inputs of the matrix: `ffn_width` in w2, `dim` in all
+    # other matrices.
     dim_inputs = 2 * args.dim * args.dim + 2 * args.dim * kv_width + 2 * args.dim * args.ffn_width
     matrices = args.n_layers * dim_inputs * bytes_per_weight(format, dtype, args.dim)
     matrices += args.n_layers * args.dim * args.ffn_width * bytes_per_weight(format, dtype, args.ffn_width)
@@ -60,15 +64,18 @@ def cache_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype) -> int:
 
 
 def max_tokens_per_forward(args: ModelArgs) -> int:
-    """Return the largest number of tokens in one forward pass: prompts are prefilled in chunks, scored sequences are not."""
+    """Return the largest number of tokens in one forward pass.
+
+    Prompts are prefilled in chunks, but a sequence to score is computed whole.
+    """
     return max(tuning.PREFILL_CHUNK, args.max_seq_len)
 
 
 def activation_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype) -> int:
     """Estimate the bytes of one rank's activations in the largest forward pass.
 
-    They are the hidden states of all tokens, the attention scores of ATTENTION_CHUNK queries before and after softmax, and the
-    logits of LOGPROB_CHUNK positions.
+    The estimate includes the hidden states of all tokens, the attention scores of ATTENTION_CHUNK queries before and after
+    softmax, and the logits of LOGPROB_CHUNK positions.
     """
     values = max_tokens_per_forward(args) * (
         8 * args.dim + (3 * args.ffn_width + 2 * tuning.ATTENTION_CHUNK * args.n_heads) // ranks
@@ -77,7 +84,7 @@ def activation_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype) -> int:
 
 
 def is_possible(args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.device, format: str | None) -> bool:
-    """Return True if the model can be divided among `ranks`, and the device has a kernel for the format."""
+    """Return True if the model can be divided among `ranks` ranks, and the device has a kernel for `format`."""
     try:
         check_ranks(args, ranks)
         check_quantization(args, ranks, dtype, device, format)
@@ -87,7 +94,7 @@ def is_possible(args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.d
 
 
 def check_quantization(args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.device, format: str | None) -> None:
-    """Raise DeviceError if the device has no kernel for weights of the format and inputs of the dtype."""
+    """Raise DeviceError if the device has no kernel for weights in `format` and activations of `dtype`."""
     if format is not None:
         check_kernel(format, device, dtype)
 
@@ -95,7 +102,7 @@ def check_quantization(args: ModelArgs, ranks: int, dtype: torch.dtype, device: 
 def check_memory(
     args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.device, free_bytes: int | None, format: str | None = None
 ) -> None:
-    """Raise DeviceError if a model needs more than `free_bytes` on each rank. None means unknown, and passes."""
+    """Raise DeviceError if a model needs more than `free_bytes` on each rank. With free_bytes=None, check nothing."""
     if free_bytes is not None and (error := explain_oom(args, ranks, dtype, device, free_bytes, format)):
         raise DeviceError(error)
 
@@ -109,9 +116,10 @@ def explain_oom(
     format: str | None = None,
     device_name: str | None = None,
 ) -> str | None:
-    """Return an error text if a model needs more than `free_bytes` on each rank, with the changes that would make it fit.
+    """Return an error message if a model needs more than `free_bytes` on each rank; return None if the model fits.
 
-    Each change is sufficient by itself. device_name: printed in place of `device`. Returns None if the model fits.
+    The message lists changes, each of which makes the model fit without the others.
+    device_name: the name of the device in the message, by default that of `device`.
     """
     required = memory_required(args, ranks, dtype, format)
     if required.total <= free_bytes:
@@ -134,13 +142,19 @@ def explain_oom(
 def _changes_that_fit(
     args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.device, free_bytes: int, format: str | None
 ) -> list[str]:
-    """Return changes to a model that does not fit, each of which would make it fit by itself, as texts for an error."""
+    """Return changes to a model that does not fit, as texts for an error.
+
+    Each change makes the model fit without the others.
+    """
 
     def total(ranks: int = ranks, dtype: torch.dtype = dtype, format: str | None = format, **sizes: int) -> int:
         return memory_required(replace(args, **sizes), ranks, dtype, format).total  # type: ignore[arg-type]
 
     def largest_fitting(name: str, limit: int, **sizes: int) -> int:
-        """Return the largest value below `limit` of the size called `name` with which the model fits, or 0."""
+        """Return the largest value below `limit` of the field `name` of ModelArgs with which the model fits.
+
+        Returns 0 if the model fits with no value.
+        """
         return bisect.bisect_right(range(1, limit), free_bytes, key=lambda n: total(**sizes, **{name: n}))  # type: ignore[arg-type]
 
     changes = []

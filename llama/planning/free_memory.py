@@ -17,7 +17,7 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     limits = [n for n in (_linux_available(), _cgroup_available()) if n is not None]
-    if not limits and hasattr(os, "sysconf"):  # macOS reports installed memory only
+    if not limits and hasattr(os, "sysconf"):  # macOS reports its installed memory, but not its free memory
         limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     return min(limits) // (groups.local_rank_and_size()[1] or 1) if limits else None
 
@@ -32,10 +32,13 @@ def _linux_available() -> int | None:
 
 
 def _cgroup_available() -> int | None:
-    """Return the bytes that a container (cgroup v2) may still use, page cache counted as free; None without a limit."""
+    """Return the bytes that a container (cgroup v2) may still allocate; None if it has no limit.
+
+    Inactive page cache counts as free memory.
+    """
     root = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):
-        limit = int((root / "memory.max").read_text())  # "max", for no limit, raises ValueError
+        limit = int((root / "memory.max").read_text())  # without a limit, the file contains "max", and `int` raises ValueError
         stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
         return limit - int((root / "memory.current").read_text()) + int(stat.get("inactive_file", 0))
     return None

@@ -1,9 +1,9 @@
-"""Compute on which machines a model fits, and an upper bound of its tokens/s there.
+"""Compute on which machines a model fits, and an upper bound of its tokens/s on each machine.
 
-A decode step generates one token for each row of the batch. For all rows together, a rank reads its weights once, and its KV
-cache up to the positions in use; of the embedding it reads single rows, which are not counted. Ranks read at the same time,
-each from its own memory. So tokens/s are at most rows * bandwidth / bytes read by one rank. Communication between ranks and
-the losses of kernels are not counted.
+A decode step generates one token for each row of the batch. In each step a rank reads its weights once for all rows, and the
+keys and values of all positions in use. The few rows of the embedding that it reads are not counted. Ranks read at the same
+time, each from its own memory. So tokens/s are at most rows * bandwidth / bytes read by one rank. Communication between ranks
+and the inefficiency of kernels are not counted.
 """
 
 import numbers
@@ -30,7 +30,7 @@ MODELS = {
         dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3, vocab_size=VOCAB_SIZE
     ),
 }
-MAX_RANKS_SHOWN = 16  # the largest number of ranks in a table if the caller names none
+MAX_RANKS_SHOWN = 16  # largest number of ranks in a table if the caller does not choose the numbers
 NOTE = (
     "Computed, not measured: the bound that memory bandwidth sets when the context is full. "
     "Communication between ranks is not counted."
@@ -38,15 +38,15 @@ NOTE = (
 
 
 class Machine(NamedTuple):
-    """The device of one rank: its memory in GB, all of it free, and its memory bandwidth in GB/s."""
+    """The device of one rank: its memory in GB, which is assumed to be all free, and its memory bandwidth in GB/s."""
 
     name: str
     memory: float
     bandwidth: float
 
 
-# From the vendors' data sheets; from A100 on, of the SXM modules. Memory counts as 10^9 bytes per GB, though most of these GPUs
-# have 2^30: the difference is about what error correction and CUDA itself take.
+# Figures are from the vendors' data sheets. Those of the A100, H100, H200 and B200 are for SXM modules. A GB counts as 10^9
+# bytes, although most of these GPUs have 2^30 bytes for each GB: error correction and CUDA use about the difference.
 GPUS = {
     machine.name: machine
     for machine in (
@@ -63,9 +63,10 @@ def _is_key(value: object, table: Mapping[str, object]) -> bool:
 
 
 def choose_machines(gpu: str | None, memory: float | None, bandwidth: float | None) -> tuple[list[Machine], torch.device]:
-    """Return the machines to plan for, and the device whose kernels they need.
+    """Return the machines to plan for, and a device that has the kernels of these machines.
 
-    gpu: the name of a GPU. memory, bandwidth: of a single machine without a name. By default all GPUs are returned.
+    gpu: the name of a GPU. memory in GB and bandwidth in GB/s: a single machine that has no name. Without arguments, all known
+    GPUs.
     """
     if gpu is not None and not _is_key(gpu, GPUS):
         raise InputError(f"gpu is {describe(gpu)}; use one of {', '.join(GPUS)}, or give memory and bandwidth")
@@ -79,7 +80,7 @@ def choose_machines(gpu: str | None, memory: float | None, bandwidth: float | No
     for name, value, unit in (("memory", memory, "GB"), ("bandwidth", bandwidth, "GB/s")):
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value <= 1e6:
             raise InputError(f"{name} is {describe(value)}; it must be a number of {unit} above 0, at most a million")
-    return [Machine("this machine", memory, bandwidth)], torch.device("cpu")
+    return [Machine("a machine", memory, bandwidth)], torch.device("cpu")
 
 
 def bytes_read_per_step(args: ModelArgs, ranks: int, dtype: torch.dtype, format: str | None = None) -> int:
@@ -96,11 +97,12 @@ def plan_report(
     machines: list[Machine],
     device: torch.device,
 ) -> str:
-    """Return a table of memory and of a bound of the tokens/s, with a column for each number of ranks.
+    """Return a table of the memory that a model needs and its maximum tokens/s, with a column for each number of ranks.
 
-    ranks: if empty, use all possible numbers up to MAX_RANKS_SHOWN. For a single machine that is too small, the report adds
-    the changes that would make the model fit. Raises InputError for sizes out of range, and DeviceError, as `Llama.build` does,
-    for a number of ranks that does not divide the model and for a format without a kernel on `device`.
+    ranks: the numbers of ranks; if empty, all possible numbers up to MAX_RANKS_SHOWN.
+    If there is only one machine and the model does not fit on it, the report lists changes that would make the model fit.
+    Raises InputError for sizes out of range. Raises DeviceError for a number of ranks that does not divide the model, and for a
+    format without a kernel on `device`.
     """
     for n in ranks:
         check_count(n, "ranks")
@@ -140,7 +142,8 @@ def plan_report(
 def describe_checkpoint(ckpt_dir: str | os.PathLike[str]) -> tuple[ModelArgs, torch.dtype]:
     """Return a checkpoint's ModelArgs and stored dtype.
 
-    Without shards, the dtype is taken to be bfloat16, and the vocabulary to be Llama 2's if params.json does not give its size.
+    Without shards, the dtype is assumed to be bfloat16. If params.json has no vocabulary size either, it is assumed to be Llama
+    2's.
     """
     params = read_params(ckpt_dir)
     if shard_paths(Path(ckpt_dir).expanduser()):
@@ -165,9 +168,9 @@ def plan(
 ) -> str:
     """Return a table of a model's memory on each rank, and of the tokens/s that memory bandwidth allows on some machines.
 
-    model: "7B", "13B" or "70B"; or instead ckpt_dir, a folder with params.json.
-    ranks: the columns of the table; by default all possible numbers of ranks up to 16.
-    gpu: the name of a GPU; or instead memory in GB and bandwidth in GB/s of any machine; by default all known GPUs.
+    model: "7B", "13B" or "70B". ckpt_dir: a folder with params.json, instead of `model`.
+    ranks: the numbers of ranks, each a column of the table; by default all possible numbers up to 16.
+    gpu: the name of a GPU; by default all known GPUs. memory in GB and bandwidth in GB/s: any other machine, instead of `gpu`.
     The other arguments are those of `Llama.build`. Raises LlamaError for arguments that are wrong or contradict each other.
     """
     if (model is None) == (ckpt_dir is None) or (model is not None and not _is_key(model, MODELS)):

@@ -1,8 +1,7 @@
-"""Quantize a weight to int8 or int4 with PyTorch, by its own values alone.
+"""Quantize a weight to int8 or int4 with PyTorch, from the values of the weight alone, without calibration text.
 
-No calibration text is needed. Groups are those of the whole row, so the result is the same for any number of shards and ranks:
-each rank has its part of what a single rank would have. On CPUs csrc/pack.c computes the same values faster.
-`llama.quantization.weight` defines the formats.
+Groups start at the first input of the whole row, so that the quantized values do not depend on the number of shards and ranks.
+On CPUs, csrc/pack.c computes the same values faster. `llama.quantization.weight` defines the formats.
 """
 
 import functools
@@ -17,36 +16,37 @@ import torch.nn.functional as F
 from .. import tuning
 from .weight import WIDE_ROW, QuantizedWeight, group_size
 
-# Parts of a group's range that may be cut from each end, 0 to 6%, rounded to float32 as in csrc/pack.c.
+# Fractions of a group's range, 0 to 6%, that may be cut off at each end. They are rounded to float32 as in csrc/pack.c.
 RANGE_CUTS = [c_float(n * c_float(0.02).value).value for n in range(4)]
-N_REFITS = 3  # rounds of least squares, after the search for the best range
+N_REFITS = 3  # number of least-squares fits after the search for the best range
 
 
 def _quantize_int8(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Quantize groups (out, groups, group size) to int8, the largest magnitude of each group to 127.
+    """Quantize groups (out, groups, group size) to int8, mapping the largest magnitude in each group to 127.
 
-    Return values (out, width), scales (out, groups) and None, as there are no zeros.
+    Return values (out, width), scales (out, groups) and, in place of zeros, None.
     """
     scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp_(min=1e-30).bfloat16()
     return (groups / scale.float()).round_().clamp_(-127, 127).to(torch.int8).flatten(1), scale.squeeze(-1), None
 
 
 def _lane_sum(groups: torch.Tensor) -> torch.Tensor:
-    """Return the sum of the last dimension, (..., 1), added in the order of csrc/pack.c: 8 partial sums, then their sum."""
+    """Sum the last dimension to (..., 1) in the same order as csrc/pack.c: first 8 partial sums, then their sum."""
     lanes = functools.reduce(torch.add, groups.unflatten(-1, (-1, 8)).unbind(-2))
     return functools.reduce(torch.add, lanes.unbind(-1)).unsqueeze(-1)
 
 
 def _quantize_int4(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Quantize groups (out, groups, group size) to int4 with a small squared error: values (out, width), scales and zeros.
+    """Quantize groups (out, groups, group size) to int4 with a small squared error.
 
-    First, ranges of values whose ends are cut by RANGE_CUTS are tried. Then scale and zero are refitted N_REFITS times by least
-    squares. csrc/pack.c does the same.
+    Return values (out, width), scales (out, groups) and zeros (out, groups). First, all pairs of RANGE_CUTS are tried as
+    cuts at the two ends of the range of each group. Then scale and zero are refitted N_REFITS times by least squares. The
+    candidate with the smallest error is returned. csrc/pack.c uses the same algorithm.
     """
     low, high = groups.aminmax(dim=-1, keepdim=True)
     span, size = high - low, groups.shape[-1]
-    # The best scale, zero and error so far. In a group with NaN or infinity the zero stays 0 * span, which is NaN, because no
-    # candidate has a smaller error.
+    # The best scale, zero and error so far. If a group contains NaN or infinity, no candidate has a smaller error, and the zero
+    # stays 0 * span, which is NaN.
     best = torch.full_like(low, 1e-30), 0 * span, torch.full_like(low, math.inf)
 
     def to_integers(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -82,9 +82,10 @@ QUANTIZERS: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor,
 
 
 def quantize(weight: torch.Tensor, format: str, dtype: torch.dtype | None = None) -> QuantizedWeight:
-    """Quantize a weight (out, in) to "int8" or "int4", for activations of `dtype`, by default the weight's own dtype."""
+    """Quantize a weight (out, in) to "int8" or "int4", for activations of `dtype` (default: the dtype of the weight)."""
     width = weight.shape[1]
-    # Int8CudaLinear needs one scale per row. Narrow rows have groups all the same: small models need the precision most.
+    # Int8CudaLinear needs one scale per row. Rows with few inputs have several scales nevertheless, because small models need
+    # the precision most.
     one_scale_per_row = format == "int8" and not weight.is_cpu and width >= WIDE_ROW
     group = width if one_scale_per_row else group_size(width, format)
     step = max(1, tuning.QUANTIZE_AT_ONCE // width)

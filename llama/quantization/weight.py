@@ -8,8 +8,9 @@ int4, a zero, which is the weight that the integer 0 represents:
     int8    values from -127 to 127, no zeros
     int4    values from -8 to 7
 
-A group has 128 inputs in int8 and 64 in int4, but 32 if the row has fewer than 2,048 inputs, or not a multiple of 128 or 64.
-On a GPU an int8 row of 2,048 inputs or more is one group. Scales and zeros are bfloat16.
+A group has 128 inputs in int8 and 64 inputs in int4. A group has only 32 inputs if the row has fewer than 2,048 inputs, or
+if 128 (in int4, 64) does not divide the number of inputs. On a GPU, an int8 row of 2,048 inputs or more is a single group.
+Scales and zeros are bfloat16.
 """
 
 from dataclasses import dataclass, replace
@@ -19,22 +20,24 @@ import torch
 from ..errors import InputError, describe
 
 FORMATS = ("int8", "int4")
-# The output layer is int8 in both formats: int4 raises the KL divergence by a third or more, and saves 4% of a decode step.
+# The output layer is int8 in int4 models too: int4 would save 4% of the time of a decode step, but raise the KL divergence from
+# the unquantized model by a third or more.
 OUTPUT_FORMAT = "int8"
-WIDE_ROW = 2048  # inputs from which rows have groups larger than 32, which makes decoding a tenth faster
+# Rows with at least this many inputs have groups of more than 32 inputs, which makes decoding a tenth faster.
+WIDE_ROW = 2048
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A quantized weight (out, in): integer values, scales and zeros, as the formula of this module combines them."""
+    """A quantized weight (out, in): integer values, scales and zeros in the format that quantization/weight.py describes."""
 
     format: str  # "int8" or "int4"
-    values: torch.Tensor  # int8 (out, width); width is a multiple of the group size
-    scales: torch.Tensor  # (out, groups)
-    zeros: torch.Tensor | None  # (out, groups); None means 0
-    in_features: int  # inputs of the weight; the other columns of `values` only complete its first and last group
-    dtype: torch.dtype  # of the activations that the weight multiplies
-    padding_before: int = 0  # columns of `values` before the first input of the weight
+    values: torch.Tensor  # int8, shape (out, width); width is a multiple of the group size
+    scales: torch.Tensor  # shape (out, groups)
+    zeros: torch.Tensor | None  # shape (out, groups); None in int8
+    in_features: int  # inputs of the weight; `values` may have more columns, to complete the first and last group
+    dtype: torch.dtype  # dtype of the activations that the weight multiplies
+    padding_before: int = 0  # padding columns of `values` before the first input of the weight
 
     @property
     def device(self) -> torch.device:
@@ -53,13 +56,13 @@ class QuantizedWeight:
         return groups.flatten(1)[:, self.padding_before : self.padding_before + self.in_features].to(self.dtype)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "QuantizedWeight":
-        """Return the weight on another device, for activations of another dtype."""
+        """Return the weight on `device`, for activations of `dtype`."""
         zeros = None if self.zeros is None else self.zeros.to(device)
         return replace(self, values=self.values.to(device), scales=self.scales.to(device), zeros=zeros, dtype=dtype)
 
     def slice_inputs(self, first: int, last: int) -> "QuantizedWeight":
-        """Return the weight of the inputs first..last only, with the rest of the first and the last group as padding."""
-        if self.scales.shape[1] == 1 and self.zeros is None:  # one scale for the whole row: no padding is needed
+        """Return inputs first to last - 1 of the weight. Groups stay whole: their other inputs become padding."""
+        if self.scales.shape[1] == 1 and self.zeros is None:  # one scale for the whole row, so no padding is needed
             return replace(self, values=self.values[:, first:last].contiguous(), in_features=last - first)
         size = self.group_size
         first_group, last_group = first // size, -(-last // size)
@@ -73,7 +76,7 @@ class QuantizedWeight:
         )
 
     def slice_outputs(self, first: int, last: int) -> "QuantizedWeight":
-        """Return the weight of the outputs first..last only."""
+        """Return outputs first to last - 1 of the weight."""
         zeros = None if self.zeros is None else self.zeros[first:last]
         return replace(self, values=self.values[first:last], scales=self.scales[first:last], zeros=zeros)
 
@@ -88,26 +91,29 @@ class QuantizedWeight:
 
 
 def check_quantize(quantize: str | None) -> None:
-    """Raise InputError unless `quantize` is one of FORMATS, or None for no quantization."""
+    """Raise InputError unless `quantize` is "int8", "int4" or, for no quantization, None."""
     if quantize is not None and (not isinstance(quantize, str) or quantize not in FORMATS):
         raise InputError(f"quantize is {describe(quantize)}; use {' or '.join(map(repr, FORMATS))}, or leave it out")
 
 
 def format_of(name: str, format: str) -> str | None:
-    """Return the format of the weight `name`, as in Meta's checkpoints, in a model of `format`; None if it keeps its dtype."""
+    """Return the format of one weight in a model whose format is `format`, or None if the weight is never quantized.
+
+    name: the name of the weight in Meta's checkpoints, such as "output.weight".
+    """
     if "norm" in name or name == "tok_embeddings.weight":
         return None
     return OUTPUT_FORMAT if name == "output.weight" and format in FORMATS else format
 
 
 def group_size(in_features: int, format: str) -> int:
-    """Return how many adjacent inputs share a scale in rows of `in_features` inputs."""
+    """Return the number of adjacent inputs that share a scale, in rows of `in_features` inputs."""
     group = 128 if format == "int8" else 64
     return group if in_features >= WIDE_ROW and in_features % group == 0 else 32
 
 
 def bytes_per_weight(format: str | None, dtype: torch.dtype, in_features: int = WIDE_ROW) -> float:
-    """Return the bytes that one value takes with its share of scales and zeros; if format is None, the bytes of `dtype`."""
+    """Return the average bytes per value, including scales and zeros; the bytes of `dtype` if `format` is None."""
     if format is None:
         return float(dtype.itemsize)
     return {"int8": 1 + 2 / group_size(in_features, format), "int4": 0.5 + 4 / group_size(in_features, format)}[format]
