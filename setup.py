@@ -5,8 +5,8 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
-# The name, the C files and the compiler flags of each extension. llama/kernels/c_extension.py loads an extension only if the CPU
-# has the instructions that the flags enable. Without a C compiler, the package is installed without the extensions.
+# Name, C files and compiler flags of each extension. llama/kernels/c_extension.py loads an extension only if the CPU has the
+# instructions that the flags enable. Without a C compiler, the package is installed without the extensions.
 EXTENSIONS = [
     (
         "avx512",

@@ -87,7 +87,7 @@ def run_python(*command: object, ranks: int = 1, threads: int = 2) -> list[dict]
 
 
 def process_environment(threads: int) -> dict[str, str]:
-    """Return the environment variables for a new process: the user's, changed only in OMP_NUM_THREADS and PYTHONPATH.
+    """Return the environment variables for a new process. Only OMP_NUM_THREADS and PYTHONPATH differ from the user's.
 
     PYTHONPATH contains llama and the benchmarks. All other variables stay, so that each library runs as its users run it.
     """

@@ -54,7 +54,7 @@ def time_call(function: Callable[[], object]) -> float:
 
 
 def engine_step(forward: EngineForward, hidden_states: Callable[[torch.Tensor, RaggedBatch], torch.Tensor]) -> Step:
-    """Return a function that runs a decode step: all layers with `hidden_states`, and the output layer with the engine."""
+    """Return a decode step function that computes all layers with `hidden_states`, and then the logits with the engine."""
 
     def step(tokens: torch.Tensor, position: int) -> torch.Tensor:
         batch = RaggedBatch.from_segments([(row, position, 1) for row in range(len(tokens))])

@@ -54,7 +54,10 @@ def measure(loader: str, ckpt_dir: str, tokenizer_path: str) -> None:
 
 
 def measure_quantized(ckpt_dir: str, tokenizer_path: str, weight_format: str, action: str) -> None:
-    """Measure one step and print its figures. action: "save" writes a packed file, "" loads a model and answers briefly."""
+    """Measure one step and print its figures.
+
+    action: "save" to write a packed file, or "" to load a model and generate a short answer.
+    """
     start = time.perf_counter()
     if action == "save":
         path = packed_file.save_packed_file(ckpt_dir, weight_format)

@@ -13,7 +13,7 @@ the same tokens. For any other model, --llama_cpp adds llama.cpp, whose files ar
 each text and each question begins with BOS.
 
     KL          mean KL divergence of the distribution of the next token from that in float32, in nats
-    top-1       share of positions where the likeliest token is the likeliest in float32, too
+    top-1       share of positions where the likeliest token is the same as in float32
     perplexity  perplexity, and its relative difference from the perplexity in bfloat16
     same        number of greedy answers that equal the float32 answers in every token
     facts       number of greedy answers with the expected word; counts only questions whose float32 answer contains the word
@@ -61,10 +61,8 @@ Sequence = tuple[list[int], int]  # tokens, and how many of the first tokens are
 VARIANTS: dict[str, tuple[dict[str, Any], dict[tuple[Any, str], Any]]] = {
     "bfloat16": ({}, {}),
     "int8": ({"quantize": "int8"}, {}),
-    "int8, activations of 8 bits": (
-        {"quantize": "int8"},
-        {(blocked_linear, "NARROW_INT8_PER_ACTIVATION"): 1},
-    ),  # by default, each activation of a narrow matrix is stored as two int8 values
+    # By default, an activation of a narrow matrix is stored as two int8 values.
+    "int8, activations of 8 bits": ({"quantize": "int8"}, {(blocked_linear, "NARROW_INT8_PER_ACTIVATION"): 1}),
     "int4": ({"quantize": "int4"}, {}),
     "int4, output layer in 4 bit": ({"quantize": "int4"}, {(quantized_weight, "OUTPUT_FORMAT"): "int4"}),
     "int4, groups of 64": ({"quantize": "int4"}, {(packing, "group_size"): lambda width, format: 64}),
@@ -226,7 +224,10 @@ class Chat:
 
 
 def load_sequences(a: argparse.Namespace, float32: Ours) -> tuple[dict[str, Scored], Chat | None]:
-    """Return the sequences to score and the chat. Only a chat model has scored "answers" beside the "text", and a chat."""
+    """Return the sequences to score, and for a chat model the chat, which is None for other models.
+
+    The sequences are "text", and for a chat model also "answers".
+    """
     tokenizer, chat = float32.llama.tokenizer, None
     if a.tokens:
         data = json.loads(a.tokens.read_text())

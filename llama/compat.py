@@ -1,4 +1,4 @@
-"""Wrap the private interfaces of PyTorch that this library uses, and differences between PyTorch's versions.
+"""Wrap the private interfaces of PyTorch that this library uses, and hide differences between PyTorch's versions.
 
 Tested with torch 2.6 to 2.15. If a new version of PyTorch changes one of these interfaces, adapt its function here.
 """
@@ -13,8 +13,8 @@ from torch.nn.modules import module as nn_module
 
 # --- what CPU operators do --------------------------------------------------------------------------------------------------
 
-# PyTorch divides a product of complex tensors with more values than this among threads. A thread's part may end inside a head,
-# where the last values are rounded differently. A row's result would then depend on the number of rows.
+# PyTorch divides a product of complex tensors with more values than this limit among threads. A thread's part may end inside a
+# head, where the last values are rounded differently. A row's result would then depend on the number of rows.
 MAX_SERIAL_COMPLEX = 32767
 
 
@@ -34,7 +34,7 @@ def onednn_supports(dtype: torch.dtype) -> bool:
 
 
 def cpu_has_slow_bf16() -> bool:
-    """Return True for an x86 CPU without bfloat16 instructions. oneDNN may support bfloat16 there, but slowly."""
+    """Return True for an x86 CPU without bfloat16 instructions. If oneDNN supports bfloat16 on such a CPU, it is slow."""
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.cpu._is_avx2_supported() and not fast
 
@@ -43,7 +43,7 @@ def cpu_has_slow_bf16() -> bool:
 
 
 def onednn_pack(weight: torch.Tensor) -> torch.Tensor:
-    """Pack a weight (out, in) in oneDNN's internal layout. `to_dense` of the result returns the weight."""
+    """Pack a weight (out, in) in oneDNN's internal layout. Call `to_dense` on the result to unpack it."""
     return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
@@ -101,7 +101,10 @@ may_take_data = torch._has_compatible_shallow_copy_type
 
 
 def is_transformed(tensor: torch.Tensor) -> bool:
-    """Return True for a tensor within a transform of torch.func, such as vmap or grad. Such a tensor has no memory."""
+    """Return True for a tensor that a transform of torch.func, such as vmap or grad, passes to a function.
+
+    Such a tensor has no memory that a kernel could read.
+    """
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
@@ -120,7 +123,7 @@ def has_global_forward_hooks() -> bool:
 
 
 def forward_hooks(module: Any) -> tuple[Any, Any]:
-    """Return the dicts in which a module keeps its forward hooks and forward pre-hooks, not copies of them."""
+    """Return the dicts, not copies, in which a module keeps its forward hooks and its forward pre-hooks."""
     return module._forward_hooks, module._forward_pre_hooks
 
 
@@ -169,7 +172,7 @@ def inductor_options() -> dict[str, Any]:
 
 
 def unlimited_recompiles() -> Any:
-    """Return a context in which torch.compile compiles for any number of shapes. Its default limit is eight."""
+    """Return a context in which torch.compile compiles for any number of shapes. PyTorch's default limit is eight."""
     config = torch._dynamo.config
     limits = ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit", "accumulated_cache_size_limit")
     return config.patch({name: 1 << 14 for name in limits if hasattr(config, name)})

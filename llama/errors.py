@@ -33,13 +33,13 @@ class DeviceError(LlamaError):
 
 
 class _ShortRepr(reprlib.Repr):
-    """Format a value like `repr`, but only the first items of containers, and at most three levels of nested containers."""
+    """Format a value like `repr`, but show only the first items of containers, and at most three levels of nesting."""
 
     def repr1(self, x: object, level: int) -> str:  # reprlib would not shorten a subclass of a container
         container = next((base for base in (dict, list, tuple, set, frozenset) if isinstance(x, base)), None)
         return getattr(self, f"repr_{container.__name__}")(x, level) if container else super().repr1(x, level)
 
-    def repr_dict(self, x: dict[object, object], level: int) -> str:  # reprlib would first sort all keys
+    def repr_dict(self, x: dict[object, object], level: int) -> str:  # reprlib would first sort all keys of a dict
         if x and level <= 0:
             return "{...}"
         items = itertools.islice(x.items(), self.maxdict)
@@ -56,7 +56,7 @@ def short_repr(value: object) -> str:
     """Return the repr of a value, cut to 60 characters."""
     try:
         return f"{_SHORT_REPR.repr(value):.60}"
-    except Exception:  # for example an integer with more digits than Python prints, or an error in __repr__
+    except Exception:  # `repr` may fail, for example for an integer with more digits than Python prints
         return "something"
 
 
@@ -92,7 +92,7 @@ def check_path(value: str | os.PathLike[str], name: str, what: str, folder: bool
         problem = "" if path.is_dir() == folder else "a file, not a folder" if folder else "a folder, not a file"
     except TypeError as e:
         raise CheckpointError(f"{name} is {describe(value)}; it must be the path of {what}") from e
-    except (OSError, ValueError, RuntimeError) as e:  # such as a missing, forbidden or too long path
+    except (OSError, ValueError, RuntimeError) as e:  # raised for a missing, forbidden or too long path, for example
         problem = getattr(e, "strerror", None) or str(e)
     if problem:
         raise CheckpointError(f"{name} is {str(value)!r:.200}: {problem}; it must be the path of {what}")

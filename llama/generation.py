@@ -375,7 +375,7 @@ class Llama:
 
         reuse: skip the computation of tokens with which both this prompt and the last stream with reuse=True begin, because
         their keys and values are still in the KV cache. The cache is discarded if another call uses it or if the weights are
-        edited. An edit of a plain tensor through `.data` is not detected: make the next call without `reuse`.
+        edited. An edit of a plain tensor through `.data` is not detected, so make the next call without `reuse`.
         Raises InputError at the call, not at the first chunk.
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
@@ -431,8 +431,7 @@ class Llama:
         return RequestBuilder(self.tokenizer, self.model.params.max_seq_len)
 
     def _validate_on_all_ranks(self, make_call: Callable[[], GenerationCall]) -> GenerationCall:
-        """Build a call, and check that it is the same on all ranks. Let rank 0 choose seeds for replicas if the call has none.
-        """
+        """Build a call, and check that it is the same on all ranks. If it has no seeds, rank 0 chooses seeds for replicas."""
         call = run_on_all_ranks(make_call, must_match=lambda call: (call, self.engine.why_reference_loop()))
         if sample_top_p is not sampling.sample_top_p and any(request.seed is not None for request in call.requests):
             raise InputError("seed is for this library's sample_top_p, and another has been put in its place; leave seed out")
@@ -462,10 +461,10 @@ class Llama:
         return getattr(self.generate, "__func__", None) is not _GENERATE
 
     def _results(self, make_call: Callable[[], GenerationCall], called_by_generate: bool = False) -> list[GenerationResult]:
-        """Run a call to its end, and return one result for each request. If a caller has replaced `generate`, run the
-        replacement.
+        """Run a call to its end, and return one result for each request.
 
-        called_by_generate: True for a call by `generate`, which must not run its replacement.
+        A caller's replacement for `generate` runs the call, unless called_by_generate=True: then `generate` itself is the
+        caller.
         """
         if not called_by_generate and self._generate_is_replaced():
             return results_of_replaced_generate(self.generate, self._validate_on_all_ranks(make_call), self.tokenizer)

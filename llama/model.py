@@ -29,7 +29,7 @@ class ModelArgs:
     n_layers: int = 32
     n_heads: int = 32
     n_kv_heads: int | None = None  # None: equal to n_heads
-    vocab_size: int = -1  # must be set to the tokenizer's n_words
+    vocab_size: int = -1  # -1 in `params.json`: the tokenizer's n_words
     multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of this number
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
@@ -37,7 +37,7 @@ class ModelArgs:
     max_batch_size: int = 32
     max_seq_len: int = 2048
 
-    rope_theta: float = 10000.0  # Code Llama has 1e6
+    rope_theta: float = 10000.0  # 1e6 in Code Llama
 
     @property
     def head_dim(self) -> int:
@@ -68,10 +68,7 @@ class RMSNorm(nn.Module):
 
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> torch.Tensor:
-    """Return e^(i * angle) for the positions 0 to end - 1, as complex64 (end, dim / 2).
-
-    In column j, the angle is position * theta^(-2 * j / dim).
-    """
+    """Return e^(i * position * theta^(-2j / dim)) for positions 0 to end - 1 and columns j: complex64 (end, dim / 2)."""
     freqs = 1.0 / theta ** (torch.arange(0, dim, 2, device="cpu")[: dim // 2].float() / dim)
     angles = torch.outer(torch.arange(end, device="cpu").float(), freqs)
     return torch.polar(torch.ones_like(angles), angles)
@@ -86,10 +83,7 @@ def reshape_for_broadcast(freqs_cis: torch.Tensor, x: torch.Tensor) -> torch.Ten
 
 
 def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries and keys (B, S, heads, hd) by freqs_cis (S, hd/2).
-
-    Each pair of adjacent values is a complex number, and is multiplied in float32.
-    """
+    """Rotate queries and keys (B, S, heads, hd) by freqs_cis (S, hd/2), adjacent values as one complex number, in float32."""
 
     def rotated(x: torch.Tensor) -> torch.Tensor:
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
@@ -130,7 +124,8 @@ class Attention(nn.Module):
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
 
         self.cache_k, self.cache_v = self.cache_k.to(xq), self.cache_v.to(xq)
-        # Insert xk and xv, not their copies in the cache, which have no gradient. `torch.cat` lacks some dtypes under autocast.
+        # Insert xk and xv into copies of the cached keys and values, because values from the cache have no gradient.
+        # `torch.cat` does not join some dtypes under autocast.
         keys = self.cache_k[:B, : start_pos + S].slice_scatter(xk, 1, start_pos)
         values = self.cache_v[:B, : start_pos + S].slice_scatter(xv, 1, start_pos)
         self.cache_k[:B, start_pos : start_pos + S] = xk.detach()
@@ -227,10 +222,7 @@ class Transformer(nn.Module):
 
     @property
     def freqs_cis(self) -> torch.Tensor:
-        """Return the rotations for 2 * max_seq_len positions.
-
-        They are computed on first use, so that a model on the meta device needs no memory.
-        """
+        """Return the rotations for 2 * max_seq_len positions, computed on first use: a model on `meta` needs no memory."""
         if self._freqs_cis is None:
             args = self.params
             with torch.inference_mode(False):  # a tensor created in inference mode could not be used in training

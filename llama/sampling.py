@@ -1,4 +1,7 @@
-"""Sample the next token from logits. No function in this module makes the host wait for the device."""
+"""Sampling: the options of a call, which are checked here, and the choice of the next token from logits.
+
+No function in this module makes the host wait for the device.
+"""
 
 import numbers
 from collections.abc import Callable
@@ -120,7 +123,7 @@ _GOLDEN, _MIX1, _MIX2 = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """Return the SplitMix64 hash of int64 values. Their products wrap around like the unsigned products of the original."""
+    """Return the SplitMix64 hash of int64 values. int64 products wrap around like the unsigned products of SplitMix64."""
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * _MIX1
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * _MIX2
     return x ^ (x >> 31 & (1 << 33) - 1)

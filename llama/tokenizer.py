@@ -13,9 +13,7 @@ MAX_FILE_BYTES = 1 << 24  # limit for a tokenizer's file; tokenizers of other mo
 
 
 class Tokenizer:
-    """A SentencePiece model. Llama 2's model has 32,000 tokens; BOS is 1, EOS is 2, and there is no padding token (`pad_id` is
-    -1).
-    """
+    """A SentencePiece model. Llama 2's model has 32,000 tokens, BOS 1, EOS 2 and no padding token (`pad_id` is -1)."""
 
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
         path = check_path(model_path, "tokenizer_path", "Meta's tokenizer.model, which is stored beside the model folders")
@@ -78,7 +76,7 @@ class Tokenizer:
         return self.sp_model.decode(ids)
 
     def encode_infilling(self, s: str) -> list[int]:
-        """Return the tokens of a text that continues another text. No space is added before it, as `encode` would do."""
+        """Return the tokens of a text that continues another text. Unlike `encode`, this adds no space before the text."""
         check_text(s, "the text to encode")
         before = self.sp_model.encode(_ANCHOR)
         return self.sp_model.encode(_ANCHOR + s)[len(before) :]
@@ -101,14 +99,17 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.sp_model = tokenizer.sp_model
-        # These tokens are decoded together with the next token, because SentencePiece would remove the space of a token alone.
-        # While all tokens so far have no text, they are all tokens so far; after that, they are only the unknown piece.
+        # The context is decoded together with the next token, because SentencePiece would remove the space of a token alone.
+        # Until a token has a text, the context is all tokens so far; after that, it is only the unknown piece.
         self.context: list[int] = []
         self.context_text = ""
         self.pending_bytes = b""
 
     def begin(self, tokens: list[int]) -> str:
-        """Start with the tokens before the answer, and return their text. Their last character must be complete."""
+        """Start with the tokens before the answer, and return their text.
+
+        The tokens must not end in the middle of a character.
+        """
         text = self.sp_model.decode(tokens)
         self.context = list(tokens)
         if text:
@@ -118,7 +119,8 @@ class Detokenizer:
     def push(self, token: int) -> str:
         """Add a token, and return the text that is now complete."""
         if self.sp_model.is_byte(token):
-            self.pending_bytes += bytes.fromhex(self.sp_model.id_to_piece(token)[3:-1])  # for example, the piece of byte 240 is <0xF0>
+            # The piece of a byte contains its value in hexadecimal, for example <0xF0> for byte 240.
+            self.pending_bytes += bytes.fromhex(self.sp_model.id_to_piece(token)[3:-1])
             return self._decode_bytes(final=False)
         text_of_bytes = self._decode_bytes(final=True)
         if self.sp_model.is_control(token):
@@ -135,15 +137,15 @@ class Detokenizer:
         return self._decode_bytes(final=True)
 
     def _use_short_context(self) -> None:
-        """Decode later tokens together with the unknown piece instead of all tokens so far.
+        """Decode each later token after the unknown piece, instead of after all tokens so far.
 
-        SentencePiece keeps their spaces only after a piece that has a text, and the unknown piece has one.
+        SentencePiece keeps the space of a token only after a piece that has a text, such as the unknown piece.
         """
         self.context = [self.sp_model.unk_id()]
         self.context_text = self.sp_model.decode(self.context)
 
     def _decode_bytes(self, final: bool) -> str:
-        """Return the text of the complete characters among the bytes held back. final: decode incomplete characters, too."""
+        """Return the text of the complete characters among the bytes held back. final: decode incomplete characters as well."""
         text, n = "", 1
         while self.pending_bytes and n:
             try:
@@ -160,7 +162,9 @@ _DECODE = Tokenizer.decode
 
 
 class CustomDetokenizer:
-    """Decode one row's tokens one by one with a caller's replacement for `decode`. Each new token decodes the whole row again.
+    """Decode one row's tokens one by one with a caller's replacement for `decode`.
+
+    Each new token decodes all tokens of the row again, because decoding a part of them could give another text.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
@@ -185,7 +189,9 @@ class CustomDetokenizer:
         return self._send(self.decode(self.tokens))
 
     def _send(self, text: str) -> str:
-        """Return the part of `text` that has not been returned yet; "" if `text` does not begin with the text returned so far.
+        """Return the part of `text` that has not been returned yet.
+
+        Returns "" if `text` does not begin with the text returned so far.
         """
         if not text.startswith(self.sent):
             return ""

@@ -3,7 +3,7 @@
 Read them as `tuning.NAME`, so that changing a value here takes effect everywhere.
 """
 
-# --- prefill and scoring: bounds of what activations take -------------------------------------------------------------------
+# --- prefill and scoring: limits of activation memory -----------------------------------------------------------------------
 
 PREFILL_CHUNK = 2048  # maximum prompt tokens in one forward pass: enough to keep any machine busy
 ATTENTION_CHUNK = 128  # query tokens whose attention scores are in memory at once; prompts are cut at multiples of this number
@@ -19,15 +19,15 @@ INT4_CUDA_MAX_ROWS = 128  # up to this number of rows, PyTorch's int4 kernel is 
 # --- products on CPUs -------------------------------------------------------------------------------------------------------
 
 MIN_PACKED_BYTES = 1 << 19  # minimum size of a packed weight; smaller weights are fastest with F.linear (Zen 4)
-ONEDNN_MIN_ROWS = 4  # oneDNN is slower by a third for fewer rows (Zen 4), and rounds a single row differently
+ONEDNN_MIN_ROWS = 4  # for fewer rows, oneDNN is slower by a third (Zen 4); a single row is also rounded differently
 INT4_CPU_MAX_ROWS = 96  # up to this number of rows, PyTorch's int4 kernel is faster than unpacking the weight once
-AVX2_MAX_ROWS_16BIT = 96  # up to this number of rows, csrc/linear_avx2.c is faster than converting the weight to float32
+AVX2_MAX_ROWS_16BIT = 96  # up to this number of rows, csrc/linear_avx2.c is faster than converting a 16-bit weight to float32
 AVX2_MAX_ROWS_FP32 = 16  # up to this number of rows, csrc/linear_avx2.c is faster than MKL for float32 weights
-MAX_SINGLE_ROWS = 4  # up to this number of rows, F.linear row by row is faster than converting the weight to float32
-PIECE_BYTES = 1 << 21  # weights that a thread converts at a time, so that they stay in its cache until they are multiplied
-MAX_COPY_BYTES = 1 << 26  # maximum memory for copies of the input, one for each thread that multiplies
+MAX_SINGLE_ROWS = 4  # up to this number of rows, F.linear row by row is faster than converting a 16-bit weight to float32
+PIECE_BYTES = 1 << 21  # bytes of weights that a thread converts at a time; they stay in its cache until they are multiplied
+MAX_COPY_BYTES = 1 << 26  # maximum bytes for copies of an input; each thread multiplies a separate copy
 
 # --- loading ----------------------------------------------------------------------------------------------------------------
 
-QUANTIZE_AT_ONCE = 1 << 20  # weights to quantize at a time, so that temporary tensors stay in a cache
-QUANTIZE_SHARDS_AT_ONCE = 1 << 24  # weights of several shards to join and quantize at a time
+QUANTIZE_AT_ONCE = 1 << 20  # number of values to quantize at a time, so that temporary tensors stay in a cache
+QUANTIZE_SHARDS_AT_ONCE = 1 << 24  # number of values to join from several shards and quantize at a time

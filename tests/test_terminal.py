@@ -259,7 +259,7 @@ def test_commands_work_with_a_closed_stdin_stdout_or_stderr(talker: tuple, close
 
 def test_empty_standard_input_is_refused_and_a_byte_order_mark_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
-    with pytest.raises(InputError, match="standard input holds no text"):
+    with pytest.raises(InputError, match="standard input contains no text"):
         read_prompts(jsonl=False)
     monkeypatch.setattr(
         sys, "stdin", io.TextIOWrapper(io.BytesIO(b'\xef\xbb\xbf{"prompt": "a"}'))

@@ -36,7 +36,7 @@ class Job:
 
     @property
     def quantize(self) -> str | None:
-        """Return this library's `quantize` argument for the variant, as in "int8" for "int8+compile"; None for none."""
+        """Return the weight format in a variant of this library, as in "int8" for "int8+compile"; None for "compile" or ""."""
         return self.variant.removesuffix("compile").removesuffix("+") or None
 
     @property

@@ -59,11 +59,11 @@ class Step(torch.nn.Module):
 
 
 def write(hf: str, folder: Path, variant: str) -> None:
-    """Convert a folder of transformers to a folder for OpenVINO GenAI. variant: "int8" or "int4" to quantize, or ""."""
+    """Convert a folder of transformers to a folder for OpenVINO GenAI. variant: "int8", "int4", or "" to not quantize."""
     source = AutoModelForCausalLM.from_pretrained(hf, attn_implementation="sdpa").eval()
     is_float32 = source.dtype == torch.float32
     if not is_float32:
-        keep_16_bit(source)  # 16 bit for the weights only: OpenVINO expects a graph that computes in float32
+        keep_16_bit(source)  # only the weights stay in 16 bit: OpenVINO expects a graph that computes in float32
     model = trace(source)
     if variant:
         model = nncf.compress_weights(model, **MODES[variant])

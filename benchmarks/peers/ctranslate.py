@@ -1,4 +1,4 @@
-"""The peer ctranslate2: run models with CTranslate2, in float32 or int8, because it does not support bfloat16 on CPUs."""
+"""The peer ctranslate2: run models in float32 or int8, because CTranslate2 does not support bfloat16 on CPUs."""
 
 import time
 
@@ -22,7 +22,7 @@ class CTranslate2:
                 first = time.perf_counter()
             return False  # returning True would end the generation
 
-        words = [[str(token) for token in p] for p in prompts]  # in the vocabulary of convert.py, token 5 is "5"
+        words = [[str(token) for token in p] for p in prompts]  # convert.py wrote a vocabulary in which token 5 is "5"
         # With include_prompt_in_result=False, CTranslate2 prefills all rows at once, up to the end of the shortest prompt.
         results = self.generator.generate_batch(
             words, max_length=new, end_token=[], include_prompt_in_result=False, callback=on_step

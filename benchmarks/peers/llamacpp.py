@@ -1,4 +1,4 @@
-"""The peer llama.cpp: run models with its C functions, as bound by llama-cpp-python, without that package's Python classes."""
+"""The peer llama.cpp: call the C functions of llama.cpp directly, because the classes of llama-cpp-python add overhead."""
 
 import time
 from collections.abc import Callable

@@ -19,7 +19,7 @@ class OpenVino:
         scheduler.enable_prefix_caching = False  # repeated measurements must compute the prompts again
         scheduler.max_num_batched_tokens = sys.maxsize  # prefill all prompts in one step, as LLMPipeline does
         properties: dict[str, int | str] = {"INFERENCE_NUM_THREADS": job.threads}
-        if job.dtype == "float32":  # otherwise OpenVINO may compute in bfloat16
+        if job.dtype == "float32":  # by default, OpenVINO may compute in bfloat16
             properties["INFERENCE_PRECISION_HINT"] = "f32"
         self.pipeline = openvino_genai.ContinuousBatchingPipeline(job.openvino, scheduler, "CPU", properties)
 

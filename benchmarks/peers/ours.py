@@ -26,7 +26,7 @@ class Ours:
         stream = self.llama.generate_stream(prompts, new, temperature=0)
         generated = [next(stream) for _ in prompts]
         first = time.perf_counter()
-        generated += stream  # the stream copies every token to the host, so that all GPU work is done at `end`
+        generated += stream  # the stream copies every token to the host, so that all GPU work is done when the clock stops
         end = time.perf_counter()
         tokens: list[list[int]] = [[] for _ in prompts]
         for token in generated:

@@ -3,7 +3,7 @@
 The model consists of fairscale's layers, one for each of wq, wk, wv, w1, w2 and w3. The rotary embedding uses complex numbers.
 Keys and values are expanded to every query head, attention is matmul, softmax, matmul, and logits are computed at every
 position. Prompts of unequal length are prefilled together up to the end of the shortest. Then all rows advance by one token per
-step. Where a longer prompt has a token of its own, this token replaces the generated one.
+step. As long as a longer prompt continues, the prompt's token replaces the generated token.
 """
 
 import json
@@ -118,7 +118,7 @@ class Model(nn.Module):
         h = self.tok_embeddings(tokens)
         freqs = self.freqs[start : start + S].view(1, S, 1, -1)
         mask = None
-        if S > 1:  # the prefill, which starts at position 0, so that the mask is square
+        if S > 1:  # only the prefill has S > 1, and it starts at position 0, so that the mask is square
             mask = torch.full((S, S), float("-inf"), device=h.device).triu(1).type_as(h)
         for layer in self.layers:
             h = layer(h, start, freqs, mask)

@@ -6,7 +6,7 @@ When the model is loaded, the worker prints {"seconds": S, "device_peak": N}. S 
 token, and N is the peak GPU memory in bytes, 0 on a CPU. Each request is a line {"prompts": [[token, ...], ...], "new": number
 of new tokens, "min_seconds": seconds}, and its answer is a line {"times": [[first, rest], ...], "tokens": [[token, ...], ...]}.
 The worker repeats a request until `min_seconds` have passed, because a single run of a small model is too short to measure.
-"times" contains the seconds of each repetition, as in `peers.Answer`; "tokens" contains the new tokens of the last one.
+"times" contains the seconds of each repetition, as in `peers.Answer`; "tokens" contains the new tokens of the last repetition.
 """
 
 import json
@@ -20,7 +20,7 @@ from peers import Job, import_peer
 
 def main() -> None:
     stdout = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # libraries that print then write to stderr, so that stdout contains only JSON
+    os.dup2(2, 1)  # redirect the output of all libraries to stderr, so that stdout contains only JSON
 
     def reply(**fields: Any) -> None:
         stdout.write(json.dumps(fields) + "\n")

@@ -1,8 +1,8 @@
 """The cpu backend: run a whole decode step in one call of compiled C (csrc/decode_avx512.c) where possible.
 
-This needs a CPU with AVX-512 instructions for bfloat16, a bfloat16 model, and a single rank. In all other cases the backend
-runs layer by layer. A decode step reads all weights, which evicts everything else from the CPU's caches, so that Python code
-between two matrix products is slow. The C code avoids Python between the layers.
+The single call needs a CPU with AVX-512 instructions for bfloat16, a bfloat16 model, and a single rank. In all other cases the
+backend runs layer by layer. A decode step reads all weights, which evicts everything else from the CPU's caches, so that Python
+code between two matrix products is slow. A single call runs no Python code between them.
 """
 
 import functools
@@ -22,7 +22,7 @@ from .layerwise import TorchBackend, decode_layerwise
 
 
 def why_shape_unsupported(args: ModelArgs, dtype: torch.dtype, ranks: int) -> str | None:
-    """Return why a model of these sizes cannot run a decode step in one call of C; None if it can.
+    """Return why a model cannot run a decode step in one call of C because of its sizes, dtype or ranks; None if it can.
 
     ranks: number of ranks that share the model.
     """

@@ -21,7 +21,8 @@ from ..engine.kv_cache import RaggedBatch
 
 ComputeLogits = Callable[[EngineForward, torch.Tensor, RaggedBatch], torch.Tensor]
 
-CAPTURE_LOCK = threading.Lock()  # one capture at a time: the start of a capture synchronizes the device, which makes other captures fail
+# Only one capture runs at a time. The start of a capture synchronizes the device, which makes other captures fail.
+CAPTURE_LOCK = threading.Lock()
 
 
 class CudaGraphsBackend(Backend):
@@ -31,8 +32,8 @@ class CudaGraphsBackend(Backend):
     packs_weights = True
 
     def __init__(self) -> None:
-        self.captures = True  # becomes False when a capture fails, which ends all capturing
-        self.steps: dict[tuple[int, int], CapturedStep] = {}  # key: (rows, context bucket); least recently used step first
+        self.captures = True  # becomes False when a capture fails; then no more steps are captured
+        self.steps: dict[tuple[int, int], CapturedStep] = {}  # key: (rows, context bucket); order: least recently used first
         self.forward: EngineForward | None = None
         self.dependencies: list[object] = []  # kernels, and addresses of tensors, that the steps read
         self.stream: torch.cuda.Stream | None = None
@@ -95,7 +96,7 @@ class CudaGraphsBackend(Backend):
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         try:
             step.capture(self.stream, self.pool)
-        except RuntimeError as e:  # other ranks may succeed: the collectives are the same with and without a capture
+        except RuntimeError as e:  # harmless for other ranks: a step launches the same collectives with or without a capture
             self.captures, self.pool = False, None
             if global_rank() == 0:
                 reason = str(e).split("\n")[0]
@@ -103,7 +104,7 @@ class CudaGraphsBackend(Backend):
 
 
 def context_bucket(kv_len: int, max_seq_len: int) -> int:
-    """Return the number of positions that a captured step attends to: kv_len rounded up to a power of two or max_seq_len."""
+    """Return kv_len rounded up to a power of two, at most max_seq_len: the positions that a captured step attends to."""
     return min(max(tuning.MIN_GRAPH_CONTEXT, 1 << (kv_len - 1).bit_length()), max_seq_len)
 
 

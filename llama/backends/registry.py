@@ -2,9 +2,11 @@
 
 eager           `Transformer.forward`, module by module, on weights that are not packed
 torch           the engine's forward, layer by layer on any device, with kernels launched one by one
-cpu             the engine's forward with this library's compiled kernels; a decode step is a single call if they support the model
+cpu             the engine's forward with this library's compiled kernels; if possible, a decode step is a single call of C
 cuda_graphs     the engine's forward; a decode step is captured once and then replayed with one launch
 torch_compile   like cuda_graphs, with the small kernels of a layer fused by torch.compile
+
+With any backend, a model that the caller has modified runs `Transformer.forward`, module by module.
 """
 
 import platform
@@ -26,7 +28,8 @@ from .torch_compile import TorchCompileBackend
 BACKENDS: dict[str, type[Backend]] = {
     backend.name: backend for backend in (TorchCompileBackend, CudaGraphsBackend, CpuBackend, TorchBackend, EagerBackend)
 }
-# The backends that backend="auto" chooses from, fastest first. torch_compile is missing: it compiles for seconds per batch size.
+# The backends that backend="auto" may choose, fastest first. torch_compile is not one of them, because it must compile for
+# several seconds for each number of rows.
 AUTO = (CudaGraphsBackend, CpuBackend, TorchBackend)
 
 
@@ -49,9 +52,9 @@ def slowdown_warning(backend: type[Backend], device: torch.device, args: model.M
     if device.type != "cpu" or (sys.platform, platform.machine()) != ("linux", "x86_64"):
         return None
     missing = [status for status in (avx512.status(), avx2.status(), pack.status()) if status.not_compiled]
-    if backend.name in ("torch", "cpu") and missing:  # after an update without a new build, some may be missing
+    if backend.name in ("torch", "cpu") and missing:  # without a new build after an update, extensions may be missing
         return f"llama: decoding is slower than it could be, without compiled kernels: {missing[0].reason}"
-    packed = 2 * args.dim * args.ffn_width * dtype.itemsize >= tuning.MIN_PACKED_BYTES  # smaller models are always fast
+    packed = 2 * args.dim * args.ffn_width * dtype.itemsize >= tuning.MIN_PACKED_BYTES  # small models use no packed weights
     if (
         backend.name == "cpu"
         and avx512.extension()

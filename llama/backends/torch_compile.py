@@ -73,7 +73,7 @@ class CompiledLayer:
         return h + self.all_reduced(layer.w2, gated)
 
     def all_reduced(self, weight: MergedLinear, x: torch.Tensor) -> torch.Tensor:
-        """Multiply x by a weight with compiled code, then sum over the ranks without it: torch.compile cannot compile the sum."""
+        """Multiply x by a weight with compiled code. Then sum over the ranks, which torch.compile cannot compile."""
         return reduce_from_model_parallel_region(self.linear(weight, x))
 
     def logits(self, forward: EngineForward, hidden: torch.Tensor) -> torch.Tensor:

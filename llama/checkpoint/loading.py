@@ -32,7 +32,7 @@ from .shards import Shards, split_dim
 from .validate import NON_FINITE
 
 
-@torch.inference_mode(False)  # weights created in inference mode could not be edited in place outside of it
+@torch.inference_mode(False)  # weights created in inference mode could not be edited in place outside of inference mode
 def load_weights(
     model: Transformer,
     shards: Shards,
@@ -150,7 +150,7 @@ def _pack_rank_part(
     device: torch.device,
     packs: bool,
 ) -> LinearKernel | QuantizedWeight | torch.Tensor | None:
-    """Return this rank's part of a group of linear weights, packed or quantized; None if it is to be neither."""
+    """Pack or quantize this rank's part of a group of linear weights, and return it; return None if neither is needed."""
     weight_format = format and format_of(names[0], format)
     if shards.packed_format:
         stored_format = format_of(names[0], shards.packed_format) or ""
@@ -159,7 +159,7 @@ def _pack_rank_part(
         split_by_inputs, (rank, ranks) = split_dim(names[0]) == 1, model_parallel()
         width = sum(view.shape[1] for view in views) if split_by_inputs else views[0].shape[1]
         first, last = 0, width
-        if split_by_inputs and weight_format:  # the views are whole rows, and this rank keeps only its inputs
+        if split_by_inputs and weight_format:  # the views are whole rows; pack only this rank's inputs
             first, last = width * rank // ranks, width * (rank + 1) // ranks
         if kernel := pack_rows(weight_format, views, dtype, width, first, last):
             for view in views:
@@ -187,7 +187,7 @@ def _read_packed_weights(
     such a kernel, and if this rank's part begins in the middle of a block.
     """
     rank, ranks = model_parallel()
-    parts: list[tuple[BlockedWeight, int, int]] = []  # (weight, first, last): keep its outputs first to last - 1
+    parts: list[tuple[BlockedWeight, int, int]] = []  # (weight, first, last): this rank's outputs are first to last - 1
     is_aligned = True
     for name, linear in zip(names, linears, strict=True):
         _check_packed_weight(name, tensors, format)
@@ -253,7 +253,7 @@ def _is_finite(weight: torch.Tensor) -> bool:
 def _can_stay_mapped(views: list[torch.Tensor], dtype: torch.dtype, device: torch.device) -> bool:
     """Return True if a view of the mapped file can be the weight itself, so that processes share its memory."""
     view = views[0]
-    is_aligned = view.data_ptr() % 64 == 0  # torch.save aligns tensors to 64 bytes, other programs may not
+    is_aligned = view.data_ptr() % 64 == 0  # torch.save aligns tensors to 64 bytes; other programs may not
     return len(views) == 1 and view.is_contiguous() and is_aligned and view.dtype == dtype and device.type == "cpu"
 
 

@@ -7,8 +7,9 @@ be deleted.
 The file is in the safetensors format, with Meta's names. The embedding and the norms are stored as in the shards. Every other
 weight (out, in) is stored in blocks (kernels/blocked_linear.py), in which 4 bytes contain n inputs:
 
-    NAME.weight          blocks, uint8 (out / 64, in / n, 64, 4)
-    NAME.weight.scale    bfloat16; int8: scales (out / 64, groups, 64, 1); int4: scales and zeros (out / 64, groups, 64, 2)
+    NAME.weight                    blocks, uint8 (out / 64, in / n, 64, 4)
+    NAME.weight.scale (if int8)    scales, bfloat16 (out / 64, groups, 64, 1)
+    NAME.weight.scale (if int4)    scales and zeros, bfloat16 (out / 64, groups, 64, 2)
 
 The header contains the version of the layout, so that a file of another version is rejected, and a fingerprint of the shards
 from which the file was made. Weights are unpacked on a GPU, on a CPU without a kernel for blocks, and on a rank whose part of a
@@ -69,7 +70,7 @@ def shards_fingerprint(ckpt_dir: str | os.PathLike[str]) -> str | None:
 
 
 def _fingerprint_parts(path: Path) -> Iterator[bytes]:
-    """Yield bytes that identify a shard: the name, size and checksum of each record, and its first 4 kB.
+    """Yield bytes that identify a shard: the name, size, checksum and first 4 kB of each record.
 
     The first 4 kB are needed because some programs write no checksums.
     """
@@ -193,7 +194,7 @@ def save_packed_file(ckpt_dir: str | os.PathLike[str], format: str) -> Path:
     layout = file_layout(model, shards.first["tok_embeddings.weight"].dtype, format)
     header, spans = _encode_header(layout, format, shards_fingerprint(ckpt_dir))
     path = packed_file_path(ckpt_dir, format)
-    temporary = path.with_suffix(f".{os.getpid()}.part")  # its name is unique, as several processes may save at once
+    temporary = path.with_suffix(f".{os.getpid()}.part")  # a unique name, because several processes may save at once
     try:
         size, free = max(end for _, end in spans.values()), shutil.disk_usage(path.parent).free
         if free < size:

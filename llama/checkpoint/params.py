@@ -1,4 +1,4 @@
-"""Read and check `params.json`, and describe a folder that is not a checkpoint for error messages."""
+"""Read and check `params.json`. For error messages, describe a folder that is not a checkpoint."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from ..model import ModelArgs
 from ..quantization.weight import FORMATS
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_PARAMS_BYTES = 1 << 20  # limit for params.json, of which Meta's have about 100 bytes
+MAX_PARAMS_BYTES = 1 << 20  # size limit of params.json; Meta's files have about 100 bytes
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

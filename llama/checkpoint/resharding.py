@@ -37,7 +37,7 @@ _MERGED_INTO_ANOTHER = {name for names in MERGED_WEIGHTS.values() for name in na
 def weight_groups(model: Transformer, joint: bool) -> list[list[str]]:
     """Return the names of a model's weights, as one list for each group of weights that are loaded together.
 
-    joint: True to load the weights that MERGED_WEIGHTS lists together as one group. Every other weight is a group by itself.
+    joint: True to make one group of the weights that MERGED_WEIGHTS merges. Every other weight is a group by itself.
     """
     groups = []
     for name, _ in model.named_parameters():
@@ -55,6 +55,9 @@ def shard_parts(name: str, shards: Shards) -> list[torch.Tensor]:
 
 
 def rank_views(name: str, shards: Shards) -> list[torch.Tensor]:
-    """Return views of a weight's parts in the shards that, joined along its `split_dim`, are this rank's part of it."""
+    """Return views of the shards that, joined, are this rank's part of a weight.
+
+    The views are to be joined along the weight's `split_dim`.
+    """
     parts, dim = shard_parts(name, shards), split_dim(name)
     return parts if dim is None else shard_views(parts, dim, *model_parallel())

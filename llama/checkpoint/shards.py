@@ -66,7 +66,7 @@ def file_identity(path: Path) -> tuple[int, ...] | None:
 
 
 def split_dim(name: str) -> int | None:
-    """Return the dimension along which a weight is divided among shards or ranks; None if each of them has all of it.
+    """Return the dimension along which a weight is divided among shards or ranks; None if the weight is not divided.
 
     name: Meta's name of the weight, such as "layers.0.attention.wq.weight".
     """

@@ -183,8 +183,7 @@ def _check_arguments(args: Any) -> tuple[Any, ...]:
 def _call(unpickler: Any) -> None:
     """Run the pickle opcode REDUCE, which calls a function, after a check of the arguments.
 
-    Without the check, Python's error for wrong arguments would print the called object. A hostile object takes for ever to
-    print.
+    Without the check, Python's error for wrong arguments would print the called object, which could take for ever.
     """
     function, args = unpickler.stack[-2:]
     unpickler.stack[-2:] = [function(*_check_arguments(args))]

@@ -70,7 +70,7 @@ def read_prompts(jsonl: bool) -> tuple[list[str], list[str]]:
     if not jsonl:
         text = sys.stdin.read().removesuffix("\n")
         if not text:
-            raise InputError("standard input holds no text to continue; give one there, or as an argument")
+            raise InputError("standard input contains no text to continue; give a text there, or as an argument")
         check_text(text, "standard input")
         return [text], ["standard input"]
     prompts, labels = [], []

@@ -1,7 +1,7 @@
 """A conversation in the chat: keep the dialog, fit it into the context, and run commands such as /retry.
 
-The input is the user's lines. The output is chunks of answers, and status lines for the function `print_status`. Nothing in this
-module depends on a terminal.
+The input is lines of the user. The output is chunks of answers, and status lines for the function `print_status`. Nothing in
+this module depends on a terminal.
 """
 
 import json
@@ -62,7 +62,7 @@ class Conversation:
         return dialog if question is None else [*dialog, {"role": "user", "content": question}]
 
     def respond(self, line: str) -> Generator[str, None, None] | None:
-        """Return the answer to a line as a generator of text chunks. Only a question and /retry have an answer, others None.
+        """Return the answer to a question or to /retry, as a generator of text chunks; None for all other lines.
 
         Raises InputError for a line that cannot be answered. The conversation then stays unchanged.
         """
@@ -94,7 +94,7 @@ class Conversation:
         return None
 
     def _set_system(self, text: str) -> None:
-        """Set the system text, or remove it for "-". Then print it as a status line."""
+        """Set the system text to `text` if there is one, or remove the system text if `text` is "-". Then print the result."""
         if text == "-":
             self.system = None
         elif text:

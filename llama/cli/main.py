@@ -27,7 +27,7 @@ from .terminal import Terminal
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
+    """Return the argument parser for all commands."""
     model = model_parser()
     parser = argparse.ArgumentParser("python -m llama", description="Llama 2 in the terminal.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="chat | complete | quantize | plan | info")
@@ -80,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     planning.add_argument("--max_seq_len", type=int, default=4096, metavar="N", help="context length; default: 4096")
     planning.add_argument("--max_batch_size", type=int, default=1, metavar="N", help="rows of the batch; default: 1")
     planning.add_argument("--dtype", choices=DTYPES, help="default: the stored one, bfloat16 for Meta's models")
-    planning.add_argument("--quantize", choices=QUANTIZE_FORMATS, help="hold the matrices in 8 or 4 bit")
+    planning.add_argument("--quantize", choices=QUANTIZE_FORMATS, help="store the weight matrices in 8 or 4 bit")
     planning.add_argument("--gpu", type=str.upper, choices=GPUS, metavar="NAME", help=f"one of {', '.join(GPUS)}")
     planning.add_argument("--memory", type=float, metavar="GB", help="device memory in GB, for any other machine")
     planning.add_argument("--bandwidth", type=float, metavar="GB/s", help="bandwidth of that memory in GB/s")
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run() -> None:
     """Run the command line as a program, and exit with its exit code."""
-    # The handler makes SIGTERM run `finally` blocks. Ranks do not use it, because it could only run after a collective has ended.
+    # The handler makes SIGTERM run `finally` blocks. With several ranks, it could not run before the end of a collective.
     if world_size() == 1:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

@@ -23,7 +23,7 @@ def model_parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--device", help="cpu, cuda or mps; default: the fastest available")
     model.add_argument("--dtype", help="bfloat16, float16 or float32; default: the stored one")
-    model.add_argument("--quantize", choices=QUANTIZE_FORMATS, help="hold the matrices in 8 or 4 bit")
+    model.add_argument("--quantize", choices=QUANTIZE_FORMATS, help="store the weight matrices in 8 or 4 bit")
     model.add_argument("--compile", action="store_true", help="use torch.compile (CUDA): faster decoding after a slower start")
     model.add_argument("--model_parallel_size", type=int, metavar="N", help="ranks that share one model; default: all")
     model.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the random numbers; default: 1")
@@ -46,7 +46,7 @@ def model_parser() -> argparse.ArgumentParser:
 
 
 def build_model(args: argparse.Namespace, max_batch_size: int) -> Llama:
-    """Load the model that the flags name."""
+    """Load the model that the flags specify."""
     ckpt_dir, tokenizer_path = resolve_model_paths(args.ckpt_dir, args.tokenizer_path)
     if args.max_seq_len is None:
         args.max_seq_len = 4096 if args.ckpt_dir else 512  # the context lengths of Llama 2 (4096) and of the demo model (512)
@@ -58,7 +58,7 @@ def build_model(args: argparse.Namespace, max_batch_size: int) -> Llama:
 
 
 def call_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of the calls that generate text. Check them before a model is loaded, which may take minutes."""
+    """Return the options for text generation from the flags. Invalid options raise now, before a model is loaded."""
     options = {field.name: getattr(args, field.name) for field in fields(SamplingParams)}
     options |= {"max_gen_len": args.max_gen_len, "stop": tuple(args.stop)}
     validate_options(**options)

@@ -42,13 +42,13 @@ class Terminal:
         self.prompt = "> " if self.keyboard and sys.stdout.isatty() else ""
         self.reading = self.interrupt_requested = self.closed = False
         self.typed_ahead: list[str] = []  # complete lines that were typed during an answer
-        self.saved_termios: list[Any] | None = None  # settings to restore; None if they are unchanged
+        self.saved_termios: list[Any] | None = None  # terminal settings to restore; None if they are unchanged
 
     def __enter__(self) -> "Terminal":
         if not self.is_rank0:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 handles Ctrl-C for all ranks
             return self
-        configure_stream(sys.stdin, errors="surrogateescape")  # only lines with invalid UTF-8 are refused, later
+        configure_stream(sys.stdin, errors="surrogateescape")  # invalid UTF-8 is refused later, in the line that contains it
         configure_stream(sys.stdout, errors="replace")
         if self.keyboard:
             signal.signal(signal.SIGINT, self._interrupt)
@@ -78,7 +78,7 @@ class Terminal:
             settings[6][termios.VINTR] = settings[6][termios.VSUSP] = disabled
             settings[6][termios.VEOL] = INTERRUPT
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):  # sent by torchrun when it ends
-                signal.signal(number, lambda number, _: sys.exit(128 + number))  # exit with `__exit__`, which restores the settings
+                signal.signal(number, lambda number, _: sys.exit(128 + number))  # runs `__exit__`, which restores the terminal
             termios.tcsetattr(0, termios.TCSADRAIN, settings)
             if "GNU" in (getattr(readline, "__doc__", None) or ""):
                 readline.parse_and_bind(r'"\C-c": "\C-e\C-u\C-m"')

@@ -1,4 +1,4 @@
-"""Keep ranks consistent: compare their input, share results, and raise one rank's failure on all ranks."""
+"""Keep ranks consistent: compare their inputs, share their results, and raise a failure of one rank on all ranks."""
 
 import contextlib
 import hashlib
@@ -17,13 +17,13 @@ from .groups import all_ranks_group, global_rank, model_parallel, reachable_worl
 
 T = TypeVar("T")
 
-SLOW_RANK_SECONDS = 30  # that a rank waits for the other ranks before it prints a warning
+SLOW_RANK_SECONDS = 30  # seconds that a rank waits for other ranks before it prints a warning
 
 
 def run_on_all_ranks(work: Callable[[], T], must_match: Callable[[T], object] | None = None) -> T:
     """Run `work` on every rank and return its result. If it fails on one rank, raise an error with the cause on all ranks.
 
-    No rank then goes on to a collective that a failed rank never reaches. `work` must not contain a collective.
+    So no rank waits in a later collective for a rank that has failed. `work` itself must not contain a collective.
     must_match: maps the result to a value whose repr must be equal on all ranks; otherwise every rank raises InputError.
     """
     if reachable_world_size() == 1:
@@ -50,7 +50,7 @@ def run_on_all_ranks(work: Callable[[], T], must_match: Callable[[T], object] | 
 
 
 def run_on_rank0(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 only. Return its result, or raise its failure, on every rank. `work` may wait for a user's input."""
+    """Run `work` on rank 0 only. On every rank, return its result or raise its failure. `work` may wait for a user's input."""
     if reachable_world_size() == 1:
         return work()
     result, failure = _outcome(work) if global_rank() == 0 else (None, None)
@@ -62,7 +62,7 @@ def run_on_rank0(work: Callable[[], T]) -> T:
 
 
 def gather_from_replicas(work: Callable[[], T]) -> list[T]:
-    """Run `work` on every replica. Return the results of all replicas, in the order of the replicas, on every rank."""
+    """Run `work` on every replica. On every rank, return the results of all replicas, in the order of the replicas."""
     index, count = replica()
     with propagate_failure():
         if count == 1:
@@ -71,7 +71,7 @@ def gather_from_replicas(work: Callable[[], T]) -> list[T]:
         failure: LlamaError | None = None
         try:
             result = work()
-        except (NonFiniteError, InputError) as e:  # all ranks of this replica raise these errors, but other replicas may not
+        except (NonFiniteError, InputError) as e:  # raised by all ranks of this replica, but maybe not by other replicas
             failure = e
     gathered: list[Any] = _all_gather((error_text(failure), None if model_parallel()[0] else (index, result)))
     _raise_first(failure, [cause for cause, _ in gathered])
@@ -80,7 +80,7 @@ def gather_from_replicas(work: Callable[[], T]) -> list[T]:
 
 
 def broadcast_from_rank0(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy a tensor, in place, from the first rank of the model-parallel group to all its ranks. Return the tensor."""
+    """Copy a tensor in place from the first rank of the model-parallel group to all ranks of the group. Return the tensor."""
     if model_parallel()[1] > 1:
         dist.broadcast(tensor, fs.get_model_parallel_src_rank(), group=fs.get_model_parallel_group())
     return tensor
@@ -95,7 +95,7 @@ def _all_gather(value: T) -> list[T]:
 
 
 def _outcome(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
-    """Return the result of `work` and None, or None and the exception that it raised."""
+    """Run `work`. Return its result and None if it succeeds, or None and the exception if it raises."""
     try:
         return work(), None
     except BaseException as e:  # catch Ctrl-C too, because the other ranks wait for the outcome of this rank
@@ -103,7 +103,10 @@ def _outcome(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
 
 
 def _raise_first(local_failure: BaseException | None, causes: list[str | None]) -> None:
-    """Raise the failure of this rank, or else an error with the cause of the first rank that failed, if any."""
+    """Raise the failure of this rank. If this rank has not failed, raise an error with the cause of the first failed rank.
+
+    If no rank has failed, return.
+    """
     if local_failure is not None:
         raise local_failure
     for rank, cause in enumerate(causes):
@@ -114,7 +117,7 @@ def _raise_first(local_failure: BaseException | None, causes: list[str | None]) 
 
 @contextlib.contextmanager
 def _warn_if_slow() -> Iterator[None]:
-    """Print one warning if the block waits longer than SLOW_RANK_SECONDS for other ranks, which may never arrive."""
+    """Print one warning if the block inside this context waits longer than SLOW_RANK_SECONDS for other ranks."""
     text = (
         f"llama: rank {global_rank()} has waited {SLOW_RANK_SECONDS} s for the other ranks and keeps waiting: they are slow, "
         "or have made another call (every rank must make the same calls, and end a stream after the same chunk)"

@@ -17,11 +17,11 @@ from ..errors import InputError, LlamaError, NonFiniteError
 from . import groups
 from .groups import destroy_groups, global_rank, reachable_world_size
 
-FAILURE_KEY = "llama/reason"  # key in the store of the process group: which rank failed first, and why
+FAILURE_KEY = "llama/reason"  # key in the store of the process group; the value says which rank failed, and why
 
 
 def error_text(failure: BaseException | None) -> str | None:
-    """Return the type and message of an exception, as in "ValueError: message"; None for None."""
+    """Return the type and message of an exception, as in "ValueError: message"; None if there is no exception."""
     return None if failure is None else f"{type(failure).__name__}: {failure}"
 
 
@@ -29,8 +29,8 @@ def error_text(failure: BaseException | None) -> str | None:
 def propagate_failure() -> Iterator[None]:
     """Guard a block that contains collectives: a failure in the block makes all ranks raise.
 
-    NonFiniteError and InputError pass unchanged, since all ranks raise them alike. Any other failure ends the process groups.
-    The collectives of the other ranks then fail, and these ranks raise LlamaError with the reason of the failed rank.
+    NonFiniteError and InputError are raised on all ranks anyway, and have no further effect. Any other failure ends the process
+    groups. The collectives of the other ranks then fail, and these ranks raise LlamaError with the reason of the failed rank.
     """
     reachable_world_size()
     try:
@@ -40,7 +40,7 @@ def propagate_failure() -> Iterator[None]:
     except BaseException as e:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             raise
-        # Local variables in the traceback may refer to process groups, which end only when nothing refers to them.
+        # A process group ends only when nothing refers to it. So clear the local variables that the traceback keeps alive.
         traceback.clear_frames(e.__traceback__)
         if _caused_by_peer(e):
             unknown = "another rank ended without a reason (it was killed, or did not make this call), so every rank stops"
@@ -58,7 +58,7 @@ def propagate_failure() -> Iterator[None]:
 def defer_signals() -> Iterator[None]:
     """Defer the handlers of SIGINT and SIGTERM until the block ends, if there are other ranks.
 
-    A handler may raise, and a collective that one rank has left halfway can neither continue nor be aborted.
+    A signal handler may raise an exception. During a collective, this would leave the other ranks waiting in the collective.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1 or threading.current_thread() is not threading.main_thread():
         yield
@@ -79,11 +79,11 @@ def defer_signals() -> Iterator[None]:
 
 
 class PeerFailed(Exception):
-    """Raised when work of this rank can never finish, since another rank has failed."""
+    """Raised when this rank waits for a rank that has failed."""
 
 
 def peer_failure_reason(wait: float = 0) -> str | None:
-    """Return the reason that a failed rank has left in the store, or None. Wait up to `wait` seconds for a reason."""
+    """Return the reason that a failed rank has written to the store, or None. Wait up to `wait` seconds for a reason."""
     deadline = time.monotonic() + wait
     with contextlib.suppress(Exception):  # the store is gone if the rank that hosts it has ended
         store = _store()
@@ -106,10 +106,10 @@ def _caused_by_peer(e: BaseException) -> bool:
 
 
 def _end_groups(reason: str) -> None:
-    """End all process groups. Later calls raise an error with the reason."""
+    """End all process groups, so that later calls raise an error with the given reason."""
     groups.ended_reason = reason
     with contextlib.suppress(Exception):
-        if torch.cuda.is_available():  # NCCL kernels that wait for a failed rank would never end
+        if torch.cuda.is_available():  # without an abort, NCCL kernels would wait for a failed rank for ever
             compat.abort_process_groups()
     with contextlib.suppress(Exception):
         destroy_groups()

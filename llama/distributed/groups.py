@@ -3,10 +3,10 @@
     world     all WORLD_SIZE ranks
     replica   `model_parallel_size` adjacent ranks that share one whole model; a world may contain several replicas
 
-Every rank makes the same calls with the same input. Once per call, before anything is computed, the ranks exchange a
-fingerprint of their input, and all raise if it differs (`run_on_all_ranks`). If a rank fails later, it leaves its reason in the
-store of the process group and ends its groups (`propagate_failure`); the collectives of the other ranks then fail at once, and
-the other ranks read the reason from the store.
+Every rank makes the same calls with the same input. At the start of a call, the ranks exchange fingerprints of their input. If
+the fingerprints differ, all ranks raise an error (`run_on_all_ranks`). If a rank fails later, it writes the reason to the store
+of the process group and ends its groups (`propagate_failure`). The collectives of the other ranks then fail at once, and the
+other ranks read the reason from the store.
 """
 
 import atexit
@@ -24,7 +24,7 @@ from fairscale.nn.model_parallel import initialize as fs
 from ..errors import DeviceError, LlamaError, describe
 
 INTERACTIVE_TIMEOUT = timedelta(days=365)  # timeout of collectives in which ranks wait for a user or for a slower replica
-_gloo_group: tuple[Any, dist.ProcessGroup] | None = None  # the default group, and a gloo group of the same ranks
+_gloo_group: tuple[Any, dist.ProcessGroup] | None = None  # the default process group, and a gloo group of the same ranks
 ended_reason: str | None = None  # why the process groups have ended; None if they have not
 
 
@@ -44,7 +44,7 @@ def world_size() -> int:
 
 
 def local_rank_and_size() -> tuple[int | None, int | None]:
-    """Return the local rank, and the number of ranks on this machine, as torchrun has set them; None if they are not set."""
+    """Return this rank's number on its machine, and the number of ranks there. Each is None if torchrun has not set it."""
     local = [os.environ.get(name) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")]
     rank, size = (None if value is None else int(value) for value in local)
     return rank, size
@@ -65,9 +65,9 @@ def replica() -> tuple[int, int]:
 
 
 def choose_model_parallel_size(requested: int | None) -> int:
-    """Return how many ranks share one model: the requested number, else that of existing groups, else all ranks.
+    """Return how many ranks share one model: the requested number, else the size of existing groups, else all ranks.
 
-    Raises DeviceError for a number that existing groups or the number of ranks do not allow.
+    Raises DeviceError if the requested number is not the size of existing groups, or does not divide the number of ranks.
     """
     existing = fs.get_model_parallel_world_size() if fs.model_parallel_is_initialized() else None
     world = reachable_world_size()
@@ -128,10 +128,14 @@ def check_reachable() -> None:
 
 
 def destroy_groups() -> None:
-    """End all process groups, also the caller's. If groups remain at exit, gloo's threads sometimes abort the process."""
+    """End all process groups, also those that the caller has created.
+
+    If a process exits before its groups end, the threads of gloo sometimes abort the process.
+    """
     global _gloo_group
     if dist.is_initialized():
-        # A gloo thread needs the GIL to free its last tensor, but a group's destructor holds the GIL (torch 2.6): wait for it.
+        # A gloo thread needs the GIL to free its last tensor, but in torch 2.6 the destructor of a group holds the GIL. So give
+        # the thread time before the group is destroyed.
         time.sleep(0.1)
         _gloo_group = None
         fs.destroy_model_parallel()
@@ -139,7 +143,10 @@ def destroy_groups() -> None:
 
 
 def reachable_world_size() -> int:
-    """Return the number of ranks that can communicate. Raise LlamaError if a failure has ended the process groups."""
+    """Return the number of ranks in the default process group, or 1 if there is no group.
+
+    Raises LlamaError if a failure has ended the group.
+    """
     if dist.is_initialized():
         return dist.get_world_size()
     if ended_reason:
@@ -148,7 +155,7 @@ def reachable_world_size() -> int:
 
 
 def all_ranks_group() -> dist.ProcessGroup:
-    """Return a gloo group of all ranks, in which they exchange Python objects, with a timeout of a year."""
+    """Return a gloo group of all ranks, for the exchange of Python objects. The group waits for up to a year."""
     global _gloo_group
     if _gloo_group is None or _gloo_group[0] is not dist.group.WORLD:
         _gloo_group = dist.group.WORLD, dist.new_group(backend="gloo", timeout=INTERACTIVE_TIMEOUT)

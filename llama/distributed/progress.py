@@ -11,10 +11,9 @@ T = TypeVar("T")
 
 
 def progress(items: list[T], weigh: Callable[[T], int], label: str, unit: str = "GB") -> Iterator[T]:
-    """Yield the items, and show a progress bar on stderr once they have taken a second.
+    """Yield the items. After the first second, show a progress bar on stderr, on rank 0 and on terminals only.
 
-    weigh: returns the weight of an item: its bytes if `unit` is "GB", else a number of units. Only rank 0 shows the bar, and
-    only on a terminal.
+    weigh: a function that returns the size of an item, in bytes if `unit` is "GB", otherwise in the unit that `unit` names.
     """
     weights = [weigh(item) for item in items]
     total, done, start, last_shown = sum(weights), 0, time.monotonic(), 0.0

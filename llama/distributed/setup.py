@@ -17,9 +17,9 @@ from .failures import propagate_failure
 def initialize(device: str | torch.device | None = None, model_parallel_size: int | None = None) -> torch.device:
     """Choose this rank's device, create the model-parallel groups, and return the device.
 
-    model_parallel_size: ranks that share a model; default: the size of existing groups, else all ranks.
-    Raises DeviceError for a device that does not exist, for more ranks than devices, and for a model_parallel_size that
-    existing groups or the number of ranks do not allow.
+    model_parallel_size: number of ranks that share a model; default: the size of existing groups, or without groups all ranks.
+    Raises DeviceError for a device that does not exist, for more ranks than devices, and for a model_parallel_size that is not
+    the size of existing groups or does not divide the number of ranks.
     """
     on_cpu = isinstance(device, (str, torch.device)) and str(device).startswith("cpu")
     gpus = torch.cuda.is_available() and not on_cpu
@@ -36,18 +36,20 @@ def initialize(device: str | torch.device | None = None, model_parallel_size: in
 
 
 def init_model_parallel(size: int) -> None:
-    """Create the groups of `size` ranks that share a model, if there is a process group. Ranks above 0 stop printing."""
+    """Create the groups of `size` ranks that share a model, if there is a process group. Silence stdout on ranks above 0."""
     if not dist.is_initialized():
         return
     if not fs.model_parallel_is_initialized():
-        with propagate_failure(), contextlib.redirect_stdout(io.StringIO()):  # fairscale prints the sizes of the groups
+        with propagate_failure(), contextlib.redirect_stdout(io.StringIO()):  # hide what fairscale prints
             fs.initialize_model_parallel(size)
     if dist.get_rank() > 0 and getattr(sys.stdout, "name", None) != os.devnull:
-        sys.stdout = open(os.devnull, "w")  # print the caller's output once, not once per rank
+        sys.stdout = open(os.devnull, "w")  # the caller's prints then appear once, not once per rank
 
 
 def choose_device(device: str | torch.device | None, world: int = 1) -> torch.device:
-    """Return this rank's device: the one named, else CUDA, else MPS, else the CPU. Each rank uses the GPU of its local rank.
+    """Return this rank's device: the requested device, or without a request the first available of CUDA, MPS and CPU.
+
+    With several GPUs on a machine, each rank uses the GPU with the number of its local rank.
 
     Raises DeviceError for a device that does not exist or is not supported, and for more ranks than devices.
     """
@@ -55,7 +57,7 @@ def choose_device(device: str | torch.device | None, world: int = 1) -> torch.de
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-    except Exception as e:  # torch raises exceptions of several types
+    except Exception as e:  # for invalid devices, torch raises several types of exceptions
         raise DeviceError(f"device={short_repr(device)} is not a device; use 'cpu', 'cuda', 'cuda:0' or 'mps'") from e
     if chosen.type == "cpu":
         return torch.device("cpu")

@@ -110,7 +110,7 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
 def supports_prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Return True if `prompt_attention` supports q (B, S, K, G, hd), k and v (B, K, L, hd).
 
-    The hd values of each head at each position must be contiguous.
+    At each position, all heads of q together must be contiguous in memory, and so must each head of k and of v.
     """
     _, S, K, G, hd = q.shape
     same_layout = k.shape == v.shape and k.stride() == v.stride() and k.shape[:2] == (len(q), K) and k.shape[3] == hd

@@ -1,4 +1,4 @@
-"""The token embedding, tensor-parallel."""
+"""The tensor-parallel token embedding."""
 
 import torch
 import torch.nn.functional as F

@@ -1,8 +1,8 @@
-"""Linear layers, tensor-parallel: fairscale's, changed to allocate only the part of the weight that a rank uses.
+"""Tensor-parallel linear layers: subclasses of fairscale's layers that allocate only the part of the weight that a rank uses.
 
-fairscale's own constructors build the whole matrix on every rank and ignore the default device, so that a model cannot be built
-on `meta`. These subclasses keep fairscale's groups, collectives, arguments and terms: column-parallel layers split the outputs
-among the ranks, row-parallel layers the inputs. With one rank no group is needed.
+The constructors of fairscale build the whole matrix on every rank. They also ignore the default device, so that a model cannot
+be built on `meta`. The subclasses keep the groups, collectives, arguments and terms of fairscale: column-parallel layers split
+the outputs among the ranks, and row-parallel layers split the inputs. With one rank, the layers need no process group.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ InitMethod = Callable[[torch.Tensor], Any]
 
 
 def divide(n: int, ranks: int, what: str) -> int:
-    """Return n / ranks, or raise DeviceError, which lists the possible numbers of ranks. what: the name of n in the error."""
+    """Return n / ranks. Raise DeviceError if n is not divisible by ranks. what: the name of n in the error message."""
     if n % ranks:
         divisors = ", ".join(str(r) for r in range(1, min(n, 64) + 1) if n % r == 0)
         raise DeviceError(f"{what}: {n} cannot be divided among {ranks} ranks; use one of {divisors}")
@@ -38,22 +38,25 @@ def small_normal_(weight: torch.Tensor) -> torch.Tensor:
 
 
 def make_weight(rows: int, columns: int, init_method: InitMethod) -> nn.Parameter:
-    """Return a parameter (rows, columns) without gradient, initialized unless it is on `meta`."""
+    """Return a weight (rows, columns) that needs no gradient. Initialize its values, unless it is on the device `meta`."""
     weight = torch.empty(rows, columns)
-    if not weight.is_meta:  # on `meta`, initializing would only import torch's compiler, which takes 1.5 s
+    if not weight.is_meta:  # on `meta`, initializing has no effect, but takes 1.5 s to import torch's compiler
         with torch.no_grad():
             init_method(weight)
     return nn.Parameter(weight, requires_grad=False)
 
 
 def _no_bias(bias: bool) -> None:
-    """Raise InputError if a caller asks for a bias."""
+    """Raise InputError if `bias` is True."""
     if bias:
         raise InputError("bias=True: the linear layers of Llama 2 have no bias; leave the argument out")
 
 
 class ColumnParallelLinear(fs_layers.ColumnParallelLinear):
-    """Multiply x (..., in) by this rank's rows of the weight: (..., out / ranks), or (..., out) with `gather_output`."""
+    """Multiply x (..., in) by this rank's rows of the weight: (..., out / ranks).
+
+    With `gather_output`, return the outputs of all ranks: (..., out).
+    """
 
     def __init__(
         self,
@@ -75,12 +78,12 @@ class ColumnParallelLinear(fs_layers.ColumnParallelLinear):
         if self.ranks == 1:
             return F.linear(x, self.weight, self.bias)
         y = F.linear(copy_to_model_parallel_region(x), self.weight, self.bias)
-        # Gathered tensors must have one dtype, but ranks on different machines may use kernels whose logits differ in dtype.
+        # Gathered tensors must have the same dtype. Ranks on different machines may use kernels whose results differ in dtype.
         return gather_from_model_parallel_region(y.float()) if self.gather_output else y
 
 
 class RowParallelLinear(fs_layers.RowParallelLinear):
-    """Multiply x (..., in / ranks) by this rank's columns of the weight, and sum over the ranks: (..., out)."""
+    """Multiply x (..., in / ranks) by this rank's columns of the weight. The result (..., out) is the sum over the ranks."""
 
     def __init__(
         self,

@@ -118,7 +118,7 @@ def explain_oom(
 ) -> str | None:
     """Return an error message if a model needs more than `free_bytes` on each rank; return None if the model fits.
 
-    The message lists changes, each of which makes the model fit without the others.
+    The message lists changes, each of which alone makes the model fit.
     device_name: the name of the device in the message, by default that of `device`.
     """
     required = memory_required(args, ranks, dtype, format)
@@ -144,7 +144,7 @@ def _changes_that_fit(
 ) -> list[str]:
     """Return changes to a model that does not fit, as texts for an error.
 
-    Each change makes the model fit without the others.
+    Each change alone makes the model fit.
     """
 
     def total(ranks: int = ranks, dtype: torch.dtype = dtype, format: str | None = format, **sizes: int) -> int:

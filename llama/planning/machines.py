@@ -65,8 +65,8 @@ def _is_key(value: object, table: Mapping[str, object]) -> bool:
 def choose_machines(gpu: str | None, memory: float | None, bandwidth: float | None) -> tuple[list[Machine], torch.device]:
     """Return the machines to plan for, and a device that has the kernels of these machines.
 
-    gpu: the name of a GPU. memory in GB and bandwidth in GB/s: a single machine that has no name. Without arguments, all known
-    GPUs.
+    gpu: the name of a GPU. memory in GB and bandwidth in GB/s: those of a single machine without a name. If no argument is
+    given, return all known GPUs.
     """
     if gpu is not None and not _is_key(gpu, GPUS):
         raise InputError(f"gpu is {describe(gpu)}; use one of {', '.join(GPUS)}, or give memory and bandwidth")
