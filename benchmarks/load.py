@@ -9,8 +9,8 @@ is a new process. The script prints medians. Before each run, the file is read i
 reference needs is allocated, written and freed. Otherwise, in a virtual machine, the first use of memory could cost more time
 than the load itself.
 
-With --quantize, the script measures only this library, on one rank and once: a load from the shards with a short answer, the
-writing of the packed file, and a load from the packed file with the same answer.
+With --quantize, the script measures only this library, on one rank and once. It loads the shards and generates a short answer,
+writes the packed file, then loads the packed file and generates the same answer again.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Generate tokens and text: lengths, EOS, rows of a batch, echo, log probabilities, sampling, and the amount of computation."""
+"""Test generation: lengths of answers, EOS, rows of a batch, echo, log probabilities, sampling, and the amount of
+computation."""
 
 import copy
 import pickle
@@ -19,7 +20,7 @@ RAGGED = [
     [1, *range(20, 60)],
     [7],
     [1, *range(100, 163)],
-]  # 4, 2, 41, 1 and 64 tokens, the whole context
+]  # prompts of 4, 2, 41, 1 and 64 tokens; the context length is 64
 
 
 def reference_logits(reference: Transformer, tokens: list[int]) -> torch.Tensor:
@@ -28,7 +29,7 @@ def reference_logits(reference: Transformer, tokens: list[int]) -> torch.Tensor:
 
 
 def greedy_by_reference(reference: Transformer, prompt: list[int], n: int, eos: int = 2) -> list[int]:
-    """Return at most n tokens, each the likeliest of a full forward of the reference model, without EOS."""
+    """Return the greedy answer of the reference model to a prompt: at most n tokens, up to EOS, which is left out."""
     tokens = list(prompt)
     for _ in range(n):
         tokens.append(int(reference_logits(reference, tokens)[-1].argmax()))
@@ -51,7 +52,7 @@ def test_greedy_answers_of_a_ragged_batch_equal_the_reference_and_each_prompt_al
 def test_an_answer_ends_at_max_gen_len_or_the_end_of_the_context(
     llama: Llama, monkeypatch: pytest.MonkeyPatch, max_gen_len: int
 ) -> None:
-    monkeypatch.setattr(llama.tokenizer, "eos_id", -2)  # no token ends an answer
+    monkeypatch.setattr(llama.tokenizer, "eos_id", -2)  # -2 is not a token, so no answer ends at EOS
     for temperature in (0, 1.0):
         tokens, logprobs = llama.generate(RAGGED, max_gen_len, temperature=temperature, logprobs=True)
         lengths = [min(max_gen_len, 64 - len(p)) for p in RAGGED]
@@ -63,8 +64,8 @@ def test_an_answer_ends_at_max_gen_len_or_the_end_of_the_context(
 def test_logprobs_equal_the_log_softmax_of_a_full_forward_of_the_reference(
     llama: Llama, reference: Transformer, echo: bool, max_gen_len: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Test prompts of different lengths, one of which fills the context, and answers that fill it."""
-    monkeypatch.setattr(tuning, "LOGPROB_CHUNK", 7)  # prompts span several chunks
+    """Test prompts of several lengths, one of which fills the context, and answers that end at the end of the context."""
+    monkeypatch.setattr(tuning, "LOGPROB_CHUNK", 7)  # long prompts get their log probabilities in several chunks
     for prompts in (RAGGED, RAGGED[4:], RAGGED[4:] * 2):
         tokens, logprobs = llama.generate(prompts, max_gen_len, temperature=0, logprobs=True, echo=echo)
         assert logprobs is not None
@@ -90,7 +91,7 @@ def test_eos_as_the_first_token_makes_an_empty_answer(llama: Llama, monkeypatch:
     assert llama.generate([[1, 5]], 5, temperature=0, logprobs=True) == ([[]], [[]])
 
 
-def test_a_row_ends_before_eos_and_other_rows_go_on(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_ends_before_eos_and_other_rows_continue(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     full_rows, full_logprobs = llama.generate(RAGGED[:3], 12, temperature=0, logprobs=True)
     assert full_logprobs is not None
     eos = full_rows[1][4]
@@ -102,7 +103,7 @@ def test_a_row_ends_before_eos_and_other_rows_go_on(llama: Llama, monkeypatch: p
     assert len(rows[1]) < 12
 
 
-def test_eos_inside_an_echoed_prompt_ends_nothing(llama: Llama) -> None:
+def test_eos_inside_an_echoed_prompt_does_not_end_the_answer(llama: Llama) -> None:
     prompt = [1, 5, 2, 9]
     (tokens,), _ = llama.generate([prompt], 3, temperature=0, echo=True)
     assert tokens[:4] == prompt and len(tokens) > 4
@@ -117,8 +118,8 @@ def test_the_seed_of_torchs_generator_decides_the_answers(llama: Llama) -> None:
 
 
 def test_prompts_of_equal_length_are_sampled_as_by_the_reference(llama: Llama, reference: Transformer) -> None:
-    """Compare with Meta's loop: each step calls torch.multinomial once, over the sorted and renormalized nucleus of all rows,
-    until all rows have ended."""
+    """Compare with a copy of Meta's generation loop. Each step sorts the probabilities, renormalizes the top-p nucleus, and
+    samples a token for every row with a single call of torch.multinomial."""
     prompts = [[1, 5, 9], [1, 7, 30], [1, 80, 81]]
     torch.manual_seed(9)
     got, _ = llama.generate(prompts, 10, temperature=0.8, top_p=0.9)
@@ -142,7 +143,7 @@ def test_prompts_of_equal_length_are_sampled_as_by_the_reference(llama: Llama, r
 def test_prefill_in_chunks_changes_neither_tokens_nor_logprobs(
     llama: Llama, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    """Prefill in chunks that end inside prompts and between prompts."""
+    """Prefill prompts in chunks, some of which end inside a prompt and some between two prompts."""
     want = llama.generate(RAGGED, 6, temperature=0, logprobs=True, echo=True)
     want_answers = llama.generate(RAGGED, 6, temperature=0)[0]
     monkeypatch.setattr(tuning, "PREFILL_CHUNK", chunk)
@@ -157,7 +158,8 @@ def test_prefill_in_chunks_changes_neither_tokens_nor_logprobs(
 def test_a_prefill_chunk_in_which_no_prompt_ends_changes_no_answer(
     small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, options: dict
 ) -> None:
-    """Prefill a chunk that needs no logits: kernels must get no empty input, and later chunks attend to its keys and values."""
+    """Prefill a prompt in chunks, of which only the last one needs logits. For the other chunks, kernels must not get an empty
+    input."""
     llama = Llama.build(small.folder, small.tokenizer_path, 64, 4, device="cpu", **options)
     want = llama.generate([[1, *range(5, 30)]], 1, temperature=0, logprobs=True)
     monkeypatch.setattr(tuning, "PREFILL_CHUNK", 7)
@@ -171,10 +173,12 @@ def test_prefill_computes_no_padding_and_each_further_token_takes_one_decode_ste
     llama.tokenizer.eos_id = -2
     with count_forward_tokens() as forwards, count_matmul_rows() as (linear, head):
         llama.generate([[1] * n for n in lengths], new, temperature=0)
-    assert forwards == [sum(lengths)] + [4] * (new - 1)  # the prefill gives the first token, each decode step one more
-    per_layer = 4 * llama.model.n_layers  # wqkv, wo, w13, w2
+    # The prefill gives the first new token of each row, and each decode step gives one more.
+    assert forwards == [sum(lengths)] + [4] * (new - 1)
+    # Each layer computes four products: wq, wk and wv share one, w1 and w3 share one, and wo and w2 have one each.
+    per_layer = 4 * llama.model.n_layers
     assert linear[: per_layer - 2] == [720] * (per_layer - 2)
-    assert max(linear[per_layer - 2 :]) == 4  # the last feed-forward multiplies one position of each row
+    assert max(linear[per_layer - 2 :]) == 4  # the last layer's feed-forward computes one position of each row
     assert head == [4] * new  # logits are computed for one position of each row
 
     with count_matmul_rows() as (_, head):
@@ -192,14 +196,14 @@ def test_generate_stream_yields_tokens_one_by_one_and_may_be_closed_early(llama:
         (2, answers[2][0]),
         (0, answers[0][1]),
     ]
-    assert torch.is_inference_mode_enabled() is False  # while the stream is suspended
+    assert torch.is_inference_mode_enabled() is False  # a suspended stream must not leave inference mode on
     stream.close()
     assert llama.generate(RAGGED[:3], 8, temperature=0)[0] == answers
 
 
 @pytest.mark.parametrize("other_call", ["generate", "another Llama", "forward", "modified model"])
 def test_a_stream_raises_after_another_call_has_used_the_kv_cache(llama: Llama, other_call: str) -> None:
-    """Refuse to go on, because a model has one KV cache, and the stream would attend to the other call's keys and values."""
+    """A model has one KV cache. A stream that continued after another call would attend to the keys and values of that call."""
     stream = llama.generate_stream(RAGGED[:2], 8, temperature=0)
     next(stream)
     if other_call == "forward":
@@ -223,7 +227,7 @@ def test_arguments_may_be_numpy_scalars(small: SimpleNamespace) -> None:
 
 
 def test_prompts_and_seeds_may_be_any_iterable(llama: Llama) -> None:
-    """Accept a list, tuple, array, tensor or generator of prompts, as the reference does, which iterates over prompts."""
+    """Pass prompts as a list, tuple, NumPy array, tensor or generator, all of which the reference accepts too."""
     import numpy as np
 
     tokens, texts = [[1, 5, 7], [1, 9, 8]], ["sea", "a bear"]
@@ -244,7 +248,8 @@ def test_prompts_and_seeds_may_be_any_iterable(llama: Llama) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_torch_settings_of_the_caller_change_no_answer(small: SimpleNamespace, dtype: str, quantize: str | None) -> None:
-    """Set a default dtype (the reference sets one itself), a default device, autocast and inference mode."""
+    """Generate while the caller has set a default dtype, a default device, autocast or inference mode. Meta's `Llama.build`
+    sets a default dtype itself."""
     llama = Llama.build(small.folder, small.tokenizer_path, 32, 2, device="cpu", dtype=dtype, quantize=quantize)
 
     def answers() -> tuple:
@@ -299,7 +304,7 @@ def test_text_completion_decodes_the_tokens_of_generate(llama: Llama) -> None:
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 4, "max_gen_len": 9, "stop": ["e", "\n"]}], ids=str)
 def test_iter_text_completion_yields_the_results_of_text_completion_with_details_in_order(llama: Llama, options: dict) -> None:
-    """Test eight prompts in a batch of six rows, so that answers finish in another order than the prompts have."""
+    """Complete eight prompts in a batch of six rows, so that the answers do not finish in the order of the prompts."""
     prompts = ["Once upon a time", "The capital", "good 上 🦙", "", "one, two, three", "sea", "She sells", "Good morning"]
     want = llama.text_completion(prompts, details=True, **options)
     assert list(llama.iter_text_completion(prompts, **options)) == want
@@ -308,8 +313,9 @@ def test_iter_text_completion_yields_the_results_of_text_completion_with_details
 def test_iter_text_completion_yields_each_result_before_later_results_are_finished(
     llama: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a batch of one row, count the forwards until each result: at most the prefill of the next prompt has run."""
-    monkeypatch.setattr(llama.tokenizer, "eos_id", -2)  # no token ends an answer
+    """Use a batch of one row, and count the forwards that have run when each result arrives. They may include the prefill of
+    the next prompt, but none of its decode steps."""
+    monkeypatch.setattr(llama.tokenizer, "eos_id", -2)  # -2 is not a token, so no answer ends at EOS
     monkeypatch.setattr(llama.model.params, "max_batch_size", 1)
     n_forwards: list[int] = []
     with count_forward_tokens() as forwards:
@@ -352,7 +358,8 @@ def test_no_prompts_give_no_answers(llama: Llama) -> None:
 
 
 def test_logits_in_bfloat16_are_close_to_float32(llama: Llama, small: SimpleNamespace) -> None:
-    """Allow logits of unit scale to differ by 0.15, as bfloat16 has 8 bits of precision. Weights and KV cache are bfloat16."""
+    """Store weights and the KV cache in bfloat16. Logits range from about -4 to 4, and may differ from float32 by at most
+    0.15."""
     half = Llama.build(small.folder, small.tokenizer_path, 64, 2, device="cpu", dtype="bfloat16")
     forward = half.engine.forward()
     assert {p.dtype for p in half.model.parameters()} == {forward.cache.data.dtype} == {torch.bfloat16}

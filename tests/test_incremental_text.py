@@ -1,4 +1,4 @@
-"""Decode tokens to text chunk by chunk: whole characters, stop strings, streams, and the reuse of the KV cache in chats."""
+"""Test text that is decoded token by token: whole characters, stop strings, streams, and reuse of the KV cache in chats."""
 
 import random
 import time
@@ -32,7 +32,8 @@ def any_tokenizer(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Token
 
 
 def text_chunks(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
-    """Return the chunks of text that the tokens give one by one; some are empty."""
+    """Decode tokens one by one. Return a list of the text that each token completes, which may be empty, and the text that is
+    left at the end."""
     text = IncrementalText(tokenizer)
     return [*(text.push(token) for token in tokens), text.end()]
 
@@ -61,7 +62,7 @@ def test_joined_chunks_are_the_text_of_all_tokens(any_tokenizer: Tokenizer) -> N
 
 
 def test_an_echoed_prompt_and_its_answer_are_decoded_as_one_text(any_tokenizer: Tokenizer) -> None:
-    """Check that the answer's first word keeps its space, unless the prompt has no text."""
+    """Check that the first word of the answer keeps its leading space, unless the echoed prompt has no text."""
     rng = random.Random(3)
     for prompt in TEXTS:
         prompt_tokens, tokens = any_tokenizer.encode(prompt, bos=True, eos=False), random_tokens(any_tokenizer, rng)
@@ -71,7 +72,7 @@ def test_an_echoed_prompt_and_its_answer_are_decoded_as_one_text(any_tokenizer: 
 
 
 def test_each_chunk_begins_with_a_new_character(any_tokenizer: Tokenizer) -> None:
-    """Check that no chunk begins with a combining mark or another code point that belongs to the character before."""
+    """Check that no chunk begins with a combining mark or another code point that belongs to the previous character."""
     for text in TEXTS[:-1]:
         tokens = any_tokenizer.encode(text, bos=False, eos=False)
         before = ""
@@ -90,7 +91,8 @@ def test_a_character_of_several_code_points_comes_in_one_chunk(any_tokenizer: To
 
 
 def test_pending_text_and_the_work_for_each_token_are_bounded(tokenizer: Tokenizer) -> None:
-    """Test a letter with 500 combining marks, a long answer, a very long stop string, and tokens without text."""
+    """Check that little text is pending, and each token is quick, for a letter with 500 combining marks, a long answer, a very
+    long stop string, and tokens without text."""
     tokens = tokenizer.encode("z" + "\u0301" * 500, bos=False, eos=False)
     text = IncrementalText(tokenizer, ["\n\n"])
     assert max(len(text.pending) for token in tokens if text.push(token) is not None) <= 66
@@ -105,14 +107,16 @@ def test_pending_text_and_the_work_for_each_token_are_bounded(tokenizer: Tokeniz
 
 
 def text_before_stop(tokenizer: Tokenizer, tokens: list[int], stops: tuple[str, ...]) -> str:
-    """Return the text before the stop string that is complete first; if several end there, the longest of them counts."""
+    """Return the decoded text before the first stop string to be completed. If several stop strings end at the same character,
+    cut the text before the longest one."""
     text = tokenizer.decode(tokens)
     spans = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
     return text[: min(spans)[1]] if spans else text
 
 
 def test_stop_strings_are_found_across_tokens_and_no_part_of_them_is_yielded(any_tokenizer: Tokenizer) -> None:
-    """Test stop strings that occur in the text, that nearly occur in it, and that are beginnings of each other."""
+    """Test stop strings that occur in the text, stop strings that occur except for their last character, and stop strings that
+    are prefixes of each other."""
     rng, n_stopped = random.Random(2), 0
     for _ in range(400):
         tokens = random_tokens(any_tokenizer, rng)
@@ -133,8 +137,8 @@ def test_stop_strings_are_found_across_tokens_and_no_part_of_them_is_yielded(any
 
 
 def test_a_row_stops_at_the_token_that_completes_a_stop_string(llama: Llama) -> None:
-    """Stop each row of a batch by itself. Its tokens and log probabilities include the token that completes the stop string,
-    and are those of a call without stop strings until then."""
+    """Stop strings end each row of a batch separately. Up to and including the token that completes a stop string, the tokens
+    and log probabilities of a row equal those of a call without stop strings."""
     prompts = ["Once upon a time", "The capital", "good 上 🦙", "one, two, three"] * 3
     unstopped = llama.text_completion(prompts, temperature=0, max_gen_len=24, logprobs=True)
     tokens, _ = llama.generate([llama.tokenizer.encode(p, bos=True, eos=False) for p in prompts], 24, temperature=0)
@@ -166,12 +170,13 @@ def test_results_have_the_references_keys_unless_details_are_requested(llama: Ll
     assert (refused["finish_reason"], refused["prompt_tokens"], refused["new_tokens"]) == ("stop", 0, 0)
 
 
-def test_finish_reason_tells_stop_at_eos_from_length(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finish_reason_is_stop_at_eos_and_length_at_the_length_limit(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = "Once upon"
     n = len(llama.tokenizer.encode(prompt, bos=True, eos=False))
     monkeypatch.setattr(llama.tokenizer, "eos_id", -2)
     (result,) = llama.text_completion([prompt], 0, details=True)
-    assert (result["finish_reason"], result["prompt_tokens"], result["new_tokens"]) == ("length", n, 64 - n)  # a full context
+    # The answer fills the context of 64 tokens.
+    assert (result["finish_reason"], result["prompt_tokens"], result["new_tokens"]) == ("length", n, 64 - n)
     tokens = llama.generate([llama.tokenizer.encode(prompt, bos=True, eos=False)], 5, temperature=0)[0][0]
     assert llama.text_completion([prompt], 0, max_gen_len=0, details=True)[0]["finish_reason"] == "length"
     monkeypatch.setattr(llama.tokenizer, "eos_id", tokens[4])
@@ -191,7 +196,8 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_the_chunks_of_a_stream_are_the_text_and_details_of_the_batch_call(llama: Llama, options: dict) -> None:
-    """Stream a random model's answers, which contain invalid UTF-8 bytes and characters of several tokens."""
+    """Stream the answers of a model with random weights, because they contain invalid UTF-8 bytes and characters of several
+    tokens."""
     for prompt in ("Once upon a time", "good 上 🦙", ""):
         (want,) = llama.text_completion([prompt], details=True, **options)
         stream = llama.text_completion_stream(prompt, **options)
@@ -223,7 +229,8 @@ def test_emojis_of_several_byte_tokens_come_in_one_chunk(demo: Llama) -> None:
 
 
 def test_a_turn_of_a_chat_with_reuse_prefills_only_its_new_tokens(demo: Llama) -> None:
-    """Count the tokens of the prefill: those of the new question, and at most three tokens that end the last answer."""
+    """Check that the prefill computes only the tokens of the new question, and at most three tokens from the end of the
+    previous answer."""
     dialog: list = []
     for question in ("What is the capital of France?", "And what should I see there?", "What is 3 + 4?", "Thank you!"):
         dialog += [{"role": "user", "content": question}]
@@ -231,7 +238,7 @@ def test_a_turn_of_a_chat_with_reuse_prefills_only_its_new_tokens(demo: Llama) -
             stream = demo.chat_completion_stream(dialog, 0, reuse=True)
             dialog += [{"role": "assistant", "content": "".join(stream)}]
         new = demo.tokenizer.encode(f"[INST] {question} [/INST]", bos=True, eos=False)
-        assert len(new) <= forwards[0] <= len(new) + 3  # the answer's last token, a space and EOS
+        assert len(new) <= forwards[0] <= len(new) + 3  # 3 tokens: the last token of the answer, a space and EOS
     assert stream.prompt_tokens > 3 * forwards[0]
     for n in range(1, len(dialog), 2):
         assert demo.chat_completion([dialog[:n]], 0)[0]["generation"] == dialog[n]
@@ -239,7 +246,8 @@ def test_a_turn_of_a_chat_with_reuse_prefills_only_its_new_tokens(demo: Llama) -
 
 @pytest.mark.parametrize("event", ["a forward that fails", "other weights"])
 def test_no_keys_and_values_are_reused_after_a_failed_forward_or_new_weights(small: SimpleNamespace, event: str) -> None:
-    """Reuse a prompt after a failed forward or new weights. A stream that is still open raises."""
+    """Call with `reuse=True` after a failed forward or after loading new weights. The answer must be computed anew, and a
+    stream that is still open must raise."""
     llama = Llama.build(small.folder, small.tokenizer_path, 64, 2, device="cpu")
 
     def complete(prompt: str) -> str:
@@ -264,7 +272,8 @@ def test_no_keys_and_values_are_reused_after_a_failed_forward_or_new_weights(sma
 
 
 def test_a_stream_that_is_left_early_does_not_affect_the_next_call(llama: Llama) -> None:
-    """Close a stream, leave a `with` block, or leave a stream open; only the open stream raises when it is read on."""
+    """Close one stream, leave the `with` block of a second, and keep a third open. The next call is unaffected. When the
+    streams are read again, only the open stream raises."""
     want = llama.text_completion(["a time"], 0, max_gen_len=12)
     stream = llama.text_completion_stream("a time", 0, max_gen_len=12)
     first = next(stream)
@@ -305,9 +314,10 @@ def test_bad_stop_strings_are_refused(llama: Llama) -> None:
 
 
 def test_last_character_start_finds_the_first_code_point_of_the_last_character() -> None:
-    assert last_character_start("so\n") == 3  # nothing can extend a control character
-    assert last_character_start("\u0928\u200c") == 0  # a letter with a zero-width non-joiner
-    assert last_character_start("x\U0001f3f4\U000e0067\U000e0062\U000e007f") == 1  # a flag made of tag characters
+    assert last_character_start("so\n") == 3  # no code point can extend a control character
+    assert last_character_start("\u0928\u200c") == 0  # the last character is a letter with a zero-width non-joiner
+    # A flag is one character of several code points.
+    assert last_character_start("x\U0001f3f4\U000e0067\U000e0062\U000e007f") == 1
 
 
 def test_finish_reason_is_stop_if_the_last_allowed_token_completes_a_stop_string(demo: Llama) -> None:

@@ -1,4 +1,4 @@
-"""Infill text as Code Llama does: the calls of its example, the end of an answer, and its tokenizer."""
+"""Test infilling as in Code Llama: the calls of Code Llama's example, the end of an answer, and the tokenizer."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,5 +1,5 @@
-"""Refuse bad arguments, prompts, dialogs, devices and ranks with a LlamaError before any work. The error names the value, the
-limit and the way out."""
+"""Test that bad arguments, prompts, dialogs, devices and ranks raise a LlamaError before any work. The error names the value,
+the limit, and how to correct the call."""
 
 import collections
 import math
@@ -19,7 +19,7 @@ from .support import assert_raises, random_weights, run, torchrun, write_shards
 
 @pytest.fixture
 def idle(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Llama:
-    """Return the small model with max_seq_len=64 and max_batch_size=6. A test fails if the model computes anything."""
+    """Return a small model with max_seq_len=64 and max_batch_size=6 that fails the test if it computes anything."""
     monkeypatch.setattr(EngineForward, "hidden_states", lambda *_, **__: pytest.fail("the model ran"))
     return llama
 
@@ -94,7 +94,8 @@ TOKENS, LISTS = "tokens are whole numbers from 0 to 383", "a list of lists of to
     ids=lambda value: f"{value!r:.30}" if not isinstance(value, tuple) else "",
 )
 def test_generate_refuses_bad_prompts(idle: Llama, prompts: Any, parts: tuple) -> None:
-    """Raise at the call, also from `generate_stream`, which must not wait for the first token."""
+    """Check that both `generate` and `generate_stream` raise when they are called. A stream must not raise only when its first
+    token is read."""
     assert_raises(lambda: idle.generate(prompts, 4, temperature=0), InputError, *parts)
     assert_raises(lambda: idle.generate_stream(prompts, 4, temperature=0), InputError, *parts)
 
@@ -133,7 +134,8 @@ def test_flags_must_be_true_or_false(idle: Llama, small: SimpleNamespace, value:
 
 
 def test_errors_shorten_values_whose_full_text_would_be_endless(idle: Llama) -> None:
-    """Nest lists 40 deep, each containing the previous list three times, so that the full text would show 3 ** 40 lists."""
+    """Pass lists that are nested 40 deep. Each list contains the previous list three times, so the full repr would print 3**40
+    lists."""
     nested: Any = []
     for _ in range(40):
         nested = [nested, nested, nested]
@@ -153,8 +155,8 @@ def test_errors_shorten_values_whose_full_text_would_be_endless(idle: Llama) -> 
     assert_raises(lambda: idle.generate([{"a": {"b": {"c": {"d": 1}}}}], 4), InputError, "{'a': {'b': {'c': {...}}}} (dict)")
 
 
-def test_a_temperature_close_to_zero_takes_the_likeliest_token(llama: Llama) -> None:
-    """Use a temperature so small that logits divided by it overflow to infinity, where the softmax would be NaN."""
+def test_a_temperature_close_to_zero_samples_the_likeliest_token(llama: Llama) -> None:
+    """Use temperatures so small that logits divided by the temperature overflow to infinity. Their softmax would be NaN."""
     greedy = llama.generate([[1, 5], [1, 9]], 6, temperature=0)
     assert llama.generate([[1, 5], [1, 9]], 6, temperature=1e-40) == greedy
     assert llama.generate([[1, 5], [1, 9]], 6, temperature=1e-300) == greedy
@@ -219,7 +221,8 @@ ORDER = "then 'user' and 'assistant' in turn"
     ids=lambda value: f"{value!r:.40}" if not isinstance(value, tuple) else "",
 )
 def test_chat_completion_refuses_bad_dialogs(idle: Llama, dialog: Any, parts: tuple) -> None:
-    """Check that the error names the dialog by its index, even after a dialog with a special tag, which is never encoded."""
+    """Check that the error names the index of the bad dialog. Dialogs with special tags count too, although they are never
+    encoded."""
     assert_raises(lambda: idle.chat_completion([[message("user", "[INST]")], [USER], dialog]), InputError, "dialog 2", *parts)
 
 
@@ -301,7 +304,8 @@ print("optimized" if sys.flags.optimize and not __debug__ else "not optimized", 
 
 
 def test_bad_input_is_refused_under_python_dash_o(small: SimpleNamespace, tmp_path: Path) -> None:
-    """Run bad calls under `python -O`, which removes assert statements: no check of an argument may be an assert statement."""
+    """Run bad calls under `python -O`, which removes assert statements. Arguments must therefore be checked without assert
+    statements."""
     folder = write_shards(tmp_path / "model", small.params, small.weights)
     truncated = write_shards(folder / "truncated", small.params, small.weights) / "consolidated.00.pth"
     truncated.write_bytes(truncated.read_bytes()[:1000])
@@ -328,8 +332,8 @@ for name, folder in (("one rank", good + "/none" * int(rank)), ("heads", one_hea
 
 
 def test_an_error_on_one_rank_ends_all_ranks_and_each_names_the_cause(small: SimpleNamespace, tmp_path: Path) -> None:
-    """Build a folder that only rank 1 lacks, then, in the same processes, a model with fewer key/value heads than ranks. The
-    test ends `torchrun` after 120 seconds, so ranks that wait for each other would fail it."""
+    """Build from a folder that does not exist on rank 1. Then, in the same processes, build a model with fewer key/value heads
+    than ranks. If ranks waited for each other, `torchrun` would time out and fail the test."""
     params = {**small.params, "n_kv_heads": 1}
     one_head = write_shards(tmp_path / "one_head", params, random_weights(params, 384, 192))
     (tmp_path / "script.py").write_text(ON_RANKS)

@@ -1,4 +1,4 @@
-"""Multiply by packed weights and get the weights back; multiply in 16 bits on CPUs without such instructions; attention."""
+"""Test packed weights, 16-bit products on CPUs without 16-bit instructions, and attention."""
 
 import copy
 import functools
@@ -25,7 +25,7 @@ from llama.model import Attention
 from .support import no_extension, run, write_shards
 
 packs = pytest.mark.skipif(not half_precision.is_native(torch.bfloat16), reason="this CPU does not multiply bfloat16")
-ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # largest relative error of rounding a float32 result to the dtype
+ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # the largest relative error of rounding float32 to each dtype
 
 
 def float32_model(params: dict[str, Any], weights: dict[str, torch.Tensor]) -> Transformer:
@@ -37,7 +37,7 @@ def float32_model(params: dict[str, Any], weights: dict[str, torch.Tensor]) -> T
 
 
 def engine_logits(forward: EngineForward, tokens: torch.Tensor, start: int) -> torch.Tensor:
-    """Return the engine's logits (B, S, vocab) for tokens (B, S) at positions from `start`: those of `Transformer.forward`."""
+    """Return the logits (B, S, vocab) that the engine computes for tokens (B, S), the first of which is at position `start`."""
     batch = RaggedBatch.from_segments([(row, start, tokens.shape[1]) for row in range(len(tokens))])
     return forward.logits(forward.hidden_states(tokens.flatten(), batch)).unflatten(0, tokens.shape)
 
@@ -57,9 +57,8 @@ def test_onednn_multiplies_by_the_weight_and_gives_it_back_unchanged(n: int) -> 
     weight, x = torch.randn(1100, 320).bfloat16(), torch.randn(n, 320).bfloat16()
     kernel = onednn.OneDnnLinear(weight)
     exact = x.double() @ weight.double().T
-    torch.testing.assert_close(
-        kernel(x).double(), exact, atol=0.02, rtol=2**-8
-    )  # errors of rounding to bfloat16 and of the sum
+    # The tolerances allow for the rounding of results to bfloat16 and for rounding in the sums.
+    torch.testing.assert_close(kernel(x).double(), exact, atol=0.02, rtol=2**-8)
     assert torch.equal(kernel.dequantize(), weight)
 
 
@@ -84,7 +83,8 @@ def test_a_pickled_packed_weight_is_unpacked_on_a_machine_without_its_kernel(
 
 @packs
 def test_gradients_flow_through_a_packed_weight_to_its_input() -> None:
-    """Compute the gradient of a packed product's input, which training of soft prompts and adapters needs."""
+    """Compute the gradient of the input of a product with a packed weight. Training soft prompts and adapters needs this
+    gradient."""
     weight, x = torch.randn(1100, 320).bfloat16(), torch.randn(2, 320).bfloat16().requires_grad_()
     kernel = packing.pack_weight(weight)
     first, second = packed_weight.make_parameters(weight, [640, 460], 320, weight.dtype, weight.device)
@@ -95,7 +95,8 @@ def test_gradients_flow_through_a_packed_weight_to_its_input() -> None:
 
 
 def test_weights_of_float32_or_float16_and_small_weights_are_not_packed() -> None:
-    """Leave weights unpacked if packing as bfloat16 would lose precision, or if they are so small that packing is slower."""
+    """Packing as bfloat16 would lose precision of float32 and float16 weights. Products with small weights are faster
+    unpacked."""
     assert packing.pack_weight(torch.randn(1100, 320)) is None
     assert packing.pack_weight(torch.randn(1100, 320).half()) is None
     assert packing.pack_weight(torch.randn(64, 320).bfloat16()) is None
@@ -103,7 +104,7 @@ def test_weights_of_float32_or_float16_and_small_weights_are_not_packed() -> Non
 
 @pytest.fixture
 def rows_in_pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that receives the number of rows of each product computed piece by piece."""
+    """Return a list to which each product appends its number of rows, if the product is computed in pieces of its weight."""
     n_rows: list[int] = []
     linear_in_pieces = half_precision.linear_in_pieces
     monkeypatch.setattr(
@@ -115,22 +116,20 @@ def rows_in_pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.usefixtures("no_16_bit_instructions")
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("n", [0, 1, tuning.MAX_SINGLE_ROWS, tuning.MAX_SINGLE_ROWS + 1, 300])
-def test_16_bit_products_on_a_cpu_without_such_instructions_are_exact_up_to_rounding(
+def test_16_bit_products_on_a_cpu_without_16_bit_instructions_are_exact_up_to_rounding(
     dtype: torch.dtype, n: int, rows_in_pieces: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Test products row by row, and products in several pieces of the weight, of which the last piece is smaller. Also test
-    torch.compile, gradients, and that inputs of a wrong dtype or width raise."""
+    """Test products computed row by row, and products computed in several pieces of the weight, where the last piece is
+    smaller. Also test torch.compile and gradients, and check that inputs of a wrong dtype or width raise."""
     monkeypatch.setattr(tuning, "PIECE_BYTES", 64 * 320 * 4)
     weight, x = torch.randn(1100, 320).to(dtype), torch.randn(n, 320).to(dtype)
     assert packing.pack_weight(weight) is None
     before, exact = torch.get_num_threads(), x.double() @ weight.double().T
-    rounds_sums = dtype == torch.bfloat16 and platform.machine() in (
-        "aarch64",
-        "arm64",
-    )  # Arm's bfloat16 instructions round sums
+    # The bfloat16 instructions of Arm CPUs round sums, so products are less exact.
+    rounds_sums = dtype == torch.bfloat16 and platform.machine() in ("aarch64", "arm64")
     atol = 0.5 if rounds_sums else 1e-4
     try:
-        for threads in (1, 2, 3):  # threads divide a piece among themselves
+        for threads in (1, 2, 3):  # each piece of the weight is divided among the threads
             torch.set_num_threads(threads)
             got = half_precision.linear(x, weight)
             assert got.dtype == dtype and got.shape == (n, 1100)
@@ -160,7 +159,8 @@ def test_16_bit_products_on_a_cpu_without_such_instructions_are_exact_up_to_roun
 def test_copies_of_x_for_several_threads_stay_within_their_memory_limit(
     dtype: torch.dtype, copies: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Count the parts of a piece: in 16 bits oneDNN copies x for each part, in float32 it copies nothing and has no limit."""
+    """Count the parts into which a piece of the weight is divided, one for each thread. In 16 bits oneDNN copies x for each
+    part, so the memory limit bounds the number of parts. In float32 oneDNN copies nothing."""
     x, weight, n_parts = torch.randn(40, 64).to(dtype), torch.randn(64 * 7, 64).to(dtype), []
     monkeypatch.setattr(tuning, "MAX_COPY_BYTES", copies * x.nbytes)
     monkeypatch.setattr(tuning, "PIECE_BYTES", 64 * 64 * dtype.itemsize)
@@ -178,10 +178,10 @@ def test_copies_of_x_for_several_threads_stay_within_their_memory_limit(
 
 @pytest.mark.usefixtures("no_16_bit_instructions")
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-def test_a_16_bit_model_on_a_cpu_without_such_instructions_gives_the_float32_models_logits(
+def test_a_16_bit_model_on_a_cpu_without_16_bit_instructions_gives_the_float32_models_logits(
     tmp_path: Path, small: SimpleNamespace, dtype: torch.dtype, rows_in_pieces: list[int]
 ) -> None:
-    """Compare prefill and decode steps of several rows and of one row. Logits range from about -4 to 4."""
+    """Compare the logits of prefill and of decode steps, for several rows and for one row. Logits range from about -4 to 4."""
     weights = {name: w.to(dtype) for name, w in small.weights.items()}
     llama = Llama.build(write_shards(tmp_path, small.params, weights), small.tokenizer_path, 64, 12, device="cpu")
     tokens = torch.randint(3, 384, (12, 20), generator=torch.Generator().manual_seed(3))
@@ -198,12 +198,12 @@ def test_a_16_bit_model_on_a_cpu_without_such_instructions_gives_the_float32_mod
         logits = float32.forward(torch.tensor([prompt + answer]), 0)[0, 14:-1]
         chosen = logits.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
         assert (logits.amax(1) - chosen).max() < 50 * ROUNDING[dtype]
-    assert set(rows_in_pieces) == {12 * 15, 12}  # prefill, decode steps
+    assert set(rows_in_pieces) == {12 * 15, 12}  # the prefill has 12 * 15 tokens, and each decode step has 12
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="not an x86")
 def test_a_cpu_with_avx2_and_nothing_newer_multiplies_int8_and_int4_correctly() -> None:
-    """Restrict PyTorch and oneDNN to AVX2 in another process."""
+    """Multiply int8 and int4 weights in another process that restricts PyTorch and oneDNN to AVX2."""
     done = run("-c", AVX2_ALONE, ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2")
     assert done.returncode == 0, done.stderr
 
@@ -228,7 +228,7 @@ assert n_unpacked == [len(x)]  # PyTorch's packed int4 format for AVX2 is known
 
 
 def linear_weights(model: Transformer) -> list[torch.Tensor]:
-    """Return the weights of all linear layers."""
+    """Return the weights of all linear layers of a model."""
     return [m.weight for m in model.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
 
 
@@ -236,9 +236,9 @@ def linear_weights(model: Transformer) -> list[torch.Tensor]:
 def test_a_packed_model_gives_the_float32_models_logits_and_keeps_its_weights(
     tmp_path: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compare the logits of the engine and of the model's own forward, in prefill and in decode steps of several rows and of
-    one row. Logits range from about -4 to 4, and bfloat16 changes them by at most 0.1. Copies, pickles, state_dict and
-    load_state_dict keep weights packed and exact; `float()` unpacks them."""
+    """Compare the logits of the engine and of the model's own forward, in prefill and in decode steps, for several rows and for
+    one row. Logits range from about -4 to 4, and bfloat16 changes them by at most 0.1. Copies, pickles, `state_dict` and
+    `load_state_dict` keep weights packed and exact; `float()` unpacks them."""
     monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)
     weights = {name: w.bfloat16() for name, w in small.weights.items()}
     llama = Llama.build(write_shards(tmp_path, small.params, weights, 2), small.tokenizer_path, 64, 3, device="cpu")
@@ -269,7 +269,7 @@ def test_a_packed_model_gives_the_float32_models_logits_and_keeps_its_weights(
 @pytest.mark.parametrize("kv, groups", [(4, 1), (2, 3)])
 @pytest.mark.parametrize("S, L", [(2, 2), (128, 128), (129, 129), (300, 300), (5, 9), (200, 400)])
 def test_attention_in_chunks_of_queries_equals_the_reference_attention(kv: int, groups: int, S: int, L: int) -> None:
-    """Test lengths around a chunk's size, with and without earlier positions in the KV cache."""
+    """Test numbers of queries below, at and above the size of a chunk, with and without earlier positions in the KV cache."""
     q, k, v = torch.randn(2, S, kv, groups, 16), torch.randn(2, kv, L, 16), torch.randn(2, kv, L, 16)
     mask = torch.full((S, L), float("-inf")).triu(1 + L - S)[None, None]
     torch.testing.assert_close(attention_chunked(q, k, v), attention_reference(q, k, v, mask), atol=1e-5, rtol=0)
@@ -280,7 +280,7 @@ def test_attention_in_chunks_of_queries_equals_the_reference_attention(kv: int, 
 @pytest.mark.usefixtures("no_16_bit_instructions")
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("S", [1, 200])
-def test_16_bit_attention_on_a_cpu_without_such_instructions_equals_float32_attention(dtype: torch.dtype, S: int) -> None:
+def test_16_bit_attention_on_a_cpu_without_16_bit_instructions_equals_float32_attention(dtype: torch.dtype, S: int) -> None:
     q, k, v = (torch.randn(shape).to(dtype) for shape in ((2, S, 2, 3, 16), (2, 2, 200, 16), (2, 2, 200, 16)))
     decode_mask = torch.zeros(2, 1, 1, 200).masked_fill(torch.arange(200) > 120, float("-inf")).to(dtype)
     for mask in (None,) if S > 1 else (None, decode_mask):
@@ -310,7 +310,8 @@ def test_state_dict_has_metas_names_and_loads_into_another_model() -> None:
 def test_weights_that_multiply_the_same_input_share_one_kernel(
     small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str | None
 ) -> None:
-    """Compare a shared kernel's output with the outputs of its weights side by side. A replaced weight ends the sharing."""
+    """Compare the output of a kernel that several weights share with the concatenated outputs of the separate weights. After
+    one of the weights is replaced, they share no kernel."""
     monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)
     weights = {name: w.bfloat16() for name, w in small.weights.items()}
     folder = write_shards(tmp_path, small.params, weights)

@@ -1,4 +1,4 @@
-"""Ragged batches and the KV cache: segments, masks, the rows and positions that are written, and prefill chunks."""
+"""Test ragged batches and the KV cache: segments, masks, the rows and positions that are written, and prefill chunks."""
 
 import pytest
 import torch
@@ -23,9 +23,8 @@ def test_masks_let_each_token_attend_to_the_positions_up_to_its_own() -> None:
     assert chunk.shape == (1, 1, 2, 4)
     assert (chunk[0, 0] == 0).tolist() == [[True, True, True, False], [True, True, True, True]]
     (step,) = RaggedBatch.decode(torch.tensor([0, 2]), 4).masks(torch.float32)
-    assert RaggedBatch.decode(torch.tensor([0, 2]), 4).segments == (
-        Segment(0, 2, 1, 4, True),
-    )  # a decode step reads 4 positions
+    # The decode step reads the first 4 positions of each row.
+    assert RaggedBatch.decode(torch.tensor([0, 2]), 4).segments == (Segment(0, 2, 1, 4, True),)
     assert step is not None and (step[:, 0, 0] == 0).tolist() == [[True, False, False, False], [True, True, True, False]]
 
 
@@ -40,7 +39,7 @@ def test_stored_keys_and_values_are_read_back_as_views_of_the_cache() -> None:
     assert torch.equal(keys[0].transpose(0, 1), k[:2]) and torch.equal(values[0].transpose(0, 1), v[:2])
     assert torch.equal(cache.data[1, 0, 2, :, 3], k[2])
     assert cache.data[0].count_nonzero() == 0 and cache.data[1].count_nonzero() == 2 * k.numel()
-    assert keys.data_ptr() == cache.data[1, 0, 1].data_ptr()  # a view, not a copy
+    assert keys.data_ptr() == cache.data[1, 0, 1].data_ptr()  # keys are a view of the cache, not a copy
     assert torch.equal(cache.views[1][0][1, :2], k[:2]) and torch.equal(cache.views[1][1][2, 3], v[2])
 
 

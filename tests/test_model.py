@@ -1,4 +1,4 @@
-"""The reference model and its parts against their definitions, and the engine's forward against the reference model."""
+"""Test the reference model and its parts against their definitions, and the engine's forward against the reference model."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,10 +54,10 @@ def test_a_model_of_one_layer_computes_its_formula(tokens: torch.Tensor) -> None
 
 
 @pytest.mark.parametrize("lengths", [[1] * 20, [19, 1], [7, 1, 12], [1, 19]])
-def test_a_sequence_fed_in_parts_gives_the_logits_of_the_whole(
+def test_a_sequence_fed_in_parts_gives_the_logits_of_the_whole_sequence(
     reference: Transformer, tokens: torch.Tensor, lengths: list[int]
 ) -> None:
-    """Feed a sequence in several calls, whose earlier tokens are in the KV cache."""
+    """Feed a sequence to the model in several calls. Each call attends to the earlier tokens in the KV cache."""
     want, logits, start = reference.forward(tokens, 0), [], 0
     for n in lengths:
         logits.append(reference.forward(tokens[:, start : start + n], start))
@@ -68,7 +68,8 @@ def test_a_sequence_fed_in_parts_gives_the_logits_of_the_whole(
 def test_rows_at_different_positions_in_one_forward_give_the_references_logits(
     llama: Llama, reference: Transformer, tokens: torch.Tensor
 ) -> None:
-    """Test a ragged batch whose rows start at different positions, then a decode step with a position for each row."""
+    """Test a ragged batch whose rows start at different positions, then a decode step in which each row is at a different
+    position."""
     starts, lengths, want = [0, 5, 2], [6, 4, 9], reference.forward(tokens, 0)
     forward = llama.engine.forward()
     for row, start in enumerate(starts):
@@ -91,8 +92,8 @@ def test_rows_at_different_positions_in_one_forward_give_the_references_logits(
 def test_the_last_layer_computes_only_the_tokens_that_need_logits(
     small: SimpleNamespace, tokens: torch.Tensor, dtype: torch.dtype, logits_indices: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Check that all keys and values are written to the KV cache, and that the last feed-forward gets only the tokens of
-    `logits_indices`."""
+    """Check that all keys and values are written to the KV cache, and that the feed-forward of the last layer gets only the
+    tokens at `logits_indices`."""
     built = Llama.build(small.folder, small.tokenizer_path, 16, 3, device="cpu", dtype=dtype)
     batch, ragged = RaggedBatch.from_segments([(0, 0, 5), (1, 0, 4)]), torch.cat([tokens[0, :5], tokens[1, :4]])
     hidden: list[torch.Tensor] = []
@@ -159,7 +160,7 @@ def test_a_model_without_checkpoint_and_process_groups_can_be_trained() -> None:
 def test_a_forward_without_the_kv_cache_gives_the_references_logits(
     llama: Llama, reference: Transformer, tokens: torch.Tensor
 ) -> None:
-    """Compute more rows than the KV cache has, and leave the KV cache unchanged."""
+    """Run a forward without the KV cache for more rows than the KV cache has. The KV cache must stay unchanged."""
     forward, nine_rows = llama.engine.forward(), tokens.repeat(3, 1)
     before = forward.cache.data.clone()
     hidden = forward.hidden_states(
@@ -183,7 +184,7 @@ def test_rms_norm_computes_its_formula() -> None:
 def test_rotary_embedding_rotates_adjacent_pairs_of_values() -> None:
     freqs = precompute_freqs_cis(8, 10, theta=100.0)
     assert freqs.shape == (10, 4) and freqs.dtype == torch.complex64
-    angle = 3 * 100.0 ** (-2 / 8)  # of pair 1 at position 3
+    angle = 3 * 100.0 ** (-2 / 8)  # the rotation angle of the pair with index 1 at position 3
     assert freqs[3, 1].real.item() == pytest.approx(torch.tensor(angle).cos().item(), abs=1e-6)
     xq, xk = torch.randn(2, 10, 4, 8), torch.randn(2, 10, 2, 8)
     q, k = apply_rotary_emb(xq, xk, freqs)
@@ -202,10 +203,10 @@ def test_rotary_embedding_rotates_adjacent_pairs_of_values() -> None:
 def test_attention_equals_the_reference_attention_and_the_formula(
     kv: int, groups: int, dtype: torch.dtype, tolerance: float, S: int, L: int, starts: list[int] | None
 ) -> None:
-    """Test whole prompts, chunks of a prompt, and decode steps; key/value heads are not repeated.
+    """Test whole prompts, chunks of a prompt, and decode steps. Attention gets key/value heads without repetition.
 
-    The formula: softmax over the positions up to the query's position. starts: the position of each row's first query, or of
-    the first query of all rows; None where attention gets no mask.
+    By the formula, each query attends by softmax to all positions up to its own. `starts` contains the position of the first
+    query, for each row or for all rows; it is None if attention gets no mask.
     """
     B, hd = 2, 16
     q, k, v = torch.randn(B, S, kv, groups, hd), torch.randn(B, kv, L, hd), torch.randn(B, kv, L, hd)
@@ -235,8 +236,8 @@ def test_rotary_embedding_is_computed_in_float32_in_any_dtype() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_engines_norm_equals_the_models_norm(dtype: torch.dtype) -> None:
-    """Test inputs from 1e-6 to 1e3. In 16 bits fewer than 0.1% of the results differ in rounding; a third would, if the norm
-    were not computed in float32. A row's result does not depend on other rows."""
+    """Test inputs of magnitudes from 1e-6 to 1e3. In 16 bits, fewer than 0.1% of the results may be rounded differently; a
+    third would be, if the norm were not computed in float32. The result of a row must not depend on other rows."""
     norm = RMSNorm(2048, eps=1e-5).to(dtype)
     norm.weight.uniform_()
     x = (torch.randn(70, 2048) * torch.logspace(-6, 3, 70).unsqueeze(1)).to(dtype)
@@ -252,7 +253,7 @@ def test_the_engines_norm_equals_the_models_norm(dtype: torch.dtype) -> None:
 def test_rope_theta_and_norm_eps_of_params_json_are_used(
     tmp_path: Path, small: SimpleNamespace, reference: Transformer, tokens: torch.Tensor
 ) -> None:
-    """Build a model with a rope_theta and norm_eps that are not the defaults, as Code Llama's, and check that both matter."""
+    """Build a model whose params.json has another rope_theta and norm_eps than the defaults. The logits must change."""
     params = {**small.params, "rope_theta": 100.0, "norm_eps": 0.05}
     built = Llama.build(write_shards(tmp_path, params, small.weights), small.tokenizer_path, 64, 3, device="cpu")
     assert built.model.norm.eps == 0.05 and torch.equal(built.model.freqs_cis, precompute_freqs_cis(8, 128, 100.0))
@@ -278,7 +279,7 @@ def test_the_feed_forward_widths_of_7b_13b_and_70b_are_metas(
     assert ffn_width(4 * dim, multiple_of, multiplier) == width
 
 
-def test_forward_takes_a_sequence_that_fills_the_context(llama: Llama) -> None:
+def test_forward_accepts_a_sequence_that_fills_the_context(llama: Llama) -> None:
     context = llama.model.params.max_seq_len
     tokens = torch.randint(3, 300, (1, context))
     logits = llama.model(tokens, 0)

@@ -1,7 +1,7 @@
-"""Read, edit and replace parts of the model as callers may: every change takes effect, or raises an error with the way out.
+"""Test that callers may read, edit and replace parts of a model. Each change takes effect, or raises an error with a remedy.
 
 A model whose forward a caller has changed generates through its own `Transformer.forward`, on tokens (B, S), as the reference
-does. Most tests run on plain float32 weights, on packed bfloat16 weights and on packed int8 weights.
+does. Most tests run with plain float32 weights, with packed bfloat16 weights and with packed int8 weights.
 """
 
 import copy
@@ -50,7 +50,8 @@ def greedy(llama: Llama) -> list[list[int]]:
 
 
 def agrees_with_forward(llama: Llama, answers: list[list[int]]) -> bool:
-    """Return True if each token's logit is close to the largest one, calling `model.forward` as Meta's loop does."""
+    """Return True if all answers are greedy. Call `model.forward` as Meta's generation loop does, and compare the logit of each
+    token with the largest logit."""
     tolerance = 0.05 if next(llama.model.parameters()).dtype == torch.float32 else 0.15
     rows = [prompt + answer for prompt, answer in zip(PROMPTS, answers, strict=True)]
     tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
@@ -86,7 +87,7 @@ def test_modules_parameters_and_state_dict_have_metas_names_and_shapes(built: Ll
     assert model.freqs_cis.shape == (128, 4) and model.freqs_cis.dtype == torch.complex64
 
 
-def test_weights_read_as_the_checkpoints_values_and_can_be_saved(built: Llama, small: SimpleNamespace, form: str) -> None:
+def test_weights_have_the_values_of_the_checkpoint_and_can_be_saved(built: Llama, small: SimpleNamespace, form: str) -> None:
     tolerance = 1e-6 if form == "plain" else 0.02
     for name, weight in built.model.state_dict().items():
         torch.testing.assert_close(weight.float(), small.weights[name], atol=tolerance, rtol=tolerance)
@@ -115,7 +116,7 @@ def test_callers_may_read_and_write_the_kv_cache(built: Llama) -> None:
         layer.attention.cache_k.zero_()
         layer.attention.cache_v.zero_()
     assert not torch.equal(built.model(next_, 4), step)
-    greedy(built)  # row i of a batch is row i of the cache
+    greedy(built)  # prompt i of a batch is stored in row i of the KV cache
     row = PROMPTS[1] + greedy(built)[1]
     want = built.model(torch.tensor([row]), 0)[0, -1]
     greedy(built)
@@ -124,7 +125,7 @@ def test_callers_may_read_and_write_the_kv_cache(built: Llama) -> None:
     assert built.model(torch.tensor([row[:9]]), 0)[0, -1].argmax() == got.argmax() and want.shape == got.shape
 
 
-def test_logits_need_no_detach(built: Llama) -> None:
+def test_logits_convert_to_numpy_without_detach(built: Llama) -> None:
     assert built.model(torch.tensor([[1, 5]]), 0).numpy().shape == (1, 2, 384)
 
 
@@ -223,8 +224,8 @@ CHANGES: dict[str, Callable[[Llama], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_modified_model_generates_as_its_own_forward(built: Llama, change: str) -> None:
-    """Generate once before the change: the second call must not use anything that the first call prepared."""
+def test_a_modified_model_generates_the_answers_of_its_own_forward(built: Llama, change: str) -> None:
+    """Generate once before the model is changed. The next call must not use anything that the first call prepared."""
     before = greedy(built)
     with torch.no_grad():
         CHANGES[change](built)
@@ -265,7 +266,8 @@ def test_hooks_get_whole_batches_and_a_message_is_printed_once(built: Llama, cap
 
 
 def test_a_hook_may_ban_tokens_with_logits_of_minus_infinity(built: Llama) -> None:
-    """Ban every second token. Check that logits of NaN and of +inf still raise an error."""
+    """Set the logits of every second token to minus infinity in a hook. Logits of NaN or plus infinity must still raise an
+    error."""
 
     def ban(module: nn.Module, args: Any, y: torch.Tensor) -> torch.Tensor:
         y = y.clone()
@@ -289,7 +291,7 @@ def test_a_hook_may_ban_tokens_with_logits_of_minus_infinity(built: Llama) -> No
 
 
 def test_callers_may_replace_generate_the_tokenizer_and_the_sampler(built: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace `generate`, `tokenizer` and `sample_top_p`, which each call looks up anew."""
+    """Replace `generate`, `tokenizer` and `sample_top_p`. The next call must use the replacements."""
     options_of_calls: list[dict[str, Any]] = []
 
     class RecordingLlama(Llama):
@@ -333,7 +335,7 @@ def test_callers_may_replace_generate_the_tokenizer_and_the_sampler(built: Llama
 
 
 def test_a_replaced_tokenizers_decode_makes_all_text(built: Llama) -> None:
-    """Test answers, echoed prompts, streams, dialogs and single tokens."""
+    """Replace `tokenizer.decode`, and check the text of answers, echoed prompts, streams, dialogs and single tokens."""
 
     class UpperCaseDecoder:
         def __init__(self, inner: Any) -> None:
@@ -371,7 +373,7 @@ def test_max_seq_len_and_eos_id_are_read_anew_at_each_call(built: Llama) -> None
 
 @pytest.mark.parametrize("form", ["packed", "int8"], indirect=True)
 def test_a_packed_weight_raises_for_operations_that_need_plain_memory(built: Llama) -> None:
-    """Check that the error names the way out: backend="eager", which keeps plain tensors."""
+    """Check that the error advises to build with backend="eager", which keeps plain tensors."""
     weight = built.model.layers[0].attention.wq.weight
     assert isinstance(weight, PackedWeight) and isinstance(weight, nn.Parameter)
     for use in (
@@ -386,7 +388,8 @@ def test_a_packed_weight_raises_for_operations_that_need_plain_memory(built: Lla
 
 
 def test_packed_weights_do_not_import_sympy(small: SimpleNamespace) -> None:
-    """Avoid sympy, which PyTorch's distributed tensors import: it takes 40 MB and most of a second at each start."""
+    """Importing sympy takes 40 MB and most of a second. PyTorch's distributed tensors import sympy, but packed weights must
+    not."""
     code = (
         f"import sys; from llama import Llama; paths = {str(small.folder)!r}, {str(small.tokenizer_path)!r}\n"
         "llama = Llama.build(*paths, 64, 2, device='cpu', quantize='int8'); llama.generate([[1, 5]], 2)\n"
@@ -397,7 +400,7 @@ def test_packed_weights_do_not_import_sympy(small: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("form", ["packed", "int8"], indirect=True)
 def test_an_edit_of_wk_leaves_wq_and_wv_unchanged(built: Llama) -> None:
-    """Edit one of three weights that are packed as one matrix."""
+    """Edit wk, which is packed as one matrix with wq and wv."""
     attention = built.model.layers[0].attention
     before = attention.wq.weight.clone(), attention.wv.weight.clone()
     attention.wk.weight.mul_(2)
@@ -468,7 +471,7 @@ def test_a_model_can_be_trained_after_generating(small: SimpleNamespace) -> None
 # --- models built without Llama.build ---
 
 
-def test_constructing_a_transformer_leaves_torchs_generator_alone_and_takes_metas_arguments() -> None:
+def test_constructing_a_transformer_leaves_torchs_generator_unchanged_and_accepts_metas_arguments() -> None:
     torch.manual_seed(3)
     want = torch.rand(1)
     torch.manual_seed(3)

@@ -1,4 +1,5 @@
-"""Logits that are not finite raise NonFiniteError, which names the prompt and the position, and do not affect later calls."""
+"""Test that logits that are not finite raise NonFiniteError, which names the prompt and the position. Later calls must not be
+affected."""
 
 from types import SimpleNamespace
 
@@ -16,14 +17,16 @@ PROMPTS = [[1, 5], [1, 9, 30], [1, 300]]
 
 @pytest.fixture(params=["synchronous", "asynchronous"])
 def any_llama(request: pytest.FixtureRequest, llama: Llama) -> Llama:
-    """Return the small model; as "asynchronous" it starts each decode step before the previous step's tokens are read."""
+    """Return a small model. With the parameter "asynchronous", each decode step starts before the tokens of the previous step
+    are read."""
     if request.param == "asynchronous":
         request.getfixturevalue("as_on_cuda")
     return llama
 
 
 def set_embedding(llama: Llama, monkeypatch: pytest.MonkeyPatch, token: int, value: float = float("nan")) -> None:
-    """Put `value` into a token's embedding, so that a row's logits are not finite from that token on."""
+    """Put `value` into the embedding of a token. The logits of a row that contains the token are then not finite from that
+    token on."""
     weight = llama.model.tok_embeddings.weight.detach().clone()
     weight[token, 3] = value
     monkeypatch.setitem(llama.model.tok_embeddings._parameters, "weight", torch.nn.Parameter(weight, requires_grad=False))
@@ -41,10 +44,10 @@ def test_logits_of_a_prompt_that_are_not_finite_raise(any_llama: Llama, monkeypa
     assert any_llama.generate(PROMPTS, 8, temperature=0) == want
 
 
-def test_logits_of_a_decode_step_that_are_not_finite_raise_after_the_tokens_before(
+def test_a_decode_step_with_logits_that_are_not_finite_raises_after_the_earlier_tokens_are_yielded(
     any_llama: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Check that the stream yields all tokens before the error, and that the next call finds no NaN in the KV cache."""
+    """Check that the stream yields the tokens before the error. NaN in the KV cache must not affect the next call."""
     (want,), _ = any_llama.generate([[1, 5]], 8, temperature=0)
     index = next(i for i in range(2, 8) if want[i] not in want[:i] and want[i] not in (1, 5))
     with monkeypatch.context() as patch:
@@ -59,8 +62,8 @@ def test_logits_of_a_decode_step_that_are_not_finite_raise_after_the_tokens_befo
 def test_nan_in_a_finished_row_does_not_affect_the_next_prompt_in_that_row(
     any_llama: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Give the first prompt's last new token a NaN embedding. The prompt's row of the KV cache then gets a new
-    prompt, while another row goes on."""
+    """Put NaN into the embedding of the last token of the first answer. The next prompt then uses the same row of the KV cache,
+    while the other row continues."""
     monkeypatch.setattr(any_llama.model.params, "max_batch_size", 2)
     prompts = short, longer, third = [1, 5], [1, 9, 30], [1, 7]
     want = [any_llama.generate([p], n, temperature=0)[0][0] for p, n in ((short, 2), (longer, 9), (third, 3))]
@@ -74,7 +77,7 @@ def test_nan_in_a_finished_row_does_not_affect_the_next_prompt_in_that_row(
 
 
 def set_logit(token: int, value: float, monkeypatch: pytest.MonkeyPatch, others: float | None = None) -> None:
-    """Replace a token's logit by `value` in each forward and, unless `others` is None, all other logits by `others`."""
+    """In each forward, replace the logit of one token by `value` and, unless `others` is None, all other logits by `others`."""
     original = EngineForward.logits
 
     def replaced_logits(self: EngineForward, hidden: torch.Tensor) -> torch.Tensor:
@@ -90,7 +93,7 @@ def set_logit(token: int, value: float, monkeypatch: pytest.MonkeyPatch, others:
     "value, others",
     [(float("inf"), None), (float("nan"), None), (float("-inf"), float("-inf")), (float("nan"), float("-inf"))],
 )
-def test_one_nan_or_infinite_logit_raises_and_so_do_only_masked_logits(
+def test_one_nan_or_infinite_logit_raises_and_so_do_logits_that_are_all_minus_infinity(
     llama: Llama, monkeypatch: pytest.MonkeyPatch, value: float, others: float | None
 ) -> None:
     set_logit(7, value, monkeypatch, others)
@@ -105,7 +108,7 @@ def test_one_nan_or_infinite_logit_raises_and_so_do_only_masked_logits(
 def test_a_token_with_a_logit_of_minus_infinity_is_never_generated_but_may_be_in_a_prompt(
     any_llama: Llama, monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
-    """Ban a token by a logit of minus infinity, while other logits are finite."""
+    """Set the logit of one token to minus infinity, and leave all other logits finite."""
     unmasked, _ = any_llama.generate(PROMPTS, 8, temperature, seed=1)
     banned = unmasked[0][0]
     set_logit(banned, float("-inf"), monkeypatch)
@@ -140,7 +143,8 @@ def test_the_error_advises_a_dtype_of_larger_range(
 
 
 def test_a_decode_step_started_after_eos_does_not_affect_later_calls(any_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start a decode step whose input is EOS: an asynchronous step starts before the last step's token is known."""
+    """An asynchronous decode step starts before the token of the previous step is known, so its input may be EOS. In this test
+    the embedding of EOS is NaN."""
     prompt = [1, 5, 9, 30, 8, 44, 45]
 
     def greedy(eos: int) -> list[int]:
@@ -186,7 +190,7 @@ def test_a_prompts_log_probability_that_is_not_finite_raises(llama: Llama, monke
 def test_nan_and_infinity_loaded_into_packed_weights_raise_at_the_next_call(
     small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, format: str | None
 ) -> None:
-    """Load such weights with `load_state_dict`, which does not check them."""
+    """Load weights that contain NaN or infinity with `load_state_dict`, which does not check that weights are finite."""
     monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)
     llama = Llama.build(small.folder, small.tokenizer_path, 32, 1, device="cpu", dtype="bfloat16", quantize=format)
     weights = {name: weight.clone() for name, weight in llama.model.state_dict().items()}

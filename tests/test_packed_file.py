@@ -1,4 +1,4 @@
-"""Save weights into a packed file and load them: the same answers as from the shards, or an error."""
+"""Test saving weights to packed files and loading them. A file gives the same answers as the shards, or raises an error."""
 
 import functools
 import itertools
@@ -26,7 +26,7 @@ from .support import assert_raises, no_extension, write_shards
 
 @pytest.fixture
 def int4_folder(small: SimpleNamespace, tmp_path: Path) -> Path:
-    """Write a folder with two shards and int4.safetensors."""
+    """Write a checkpoint folder with two shards and the packed file int4.safetensors."""
     folder = write_shards(tmp_path / "int4", small.params, small.weights, 2)
     assert packed_file.save_packed_file(folder, "int4") == folder / "int4.safetensors"
     assert sorted(p.name for p in folder.iterdir()) == [
@@ -40,10 +40,10 @@ def build(folder: Path, small: SimpleNamespace, **options: Any) -> Llama:
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_a_packed_file_gives_the_logits_of_its_shards_with_and_without_them(
+def test_a_packed_file_gives_the_logits_of_its_shards_with_and_without_the_shards(
     int4_folder: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, dtype: str | None
 ) -> None:
-    """Check that the weights in the file are neither quantized nor packed again."""
+    """Check that loading a packed file neither quantizes nor packs weights again."""
     tokens = torch.arange(3, 63).view(2, 30)
     with monkeypatch.context() as patch:
         for function in ("quantize", "pack_rows"):
@@ -63,7 +63,7 @@ def test_a_packed_file_gives_the_logits_of_its_shards_with_and_without_them(
 
 @pytest.fixture
 def bf16_folder(small: SimpleNamespace, tmp_path: Path) -> Path:
-    """Write a folder with two shards in bfloat16 and bfloat16.safetensors."""
+    """Write a checkpoint folder with two shards in bfloat16 and the packed file bfloat16.safetensors."""
     folder = write_shards(tmp_path / "m", small.params, {name: w.bfloat16() for name, w in small.weights.items()}, 2)
     packed_file.save_packed_file(folder, "bfloat16")
     return folder
@@ -91,7 +91,7 @@ def test_a_bfloat16_file_without_shards_can_be_built_in_any_dtype_but_not_quanti
 
 
 def test_a_bfloat16_file_beside_shards_is_not_read_for_float32(bf16_folder: Path, small: SimpleNamespace) -> None:
-    """Damage the file, so that reading it raises."""
+    """Damage the packed file, so that any build that reads the file raises."""
     (bf16_folder / "bfloat16.safetensors").write_bytes(b"damaged")
     build(bf16_folder, small, quantize=None, dtype="float32")
     with pytest.raises(CheckpointError, match=r"bfloat16.safetensors: cut off, damaged"):
@@ -123,7 +123,8 @@ def test_a_bfloat16_file_with_nan_is_refused(bf16_folder: Path, small: SimpleNam
 def test_weights_stored_transposed_or_in_several_dtypes_are_quantized_correctly(
     small: SimpleNamespace, tmp_path: Path, quantize: str
 ) -> None:
-    """Store weights that are not the contiguous rows of one dtype that the C code needs to pack wq, wk and wv together."""
+    """Store some weights transposed, and wq in another dtype than wk and wv. The C code that packs wq, wk and wv together needs
+    contiguous rows of one dtype."""
     weights = {name: w.bfloat16() for name, w in small.weights.items()}
     expected = build(write_shards(tmp_path / "contiguous", small.params, weights), small, quantize=quantize)
     transposed = write_shards(tmp_path / "transposed", small.params, weights)
@@ -138,7 +139,9 @@ def test_weights_stored_transposed_or_in_several_dtypes_are_quantized_correctly(
 
 
 @pytest.mark.parametrize("format", packed_file.PACKED_FORMATS)
-def test_the_file_is_identical_without_compiled_code(bf16_folder: Path, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
+def test_a_packed_file_is_identical_without_compiled_code(
+    bf16_folder: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
     file = bf16_folder / f"{format}.safetensors"
     packed_file.save_packed_file(bf16_folder, format)
     from_compiled_code = file.read_bytes()
@@ -162,8 +165,9 @@ def test_a_packed_file_is_unpacked_where_no_kernel_reads_its_blocks(
         assert torch.equal(weight, weights[name]), name
 
 
-def test_the_file_follows_the_safetensors_format(int4_folder: Path) -> None:
-    """Check the length and the JSON of the header, and that tensors follow each other without holes, aligned to 64 bytes."""
+def test_a_packed_file_follows_the_safetensors_format(int4_folder: Path) -> None:
+    """Check the length and the JSON of the header. Tensors must follow each other without gaps, and the first one must begin at
+    a multiple of 64 bytes."""
     data = (int4_folder / "int4.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
@@ -175,7 +179,7 @@ def test_the_file_follows_the_safetensors_format(int4_folder: Path) -> None:
     assert all(a[1] == b[0] for a, b in itertools.pairwise(spans)) and (8 + length) % 64 == 0
 
 
-def test_a_damaged_shard_beside_the_file_is_refused(int4_folder: Path, small: SimpleNamespace) -> None:
+def test_a_damaged_shard_beside_a_packed_file_is_refused(int4_folder: Path, small: SimpleNamespace) -> None:
     shard = int4_folder / "consolidated.01.pth"
     content = shard.read_bytes()
     for damaged in (content[:-30], content.replace(b"data.pkl", b"data\xff\xff\xff\xff"), b"PK\5\6" * 20):
@@ -185,7 +189,7 @@ def test_a_damaged_shard_beside_the_file_is_refused(int4_folder: Path, small: Si
             build(int4_folder, small)
 
 
-def test_a_file_made_from_other_weights_or_another_model_is_refused(
+def test_a_packed_file_made_from_other_weights_or_another_model_is_refused(
     int4_folder: Path, small: SimpleNamespace, tmp_path: Path
 ) -> None:
     other = {name: w.clone() for name, w in small.weights.items()}
@@ -243,8 +247,8 @@ def test_a_damaged_packed_file_is_refused(int4_folder: Path, small: SimpleNamesp
         build(int4_folder, small)
 
 
-def test_saving_fails_without_leaving_a_file(small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Test too little free space, a disk that is full while writing, and weights with NaN."""
+def test_a_failed_save_leaves_no_file(small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test saving with too little free space, to a disk that becomes full, and with weights that contain NaN."""
     folder = write_shards(tmp_path, small.params, small.weights)
     usage = shutil.disk_usage(folder)
     with monkeypatch.context() as patch:
@@ -306,7 +310,8 @@ def test_fingerprints_of_shards_without_checksums_differ_for_different_weights(s
 def test_two_processes_that_save_at_the_same_time_do_not_harm_each_other(
     small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Start a second process that fails while the first is writing. Saving on several ranks is refused."""
+    """Pretend that a second process starts to save, and fails, while the first one is writing. Also check that saving on
+    several ranks is refused."""
     folder, check_finite, second_saves = write_shards(tmp_path, small.params, small.weights), loading.check_finite, []
 
     def save_meanwhile(*args: Any) -> Any:
@@ -333,7 +338,9 @@ def test_two_processes_that_save_at_the_same_time_do_not_harm_each_other(
         packed_file.save_packed_file(folder, "int8")
 
 
-def test_a_file_of_another_layout_is_refused(small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packed_file_of_another_layout_is_refused(
+    small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = shutil.copytree(small.folder, tmp_path / "m")
     with monkeypatch.context() as patch:
         patch.setattr(packed_file, "LAYOUT", "another")
@@ -342,7 +349,7 @@ def test_a_file_of_another_layout_is_refused(small: SimpleNamespace, tmp_path: P
 
 
 def test_a_shard_with_too_many_zip_records_is_refused(small: SimpleNamespace, tmp_path: Path) -> None:
-    """Refuse more than 10,000 records, because the fingerprint of the shards reads 4 kB of each record."""
+    """Refuse a shard with more than 10,000 zip records, because the fingerprint of the shards reads 4 kB of each record."""
     folder = shutil.copytree(small.folder, tmp_path / "m")
     packed_file.save_packed_file(folder, "int8")
     with zipfile.ZipFile(folder / "consolidated.00.pth", "w") as archive:
@@ -351,7 +358,7 @@ def test_a_shard_with_too_many_zip_records_is_refused(small: SimpleNamespace, tm
     assert_raises(lambda: packed_file.open_packed_file(folder, "int8"), CheckpointError, "more than 10,000 records")
 
 
-def test_errors_shorten_what_a_files_header_contains(small: SimpleNamespace, tmp_path: Path) -> None:
+def test_errors_shorten_long_values_in_the_header_of_a_packed_file(small: SimpleNamespace, tmp_path: Path) -> None:
     path = packed_file.save_packed_file(shutil.copytree(small.folder, tmp_path / "m"), "int8")
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
@@ -369,8 +376,9 @@ def test_errors_shorten_what_a_files_header_contains(small: SimpleNamespace, tmp
         assert_raises(build, CheckpointError, part)
 
 
-def test_tensors_of_wide_dtypes_come_first_in_the_file(small: SimpleNamespace) -> None:
-    """Check the order that aligns each tensor to its dtype without padding."""
+def test_tensors_of_wide_dtypes_come_first_in_a_packed_file(small: SimpleNamespace) -> None:
+    """Check that tensors are stored from the widest dtype to the narrowest. This order aligns each tensor to its dtype without
+    padding."""
     with torch.device("meta"):
         model = Transformer(ModelArgs(**{**small.params, "vocab_size": 384}))
     sizes = [dtype.itemsize for dtype, _ in packed_file.file_layout(model, torch.bfloat16, "int8").values()]

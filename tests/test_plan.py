@@ -1,4 +1,5 @@
-"""`llama.plan` and `python -m llama plan`: the figures are those of real models, and a plan fits exactly where `build` does."""
+"""Test `llama.plan` and `python -m llama plan`. The sizes must equal those of real models. A plan must report that a model fits
+if and only if `Llama.build` accepts the model."""
 
 import math
 import re
@@ -23,13 +24,13 @@ BF16, CUDA = torch.bfloat16, torch.device("cuda")
 
 
 def pretend_ranks(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Build models as rank 0 of a job with this number of ranks builds them."""
+    """Pretend that this process is rank 0 of `ranks` ranks, so that models are built with the weights of that rank."""
     for module in (llama_model, linear, embedding):
         monkeypatch.setattr(module, "model_parallel", lambda: (0, ranks))
 
 
 def table_rows(report: str) -> dict[str, list[str]]:
-    """Return the cells of each row of a report's table, by the row's label."""
+    """Parse the table in a report. Return a dict from the label of each row to the cells of the row."""
     rows = {}
     for line in report.splitlines():
         label, machine, speeds = line.partition(" GB/s ")
@@ -47,7 +48,7 @@ def test_the_known_models_are_as_large_as_metas_files(name: str, gib: float) -> 
 
 @pytest.mark.parametrize("format", [None, "int8", "int4"])
 @pytest.mark.parametrize("name, max_ranks", [("7B", 16), ("13B", 8), ("70B", 8)])
-def test_a_plan_has_the_figures_and_the_errors_of_building(name: str, max_ranks: int, format: str | None) -> None:
+def test_a_plan_has_the_sizes_and_the_errors_of_building_the_model(name: str, max_ranks: int, format: str | None) -> None:
     args = replace(machines.MODELS[name], max_seq_len=4096, max_batch_size=8)
     table = table_rows(machines.plan_report(name, args, [], BF16, format, list(machines.GPUS.values()), CUDA))
     columns = [int(n) for n in table["ranks"]]
@@ -107,7 +108,7 @@ def test_a_number_of_ranks_that_building_refuses_is_refused_with_the_same_error(
     assert_raises(lambda: machines.plan_report("code", code, [32], **options), DeviceError, "vocabulary: 32016")
 
 
-def test_the_plan_command_takes_known_models_folders_and_machines(
+def test_the_plan_command_accepts_known_models_folders_and_machines(
     small: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def printed_table(*arguments: str) -> dict[str, list[str]]:
@@ -116,7 +117,8 @@ def test_the_plan_command_takes_known_models_folders_and_machines(
 
     table = printed_table("--model", "70B", "--ranks", "4", "--max_seq_len", "2048", "--gpu", "h100")
     assert "70B, bfloat16" in table and table["ranks"] == ["4"] and "KV cache, 1 x 2048 tokens" in table
-    assert table["weights, on each rank"] == ["34.49 GB"] and list(table)[-2] == "H100"  # the last line is a note
+    # The last line of the report is a note.
+    assert table["weights, on each rank"] == ["34.49 GB"] and list(table)[-2] == "H100"
     machine = ("--memory", "8", "--bandwidth", "50")
     assert printed_table("--model", "7B", "--quantize", "int4", "--dtype", "float16", *machine)["a machine"][0] == "8.4"
     weights = printed_table("--ckpt_dir", str(small.folder), "--ranks", "1", "--dtype", "bfloat16", *machine)[
@@ -128,7 +130,7 @@ def test_the_plan_command_takes_known_models_folders_and_machines(
     assert as_stored == [errors.format_bytes(estimate.weight_bytes(model, 1, torch.float32))]
 
     folder = write_shards(tmp_path, small.params, {})
-    (folder / "consolidated.00.pth").unlink()  # only params.json is left
+    (folder / "consolidated.00.pth").unlink()  # now the folder contains only params.json
     table = printed_table("--ckpt_dir", str(folder), "--ranks", "1")
     larger = replace(model, vocab_size=machines.VOCAB_SIZE)
     assert table["weights, on each rank"] == [errors.format_bytes(estimate.weight_bytes(larger, 1, BF16))]

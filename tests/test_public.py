@@ -1,4 +1,4 @@
-"""The public interface: names, signatures, constants, and how objects print themselves."""
+"""Test the public interface: names, signatures, constants, and the repr of objects."""
 
 import dataclasses
 import importlib

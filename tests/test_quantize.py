@@ -1,4 +1,4 @@
-"""Quantize weights to int8 and int4: accuracy, kernels, sharding, whole models, memory, and what is refused."""
+"""Test quantization to int8 and int4: accuracy, kernels, sharding, whole models, memory, and refused arguments."""
 
 import copy
 import dataclasses
@@ -29,7 +29,7 @@ from .test_kernels import engine_logits, linear_weights
 
 DEMO, DEMO_TOKENIZER = ROOT / "demo/model", ROOT / "demo/tokenizer.model"
 DTYPES = torch.float32, torch.bfloat16, torch.float16
-SHAPES = (384, 192), (344, 172), (64, 1088), (20, 7)  # the second and the last are no multiples of the kernels' block sizes
+SHAPES = (384, 192), (344, 172), (64, 1088), (20, 7)  # 344 x 172 and 20 x 7 are not multiples of the kernels' block sizes
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -44,7 +44,7 @@ def in_groups(x: torch.Tensor, group: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [*SHAPES, (64, 2304)], ids=str)
 def test_int8_errors_stay_within_one_step_and_both_formats_use_their_full_range(shape: tuple[int, int]) -> None:
-    """Allow half a step of error, plus the error from rounding the scale, which is largest for the largest weight."""
+    """The error of an int8 value may be half a step from rounding the value, and a quarter step from rounding the scale."""
     weight = random(*shape)
     int8_weight, int4_weight = quantize(weight, "int8"), quantize(weight, "int4")
     error = in_groups(int8_weight.dequantize() - weight, int8_weight.group_size).abs()
@@ -65,8 +65,9 @@ def test_an_outlier_changes_the_values_of_its_own_group_only() -> None:
 
 @pytest.mark.parametrize(("format", "max_error"), [("int8", 4.5e-5), ("int4", 0.00665)])
 def test_the_squared_error_of_gaussian_weights_is_that_of_least_squares(format: str, max_error: float) -> None:
-    """Compare the error with the weights' squares. For int4, rounding between a group's minimum and maximum gives 0.0080, and
-    the best fixed fraction of that range gives 0.0067."""
+    """Divide the mean squared error by the mean square of the weights. For int4 this ratio must stay below 0.00665. The ratio
+    would be 0.0080 if each group were rounded between its minimum and maximum, and 0.0067 with the best fixed fraction of that
+    range."""
     weight = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
     assert (quantize(weight, format).dequantize() - weight).square().mean() < max_error * weight.square().mean()
 
@@ -82,7 +83,8 @@ def test_weights_of_zero_stay_zero() -> None:
 
 
 def int8_matmul_overflows() -> bool:
-    """Return True if oneDNN adds 8-bit products in 16 bits on this CPU, as it does with AVX2 alone."""
+    """Return True if the 8-bit matrix product overflows on this CPU. On a CPU with AVX2 and nothing newer, oneDNN adds 8-bit
+    products in 16 bits."""
     largest = torch.full((32, 64), 127, dtype=torch.int8)
     return bool((compat.int8_matmul(largest, largest.t()) != 64 * 127 * 127).any())
 
@@ -101,17 +103,18 @@ KERNELS = {
 def test_kernels_multiply_by_the_dequantized_weight(
     kernel_name: str, shape: tuple[int, int], dtype: torch.dtype, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Test the kernels that need no compiled C; test_blocked_linear.py tests the other kernels. Int8CudaLinear runs on the CPU
-    here. Each kernel also works under torch.compile, and gives its weight back after a copy or a pickle."""
+    """Test the kernels that need no compiled C. One of them is Int8CudaLinear, which runs on the CPU in this test. Each kernel
+    must also work under torch.compile, and keep its weight when it is copied or pickled. test_blocked_linear.py tests the
+    compiled kernels."""
     if kernel_name == "Int8Cuda" and int8_matmul_overflows():
         pytest.skip("this CPU's 8-bit matrix product overflows")
-    monkeypatch.setattr(tuning, "PIECE_BYTES", 1 << 15)  # several pieces per weight
+    monkeypatch.setattr(tuning, "PIECE_BYTES", 1 << 15)  # divide each weight into several pieces
     format, kernel_class = KERNELS[kernel_name]
     weight = random(*shape, dtype=dtype)
     quantized = quantize_int8_per_row(weight, dtype) if kernel_name == "Int8Cuda" else quantize(weight, format)
     kernel, x = kernel_class(quantized), random(n, shape[1]).to(dtype)
     rows = x.double()
-    if kernel_name == "Int8Cuda":  # the kernel rounds each row of x to integers of 15 bits
+    if kernel_name == "Int8Cuda":  # Int8CudaLinear rounds each row of x to integers of 15 bits
         scale = (x.float().abs().amax(1, keepdim=True) / 16256).double()
         rows = (rows / scale).round() * scale
     want = rows @ dataclasses.replace(quantized, dtype=torch.float64).dequantize().T
@@ -119,7 +122,7 @@ def test_kernels_multiply_by_the_dequantized_weight(
     assert got.dtype == dtype
     tolerance = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
     if kernel_name == "Int8Cuda" and dtype == torch.float32:
-        tolerance = 3e-5  # values halfway between two integers may be rounded differently in float32
+        tolerance = 3e-5  # float32 and float64 may round values halfway between two integers differently
     assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
     assert kernel(x.view(1, n, -1)).shape == (1, n, shape[0])
     torch.compiler.reset()
@@ -129,13 +132,15 @@ def test_kernels_multiply_by_the_dequantized_weight(
     for duplicate in (kernel, copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel))):
         unpacked = duplicate.unpack()
         assert torch.equal(unpacked.values, quantized.values)
-        for field in dataclasses.fields(QuantizedWeight) if dtype != torch.float16 else ():  # float16 rounds the scales
+        # Kernels in float16 round the scales, so unpacking does not give the exact scales back.
+        for field in dataclasses.fields(QuantizedWeight) if dtype != torch.float16 else ():
             a, b = getattr(quantized, field.name), getattr(unpacked, field.name)
             assert not isinstance(a, torch.Tensor) or torch.equal(a, b), field.name
 
 
 def test_int4_products_of_many_rows_equal_those_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unpack the weight in pieces for many rows. If PyTorch packs in an unknown way, its kernel multiplies all rows."""
+    """For many rows, the int4 CPU kernel unpacks its weight in pieces. If PyTorch packs weights in an unknown layout, PyTorch's
+    own kernel multiplies any number of rows."""
     kernel = int4.Int4CpuLinear(quantize(random(200, 192, dtype=torch.bfloat16), "int4"))
     x = random(7, 192, dtype=torch.bfloat16)
     want, linear_in_pieces, n_unpacked = kernel(x), half_precision.linear_in_pieces, []
@@ -151,7 +156,8 @@ def test_int4_products_of_many_rows_equal_those_of_few_rows(monkeypatch: pytest.
 
 
 def pack_as_cuda_does(q: torch.Tensor, tiles: int) -> torch.Tensor:
-    """Pack 4-bit values as PyTorch's CUDA kernel `matrix_to_m16n8k16_Bint4_layout` does: the values of each of 32 threads."""
+    """Pack 4-bit values in the layout of PyTorch's CUDA kernel `matrix_to_m16n8k16_Bint4_layout`, which stores the values for
+    each of 32 threads next to each other."""
     u = (q + 8).tolist()
     blocks = torch.zeros(len(u) // 8, len(u[0]) // (16 * tiles), 32, tiles // 2, dtype=torch.int64)
     for n, k, thread, pair in itertools.product(*map(range, blocks.shape)):
@@ -168,14 +174,16 @@ def test_int4_weights_packed_on_a_gpu_are_unpacked(tiles: int) -> None:
 
 
 def shared_kernels(model: Transformer) -> list[SharedKernel]:
-    """Return each shared kernel of a model once; fail unless all matrices but the embedding are packed."""
+    """Return the distinct shared kernels of a model. Fail unless all matrices of the model, except the embedding, are
+    packed."""
     weights = linear_weights(model)
     assert weights and all(isinstance(weight, PackedWeight) for weight in weights)
     return list({id(weight.shared): weight.shared for weight in weights if isinstance(weight, PackedWeight)}.values())
 
 
 def formats(model: Transformer) -> set[tuple[bool, str | None]]:
-    """Return (True for the output layer, the format) of all matrices but the embedding."""
+    """Return a pair for each matrix of a model except the embedding: True if it is the output layer, and the format of its
+    weight."""
     return {(shared.computes_logits, shared.kernel.format) for shared in shared_kernels(model)}
 
 
@@ -184,8 +192,9 @@ def formats(model: Transformer) -> set[tuple[bool, str | None]]:
 def test_a_quantized_models_logits_are_close_to_float32_and_identical_from_any_number_of_shards(
     small: SimpleNamespace, shared_llama: Llama, tmp_path: Path, format: str, bound: float, dtype: str | None
 ) -> None:
-    """Compare the logits of the engine and of the model's own forward, in prefill and decode steps. Logits range from about -4
-    to 4. Copies keep the quantized weights, load_state_dict quantizes new weights, and a change of dtype dequantizes them."""
+    """Compare the logits of the engine and of the model's own forward with float32, in prefill and in decode steps. Logits
+    range from about -4 to 4. Copies keep the quantized weights, `load_state_dict` quantizes new weights, and a change of the
+    model's dtype dequantizes all weights."""
     tokens = torch.randint(3, 384, (3, 20), generator=torch.Generator().manual_seed(3))
     want, whole_logits = shared_llama.model.forward(tokens, 0), []
     for n in (1, 2, 4):
@@ -226,7 +235,8 @@ def test_a_slice_of_inputs_inside_one_group_is_packed_and_multiplied(format: str
 def test_each_ranks_part_equals_that_part_of_the_weight_quantized_on_one_rank(
     small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, ranks: int
 ) -> None:
-    """Read from 1 and from 4 shards. Of the 64 inputs of wo, each of four ranks has half a group."""
+    """Read weights from 1 and from 4 shards. On four ranks, each rank has 16 of the 64 inputs of wo, which is half of a group
+    that shares a scale."""
 
     def part(name: str, folder: Path, rank: int, ranks: int) -> torch.Tensor:
         for module in (loading, resharding):
@@ -243,8 +253,8 @@ def test_each_ranks_part_equals_that_part_of_the_weight_quantized_on_one_rank(
 
 
 def test_the_demo_models_int8_answers_are_the_same_from_any_shards_on_1_and_2_ranks(tmp_path: Path) -> None:
-    """Also load int8.safetensors without shards. Some of the 12 answers, of up to 60 tokens, would change with tiny differences
-    of the logits."""
+    """Load the weights from 1, 2 and 4 shards, and from int8.safetensors alone. Compare 12 answers of up to 60 tokens. Some of
+    the answers would change if the logits differed even slightly."""
     params = json.loads((DEMO / "params.json").read_text())
     weights = torch.load(DEMO / "consolidated.00.pth", weights_only=True)
     folders = [write_shards(tmp_path / f"{n}", params, weights, n) for n in (1, 2, 4)]
@@ -266,14 +276,14 @@ def test_the_demo_models_int8_answers_are_the_same_from_any_shards_on_1_and_2_ra
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_a_rows_logits_do_not_depend_on_other_rows(small: SimpleNamespace, format: str, dtype: str) -> None:
-    """Test the engine and the model's own forward. The tolerance has two reasons: PyTorch's int4 kernel for bfloat16 rounds
-    differently for few and for many rows; in float32, attention of several rows may differ in the last bit, and that bit may
-    change how an activation is rounded to 16 bits."""
+    """Test the engine and the model's own forward. Logits may differ slightly for two reasons. In bfloat16, PyTorch's int4
+    kernel rounds differently for few and for many rows. In float32, attention of several rows may differ in the last bit, which
+    may change how an activation is rounded to 16 bits."""
     llama = Llama.build(small.folder, small.tokenizer_path, 128, 4, device="cpu", dtype=dtype, quantize=format)
     tokens = torch.randint(3, 384, (4, 100), generator=torch.Generator().manual_seed(5))
     exact_rows = format == "int8" or dtype == "float32" or blocked_linear.extension_for(format)
     forwards = functools.partial(engine_logits, llama.engine.forward()), llama.model.forward
-    for logits, inference in itertools.product(forwards, (False, True)):  # inference mode has other norm kernels
+    for logits, inference in itertools.product(forwards, (False, True)):  # norms use other kernels in inference mode
         with torch.inference_mode(inference):
             together = logits(tokens[:, :1], 0)
             for row in range(4):
@@ -282,7 +292,8 @@ def test_a_rows_logits_do_not_depend_on_other_rows(small: SimpleNamespace, forma
 
 
 def test_int8_products_in_float16_neither_overflow_nor_underflow() -> None:
-    """Test sums that are large before they are scaled, and rows of x whose scale is smaller than any float16 value."""
+    """Test sums that are large before they are scaled, and rows of x whose scale is below the smallest positive float16
+    value."""
     quantized = quantize(random(64, 4096) * 0.02, "int8")
     weight, in_float16 = quantized.dequantize().double(), quantized.to(quantized.device, torch.float16)
     x = random(130, 4096)
@@ -296,8 +307,8 @@ def test_int8_products_in_float16_neither_overflow_nor_underflow() -> None:
 
 @pytest.mark.parametrize("format, max_divergence", [("int8", 1e-3), ("int4", 0.03)])
 def test_the_quantized_demo_model_predicts_nearly_the_float32_distribution(format: str, max_divergence: float) -> None:
-    """Compute the mean KL divergence of the next token from float32, over the float32 model's answers. benchmarks/quality.py
-    measures more models and formats."""
+    """Compute the mean KL divergence between the next-token probabilities of the float32 model and of the quantized model, over
+    answers of the float32 model. benchmarks/quality.py measures more models and formats."""
     float32 = Llama.build(DEMO, DEMO_TOKENIZER, 128, 1, device="cpu", dtype="float32")
     quantized = Llama.build(DEMO, DEMO_TOKENIZER, 128, 1, device="cpu", dtype="float32", quantize=format)
     questions = ["What is the capital of France?", "What is 3 + 4?", "Tell me about the sea.", "What do I need to bake bread?"]
@@ -374,7 +385,7 @@ def test_int4_weights_whose_width_is_no_multiple_of_the_group_are_padded(tmp_pat
 @pytest.mark.parametrize("format", [None, "int8", "int4"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_works_under_autocast(format: str | None, dtype: torch.dtype) -> None:
-    """Run `forward` under autocast, which gives the outputs of attention another dtype than the weights have."""
+    """Run `forward` under autocast, where the outputs of attention have another dtype than the weights."""
     name = str(dtype).removeprefix("torch.")
     model = Llama.build(DEMO, DEMO_TOKENIZER, 64, 1, device="cpu", dtype=name, quantize=format).model
     for tokens in (torch.tensor([[1]]), torch.tensor([[1, 5, 9]]), torch.arange(1, 41)[None]):

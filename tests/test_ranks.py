@@ -1,4 +1,5 @@
-"""A checkpoint of any number of shards gives the same answers on any number of ranks. `make grid` also tests 8 ranks."""
+"""Test that a checkpoint of any number of shards gives the same answers on any number of ranks. `make grid` also tests 8
+ranks."""
 
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from llama.checkpoint.resharding import shard_views
 
 from .support import random_weights, run, torchrun, write_shards
 
-# WIDE has widths that 1, 2, 3, 4 and 8 divide. SEVENTY_B has the params.json of 70B, with a smaller width and fewer layers.
+# All widths of the model WIDE are divisible by 2, 3, 4 and 8. The model SEVENTY_B is like Llama 2 70B, but narrower and with
+# fewer layers.
 WIDE = dict(dim=192, n_layers=2, n_heads=24, n_kv_heads=24, multiple_of=24, norm_eps=1e-5, vocab_size=-1), 528
 SEVENTY_B = dict(dim=256, n_layers=2, n_heads=64, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3, norm_eps=1e-5), 4096
 SHARDS = {"wide": (WIDE, (1, 2, 3, 4, 8)), "70B": (SEVENTY_B, (1, 2, 4, 8))}
@@ -44,9 +46,8 @@ def test_any_number_of_shards_gives_the_answers_of_one_shard_on_one_rank(folders
     for folder in folders:
         one_shard = next(f for f in folders if f.name == folder.name.split("-")[0] + "-1")
         assert_same_answers(one_rank[str(folder)], one_rank[str(one_shard)])
-    assert len({str(one_rank[str(folder)]["tokens"]) for folder in folders}) == len(
-        SHARDS
-    )  # the two models give different answers
+    # The models WIDE and SEVENTY_B give different answers.
+    assert len({str(one_rank[str(folder)]["tokens"]) for folder in folders}) == len(SHARDS)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.grid)])
@@ -68,7 +69,7 @@ def test_any_number_of_shards_on_several_ranks_gives_the_answers_of_one_rank(
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 8])
 def test_shard_views_give_each_rank_its_part_without_copies(n: int, m: int, dim: int) -> None:
-    """Cut n shards of a weight for m ranks."""
+    """Cut n shards of a weight into views for m ranks."""
     weight = torch.arange(24 * 24).view(24, 24)
     shards = list(weight.chunk(n, dim))
     for rank in range(m):

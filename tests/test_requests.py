@@ -1,4 +1,4 @@
-"""Scoring, and the options that all calls share: an invalid option raises one InputError before the model runs."""
+"""Test scoring, and the options that all calls share: an invalid option raises InputError before the model runs."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,8 @@ CONTINUATIONS = [" a time there was", " Paris.", "good morning", "four", " shell
 
 
 def test_scores_are_the_log_probabilities_that_echo_returns(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Score more pairs than the batch has rows, in chunks of several sizes, while a stream that owns the cache is open."""
+    """Score more pairs of prompt and continuation than the batch has rows, in chunks of several sizes, while a stream that uses
+    the KV cache is open."""
     want = []
     for prompt, continuation in zip(PROMPTS, CONTINUATIONS, strict=True):
         all_tokens = llama.tokenizer.encode(prompt + continuation, bos=True, eos=False)
@@ -47,7 +48,8 @@ def test_scoring_runs_one_forward_over_all_tokens(llama: Llama) -> None:
 
 
 def test_a_token_across_the_border_of_prompt_and_continuation_is_scored(llama: Llama, reference: Transformer) -> None:
-    """Score "The capit" + "al": the tokens of "The capital" do not begin with the tokens of "The capit"."""
+    """Score the continuation "al" of the prompt "The capit". The tokens of "The capital" do not begin with the tokens of "The
+    capit"."""
     tokenizer: Tokenizer = llama.tokenizer
     prompt, full_text = "The capit", "The capital"
     prompt_tokens, tokens = (tokenizer.encode(text, bos=True, eos=False) for text in (prompt, full_text))
@@ -61,7 +63,7 @@ def test_a_token_across_the_border_of_prompt_and_continuation_is_scored(llama: L
 
 @pytest.fixture
 def idle(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Llama:
-    """Return a model whose forward fails the test."""
+    """Return a model that fails the test if it runs a forward."""
     monkeypatch.setattr(EngineForward, "hidden_states", lambda *_, **__: pytest.fail("the model ran"))
     return llama
 
@@ -107,7 +109,7 @@ CALLS: list[Callable[..., Any]] = [
     ids=lambda value: f"{value!r:.20}",
 )
 def test_an_invalid_option_raises_at_once_in_every_call(idle: Llama, name: str, value: Any, part: str) -> None:
-    """A streaming call raises when it is called, not when its first token is read."""
+    """Pass an invalid option to each call. Streaming calls must also raise at once, not when their first token is read."""
     for call in CALLS:
         with pytest.raises(InputError) as caught:
             call(idle, **{name: value})
@@ -115,7 +117,7 @@ def test_an_invalid_option_raises_at_once_in_every_call(idle: Llama, name: str, 
 
 
 def test_each_dialog_keeps_its_own_seed_after_an_unsafe_dialog(llama: Llama) -> None:
-    """An unsafe dialog is not generated, but its seed is not given to the next dialog."""
+    """A dialog with special tags is not generated. Its seed must not be used for the next dialog."""
     user, unsafe = [{"role": "user", "content": "Paris?"}], [{"role": "user", "content": "[INST]"}]
     options: dict = dict(temperature=1.0, max_gen_len=12)
     third = "".join(llama.chat_completion_stream(user, seed=3, **options))

@@ -1,4 +1,5 @@
-"""Sample from logits: top-p, top-k, min-p, repetition penalty and seeds against their definitions, and torch.multinomial."""
+"""Test sampling from logits: compare top-p, top-k, min-p, repetition penalty and seeds with their definitions, and with
+torch.multinomial."""
 
 import math
 
@@ -17,7 +18,8 @@ from llama.sampling import (
 
 
 def nucleus(probs: list[float], p: float) -> set[int]:
-    """Return the tokens that top-p keeps: in order of probability, those before which the sum of probabilities is at most p."""
+    """Return the tokens that top-p keeps. In order of falling probability, a token is kept if the probabilities before it sum
+    to at most p."""
     kept, total = set(), 0.0
     for i in sorted(range(len(probs)), key=lambda i: -probs[i]):
         if total <= p:
@@ -64,7 +66,7 @@ def test_token_logprobs_are_the_log_softmax_at_each_token() -> None:
 
 
 def distribution(logits: list[float], seen: set[int], s: SamplingParams) -> dict[int, float]:
-    """Return the probability of each token that may be sampled, computed from the definitions of the options."""
+    """Return the probability of each token that may be sampled, computed from the definitions of the sampling options."""
     logits = [
         (x / s.repetition_penalty if x > 0 else x * s.repetition_penalty) if i in seen else x for i, x in enumerate(logits)
     ]
@@ -98,7 +100,8 @@ def distribution(logits: list[float], seen: set[int], s: SamplingParams) -> dict
     ids=str,
 )
 def test_sampling_options_give_the_distribution_of_their_definitions(options: dict, seeded: bool) -> None:
-    """Sample 20,000 tokens: only tokens that the options allow, each in proportion to its probability."""
+    """Sample 20,000 tokens. Only tokens that the options allow may occur, and the frequency of each must be close to its
+    probability."""
     n, seen = 20000, {2, 5, 7}
     logits = torch.randn(12, generator=torch.Generator().manual_seed(4)) * 1.5
     sampling = SamplingParams(**{"temperature": 1.0, "top_p": 1.0, **options})
@@ -114,7 +117,7 @@ def test_sampling_options_give_the_distribution_of_their_definitions(options: di
 
 
 def python_exponential(seed: int, position: int, token: int) -> float:
-    """Compute one value of `seeded_exponential` with Python's integers, by SplitMix64's mixing function."""
+    """Compute one value of `seeded_exponential` with Python integers and the mixing function of SplitMix64."""
 
     def mix(x: int) -> int:
         x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
@@ -125,7 +128,7 @@ def python_exponential(seed: int, position: int, token: int) -> float:
     return -math.log1p(-((bits >> 33) + 0.5) / 2**31)
 
 
-def test_seeded_exponential_values_are_splitmix64s_on_every_machine() -> None:
+def test_seeded_exponential_values_are_computed_by_splitmix64_on_every_machine() -> None:
     seeds, positions = [0, 1, -1, 2**63 - 1, -(2**63)], [0, 7, 7, 4095, 1]
     values = seeded_exponential(torch.tensor(seeds), torch.tensor(positions), 300)
     for row, seed, position in zip(values.tolist(), seeds, positions, strict=True):
@@ -133,18 +136,20 @@ def test_seeded_exponential_values_are_splitmix64s_on_every_machine() -> None:
 
 
 def test_seeded_exponential_values_are_exponentially_distributed_and_uncorrelated() -> None:
-    """Test consecutive seeds, positions and tokens."""
+    """Check that the values for consecutive seeds, positions and tokens are distributed exponentially and are not
+    correlated."""
     values = seeded_exponential(torch.arange(50).repeat_interleave(40), torch.arange(40).repeat(50), 200).view(50, 40, 200)
     for below in (1e-3, 0.1, 0.7, 2.0):
         assert (values < below).double().mean().item() == pytest.approx(1 - math.exp(-below), rel=0.06)
     uniform = (1 - torch.exp(-values) - 0.5).double()
     for a, b in ((uniform[1:], uniform[:-1]), (uniform[:, 1:], uniform[:, :-1]), (uniform[..., 1:], uniform[..., :-1])):
-        assert abs((a * b).mean().item()) * 12 < 0.01  # the correlation, whose standard deviation is 0.0016
+        # The correlation of independent values would have a standard deviation of 0.0016.
+        assert abs((a * b).mean().item()) * 12 < 0.01
     assert len(values.flatten().unique()) > 0.99 * values.numel()
 
 
 def test_top_p_applies_after_top_k_and_min_p_1_keeps_the_likeliest_token() -> None:
     probs = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
     assert filter_probs(probs, 1.0, min_p=1.0)[0].tolist() == [[1.0, 0.0, 0.0, 0.0]]
-    assert filter_probs(probs, 0.55, top_k=2)[0].tolist() == [[1.0, 0.0]]  # top_p counts the share among top_k's tokens
+    assert filter_probs(probs, 0.55, top_k=2)[0].tolist() == [[1.0, 0.0]]  # top_p applies to the top_k tokens alone
     assert SamplingParams(repetition_penalty=0.01).repetition_penalty == 0.01

@@ -1,4 +1,5 @@
-"""Import the library and build models with and without process groups: devices, environment variables, side effects."""
+"""Test importing the library, and building models with and without process groups: devices, environment variables and side
+effects."""
 
 import os
 import socket
@@ -49,7 +50,7 @@ def test_build_uses_process_groups_that_the_caller_created_and_works_twice(
     assert done.returncode == 0, done.stderr
     printed = [line for line in done.stdout.splitlines() if not line.startswith("> initializing")]
     assert printed == ["refused: True", "True 6"]
-    # Fairscale prints when it creates groups: for the caller's call, never for a call of this library.
+    # Fairscale prints a message when groups are created. This library hides the message if it creates the groups itself.
     assert ("> initializing" in done.stdout) == (existing_groups == "model-parallel")
 
 
@@ -87,7 +88,7 @@ def test_build_sets_environment_variables_for_torch_and_onednn_unless_they_are_s
     small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     for variable in ENVIRONMENT:
-        monkeypatch.setenv(variable, "")  # so that the variable is restored after the test
+        monkeypatch.setenv(variable, "")  # monkeypatch then restores the variable after the test
         monkeypatch.delenv(variable)
     monkeypatch.setenv(name, "7")
     Llama.build(small.folder, small.tokenizer_path, 16, 1, device="cpu")
@@ -98,7 +99,7 @@ def test_build_sets_environment_variables_for_torch_and_onednn_unless_they_are_s
 def test_build_without_process_groups_changes_nothing_but_the_seed_and_three_environment_variables(
     small: SimpleNamespace, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Check that no process group is created, no default of torch is changed, and nothing is printed."""
+    """Check that `Llama.build` and generation create no process group, change no default of torch, and print nothing."""
 
     def state() -> tuple:
         return (
@@ -162,7 +163,8 @@ def test_one_process_opens_no_socket(small: SimpleNamespace, tmp_path: Path) -> 
 def test_each_rank_gets_a_device_of_its_own_or_an_error(
     monkeypatch: pytest.MonkeyPatch, gpus: int, world: int, local_rank: int | None, device: str | None, want: str
 ) -> None:
-    """Pretend a number of GPUs, and a number of ranks that all run on this machine. want: a device, or part of an error."""
+    """Pretend that the machine has `gpus` GPUs and runs all `world` ranks. `want` is the device of this rank, or part of an
+    error."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -188,10 +190,10 @@ def test_each_rank_gets_a_device_of_its_own_or_an_error(
         (["127.0.0.1", "10.0.0.1"], {}, True),
         (["fe80::1%eth0"], {}, True),
         (["127.0.1.1"], {"GLOO_SOCKET_IFNAME": "eth0"}, True),
-        (["127.0.1.1"], {"LOCAL_WORLD_SIZE": "4"}, True),  # all ranks on one machine
+        (["127.0.1.1"], {"LOCAL_WORLD_SIZE": "4"}, True),  # all 4 ranks run on one machine
     ],
 )
-def test_a_host_name_without_an_address_that_other_machines_reach_is_refused(
+def test_a_host_name_without_an_address_that_other_machines_can_reach_is_refused(
     monkeypatch: pytest.MonkeyPatch, addresses: list[str], env: dict[str, str], reachable: bool
 ) -> None:
     def getaddrinfo(name: str, port: object) -> list[tuple]:
@@ -231,7 +233,7 @@ def test_ranks_on_one_machine_share_its_free_memory(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.skipif(sys.platform != "linux", reason="huge pages are used on Linux only")
 def test_tensors_in_huge_pages_are_aligned_and_next_to_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HugePageAllocator, "chunk_bytes", 4096)  # some of the tensors are larger
+    monkeypatch.setattr(HugePageAllocator, "chunk_bytes", 4096)  # some of the tensors are larger than a chunk of 4096 bytes
     allocator, sources = HugePageAllocator(), [torch.randn(n, 3).bfloat16() for n in (5, 100, 1000, 7, 600)]
     with torch.inference_mode():
         copies = [allocator.empty(*source.shape, dtype=source.dtype).copy_(source) for source in sources]

@@ -1,4 +1,4 @@
-"""benchmarks/soak.py sends every type of request, and fails when an answer changes or memory grows."""
+"""Test that benchmarks/soak.py sends every type of request, and fails if an answer changes or memory grows."""
 
 import itertools
 import json
@@ -40,8 +40,8 @@ def test_a_changed_answer_ends_the_run(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_memory_that_grows_by_more_than_2_percent_after_the_warm_up_fails_the_run(
     growth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Simulate ten minutes with a clock that advances one second per round. Memory grows to 1000 during the warm-up, then by
-    `growth`."""
+    """Simulate a run of ten minutes with a fake clock. Memory use grows to 1000 bytes during the warm-up, and by about
+    `growth` bytes after the warm-up."""
     seconds = itertools.count()
     rounds = itertools.count()
     monkeypatch.setattr(soak.time, "monotonic", lambda: next(seconds))

@@ -1,4 +1,5 @@
-"""The structure of the library: which part may import which, without cycles, and limits on the size of files."""
+"""Test the structure of the library: allowed imports between its parts, no cycles of imports, and limits on the length of
+files."""
 
 import ast
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "llama"
-MAX_LEVELS = 8  # of parts that import each other, from the parts that import none to the command line
+MAX_LEVELS = 8  # a part is one level above the highest part that it imports
 MAX_TOP_MODULES = 10
 
 
@@ -17,7 +18,7 @@ def part_of(path: Path) -> str:
 
 
 def imports_of(path: Path) -> list[tuple[str, list[str]]]:
-    """Return a file's imports from this library: each module's path inside the library, and the imported names."""
+    """Return what a file imports from this library, as pairs of a module's path inside the library and the imported names."""
     imports: list[tuple[str, list[str]]] = []
     here = path.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -28,8 +29,8 @@ def imports_of(path: Path) -> list[tuple[str, list[str]]]:
 
 
 def import_graph() -> dict[str, set[str]]:
-    """Return the parts that each part imports."""
-    public = {}  # the part that defines each public name of `llama`
+    """Return a dict from each part of the library to the parts that it imports."""
+    public = {}  # a dict from each public name of `llama` to the part that defines it
     for module, names in imports_of(PACKAGE / "__init__.py"):
         public.update(dict.fromkeys(names, module.split(".")[0]))
     graph: dict[str, set[str]] = {}
@@ -60,9 +61,9 @@ def test_the_library_has_at_most_10_modules_at_the_top() -> None:
 @pytest.mark.parametrize(
     ("part", "forbidden"),
     [
-        ("kernels", {"distributed", "model", "engine", "backends"}),  # kernels work on one rank, for any model
+        ("kernels", {"distributed", "model", "engine", "backends"}),  # kernels do not depend on ranks or on a model
         ("layers", {"backends", "engine", "kernels"}),
-        ("model", {"kernels", "engine", "backends", "quantization"}),  # the reference model does not depend on fast code
+        ("model", {"kernels", "engine", "backends", "quantization"}),  # the reference model needs no optimized code
         ("tokenizer", {"engine", "model", "distributed"}),
         ("sampling", {"engine", "model", "distributed"}),
         ("engine", {"backends", "checkpoint", "cli"}),
@@ -70,7 +71,8 @@ def test_the_library_has_at_most_10_modules_at_the_top() -> None:
     ],
 )
 def test_a_part_does_not_import_parts_that_it_must_not_depend_on(part: str, forbidden: set[str]) -> None:
-    """Allow the command line to import the names that `llama` exports, in whichever part they are defined."""
+    """Check that no part imports a forbidden part. The command line may still import names that `llama` exports from forbidden
+    parts."""
     if part != "cli":
         assert not import_graph()[part] & forbidden
         return

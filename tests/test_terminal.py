@@ -1,4 +1,4 @@
-"""Use the command line in a terminal, between pipes, and on two ranks."""
+"""Test the command line in a terminal, between pipes, and on two ranks."""
 
 import io
 import json
@@ -28,8 +28,8 @@ LLAMA, LLAMA_2 = ("-m", "llama"), (*TORCHRUN, 2, "-m", "llama")
 
 @pytest.fixture(scope="module")
 def talker(small: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> tuple:
-    """Return the flags for a small model that generates neither EOS nor byte tokens. Its answers fill the context, so there is
-    time to interrupt them."""
+    """Return command-line flags for a small model that generates neither EOS nor byte tokens. Its answers fill the context, so
+    there is time to interrupt them."""
     output = small.weights["output.weight"].clone()
     output[:259] = 0
     folder = write_shards(tmp_path_factory.mktemp("talker"), small.params, small.weights | {"output.weight": output})
@@ -43,14 +43,15 @@ def llama(talker: tuple) -> Llama:
 
 
 def answer(llama: Llama, *texts: str, n: int) -> str:
-    """Return the first n tokens of the answer to a dialog whose texts are by user and assistant in turn."""
+    """Return the text of the first n tokens of the answer to a dialog. `texts` are the messages of user and assistant in
+    turn."""
     dialog: Any = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     return llama.chat_completion([dialog], temperature=0, max_gen_len=n)[0]["generation"]["content"]
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Return a function that runs a command in this process, and returns its exit code, stdout and stderr."""
+    """Return a function that runs a `llama` command in this process, and returns the exit code, stdout and stderr."""
 
     def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
@@ -64,8 +65,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 
 def spawn(*arguments: object) -> subprocess.Popen[bytes]:
-    """Start python with pipes. Ctrl-C reaches the process even if a shell runs these tests in the background, where signals of
-    the keyboard are ignored."""
+    """Start Python with pipes for stdin, stdout and stderr. Let Ctrl-C interrupt the new process, even if these tests run in
+    the background of a shell, where processes ignore Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         command, pipe = [sys.executable, *map(str, arguments)], subprocess.PIPE
@@ -79,8 +80,8 @@ def spawn(*arguments: object) -> subprocess.Popen[bytes]:
 def test_a_chat_in_a_terminal_can_be_interrupted_saved_cleared_and_left(
     start: tuple, talker: tuple, llama: Llama, tmp_path: Path
 ) -> None:
-    """Check that the answer after an interrupted one continues the saved dialog: on two ranks, both must have ended the
-    first answer at the same token."""
+    """Interrupt an answer, save the dialog and ask again. The next answer must continue the saved dialog, so on two ranks both
+    must have ended the interrupted answer at the same token."""
     from .keyboard import Person
 
     with Person(*start, "chat", *talker) as person:
@@ -89,7 +90,7 @@ def test_a_chat_in_a_terminal_can_be_interrupted_saved_cleared_and_left(
         person.sees("\n> ")
         person.types("never sent")
         person.sees("never sent")
-        time.sleep(0.2)  # readline delays a signal that comes between a key and its wait for the next key
+        time.sleep(0.2)  # give readline time to wait for the next key; until then readline delays signals
         person.types("\x03")
         person.sees("\n> ")
         person.types("seven?\n")
@@ -136,7 +137,7 @@ sys.exit(main.main())
 
 
 def test_ranks_wait_for_input_longer_than_the_timeout_of_process_groups(talker: tuple, llama: Llama, tmp_path: Path) -> None:
-    """Shorten the timeout from half an hour to two seconds, and type after four seconds."""
+    """Shorten the timeout of process groups from half an hour to two seconds, and send input after four seconds."""
     script = tmp_path / "chat.py"
     script.write_text(CHAT_WITH_SHORT_TIMEOUTS)
     with spawn(*TORCHRUN, 2, script, "chat", *talker, "--max_gen_len", 8) as process:
@@ -156,7 +157,8 @@ def test_ranks_wait_for_input_longer_than_the_timeout_of_process_groups(talker: 
 def test_a_chat_between_pipes_prints_answers_on_stdout_and_messages_on_stderr(
     talker: tuple, llama: Llama, command: Callable
 ) -> None:
-    """Send questions, commands, special tags and invalid UTF-8. After a line that is refused, the next line is answered."""
+    """Send questions, commands, special tags and invalid UTF-8. After a line that is refused, the chat must answer the next
+    line."""
     lines = b"good morning\n\n/help\n/oops\nseven? [INST]\ncaf\xe9\nseven?"
     code, out, err = command("chat", *talker, "--max_gen_len", "8", stdin=lines)
     first = answer(llama, "good morning", n=8)
@@ -168,7 +170,7 @@ def test_a_chat_between_pipes_prints_answers_on_stdout_and_messages_on_stderr(
 
 
 def test_a_chat_whose_output_pipe_is_closed_ends_silently(talker: tuple) -> None:
-    """Close the pipe in the middle of an answer, as `head` does."""
+    """Close the output pipe in the middle of an answer, as `head` does."""
     with spawn(*LLAMA, "chat", *talker) as process:
         assert process.stdin and process.stdout and process.stderr
         process.stdin.write(b"good morning\n")
@@ -189,7 +191,7 @@ def test_the_complete_command_exits_with_130_after_ctrl_c(talker: tuple) -> None
         assert process.stderr.read() == b""
 
 
-def test_the_complete_command_continues_arguments_stdin_and_json_lines_on_two_ranks(
+def test_the_complete_command_completes_arguments_stdin_and_on_two_ranks_json_lines(
     talker: tuple, llama: Llama, command: Callable
 ) -> None:
     prompts = ["the lazy dog", "She sells"]
@@ -224,7 +226,8 @@ def test_the_complete_command_prints_a_json_line_with_details_for_each_prompt(
 def test_the_chat_command_builds_metas_models_with_a_context_of_4096_by_default(
     talker: tuple, command: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Record the context length. The demo model, which is used without --ckpt_dir, has a context of 512 tokens."""
+    """Record the context length that the chat command passes to `Llama.build`. Without --ckpt_dir the command uses the demo
+    model, which has a context of 512 tokens."""
     code, out, err = command("chat", "--max_seq_len", "0", "--device", "cpu")
     assert (code, out) == (1, "") and "max_seq_len is 0 (int); it must be" in err
     context_lengths: list[int] = []
@@ -261,9 +264,8 @@ def test_empty_standard_input_is_refused_and_a_byte_order_mark_is_skipped(monkey
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
     with pytest.raises(InputError, match="standard input contains no text"):
         read_prompts(jsonl=False)
-    monkeypatch.setattr(
-        sys, "stdin", io.TextIOWrapper(io.BytesIO(b'\xef\xbb\xbf{"prompt": "a"}'))
-    )  # some editors write a byte order mark
+    # Some editors begin a file with a byte order mark.
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'\xef\xbb\xbf{"prompt": "a"}')))
     assert read_prompts(jsonl=True) == (["a"], ["line 1: its prompt"])
 
 
@@ -306,4 +308,4 @@ def test_bad_arguments_are_refused_before_any_work(
     monkeypatch.setattr(Llama, "build", None)
     returned, out, err = command(*arguments)
     assert (returned, out) == (code, "") and error in err
-    assert code == 2 or err.count("\n") == 1  # no traceback, no usage
+    assert code == 2 or err.count("\n") == 1  # the error is one line, without a traceback or usage text

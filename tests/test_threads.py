@@ -1,4 +1,5 @@
-"""Threads that share a model: their calls run one after another, and a stream whose KV cache another call has used raises."""
+"""Test threads that share a model. Their calls run one after another. A stream raises if another call has used the KV cache
+since the stream began."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ def test_calls_of_several_threads_give_the_answers_of_one_thread(llama: Llama) -
 
 
 def test_threads_may_use_one_model_through_two_llamas(llama: Llama) -> None:
-    """Call two `Llama` objects that share a model and its KV cache."""
+    """Call two `Llama` objects with the same model and the same KV cache from two threads."""
     other, prompts = Llama(llama.model, llama.tokenizer), [[1, *range(5, 5 + i)] for i in range(6)]
     want = llama.generate(prompts, 12, temperature=0)
     with ThreadPoolExecutor(2) as pool:
@@ -33,7 +34,8 @@ def test_threads_may_use_one_model_through_two_llamas(llama: Llama) -> None:
 
 
 def test_streams_of_several_threads_yield_correct_tokens_or_raise(llama: Llama) -> None:
-    """Read streams in several threads. A stream raises once another has used the KV cache; tokens before that are correct."""
+    """Read streams in several threads. A stream raises after another stream has used the KV cache. The tokens yielded before
+    the error must be correct."""
     want = [llama.generate(prompts[:1], 12, temperature=0)[0][0] for prompts in PROMPTS]
     start_together = threading.Barrier(len(PROMPTS))
 
@@ -54,7 +56,7 @@ def test_streams_of_several_threads_yield_correct_tokens_or_raise(llama: Llama) 
     for streams, answer in zip(streams_of_threads, want, strict=True):
         for tokens, finished in streams:
             assert tokens == (answer if finished else answer[: len(tokens)])
-    assert any(finished for streams in streams_of_threads for _, finished in streams)  # at least the last stream
+    assert any(finished for streams in streams_of_threads for _, finished in streams)  # at least the last stream finishes
 
 
 def test_a_stream_raises_after_a_call_of_another_thread(llama: Llama) -> None:

@@ -1,4 +1,4 @@
-"""Refuse files that are no tokenizer, or a damaged one, with CheckpointError when the file is read."""
+"""Test that files that are damaged, or are not a tokenizer, raise CheckpointError when they are loaded."""
 
 import io
 from pathlib import Path
@@ -18,14 +18,15 @@ def path(tmp_path: Path) -> Path:
 
 
 def assert_refused(path: Path, *parts: str) -> None:
-    """Check that reading the file raises CheckpointError, and that the message contains the path and the parts."""
+    """Check that loading a tokenizer from `path` raises CheckpointError, and that the message contains the path and all
+    `parts`."""
     with pytest.raises(CheckpointError) as caught:
         Tokenizer(path)
     assert [part for part in (str(path), *parts) if part not in str(caught.value)] == []
 
 
 def train(**options: Any) -> bytes:
-    """Return a small SentencePiece model trained with these options."""
+    """Train a small SentencePiece model with the given options of the trainer. Return the bytes of the model file."""
     model, text = io.BytesIO(), iter(TEXT.splitlines())
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=text, model_writer=model, vocab_size=80, minloglevel=2, **options
@@ -52,17 +53,18 @@ def test_an_unknown_piece_with_a_very_long_text_is_refused(path: Path) -> None:
 
 
 def test_a_tokenizer_without_an_unknown_piece_is_refused(path: Path) -> None:
-    """Refuse a file that sentencepiece loads, and that fails only when the unknown piece is decoded."""
+    """Write a tokenizer file without an unknown piece. Sentencepiece would load the file, and fail only when it decodes an
+    unknown token."""
     data = bytearray(path.read_bytes())
-    data[1] -= 2  # cut the type off the first piece, which is the unknown piece
+    data[1] -= 2  # remove the type of the first piece, so that it is no longer the unknown piece
     path.write_bytes(data)
     assert_refused(path, "unknown piece", "not Llama's")
 
 
 @pytest.mark.parametrize("text", ["\u2581the", "what is unknown"])
 def test_a_tokenizer_with_text_that_is_not_utf_8_is_refused(path: Path, text: str) -> None:
-    """Flip one bit in a piece, or in the text of the unknown piece. Sentencepiece loads such a file, and fails only when it
-    decodes the piece."""
+    """Flip one bit in a piece, or in the text of the unknown piece. Sentencepiece would load the damaged file, and fail only
+    when it decodes the piece."""
     data = train(unk_surface="what is unknown")
     index = data.index(text.encode())
     path.write_bytes(data)

@@ -1,4 +1,5 @@
-"""read_torch_file reads what torch.save writes, and raises for damaged or hostile shards in bounded time and memory."""
+"""Test that `read_torch_file` reads what torch.save writes. For damaged or hostile shards it must raise, in bounded time and
+memory."""
 
 import pickle
 import time
@@ -21,7 +22,8 @@ FIRST = "consolidated.00.pth"
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_every_tensor_that_torch_save_writes_is_read_with_its_dtype_stride_and_values(tmp_path: Path, protocol: int) -> None:
-    """Save tensors of every dtype, with strides, shared storages, empty tensors and parameters, with each pickle protocol."""
+    """Save tensors of every dtype, transposed and sliced tensors, tensors that share a storage, empty tensors and parameters,
+    with each pickle protocol."""
     a = torch.arange(12.0).view(3, 4)
     tensors = {
         "a": a,
@@ -45,7 +47,7 @@ def test_every_tensor_that_torch_save_writes_is_read_with_its_dtype_stride_and_v
 
 
 def test_a_big_endian_file_raises(tmp_path: Path) -> None:
-    """Read as little-endian, its values would be wrong but finite."""
+    """If a big-endian file were read as little-endian, its values would be wrong but finite."""
     torch.save({"a": torch.arange(4.0)}, tmp_path / "big.pth")
     data = (tmp_path / "big.pth").read_bytes()
     assert data.count(b"little") == 1
@@ -55,7 +57,7 @@ def test_a_big_endian_file_raises(tmp_path: Path) -> None:
 
 
 def test_rope_freqs_in_a_shard_may_have_any_dtype(shard: Path, small: SimpleNamespace) -> None:
-    """The model computes its frequencies and ignores the entry rope.freqs of the shard."""
+    """The model computes its own rotary frequencies, and ignores the entry rope.freqs of a shard."""
     tensors = torch.load(shard)
     torch.save(tensors | {"rope.freqs": torch.ones(8, dtype=torch.complex64)}, shard)
     Llama.build(shard.parent, small.tokenizer_path, 16, 2, device="cpu")
@@ -68,7 +70,7 @@ def shard(small: SimpleNamespace, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def assert_build_raises(shard: Path, small: SimpleNamespace) -> Callable[[bytes], None]:
-    """Return a function that replaces the shard by the bytes and checks that `Llama.build` raises CheckpointError."""
+    """Return a function that overwrites the shard with other bytes, and checks that `Llama.build` raises CheckpointError."""
 
     def build(data: bytes) -> None:
         shard.unlink()
@@ -82,7 +84,8 @@ def assert_build_raises(shard: Path, small: SimpleNamespace) -> Callable[[bytes]
 def test_a_shard_whose_zip_directory_and_records_disagree_raises(
     shard: Path, assert_build_raises: Callable[[bytes], None]
 ) -> None:
-    """A wrong offset or size in either place would load the values of one tensor as those of another."""
+    """Change an offset or size in the zip directory or in a record. If the shard were read, a tensor could get the values of
+    another tensor."""
     original = shard.read_bytes()
     with zipfile.ZipFile(shard) as entries:
         start, offsets = entries.start_dir, {entry.filename: entry.header_offset for entry in entries.infolist()}
@@ -93,13 +96,14 @@ def test_a_shard_whose_zip_directory_and_records_disagree_raises(
         number = int.from_bytes(original[place : place + 4], "little") + value
         spoiled[place : place + 4] = (number % (1 << 32)).to_bytes(4, "little")
         assert_build_raises(bytes(spoiled))
-    place = original.index(b"feed_forward")  # a changed name in the pickle, which its checksum reveals
+    # Change a name in the pickle. The checksum of the pickle must reveal the change.
+    place = original.index(b"feed_forward")
     assert_build_raises(original[:place] + b"F" + original[place + 1 :])
 
 
 def test_a_hostile_pickle_raises_within_seconds(shard: Path, assert_build_raises: Callable[[bytes], None]) -> None:
-    """Among the pickles: nested tuples whose hash and repr take 3 ** 200 steps, long tuples that are copied again and again,
-    colliding dict keys, and declared lengths of terabytes without the bytes."""
+    """Build models from shards with hostile pickles. Examples are nested tuples whose hash and repr take 3**200 steps, long
+    tuples that are copied many times, colliding dict keys, and declared lengths of terabytes without data."""
     original = shard.read_bytes()
     laughs = ("laughs hashed", "laughs called", "laughs in a tensor")
     slow = ("long pid", "long arguments", "colliding keys", "keys on one probe sequence")

@@ -1,4 +1,5 @@
-"""Run two ranks on each of two machines. The machines are network namespaces joined by a virtual cable, which needs root."""
+"""Test two ranks on each of two machines. The machines are network namespaces that are joined by a virtual cable. Creating them
+needs root."""
 
 import os
 import re
@@ -20,7 +21,8 @@ from .test_ranks import SEVENTY_B, assert_same_answers
 
 HERE = Path(__file__).parent
 ADDRESSES = "10.77.0.1", "10.77.0.2"
-# Runs a worker on a rank, and prints the GPU that the rank would use if its machine had two, and its part of the model.
+# This script runs a worker on a rank. It prints the GPU that the rank would use if its machine had two GPUs, and the part of
+# the model that the rank has.
 PRINT_PLACEMENT = """
 import os, runpy, sys, torch
 from llama.distributed import groups, setup
@@ -39,7 +41,8 @@ def ip(*arguments: object) -> None:
 
 @pytest.fixture(scope="module")
 def machines() -> Iterator[list[str]]:
-    """Create two network namespaces; return their names, which are also the names of the network device in each."""
+    """Create two connected network namespaces and return their names. The network device in each namespace has the name of the
+    namespace."""
     if sys.platform != "linux" or os.geteuid() or not shutil.which("ip"):
         pytest.skip("needs Linux, root and ip")
     names = [f"m{os.getpid()}{side}" for side in "ab"]
@@ -59,7 +62,7 @@ def machines() -> Iterator[list[str]]:
 
 
 def start(machines: list[str], folder: Path, *command: object) -> list[Job]:
-    """Start torchrun on both machines with explicit addresses, because their host names do not resolve."""
+    """Start torchrun on both machines. Pass explicit addresses, because the host names of the machines do not resolve."""
     jobs = []
     for i, (name, address) in enumerate(zip(machines, ADDRESSES, strict=True)):
         torchrun = "-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 2, "--rdzv_backend", "c10d"
@@ -90,7 +93,9 @@ def test_four_ranks_on_two_machines_give_the_answers_of_one_rank(
     assert_same_answers(torch.load(tmp_path / "four.pt")[str(folder)], torch.load(tmp_path / "one.pt")[str(folder)])
 
 
-def test_a_rank_killed_on_the_second_machine_ends_both(machines: list[str], small: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_rank_killed_on_the_second_machine_ends_the_ranks_of_both_machines(
+    machines: list[str], small: SimpleNamespace, tmp_path: Path
+) -> None:
     doomed = write_shards(tmp_path / "doomed", small.params, small.weights)
     command = HERE / "fault_worker.py", 3, small.folder, small.tokenizer_path, doomed, "kill@decode"
     with ExitStack() as stack:

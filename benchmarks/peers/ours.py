@@ -1,4 +1,4 @@
-"""The peer ours: run models with this library, through its public functions."""
+"""The peer named `ours`: run models with this library, through its public functions."""
 
 import time
 

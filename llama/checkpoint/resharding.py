@@ -37,7 +37,7 @@ _MERGED_INTO_ANOTHER = {name for names in MERGED_WEIGHTS.values() for name in na
 def weight_groups(model: Transformer, joint: bool) -> list[list[str]]:
     """Return the names of a model's weights, as one list for each group of weights that are loaded together.
 
-    joint: True to make one group of the weights that MERGED_WEIGHTS merges. Every other weight is a group by itself.
+    joint: if True, the weights of an entry of MERGED_WEIGHTS form one group in each layer. Every other weight is a group alone.
     """
     groups = []
     for name, _ in model.named_parameters():

@@ -122,7 +122,7 @@ class ReferenceLoop:
         self.release_finished()
 
     def release_finished(self) -> None:
-        """Free each row whose request has ended. If the call scores prompts, the prompt must have been scored to its end."""
+        """Free each row whose request has ended. If the call scores prompts, free it only once its prompt is fully scored."""
         for row, index in list(self.running.items()):
             request = self.requests[index]
             if request.finish_reason and self.start >= (len(request.prompt) if self.call.scores_prompts else 0):

@@ -4,7 +4,7 @@ Each request waits for a free row of the KV cache, is prefilled once, and then d
 request ends, the next waiting request gets its row, and is prefilled before the next decode step. Free rows are decoded too,
 and their results ignored, so that every step uses the same number of random numbers from torch's default generator.
 
-    row 0   a a a a A A A A A | c c C C C      lower case: prompt tokens; the prompts of free rows are prefilled together
+    row 0   a a a a A A A A A | c c C C C      lower case: prompt tokens; requests that start together share a prefill
     row 1   b b B B B B B B B   B B B B B      upper case: new tokens, one per decode step; c begins when a has ended
 """
 

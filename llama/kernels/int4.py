@@ -42,7 +42,7 @@ class _Int4Linear(LinearKernel):
         self.is_unpadded = not any(self.padding) and len(values) == self.out_features
 
     def _pack(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Pack int4 values that are passed as int8 tensors (rows, in), the pieces of one weight in order."""
+        """Pack one weight of int4 values, passed as its consecutive pieces: int8 tensors (rows, in)."""
         raise NotImplementedError
 
     def _multiply(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
