@@ -1,8 +1,8 @@
 #!/bin/sh
 # download.sh - download Meta's Llama 2 weights and check them against Meta's checksums.
 #
-# This script is under the MIT licence of this project. The weights are under Meta's own licence. Meta emails a signed link to
-# everyone who accepts that licence.
+# This script is under the MIT license of this project. The weights are under Meta's own license. Meta emails a signed link to
+# everyone who accepts that license.
 #
 #   ./download.sh                                                 asks for the link and the models
 #   ./download.sh --url LINK --models 7B,13B-chat --dir weights   asks nothing
@@ -38,7 +38,7 @@ Environment variables, used if the option is not given:
   DOWNLOAD_RETRY_WAIT   seconds to wait after the first failed attempt, twice as many after the second, ...; default: 2
   DOWNLOAD_TIMEOUT      seconds without data after which a connection counts as broken; default: 60
 
-Needs curl or GNU wget 1; md5sum, md5 or openssl. The weights are under Meta's licence, not under this project's.
+Needs curl or GNU wget 1; md5sum, md5 or openssl. The weights are under Meta's license, not under this project's.
 END
 }
 
@@ -294,15 +294,15 @@ main() {
   CDPATH='' cd -- "$folder" || exit 1
   folder=$(pwd)
 
-  # In the folder of this project, LICENSE is the project's own licence, and is kept
-  licence=LICENSE
-  if [ -s LICENSE ] && ! grep -qi 'llama 2 community license' LICENSE; then licence=LICENSE-llama-2; fi
-  get_unchecked LICENSE "$licence"
+  # In the folder of this project, LICENSE is the project's own license, and is kept
+  license=LICENSE
+  if [ -s LICENSE ] && ! grep -qi 'llama 2 community license' LICENSE; then license=LICENSE-llama-2; fi
+  get_unchecked LICENSE "$license"
   get_unchecked USE_POLICY.md USE_POLICY.md
   get_unchecked tokenizer_checklist.chk tokenizer_checklist.chk tokenizer.model
   get_checked tokenizer.model tokenizer_checklist.chk
   for model in $models; do get_model "$model"; done
-  say "all files are complete, in '$folder'. They are under Meta's licence: see $licence and USE_POLICY.md there"
+  say "all files are complete, in '$folder'. They are under Meta's license: see $license and USE_POLICY.md there"
 }
 
 link_in_arguments=

@@ -100,7 +100,7 @@ def test_an_invalid_path_raises(
     "files, parts",
     [
         ([], ("no params.json", "the folder is empty")),
-        (["config.json", "model-00001-of-00002.safetensors"], ("Hugging Face layout", "consolidated.NN.pth", "original/")),
+        (["config.json", "model-00001-of-00002.safetensors"], ("Hugging Face layout", "consolidated.NN.pth", "without -hf")),
         (["config.json", "pytorch_model.bin"], ("Hugging Face layout", "params.json")),
         (["7b/params.json", "13b/params.json", "tokenizer.model"], ("model folders", "as ckpt_dir", "13b, 7b")),
         (["notes.txt"], ("no params.json", "it contains notes.txt")),

@@ -90,7 +90,7 @@ def describe_folder(folder: Path) -> str:
     if any(n == "config.json" or n.endswith(".safetensors") or n.startswith("pytorch_model") for n in names):
         return (
             "the folder is in Hugging Face layout; this library reads Meta's own files "
-            "(consolidated.NN.pth and params.json; Hugging Face's repositories keep them in original/)"
+            "(consolidated.NN.pth and params.json, as in Meta's repositories without -hf in the name)"
         )
     models = [n for n in names if os.path.isfile(folder / n / "params.json")]
     if models:
