@@ -15,7 +15,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from llama import DeviceError, InputError, Llama, Transformer, info, tuning
-from llama.backends import registry
+from llama.backends import cpu, registry
 from llama.backends.cpu import CpuBackend
 from llama.backends.cuda_graphs import CapturedStep, CudaGraphsBackend, context_bucket
 from llama.backends.layerwise import TorchBackend
@@ -169,10 +169,13 @@ def test_backends_by_name(wide: SimpleNamespace, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.skipif(avx512.extension() is None, reason="native.c is not compiled, or this CPU is no such CPU")
-def test_an_odd_width_is_told(tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_an_odd_width_is_told(
+    dtype: torch.dtype, tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It costs speed: a decode step then goes layer by layer."""
     params = PARAMS | {"multiple_of": 48}  # a feed-forward of 720
-    weights = {name: w.bfloat16() for name, w in random_weights(params, 384, 720).items()}
+    weights = {name: w.to(dtype) for name, w in random_weights(params, 384, 720).items()}
     folder = write_shards(tmp_path / "odd", params, weights)
     built = Llama.build(folder, tokenizer_path, WINDOW, 2, device="cpu")
     told = "layer by layer: the compiled decode step needs a feed-forward width that is a multiple of 64, and this one is 720"
@@ -180,6 +183,20 @@ def test_an_odd_width_is_told(tmp_path: Path, tokenizer_path: Path, capsys: pyte
     assert "a multiple of 64, and this one is 720" in info(folder, "cpu")
     reference = Llama.build(folder, tokenizer_path, WINDOW, 2, device="cpu", backend="eager")
     assert built.generate([[1, 5, 9]], 8, temperature=0) == reference.generate([[1, 5, 9]], 8, temperature=0)
+
+
+@pytest.mark.skipif(avx512.extension() is None, reason="_avx512 is not compiled, or this CPU lacks its instructions")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+def test_info_tells_which_models_decode_in_one_call(
+    dtype: str, wide: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)
+    weights = {name: w.to(getattr(torch, dtype)) for name, w in random_weights(PARAMS, 384, 704).items()}
+    told = info(write_shards(tmp_path / dtype, PARAMS, weights), "cpu")
+    forward = build(wide, dtype=dtype).engine.forward()
+    why = "the compiled decode step needs bfloat16 or float32, and the model is in float16" if dtype == "float16" else None
+    assert cpu.why_unsupported(forward) == why
+    assert (f"layer by layer: {why}" if why else "one call of compiled code for all layers") in told
 
 
 # --- static steps, as they are captured ---

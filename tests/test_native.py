@@ -238,7 +238,7 @@ def test_it_takes_only_what_lies_as_it_reads() -> None:
 
 @compiled
 def test_who_takes_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """native.c those of bfloat16; and what has another dtype, none."""
+    """native.c those of bfloat16 and float32; and what has another dtype, none."""
     made, seen = model("bf16"), []
     run: Callable[..., torch.Tensor] = FusedDecodeStep.__call__
     monkeypatch.setattr(FusedDecodeStep, "__call__", lambda self, ids, batch: (seen.append(len(ids)), run(self, ids, batch))[1])
@@ -253,7 +253,10 @@ def test_who_takes_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         assert seen == [2, MANY]
         made.float()
         step(2)
-        assert seen == [2, MANY]
+        assert seen == [2, MANY, 2]
+        made.half()
+        step(2)
+        assert seen == [2, MANY, 2]
 
 
 @pytest.mark.parametrize("content", [b"", b"no library"])

@@ -1,10 +1,11 @@
-"""A whole decode step on the CPU in one call of native.c: in bfloat16, on one rank.
+"""A whole decode step on the CPU in one call of native.c: in bfloat16 or float32, on one rank.
 
 Reading the weights evicts everything else from the CPU's caches, so that Python between two products is slow: here all layers
 run in C. The result is that of `Forward.hidden`.
 """
 
 import functools
+import itertools
 import platform
 import sys
 
@@ -15,17 +16,19 @@ from ..engine.forward import EngineForward, MergedLinear
 from ..engine.kv_cache import RaggedBatch
 from ..kernels import avx2, avx512, c_extension
 from ..kernels.blocked_linear import BlockedLinear
-from ..kernels.c_extension import fill_struct
+from ..kernels.c_extension import DTYPE_CODES, FP32, LinearArgs, fill_struct
 from ..model import ModelArgs
 from .layerwise import TorchBackend, decode_layerwise
+
+DTYPES = torch.bfloat16, torch.float32  # of models that the compiled decode step takes
 
 
 def why_shape_unsupported(args: ModelArgs, dtype: torch.dtype, ranks: int) -> str | None:
     """Return why native.c cannot take the steps of a model of this shape, in words; None if it can."""
     if avx512.extension() is None:
         return f"the compiled decode step needs AVX-512 with bfloat16: {avx512.status().reason}"
-    if dtype != torch.bfloat16:
-        return f"the compiled decode step needs bfloat16, and the model is in {str(dtype).removeprefix('torch.')}"
+    if dtype not in DTYPES:
+        return f"the compiled decode step needs bfloat16 or float32, and the model is in {str(dtype).removeprefix('torch.')}"
     if ranks > 1:
         return f"the compiled decode step needs one rank, and there are {ranks}"
     return why_width_unsupported(args)
@@ -52,11 +55,15 @@ def why_unsupported(forward: EngineForward) -> str | None:
     sizes = [(args.dim, inner + 2 * args.kv_heads * args.head_dim), (inner, args.dim), (args.dim, 2 * width), (width, args.dim)]
     for layer in forward.layers:
         products = layer.wqkv, layer.wo, layer.w13, layer.w2
-        if not all(_is_blocked(product, *size) for product, size in zip(products, sizes, strict=True)):
+        if forward.dtype == torch.float32:
+            if not all(_plain_parts(product, *size) for product, size in zip(products, sizes, strict=True)):
+                return "a matrix is not plain float32: quantized, or replaced"
+        elif not all(_is_blocked(product, *size) for product, size in zip(products, sizes, strict=True)):
             return "a matrix is not packed in bfloat16, 8 or 4 bit: too small, or replaced"
     norms = [norm.weight for layer in forward.layers for norm in (layer.attention_norm, layer.ffn_norm)]
-    if not all(norm.is_contiguous() for norm in norms) or not avx512.is_plain_bf16(*norms):
-        return "a norm's weight is not a plain row in bfloat16"
+    alike = all(norm.is_contiguous() and norm.dtype == forward.dtype for norm in norms)
+    if not alike or not c_extension.is_plain_tensor(*norms):
+        return f"a norm's weight is not a plain row in {str(forward.dtype).removeprefix('torch.')}"
     return None
 
 
@@ -69,9 +76,23 @@ def _is_blocked(product: MergedLinear, in_features: int, out_features: int) -> b
     return fits and kernel.dtype == kernel.out_dtype == torch.bfloat16  # a caller may have made one layer float32
 
 
-def _blocked_kernel(product: MergedLinear) -> BlockedLinear:
-    assert isinstance(product.kernel, BlockedLinear)
-    return product.kernel
+def _plain_parts(product: MergedLinear, in_features: int, out_features: int) -> list[torch.Tensor]:
+    """Return the float32 weights (rows, in_features) of a product, in at most 3 parts of out_features rows together; an empty list
+    if the C code cannot read them as they are."""
+    parts = [part.weight for part in product.parts or [product] if part.weight is not None]
+    fits = all(w.dtype == torch.float32 and w.shape[1:] == (in_features,) and w.is_contiguous() for w in parts)
+    fits = fits and all(len(w) % 16 == 0 for w in parts) and sum(map(len, parts)) == out_features
+    return parts if fits and c_extension.is_plain_tensor(*parts) else []
+
+
+def _linear_args(product: MergedLinear, rows: int, in_features: int, out_features: int, **fields: object) -> LinearArgs:
+    """Return a product of so many rows, with more of its fields set."""
+    if isinstance(product.kernel, BlockedLinear):
+        return product.kernel.args(rows, **fields)
+    parts = _plain_parts(product, in_features, out_features)
+    memory = {"parts": tuple(w.data_ptr() for w in parts), "ends": tuple(itertools.accumulate(map(len, parts)))}
+    codes = {"kind": FP32, "numbers": FP32, "y_numbers": FP32, "digits": 1}
+    return fill_struct(LinearArgs(), n=rows, in_=in_features, **{"out": out_features, **memory, **codes, **fields})
 
 
 class FusedDecodeStep:
@@ -82,7 +103,7 @@ class FusedDecodeStep:
         K, G, hd = args.kv_heads, args.n_heads // args.kv_heads, args.head_dim
         dim, inner, width = args.dim, G * K * hd, args.ffn_width
 
-        def room(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        def room(*shape: int, dtype: torch.dtype = forward.dtype) -> torch.Tensor:
             return torch.empty(B, *shape, dtype=dtype, device="cpu")
 
         self.forward, self.h, self.turns, self.at = (
@@ -97,18 +118,18 @@ class FusedDecodeStep:
         for layer in forward.layers:
             first, second = ({"norm": norm.weight, "eps": norm.eps} for norm in (layer.attention_norm, layer.ffn_norm))
             products += [
-                _blocked_kernel(layer.wqkv).args(B, x=self.h, y=heads, **first, **rows),
-                _blocked_kernel(layer.wo).args(B, x=y, y=self.h, residual=self.h, **rows),
-                _blocked_kernel(layer.w13).args(B, x=self.h, y=z, gated=1, out=width, **second, **rows),
-                _blocked_kernel(layer.w2).args(B, x=z, y=self.h, residual=self.h, **rows),
+                _linear_args(layer.wqkv, B, dim, (G + 2) * K * hd, x=self.h, y=heads, **first, **rows),
+                _linear_args(layer.wo, B, inner, dim, x=y, y=self.h, residual=self.h, **rows),
+                _linear_args(layer.w13, B, dim, 2 * width, x=self.h, y=z, gated=1, out=width, **second, **rows),
+                _linear_args(layer.w2, B, width, dim, x=z, y=self.h, residual=self.h, **rows),
             ]
         self.kept = rows, heads, y, z  # native.c holds addresses only: these tensors must live on
         self.products = (c_extension.LinearArgs * len(products))(*products)
         data = forward.cache.data
         self.scores = torch.empty(B * K * G, data.shape[4], dtype=torch.float32, device="cpu")
         sizes = {"n": B, "K": K, "G": G, "hd": hd, "q_stride": (G + 2) * K * hd, "slots": data.shape[4]}
-        strides = {"row_stride": data.stride(2), "head_stride": data.stride(3)}
-        assert data.dtype == torch.bfloat16 and data.is_contiguous() and data.shape[2] >= B
+        strides = {"row_stride": data.stride(2), "head_stride": data.stride(3), "numbers": DTYPE_CODES[data.dtype]}
+        assert data.dtype == forward.dtype and data.is_contiguous() and data.shape[2] >= B
         assert (len(data) * 4, data.shape[3], data.shape[5]) == (len(products), K, hd)
         tensors = {"q": heads, "turns": self.turns, "at": self.at, "scores": self.scores, "y": y}
         made = (

@@ -31,7 +31,7 @@ class RowsArgs(ctypes.Structure):
 class AttentionArgs(ctypes.Structure):
     _fields_ = struct_fields(
         (c_void_p, "q turns keys values at scores y"),
-        (c_long, "n K G hd slots q_stride row_stride head_stride next"),
+        (c_long, "numbers n K G hd slots q_stride row_stride head_stride next"),
     )
 
 

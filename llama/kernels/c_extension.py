@@ -90,6 +90,8 @@ class LinearArgs(ctypes.Structure):
         (c_float, "eps unused"),
         (c_void_p, "x y residual normed room"),
         (c_long, "n threads next"),
+        (c_void_p * 3, "parts"),
+        (c_long * 3, "ends"),
     )
 
 
