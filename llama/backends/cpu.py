@@ -77,8 +77,8 @@ def _is_blocked(product: MergedLinear, in_features: int, out_features: int) -> b
 
 
 def _plain_parts(product: MergedLinear, in_features: int, out_features: int) -> list[torch.Tensor]:
-    """Return the float32 weights (rows, in_features) of a product, in at most 3 parts of out_features rows together; an empty list
-    if the C code cannot read them as they are."""
+    """Return the float32 weights (rows, in_features) of a product, 1 to 3 parts with out_features rows in all; an empty list if
+    the C code cannot read them as they are."""
     parts = [part.weight for part in product.parts or [product] if part.weight is not None]
     fits = all(w.dtype == torch.float32 and w.shape[1:] == (in_features,) and w.is_contiguous() for w in parts)
     fits = fits and all(len(w) % 16 == 0 for w in parts) and sum(map(len, parts)) == out_features

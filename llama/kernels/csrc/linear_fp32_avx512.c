@@ -3,6 +3,8 @@
  * Weights are read once, at the rate of memory. A row's sums go in the same order whatever rows are beside it. cpu.py fills the
  * structure; no size and no address is checked here. */
 
+#pragma GCC target("tune=znver2") /* GCC's order of instructions for it is faster on Zen 5 by a sixth with 4 rows */
+
 #include "avx512.h"
 #include "fp32.h"
 
