@@ -1,5 +1,5 @@
-/* A decode step of a few rows in bfloat16 or float32, piece by piece, on CPUs with AVX-512's instructions for bfloat16 and 8 bits: weights
- * are read once (products.c), and between them as little as can be.
+/* A decode step of a few rows in bfloat16 or float32, piece by piece, on CPUs with AVX-512's instructions for bfloat16 and 8
+ * bits: weights are read once (products.c), and between them as little as can be.
  *
  * Norms, gates and rotations are rounded and summed as PyTorch does, so that what comes of them is the same to the last bit;
  * attention sums in an order of its own. native.py fills the structures; no size and no address is checked here. */
@@ -87,11 +87,11 @@ INLINE void attend_head(const Attention *a, const int numbers, const void *q, co
   const __m512 scale = _mm512_set1_ps(1 / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss((float)a->hd))));
   long slot = 0; /* each key is read once */
   for (; slot + 4 <= end; slot += 4)
-    for (long g = 0; g < a->G; g++) score(numbers, element(numbers, q, g * a->hd), element(numbers, keys, slot * a->hd), a->hd, 4,
-            scores + g * a->slots + slot);
+    for (long g = 0; g < a->G; g++)
+      score(numbers, element(numbers, q, g * a->hd), element(numbers, keys, slot * a->hd), a->hd, 4, scores + g * a->slots + slot);
   for (; slot < end; slot++)
-    for (long g = 0; g < a->G; g++) score(numbers, element(numbers, q, g * a->hd), element(numbers, keys, slot * a->hd), a->hd, 1,
-            scores + g * a->slots + slot);
+    for (long g = 0; g < a->G; g++)
+      score(numbers, element(numbers, q, g * a->hd), element(numbers, keys, slot * a->hd), a->hd, 1, scores + g * a->slots + slot);
   for (long g = 0; g < a->G; g++) {
     float *s = scores + g * a->slots;
     __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
@@ -108,7 +108,8 @@ INLINE void attend_head(const Attention *a, const int numbers, const void *q, co
     }
     const __m512 by = _mm512_set1_ps(1 / _mm512_reduce_add_ps(sum));
     for (long k = 0; k < end; k += LANES)
-      _mm512_mask_storeu_ps(s + k, mask(end - k), rounded_as(numbers, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask(end - k), s + k), by)));
+      _mm512_mask_storeu_ps(s + k, mask(end - k),
+                            rounded_as(numbers, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask(end - k), s + k), by)));
     long k = 0;
     for (; k + 4 * LANES <= a->hd; k += 4 * LANES)
       mix(numbers, s, element(numbers, values, k), a->hd, end, 4, element(numbers, y, g * a->hd + k));
@@ -124,7 +125,8 @@ INLINE void head_of_row(const Attention *a, const int numbers, long i) {
   void *values = element(numbers, a->values, row * a->row_stride + head * a->head_stride);
   if (a->turns) {
     const float *turns = a->turns + r * a->hd;
-    void *key = element(numbers, a->q, r * a->q_stride + (a->K * a->G + head) * a->hd), *value = element(numbers, key, a->K * a->hd);
+    void *key = element(numbers, a->q, r * a->q_stride + (a->K * a->G + head) * a->hd);
+    void *value = element(numbers, key, a->K * a->hd);
     turn(numbers, key, turns, a->hd);
     for (long g = 0; g < a->G; g++) turn(numbers, element(numbers, q, g * a->hd), turns, a->hd);
     memcpy(element(numbers, keys, last * a->hd), key, size_of(numbers) * a->hd);

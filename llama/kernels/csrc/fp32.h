@@ -1,5 +1,5 @@
-/* The dot products of float32 weights as they are stored, (out, in), with AVX-512. It includes common.h's macros only, and is
- * compiled for a CPU of its own, so that a file for AVX2 may include it. */
+/* Products of float32 rows by float32 weights as they are stored, (out, in), with AVX-512. Each function names the instructions it
+ * needs, so that a file compiled for AVX2 may include this one, after common.h. */
 
 #define FP32_TARGET __attribute__((target("avx512f,avx512dq")))
 enum { FP32_OUTPUTS = 4, FP32_ROWS = 4 }; /* outputs and rows at once: their sums fill half of the registers */
