@@ -242,8 +242,8 @@ def test_traced_tensors_gradients_and_wrong_shapes_go_through_pytorch() -> None:
 
 
 @compiled
-def test_the_cpu_backend_fuses_decode_steps_of_bfloat16_models_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    bf16_model, fused_rows = model("bf16"), []
+def test_the_cpu_backend_fuses_decode_steps_of_bfloat16_and_float32_models_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, fused_rows = model("bf16"), []
     run: Callable[..., torch.Tensor] = FusedDecodeStep.__call__
 
     def record(self: FusedDecodeStep, tokens: torch.Tensor, batch: RaggedBatch) -> torch.Tensor:
@@ -254,15 +254,18 @@ def test_the_cpu_backend_fuses_decode_steps_of_bfloat16_models_only(monkeypatch:
 
     def step(n: int) -> None:
         tokens = torch.zeros(n, dtype=torch.int64)
-        CpuBackend().begin(forward_of(bf16_model), n)(tokens, tokens, [0] * n)
+        CpuBackend().begin(forward_of(made), n)(tokens, tokens, [0] * n)
 
     with torch.inference_mode():
         step(2)
         step(MAX_ROWS)
         assert fused_rows == [2, MAX_ROWS]
-        bf16_model.float()
+        made.float()
         step(2)
-        assert fused_rows == [2, MAX_ROWS]
+        assert fused_rows == [2, MAX_ROWS, 2]
+        made.half()
+        step(2)
+        assert fused_rows == [2, MAX_ROWS, 2]
 
 
 @pytest.mark.parametrize("content", [b"", b"no library"])

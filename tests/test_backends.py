@@ -15,7 +15,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from llama import DeviceError, InputError, Llama, Transformer, info, tuning
-from llama.backends import registry
+from llama.backends import cpu, registry
 from llama.backends.cpu import CpuBackend
 from llama.backends.cuda_graphs import CapturedStep, CudaGraphsBackend, context_bucket
 from llama.backends.layerwise import TorchBackend
@@ -177,12 +177,13 @@ def test_a_backend_is_chosen_by_name_and_an_unusable_name_raises(
 
 
 @pytest.mark.skipif(avx512.extension() is None, reason="the AVX-512 extension is not compiled, or this CPU cannot run it")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_width_that_prevents_the_fused_decode_step_is_reported(
-    tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+    dtype: torch.dtype, tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A feed-forward width that is no multiple of 64 costs speed: each decode step then runs layer by layer."""
     params = PARAMS | {"multiple_of": 48}  # results in a feed-forward width of 720
-    weights = {name: w.bfloat16() for name, w in random_weights(params, 384, 720).items()}
+    weights = {name: w.to(dtype) for name, w in random_weights(params, 384, 720).items()}
     folder = write_shards(tmp_path / "odd", params, weights)
     built = Llama.build(folder, tokenizer_path, MAX_SEQ_LEN, 2, device="cpu")
     message = (
@@ -192,6 +193,20 @@ def test_a_width_that_prevents_the_fused_decode_step_is_reported(
     assert "a multiple of 64, and this one is 720" in info(folder, "cpu")
     reference = Llama.build(folder, tokenizer_path, MAX_SEQ_LEN, 2, device="cpu", backend="eager")
     assert built.generate([[1, 5, 9]], 8, temperature=0) == reference.generate([[1, 5, 9]], 8, temperature=0)
+
+
+@pytest.mark.skipif(avx512.extension() is None, reason="the AVX-512 extension is not compiled, or this CPU cannot run it")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+def test_info_reports_which_models_decode_in_one_call(
+    dtype: str, wide: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)
+    weights = {name: w.to(getattr(torch, dtype)) for name, w in random_weights(PARAMS, 384, 704).items()}
+    report = info(write_shards(tmp_path / dtype, PARAMS, weights), "cpu")
+    forward = build(wide, dtype=dtype).engine.forward()
+    why = "the compiled decode step needs bfloat16 or float32, and the model is in float16" if dtype == "float16" else None
+    assert cpu.why_unsupported(forward) == why
+    assert (f"layer by layer: {why}" if why else "one call of compiled code for all layers") in report
 
 
 # --- decode steps in static memory, as CUDA graphs capture them ---

@@ -1,11 +1,12 @@
 """The cpu backend: run a whole decode step in one call of compiled C (csrc/decode_avx512.c) where possible.
 
-The single call needs a CPU with AVX-512 instructions for bfloat16, a bfloat16 model, and a single rank. In all other cases the
-backend runs layer by layer. A decode step reads all weights, which evicts everything else from the CPU's caches, so that Python
-code between two matrix products is slow. A single call runs no Python code between them.
+The single call needs a CPU with AVX-512 instructions for bfloat16, a model in bfloat16 (with int8 and int4 weights, too) or
+float32, and a single rank. In all other cases the backend runs layer by layer. A decode step reads all weights, which evicts
+everything else from the CPU's caches, so that Python code between two matrix products is slow; a single call runs none.
 """
 
 import functools
+import itertools
 import platform
 import sys
 
@@ -16,9 +17,11 @@ from ..engine.forward import EngineForward, MergedLinear
 from ..engine.kv_cache import RaggedBatch
 from ..kernels import avx2, avx512, c_extension
 from ..kernels.blocked_linear import BlockedLinear
-from ..kernels.c_extension import fill_struct
+from ..kernels.c_extension import DTYPE_CODES, FP32, LinearArgs, fill_struct
 from ..model import ModelArgs
 from .layerwise import TorchBackend, decode_layerwise
+
+DTYPES = torch.bfloat16, torch.float32  # of models that the compiled decode step supports
 
 
 def why_shape_unsupported(args: ModelArgs, dtype: torch.dtype, ranks: int) -> str | None:
@@ -28,8 +31,8 @@ def why_shape_unsupported(args: ModelArgs, dtype: torch.dtype, ranks: int) -> st
     """
     if avx512.extension() is None:
         return f"the compiled decode step needs AVX-512 with bfloat16: {avx512.status().reason}"
-    if dtype != torch.bfloat16:
-        return f"the compiled decode step needs bfloat16, and the model is in {str(dtype).removeprefix('torch.')}"
+    if dtype not in DTYPES:
+        return f"the compiled decode step needs bfloat16 or float32, and the model is in {str(dtype).removeprefix('torch.')}"
     if ranks > 1:
         return f"the compiled decode step needs one rank, and there are {ranks}"
     return why_width_unsupported(args)
@@ -56,11 +59,15 @@ def why_unsupported(forward: EngineForward) -> str | None:
     sizes = [(args.dim, inner + 2 * args.kv_heads * args.head_dim), (inner, args.dim), (args.dim, 2 * width), (width, args.dim)]
     for layer in forward.layers:
         products = layer.wqkv, layer.wo, layer.w13, layer.w2
-        if not all(_is_blocked(product, *size) for product, size in zip(products, sizes, strict=True)):
+        if forward.dtype == torch.float32:
+            if not all(_plain_parts(product, *size) for product, size in zip(products, sizes, strict=True)):
+                return "a matrix is not plain float32: quantized, or replaced"
+        elif not all(_is_blocked(product, *size) for product, size in zip(products, sizes, strict=True)):
             return "a matrix is not packed in bfloat16, 8 or 4 bit: too small, or replaced"
     norms = [norm.weight for layer in forward.layers for norm in (layer.attention_norm, layer.ffn_norm)]
-    if not all(norm.is_contiguous() for norm in norms) or not avx512.is_plain_bf16(*norms):
-        return "a norm's weight is not a plain row in bfloat16"
+    alike = all(norm.is_contiguous() and norm.dtype == forward.dtype for norm in norms)
+    if not alike or not c_extension.is_plain_tensor(*norms):
+        return f"a norm's weight is not a plain row in {str(forward.dtype).removeprefix('torch.')}"
     return None
 
 
@@ -73,9 +80,25 @@ def _is_blocked(product: MergedLinear, in_features: int, out_features: int) -> b
     return fits and kernel.dtype == kernel.out_dtype == torch.bfloat16  # a caller may have converted a layer to float32
 
 
-def _blocked_kernel(product: MergedLinear) -> BlockedLinear:
-    assert isinstance(product.kernel, BlockedLinear)
-    return product.kernel
+def _plain_parts(product: MergedLinear, in_features: int, out_features: int) -> list[torch.Tensor]:
+    """Return the plain float32 weights (rows, in_features) of a linear layer: 1 to 3, with out_features rows in total.
+
+    The list is empty if the C code cannot read them in their present layout.
+    """
+    parts = [part.weight for part in product.parts or [product] if part.weight is not None]
+    fits = all(w.dtype == torch.float32 and w.shape[1:] == (in_features,) and w.is_contiguous() for w in parts)
+    fits = fits and all(len(w) % 16 == 0 for w in parts) and sum(map(len, parts)) == out_features
+    return parts if fits and c_extension.is_plain_tensor(*parts) else []
+
+
+def _linear_args(product: MergedLinear, rows: int, in_features: int, out_features: int, **fields: object) -> LinearArgs:
+    """Return the C struct of a product of `rows` rows by blocked or plain float32 weights; `fields` sets more of its fields."""
+    if isinstance(product.kernel, BlockedLinear):
+        return product.kernel.args(rows, **fields)
+    parts = _plain_parts(product, in_features, out_features)
+    memory = {"parts": tuple(w.data_ptr() for w in parts), "ends": tuple(itertools.accumulate(map(len, parts)))}
+    codes = {"format": FP32, "x_dtype": FP32, "y_dtype": FP32, "int8_per_activation": 1}
+    return fill_struct(LinearArgs(), n=rows, in_=in_features, **{"out": out_features, **memory, **codes, **fields})
 
 
 class FusedDecodeStep:
@@ -89,48 +112,47 @@ class FusedDecodeStep:
         K, G, hd = args.kv_heads, args.n_heads // args.kv_heads, args.head_dim
         dim, inner, width = args.dim, G * K * hd, args.ffn_width
 
-        def room(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        def buffer(*shape: int, dtype: torch.dtype = forward.dtype) -> torch.Tensor:
             return torch.empty(B, *shape, dtype=dtype, device="cpu")
 
-        self.forward, self.h, self.turns, self.at = (
-            forward,
-            room(dim),
-            room(hd, dtype=torch.float32),
-            room(2, dtype=torch.int64),
-        )
-        heads, y, z, normed = room((G + 2) * K, hd), room(inner), room(width), room(dim)
-        rows = {"normed": normed, "scratch": room(3 * max(dim, inner, width), dtype=torch.uint8)}
-        products = []
+        self.forward, self.h = forward, buffer(dim)
+        self.rotations, self.rows_and_positions = buffer(hd, dtype=torch.float32), buffer(2, dtype=torch.int64)
+        qkv, attended, gated, normed = buffer((G + 2) * K, hd), buffer(inner), buffer(width), buffer(dim)
+        scratch = {"normed": normed, "scratch": buffer(3 * max(dim, inner, width), dtype=torch.uint8)}
+        linears = []
         for layer in forward.layers:
-            first, second = ({"norm": norm.weight, "eps": norm.eps} for norm in (layer.attention_norm, layer.ffn_norm))
-            products += [
-                _blocked_kernel(layer.wqkv).args(B, x=self.h, y=heads, **first, **rows),
-                _blocked_kernel(layer.wo).args(B, x=y, y=self.h, residual=self.h, **rows),
-                _blocked_kernel(layer.w13).args(B, x=self.h, y=z, gated=1, out=width, **second, **rows),
-                _blocked_kernel(layer.w2).args(B, x=z, y=self.h, residual=self.h, **rows),
+            norm, ffn_norm = ({"norm": norm.weight, "eps": norm.eps} for norm in (layer.attention_norm, layer.ffn_norm))
+            linears += [
+                _linear_args(layer.wqkv, B, dim, (G + 2) * K * hd, x=self.h, y=qkv, **norm, **scratch),
+                _linear_args(layer.wo, B, inner, dim, x=attended, y=self.h, residual=self.h, **scratch),
+                _linear_args(layer.w13, B, dim, 2 * width, x=self.h, y=gated, gated=1, out=width, **ffn_norm, **scratch),
+                _linear_args(layer.w2, B, width, dim, x=gated, y=self.h, residual=self.h, **scratch),
             ]
-        self.kept = rows, heads, y, z  # keep these tensors alive, because the C structs contain only their addresses
-        self.products = (c_extension.LinearArgs * len(products))(*products)
+        self.buffers = scratch, qkv, attended, gated  # keeps the tensors alive: the C structs contain only their addresses
+        self.linears = (LinearArgs * len(linears))(*linears)
         data = forward.cache.data
+        assert data.dtype == forward.dtype and data.is_contiguous() and data.shape[2] >= B
+        assert (len(data) * 4, data.shape[3], data.shape[5]) == (len(linears), K, hd)
         self.scores = torch.empty(B * K * G, data.shape[4], dtype=torch.float32, device="cpu")
-        sizes = {"n": B, "K": K, "G": G, "hd": hd, "q_stride": (G + 2) * K * hd, "slots": data.shape[4]}
-        strides = {"row_stride": data.stride(2), "head_stride": data.stride(3)}
-        assert data.dtype == torch.bfloat16 and data.is_contiguous() and data.shape[2] >= B
-        assert (len(data) * 4, data.shape[3], data.shape[5]) == (len(products), K, hd)
-        tensors = {"q": heads, "turns": self.turns, "at": self.at, "scores": self.scores, "y": y}
-        made = (
+        sizes = {"n": B, "K": K, "G": G, "hd": hd, "max_seq_len": data.shape[4], "dtype": DTYPE_CODES[data.dtype]}
+        strides = {"q_stride": (G + 2) * K * hd, "row_stride": data.stride(2), "head_stride": data.stride(3)}
+        tensors = {
+            "q": qkv, "rotations": self.rotations, "rows_and_positions": self.rows_and_positions,
+            "scores": self.scores, "y": attended,
+        }  # fmt: skip
+        attentions = (
             fill_struct(avx512.AttentionArgs(), keys=keys, values=values, **tensors, **sizes, **strides)
             for keys, values in data
         )
-        self.layers = (avx512.AttentionArgs * len(data))(*made)
+        self.attentions = (avx512.AttentionArgs * len(data))(*attentions)
 
     def __call__(self, tokens: torch.Tensor, batch: RaggedBatch) -> torch.Tensor:
         forward = self.forward
         assert len(tokens) == len(self.h) and all(segment.kv_len <= forward.cache.data.shape[4] for segment in batch.segments)
         self.h.copy_(forward.model.tok_embeddings(tokens))
-        self.turns.copy_(forward.freqs[batch.positions].view_as(self.turns))
-        self.at.copy_(torch.stack((batch.rows, batch.positions), 1))
-        avx512.call("layers", self.products, self.layers, len(self.layers))
+        self.rotations.copy_(forward.freqs[batch.positions].view_as(self.rotations))
+        self.rows_and_positions.copy_(torch.stack((batch.rows, batch.positions), 1))
+        avx512.call("layers", self.linears, self.attentions, len(self.attentions))
         return forward.norm.forward(self.h)
 
 

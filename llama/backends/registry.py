@@ -58,7 +58,7 @@ def slowdown_warning(backend: type[Backend], device: torch.device, args: model.M
     if (
         backend.name == "cpu"
         and avx512.extension()
-        and dtype == torch.bfloat16
+        and dtype in cpu.DTYPES
         and packed
         and (why := cpu.why_width_unsupported(args))
     ):

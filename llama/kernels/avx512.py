@@ -34,8 +34,8 @@ class AttentionArgs(ctypes.Structure):
     """The arguments of the C function `attend` (attention in a decode step); csrc/decode_avx512.c describes the fields."""
 
     _fields_ = struct_fields(
-        (c_void_p, "q turns keys values at scores y"),
-        (c_long, "n K G hd slots q_stride row_stride head_stride next"),
+        (c_void_p, "q rotations keys values rows_and_positions scores y"),
+        (c_long, "dtype n K G hd max_seq_len q_stride row_stride head_stride next"),
     )
 
 
@@ -100,8 +100,8 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     q, y, L = q.contiguous(), q.new_empty(B, K, G, hd), k.shape[2]
     rows_and_positions = torch.tensor([(row, L - 1) for row in range(B)], dtype=torch.int64, device="cpu")
     scores = torch.empty(B * K * G * L, dtype=torch.float32, device="cpu")
-    tensors = {"q": q, "keys": k, "values": v, "at": rows_and_positions, "scores": scores, "y": y}
-    sizes = {"n": B, "K": K, "G": G, "hd": hd, "slots": L, "q_stride": K * G * hd}
+    tensors = {"q": q, "keys": k, "values": v, "rows_and_positions": rows_and_positions, "scores": scores, "y": y}
+    sizes = {"n": B, "K": K, "G": G, "hd": hd, "max_seq_len": L, "q_stride": K * G * hd}
     strides = {"row_stride": k.stride(0), "head_stride": k.stride(1)}
     call("attend", ctypes.byref(fill_struct(AttentionArgs(), **tensors, **sizes, **strides)))
     return y

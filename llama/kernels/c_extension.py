@@ -99,6 +99,8 @@ class LinearArgs(ctypes.Structure):
         (c_float, "eps unused"),
         (c_void_p, "x y residual normed scratch"),
         (c_long, "n threads next"),
+        (c_void_p * 3, "parts"),
+        (c_long * 3, "ends"),
     )
 
 

@@ -11,6 +11,18 @@ INLINE __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 INLINE __m512 rounded(__m512 x) { return widen(narrow(x)); }
 INLINE void store(bf16_t *y, __m512 x) { _mm256_storeu_si256((__m256i *)y, narrow(x)); }
 
+/* The same of what is bfloat16 or float32, from the k-th on. */
+INLINE long size_of(const int numbers) { return numbers == FP32 ? 4 : 2; }
+INLINE void *element(const int numbers, const void *x, long k) { return (char *)x + k * size_of(numbers); }
+INLINE __m512 load_as(const int numbers, const void *x, long k) {
+  return numbers == FP32 ? _mm512_loadu_ps((const float *)x + k) : load((const bf16_t *)x + k);
+}
+INLINE void store_as(const int numbers, void *y, long k, __m512 x) {
+  if (numbers == FP32) _mm512_storeu_ps((float *)y + k, x);
+  else store((bf16_t *)y + k, x);
+}
+INLINE __m512 rounded_as(const int numbers, __m512 x) { return numbers == FP32 ? x : rounded(x); }
+
 INLINE __mmask16 mask(long left) { return left >= LANES ? 0xffff : left > 0 ? (1 << left) - 1 : 0; } /* the lanes there are */
 
 /* Within one unit of float32's last place; with SLEEF's coefficients, as PyTorch's. */

@@ -67,7 +67,7 @@ typedef struct Product {
   const bf16_t *scales; /* INT8: (out / OUT, in / group, OUT); INT4: (.., 2), scale and zero */
   long group, in, out;  /* where it is gated, out is half of what is multiplied */
   long gated;           /* y = silu(first half of the outputs) * second half */
-  const bf16_t *norm;   /* (in), or none: what the rows are normalized by before */
+  const bf16_t *norm;   /* (in), or none: what the rows are normalized by before; this and the others are float with FP32 */
   float eps, unused;
   const void *x;          /* (n / digits, in) */
   void *y;                /* (n / digits, out) */
@@ -75,6 +75,8 @@ typedef struct Product {
   bf16_t *normed;         /* buffer for (n / digits, in) */
   void *room;             /* INT8 and INT4: for n * (in + 12 * in / STEP) bytes; avx2.c's others: for (n, in) floats */
   long n, threads, next;  /* n: 8-bit rows, `digits` for each row of x; next: the next task, counted up by the threads */
+  const float *parts[3];  /* FP32 with AVX-512: (ends[i] - ends[i - 1], in) each, in place of `weight` */
+  long ends[3];           /* the output that follows each part: a multiple of 16 */
 } Product;
 
 /* Rows of x, quantized: 8-bit values, and a scale for each STEP inputs. `bias`, for each step, is -offset * (sum of its values),

@@ -1,10 +1,11 @@
-/* A decode step of a few rows in bfloat16, piece by piece, on CPUs with AVX-512's instructions for bfloat16 and 8 bits: weights
- * are read once (products.c), and between them as little as can be.
+/* A decode step of a few rows in bfloat16 or float32, piece by piece, on CPUs with AVX-512's instructions for bfloat16 and 8
+ * bits: weights are read once (products.c), and between them as little as can be.
  *
  * Norms, gates and rotations are rounded and summed as PyTorch does, so that what comes of them is the same to the last bit;
  * attention sums in an order of its own. native.py fills the structures; no size and no address is checked here. */
 
 #include "avx512.h"
+#include "fp32.h"
 
 /* ---- rows by themselves: normalized, or gated ---- */
 
@@ -39,62 +40,63 @@ void rows(Parallel parallel, unsigned threads, const Rows *given) {
 /* ---- attention ---- */
 
 typedef struct Attention {
-  bf16_t *q;            /* (n, K, G, hd) at a stride; with turns, behind it the id's own keys and values, (2, K, hd) */
+  void *q;              /* (n, K, G, hd) at a stride; with turns, behind it the id's own keys and values, (2, K, hd) */
   const float *turns;   /* (n, hd / 2, 2), cosines and sines; none: all is turned and written already */
-  bf16_t *keys, *values; /* (rows, K, slots, hd) */
+  void *keys, *values;  /* (rows, K, slots, hd) */
   const long *at;       /* (n, 2): row, and the position, which is the last slot that is seen */
   float *scores;        /* room for (n, K, G, slots) */
-  bf16_t *y;            /* (n, K, G, hd) */
+  void *y;              /* (n, K, G, hd) */
+  long numbers;         /* of q, keys, values and y: BF16 or FP32 */
   long n, K, G, hd, slots, q_stride, row_stride, head_stride, next;
 } Attention;
 
-INLINE void turn(bf16_t *x, const float *turns, long hd) { /* adjacent pairs, as complex numbers, in place */
+INLINE void turn(const int numbers, void *x, const float *turns, long hd) { /* adjacent pairs, as complex numbers, in place */
   for (long k = 0; k < hd; k += LANES) {
-    const __m512 v = load(x + k), by = _mm512_loadu_ps(turns + k);
+    const __m512 v = load_as(numbers, x, k), by = _mm512_loadu_ps(turns + k);
     const __m512 direct = _mm512_mul_ps(v, _mm512_moveldup_ps(by)), across = _mm512_mul_ps(v, _mm512_movehdup_ps(by));
     const __m512 crossed = _mm512_permute_ps(across, 0xb1);
-    store(x + k, _mm512_mask_add_ps(_mm512_sub_ps(direct, crossed), 0xaaaa, direct, crossed));
+    store_as(numbers, x, k, _mm512_mask_add_ps(_mm512_sub_ps(direct, crossed), 0xaaaa, direct, crossed));
   }
 }
 
 /* The products of a query and n keys, 1 or 4. */
-INLINE void score(const bf16_t *q, const bf16_t *keys, long hd, const int n, float *scores) {
+INLINE void score(const int numbers, const void *q, const void *keys, long hd, const int n, float *scores) {
   __m512 s[4] = {0};
-  for (long k = 0; k < hd; k += 2 * LANES)
-    EACH(i, n) s[i] = _mm512_dpbf16_ps(s[i], (__m512bh)_mm512_loadu_si512(q + k), (__m512bh)_mm512_loadu_si512(keys + i * hd + k));
-  if (n == 1) {
-    *scores = _mm512_reduce_add_ps(s[0]);
-    return;
-  }
-  EACH(i, 2) s[2 * i] = _mm512_add_ps(_mm512_unpacklo_ps(s[2 * i], s[2 * i + 1]), _mm512_unpackhi_ps(s[2 * i], s[2 * i + 1]));
-  const __m512d a = _mm512_castps_pd(s[0]), b = _mm512_castps_pd(s[2]);
-  const __m512 four = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-  const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
-  _mm_storeu_ps(scores, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
+  if (numbers == FP32)
+    for (long k = 0; k < hd; k += LANES)
+      EACH(i, n) s[i] = _mm512_fmadd_ps(load_as(FP32, q, k), load_as(FP32, keys, i * hd + k), s[i]);
+  else
+    for (long k = 0; k < hd; k += 2 * LANES)
+      EACH(i, n) s[i] = _mm512_dpbf16_ps(s[i], (__m512bh)_mm512_loadu_si512(element(BF16, q, k)),
+                                         (__m512bh)_mm512_loadu_si512(element(BF16, keys, i * hd + k)));
+  if (n == 1) *scores = _mm512_reduce_add_ps(s[0]);
+  else _mm_storeu_ps(scores, four_totals(s));
 }
 
 /* y = the sum of values (end, hd) times weights (end), of n registers of hd. */
-INLINE void mix(const float *weights, const bf16_t *values, long hd, long end, const int n, bf16_t *y) {
+INLINE void mix(const int numbers, const float *weights, const void *values, long hd, long end, const int n, void *y) {
   __m512 sum[4] = {0};
   for (long slot = 0; slot < end; slot++)
-    EACH(i, n) sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(weights[slot]), load(values + slot * hd + i * LANES), sum[i]);
-  EACH(i, n) store(y + i * LANES, sum[i]);
+    EACH(i, n) sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(weights[slot]), load_as(numbers, values, slot * hd + i * LANES), sum[i]);
+  EACH(i, n) store_as(numbers, y, i * LANES, sum[i]);
 }
 
 /* The G queries of a row's key/value head over slots 0..end. */
-static void attend_head(const Attention *a, const bf16_t *q, const bf16_t *keys, const bf16_t *values, float *scores, bf16_t *y,
-                        long end) {
+INLINE void attend_head(const Attention *a, const int numbers, const void *q, const void *keys, const void *values, float *scores,
+                        void *y, long end) {
   const __m512 scale = _mm512_set1_ps(1 / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss((float)a->hd))));
   long slot = 0; /* each key is read once */
   for (; slot + 4 <= end; slot += 4)
-    for (long g = 0; g < a->G; g++) score(q + g * a->hd, keys + slot * a->hd, a->hd, 4, scores + g * a->slots + slot);
+    for (long g = 0; g < a->G; g++)
+      score(numbers, element(numbers, q, g * a->hd), element(numbers, keys, slot * a->hd), a->hd, 4, scores + g * a->slots + slot);
   for (; slot < end; slot++)
-    for (long g = 0; g < a->G; g++) score(q + g * a->hd, keys + slot * a->hd, a->hd, 1, scores + g * a->slots + slot);
+    for (long g = 0; g < a->G; g++)
+      score(numbers, element(numbers, q, g * a->hd), element(numbers, keys, slot * a->hd), a->hd, 1, scores + g * a->slots + slot);
   for (long g = 0; g < a->G; g++) {
     float *s = scores + g * a->slots;
     __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
     for (long k = 0; k < end; k += LANES) { /* rounded where the reference rounds them */
-      const __m512 x = rounded(_mm512_mul_ps(rounded(_mm512_maskz_loadu_ps(mask(end - k), s + k)), scale));
+      const __m512 x = rounded_as(numbers, _mm512_mul_ps(rounded_as(numbers, _mm512_maskz_loadu_ps(mask(end - k), s + k)), scale));
       most = _mm512_mask_max_ps(most, mask(end - k), most, x);
       _mm512_mask_storeu_ps(s + k, mask(end - k), x);
     }
@@ -106,29 +108,38 @@ static void attend_head(const Attention *a, const bf16_t *q, const bf16_t *keys,
     }
     const __m512 by = _mm512_set1_ps(1 / _mm512_reduce_add_ps(sum));
     for (long k = 0; k < end; k += LANES)
-      _mm512_mask_storeu_ps(s + k, mask(end - k), rounded(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask(end - k), s + k), by)));
+      _mm512_mask_storeu_ps(s + k, mask(end - k),
+                            rounded_as(numbers, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask(end - k), s + k), by)));
     long k = 0;
-    for (; k + 4 * LANES <= a->hd; k += 4 * LANES) mix(s, values + k, a->hd, end, 4, y + g * a->hd + k);
-    for (; k < a->hd; k += 2 * LANES) mix(s, values + k, a->hd, end, 2, y + g * a->hd + k);
+    for (; k + 4 * LANES <= a->hd; k += 4 * LANES)
+      mix(numbers, s, element(numbers, values, k), a->hd, end, 4, element(numbers, y, g * a->hd + k));
+    for (; k < a->hd; k += 2 * LANES)
+      mix(numbers, s, element(numbers, values, k), a->hd, end, 2, element(numbers, y, g * a->hd + k));
   }
+}
+
+INLINE void head_of_row(const Attention *a, const int numbers, long i) {
+  const long r = i / a->K, head = i % a->K, group = a->G * a->hd, row = a->at[2 * r], last = a->at[2 * r + 1];
+  void *q = element(numbers, a->q, r * a->q_stride + head * group);
+  void *keys = element(numbers, a->keys, row * a->row_stride + head * a->head_stride);
+  void *values = element(numbers, a->values, row * a->row_stride + head * a->head_stride);
+  if (a->turns) {
+    const float *turns = a->turns + r * a->hd;
+    void *key = element(numbers, a->q, r * a->q_stride + (a->K * a->G + head) * a->hd);
+    void *value = element(numbers, key, a->K * a->hd);
+    turn(numbers, key, turns, a->hd);
+    for (long g = 0; g < a->G; g++) turn(numbers, element(numbers, q, g * a->hd), turns, a->hd);
+    memcpy(element(numbers, keys, last * a->hd), key, size_of(numbers) * a->hd);
+    memcpy(element(numbers, values, last * a->hd), value, size_of(numbers) * a->hd);
+  }
+  attend_head(a, numbers, q, keys, values, a->scores + i * a->G * a->slots, element(numbers, a->y, i * group), last + 1);
 }
 
 static void heads(void *shared) { /* a thread: the next key/value head of a row */
   Attention *a = shared;
   for (long i; (i = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) < a->n * a->K;) {
-    const long r = i / a->K, head = i % a->K, group = a->G * a->hd, row = a->at[2 * r], last = a->at[2 * r + 1];
-    bf16_t *q = a->q + r * a->q_stride + head * group;
-    bf16_t *keys = a->keys + row * a->row_stride + head * a->head_stride;
-    bf16_t *values = a->values + row * a->row_stride + head * a->head_stride;
-    if (a->turns) {
-      const float *turns = a->turns + r * a->hd;
-      bf16_t *key = a->q + r * a->q_stride + a->K * group + head * a->hd, *value = key + a->K * a->hd;
-      turn(key, turns, a->hd);
-      for (long g = 0; g < a->G; g++) turn(q + g * a->hd, turns, a->hd);
-      memcpy(keys + last * a->hd, key, 2 * a->hd);
-      memcpy(values + last * a->hd, value, 2 * a->hd);
-    }
-    attend_head(a, q, keys, values, a->scores + i * a->G * a->slots, a->y + i * group, last + 1);
+    if (a->numbers == FP32) head_of_row(a, FP32, i);
+    else head_of_row(a, BF16, i);
   }
 }
 

@@ -3,6 +3,7 @@
  * structure; no size and no address is checked here. A row's sums are the same whatever rows there are beside it. */
 
 #include "common.h"
+#include "fp32.h"
 
 enum { OUTS = 16, MOST = 4 }; /* of weights as they lie: outputs of a task, and rows and outputs at once */
 
@@ -63,45 +64,24 @@ KIND(bf16, BF16)
 KIND(fp16, FP16)
 KIND(fp32, FP32)
 
-/* The same of float32 where there is AVX-512: m outputs of n rows, whose sums all stay in registers. */
-#define WIDE __attribute__((target("avx512f")))
-
-WIDE INLINE void wide_floats(const Product *p, long o, long first, const int m, const int n) {
-  const float *w = (const float *)p->weight + o * p->in, *x = (const float *)p->room + first * p->in;
-  __m512 sum[MOST][MOST];
-  EACH(i, m) EACH(r, n) sum[i][r] = _mm512_setzero_ps();
-  for (long k = 0; k < p->in; k += 16) {
-    __m512 v[MOST];
-    EACH(r, n) v[r] = _mm512_loadu_ps(x + r * p->in + k);
-    EACH(i, m) {
-      _mm_prefetch((const char *)(w + (i + m) * p->in + k), _MM_HINT_T0); /* of the next outputs */
-      const __m512 weight = _mm512_loadu_ps(w + i * p->in + k);
-      EACH(r, n) sum[i][r] = _mm512_fmadd_ps(weight, v[r], sum[i][r]);
+/* The same of float32 where there is AVX-512. */
+FP32_TARGET static void fp32_wide(const Product *p, long o, long end) {
+  while (o < end) {
+    const long m = end - o < FP32_OUTPUTS ? 1 : FP32_OUTPUTS;
+    for (long first = 0; first < p->n; first += FP32_ROWS) {
+      const long n = p->n - first < FP32_ROWS ? p->n - first : FP32_ROWS;
+      __m128 y[FP32_ROWS];
+      fp32_outputs((const float *)p->weight + o * p->in, (const float *)p->room + first * p->in, p->in, m, n, y);
+      for (long r = 0; r < n; r++)
+        for (long i = 0; i < m; i++) store(p, first + r, o + i, y[r][i]);
     }
-  }
-  EACH(i, m) EACH(r, n) store(p, first + r, o + i, _mm512_reduce_add_ps(sum[i][r]));
-}
-
-WIDE static void fp32_wide(const Product *p, long o, long end) {
-  for (; o < end; o += MOST) {
-    const long m = end - o < MOST ? end - o : MOST;
-    for (long first = 0; first < p->n; first += MOST) {
-      if (m < MOST)
-        for (long i = o; i < end; i++)
-          for (long r = first; r < p->n && r < first + MOST; r++) wide_floats(p, i, r, 1, 1);
-      else switch (p->n - first) {
-          case 1: wide_floats(p, o, first, MOST, 1); break;
-          case 2: wide_floats(p, o, first, MOST, 2); break;
-          case 3: wide_floats(p, o, first, MOST, 3); break;
-          default: wide_floats(p, o, first, MOST, MOST);
-        }
-    }
+    o += m;
   }
 }
 
 static void as_they_lie(void *shared) { /* what a thread does */
   Product *p = shared;
-  const int wide = __builtin_cpu_supports("avx512f");
+  const int wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
   static void (*const kinds[])(const Product *, long, long) = {bf16, fp16, fp32};
   void (*const kernel)(const Product *, long, long) = p->kind == FP32 && wide ? fp32_wide : kinds[p->kind];
   for (long b, end, tasks = (p->out + OUTS - 1) / OUTS; (b = take(&p->next, p->threads, tasks, &end)) < tasks;)

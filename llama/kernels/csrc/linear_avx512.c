@@ -175,7 +175,10 @@ static void make_ready(void *shared) { /* what a thread does: the next row of x,
 
 #include "tiles.h"
 
+void multiply_fp32(Parallel parallel, unsigned threads, const Product *given);
+
 void multiply(Parallel parallel, unsigned threads, const Product *given) {
+  if (given->kind == FP32) return multiply_fp32(parallel, threads, given);
   Product p = *given;
   if (p.norm || p.kind != BF16) prepare(parallel, threads, &p);
   if (p.norm) p.x = p.normed;
