@@ -39,7 +39,7 @@ setup(
     packages=[*find_packages(include=["llama", "llama.*"]), "llama._demo"],
     ext_modules=[make_extension(*row) for row in EXTENSIONS] if ON_X86_LINUX else [],
     package_dir={"llama._demo": "demo"},
-    package_data={"llama._demo": ["README.md", "tokenizer.model", "model/*"]},
+    package_data={"llama": ["py.typed"], "llama._demo": ["README.md", "tokenizer.model", "model/*"]},
     python_requires=">=3.10",
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 13)],
     install_requires=["torch>=2.6", "fairscale>=0.4.13", "sentencepiece>=0.2.3", "fire>=0.5"],
