@@ -99,8 +99,8 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.sp_model = tokenizer.sp_model
-        # The context is decoded together with the next token, because SentencePiece would remove the space of a token alone.
-        # Until a token has a text, the context is all tokens so far; after that, it is only the unknown piece.
+        # SentencePiece removes the leading space of a token that is decoded alone, so each token is decoded after a context.
+        # While no token has produced text, the context is all tokens so far. Once one has, the unknown piece is enough.
         self.context: list[int] = []
         self.context_text = ""
         self.pending_bytes = b""

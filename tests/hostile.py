@@ -33,7 +33,7 @@ Edit = tuple[Any, ...]
 
 
 class BrokenPromise(Exception):
-    """Raised when a case ends in another error or a wrong answer, runs code from a file, or takes too much memory or time."""
+    """Raised when a case ends in a wrong answer or no LlamaError, runs code, or needs too much time or memory."""
 
 
 # --- the sound model ---------------------------------------------------------------------------------------------------

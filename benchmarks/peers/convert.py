@@ -124,7 +124,7 @@ def quantize(source: str, path: Path, type_: str, threads: int) -> None:
 
 
 def write_ctranslate2(hf: str, folder: Path, vocab_size: int, quantization: str | None) -> None:
-    """Convert a folder of transformers to a folder for CTranslate2, with CTranslate2's own converter.
+    """Convert a model folder in Hugging Face's format to a folder for CTranslate2, with CTranslate2's own converter.
 
     CTranslate2 takes tokens as strings. The vocabulary is replaced, so that the string of token 5 is "5".
     """

@@ -59,7 +59,7 @@ class Step(torch.nn.Module):
 
 
 def write(hf: str, folder: Path, variant: str) -> None:
-    """Convert a folder of transformers to a folder for OpenVINO GenAI. variant: "int8", "int4", or "" to not quantize."""
+    """Convert a model folder in Hugging Face's format for OpenVINO GenAI. variant: "int8", "int4", or "" to not quantize."""
     source = AutoModelForCausalLM.from_pretrained(hf, attn_implementation="sdpa").eval()
     is_float32 = source.dtype == torch.float32
     if not is_float32:

@@ -35,7 +35,7 @@ class CudaGraphsBackend(Backend):
         self.captures = True  # becomes False when a capture fails; then no more steps are captured
         self.steps: dict[tuple[int, int], CapturedStep] = {}  # key: (rows, context bucket); order: least recently used first
         self.forward: EngineForward | None = None
-        self.dependencies: list[object] = []  # kernels, and addresses of tensors, that the steps read
+        self.dependencies: list[object] = []  # the kernels that the steps use, and the addresses of their tensors
         self.stream: torch.cuda.Stream | None = None
         self.pool: Any = None
 

@@ -101,7 +101,7 @@ class BlockedWeight:
 
     @staticmethod
     def from_quantized(quantized: QuantizedWeight) -> "BlockedWeight":
-        """Pack a weight that is already quantized, without C code."""
+        """Pack a quantized weight into blocks with PyTorch functions alone, without C code."""
         out_features = len(quantized.values)
         padding = (0, 0, 0, -out_features % BLOCK_OUTPUTS)  # pads the outputs to whole blocks
         values = F.pad(quantized.values, padding).unflatten(0, (-1, BLOCK_OUTPUTS))  # shape (blocks, 64, inputs)
