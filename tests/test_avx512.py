@@ -56,7 +56,7 @@ def pack_small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def multiply(kernel: BlockedLinear, x: torch.Tensor, y: torch.Tensor, **fields: object) -> torch.Tensor:
     """Write the product of x and the kernel's weight to y; return y. `fields` can add a norm or residual to the same C call."""
-    avx512.call("multiply", ctypes.byref(kernel.args(n=len(x), x=x, y=y, **fields)))
+    avx512.call("linear", ctypes.byref(kernel.args(n=len(x), x=x, y=y, **fields)))
     return y
 
 

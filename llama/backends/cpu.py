@@ -152,7 +152,7 @@ class FusedDecodeStep:
         self.h.copy_(forward.model.tok_embeddings(tokens))
         self.rotations.copy_(forward.freqs[batch.positions].view_as(self.rotations))
         self.rows_and_positions.copy_(torch.stack((batch.rows, batch.positions), 1))
-        avx512.call("layers", self.linears, self.attentions, len(self.attentions))
+        avx512.call("decode_layers", self.linears, self.attentions, len(self.attentions))
         return forward.norm.forward(self.h)
 
 

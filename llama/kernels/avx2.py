@@ -16,7 +16,7 @@ from .c_extension import DTYPE_CODES, CExtension, ExtensionStatus, LinearArgs, f
 @functools.cache
 def status() -> ExtensionStatus:
     """Load the AVX2 extension on the first call, and return it or the reason why it cannot be used."""
-    return load_extension("avx2", [LinearArgs], {"multiply": [LinearArgs]})
+    return load_extension("avx2", [LinearArgs], {"linear": [LinearArgs]})
 
 
 def extension() -> CExtension | None:
@@ -43,5 +43,5 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     args = fill_struct(
         LinearArgs(), format=dtype, x_dtype=dtype, y_dtype=dtype, int8_per_activation=1, in_=width, out=out, n=n, **tensors
     )
-    compiled.call("multiply", ctypes.byref(args))
+    compiled.call("linear", ctypes.byref(args))
     return y

@@ -25,13 +25,13 @@ from .c_extension import (
 
 
 class RowsArgs(ctypes.Structure):
-    """The arguments of the C function `rows` (RMSNorm or SwiGLU); csrc/decode_avx512.c describes the fields."""
+    """The arguments of the C function `normalize_or_gate_rows` (RMSNorm or SwiGLU), described in csrc/decode_avx512.c."""
 
     _fields_ = struct_fields((c_long, "gated"), (c_void_p, "x weight y"), (c_float, "eps unused"), (c_long, "n width next"))
 
 
 class AttentionArgs(ctypes.Structure):
-    """The arguments of the C function `attend` (attention in a decode step); csrc/decode_avx512.c describes the fields."""
+    """The arguments of the C function `decode_attention` (attention in a decode step), described in csrc/decode_avx512.c."""
 
     _fields_ = struct_fields(
         (c_void_p, "q rotations keys values rows_and_positions scores y"),
@@ -40,20 +40,20 @@ class AttentionArgs(ctypes.Structure):
 
 
 class PromptAttentionArgs(ctypes.Structure):
-    """The arguments of the C function `prompt` (prefill attention); csrc/prompt_attention_avx512.c describes the fields."""
+    """The arguments of the C function `prompt_attention` (prefill attention), described in csrc/prompt_attention_avx512.c."""
 
     _fields_ = struct_fields(
-        (c_void_p, "q keys values y room scores"),
-        (c_long, "B S K G hd L q_batch q_stride kv_batch kv_head kv_stride begun next"),
+        (c_void_p, "q keys values y packed_kv scores"),
+        (c_long, "B S K G hd L q_batch q_stride kv_batch kv_head kv_stride threads_started next"),
     )
 
 
 FUNCTIONS: dict[str, list[Any]] = {
-    "rows": [RowsArgs],
-    "multiply": [LinearArgs],
-    "attend": [AttentionArgs],
-    "prompt": [PromptAttentionArgs],
-    "layers": [LinearArgs, AttentionArgs, c_long],
+    "normalize_or_gate_rows": [RowsArgs],
+    "linear": [LinearArgs],
+    "decode_attention": [AttentionArgs],
+    "prompt_attention": [PromptAttentionArgs],
+    "decode_layers": [LinearArgs, AttentionArgs, c_long],
 }
 
 
@@ -103,7 +103,7 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     tensors = {"q": q, "keys": k, "values": v, "rows_and_positions": rows_and_positions, "scores": scores, "y": y}
     sizes = {"n": B, "K": K, "G": G, "hd": hd, "max_seq_len": L, "q_stride": K * G * hd}
     strides = {"row_stride": k.stride(0), "head_stride": k.stride(1)}
-    call("attend", ctypes.byref(fill_struct(AttentionArgs(), **tensors, **sizes, **strides)))
+    call("decode_attention", ctypes.byref(fill_struct(AttentionArgs(), **tensors, **sizes, **strides)))
     return y
 
 
@@ -129,9 +129,11 @@ def prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     sizes = {"B": B, "S": S, "K": K, "G": G, "hd": hd, "L": L, "q_batch": q.stride(0), "q_stride": q.stride(1)}
     strides = {"kv_batch": k.stride(0), "kv_head": k.stride(1), "kv_stride": k.stride(2)}
     call(
-        "prompt",
+        "prompt_attention",
         ctypes.byref(
-            fill_struct(PromptAttentionArgs(), q=q, keys=k, values=v, y=y, room=packed_kv, scores=scores, **sizes, **strides)
+            fill_struct(
+                PromptAttentionArgs(), q=q, keys=k, values=v, y=y, packed_kv=packed_kv, scores=scores, **sizes, **strides
+            )
         ),
     )
     return y
@@ -153,7 +155,10 @@ def supports_rows(x: torch.Tensor, width: int, *weights: torch.Tensor) -> bool:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return x (..., width) normalized as by `llama.model.RMSNorm`."""
     y, width = torch.empty_like(x), len(weight)
-    call("rows", ctypes.byref(fill_struct(RowsArgs(), x=x, weight=weight, y=y, eps=eps, n=x.numel() // width, width=width)))
+    call(
+        "normalize_or_gate_rows",
+        ctypes.byref(fill_struct(RowsArgs(), x=x, weight=weight, y=y, eps=eps, n=x.numel() // width, width=width)),
+    )
     return y
 
 
@@ -161,5 +166,5 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     """Return silu(first half of x) * second half of x, shaped (..., width), for x (..., 2 * width)."""
     width = x.shape[-1] // 2
     y = x.new_empty(*x.shape[:-1], width)
-    call("rows", ctypes.byref(fill_struct(RowsArgs(), gated=1, x=x, y=y, n=y.numel() // width, width=width)))
+    call("normalize_or_gate_rows", ctypes.byref(fill_struct(RowsArgs(), gated=1, x=x, y=y, n=y.numel() // width, width=width)))
     return y

@@ -96,7 +96,7 @@ class BlockedWeight:
         rows = torch.cat([v.data_ptr() + torch.arange(len(v), device="cpu") * (v.stride(0) * v.element_size()) for v in views])
         fields = {"format": FORMAT_CODES[format], "dtype": dtype_code, "rows": rows, "weight": blocked.weight}
         sizes = {"group": group, "in_": blocked.in_features, "width": blocked.width, "out": blocked.out_features}
-        compiled.call("pack", ctypes.byref(fill_struct(pack.PackArgs(), scales=blocked.scales, **fields, **sizes)))
+        compiled.call("pack_weight", ctypes.byref(fill_struct(pack.PackArgs(), scales=blocked.scales, **fields, **sizes)))
         return blocked
 
     @staticmethod
@@ -232,7 +232,7 @@ class BlockedLinear(LinearKernel):
         y = x.new_empty(len(x), self.out_features, dtype=self.out_dtype)
         scratch = torch.empty(self.scratch_bytes(len(x)), dtype=torch.uint8, device="cpu")
         if len(x):
-            self.extension.call("multiply", ctypes.byref(self.args(len(x), x=x, y=y, scratch=scratch)))
+            self.extension.call("linear", ctypes.byref(self.args(len(x), x=x, y=y, scratch=scratch)))
         return y
 
     def swiglu(self, x: torch.Tensor) -> torch.Tensor | None:
@@ -244,16 +244,16 @@ class BlockedLinear(LinearKernel):
             return None
         x, y = x.contiguous(), x.new_empty(len(x), half)
         scratch = torch.empty(self.scratch_bytes(len(x)), dtype=torch.uint8, device="cpu")
-        self.extension.call("multiply", ctypes.byref(self.args(len(x), x=x, y=y, scratch=scratch, gated=1, out=half)))
+        self.extension.call("linear", ctypes.byref(self.args(len(x), x=x, y=y, scratch=scratch, gated=1, out=half)))
         return y
 
     def args(self, n: int, **fields: object) -> LinearArgs:
-        """Return the arguments of the C function `multiply` for n rows of activations; `fields` sets further arguments."""
+        """Return the arguments of the C function `linear` for n rows of activations; `fields` sets further arguments."""
         args, count = LinearArgs.from_buffer_copy(self.base_args), self.int8_per_activation
         return fill_struct(args, n=n * count, int8_per_activation=count, **fields)
 
     def scratch_bytes(self, n: int) -> int:
-        """Return the bytes of scratch memory that the C function `multiply` needs to quantize n rows of activations."""
+        """Return the bytes of scratch memory that the C function `linear` needs to quantize n rows of activations."""
         width = self.blocks.width
         return n * self.int8_per_activation * (width + 12 * width // ACTIVATION_GROUP) if self.format else 0
 

@@ -89,7 +89,7 @@ def struct_fields(*typed_names: tuple[Any, str]) -> Any:
 
 
 class LinearArgs(ctypes.Structure):
-    """The arguments of the C function `multiply`, which computes a linear layer; csrc/common.h describes the fields."""
+    """The arguments of the C function `linear`, which computes a linear layer; csrc/common.h describes the fields."""
 
     _fields_ = struct_fields(
         (c_long, "format x_dtype y_dtype int8_per_activation"),

@@ -8,7 +8,7 @@ from .c_extension import CExtension, ExtensionStatus, load_extension, struct_fie
 
 
 class PackArgs(ctypes.Structure):
-    """The arguments of the C function `pack`, which packs a weight; csrc/pack.c describes the fields."""
+    """The arguments of the C function `pack_weight`; csrc/pack.c describes the fields."""
 
     _fields_ = struct_fields((c_long, "format dtype"), (c_void_p, "rows weight scales"), (c_long, "group in_ width out next"))
 
@@ -16,7 +16,7 @@ class PackArgs(ctypes.Structure):
 @functools.cache
 def status() -> ExtensionStatus:
     """Load the packing extension on the first call, and return it or the reason why it cannot be used."""
-    return load_extension("pack", [PackArgs], {"pack": [PackArgs]})
+    return load_extension("pack", [PackArgs], {"pack_weight": [PackArgs]})
 
 
 def extension() -> CExtension | None:

@@ -1,4 +1,5 @@
-/* What the files of C share: products of rows by weights, and the 8-bit form that quantized weights multiply. */
+/* Define the types and functions that all C files share: the arguments of a linear layer, the claiming of tasks by threads,
+ * and the quantization of activations to int8. */
 
 #include <cpuid.h>
 #include <immintrin.h>
@@ -6,18 +7,24 @@
 #include <stdint.h>
 #include <string.h>
 
-#define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
+#define UNROLL(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
 #define INLINE static inline __attribute__((always_inline))
 
 typedef uint16_t bf16_t;
-typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel, of PyTorch's own threads */
+/* The type of GOMP_parallel, which runs function(argument) on PyTorch's OpenMP threads. Parameters: function, argument,
+ * number of threads, flags. */
+typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
 
-/* Prefetch what comes 16 kB later: the CPU's own prefetcher looks less far ahead. */
-enum { AHEAD = 16384 };
-INLINE void ahead(const void *weight) { _mm_prefetch((const char *)weight + AHEAD, _MM_HINT_T1); }
+/* Prefetch the weights that come 16 KiB after the address `weight`: the CPU's hardware prefetcher does not reach that far
+ * ahead. */
+enum { PREFETCH_DISTANCE = 16384 };
+INLINE void prefetch_ahead(const void *weight) { _mm_prefetch((const char *)weight + PREFETCH_DISTANCE, _MM_HINT_T1); }
 
-/* Claim a share of the tasks that are left, one after the other: memory is read in long runs, and no thread waits long. */
-INLINE long take(long *next, long threads, long tasks, long *end) {
+/* Claim a range of adjacent tasks for the calling thread. Return the first claimed task and set `*end` to the task after the
+ * last one; return `tasks` or more if no task is left. A range is 7/8 of a thread's equal share of the remaining tasks. Long
+ * ranges let a thread read memory sequentially; the ranges become shorter towards the end, so that no thread waits long for
+ * another. */
+INLINE long claim_tasks(long *next, long threads, long tasks, long *end) {
   for (long first = __atomic_load_n(next, __ATOMIC_RELAXED);;) {
     const long share = 7 * (tasks - first) / (8 * threads);
     *end = first + (share > 1 ? share : 1);
@@ -26,7 +33,7 @@ INLINE long take(long *next, long threads, long tasks, long *end) {
   }
 }
 
-/* F16C, which has no name in __builtin_cpu_supports of older compilers. */
+/* Return nonzero if the CPU has F16C (float16 conversion). Older compilers do not know F16C in __builtin_cpu_supports. */
 static inline int has_f16c(void) {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
@@ -44,103 +51,116 @@ INLINE uint32_t as_bits(float x) {
   return bits;
 }
 
-INLINE bf16_t to_bf16(float x) { /* rounded to the nearest, ties to even */
+/* Round to the nearest bfloat16, ties to even. */
+INLINE bf16_t to_bf16(float x) {
   const uint32_t bits = as_bits(x);
   return x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
 }
 
-/* ---- products: y (n, out) = x (n, in) times a weight (out, in), transposed ---- */
+/* ---- linear layers: y (rows, out) = x (rows, in) times the transposed weight (out, in) ---- */
 
-enum { BF16, FP16, FP32, INT8, INT4 }; /* of a weight; the first three also of x and y */
+/* Formats of a weight. The first three are also dtypes of activations. c_extension.py defines the same codes. */
+enum { BF16, FP16, FP32, INT8, INT4 };
 
-/* Weights of INT8, INT4 and (in products.c) BF16 lie in blocks of OUT outputs by all inputs, (out / OUT, in / per, OUT, per):
- * 4 bytes of an output beside 4 of the next. Those hold `per` inputs: 2 of BF16; 4 of INT8, each 128 more than its value; 8 of
- * INT4, each 8 more than its value, input i of the first four in the low half of byte i, of the last four in the high half.
- * A group of `group` inputs has a scale of its own for each output, and in INT4 a zero, what a value of 0 stands for. */
-enum { OUT = 64, STEP = 32 }; /* STEP: inputs of x that share a scale */
+/* Layout of packed weights, in the formats INT8, INT4 and (only for linear_avx512.c) BF16: bytes in an array
+ * (out / BLOCK_OUTPUTS, in / inputs_per_word, BLOCK_OUTPUTS, 4). Each word of 4 bytes contains adjacent inputs of one
+ * output: 2 inputs for BF16; 4 for INT8, each stored as its value + 128; 8 for INT4, each stored as its value + 8. For INT4,
+ * inputs 0 to 3 are in the low halves of the 4 bytes, and inputs 4 to 7 in the high halves. Every `group` inputs of an
+ * output share a scale and, in INT4, a zero, which is the weight that the value 0 stands for. */
+enum { BLOCK_OUTPUTS = 64, ACTIVATION_GROUP = 32 }; /* ACTIVATION_GROUP: adjacent inputs of x that share a scale */
 
-typedef struct Product {
-  long kind, numbers;   /* of the weight; of x */
-  long y_numbers;       /* of y */
-  long digits;          /* 8-bit rows for each row of x: 1, or with INT8 and INT4 2, the second of what the first leaves */
+/* The arguments of the function `linear`. Below, rows = n / int8_per_activation is the number of rows of x. */
+typedef struct LinearArgs {
+  long format, x_dtype;     /* format code of the weight, dtype code of x */
+  long y_dtype;             /* dtype code of y */
+  long int8_per_activation; /* int8 values per activation: 1, or 2 if the second stores the rounding error of the first */
   const void *weight;
-  const bf16_t *scales; /* INT8: (out / OUT, in / group, OUT); INT4: (.., 2), scale and zero */
-  long group, in, out;  /* where it is gated, out is half of what is multiplied */
-  long gated;           /* y = silu(first half of the outputs) * second half */
-  const bf16_t *norm;   /* (in), or none: what the rows are normalized by before; this and the others are float with FP32 */
-  float eps, unused;
-  const void *x;          /* (n / digits, in) */
-  void *y;                /* (n / digits, out) */
-  const bf16_t *residual; /* (n / digits, out), or none: what is added; may be y */
-  bf16_t *normed;         /* buffer for (n / digits, in) */
-  void *room;             /* INT8 and INT4: for n * (in + 12 * in / STEP) bytes; avx2.c's others: for (n, in) floats */
-  long n, threads, next;  /* n: 8-bit rows, `digits` for each row of x; next: the next task, counted up by the threads */
-  const float *parts[3];  /* FP32 with AVX-512: (ends[i] - ends[i - 1], in) each, in place of `weight` */
-  long ends[3];           /* the output that follows each part: a multiple of 16 */
-} Product;
+  const bf16_t *scales; /* scales (out / 64, in / group, 64); for INT4 (out / 64, in / group, 64, 2), pairs of scale and zero */
+  long group, in,
+      out;    /* group: inputs that share a scale; in: inputs of a row; out: outputs of a row, after SwiGLU if there is any */
+  long gated; /* 1 for SwiGLU: y = silu(first half of the weight's outputs) * second half; otherwise 0 */
+  const bf16_t *norm;     /* weight (in) of an RMSNorm of x, or NULL. With FP32, norm, residual and normed point to floats. */
+  float eps, unused;      /* eps of the RMSNorm */
+  const void *x;          /* input x: (rows, in) */
+  void *y;                /* output y: (rows, out) */
+  const bf16_t *residual; /* values (rows, out) that are added to the output, or NULL; may be y itself */
+  bf16_t *normed;         /* buffer (rows, in) for x after the RMSNorm */
+  void *scratch;          /* buffer of n * (in + 12 * in / 32) bytes for x in int8, or of n * in floats for x in float32 */
+  long n, threads, next;  /* n: rows * int8_per_activation; next: the first task that no thread has claimed */
+  const float *parts[3];  /* only FP32 with AVX-512: 1 to 3 parts of the weight, which replace the field `weight` */
+  long ends[3];           /* number of outputs up to the end of each part of the weight; multiples of 16 */
+} LinearArgs;
 
-/* Rows of x, quantized: 8-bit values, and a scale for each STEP inputs. `bias`, for each step, is -offset * (sum of its values),
- * which takes away what the weight's offset (128 or 8) adds. `sums`, for each group of the weight: the sum of its dequantized x. */
+/* Rows of x, quantized to int8 with a scale for each activation group (ACTIVATION_GROUP inputs). bias: for each activation
+ * group, -offset * (sum of its int8 values), which cancels the offset (128 or 8) of the weight's stored values. sums: the
+ * sum of the dequantized x in each group of the weight, by which the zeros of INT4 are multiplied. */
 typedef struct QuantizedRows {
-  int8_t *values;
-  float *scales;
-  int32_t *bias;
-  float *sums;
+  int8_t *values; /* shape of values: (n, in) */
+  float *scales;  /* shape of scales: (n, in / ACTIVATION_GROUP) */
+  int32_t *bias;  /* shape of bias: (n, in / ACTIVATION_GROUP) */
+  float *sums;    /* shape of sums: (n, in / group) */
 } QuantizedRows;
 
-INLINE QuantizedRows quantized(const Product *p, long row) {
-  const long steps = p->in / STEP, groups = p->in / p->group;
-  int8_t *values = p->room;
+/* Return the addresses of quantized row `row` in the scratch buffer. */
+INLINE QuantizedRows quantized_rows(const LinearArgs *p, long row) {
+  const long x_groups = p->in / ACTIVATION_GROUP, groups = p->in / p->group;
+  int8_t *values = p->scratch;
   float *scales = (float *)(values + p->n * p->in);
-  int32_t *bias = (int32_t *)(scales + p->n * steps);
-  float *sums = (float *)(bias + p->n * steps);
-  return (QuantizedRows){values + row * p->in, scales + row * steps, bias + row * steps, sums + row * groups};
+  int32_t *bias = (int32_t *)(scales + p->n * x_groups);
+  float *sums = (float *)(bias + p->n * x_groups);
+  return (QuantizedRows){values + row * p->in, scales + row * x_groups, bias + row * x_groups, sums + row * groups};
 }
 
-INLINE void to_floats(const void *x, long numbers, long n, float *y) { /* n is a multiple of 8 */
-  if (numbers == FP32) memcpy(y, x, 4 * n);
-  if (numbers == BF16)
+/* Convert n values of `dtype` to float32; n must be a multiple of 8. */
+INLINE void convert_to_fp32(const void *x, long dtype, long n, float *y) {
+  if (dtype == FP32) memcpy(y, x, 4 * n);
+  if (dtype == BF16)
     for (long i = 0; i < n; i++) y[i] = as_float((uint32_t)((const bf16_t *)x)[i] << 16);
-  if (numbers == FP16)
+  if (dtype == FP16)
     for (long i = 0; i < n; i += 8)
       _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)x + i))));
 }
 
-/* Quantize step s of `row`, v. With 2 digits v becomes what rounding left. NaN or infinity in v makes the scale and so all
- * products not finite. */
-INLINE void quantize_step(const Product *p, float v[STEP], long row, long s) {
-  const QuantizedRows q = quantized(p, row);
-  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff); /* of bits, in whose order NaN comes last */
-  __m256i most = _mm256_setzero_si256(), sum = most, values[4];
-  EACH(i, 4) most = _mm256_max_epi32(most, _mm256_and_si256(magnitude, _mm256_loadu_si256((const __m256i *)(v + 8 * i))));
-  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
-  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
-  const float largest = as_float(_mm_cvtsi128_si32(four)), scale = (largest < 1e-30f ? 1e-30f : largest) / 127, factor = 1 / scale;
-  EACH(i, 4) {
+/* Quantize v, the values of one activation group of x, into group x_group of quantized row `row`. If int8_per_activation is
+ * 2, replace v by its rounding errors, which a second call quantizes. If v contains NaN or infinity, the scale is not
+ * finite, and so all outputs of the row are not finite. */
+INLINE void quantize_group(const LinearArgs *p, float v[ACTIVATION_GROUP], long row, long x_group) {
+  const QuantizedRows q = quantized_rows(p, row);
+  /* The mask clears sign bits, so that magnitudes can be compared as integers. NaN then counts as the largest. */
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  __m256i lanes8 = _mm256_setzero_si256(), sum = lanes8, values[4];
+  UNROLL(i, 4) lanes8 = _mm256_max_epi32(lanes8, _mm256_and_si256(magnitude, _mm256_loadu_si256((const __m256i *)(v + 8 * i))));
+  __m128i lanes4 = _mm_max_epi32(_mm256_castsi256_si128(lanes8), _mm256_extracti128_si256(lanes8, 1));
+  lanes4 = _mm_max_epi32(lanes4, _mm_shuffle_epi32(lanes4, 0x4e));
+  lanes4 = _mm_max_epi32(lanes4, _mm_shuffle_epi32(lanes4, 0xb1));
+  const float largest = as_float(_mm_cvtsi128_si32(lanes4)), scale = (largest < 1e-30f ? 1e-30f : largest) / 127,
+              factor = 1 / scale;
+  UNROLL(i, 4) {
     const __m256 x = _mm256_loadu_ps(v + 8 * i);
     values[i] = _mm256_cvtps_epi32(_mm256_mul_ps(x, _mm256_set1_ps(factor)));
     sum = _mm256_add_epi32(sum, values[i]);
-    if (p->digits == 2)
+    if (p->int8_per_activation == 2)
       _mm256_storeu_ps(v + 8 * i, _mm256_sub_ps(x, _mm256_mul_ps(_mm256_cvtepi32_ps(values[i]), _mm256_set1_ps(scale))));
   }
   const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(values[0], values[1]), _mm256_packs_epi32(values[2], values[3]));
-  _mm256_storeu_si256((__m256i *)(q.values + s * STEP), /* packs_ go by halves of a register */
+  /* The pack instructions interleave the 128-bit halves of the registers; the permutation restores the order of the inputs. */
+  _mm256_storeu_si256((__m256i *)(q.values + x_group * ACTIVATION_GROUP),
                       _mm256_permutevar8x32_epi32(bytes, _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0)));
-  four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-  const int32_t total = _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
-  q.scales[s] = scale;
-  q.bias[s] = -(p->kind == INT8 ? 128 : 8) * total;
-  q.sums[s * STEP / p->group] += scale * (float)total;
+  lanes4 = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+  lanes4 = _mm_add_epi32(lanes4, _mm_shuffle_epi32(lanes4, 0x4e));
+  const int32_t total = _mm_cvtsi128_si32(_mm_add_epi32(lanes4, _mm_shuffle_epi32(lanes4, 0xb1)));
+  q.scales[x_group] = scale;
+  q.bias[x_group] = -(p->format == INT8 ? 128 : 8) * total;
+  q.sums[x_group * ACTIVATION_GROUP / p->group] += scale * (float)total;
 }
 
-INLINE void quantize_row(const Product *p, const void *x, long row) {
-  const int size = p->numbers == FP32 ? 4 : 2;
-  for (long d = 0; d < p->digits; d++) memset(quantized(p, row + d).sums, 0, p->in / p->group * 4);
-  for (long s = 0; s < p->in / STEP; s++) {
-    float v[STEP];
-    to_floats((const char *)x + s * STEP * size, p->numbers, STEP, v);
-    for (long d = 0; d < p->digits; d++) quantize_step(p, v, row + d, s);
+/* Quantize the row at address x into quantized row `row` and, if int8_per_activation is 2, also into row + 1. */
+INLINE void quantize_row(const LinearArgs *p, const void *x, long row) {
+  const int size = p->x_dtype == FP32 ? 4 : 2;
+  for (long d = 0; d < p->int8_per_activation; d++) memset(quantized_rows(p, row + d).sums, 0, p->in / p->group * 4);
+  for (long x_group = 0; x_group < p->in / ACTIVATION_GROUP; x_group++) {
+    float v[ACTIVATION_GROUP];
+    convert_to_fp32((const char *)x + x_group * ACTIVATION_GROUP * size, p->x_dtype, ACTIVATION_GROUP, v);
+    for (long d = 0; d < p->int8_per_activation; d++) quantize_group(p, v, row + d, x_group);
   }
 }

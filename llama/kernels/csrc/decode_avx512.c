@@ -1,171 +1,190 @@
-/* A decode step of a few rows in bfloat16 or float32, piece by piece, on CPUs with AVX-512's instructions for bfloat16 and 8
- * bits: weights are read once (products.c), and between them as little as can be.
- *
- * Norms, gates and rotations are rounded and summed as PyTorch does, so that what comes of them is the same to the last bit;
- * attention sums in an order of its own. native.py fills the structures; no size and no address is checked here. */
+/* Decode steps for a few rows in bfloat16 or float32, on CPUs with AVX-512 for bfloat16 and int8: RMSNorm, SwiGLU, rotary
+ * embeddings, attention, and a loop over all layers of a model. Weights are read once. RMSNorm, SwiGLU and rotary embeddings
+ * give the same bfloat16 results as PyTorch, except for subnormal values; attention adds in another order than PyTorch.
+ * avx512.py and llama/backends/cpu.py fill the structures; the C code checks neither sizes nor addresses. */
 
 #include "avx512.h"
 #include "fp32.h"
 
-/* ---- rows by themselves: normalized, or gated ---- */
+/* ---- RMSNorm and SwiGLU, row by row ---- */
 
-typedef struct Rows {
-  long gated;           /* else normalized */
-  const bf16_t *x;      /* (n, width), or (n, 2, width): silu of the first times the second */
-  const bf16_t *weight; /* (width), of the norm */
-  bf16_t *y;            /* (n, width) */
-  float eps, unused;
-  long n, width, next;
-} Rows;
+typedef struct RowsArgs {
+  long gated;           /* 1 for SwiGLU: y = silu(first half of x) * second half; 0 for RMSNorm */
+  const bf16_t *x;      /* input x: (n, width) for RMSNorm, (n, 2, width) for SwiGLU */
+  const bf16_t *weight; /* weight of the RMSNorm: (width) */
+  bf16_t *y;            /* output y: (n, width) */
+  float eps, unused;    /* eps of the RMSNorm */
+  long n, width, next;  /* next: the first row that no thread has claimed */
+} RowsArgs;
 
-static void row_by_row(void *shared) { /* what a thread does */
-  Rows *a = shared;
+/* The function that each thread runs: normalize or gate one row after another. */
+static void rows_worker(void *shared) {
+  RowsArgs *a = shared;
   const long width = a->width;
   for (long r; (r = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) < a->n;) {
     if (!a->gated) {
-      normalize(a->x + r * width, a->weight, a->eps, width, a->y + r * width);
+      rms_norm(a->x + r * width, a->weight, a->eps, width, a->y + r * width);
       continue;
     }
     const bf16_t *x = a->x + 2 * r * width;
-    for (long k = 0; k < width; k += LANES) store(a->y + r * width + k, gated(load(x + k), load(x + width + k)));
+    for (long k = 0; k < width; k += LANES)
+      store_bf16(a->y + r * width + k, swiglu(load_bf16(x + k), load_bf16(x + width + k)));
   }
 }
 
-void rows(Parallel parallel, unsigned threads, const Rows *given) {
-  Rows a = *given;
+void normalize_or_gate_rows(Parallel parallel, unsigned threads, const RowsArgs *args) {
+  RowsArgs a = *args;
   a.next = 0;
-  parallel(row_by_row, &a, threads < a.n ? threads : a.n, 0);
+  parallel(rows_worker, &a, threads < a.n ? threads : a.n, 0);
 }
 
-/* ---- attention ---- */
+/* ---- attention of one query per row ---- */
 
-typedef struct Attention {
-  void *q;              /* (n, K, G, hd) at a stride; with turns, behind it the id's own keys and values, (2, K, hd) */
-  const float *turns;   /* (n, hd / 2, 2), cosines and sines; none: all is turned and written already */
-  void *keys, *values;  /* (rows, K, slots, hd) */
-  const long *at;       /* (n, 2): row, and the position, which is the last slot that is seen */
-  float *scores;        /* room for (n, K, G, slots) */
-  void *y;              /* (n, K, G, hd) */
-  long numbers;         /* of q, keys, values and y: BF16 or FP32 */
-  long n, K, G, hd, slots, q_stride, row_stride, head_stride, next;
-} Attention;
+/* n: rows of the batch; K: key/value heads; G: queries for each key/value head; hd: head_dim. Strides are counted in values. */
+typedef struct AttentionArgs {
+  void *q;                /* queries (n, K, G, hd); with rotations, each row also has its new key and value, (2, K, hd) */
+  const float *rotations; /* cosines and sines (n, hd / 2, 2), or NULL if q is rotated and the cache is complete */
+  void *keys, *values;    /* keys and values of the cache: (rows, K, max_seq_len, hd) */
+  const long *rows_and_positions; /* pairs (n, 2): the row of the cache, and the position of the query */
+  float *scores;                  /* buffer (n, K, G, max_seq_len) for attention scores */
+  void *y;                        /* output y: (n, K, G, hd) */
+  long dtype;                     /* BF16 or FP32: the dtype of q, keys, values and y */
+  long n, K, G, hd, max_seq_len, q_stride, row_stride, head_stride, next;
+} AttentionArgs;
 
-INLINE void turn(const int numbers, void *x, const float *turns, long hd) { /* adjacent pairs, as complex numbers, in place */
+/* Rotate adjacent pairs of values in place: each pair is a complex number that is multiplied by a complex number of
+ * `rotations`. */
+INLINE void apply_rope(const int dtype, void *x, const float *rotations, long hd) {
   for (long k = 0; k < hd; k += LANES) {
-    const __m512 v = load_as(numbers, x, k), by = _mm512_loadu_ps(turns + k);
-    const __m512 direct = _mm512_mul_ps(v, _mm512_moveldup_ps(by)), across = _mm512_mul_ps(v, _mm512_movehdup_ps(by));
+    const __m512 v = load_values(dtype, x, k), factor = _mm512_loadu_ps(rotations + k);
+    const __m512 direct = _mm512_mul_ps(v, _mm512_moveldup_ps(factor)), across = _mm512_mul_ps(v, _mm512_movehdup_ps(factor));
     const __m512 crossed = _mm512_permute_ps(across, 0xb1);
-    store_as(numbers, x, k, _mm512_mask_add_ps(_mm512_sub_ps(direct, crossed), 0xaaaa, direct, crossed));
+    store_values(dtype, x, k, _mm512_mask_add_ps(_mm512_sub_ps(direct, crossed), 0xaaaa, direct, crossed));
   }
 }
 
-/* The products of a query and n keys, 1 or 4. */
-INLINE void score(const int numbers, const void *q, const void *keys, long hd, const int n, float *scores) {
+/* Compute the dot products of one query with n keys; n is 1 or 4. */
+INLINE void dot_products(const int dtype, const void *q, const void *keys, long hd, const int n, float *scores) {
   __m512 s[4] = {0};
-  if (numbers == FP32)
+  if (dtype == FP32)
     for (long k = 0; k < hd; k += LANES)
-      EACH(i, n) s[i] = _mm512_fmadd_ps(load_as(FP32, q, k), load_as(FP32, keys, i * hd + k), s[i]);
+      UNROLL(i, n) s[i] = _mm512_fmadd_ps(load_values(FP32, q, k), load_values(FP32, keys, i * hd + k), s[i]);
   else
     for (long k = 0; k < hd; k += 2 * LANES)
-      EACH(i, n) s[i] = _mm512_dpbf16_ps(s[i], (__m512bh)_mm512_loadu_si512(element(BF16, q, k)),
-                                         (__m512bh)_mm512_loadu_si512(element(BF16, keys, i * hd + k)));
+      UNROLL(i, n)
+        s[i] = _mm512_dpbf16_ps(s[i], (__m512bh)_mm512_loadu_si512(element(BF16, q, k)),
+                                (__m512bh)_mm512_loadu_si512(element(BF16, keys, i * hd + k)));
   if (n == 1) *scores = _mm512_reduce_add_ps(s[0]);
-  else _mm_storeu_ps(scores, four_totals(s));
+  else _mm_storeu_ps(scores, sum_4_registers(s));
 }
 
-/* y = the sum of values (end, hd) times weights (end), of n registers of hd. */
-INLINE void mix(const int numbers, const float *weights, const void *values, long hd, long end, const int n, void *y) {
+/* Compute 16 * n features of the attention output y: the sum over positions of weights (kv_len) times values (kv_len, hd). */
+INLINE void weighted_sum(const int dtype, const float *weights, const void *values, long hd, long kv_len, const int n,
+                         void *y) {
   __m512 sum[4] = {0};
-  for (long slot = 0; slot < end; slot++)
-    EACH(i, n) sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(weights[slot]), load_as(numbers, values, slot * hd + i * LANES), sum[i]);
-  EACH(i, n) store_as(numbers, y, i * LANES, sum[i]);
+  for (long position = 0; position < kv_len; position++)
+    UNROLL(i, n)
+      sum[i] =
+          _mm512_fmadd_ps(_mm512_set1_ps(weights[position]), load_values(dtype, values, position * hd + i * LANES), sum[i]);
+  UNROLL(i, n) store_values(dtype, y, i * LANES, sum[i]);
 }
 
-/* The G queries of a row's key/value head over slots 0..end. */
-INLINE void attend_head(const Attention *a, const int numbers, const void *q, const void *keys, const void *values, float *scores,
-                        void *y, long end) {
+/* Compute attention for the G queries of one key/value head in one row of the batch, over positions 0 to kv_len - 1. */
+INLINE void attend_one_head(const AttentionArgs *a, const int dtype, const void *q, const void *keys, const void *values,
+                            float *scores, void *y, long kv_len) {
   const __m512 scale = _mm512_set1_ps(1 / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss((float)a->hd))));
-  long slot = 0; /* each key is read once */
-  for (; slot + 4 <= end; slot += 4)
+  /* Each key is read once for all G queries. */
+  long position = 0;
+  for (; position + 4 <= kv_len; position += 4)
     for (long g = 0; g < a->G; g++)
-      score(numbers, element(numbers, q, g * a->hd), element(numbers, keys, slot * a->hd), a->hd, 4, scores + g * a->slots + slot);
-  for (; slot < end; slot++)
+      dot_products(dtype, element(dtype, q, g * a->hd), element(dtype, keys, position * a->hd), a->hd, 4,
+                   scores + g * a->max_seq_len + position);
+  for (; position < kv_len; position++)
     for (long g = 0; g < a->G; g++)
-      score(numbers, element(numbers, q, g * a->hd), element(numbers, keys, slot * a->hd), a->hd, 1, scores + g * a->slots + slot);
+      dot_products(dtype, element(dtype, q, g * a->hd), element(dtype, keys, position * a->hd), a->hd, 1,
+                   scores + g * a->max_seq_len + position);
   for (long g = 0; g < a->G; g++) {
-    float *s = scores + g * a->slots;
-    __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-    for (long k = 0; k < end; k += LANES) { /* rounded where the reference rounds them */
-      const __m512 x = rounded_as(numbers, _mm512_mul_ps(rounded_as(numbers, _mm512_maskz_loadu_ps(mask(end - k), s + k)), scale));
-      most = _mm512_mask_max_ps(most, mask(end - k), most, x);
-      _mm512_mask_storeu_ps(s + k, mask(end - k), x);
+    float *s = scores + g * a->max_seq_len;
+    __m512 largest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    /* In bfloat16, scores are rounded before and after the scaling, as in Meta's reference code. */
+    for (long k = 0; k < kv_len; k += LANES) {
+      const __m512 x = round_to_dtype(
+          dtype, _mm512_mul_ps(round_to_dtype(dtype, _mm512_maskz_loadu_ps(tail_mask(kv_len - k), s + k)), scale));
+      largest = _mm512_mask_max_ps(largest, tail_mask(kv_len - k), largest, x);
+      _mm512_mask_storeu_ps(s + k, tail_mask(kv_len - k), x);
     }
-    const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
-    for (long k = 0; k < end; k += LANES) {
-      const __m512 e = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask(end - k), s + k), top));
-      sum = _mm512_mask_add_ps(sum, mask(end - k), sum, e);
-      _mm512_mask_storeu_ps(s + k, mask(end - k), e);
+    const __m512 maximum = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+    for (long k = 0; k < kv_len; k += LANES) {
+      const __m512 e = exp_fp32(_mm512_sub_ps(_mm512_maskz_loadu_ps(tail_mask(kv_len - k), s + k), maximum));
+      sum = _mm512_mask_add_ps(sum, tail_mask(kv_len - k), sum, e);
+      _mm512_mask_storeu_ps(s + k, tail_mask(kv_len - k), e);
     }
-    const __m512 by = _mm512_set1_ps(1 / _mm512_reduce_add_ps(sum));
-    for (long k = 0; k < end; k += LANES)
-      _mm512_mask_storeu_ps(s + k, mask(end - k),
-                            rounded_as(numbers, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask(end - k), s + k), by)));
+    const __m512 factor = _mm512_set1_ps(1 / _mm512_reduce_add_ps(sum));
+    for (long k = 0; k < kv_len; k += LANES)
+      _mm512_mask_storeu_ps(s + k, tail_mask(kv_len - k),
+                            round_to_dtype(dtype, _mm512_mul_ps(_mm512_maskz_loadu_ps(tail_mask(kv_len - k), s + k), factor)));
     long k = 0;
     for (; k + 4 * LANES <= a->hd; k += 4 * LANES)
-      mix(numbers, s, element(numbers, values, k), a->hd, end, 4, element(numbers, y, g * a->hd + k));
+      weighted_sum(dtype, s, element(dtype, values, k), a->hd, kv_len, 4, element(dtype, y, g * a->hd + k));
     for (; k < a->hd; k += 2 * LANES)
-      mix(numbers, s, element(numbers, values, k), a->hd, end, 2, element(numbers, y, g * a->hd + k));
+      weighted_sum(dtype, s, element(dtype, values, k), a->hd, kv_len, 2, element(dtype, y, g * a->hd + k));
   }
 }
 
-INLINE void head_of_row(const Attention *a, const int numbers, long i) {
-  const long r = i / a->K, head = i % a->K, group = a->G * a->hd, row = a->at[2 * r], last = a->at[2 * r + 1];
-  void *q = element(numbers, a->q, r * a->q_stride + head * group);
-  void *keys = element(numbers, a->keys, row * a->row_stride + head * a->head_stride);
-  void *values = element(numbers, a->values, row * a->row_stride + head * a->head_stride);
-  if (a->turns) {
-    const float *turns = a->turns + r * a->hd;
-    void *key = element(numbers, a->q, r * a->q_stride + (a->K * a->G + head) * a->hd);
-    void *value = element(numbers, key, a->K * a->hd);
-    turn(numbers, key, turns, a->hd);
-    for (long g = 0; g < a->G; g++) turn(numbers, element(numbers, q, g * a->hd), turns, a->hd);
-    memcpy(element(numbers, keys, last * a->hd), key, size_of(numbers) * a->hd);
-    memcpy(element(numbers, values, last * a->hd), value, size_of(numbers) * a->hd);
+/* Rotate the queries and the new key of one key/value head of one row, store the new key and value, and compute attention. */
+INLINE void decode_head(const AttentionArgs *a, const int dtype, long i) {
+  const long r = i / a->K, head = i % a->K, group = a->G * a->hd, row = a->rows_and_positions[2 * r],
+             position = a->rows_and_positions[2 * r + 1];
+  void *q = element(dtype, a->q, r * a->q_stride + head * group);
+  void *keys = element(dtype, a->keys, row * a->row_stride + head * a->head_stride);
+  void *values = element(dtype, a->values, row * a->row_stride + head * a->head_stride);
+  if (a->rotations) {
+    const float *rotations = a->rotations + r * a->hd;
+    void *key = element(dtype, a->q, r * a->q_stride + (a->K * a->G + head) * a->hd);
+    void *value = element(dtype, key, a->K * a->hd);
+    apply_rope(dtype, key, rotations, a->hd);
+    for (long g = 0; g < a->G; g++) apply_rope(dtype, element(dtype, q, g * a->hd), rotations, a->hd);
+    memcpy(element(dtype, keys, position * a->hd), key, value_bytes(dtype) * a->hd);
+    memcpy(element(dtype, values, position * a->hd), value, value_bytes(dtype) * a->hd);
   }
-  attend_head(a, numbers, q, keys, values, a->scores + i * a->G * a->slots, element(numbers, a->y, i * group), last + 1);
+  attend_one_head(a, dtype, q, keys, values, a->scores + i * a->G * a->max_seq_len, element(dtype, a->y, i * group),
+                  position + 1);
 }
 
-static void heads(void *shared) { /* a thread: the next key/value head of a row */
-  Attention *a = shared;
+/* The function that each thread runs: compute attention for one key/value head of one row after another. */
+static void decode_attention_worker(void *shared) {
+  AttentionArgs *a = shared;
   for (long i; (i = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) < a->n * a->K;) {
-    if (a->numbers == FP32) head_of_row(a, FP32, i);
-    else head_of_row(a, BF16, i);
+    if (a->dtype == FP32) decode_head(a, FP32, i);
+    else decode_head(a, BF16, i);
   }
 }
 
-void attend(Parallel parallel, unsigned threads, const Attention *given) {
-  Attention a = *given;
+void decode_attention(Parallel parallel, unsigned threads, const AttentionArgs *args) {
+  AttentionArgs a = *args;
   a.next = 0;
-  parallel(heads, &a, threads, 0);
+  parallel(decode_attention_worker, &a, threads, 0);
 }
 
-/* ---- the layers of a model ---- */
+/* ---- all layers of a model ---- */
 
-void multiply(Parallel parallel, unsigned threads, const Product *given);
+void linear(Parallel parallel, unsigned threads, const LinearArgs *args);
 
-/* Of each layer four products, its norms, gate and residuals among them, and attention after the first. */
-void layers(Parallel parallel, unsigned threads, const Product *products, const Attention *attentions, long n) {
-  for (const Product *p = products; p < products + 4 * n; p++) {
-    multiply(parallel, threads, p);
-    if ((p - products) % 4 == 0) attend(parallel, threads, attentions++);
+/* Run the n layers of a model. For each of them, call `linear` 4 times, including norms, SwiGLU and residuals, and compute
+ * attention after the first call. */
+void decode_layers(Parallel parallel, unsigned threads, const LinearArgs *linears, const AttentionArgs *attentions, long n) {
+  for (const LinearArgs *p = linears; p < linears + 4 * n; p++) {
+    linear(parallel, threads, p);
+    if ((p - linears) % 4 == 0) decode_attention(parallel, threads, attentions++);
   }
 }
 
-/* What library.py checks; and whether this CPU has it all. */
-const long abi_info[] = {SOURCE, sizeof(Rows), sizeof(Product), sizeof(Attention), 19 * sizeof(long)};
+/* c_extension.py compares these values with the checksum of the C files and with the sizes of its ctypes structures. The
+ * last value is the size of PromptAttentionArgs. */
+const long abi_info[] = {SOURCE, sizeof(RowsArgs), sizeof(LinearArgs), sizeof(AttentionArgs), 19 * sizeof(long)};
 
 int cpu_supported(void) {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16") &&
-         __builtin_cpu_supports("avx512vnni") && has_f16c();
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+         has_f16c();
 }

@@ -1,187 +1,212 @@
-/* Products of any number of rows by weights of bfloat16, 8 and 4 bits, on CPUs with AVX-512's instructions for these.
- *
- * A few rows read the weights once, at the rate at which memory gives them. Of many, TILE at a time multiply a block of the weight,
- * which stays in a cache meanwhile. A row's sums go in the same order whatever rows there are beside it. blocks.py fills the
- * structure; no size and no address is checked here. */
+/* Linear layers for any number of rows, with packed bfloat16, int8 and int4 weights (layout: common.h), on CPUs with AVX-512
+ * for bfloat16 and int8. For a few rows, weights are read once, at the speed of memory. For many rows, tiles of TILE rows
+ * are multiplied by one block of the weight after another, while the block stays in the cache. The sums of a row are added
+ * in the same order for any number of rows. blocked_linear.py fills LinearArgs; the C code checks neither sizes nor
+ * addresses. */
 
 #include "avx512.h"
 
 enum {
-  PARTS = OUT / LANES, /* registers of a block's outputs */
-  TILE = 4,            /* rows at once: their 16 sums, as many partial sums in memory, and what is multiplied */
-  CHUNK = 32 * TILE    /* rows of a task */
+  BLOCK_VECTORS = BLOCK_OUTPUTS / LANES, /* number of registers that contain the outputs of a block */
+  TILE = 4,             /* number of rows in a tile: its 16 sums and the operands fit in the registers */
+  TASK_ROWS = 32 * TILE /* number of rows of x in a task */
 };
 
-INLINE __m512i spread(const void *x) { /* 4 bytes, to each lane */
-  int32_t four;
-  memcpy(&four, x, 4);
-  return _mm512_set1_epi32(four);
+/* Return a register with the 4 bytes at x in each lane. */
+INLINE __m512i broadcast_4_bytes(const void *x) {
+  int32_t inputs;
+  memcpy(&inputs, x, 4);
+  return _mm512_set1_epi32(inputs);
 }
 
-/* _mm512_dpbusd_epi32, which GCC surrounds with copies of registers. */
-INLINE __m512i dot(__m512i sum, __m512i weight, __m512i x) {
+/* Add dot products of 4 unsigned and 4 signed bytes to each lane. Inline assembly replaces _mm512_dpbusd_epi32, around which
+ * GCC inserts copies of registers. */
+INLINE __m512i dot_int8(__m512i sum, __m512i weight, __m512i x) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weight), "v"(x));
   return sum;
 }
 
-/* What to prefetch while a block is multiplied. With one tile of rows: the weights AHEAD of it. With several, which find the
- * block in a cache: each tile a share of the next block, so that memory is read all the time. */
-typedef struct Ahead {
-  const char *from;
-  long by, also; /* for each 256 bytes of the block; how far from it another line */
-} Ahead;
+/* The addresses to prefetch while a block is multiplied by a tile of rows. If there is only one tile, they are
+ * PREFETCH_DISTANCE bytes ahead in the weight. If there are several tiles, the present block is in the cache, and each tile
+ * prefetches its share of the next block, so that memory is read at a steady rate. */
+typedef struct PrefetchPlan {
+  const char *address;
+  long step;        /* bytes to advance for each 256 bytes of the block */
+  long second_line; /* bytes from the address to a second address that is prefetched, too */
+} PrefetchPlan;
 
-INLINE Ahead next_block(const Product *p, const void *w, long bytes, long first) {
+INLINE PrefetchPlan plan_prefetch(const LinearArgs *p, const void *w, long bytes, long first) {
   const long tiles = (p->n + TILE - 1) / TILE, tile = first / TILE;
-  if (tiles == 1 || tiles > CHUNK / TILE) return (Ahead){(const char *)w + AHEAD, 4 * OUT, 0};
-  return (Ahead){(const char *)w + bytes + bytes * tile / tiles, 4 * OUT / tiles, 64};
+  if (tiles == 1 || tiles > TASK_ROWS / TILE) return (PrefetchPlan){(const char *)w + PREFETCH_DISTANCE, 4 * BLOCK_OUTPUTS, 0};
+  return (PrefetchPlan){(const char *)w + bytes + bytes * tile / tiles, 4 * BLOCK_OUTPUTS / tiles, 64};
 }
 
-INLINE void prefetch(Ahead *next) {
-  _mm_prefetch(next->from, _MM_HINT_T1);
-  _mm_prefetch(next->from + next->also, _MM_HINT_T1);
-  next->from += next->by;
+INLINE void prefetch_next(PrefetchPlan *plan) {
+  _mm_prefetch(plan->address, _MM_HINT_T1);
+  _mm_prefetch(plan->address + plan->second_line, _MM_HINT_T1);
+  plan->address += plan->step;
 }
 
-/* The kernels: y of outputs 64 b and on, of rows first to first + n. */
+/* The kernels multiply_bf16, multiply_int8 and multiply_int4 compute y for the outputs of block b and for rows first to
+ * first + n - 1. */
 
-INLINE void bf16(const Product *p, long b, long first, const int n, __m512 y[TILE][PARTS]) {
-  const bf16_t *w = (const bf16_t *)p->weight + b * OUT * p->in, *x = (const bf16_t *)p->x + first * p->in;
-  Ahead next = next_block(p, w, 2 * OUT * p->in, first);
-  __m512 sum[TILE][PARTS];
-  EACH(r, n) EACH(i, PARTS) sum[r][i] = _mm512_setzero_ps();
-  for (long k = 0; k < p->in; k += 2, w += 2 * OUT) {
-    prefetch(&next);
-    __m512bh v[PARTS];
-    EACH(i, PARTS) v[i] = (__m512bh)_mm512_loadu_si512(w + 2 * LANES * i);
-    EACH(r, n) {
-      const __m512bh pair = (__m512bh)spread(x + r * p->in + k);
-      EACH(i, PARTS) sum[r][i] = _mm512_dpbf16_ps(sum[r][i], v[i], pair);
+INLINE void multiply_bf16(const LinearArgs *p, long b, long first, const int n, __m512 y[TILE][BLOCK_VECTORS]) {
+  const bf16_t *w = (const bf16_t *)p->weight + b * BLOCK_OUTPUTS * p->in, *x = (const bf16_t *)p->x + first * p->in;
+  PrefetchPlan plan = plan_prefetch(p, w, 2 * BLOCK_OUTPUTS * p->in, first);
+  __m512 sum[TILE][BLOCK_VECTORS];
+  UNROLL(r, n)
+    UNROLL(i, BLOCK_VECTORS) sum[r][i] = _mm512_setzero_ps();
+  for (long k = 0; k < p->in; k += 2, w += 2 * BLOCK_OUTPUTS) {
+    prefetch_next(&plan);
+    __m512bh v[BLOCK_VECTORS];
+    UNROLL(i, BLOCK_VECTORS) v[i] = (__m512bh)_mm512_loadu_si512(w + 2 * LANES * i);
+    UNROLL(r, n) {
+      const __m512bh pair = (__m512bh)broadcast_4_bytes(x + r * p->in + k);
+      UNROLL(i, BLOCK_VECTORS) sum[r][i] = _mm512_dpbf16_ps(sum[r][i], v[i], pair);
     }
   }
-  EACH(r, n) EACH(i, PARTS) y[r][i] = sum[r][i];
+  UNROLL(r, n)
+    UNROLL(i, BLOCK_VECTORS) y[r][i] = sum[r][i];
 }
 
-/* Four inputs of OUT outputs, added to the sums of n rows. */
-#define FOUR(k)                                                         \
-  EACH(r, n) {                                                          \
-    const __m512i four = spread(x.values + r * p->in + s * STEP + (k)); \
-    EACH(i, PARTS) sum[r][i] = dot(sum[r][i], v[i], four);              \
+/* Multiply 4 inputs of all outputs of a block and add the products to the sums of n rows. */
+#define ADD_4_INPUTS(k)                                                                                \
+  UNROLL(r, n) {                                                                                       \
+    const __m512i inputs = broadcast_4_bytes(x.values + r * p->in + x_group * ACTIVATION_GROUP + (k)); \
+    UNROLL(i, BLOCK_VECTORS) sum[r][i] = dot_int8(sum[r][i], v[i], inputs);                            \
   }
 
-/* INT8 and INT4: each step's integer sum is multiplied by x's scale and added up, and a group's total by the weight's scale. */
-INLINE void multiply_quantized(const Product *p, long b, long first, const int kind, const int n, __m512 y[TILE][PARTS]) {
-  const QuantizedRows x = quantized(p, first);
-  const long steps = p->in / STEP, groups = p->in / p->group, of_group = p->group / STEP, per = kind == INT8 ? 4 : 8;
-  const uint8_t *w = (const uint8_t *)p->weight + b * OUT * p->in * 4 / per;
-  const bf16_t *scales = p->scales + b * OUT * groups * (kind == INT8 ? 1 : 2);
+/* Multiply int8 or int4 weights. The integer sum of an activation group is multiplied by the scale of x and added to
+ * `partial`. At the end of a group of the weight, `partial` is multiplied by the scale of the weight and added to y. */
+INLINE void multiply_quantized(const LinearArgs *p, long b, long first, const int format, const int n,
+                               __m512 y[TILE][BLOCK_VECTORS]) {
+  const QuantizedRows x = quantized_rows(p, first);
+  const long x_groups = p->in / ACTIVATION_GROUP, groups = p->in / p->group, x_groups_per_group = p->group / ACTIVATION_GROUP,
+             inputs_per_word = format == INT8 ? 4 : 8;
+  const uint8_t *w = (const uint8_t *)p->weight + b * BLOCK_OUTPUTS * p->in * 4 / inputs_per_word;
+  const bf16_t *scales = p->scales + b * BLOCK_OUTPUTS * groups * (format == INT8 ? 1 : 2);
   const __m512i low = _mm512_set1_epi8(15);
-  Ahead next = next_block(p, w, OUT * p->in * 4 / per, first);
-  float part[TILE][PARTS][LANES] __attribute__((aligned(64)));
-  EACH(r, n) EACH(i, PARTS) y[r][i] = _mm512_setzero_ps();
-  for (long g = 0, s = 0; g < groups; g++) {
-    for (long step = 0; step < of_group; step++, s++) {
-      __m512i sum[TILE][PARTS];
-      EACH(r, n) EACH(i, PARTS) sum[r][i] = _mm512_set1_epi32(x.bias[r * steps + s]);
-      EACH(j, kind == INT8 ? 8 : 4) {
-        prefetch(&next);
-        __m512i v[PARTS], bytes[PARTS];
-        EACH(i, PARTS) {
+  PrefetchPlan plan = plan_prefetch(p, w, BLOCK_OUTPUTS * p->in * 4 / inputs_per_word, first);
+  float partial[TILE][BLOCK_VECTORS][LANES] __attribute__((aligned(64)));
+  UNROLL(r, n)
+    UNROLL(i, BLOCK_VECTORS) y[r][i] = _mm512_setzero_ps();
+  for (long g = 0, x_group = 0; g < groups; g++) {
+    for (long group_index = 0; group_index < x_groups_per_group; group_index++, x_group++) {
+      __m512i sum[TILE][BLOCK_VECTORS];
+      UNROLL(r, n)
+        UNROLL(i, BLOCK_VECTORS) sum[r][i] = _mm512_set1_epi32(x.bias[r * x_groups + x_group]);
+      UNROLL(j, format == INT8 ? 8 : 4) {
+        prefetch_next(&plan);
+        __m512i v[BLOCK_VECTORS], bytes[BLOCK_VECTORS];
+        UNROLL(i, BLOCK_VECTORS) {
           bytes[i] = _mm512_loadu_si512(w + 64 * i);
-          v[i] = kind == INT8 ? bytes[i] : _mm512_and_si512(bytes[i], low);
+          v[i] = format == INT8 ? bytes[i] : _mm512_and_si512(bytes[i], low);
         }
-        FOUR(per * j)
-        if (kind == INT4) {
-          EACH(i, PARTS) v[i] = _mm512_and_si512(_mm512_srli_epi16(bytes[i], 4), low);
-          FOUR(per * j + 4)
+        ADD_4_INPUTS(inputs_per_word * j)
+        if (format == INT4) {
+          UNROLL(i, BLOCK_VECTORS) v[i] = _mm512_and_si512(_mm512_srli_epi16(bytes[i], 4), low);
+          ADD_4_INPUTS(inputs_per_word * j + 4)
         }
-        w += 4 * OUT;
+        w += 4 * BLOCK_OUTPUTS;
       }
-      const __mmask16 begun = step ? 0xffff : 0; /* else there is nothing to add to */
-      EACH(i, PARTS) EACH(r, n) {
-        const __m512 scale = _mm512_set1_ps(x.scales[r * steps + s]), before = _mm512_maskz_load_ps(begun, part[r][i]);
-        _mm512_store_ps(part[r][i], _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][i]), scale, before));
-      }
-      __asm__ volatile("" ::: "memory"); /* y and part stay in memory: the registers hold sums */
+      /* In the first activation group of a weight's group, there is no earlier partial sum to add. */
+      const __mmask16 has_partial = group_index ? 0xffff : 0;
+      UNROLL(i, BLOCK_VECTORS)
+        UNROLL(r, n) {
+          const __m512 scale = _mm512_set1_ps(x.scales[r * x_groups + x_group]),
+                       previous = _mm512_maskz_load_ps(has_partial, partial[r][i]);
+          _mm512_store_ps(partial[r][i], _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][i]), scale, previous));
+        }
+      /* Force `y` and `partial` into memory, so that the registers are free for the sums. */
+      __asm__ volatile("" ::: "memory");
     }
-    EACH(i, PARTS) {
+    UNROLL(i, BLOCK_VECTORS) {
       __m512 scale, zero = _mm512_setzero_ps();
-      if (kind == INT8) {
-        scale = load(scales + g * OUT + i * LANES);
+      if (format == INT8) {
+        scale = load_bf16(scales + g * BLOCK_OUTPUTS + i * LANES);
       } else {
-        const __m512i both = _mm512_loadu_si512(scales + 2 * (g * OUT + i * LANES));
-        scale = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-        zero = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
+        const __m512i scales_and_zeros = _mm512_loadu_si512(scales + 2 * (g * BLOCK_OUTPUTS + i * LANES));
+        scale = _mm512_castsi512_ps(_mm512_slli_epi32(scales_and_zeros, 16));
+        zero = _mm512_castsi512_ps(_mm512_and_si512(scales_and_zeros, _mm512_set1_epi32((int)0xffff0000)));
       }
-      EACH(r, n) {
-        y[r][i] = _mm512_fmadd_ps(_mm512_load_ps(part[r][i]), scale, y[r][i]);
-        if (kind == INT4) y[r][i] = _mm512_fmadd_ps(zero, _mm512_set1_ps(x.sums[r * groups + g]), y[r][i]);
+      UNROLL(r, n) {
+        y[r][i] = _mm512_fmadd_ps(_mm512_load_ps(partial[r][i]), scale, y[r][i]);
+        if (format == INT4) y[r][i] = _mm512_fmadd_ps(zero, _mm512_set1_ps(x.sums[r * groups + g]), y[r][i]);
       }
     }
   }
 }
-INLINE void int8(const Product *p, long b, long first, const int n, __m512 y[TILE][PARTS]) { multiply_quantized(p, b, first, INT8, n, y); }
-INLINE void int4(const Product *p, long b, long first, const int n, __m512 y[TILE][PARTS]) { multiply_quantized(p, b, first, INT4, n, y); }
-
-#define ROWS(kernel) /* by the number of rows, which decides how many registers there must be */                  \
-  static void __attribute__((noinline))                                                                           \
-  kernel##_rows(const Product *p, long b, long first, long n, __m512 y[TILE][PARTS]) {                            \
-    switch (n) {                                                                                                  \
-      case 1: kernel(p, b, first, 1, y); break;                                                                   \
-      case 2: kernel(p, b, first, 2, y); break;                                                                   \
-      case 3: kernel(p, b, first, 3, y); break;                                                                   \
-      default: kernel(p, b, first, TILE, y);                                                                      \
-    }                                                                                                             \
-  }
-ROWS(bf16)
-ROWS(int8)
-ROWS(int4)
-
-/* y of 64 outputs of n rows, from the kernel's sums. */
-static void outputs(const Product *p, long b, long first, long n) {
-  static void (*const kernels[])(const Product *, long, long, long, __m512[TILE][PARTS]) = {bf16_rows, 0, 0, int8_rows, int4_rows};
-  __m512 y[TILE][PARTS], up[TILE][PARTS] = {0};
-  kernels[p->kind](p, b, first, n, y);
-  if (p->gated) kernels[p->kind](p, b + p->out / OUT, first, n, up);
-  for (long r = 0; r < n; r += p->digits) EACH(i, PARTS) {
-    const long at = (first + r) / p->digits * p->out + b * OUT + i * LANES;
-    const __mmask16 those = mask(p->out - b * OUT - i * LANES);
-    if (p->digits == 2) y[r][i] = _mm512_add_ps(y[r][i], y[r + 1][i]), up[r][i] = _mm512_add_ps(up[r][i], up[r + 1][i]);
-    if (p->y_numbers == FP32) {
-      _mm512_mask_storeu_ps((float *)p->y + at, those, y[r][i]);
-    } else if (p->y_numbers == FP16) {
-      _mm256_mask_storeu_epi16((uint16_t *)p->y + at, those, _mm512_cvtps_ph(y[r][i], 0));
-    } else {
-      __m512 v = rounded(y[r][i]);
-      if (p->gated) v = gated(v, rounded(up[r][i]));
-      if (p->residual) v = _mm512_add_ps(widen(_mm256_maskz_loadu_epi16(those, p->residual + at)), v);
-      _mm256_mask_storeu_epi16((bf16_t *)p->y + at, those, narrow(v));
-    }
-  }
+INLINE void multiply_int8(const LinearArgs *p, long b, long first, const int n, __m512 y[TILE][BLOCK_VECTORS]) {
+  multiply_quantized(p, b, first, INT8, n, y);
+}
+INLINE void multiply_int4(const LinearArgs *p, long b, long first, const int n, __m512 y[TILE][BLOCK_VECTORS]) {
+  multiply_quantized(p, b, first, INT4, n, y);
 }
 
-static void make_ready(void *shared) { /* what a thread does: the next row of x, normalized and quantized */
-  Product *p = shared;
-  const int size = p->numbers == FP32 ? 4 : 2;
-  for (long r; (r = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->n / p->digits;) {
+/* Define a function that calls a kernel with a constant number of rows, which determines the number of registers. */
+#define DEFINE_DISPATCH_BY_ROWS(kernel)                                                                \
+  static void __attribute__((noinline)) kernel##_rows(const LinearArgs *p, long b, long first, long n, \
+                                                      __m512 y[TILE][BLOCK_VECTORS]) {                 \
+    switch (n) {                                                                                       \
+      case 1: kernel(p, b, first, 1, y); break;                                                        \
+      case 2: kernel(p, b, first, 2, y); break;                                                        \
+      case 3: kernel(p, b, first, 3, y); break;                                                        \
+      default: kernel(p, b, first, TILE, y);                                                           \
+    }                                                                                                  \
+  }
+DEFINE_DISPATCH_BY_ROWS(multiply_bf16)
+DEFINE_DISPATCH_BY_ROWS(multiply_int8)
+DEFINE_DISPATCH_BY_ROWS(multiply_int4)
+
+/* Compute and store y for the outputs of block b and for n rows, including SwiGLU or the addition of the residual. */
+static void compute_block(const LinearArgs *p, long b, long first, long n) {
+  static void (*const kernels[])(const LinearArgs *, long, long, long, __m512[TILE][BLOCK_VECTORS]) = {
+      multiply_bf16_rows, 0, 0, multiply_int8_rows, multiply_int4_rows};
+  __m512 y[TILE][BLOCK_VECTORS], up[TILE][BLOCK_VECTORS] = {0};
+  kernels[p->format](p, b, first, n, y);
+  if (p->gated) kernels[p->format](p, b + p->out / BLOCK_OUTPUTS, first, n, up);
+  for (long r = 0; r < n; r += p->int8_per_activation)
+    UNROLL(i, BLOCK_VECTORS) {
+      const long index = (first + r) / p->int8_per_activation * p->out + b * BLOCK_OUTPUTS + i * LANES;
+      const __mmask16 valid = tail_mask(p->out - b * BLOCK_OUTPUTS - i * LANES);
+      if (p->int8_per_activation == 2)
+        y[r][i] = _mm512_add_ps(y[r][i], y[r + 1][i]), up[r][i] = _mm512_add_ps(up[r][i], up[r + 1][i]);
+      if (p->y_dtype == FP32) {
+        _mm512_mask_storeu_ps((float *)p->y + index, valid, y[r][i]);
+      } else if (p->y_dtype == FP16) {
+        _mm256_mask_storeu_epi16((uint16_t *)p->y + index, valid, _mm512_cvtps_ph(y[r][i], 0));
+      } else {
+        __m512 v = round_to_bf16(y[r][i]);
+        if (p->gated) v = swiglu(v, round_to_bf16(up[r][i]));
+        if (p->residual) v = _mm512_add_ps(widen(_mm256_maskz_loadu_epi16(valid, p->residual + index)), v);
+        _mm256_mask_storeu_epi16((bf16_t *)p->y + index, valid, narrow(v));
+      }
+    }
+}
+
+/* The function that each thread runs: normalize and quantize rows of x, as far as the weight requires. */
+static void prepare_rows_worker(void *shared) {
+  LinearArgs *p = shared;
+  const int size = p->x_dtype == FP32 ? 4 : 2;
+  for (long r; (r = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->n / p->int8_per_activation;) {
     const void *x = (const char *)p->x + r * p->in * size;
     if (p->norm) {
-      normalize(x, p->norm, p->eps, p->in, p->normed + r * p->in);
+      rms_norm(x, p->norm, p->eps, p->in, p->normed + r * p->in);
       x = p->normed + r * p->in;
     }
-    if (p->kind != BF16) quantize_row(p, x, r * p->digits);
+    if (p->format != BF16) quantize_row(p, x, r * p->int8_per_activation);
   }
 }
 
 #include "tiles.h"
 
-void multiply_fp32(Parallel parallel, unsigned threads, const Product *given);
+void linear_fp32(Parallel parallel, unsigned threads, const LinearArgs *args);
 
-void multiply(Parallel parallel, unsigned threads, const Product *given) {
-  if (given->kind == FP32) return multiply_fp32(parallel, threads, given);
-  Product p = *given;
-  if (p.norm || p.kind != BF16) prepare(parallel, threads, &p);
+void linear(Parallel parallel, unsigned threads, const LinearArgs *args) {
+  if (args->format == FP32) return linear_fp32(parallel, threads, args);
+  LinearArgs p = *args;
+  if (p.norm || p.format != BF16) prepare_rows(parallel, threads, &p);
   if (p.norm) p.x = p.normed;
   p.next = 0, p.threads = threads;
-  parallel(in_tiles, &p, threads, 0);
+  parallel(blocks_worker, &p, threads, 0);
 }
