@@ -152,7 +152,7 @@ class Bandwidth:
 
 
 def measure(jobs: dict[str, Job], workloads: list[Workload], n_runs: int, vocab_size: int, together: bool) -> dict[str, Any]:
-    """Measure all peers. Return the measurements as "runs", load times and peak memory as "load", and "agreement".
+    """Measure all peers. Return a dict of "runs" (the measurements), "load" (load times and peak memory) and "agreement".
 
     "agreement" compares the tokens of each peer with this library's. together: True to keep all peers loaded during all runs;
     False to load one peer at a time, again in each run.

@@ -30,7 +30,7 @@ from .chat import (
 from .checkpoint import loading, packed_file, params, shards, validate
 from .distributed.agreement import gather_from_replicas, run_on_all_ranks, run_on_rank0
 from .distributed.groups import global_rank, model_parallel, replica
-from .distributed.setup import initialize
+from .distributed.setup import initialize, set_environment
 from .engine.backend import Backend
 from .engine.checks import device_of
 from .engine.collect import collect_results, results_of_replaced_generate
@@ -41,7 +41,6 @@ from .engine.requests import GeneratedToken, GenerationCall
 from .engine.results import ChatPrediction, CompletionPrediction, GenerationResult, InfillingPrediction, ResultDetails, Score
 from .engine.stream import Stream, text_chunks
 from .errors import CheckpointError, DeviceError, InputError, check_count, check_flag, describe
-from .kernels.host_memory import set_environment
 from .model import ModelArgs, Transformer
 from .planning import estimate, free_memory
 from .quantization.weight import check_quantize
@@ -106,7 +105,6 @@ class Llama:
         errors can come later, while weights are read: for weights that are not finite, and for files that change. On the CPU,
         weights may stay memory-mapped after loading. So replace a checkpoint's files, but never overwrite them.
         """
-        set_environment()
         where = initialize(device, model_parallel_size)
 
         def check() -> tuple[Tokenizer, shards.Shards, Transformer, torch.dtype]:
@@ -137,7 +135,7 @@ class Llama:
             must_match=lambda checked: (*validate.build_fingerprint(*checked), quantize, compile, backend, int(seed)),
         )
         backend_class = choose_backend("torch_compile" if compile else backend, where)
-        if global_rank() == 0 and (warning := slowdown_warning(backend_class, where, model.params, weights_dtype)):
+        if global_rank() == 0 and (warning := slowdown_warning(backend_class, where, model.params, weights_dtype, quantize)):
             print(warning, file=sys.stderr)
         packs = backend_class.packs_weights
         run_on_all_ranks(lambda: loading.load_weights(model, files, weights_dtype, where, quantize, packs))
@@ -150,15 +148,18 @@ class Llama:
                 f"the model has a vocabulary of {model.vocab_size}, but the tokenizer has {tokenizer.n_words} pieces: "
                 "it is another model's tokenizer"
             )
+        set_environment()
         self.model = model
         self.tokenizer = tokenizer
         self._engine = Engine(model, backend or choose_backend("auto", device_of(model))())
 
     def __repr__(self) -> str:
-        args, parameter = self.model.params, next(self.model.parameters())
-        dtype = str(parameter.dtype).removeprefix("torch.")
+        if not isinstance(self.model, Transformer):
+            return f"<Llama: a {type(self.model).__name__}, backend {self.backend}>"
+        args, weight = self.model.params, next(self.model.parameters(), None)
+        stored = "" if weight is None else f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}, "
         return (
-            f"<Llama: {args.n_layers} layers of dim {args.dim}, {dtype} on {parameter.device}, backend {self.backend}, "
+            f"<Llama: {args.n_layers} layers of dim {args.dim}, {stored}backend {self.backend}, "
             f"max_seq_len={args.max_seq_len}, max_batch_size={args.max_batch_size}>"
         )
 
@@ -279,13 +280,16 @@ class Llama:
         "prompt_tokens" and "new_tokens". With replicas, all results come together at the end.
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
-        call = self._validate_on_all_ranks(
-            lambda: self._requests.from_texts(prompts, max_gen_len, seed, params(), stop, details=True)
-        )
-        if replica()[1] > 1 or self._generate_is_replaced():
-            results = iter(self._results(lambda: call))
-        else:
-            results = collect_results(call, self._run(call, watched=True), self.tokenizer)
+        with self.engine.lock:
+            call = self._validate_on_all_ranks(
+                lambda: self._requests.from_texts(prompts, max_gen_len, seed, params(), stop, details=True)
+            )
+            if self._generate_is_replaced():
+                results = iter(results_of_replaced_generate(self.generate, call, self.tokenizer))
+            elif replica()[1] > 1:
+                results = iter(self._run_on_replicas(call))
+            else:
+                results = collect_results(call, self._run(call, watched=True), self.tokenizer)
         return ({"generation": r.text, **self._details(r, False, True)} for r in results)
 
     def chat_completion(
@@ -469,13 +473,16 @@ class Llama:
         if not called_by_generate and self._generate_is_replaced():
             return results_of_replaced_generate(self.generate, self._validate_on_all_ranks(make_call), self.tokenizer)
         with self.engine.lock:
-            call = self._validate_on_all_ranks(make_call)
+            return self._run_on_replicas(self._validate_on_all_ranks(make_call))
 
-            def run_rows(rows: list[int]) -> list[GenerationResult]:
-                part = replace(call, requests=[call.requests[row] for row in rows])
-                return list(collect_results(part, self._run(part), self.tokenizer))
+    def _run_on_replicas(self, call: GenerationCall) -> list[GenerationResult]:
+        """Run a validated call to its end, divided among the replicas: a result for each request."""
 
-            return self._shard_across_replicas([len(request.prompt) for request in call.requests], run_rows)
+        def run_rows(rows: list[int]) -> list[GenerationResult]:
+            part = replace(call, requests=[call.requests[row] for row in rows])
+            return list(collect_results(part, self._run(part), self.tokenizer))
+
+        return self._shard_across_replicas([len(request.prompt) for request in call.requests], run_rows)
 
     def _run(self, call: GenerationCall, watched: bool = False) -> Iterator[GeneratedToken]:
         # Read eos_id and sample_top_p anew for each call, because a caller may have replaced the tokenizer or either of them.

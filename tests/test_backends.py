@@ -5,6 +5,7 @@ Decode steps for CUDA run on the CPU here: in static memory as on a GPU, but wit
 
 import gc
 import json
+import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -434,3 +435,20 @@ def test_a_model_converted_to_another_dtype_generates_with_a_cache_of_that_dtype
         model: Transformer = llama.model.to(dtype)
         assert len(llama.generate([[1, 5]], 4, temperature=0)[0][0]) <= 4
         assert model.layers[0].attention.cache_k.dtype == dtype
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_a_model_with_packed_weights_can_be_compiled(quantize: str | None, wide: SimpleNamespace) -> None:
+    """torch.compile cannot trace the C kernels, so it must not reach them."""
+    packed = build(wide, quantize=quantize, dtype="bfloat16")
+    torch.compiler.reset()
+    compiled = Llama(packed.model, packed.tokenizer, TorchCompileBackend(backend="eager"))
+    assert len(compiled.generate(PROMPTS[:2], 3, temperature=0)[0]) == 2
+
+
+def test_a_restored_model_needs_what_its_backend_needs(wide: SimpleNamespace) -> None:
+    built = build(wide)
+    on_gpu = pickle.dumps(Llama(built.model, built.tokenizer, CudaGraphsBackend()))
+    with pytest.raises(DeviceError, match="backend='cuda_graphs': it is for CUDA, and the device is cpu"):
+        pickle.loads(on_gpu)
+    assert pickle.loads(pickle.dumps(built)).generate(PROMPTS[:2], 3, 0) == built.generate(PROMPTS[:2], 3, 0)

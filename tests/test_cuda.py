@@ -119,7 +119,7 @@ def test_quantized_weights_multiply_as_their_dequantized_values(
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_quantized_models_answer_as_on_the_cpu(tmp_path: Path, small: SimpleNamespace, format: str, compile: bool) -> None:
-    """Compare a model quantized at load, a saved file of quantized weights, and captured and uncaptured decode steps.
+    """Check answers against the CPU's, for weights quantized at load or from a packed file, with and without capture.
 
     An int8 weight has one scale per row on the GPU, but one scale per group on the CPU and in the file.
     """

@@ -1,9 +1,12 @@
 """The engine: continuous batching, seeds, reuse of the KV cache, and the state after errors."""
 
+import gc
 import itertools
 import random
 import statistics
+import weakref
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -345,3 +348,13 @@ def test_prefill_chunks_end_at_multiples_of_the_attention_chunk(llama: Llama, mo
     llama.generate([[1, *range(20, 40)], [1, *range(50, 61)]], 1, 0)
     segments = [segment for batch in batches for segment in batch.segments]
     assert len(batches) == 2 and all(segment.kv_len % 8 == 0 or segment.kv_len in (21, 12) for segment in segments)
+
+
+def test_a_model_that_has_generated_is_freed_with_its_last_reference(small: SimpleNamespace) -> None:
+    for backend in ("auto", "eager"):
+        llama = Llama.build(small.folder, small.tokenizer_path, 32, 2, device="cpu", backend=backend)
+        llama.generate([[1, 5, 9]], 2, temperature=0)
+        model = weakref.ref(llama.model)
+        del llama
+        gc.collect()
+        assert model() is None, backend

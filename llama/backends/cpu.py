@@ -74,7 +74,7 @@ def why_unsupported(forward: EngineForward) -> str | None:
 def _is_blocked(product: MergedLinear, in_features: int, out_features: int) -> bool:
     """Return True if the C code can read a weight in its present layout, without conversion."""
     kernel = product.kernel
-    if not isinstance(kernel, BlockedLinear) or kernel.extension is not avx512.extension() or any(kernel.padding):
+    if not isinstance(kernel, BlockedLinear) or kernel.extension.name != avx512.NAME or any(kernel.padding):
         return False
     fits = (kernel.in_features, kernel.out_features) == (in_features, out_features)
     return fits and kernel.dtype == kernel.out_dtype == torch.bfloat16  # a caller may have converted a layer to float32

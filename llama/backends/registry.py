@@ -47,20 +47,19 @@ def choose_backend(name: str, device: torch.device) -> type[Backend]:
     return BACKENDS[name]
 
 
-def slowdown_warning(backend: type[Backend], device: torch.device, args: model.ModelArgs, dtype: torch.dtype) -> str | None:
+def slowdown_warning(
+    backend: type[Backend], device: torch.device, args: model.ModelArgs, dtype: torch.dtype, quantize: str | None
+) -> str | None:
     """Return one line that says why decoding on this CPU is slower than it could be; None if it is not."""
     if device.type != "cpu" or (sys.platform, platform.machine()) != ("linux", "x86_64"):
         return None
     missing = [status for status in (avx512.status(), avx2.status(), pack.status()) if status.not_compiled]
     if backend.name in ("torch", "cpu") and missing:  # without a new build after an update, extensions may be missing
         return f"llama: decoding is slower than it could be, without compiled kernels: {missing[0].reason}"
-    packed = 2 * args.dim * args.ffn_width * dtype.itemsize >= tuning.MIN_PACKED_BYTES  # small models use no packed weights
-    if (
-        backend.name == "cpu"
-        and avx512.extension()
-        and dtype in cpu.DTYPES
-        and packed
-        and (why := cpu.why_width_unsupported(args))
-    ):
+    # In a small model a step takes microseconds anyway. Quantized float32 models run layer by layer at any width.
+    fused_elsewhere = dtype == torch.bfloat16 or (dtype == torch.float32 and quantize is None)
+    is_large = 4 * args.dim * args.ffn_width >= tuning.MIN_PACKED_BYTES
+    may_fuse = backend.name == "cpu" and avx512.extension() and fused_elsewhere and is_large
+    if may_fuse and (why := cpu.why_width_unsupported(args)):
         return f"llama: decoding is slower than it could be, layer by layer: {why}"
     return None

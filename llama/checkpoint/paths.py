@@ -1,29 +1,34 @@
 """Find the model and tokenizer to load: the paths that a caller gives, or the bundled demo model."""
 
+import os
 import sys
 from pathlib import Path
 
 from ..distributed.groups import global_rank
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, check_path
 
 # The folder of the demo model in an installed package, and in a clone of the repository.
 DEMO_FOLDERS = (Path(__file__).parents[1] / "_demo", Path(__file__).parents[2] / "demo")
 
 
-def resolve_model_paths(ckpt_dir: str | None = None, tokenizer_path: str | None = None) -> tuple[str, str]:
+def resolve_model_paths(
+    ckpt_dir: str | os.PathLike[str] | None = None, tokenizer_path: str | os.PathLike[str] | None = None
+) -> tuple[str, str]:
     """Return (ckpt_dir, tokenizer_path), with defaults for paths that are not given.
 
     By default, tokenizer_path is tokenizer.model in ckpt_dir or, if there is none, in the parent folder of ckpt_dir. If neither
     path is given, return the paths of the bundled demo model, and print a line about it on stderr.
     Raises InputError if only tokenizer_path is given, and if neither folder contains tokenizer.model. Raises CheckpointError if
-    the demo model is not installed.
+    ckpt_dir is no folder, and if the demo model is not installed.
     """
     if ckpt_dir is not None:
-        candidates = (folder / "tokenizer.model" for folder in (Path(ckpt_dir), Path(ckpt_dir).absolute().parent))
-        tokenizer_path = tokenizer_path or next((str(file) for file in candidates if file.is_file()), None)
-        if tokenizer_path is None:
-            raise InputError(f"ckpt_dir={ckpt_dir!r}: no tokenizer.model in it or beside it; give tokenizer_path")
-        return ckpt_dir, tokenizer_path
+        if tokenizer_path is not None:
+            return os.fspath(ckpt_dir), os.fspath(tokenizer_path)
+        folder = check_path(ckpt_dir, "ckpt_dir", "a model's folder, with consolidated.NN.pth and params.json", folder=True)
+        for candidate in (folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model"):
+            if candidate.is_file():
+                return os.fspath(ckpt_dir), str(candidate)
+        raise InputError(f"ckpt_dir={str(ckpt_dir)!r}: no tokenizer.model in it or beside it; give tokenizer_path")
     if tokenizer_path is not None:
         raise InputError(f"tokenizer_path={tokenizer_path!r} without ckpt_dir; give both, or neither for the demo model")
     for folder in DEMO_FOLDERS:

@@ -54,7 +54,7 @@ def build_on_meta(
 
 
 def expected_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
-    """Return the shape that each weight has on a single rank, by Meta's names."""
+    """Return the shape of each whole weight, not of one rank's part, by Meta's names."""
     ranks, expected = model_parallel()[1], {}
     # norm.weight comes first. It is not split, so its shape shows whether `dim` is right. Later, a wrong `dim` would look like
     # missing shards.

@@ -23,8 +23,8 @@ def collect_results(call: GenerationCall, tokens: Iterator[GeneratedToken], toke
             result.text = text.begin(result.request.prompt)
     n_yielded = 0
     for index, token, logprob in tokens:
-        # The engine sets a request's finish reason after its last token has been taken. So a finished request is seen here, when
-        # the engine yields the next token of any request.
+        # The engine sets a request's finish reason after its last token has been taken. A finished request is therefore seen
+        # here when the engine yields the next token of any request.
         while not call.echo and results[n_yielded].request.finish_reason:
             yield _flush(results[n_yielded], texts[n_yielded : n_yielded + 1])
             n_yielded += 1

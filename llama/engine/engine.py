@@ -11,7 +11,7 @@ from .. import tuning
 from ..distributed.failures import defer_signals, propagate_failure
 from ..distributed.groups import global_rank
 from ..distributed.progress import progress
-from ..errors import InputError
+from ..errors import DeviceError, InputError
 from ..kernels.host_memory import raise_malloc_threshold
 from ..model import Transformer
 from ..sampling import token_logprobs
@@ -41,7 +41,7 @@ class Engine:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy or pickle the engine without its lock, which cannot be copied or pickled."""
-        return Engine, (self.model, self.backend)
+        return _restore_engine, (self.model, self.backend)
 
     def check_sizes(self) -> None:
         """Raise InputError if a caller has set max_batch_size or max_seq_len of `model.params` larger than the KV cache."""
@@ -148,3 +148,10 @@ class Engine:
                 results.append(list(itertools.islice(logprobs, len(each))))
                 check_logprobs(self.model, results[-1], labels[i])
         return results
+
+
+def _restore_engine(model: Transformer, backend: Backend) -> Engine:
+    """Return the engine of a copied or unpickled model. Raise DeviceError if this machine lacks what its backend needs."""
+    if why := backend.unsupported(device_of(model)):
+        raise DeviceError(f"backend={backend.name!r}: {why}")
+    return Engine(model, backend)

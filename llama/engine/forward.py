@@ -37,7 +37,7 @@ class MergedLinear:
         self.kernel = merged if isinstance(merged, LinearKernel) else None
         self.weight = merged if isinstance(merged, torch.Tensor) else None
         self.parts = [MergedLinear(weight) for weight in weights] if merged is None and len(weights) > 1 else []
-        # None, or a packed weight that shares a kernel with other weights, and cannot be multiplied alone without a copy.
+        # A packed weight that shares a kernel with other weights, and could be multiplied alone only by a copy; else None.
         self.rows_of_kernel = None
         if merged is None and not self.parts:
             assert isinstance(weights[0], PackedWeight)

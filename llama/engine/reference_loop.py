@@ -32,7 +32,7 @@ class ReferenceLoop:
         self.batch: list[int] = []  # for each row, the index of its request
         self.tokens = torch.zeros(0, 0, dtype=torch.int64, device="cpu")  # tokens of prompts and answers, one row each
         self.state = DecodeState(0, 0, device_of(model), call.sampling, False, call.sampler)
-        shared.owner = self
+        shared.owner = self.owner_token = object()
         move_buffers(model)
 
     @property
@@ -44,7 +44,7 @@ class ReferenceLoop:
 
         Return the prompt tokens that have been scored, with their log probabilities, if the call scores prompts.
         """
-        if self.shared.owner is not self:
+        if self.shared.owner is not self.owner_token:
             raise InputError(CACHE_TAKEN_ERROR)
         prompt_tokens = [] if self.running else self.begin_batch()
         requests, end = [self.requests[index] for index in self.batch], self.end

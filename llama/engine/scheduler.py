@@ -41,7 +41,7 @@ class Scheduler:
         self.cache = forward.cache
         self.weights_version = forward.weights_version()
         self.hooks = [hooks for module in model.modules() for hooks in compat.forward_hooks(module)]
-        shared.owner = self
+        shared.owner = self.owner_token = object()
         self.sync_streams()
         overrun_logits, self.cache.logits = self.cache.logits, None
         if overrun_logits is not None and not broadcast_from_rank0(overrun_logits.amax(-1).sum()).isfinite():
@@ -82,7 +82,7 @@ class Scheduler:
 
     def check_cache_ownership(self) -> None:
         """Raise InputError if anyone else has used the cache since this call began, or if the caller has changed the model."""
-        owned = self.shared.owner is self and self.cache.prefix_tokens is self.prefix_tokens
+        owned = self.shared.owner is self.owner_token and self.cache.prefix_tokens is self.prefix_tokens
         if not owned or not self.cache.is_unchanged():
             raise InputError(CACHE_TAKEN_ERROR)
         if self.call.watched and (

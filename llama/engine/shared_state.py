@@ -7,7 +7,7 @@ from torch import nn
 
 from .kv_cache import KVCache
 
-CACHE_TAKEN_ERROR = "another call has used this model's cache since: end a stream before the next call"
+CACHE_TAKEN_ERROR = "another call has used this model's cache since: end a stream, or a loop over tokens, before the next call"
 
 
 class SharedState:
@@ -16,7 +16,7 @@ class SharedState:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.cache: KVCache | None = None
-        self.owner: object = None
+        self.owner: object = None  # a token of that call; the call itself would keep the model alive
 
 
 _BY_MODEL: weakref.WeakKeyDictionary[nn.Module, SharedState] = weakref.WeakKeyDictionary()

@@ -57,12 +57,15 @@ FUNCTIONS: dict[str, list[Any]] = {
 }
 
 
+NAME = "avx512"
+
+
 @functools.cache
 def status() -> ExtensionStatus:
     """Load the AVX-512 extension on the first call, and return it or the reason why it cannot be used."""
     if not half_precision.is_native(torch.bfloat16):
         return ExtensionStatus(None, "this CPU has no instructions for bfloat16 (AVX-512), or they are switched off")
-    return load_extension("avx512", [RowsArgs, LinearArgs, AttentionArgs, PromptAttentionArgs], FUNCTIONS)
+    return load_extension(NAME, [RowsArgs, LinearArgs, AttentionArgs, PromptAttentionArgs], FUNCTIONS)
 
 
 def extension() -> CExtension | None:

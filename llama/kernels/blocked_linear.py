@@ -236,7 +236,8 @@ class BlockedLinear(LinearKernel):
         return y
 
     def swiglu(self, x: torch.Tensor) -> torch.Tensor | None:
-        if self.extension is not avx512.extension() or not c_extension.is_plain_tensor(x) or torch.is_grad_enabled():
+        # is_plain_tensor comes first: it is False in compiled code, which cannot trace the rest.
+        if not c_extension.is_plain_tensor(x) or self.extension.name != avx512.NAME or torch.is_grad_enabled():
             return None
         half = self.out_features // 2
         x_fits = x.ndim == 2 and x.shape[1] == self.in_features and x.dtype == self.dtype == torch.bfloat16 and len(x) > 0

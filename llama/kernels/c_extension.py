@@ -26,7 +26,8 @@ DTYPE_CODES = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
 class CExtension:
     """A loaded C extension. Arguments of its functions are pointers to structures, followed by integers."""
 
-    def __init__(self, path: str, functions: Mapping[str, Sequence[Any]]) -> None:
+    def __init__(self, name: str, path: str, functions: Mapping[str, Sequence[Any]]) -> None:
+        self.name = name
         self.library = ctypes.CDLL(path)
         # GOMP_parallel runs a function on PyTorch's own threads. Looking it up raises AttributeError if PyTorch was built with
         # another OpenMP library.
@@ -66,7 +67,7 @@ def load_extension(name: str, structures: Sequence[Any], functions: Mapping[str,
     if spec is None or spec.origin is None:
         return ExtensionStatus(None, f"_{name} has not been compiled: {REINSTALL}", not_compiled=True)
     try:
-        extension = CExtension(spec.origin, functions)
+        extension = CExtension(name, spec.origin, functions)
         source, *sizes = (c_long * (1 + len(structures))).in_dll(extension.library, "abi_info")
         supported = extension.library.cpu_supported()
     except (AttributeError, OSError, ValueError) as e:

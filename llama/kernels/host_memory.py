@@ -5,28 +5,11 @@ import ctypes
 import functools
 import math
 import mmap
-import os
 import sys
 import threading
 from typing import Any
 
 import torch
-
-
-def set_environment() -> None:
-    """Set environment variables that PyTorch and oneDNN read at their first use, unless the caller has set them.
-
-    THP_MEM_ALLOC_ENABLE puts large tensors into pages of 2 MB if Linux grants them. Large pages make reading weights faster,
-    because a CPU does not prefetch beyond the end of a page. PyTorch reads the variable when it creates its first tensor, so
-    setting the variable has no effect if the caller created a tensor before `build`.
-
-    ONEDNN_PRIMITIVE_CACHE_CAPACITY and LRU_CACHE_CAPACITY limit two caches, of oneDNN and PyTorch, which have an entry for each
-    shape of a matrix product. With their default of 1,024 entries, the caches grow to a gigabyte after prompts of many lengths,
-    although a decode step needs 5 entries and a prompt about 10.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 
 class HugePageAllocator:

@@ -8,7 +8,7 @@ and the inefficiency of kernels are not counted.
 
 import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -170,9 +170,11 @@ def plan(
 
     model: "7B", "13B" or "70B". ckpt_dir: a folder with params.json, instead of `model`.
     ranks: the numbers of ranks, each a column of the table; by default all possible numbers up to 16.
-    gpu: the name of a GPU; by default all known GPUs. memory in GB and bandwidth in GB/s: any other machine, instead of `gpu`.
+    gpu: the name of a GPU; by default all known GPUs. memory, bandwidth: instead of `gpu`, any machine, in GB and GB/s.
     The other arguments are those of `Llama.build`. Raises LlamaError for arguments that are wrong or contradict each other.
     """
+    if isinstance(model, str):
+        model = model.upper().removeprefix("LLAMA-2-").removesuffix("-CHAT")
     if (model is None) == (ckpt_dir is None) or (model is not None and not _is_key(model, MODELS)):
         raise InputError(f"model is {describe(model)}; give one of {', '.join(MODELS)}, or a ckpt_dir instead")
     check_quantize(quantize)
@@ -180,6 +182,6 @@ def plan(
     args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     machines, device = choose_machines(gpu, memory, bandwidth)
     weights_dtype = parse_dtype(dtype) or stored_dtype
-    if isinstance(ranks, str) or not isinstance(ranks, Sequence):
+    if isinstance(ranks, str | bytes) or not isinstance(ranks, Iterable):
         raise InputError(f"ranks is {describe(ranks)}; it must be a list of numbers of ranks")
     return plan_report(model or str(ckpt_dir), args, list(ranks), weights_dtype, quantize, machines, device)

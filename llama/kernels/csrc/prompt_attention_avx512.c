@@ -44,8 +44,8 @@ static void pack_worker(void *shared) {
   }
 }
 
-/* Add x (TILE, 2 * pairs) times a matrix of pairs (pairs, 64) to sum (TILE, 64). The rows of the matrix are `stride` pairs
- * apart. */
+/* Multiply x (TILE, 2 * pairs) by a matrix (2 * pairs, 64), and add the product to sum (TILE, 64). Each element of the stored
+ * matrix (pairs, 64) holds two adjacent inputs of one output; its rows are `stride` elements apart. */
 INLINE void multiply_tile(const bf16_t *const x[TILE], const uint32_t *pairs_of_64, long stride, long pairs,
                           __m512 sum[TILE][BLOCK_VECTORS]) {
   for (long k = 0; k < pairs; k++, pairs_of_64 += stride) {
