@@ -209,8 +209,8 @@ class Chat:
     def ask(self, model: Model) -> dict[str, Any]:
         """Ask a model all questions, and return its results.
 
-        "same" counts answers that equal the float32 model's. "facts" counts answers that contain the expected word, if the
-        float32 answer contains it, too. "texts" contains the decoded answers.
+        "same" counts answers that equal the float32 model's. "facts" counts answers that contain the expected word,
+        among the questions where the answer of the float32 model contains it. "texts" contains the decoded answers.
         """
         answers = [model.answer(question) for question in self.questions]
         self.answers = self.answers or answers

@@ -40,7 +40,8 @@ def read_speed(results: Results, peer: str) -> tuple[float, float]:
 def table(results: Results) -> list[str]:
     """Return the lines of a table with one column for each peer. The first column is this library.
 
-    In the other columns, each figure is followed by a ratio: how many times better this library is, the median over the runs.
+    In the other columns, each figure is followed by a ratio that says how many times better this library is. The ratio is the
+    median over the runs.
     """
     peers = list(results["load"])
     seconds = {peer: seconds_by_workload(results, peer) for peer in peers}

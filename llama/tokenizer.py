@@ -162,9 +162,9 @@ _DECODE = Tokenizer.decode
 
 
 class CustomDetokenizer:
-    """Decode one row's tokens one by one with a caller's replacement for `decode`.
+    """Return the text of one row as its tokens arrive, with a caller's replacement for `decode`.
 
-    Each new token decodes all tokens of the row again, because decoding a part of them could give another text.
+    For each new token, all tokens of the row are decoded again, because decoding only some of them could give another text.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:

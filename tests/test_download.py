@@ -49,7 +49,7 @@ def test_the_chosen_models_and_the_common_files_are_downloaded(download: Downloa
     status, stderr = download.run("--url", download.url, "--models", models, "--dir", str(download.target))
     assert status == 0 and download.files() == files_of(*models.split(", "))
     *lines, last = stderr.splitlines()
-    assert "Meta's licence" in last and len(lines) == len(download.files())
+    assert "Meta's license" in last and len(lines) == len(download.files())
     assert all(any(f" {path}: " in line for line in lines) for path in download.files())
 
 
@@ -259,7 +259,7 @@ def test_missing_or_unknown_options_fail_without_waiting_for_input(
 def test_help_names_every_option_and_environment_variable() -> None:
     text = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
     options, variables = ["--url", "--models", "--dir"], ["PRESIGNED_URL", "MODEL_SIZE", "TARGET_FOLDER"]
-    expected = [*options, *variables, "Meta's licence", "70B-chat"]
+    expected = [*options, *variables, "Meta's license", "70B-chat"]
     assert all(word in text for word in expected + re.findall(r"\bDOWNLOAD_\w+", SCRIPT.read_text()))
 
 

@@ -290,7 +290,7 @@ def test_the_error_about_a_bad_json_line_names_the_line(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "arguments, code, error",
     [
-        (("chat", "--ckpt_dir", "x"), 1, "llama: ckpt_dir='x': no tokenizer.model in it or beside it; give tokenizer_path"),
+        (("chat", "--ckpt_dir", "x"), 1, "llama: ckpt_dir is 'x': No such file or directory; it must be the path of a"),
         (("chat", "--system", "<<SYS>>"), 1, f"llama: {UNSAFE_ERROR}\n"),
         (("chat", "--temperature", "-1"), 1, "llama: temperature is -1.0 (float); it must be"),
         (("complete", "--top_k", "-1", "x"), 1, "llama: top_k is -1 (int); it must be"),

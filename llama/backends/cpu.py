@@ -102,7 +102,7 @@ def _linear_args(product: MergedLinear, rows: int, in_features: int, out_feature
 
 
 class FusedDecodeStep:
-    """Compute the hidden states of a decode step of `n_rows` rows in one call of C, like `EngineForward.hidden_states`.
+    """Compute what `EngineForward.hidden_states` computes for a decode step of `n_rows` rows, but in one call of C.
 
     An instance uses the weights and the KV cache that the model has when the instance is created.
     """

@@ -159,7 +159,7 @@ def _pack_rank_part(
         split_by_inputs, (rank, ranks) = split_dim(names[0]) == 1, model_parallel()
         width = sum(view.shape[1] for view in views) if split_by_inputs else views[0].shape[1]
         first, last = 0, width
-        if split_by_inputs and weight_format:  # the views are whole rows; pack only this rank's inputs
+        if split_by_inputs and weight_format:  # views contain all inputs of each row: select this rank's inputs
             first, last = width * rank // ranks, width * (rank + 1) // ranks
         if kernel := pack_rows(weight_format, views, dtype, width, first, last):
             for view in views:

@@ -44,7 +44,7 @@ class MergedLinear:
             self.rows_of_kernel = weights[0]
 
     def dependencies(self) -> list[Any]:
-        """Return the kernels, and the memory keys of unpacked weights, that a captured decode step depends on."""
+        """Return what a captured step depends on: the kernels and, for each unpacked weight, a key that identifies its memory."""
         if self.parts:
             return [each for part in self.parts for each in part.dependencies()]
         if self.rows_of_kernel is not None:

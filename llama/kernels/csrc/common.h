@@ -154,7 +154,8 @@ INLINE void quantize_group(const LinearArgs *p, float v[ACTIVATION_GROUP], long 
   q.sums[x_group * ACTIVATION_GROUP / p->group] += scale * (float)total;
 }
 
-/* Quantize the row at address x into quantized row `row` and, if int8_per_activation is 2, also into row + 1. */
+/* Quantize the row at address x into quantized row `row`. If int8_per_activation is 2, the second int8 of each activation goes
+ * into row + 1. */
 INLINE void quantize_row(const LinearArgs *p, const void *x, long row) {
   const int size = p->x_dtype == FP32 ? 4 : 2;
   for (long d = 0; d < p->int8_per_activation; d++) memset(quantized_rows(p, row + d).sums, 0, p->in / p->group * 4);
