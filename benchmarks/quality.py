@@ -224,7 +224,7 @@ class Chat:
 
 
 def load_sequences(a: argparse.Namespace, float32: Ours) -> tuple[dict[str, Scored], Chat | None]:
-    """Return the sequences to score, and for a chat model the chat, which is None for other models.
+    """Return the sequences to score, by name, and the `Chat` of a chat model, or None for any other model.
 
     The sequences are "text", and for a chat model also "answers".
     """

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common import SHAPES, make_checkpoint, make_tokenizer, print_figures, run_python
 
-CONFIGURATIONS = {  # name: (number of ranks, ranks that share one model, part of --threads to use)
+CONFIGURATIONS = {  # name: (number of ranks, number of ranks that share one model, fraction of --threads to use)
     "1 replica, half the threads": (1, 1, 0.5),
     "1 replica": (1, 1, 1),
     "1 model on 2 ranks": (2, 2, 1),

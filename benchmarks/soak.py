@@ -276,7 +276,7 @@ def probe(llama: Llama) -> list:
 
 
 def memory() -> tuple[int, int]:
-    """Return two sizes in bytes: the resident memory of this process, and its part that is anonymous (not pages of a file)."""
+    """Return two sizes in bytes: the resident memory of this process, and how much of it is anonymous (not pages of a file)."""
     lines = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
     return int(lines["Rss"].split()[0]) * 1024, int(lines["Anonymous"].split()[0]) * 1024
 

@@ -48,7 +48,7 @@ from llama.planning.free_memory import free_memory
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 WORKLOADS = "prefill-512,decode-1,decode-4,decode-8,ragged,context-128,context-1024,context-4000"
 DEFAULT_PEERS = {"cpu": "transformers,llama.cpp", "cuda": "ours:compile,ours,transformers"}
-# Bytes of memory that a peer needs for each byte of its weights. On a GPU, the KV cache needs more memory.
+# Bytes of memory that a peer needs for each byte of its weights. On a GPU, the KV cache is added to the product.
 MEMORY_PER_WEIGHT_BYTE = {"cpu": 1.3, "cuda": 1.1}
 MIN_SECONDS = {"cpu": 0.5, "cuda": 0.2}  # minimum duration of a measurement; a shorter workload is repeated
 CHECK_LENGTHS = range(9, 17)  # lengths, in tokens, of the prompts whose answers are compared between the peers
@@ -206,8 +206,8 @@ def warm_up(worker: Worker, workloads: list[Workload], vocab_size: int, device: 
 def agreement(answers: dict[str, list[list[int]]], peer: str) -> dict[str, float]:
     """Compare a peer's answers with this library's, and return two shares.
 
-    "first" is the share of answers with the same first token. "all" is the share of tokens before the first difference in their
-    answer. With random weights, two tokens often have almost equal logits, so that rounding or quantization decides between
+    "first" is the share of answers with the same first token. "all" is the share of tokens before the first difference between
+    the two answers. With random weights, two tokens often have almost equal logits, so rounding or quantization decides between
     them. But if most first tokens of a peer without quantization differ from this library's, the weights of the peer were
     converted wrongly, and the script exits with an error.
     """

@@ -146,7 +146,7 @@ def version_of(tensor: torch.Tensor) -> int:
 
 
 def default_store() -> Any:
-    """Return the key/value store of the default process group, in which a failed rank stores the reason."""
+    """Return the key/value store of the default process group, in which a failed rank stores why it failed."""
     return dist.distributed_c10d._get_default_store()
 
 

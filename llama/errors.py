@@ -82,7 +82,7 @@ def check_count(value: object, name: str) -> None:
 
 
 def check_path(value: str | os.PathLike[str], name: str, what: str, folder: bool = False) -> Path:
-    """Return `value` as a path. Raise CheckpointError unless it is an existing file or, if `folder`, an existing folder.
+    """Return `value` as a path. Raise CheckpointError unless it is an existing file (with folder=True, a folder).
 
     name: the name of the argument in the error. what: a description of the expected file in the error.
     """

@@ -467,8 +467,8 @@ class Llama:
     def _results(self, make_call: Callable[[], GenerationCall], called_by_generate: bool = False) -> list[GenerationResult]:
         """Run a call to its end, and return one result for each request.
 
-        A caller's replacement for `generate` runs the call, unless called_by_generate=True: then `generate` itself is the
-        caller.
+        If a caller has replaced `generate`, the replacement runs the call.
+        called_by_generate: True if `generate` itself calls this method; a replacement is then ignored.
         """
         if not called_by_generate and self._generate_is_replaced():
             return results_of_replaced_generate(self.generate, self._validate_on_all_ranks(make_call), self.tokenizer)
@@ -476,7 +476,7 @@ class Llama:
             return self._run_on_replicas(self._validate_on_all_ranks(make_call))
 
     def _run_on_replicas(self, call: GenerationCall) -> list[GenerationResult]:
-        """Run a validated call to its end, divided among the replicas: a result for each request."""
+        """Divide a validated call among the replicas, run it to its end, and return one result for each request."""
 
         def run_rows(rows: list[int]) -> list[GenerationResult]:
             part = replace(call, requests=[call.requests[row] for row in rows])
@@ -485,7 +485,7 @@ class Llama:
         return self._shard_across_replicas([len(request.prompt) for request in call.requests], run_rows)
 
     def _run(self, call: GenerationCall, watched: bool = False) -> Iterator[GeneratedToken]:
-        # Read eos_id and sample_top_p anew for each call, because a caller may have replaced the tokenizer or either of them.
+        # Read eos_id and sample_top_p anew for each call, because a caller may have replaced them or the tokenizer.
         stop_token = self.tokenizer.eos_id if call.stop_token is None else call.stop_token
         return self.engine.run(replace(call, stop_token=stop_token, sampler=sample_top_p, watched=watched))
 

@@ -83,7 +83,7 @@ def reshape_for_broadcast(freqs_cis: torch.Tensor, x: torch.Tensor) -> torch.Ten
 
 
 def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries and keys (B, S, heads, hd) by freqs_cis (S, hd/2), adjacent values as one complex number, in float32."""
+    """Rotate queries and keys (B, S, heads, hd) by freqs_cis (S, hd/2) in float32. Two adjacent values are a complex number."""
 
     def rotated(x: torch.Tensor) -> torch.Tensor:
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
@@ -124,8 +124,8 @@ class Attention(nn.Module):
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
 
         self.cache_k, self.cache_v = self.cache_k.to(xq), self.cache_v.to(xq)
-        # Insert xk and xv into copies of the cached keys and values, because values from the cache have no gradient.
-        # `torch.cat` does not join some dtypes under autocast.
+        # Attend to copies of the cached keys and values with xk and xv inserted, because the cache itself keeps no gradient of
+        # xk and xv. `torch.cat` could not make the copies: it does not join some dtypes under autocast.
         keys = self.cache_k[:B, : start_pos + S].slice_scatter(xk, 1, start_pos)
         values = self.cache_v[:B, : start_pos + S].slice_scatter(xv, 1, start_pos)
         self.cache_k[:B, start_pos : start_pos + S] = xk.detach()
@@ -222,7 +222,7 @@ class Transformer(nn.Module):
 
     @property
     def freqs_cis(self) -> torch.Tensor:
-        """Return the rotations for 2 * max_seq_len positions, computed on first use: a model on `meta` needs no memory."""
+        """Return rotations for 2 * max_seq_len positions, computed on first use so that a model on `meta` needs no memory."""
         if self._freqs_cis is None:
             args = self.params
             with torch.inference_mode(False):  # a tensor created in inference mode could not be used in training

@@ -93,14 +93,14 @@ class Detokenizer:
     """Decode one row's tokens one by one, in constant time per token.
 
     The texts that it returns, joined, are `Tokenizer.decode` of all tokens. SentencePiece removes the space at the beginning of
-    a text. It decodes adjacent byte pieces as UTF-8, with one replacement character for each invalid byte. So bytes are held
-    back until they form a character, or can no longer form one.
+    a text. It decodes adjacent tokens of single bytes as UTF-8, with one replacement character for each invalid byte. So bytes
+    are held back until they form a character, or can no longer form one.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.sp_model = tokenizer.sp_model
         # SentencePiece removes the leading space of a token that is decoded alone, so each token is decoded after a context.
-        # While no token has produced text, the context is all tokens so far. Once one has, the unknown piece is enough.
+        # While no token has produced text, the context is all tokens so far. Once one has, the unknown token is enough.
         self.context: list[int] = []
         self.context_text = ""
         self.pending_bytes = b""
@@ -137,9 +137,9 @@ class Detokenizer:
         return self._decode_bytes(final=True)
 
     def _use_short_context(self) -> None:
-        """Decode each later token after the unknown piece, instead of after all tokens so far.
+        """From now on, decode each token with the unknown token (<unk>) as its context, not with all tokens so far.
 
-        SentencePiece keeps the space of a token only after a piece that has a text, such as the unknown piece.
+        SentencePiece keeps the space of a token only after a token that has a text, such as the unknown token.
         """
         self.context = [self.sp_model.unk_id()]
         self.context_text = self.sp_model.decode(self.context)

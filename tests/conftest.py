@@ -14,7 +14,7 @@ from llama.engine import async_copy
 from .fault_server import FILES, SHARD, Downloader, FaultServer, files_of
 from .support import ROOT, random_weights, train_tokenizer, write_shards
 
-# Use one thread: with small tensors, synchronizing threads takes longer than computing (200 times on a busy machine).
+# Use one thread: with small tensors, synchronizing threads takes longer than computing (200 times as long on a busy machine).
 torch.set_num_threads(1)
 
 SMALL = dict(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, multiple_of=32, norm_eps=1e-5, vocab_size=-1)

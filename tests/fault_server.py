@@ -30,7 +30,7 @@ PARAMS = "llama-2-7b/params.json"
 
 @dataclass(frozen=True)
 class Fault:
-    """The differences between one HTTP response of the server and the correct response."""
+    """The differences between one HTTP response of the server and the correct response. None means no difference."""
 
     status: int = 200
     body: bytes | None = None  # the body that is sent in place of the file
@@ -47,7 +47,7 @@ class Request:
 
     path: str
     query: str
-    start: int  # first byte of the requested range
+    start: int  # first byte of the requested range; 0 if no range is requested
     status: int
 
 

@@ -166,7 +166,7 @@ MAX_BYTES, MAX_SECONDS = 64 << 20, 20.0
 
 
 def play(target: str, *arguments: Any) -> str:
-    """Run a case; return "answered", or the name of the LlamaError that the case raised. Raise BrokenPromise otherwise."""
+    """Run a case; return "answered", "caller's error" or the name of the LlamaError. Raise if the case breaks a promise."""
     hostile.sound_answer()  # builds and caches the undamaged model, so that its time and memory are not counted
     if target == "bytes":
         hostile.sound_tensors(arguments[0]), hostile.sound_answer(arguments[0])

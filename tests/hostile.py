@@ -33,7 +33,7 @@ Edit = tuple[Any, ...]
 
 
 class BrokenPromise(Exception):
-    """Raised when a case ends in a wrong answer or no LlamaError, runs code, or needs too much time or memory."""
+    """Raised when a case gives a wrong answer or a huge error message, runs code, or needs too much time or memory."""
 
 
 # --- the sound model ---------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def _tensor_of(numel: int, size: tuple[int, ...], stride: tuple[int, ...], recor
 
 
 def play_pickle(parts: Sequence[str], edits: Sequence[Edit], inside: bool) -> None:
-    """Build a model from a shard whose data.pkl consists of the named FRAGMENTS. Its checksum is correct.
+    """Build a model from a shard whose data.pkl consists of the named FRAGMENTS and has a correct checksum.
 
     If `inside` is true, the fragments are inserted at the start of a sound data.pkl. Then the edits are applied.
     """

@@ -14,7 +14,8 @@ from .support import no_extension, write_shards
 from .test_kernels import float32_model
 
 compiled = pytest.mark.skipif(avx2.extension() is None, reason="avx2.c is not compiled, or this CPU has no AVX2")
-ROUNDING_ERROR = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # largest relative rounding error
+# The largest relative rounding error of an output.
+ROUNDING_ERROR = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -192,7 +192,7 @@ def test_the_fused_step_refuses_models_with_weights_that_it_cannot_read(change: 
     "shape", [(1, 5, 5, 2, 3, 64), (2, 64, 200, 2, 4, 64), (3, 17, 17, 4, 8, 128), (1, 130, 131, 1, 1, 64)]
 )
 def test_prompt_attention_equals_float32_attention_and_does_not_depend_on_other_rows_or_chunks(shape: tuple[int, ...]) -> None:
-    """Check that the result is the same for a part of the queries, for one row alone, and for the KV cache's strides.
+    """Check that the result is the same for a part of the queries, for one row alone, and with the strides of a longer cache.
     A NaN in a key affects only its own position and later ones."""
     B, S, L, K, G, hd = shape
     q, kv = random(B, S, K, G, hd).bfloat16(), random(B, L, 2, K, hd).bfloat16()

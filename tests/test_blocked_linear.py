@@ -22,7 +22,8 @@ from .support import no_extension, quantize_int8_per_row
 
 packs = pytest.mark.skipif(pack.extension() is None, reason="pack.c is not compiled, or this CPU has no AVX2")
 DTYPES = torch.bfloat16, torch.float16, torch.float32
-ROUNDING_ERROR = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}  # largest relative rounding error
+# The largest relative error of rounding a value to the dtype.
+ROUNDING_ERROR = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
 ROWS = 1, 2, 3, 4, 5, 16, 130
 EXTENSIONS = {"AVX-512": avx512.extension(), "AVX2": avx2.extension()}
 
@@ -77,7 +78,7 @@ NAMES = {
 }
 every_config = pytest.mark.parametrize("config", CONFIGS, ids=NAMES.get)
 quantized_configs = pytest.mark.parametrize("config", QUANTIZED_CONFIGS, ids=NAMES.get)
-# (outputs, inputs): one whole block; outputs that do not fill a block; inputs that do not fill a group; inputs in wider groups.
+# (outputs, inputs): a whole block; outputs that do not fill a block; inputs that do not fill a group; wider groups.
 SHAPES = (64, 64), (100, 192), (37, 40), (129, 2304)
 
 
@@ -352,7 +353,7 @@ def test_without_extensions_the_outputs_are_nearly_the_same(format: str | None, 
 
 @pytest.mark.parametrize("format", ["bfloat16", "int8", "int4"])
 def test_traced_mapped_and_differentiated_inputs_go_through_pytorch(format: str) -> None:
-    """Also check that inputs of a wrong width raise PyTorch's own error."""
+    """The C code supports none of these, so PyTorch computes. Inputs of a wrong width raise PyTorch's own error."""
     extension_name = "AVX-512" if format == "bfloat16" or avx512.extension() else "AVX2"
     kernel, weight = KernelConfig(extension_name, format, torch.bfloat16, 1).pack(random(64, 64))
     x = random(3, 64, seed=1).bfloat16()

@@ -1,4 +1,4 @@
-"""The compiled decode step of float32 models gives what `Transformer.forward` and the engine give, but for rounding."""
+"""The compiled decode step of float32 models gives the results of `Transformer.forward` and of the engine, up to rounding."""
 
 import copy
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from .support import packed_model
 pytestmark = pytest.mark.skipif(
     avx512.extension() is None, reason="_avx512 is not compiled, or this CPU lacks its instructions"
 )
-ROWS = 18  # more than a product takes at once, and no multiple of what it takes
+ROWS = 18  # more than the 4 rows that the C code multiplies at once, and no multiple of 4
 CONTEXT = 80
 TOLERANCE = 1e-4
 
@@ -43,7 +43,7 @@ def model(head_dim: int = 64, kv_heads: int = 2, layers: int = 2) -> Transformer
 
 
 def merge(made: Transformer) -> Transformer:
-    """Put weights with a common input side by side, as loading does."""
+    """Store weights that multiply the same input side by side in memory, as loading does; return the model."""
     for layer in made.layers:
         for modules in (
             (layer.attention.wq, layer.attention.wk, layer.attention.wv),
@@ -75,7 +75,7 @@ def assert_near(got: torch.Tensor, want: torch.Tensor) -> None:
 @pytest.mark.parametrize(("head_dim", "kv_heads"), [(64, 2), (32, 4), (96, 1), (128, 2)])
 @pytest.mark.parametrize("rows", [1, 3, 4, ROWS])
 def test_it_gives_the_logits_of_the_model(rows: int, head_dim: int, kv_heads: int, apart: bool) -> None:
-    """Prompts of several lengths by the engine, then ragged steps to the end of the context."""
+    """Prefill prompts of several lengths with the engine, then run ragged decode steps to the end of the context."""
     made = model(head_dim, kv_heads)
     ids, lengths = tokens(rows, CONTEXT), [(1, 30, CONTEXT - 4)[row % 3] for row in range(rows)]
     with torch.inference_mode():
@@ -131,13 +131,13 @@ def test_what_is_not_finite_stays_in_its_row(where: str) -> None:
             made.model.tok_embeddings.weight[2, 5] = float("nan")
         else:
             made.cache.data[0, int(where == "values"), 2, :, 3] = float("nan")
-        made.cache.data[:, :, :, :, 31:] = float("nan")  # what no row sees
+        made.cache.data[:, :, :, :, 31:] = float("nan")  # positions after those that the rows may read
         got = step(ids, at(positions))
         assert got[2].isnan().all() and torch.equal(got[[0, 1, 3, 4]], want[[0, 1, 3, 4]])
 
 
 def test_a_step_holds_what_it_was_made_of() -> None:
-    """Though the model gets other weights, whose memory is then another."""
+    """Give the model new weights: the step must still use the weights with which it was made."""
     made = forward_of(model())
     with torch.inference_mode():
         step = FusedDecodeStep(made, 2)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # torchrun runs this file without pytest, which sets the import path
+sys.path.insert(0, str(Path(__file__).parents[1]))  # pytest sets the import path, but torchrun runs this file without pytest
 
 from demo import corpus, evaluate, facts, kinds, texts, train, unknown, wordings
 from llama import Dialog, Llama

@@ -83,7 +83,7 @@ def test_an_existing_licence_file_is_not_overwritten(downloader: Downloader) -> 
 @pytest.mark.parametrize(
     ("faults", "starts"),
     [
-        ([Fault(cut=12_000)] * 7, [12_000 * n for n in range(8)]),  # tries that receive new bytes do not count
+        ([Fault(cut=12_000)] * 7, [12_000 * n for n in range(8)]),  # a try that receives new bytes resets the count of tries
         ([Fault(status=503)] * 4, [0] * 5),
         ([Fault(hold=0)], [0, 0]),  # the server sends nothing for longer than DOWNLOAD_TIMEOUT
         ([WRONG], [0, 0]),  # a wrong file is downloaded once more, from the start

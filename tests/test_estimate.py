@@ -96,7 +96,7 @@ def test_the_error_advises_nothing_that_would_raise_another_error() -> None:
     with pytest.raises(DeviceError, match="2 ranks") as caught:
         estimate.check_memory(SHORT, 1, BF16, torch.device("cpu"), 4 * 10**9, "int4")
     assert "int4" in str(caught.value)
-    huge = ModelArgs(dim=2**30, n_heads=2**29, vocab_size=2**30)  # must be quick, not try all numbers of ranks
+    huge = ModelArgs(dim=2**30, n_heads=2**29, vocab_size=2**30)  # the check must be quick, without trying all numbers of ranks
     with pytest.raises(DeviceError, match="No single change of"):
         estimate.check_memory(huge, 1, BF16, torch.device("cpu"), 10**9)
 

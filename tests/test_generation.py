@@ -65,7 +65,7 @@ def test_logprobs_equal_the_log_softmax_of_a_full_forward_of_the_reference(
     llama: Llama, reference: Transformer, echo: bool, max_gen_len: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Test prompts of several lengths, one of which fills the context, and answers that end at the end of the context."""
-    monkeypatch.setattr(tuning, "LOGPROB_CHUNK", 7)  # long prompts get their log probabilities in several chunks
+    monkeypatch.setattr(tuning, "LOGPROB_CHUNK", 7)  # the log probabilities of a long prompt are computed in several chunks
     for prompts in (RAGGED, RAGGED[4:], RAGGED[4:] * 2):
         tokens, logprobs = llama.generate(prompts, max_gen_len, temperature=0, logprobs=True, echo=echo)
         assert logprobs is not None

@@ -221,8 +221,8 @@ ORDER = "then 'user' and 'assistant' in turn"
     ids=lambda value: f"{value!r:.40}" if not isinstance(value, tuple) else "",
 )
 def test_chat_completion_refuses_bad_dialogs(idle: Llama, dialog: Any, parts: tuple) -> None:
-    """Check that the error names the index of the bad dialog. Dialogs with special tags count too, although they are never
-    encoded."""
+    """Check that the error names the index of the bad dialog. The index also counts dialogs with special tags,
+    although these are never encoded."""
     assert_raises(lambda: idle.chat_completion([[message("user", "[INST]")], [USER], dialog]), InputError, "dialog 2", *parts)
 
 

@@ -104,7 +104,7 @@ def test_weights_of_float32_or_float16_and_small_weights_are_not_packed() -> Non
 
 @pytest.fixture
 def rows_in_pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list to which each product appends its number of rows, if the product is computed in pieces of its weight."""
+    """Return a list to which each product that multiplies by its weight in pieces appends its number of rows."""
     n_rows: list[int] = []
     linear_in_pieces = half_precision.linear_in_pieces
     monkeypatch.setattr(

@@ -205,8 +205,8 @@ def test_attention_equals_the_reference_attention_and_the_formula(
 ) -> None:
     """Test whole prompts, chunks of a prompt, and decode steps. Attention gets key/value heads without repetition.
 
-    By the formula, each query attends by softmax to all positions up to its own. `starts` contains the position of the first
-    query, for each row or for all rows; it is None if attention gets no mask.
+    By the formula, the weights of each query are a softmax over all positions up to its own. `starts` is a list of the position
+    of the first query: one for each row, or a single one for all rows. It is None in tests without a mask.
     """
     B, hd = 2, 16
     q, k, v = torch.randn(B, S, kv, groups, hd), torch.randn(B, kv, L, hd), torch.randn(B, kv, L, hd)

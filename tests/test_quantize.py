@@ -44,7 +44,7 @@ def in_groups(x: torch.Tensor, group: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [*SHAPES, (64, 2304)], ids=str)
 def test_int8_errors_stay_within_one_step_and_both_formats_use_their_full_range(shape: tuple[int, int]) -> None:
-    """The error of an int8 value may be half a step from rounding the value, and a quarter step from rounding the scale."""
+    """Allow an int8 value an error of half a step, because the value is rounded, plus a quarter step, because the scale is."""
     weight = random(*shape)
     int8_weight, int4_weight = quantize(weight, "int8"), quantize(weight, "int4")
     error = in_groups(int8_weight.dequantize() - weight, int8_weight.group_size).abs()
@@ -122,7 +122,7 @@ def test_kernels_multiply_by_the_dequantized_weight(
     assert got.dtype == dtype
     tolerance = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
     if kernel_name == "Int8Cuda" and dtype == torch.float32:
-        tolerance = 3e-5  # float32 and float64 may round values halfway between two integers differently
+        tolerance = 3e-5  # near the middle between two integers, float32 and float64 may round differently
     assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
     assert kernel(x.view(1, n, -1)).shape == (1, n, shape[0])
     torch.compiler.reset()
@@ -182,8 +182,8 @@ def shared_kernels(model: Transformer) -> list[SharedKernel]:
 
 
 def formats(model: Transformer) -> set[tuple[bool, str | None]]:
-    """Return a pair for each matrix of a model except the embedding: True if it is the output layer, and the format of its
-    weight."""
+    """Return a set with one pair for each matrix of a model except the embedding: whether the matrix is the output layer, and
+    its format, which is None if it is not quantized."""
     return {(shared.computes_logits, shared.kernel.format) for shared in shared_kernels(model)}
 
 
@@ -235,8 +235,8 @@ def test_a_slice_of_inputs_inside_one_group_is_packed_and_multiplied(format: str
 def test_each_ranks_part_equals_that_part_of_the_weight_quantized_on_one_rank(
     small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, ranks: int
 ) -> None:
-    """Read weights from 1 and from 4 shards. On four ranks, each rank has 16 of the 64 inputs of wo, which is half of a group
-    that shares a scale."""
+    """Read weights from 1 and from 4 shards. On four ranks, each rank has 16 of the 64 inputs of wo: only half of the
+    inputs that share a scale."""
 
     def part(name: str, folder: Path, rank: int, ranks: int) -> torch.Tensor:
         for module in (loading, resharding):
@@ -277,8 +277,8 @@ def test_the_demo_models_int8_answers_are_the_same_from_any_shards_on_1_and_2_ra
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_a_rows_logits_do_not_depend_on_other_rows(small: SimpleNamespace, format: str, dtype: str) -> None:
     """Test the engine and the model's own forward. Logits may differ slightly for two reasons. In bfloat16, PyTorch's int4
-    kernel rounds differently for few and for many rows. In float32, attention of several rows may differ in the last bit, which
-    may change how an activation is rounded to 16 bits."""
+    kernel rounds differently for few and for many rows. In float32, attention of several rows and of one row may differ in the
+    last bit, which may change how an activation is rounded to 16 bits."""
     llama = Llama.build(small.folder, small.tokenizer_path, 128, 4, device="cpu", dtype=dtype, quantize=format)
     tokens = torch.randint(3, 384, (4, 100), generator=torch.Generator().manual_seed(5))
     exact_rows = format == "int8" or dtype == "float32" or blocked_linear.extension_for(format)

@@ -88,7 +88,7 @@ def test_build_sets_environment_variables_for_torch_and_onednn_unless_they_are_s
     small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     for variable in ENVIRONMENT:
-        monkeypatch.setenv(variable, "")  # monkeypatch then restores the variable after the test
+        monkeypatch.setenv(variable, "")  # lets monkeypatch restore the variable after the test, even if it was unset
         monkeypatch.delenv(variable)
     monkeypatch.setenv(name, "7")
     Llama.build(small.folder, small.tokenizer_path, 16, 1, device="cpu")

@@ -12,7 +12,7 @@ MAX_TOP_MODULES = 10
 
 
 def part_of(path: Path) -> str:
-    """Return the part that a file belongs to: the name of its package, or of a module at the top of the library."""
+    """Return the part that a file belongs to: the name of its package or, at the top of the library, its name without .py."""
     first = path.relative_to(PACKAGE).parts[0]
     return first.removesuffix(".py")
 

@@ -308,4 +308,4 @@ def test_bad_arguments_are_refused_before_any_work(
     monkeypatch.setattr(Llama, "build", None)
     returned, out, err = command(*arguments)
     assert (returned, out) == (code, "") and error in err
-    assert code == 2 or err.count("\n") == 1  # the error is one line, without a traceback or usage text
+    assert code == 2 or err.count("\n") == 1  # errors of exit code 1 are one line, without a traceback or usage text

@@ -1,7 +1,7 @@
 """The peer openvino: run models with the continuous batching pipeline of OpenVINO GenAI, which LLMPipeline also uses on CPUs.
 
-Other settings keep OpenVINO's defaults: bfloat16 arithmetic on CPUs that support it, an 8-bit KV cache, and in quantized layers
-activations rounded to 8 bits in groups.
+Settings that this module does not change keep OpenVINO's defaults: bfloat16 arithmetic on CPUs that support it, an 8-bit KV
+cache, and, in quantized layers, activations that are rounded to 8 bits in groups.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """A reimplementation of the decode loop of facebookresearch/llama, as a baseline.
 
 The model consists of fairscale's layers, one for each of wq, wk, wv, w1, w2 and w3. The rotary embedding uses complex numbers.
-Keys and values are expanded to every query head, attention is matmul, softmax, matmul, and logits are computed at every
+Keys and values are expanded to every query head. Attention is a matmul, a softmax and a matmul. Logits are computed at every
 position. Prompts of unequal length are prefilled together up to the end of the shortest. Then all rows advance by one token per
 step. As long as a longer prompt continues, the prompt's token replaces the generated token.
 """

@@ -1,8 +1,9 @@
 """The cpu backend: run a whole decode step in one call of compiled C (csrc/decode_avx512.c) where possible.
 
-The single call needs a CPU with AVX-512 instructions for bfloat16, a model in bfloat16 (with int8 and int4 weights, too) or
-float32, and a single rank. In all other cases the backend runs layer by layer. A decode step reads all weights, which evicts
-everything else from the CPU's caches, so that Python code between two matrix products is slow; a single call runs none.
+The single call needs a CPU with AVX-512 instructions for bfloat16, a single rank, and a model in float32 or bfloat16. A model
+in bfloat16 may have int8 or int4 weights. In all other cases the backend runs layer by layer. A decode step reads all weights,
+which evicts everything else from the CPU's caches, so that Python code between two matrix products is slow; a single call runs
+none.
 """
 
 import functools
@@ -21,11 +22,11 @@ from ..kernels.c_extension import DTYPE_CODES, FP32, LinearArgs, fill_struct
 from ..model import ModelArgs
 from .layerwise import TorchBackend, decode_layerwise
 
-DTYPES = torch.bfloat16, torch.float32  # of models that the compiled decode step supports
+DTYPES = torch.bfloat16, torch.float32  # a model that runs the compiled decode step has one of these dtypes
 
 
 def why_shape_unsupported(args: ModelArgs, dtype: torch.dtype, ranks: int) -> str | None:
-    """Return why a model cannot run a decode step in one call of C because of its sizes, dtype or ranks; None if it can.
+    """Return what rules out a decode step in one call of C: the CPU, or sizes, dtype or ranks of a model; None if nothing does.
 
     ranks: number of ranks that share the model.
     """
@@ -92,7 +93,7 @@ def _plain_parts(product: MergedLinear, in_features: int, out_features: int) -> 
 
 
 def _linear_args(product: MergedLinear, rows: int, in_features: int, out_features: int, **fields: object) -> LinearArgs:
-    """Return the C struct of a product of `rows` rows by blocked or plain float32 weights; `fields` sets more of its fields."""
+    """Return the C struct for multiplying `rows` rows by blocked or plain float32 weights. fields: its other fields."""
     if isinstance(product.kernel, BlockedLinear):
         return product.kernel.args(rows, **fields)
     parts = _plain_parts(product, in_features, out_features)

@@ -56,7 +56,8 @@ def slowdown_warning(
     missing = [status for status in (avx512.status(), avx2.status(), pack.status()) if status.not_compiled]
     if backend.name in ("torch", "cpu") and missing:  # without a new build after an update, extensions may be missing
         return f"llama: decoding is slower than it could be, without compiled kernels: {missing[0].reason}"
-    # In a small model a step takes microseconds anyway. Quantized float32 models run layer by layer at any width.
+    # No warning for a small model, whose steps take microseconds anyway, nor for a quantized float32 model, which runs layer by
+    # layer whatever its widths are.
     fused_elsewhere = dtype == torch.bfloat16 or (dtype == torch.float32 and quantize is None)
     is_large = 4 * args.dim * args.ffn_width >= tuning.MIN_PACKED_BYTES
     may_fuse = backend.name == "cpu" and avx512.extension() and fused_elsewhere and is_large

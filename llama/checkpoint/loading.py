@@ -187,7 +187,7 @@ def _read_packed_weights(
     such a kernel, and if this rank's part begins in the middle of a block.
     """
     rank, ranks = model_parallel()
-    parts: list[tuple[BlockedWeight, int, int]] = []  # (weight, first, last): this rank's outputs are first to last - 1
+    parts: list[tuple[BlockedWeight, int, int]] = []  # (weight, first, last): this rank's outputs are `first` to `last` - 1
     is_aligned = True
     for name, linear in zip(names, linears, strict=True):
         _check_packed_weight(name, tensors, format)

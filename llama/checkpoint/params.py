@@ -1,4 +1,4 @@
-"""Read and check `params.json`. For error messages, describe a folder that is not a checkpoint."""
+"""Read and check `params.json`. For error messages, describe what a folder contains if it is not a checkpoint."""
 
 import json
 import os

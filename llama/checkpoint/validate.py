@@ -56,8 +56,8 @@ def build_on_meta(
 def expected_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
     """Return the shape of each whole weight, not of one rank's part, by Meta's names."""
     ranks, expected = model_parallel()[1], {}
-    # norm.weight comes first. It is not split, so its shape shows whether `dim` is right. Later, a wrong `dim` would look like
-    # missing shards.
+    # norm.weight comes first. It is not split, so its shape shows whether `dim` is right. If tok_embeddings.weight came
+    # first, a wrong `dim` would look like missing shards.
     for name, weight in sorted(model.state_dict().items(), key=lambda item: item[0] != "norm.weight"):
         shape, dim = list(weight.shape), split_dim(name)
         if dim is not None:

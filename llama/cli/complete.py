@@ -12,7 +12,7 @@ from ..tokenizer import check_text
 from .model_options import build_model, call_options
 from .terminal import Terminal, configure_stream
 
-CHUNK_BATCHES = 16  # batches of prompts per call, if results are printed before all prompts are done
+CHUNK_BATCHES = 16  # batches per call, if the prompts are divided among several calls
 
 
 def run_complete(args: argparse.Namespace) -> None:
@@ -39,8 +39,8 @@ def run_complete(args: argparse.Namespace) -> None:
                 f"{label} has {n_tokens} tokens, more than max_seq_len={args.max_seq_len}; "
                 "shorten it, or build with a larger max_seq_len"
             )
-    # On a terminal, divide the texts among several calls, so that the first results appear before all texts are finished. With
-    # replicas, too: they return results only when a call ends.
+    # Divide the texts among several calls, so that the first results appear before all texts are finished: on a terminal, and
+    # with replicas, which return results only when a call ends.
     in_chunks = sys.stdout.isatty() or replica()[1] > 1
     size = CHUNK_BATCHES * args.max_batch_size * replica()[1] if in_chunks else len(prompts)
     for i in range(0, len(prompts), max(size, 1)):
@@ -60,7 +60,7 @@ def _given_prompts(prompts: list[str]) -> tuple[list[str], list[str]]:
 
 
 def read_prompts(jsonl: bool) -> tuple[list[str], list[str]]:
-    """Read prompts from standard input: one JSON object on each line, or without `jsonl` the whole input as one prompt.
+    """Read prompts from standard input: with `jsonl`, a JSON object on each line; otherwise the whole input is one prompt.
 
     Returns the prompts, and a label for each that error messages use.
     """

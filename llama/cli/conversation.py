@@ -94,7 +94,7 @@ class Conversation:
         return None
 
     def _set_system(self, text: str) -> None:
-        """Set the system text to `text` if there is one, or remove the system text if `text` is "-". Then print the result."""
+        """Set the system text to `text`, or remove it if `text` is "-"; change nothing if `text` is empty. Print the status."""
         if text == "-":
             self.system = None
         elif text:

@@ -147,7 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run() -> None:
     """Run the command line as a program, and exit with its exit code."""
-    # The handler makes SIGTERM run `finally` blocks. With several ranks, it could not run before the end of a collective.
+    # The handler makes SIGTERM run `finally` blocks. With several ranks, no handler is set here, because a handler in Python
+    # would wait for the end of a collective.
     if world_size() == 1:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

@@ -33,7 +33,7 @@ def set_environment() -> None:
 def initialize(device: str | torch.device | None = None, model_parallel_size: int | None = None) -> torch.device:
     """Choose this rank's device, create the model-parallel groups, and return the device.
 
-    model_parallel_size: number of ranks that share a model; default: the size of existing groups, or without groups all ranks.
+    model_parallel_size: number of ranks that share a model; default: the size of existing groups, or all ranks if none exist.
     Raises DeviceError for a device that does not exist, for more ranks than devices, and for a model_parallel_size that is not
     the size of existing groups or does not divide the number of ranks.
     """

@@ -52,7 +52,7 @@ def results_of_replaced_generate(
 ) -> list[GenerationResult]:
     """Return results from `generate`, a function with which a caller has replaced `Llama.generate`.
 
-    `generate` is called with the arguments that the reference has, and with those further options that are not the defaults.
+    `generate` receives the arguments of the reference. It receives a further option only if the value is not the default.
     """
     asked = [request for request in call.requests if request.prompt]
     defaults = SamplingParams()

@@ -82,8 +82,8 @@ class Engine:
     def run(self, call: GenerationCall) -> Iterator[GeneratedToken]:
         """Yield the new tokens of all requests as they are generated, without EOS. With `call.echo`, prompt tokens come first.
 
-        Either all requests have a seed or none has. With `call.reuse`, the call has a single request. Its prefill skips the
-        leading prompt tokens whose keys and values the previous call, also with `reuse`, has left in the cache.
+        Either all requests have a seed or none has. With `call.reuse`, the call has a single request. If the previous call had
+        `reuse` too, prefill skips the leading prompt tokens whose keys and values that call has left in the cache.
         """
         for request in call.requests:
             if request.max_new_tokens == 0 and not request.finish_reason:

@@ -37,14 +37,14 @@ class MergedLinear:
         self.kernel = merged if isinstance(merged, LinearKernel) else None
         self.weight = merged if isinstance(merged, torch.Tensor) else None
         self.parts = [MergedLinear(weight) for weight in weights] if merged is None and len(weights) > 1 else []
-        # A packed weight that shares a kernel with other weights, and could be multiplied alone only by a copy; else None.
+        # A packed weight whose rows of a shared kernel cannot be multiplied alone without a copy; None in all other cases.
         self.rows_of_kernel = None
         if merged is None and not self.parts:
             assert isinstance(weights[0], PackedWeight)
             self.rows_of_kernel = weights[0]
 
     def dependencies(self) -> list[Any]:
-        """Return what a captured step depends on: the kernels and, for each unpacked weight, a key that identifies its memory."""
+        """Return what a captured step depends on: kernels and, for each unpacked weight, a key that identifies its memory."""
         if self.parts:
             return [each for part in self.parts for each in part.dependencies()]
         if self.rows_of_kernel is not None:

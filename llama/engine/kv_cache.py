@@ -52,7 +52,7 @@ class RaggedBatch:
 
     @staticmethod
     def from_segments(pieces: Iterable[tuple[int, int, int]], device: torch.device | str = "cpu") -> "RaggedBatch":
-        """Return a batch of pieces (row, position of the first token, number of tokens).
+        """Return a batch of the tokens in `pieces`: tuples (row, position of the first token, number of tokens).
 
         Adjacent rows with the same position and number of tokens become one segment.
         """
@@ -134,7 +134,7 @@ class KVCache:
         self.views = [tuple(layer.transpose(2, 3).unbind()) for layer in self.layers]  # cache_k and cache_v of each layer
         self.logits: torch.Tensor | None = None  # None, or the logits (rows, vocab) of the last decode step
         self.stream: torch.cuda.Stream | None = None  # None, or the CUDA stream on which the last step was launched
-        # None, or the tokens whose keys and values are in row 0. Each call sets a new list.
+        # The tokens whose keys and values row 0 is known to contain; None if unknown. Each call sets a new list.
         self.prefix_tokens: list[int] | None = None
         self.weights_version: object = None  # the model's weights_version when prefix_tokens were computed
         self.version = -1  # PyTorch's version counter of `data` after the engine's last write

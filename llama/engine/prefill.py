@@ -19,8 +19,8 @@ def prefill(
     """Prefill rows of the KV cache with the prompts of requests, at most PREFILL_CHUNK tokens of all prompts at a time.
 
     start: number of leading prompt tokens to skip, as they are in the cache already. quiet: show no progress.
-    Return the hidden state of each prompt's last token, (B, dim), and a list for each prompt: the log probabilities of its
-    tokens, with 0.0 for the first token, if `scored`; otherwise an empty list.
+    Return the hidden state of the last token of each prompt, (B, dim), and a list of log probabilities for each prompt. With
+    `scored`, the list has an entry for each token, 0.0 for the first; without `scored`, it is empty.
     """
     prompts, device = [request.prompt[start:] for request in requests], forward.device
     lengths = [len(prompt) for prompt in prompts]

@@ -16,7 +16,7 @@ class SharedState:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.cache: KVCache | None = None
-        self.owner: object = None  # a token of that call; the call itself would keep the model alive
+        self.owner: object = None  # identifies that call without keeping it, and so the model, alive; None if there is none
 
 
 _BY_MODEL: weakref.WeakKeyDictionary[nn.Module, SharedState] = weakref.WeakKeyDictionary()

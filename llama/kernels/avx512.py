@@ -125,8 +125,8 @@ def prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     """Return causal attention of q (B, S, K, G, hd), at the last S of L positions, over k and v (B, K, L, hd)."""
     B, S, K, G, hd = q.shape
     L, y = k.shape[2], torch.empty(q.shape, dtype=q.dtype, device="cpu")
-    # Buffers for the C function: keys and values in blocks of 64 positions, and for each thread the attention scores of
-    # 4 queries in float32 (4 rows) with their softmax in bfloat16 (2 rows).
+    # Buffers for the C function: keys and values in blocks of 64 positions, and for each thread 6 float32 rows: 4 for
+    # the attention scores of 4 queries, and 2 for the softmax of the scores in bfloat16, which needs half the memory.
     packed_kv = torch.empty(2, B * K, -(-L // 64) * 64, hd, dtype=q.dtype, device="cpu")
     scores = torch.empty(torch.get_num_threads(), 6, packed_kv.shape[2], dtype=torch.float32, device="cpu")
     sizes = {"B": B, "S": S, "K": K, "G": G, "hd": hd, "L": L, "q_batch": q.stride(0), "q_stride": q.stride(1)}
@@ -143,7 +143,7 @@ def prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
 
 
 def supports_rows(x: torch.Tensor, width: int, *weights: torch.Tensor) -> bool:
-    """Return True if `rms_norm` (with a weight) or `swiglu` (without weights) can compute output rows of `width` values."""
+    """Return True if `rms_norm` (if a weight is given) or `swiglu` (if none is given) can compute rows of `width` outputs."""
     weights_fit = all(weight.shape == (width,) and weight.is_contiguous() for weight in weights)
     return (
         weights_fit

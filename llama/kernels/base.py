@@ -35,11 +35,11 @@ class LinearKernel:
         raise NotImplementedError
 
     def swiglu(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Return silu(first half of outputs) * second half, (N, out / 2), for x (N, in), or None without a fused kernel."""
+        """Return silu(first half of outputs) * second half, (N, out / 2), for x (N, in); None if no fused kernel exists."""
         return None
 
     def rows(self, first: int, last: int) -> "LinearKernel | None":
-        """Return a kernel for outputs first to last - 1 that shares this kernel's memory, or None if a copy would be needed."""
+        """Return a kernel for outputs `first` to `last` - 1 that shares this kernel's memory, or None if that needs a copy."""
         return None
 
     def use_highest_precision(self) -> None:

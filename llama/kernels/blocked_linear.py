@@ -50,7 +50,7 @@ class BlockedWeight:
     scales: torch.Tensor | None  # bfloat16 scales, for int4 also zeros; None if `format` is "bfloat16"
     in_features: int
     out_features: int
-    padding_before: int = 0  # padding inputs in the blocks before the first input of the weight
+    padding_before: int = 0  # number of padding inputs before the first input of the weight
 
     @property
     def width(self) -> int:
@@ -59,7 +59,7 @@ class BlockedWeight:
 
     @property
     def group_size(self) -> int:
-        """Return the number of inputs that share a scale; for bfloat16, return 32, as rows are padded to multiples of 32."""
+        """Return the number of inputs that share a scale; 32 for bfloat16, whose rows are padded to multiples of 32."""
         return self.width // self.scales.shape[1] if self.scales is not None else ACTIVATION_GROUP
 
     @staticmethod
@@ -79,7 +79,7 @@ class BlockedWeight:
 
     @staticmethod
     def from_rows(format: str, views: Sequence[torch.Tensor], group: int) -> "BlockedWeight":
-        """Pack the rows of several views (rows, in), in order, into one weight, with csrc/pack.c.
+        """Pack the rows of the tensors `views`, each (rows, in), into one weight in the same order, with csrc/pack.c.
 
         For int8 and int4, csrc/pack.c quantizes each row in groups of `group` inputs. Raises ValueError if the views differ in
         dtype or width, are not on the CPU, or are not bfloat16 although `format` is "bfloat16".
@@ -166,13 +166,13 @@ class BlockedWeight:
         return self.to_quantized(dtype).dequantize()
 
     def slice_outputs(self, first: int, last: int) -> "BlockedWeight":
-        """Return outputs first to last - 1 of the weight, without copying; `first` must be a multiple of 64."""
+        """Return outputs `first` to `last` - 1 of the weight, without copying; `first` must be a multiple of 64."""
         blocks = slice(first // BLOCK_OUTPUTS, -(-last // BLOCK_OUTPUTS))
         scales = None if self.scales is None else self.scales[blocks]
         return replace(self, weight=self.weight[blocks], scales=scales, out_features=last - first)
 
     def slice_inputs(self, first: int, last: int) -> "BlockedWeight":
-        """Return a copy of inputs first to last - 1. Groups stay whole: their other inputs become padding."""
+        """Return a copy of inputs `first` to `last` - 1, extended to whole groups; the added inputs count as padding."""
         size, words_per_group = self.group_size, self.group_size // INPUTS_PER_WORD[self.format]
         first_group, last_group = first // size, -(-last // size)
         weight = self.weight[:, first_group * words_per_group : last_group * words_per_group].contiguous()
@@ -236,7 +236,7 @@ class BlockedLinear(LinearKernel):
         return y
 
     def swiglu(self, x: torch.Tensor) -> torch.Tensor | None:
-        # is_plain_tensor comes first: it is False in compiled code, which cannot trace the rest.
+        # is_plain_tensor must come first: while torch.compile traces, it is False, and the other conditions cannot be traced.
         if not c_extension.is_plain_tensor(x) or self.extension.name != avx512.NAME or torch.is_grad_enabled():
             return None
         half = self.out_features // 2

@@ -57,7 +57,7 @@ def _libc() -> Any:
 
 
 def malloc_trim() -> None:
-    """Return freed memory to the system, if the C library is glibc. Quantizing frees a tenth of the size of the weights."""
+    """If the C library is glibc, return freed memory to the system; after quantizing, that is a tenth of the weights' size."""
     if hasattr(_libc(), "malloc_trim"):
         _libc().malloc_trim(0)
 
@@ -66,7 +66,7 @@ WILLNEED, DONTNEED = 3, 4  # values of the argument `advice` of `madvise`
 
 
 def madvise(view: torch.Tensor, advice: int) -> None:
-    """Advise the system to read a view's memory-mapped pages ahead (WILLNEED) or to unmap them from this process (DONTNEED).
+    """Advise the system to read a memory-mapped tensor's pages ahead (WILLNEED) or to unmap them from this process (DONTNEED).
 
     Pages of a shard that have been read count as memory of this process until the last tensor of the shard is freed. Without
     DONTNEED, loading would therefore need twice the memory. After DONTNEED, the pages remain only in the system's page cache.

@@ -55,7 +55,7 @@ class _Int4Linear(LinearKernel):
         return y if self.is_unpadded else y[:, : self.out_features]
 
     def unpack(self) -> QuantizedWeight:
-        """Return the weight, whose values are recovered as products of unit vectors, with scales of 1 and zeros of 0."""
+        """Return the weight; to recover its values, unit vectors are multiplied by it with scales of 1 and zeros of 0."""
         scales = self.scales.flatten(1, -2)
         unit_scales = torch.zeros_like(scales, dtype=torch.bfloat16)
         unit_scales[..., 0] = 1
@@ -188,7 +188,7 @@ def _unpack_int4_cuda(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @functools.cache
 def _can_unpack_cuda(half_tiles: int, device: torch.device) -> bool:
-    """Return True if `_unpack_int4_cuda` can read the int4 layout of the installed PyTorch, which may change it."""
+    """Return True if `_unpack_int4_cuda` can read the int4 layout of the installed PyTorch; other versions may change it."""
     values = ((torch.arange(16 * 96 * half_tiles, device=device).view(16, -1) * 2654435761 >> 7) % 16 - 8).to(torch.int8)
     blocks = _pack_int4_cuda(values)
     return blocks.shape[2:] == (32, half_tiles) and torch.equal(_unpack_int4_cuda(blocks, values.dtype), values)

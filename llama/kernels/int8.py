@@ -82,7 +82,7 @@ class Int8CudaLinear(LinearKernel):
     def supports(weight: QuantizedWeight) -> bool:
         """Return True if cuBLAS can multiply the weight.
 
-        The weight must have one scale per row and sizes divisible by 8, and the GPU compute capability 7.5 or higher.
+        The weight must have one scale per row and sizes divisible by 8, and the GPU must have compute capability 7.5 or higher.
         """
         fits = weight.scales.shape[1] == 1 and not any(size % 8 for size in weight.values.shape)
         return fits and torch.cuda.get_device_capability(weight.device) >= (7, 5)

@@ -48,7 +48,7 @@ class SharedKernel:
         self.row_kernels = {}
 
     def rows(self, first: int, last: int) -> LinearKernel | None:
-        """Return a kernel for rows first to last - 1 only, or None if a copy would be needed."""
+        """Return a kernel for rows `first` to `last` - 1 only, or None if a copy would be needed."""
         if (first, last) == (0, self.shape[0]):
             return self.kernel
         if (first, last) not in self.row_kernels:
@@ -56,7 +56,7 @@ class SharedKernel:
         return self.row_kernels[first, last]
 
     def replace(self, first: int, last: int, rows: torch.Tensor) -> None:
-        """Replace the values of rows first to last - 1 by `rows` (last - first, in), and pack the weight again."""
+        """Replace the values of rows `first` to `last` - 1 by `rows` (last - first, in), and pack the weight again."""
         weight = self.kernel.unpack()
         if isinstance(weight, QuantizedWeight):
             assert not weight.padding_before or (first, last) == (0, self.shape[0]), "rows with padding are replaced as a whole"
@@ -90,7 +90,7 @@ def _unpickle_shared(
 
 
 class PackedWeight(torch.Tensor):
-    """A weight (last - first, in) whose values are rows first to last - 1 of a SharedKernel."""
+    """A weight (last - first, in) whose values are rows `first` to `last` - 1 of a SharedKernel."""
 
     shared: SharedKernel
     first: int

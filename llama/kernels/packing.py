@@ -45,7 +45,7 @@ def uses_blocks(format: str | None, weight: torch.Tensor | QuantizedWeight, in_f
 def pack_rows(
     format: str | None, views: Sequence[torch.Tensor], dtype: torch.dtype, width: int, first: int, last: int
 ) -> LinearKernel | None:
-    """Pack inputs first to last - 1 of a weight (out, width) into blocks; format None means bfloat16.
+    """Pack inputs `first` to `last` - 1 of a weight (out, width) into blocks; format None means bfloat16.
 
     views: the parts of the weight, in order. Either each part has some of the outputs and all inputs, or each has all outputs
         and some of the inputs.

@@ -65,7 +65,7 @@ def _is_key(value: object, table: Mapping[str, object]) -> bool:
 def choose_machines(gpu: str | None, memory: float | None, bandwidth: float | None) -> tuple[list[Machine], torch.device]:
     """Return the machines to plan for, and a device that has the kernels of these machines.
 
-    gpu: the name of a GPU. memory in GB and bandwidth in GB/s: those of a single machine without a name. If no argument is
+    gpu: the name of a GPU. memory (GB), bandwidth (GB/s): those of a machine to plan for instead of `gpu`. If no argument is
     given, return all known GPUs.
     """
     if gpu is not None and not _is_key(gpu, GPUS):
@@ -170,7 +170,8 @@ def plan(
 
     model: "7B", "13B" or "70B". ckpt_dir: a folder with params.json, instead of `model`.
     ranks: the numbers of ranks, each a column of the table; by default all possible numbers up to 16.
-    gpu: the name of a GPU; by default all known GPUs. memory, bandwidth: instead of `gpu`, any machine, in GB and GB/s.
+    gpu: the name of a GPU; by default all known GPUs.
+    memory (GB), bandwidth (GB/s): those of a machine to plan for instead of `gpu`.
     The other arguments are those of `Llama.build`. Raises LlamaError for arguments that are wrong or contradict each other.
     """
     if isinstance(model, str):

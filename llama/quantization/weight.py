@@ -61,7 +61,7 @@ class QuantizedWeight:
         return replace(self, values=self.values.to(device), scales=self.scales.to(device), zeros=zeros, dtype=dtype)
 
     def slice_inputs(self, first: int, last: int) -> "QuantizedWeight":
-        """Return inputs first to last - 1 of the weight. Groups stay whole: their other inputs become padding."""
+        """Return inputs `first` to `last` - 1 of the weight, extended to whole groups; the added inputs count as padding."""
         if self.scales.shape[1] == 1 and self.zeros is None:  # one scale for the whole row, so no padding is needed
             return replace(self, values=self.values[:, first:last].contiguous(), in_features=last - first)
         size = self.group_size
@@ -76,7 +76,7 @@ class QuantizedWeight:
         )
 
     def slice_outputs(self, first: int, last: int) -> "QuantizedWeight":
-        """Return outputs first to last - 1 of the weight."""
+        """Return outputs `first` to `last` - 1 of the weight."""
         zeros = None if self.zeros is None else self.zeros[first:last]
         return replace(self, values=self.values[first:last], scales=self.scales[first:last], zeros=zeros)
 
@@ -113,7 +113,7 @@ def group_size(in_features: int, format: str) -> int:
 
 
 def bytes_per_weight(format: str | None, dtype: torch.dtype, in_features: int = WIDE_ROW) -> float:
-    """Return the average bytes per value, including scales and zeros; the bytes of `dtype` if `format` is None."""
+    """Return the average bytes per value, including scales and zeros; if `format` is None, the bytes of a value in `dtype`."""
     if format is None:
         return float(dtype.itemsize)
     return {"int8": 1 + 2 / group_size(in_features, format), "int4": 0.5 + 4 / group_size(in_features, format)}[format]

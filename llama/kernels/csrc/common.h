@@ -69,7 +69,8 @@ enum { BF16, FP16, FP32, INT8, INT4 };
  * output share a scale and, in INT4, a zero, which is the weight that the value 0 stands for. */
 enum { BLOCK_OUTPUTS = 64, ACTIVATION_GROUP = 32 }; /* ACTIVATION_GROUP: adjacent inputs of x that share a scale */
 
-/* The arguments of the function `linear`. Below, rows = n / int8_per_activation is the number of rows of x. */
+/* The arguments of the function `linear`. Below, rows = n / int8_per_activation is the number of rows of x. If `format` is
+ * FP32, norm, residual and normed point to floats. */
 typedef struct LinearArgs {
   long format, x_dtype;     /* format code of the weight, dtype code of x */
   long y_dtype;             /* dtype code of y */
@@ -79,7 +80,7 @@ typedef struct LinearArgs {
   long group, in,
       out;    /* group: inputs that share a scale; in: inputs of a row; out: outputs of a row, after SwiGLU if there is any */
   long gated; /* 1 for SwiGLU: y = silu(first half of the weight's outputs) * second half; otherwise 0 */
-  const bf16_t *norm;     /* weight (in) of an RMSNorm of x, or NULL. With FP32, norm, residual and normed point to floats. */
+  const bf16_t *norm;     /* weight (in) of an RMSNorm of x, or NULL if there is none */
   float eps, unused;      /* eps of the RMSNorm */
   const void *x;          /* input x: (rows, in) */
   void *y;                /* output y: (rows, out) */

@@ -43,7 +43,7 @@ void normalize_or_gate_rows(Parallel parallel, unsigned threads, const RowsArgs 
 /* n: rows of the batch; K: key/value heads; G: queries for each key/value head; hd: head_dim. Strides are counted in values. */
 typedef struct AttentionArgs {
   void *q;                /* queries (n, K, G, hd); with rotations, each row also has its new key and value, (2, K, hd) */
-  const float *rotations; /* cosines and sines (n, hd / 2, 2), or NULL if q is rotated and the cache is complete */
+  const float *rotations; /* cosines and sines (n, hd / 2, 2), or NULL if q is rotated and all keys and values are cached */
   void *keys, *values;    /* keys and values of the cache: (rows, K, max_seq_len, hd) */
   const long *rows_and_positions; /* pairs (n, 2): the row of the cache, and the position of the query */
   float *scores;                  /* buffer (n, K, G, max_seq_len) for attention scores */
@@ -151,7 +151,7 @@ INLINE void decode_head(const AttentionArgs *a, const int dtype, long i) {
                   position + 1);
 }
 
-/* The function that each thread runs: compute attention for one key/value head of one row after another. */
+/* The function that each thread runs: compute attention for one key/value head of one row at a time. */
 static void decode_attention_worker(void *shared) {
   AttentionArgs *a = shared;
   for (long i; (i = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) < a->n * a->K;) {

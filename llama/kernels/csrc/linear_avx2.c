@@ -53,13 +53,13 @@ INLINE void multiply_unpacked(const LinearArgs *p, const int format, long o, lon
     UNROLL(r, n) store_output(p, first + r, o + i, sum_lanes(sum[i][r]));
 }
 
-/* Compute outputs o to end - 1 of n rows: m outputs at a time, then the remaining outputs one by one. */
+/* Compute outputs `o` to `end` - 1 of n rows: m outputs at a time, then the remaining outputs one by one. */
 INLINE void multiply_outputs(const LinearArgs *p, const int format, long o, long end, long first, const int m, const int n) {
   for (; o + m <= end; o += m) multiply_unpacked(p, format, o, first, m, n);
   for (; o < end; o++) multiply_unpacked(p, format, o, first, 1, n);
 }
 
-/* Define a kernel for one format that computes outputs o to end - 1 of all rows. */
+/* Define a kernel for one format that computes outputs `o` to `end` - 1 of all rows. */
 #define DEFINE_UNPACKED_KERNEL(name, format)                                                  \
   static void name(const LinearArgs *p, long o, long end) {                                   \
     for (long first = 0; first < p->n; first += MAX_TILE) switch (p->n - first) {             \
@@ -73,7 +73,7 @@ DEFINE_UNPACKED_KERNEL(unpacked_bf16, BF16)
 DEFINE_UNPACKED_KERNEL(unpacked_fp16, FP16)
 DEFINE_UNPACKED_KERNEL(unpacked_fp32, FP32)
 
-/* Compute outputs o to end - 1 of all rows with a float32 weight, on CPUs that also have AVX-512. */
+/* Compute outputs `o` to `end` - 1 of all rows with a float32 weight, on CPUs that also have AVX-512. */
 FP32_TARGET static void unpacked_fp32_avx512(const LinearArgs *p, long o, long end) {
   while (o < end) {
     const long m = end - o < FP32_OUTPUTS ? 1 : FP32_OUTPUTS;

@@ -47,8 +47,8 @@ INLINE void prefetch_next(PrefetchPlan *plan) {
   plan->address += plan->step;
 }
 
-/* The kernels multiply_bf16, multiply_int8 and multiply_int4 compute y for the outputs of block b and for rows first to
- * first + n - 1. */
+/* The kernels multiply_bf16, multiply_int8 and multiply_int4 compute y for the outputs of block b and for rows `first` to
+ * `first` + n - 1. */
 
 INLINE void multiply_bf16(const LinearArgs *p, long b, long first, const int n, __m512 y[TILE][BLOCK_VECTORS]) {
   const bf16_t *w = (const bf16_t *)p->weight + b * BLOCK_OUTPUTS * p->in, *x = (const bf16_t *)p->x + first * p->in;
@@ -184,7 +184,8 @@ static void compute_block(const LinearArgs *p, long b, long first, long n) {
     }
 }
 
-/* The function that each thread runs: normalize and quantize rows of x, as far as the weight requires. */
+/* The function that each thread runs: normalize rows of x if there is an RMSNorm, and quantize them unless the weight is
+ * bfloat16. */
 static void prepare_rows_worker(void *shared) {
   LinearArgs *p = shared;
   const int size = p->x_dtype == FP32 ? 4 : 2;

@@ -23,8 +23,8 @@ static __m128 swiglu_fp32(__m128 x, __m128 up) {
   return _mm_mul_ps(_mm_div_ps(x, _mm_add_ps(_mm_set1_ps(1), _mm512_castps512_ps128(denominator))), up);
 }
 
-/* Compute outputs o to end - 1 of all rows. For SwiGLU, a first call with second = 0 writes the first half of the outputs to
- * y; a call with second = 1 combines the values in y with the second half. */
+/* Compute outputs `o` to `end` - 1 of all rows. For SwiGLU, a first call with second = 0 writes the first half of the outputs
+ * to y; a call with second = 1 combines the values in y with the second half. */
 static void compute_outputs(const LinearArgs *p, long o, long end, int second) {
   for (; o < end; o += FP32_OUTPUTS)
     for (long first = 0; first < p->n; first += FP32_ROWS) {
@@ -40,7 +40,8 @@ static void compute_outputs(const LinearArgs *p, long o, long end, int second) {
     }
 }
 
-/* The function that each thread runs: compute claimed ranges of outputs, each half of a gated weight in one sequential run. */
+/* The function that each thread runs: compute claimed ranges of outputs. For SwiGLU, the rows of a range are read from
+ * the first half of the weight, then from the second half. */
 static void linear_fp32_worker(void *shared) {
   LinearArgs *p = shared;
   for (long t, end, tasks = p->out / TASK_OUTPUTS; (t = claim_tasks(&p->next, p->threads, tasks, &end)) < tasks;)

@@ -23,7 +23,7 @@ typedef struct PromptAttentionArgs {
 
 static inline long n_blocks(const PromptAttentionArgs *a) { return (a->L + BLOCK_KEYS - 1) / BLOCK_KEYS; }
 
-/* The function that each thread runs: pack one block of 64 positions of one head after another. */
+/* The function that each thread runs: pack one block of 64 positions of one head at a time. */
 static void pack_worker(void *shared) {
   PromptAttentionArgs *a = shared;
   const long n = n_blocks(a), tasks = a->B * a->K * n, hd = a->hd;
