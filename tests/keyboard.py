@@ -54,7 +54,7 @@ class Person:
         os.write(self.screen, text.encode())
 
     def settings(self) -> list:
-        """Return the terminal's settings, among them the key for Ctrl-C."""
+        """Return the terminal's settings, among them the key that interrupts a program."""
         return termios.tcgetattr(self.screen)
 
     def __enter__(self) -> "Person":

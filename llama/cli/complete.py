@@ -39,8 +39,8 @@ def run_complete(args: argparse.Namespace) -> None:
                 f"{label} has {n_tokens} tokens, more than max_seq_len={args.max_seq_len}; "
                 "shorten it, or build with a larger max_seq_len"
             )
-    # Divide the texts among several calls, so that the first results appear before all texts are finished: on a terminal, and
-    # with replicas, which return results only when a call ends.
+    # On a terminal, and with replicas (which return results only when a call ends), divide the texts among several calls, so
+    # that the first results appear before all texts are finished.
     in_chunks = sys.stdout.isatty() or replica()[1] > 1
     size = CHUNK_BATCHES * args.max_batch_size * replica()[1] if in_chunks else len(prompts)
     for i in range(0, len(prompts), max(size, 1)):

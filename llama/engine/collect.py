@@ -52,7 +52,8 @@ def results_of_replaced_generate(
 ) -> list[GenerationResult]:
     """Return results from `generate`, a function with which a caller has replaced `Llama.generate`.
 
-    `generate` receives the arguments of the reference. It receives a further option only if the value is not the default.
+    `generate` receives the arguments that Meta's own `Llama.generate` has, and any other option only if its value is not the
+    default.
     """
     asked = [request for request in call.requests if request.prompt]
     defaults = SamplingParams()

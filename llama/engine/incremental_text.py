@@ -7,7 +7,7 @@ from ..errors import InputError, describe
 from ..tokenizer import Tokenizer, check_text, make_detokenizer
 
 ZERO_WIDTH_JOINER = "\u200d"  # joins several emoji into one, as in the emoji of a family
-MAX_CHARACTER_LENGTH = 64  # number of code points; text of a longer character is not held back
+MAX_CHARACTER_LENGTH = 64  # in code points; if the possibly incomplete end of a text is longer, it is returned anyway
 
 
 def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:

@@ -53,8 +53,8 @@ def linear_in_pieces(x: torch.Tensor, out: int, piece: Callable[[slice, torch.Te
 
     The product is computed in x's dtype or, if the CPU is slow in x's dtype, in float32.
 
-    piece: a function that converts a piece of the weight. `piece(outs, buffer)` writes the outputs in the slice `outs` to
-    `buffer`, which is (parts, outputs per part, in) in the dtype of the product, and returns the piece as a tensor
+    piece: a function that converts a piece of the weight. `piece(outs, buffer)` converts the weight's rows in the slice `outs`
+    into `buffer`, which is (parts, outputs per part, in) in the dtype of the product, and returns the piece as a tensor
     (parts, in, outputs per part). If possible, each thread multiplies one part, which is still in the cache of its core.
     """
     x_converted, threads, width = x.float() if x.dtype in slow_dtypes() else x, torch.get_num_threads(), x.shape[1]

@@ -1,4 +1,4 @@
-"""Compute on which machines a model fits, and an upper bound of its tokens/s on each machine.
+"""Determine which machines can hold a model, and compute an upper bound of its tokens/s on each of them.
 
 A decode step generates one token for each row of the batch. In each step a rank reads its weights once for all rows, and the
 keys and values of all positions in use. The few rows of the embedding that it reads are not counted. Ranks read at the same

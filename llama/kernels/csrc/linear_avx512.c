@@ -32,7 +32,7 @@ INLINE __m512i dot_int8(__m512i sum, __m512i weight, __m512i x) {
 typedef struct PrefetchPlan {
   const char *address;
   long step;        /* bytes to advance for each 256 bytes of the block */
-  long second_line; /* bytes from the address to a second address that is prefetched, too */
+  long second_line; /* each prefetch loads two addresses: the second is this many bytes after the first */
 } PrefetchPlan;
 
 INLINE PrefetchPlan plan_prefetch(const LinearArgs *p, const void *w, long bytes, long first) {
