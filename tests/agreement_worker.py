@@ -44,7 +44,7 @@ def answers(llama: Llama) -> dict[str, Any]:
 
 
 def results_on_several_ranks(llama: Llama, build: Callable[..., Llama], folder: str) -> dict[str, Any]:
-    """Return tokens sampled without a seed, and the errors of calls in which the last rank's arguments differ from the others'."""
+    """Return tokens sampled without a seed, and the errors of calls in which the last rank's arguments differ."""
     number = 5 if RANK == LAST else 6
     torch.manual_seed(RANK)  # seeds each rank differently: all ranks must return the tokens that rank 0 samples
     results: dict[str, Any] = {"sampled": llama.generate([[1, 5]] * 6, 8, temperature=1.0)[0]}

@@ -59,7 +59,7 @@ class BlockedWeight:
 
     @property
     def group_size(self) -> int:
-        """Return the number of inputs that share a scale. For bfloat16, which has no scales, return the unit of padding: 32 inputs."""
+        """Return the number of inputs that share a scale; for bfloat16, which has no scales, the unit of padding: 32 inputs."""
         return self.width // self.scales.shape[1] if self.scales is not None else ACTIVATION_GROUP
 
     @staticmethod
