@@ -13,8 +13,8 @@ from torch.nn.modules import module as nn_module
 
 # --- what CPU operators do --------------------------------------------------------------------------------------------------
 
-# PyTorch divides a product of complex tensors with more values than this limit among threads. A thread's part may end inside a
-# head, where the last values are rounded differently. A row's result would then depend on the number of rows.
+# PyTorch divides products of more complex numbers than this among threads. The last few values of each thread's part are rounded
+# differently from the others, and a part may end inside a head. The result of a row would then depend on the number of rows.
 MAX_SERIAL_COMPLEX = 32767
 
 

@@ -100,7 +100,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.sp_model = tokenizer.sp_model
         # SentencePiece removes the leading space of a token that is decoded alone, so each token is decoded after a context.
-        # While no token has produced text, the context is all tokens so far. Once one has, the unknown token is enough.
+        # Until some token has produced text, the context is all tokens so far. After that, it is the unknown token alone.
         self.context: list[int] = []
         self.context_text = ""
         self.pending_bytes = b""

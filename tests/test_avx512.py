@@ -91,7 +91,7 @@ def test_a_norm_or_residual_within_a_product_equals_the_separate_operations(widt
             assert torch.equal(normed[: len(part)], want) and torch.equal(y, kernel(want))
         reference_norm = RMSNorm(width, 1e-5).bfloat16()
         reference_norm.weight.copy_(norm[0])
-        if 1e-10 < scale < 1e10:  # at other scales sums in PyTorch overflow or underflow differently
+        if 1e-10 < scale < 1e10:  # at other scales, PyTorch's sums overflow or underflow at other values than the kernel's
             assert (avx512.rms_norm(x, norm[0], 1e-5) != reference_norm(x)).float().mean() < 1e-3
     h = rows(5, 100)
     want = h + kernel(x[:5])

@@ -53,9 +53,9 @@ def split_into_two_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class Int8CudaLinear(LinearKernel):
     """Multiply int8 activations by an int8 weight that has one scale per row, with cuBLAS.
 
-    Each row of activations is quantized to 15 bits, stored as two int8 values. With only 8 bits, one large activation would
-    make the rest of its row too imprecise. Quantizing launches many small kernels. Under torch.compile, a single row is
-    therefore not quantized, but multiplied in float32 by one fused kernel.
+    Each activation is quantized to 15 bits, stored as two int8 values, with one scale per row. With only 8 bits, one large
+    activation would make the rest of its row too imprecise. Under torch.compile, a single row is not quantized, because
+    quantizing it launches many small kernels; one fused kernel multiplies it in float32 instead.
     """
 
     format = "int8"
