@@ -13,8 +13,8 @@ from torch.nn.modules import module as nn_module
 
 # --- what CPU operators do --------------------------------------------------------------------------------------------------
 
-# PyTorch divides products of more complex numbers than this among threads. The last few values of each thread's part are rounded
-# differently from the others, and a part may end inside a head. The result of a row would then depend on the number of rows.
+# PyTorch divides products of more complex numbers than this among threads. The last few values of each thread's part are
+# rounded differently from the others, and a part may end inside a head: a row's result would depend on the number of rows.
 MAX_SERIAL_COMPLEX = 32767
 
 
