@@ -41,6 +41,7 @@ from .engine.requests import GeneratedToken, GenerationCall
 from .engine.results import ChatPrediction, CompletionPrediction, GenerationResult, InfillingPrediction, ResultDetails, Score
 from .engine.stream import Stream, text_chunks
 from .errors import CheckpointError, DeviceError, InputError, check_count, check_flag, describe
+from .kernels.packing import check_kernel
 from .model import ModelArgs, Transformer
 from .planning import estimate, free_memory
 from .quantization.weight import check_quantize
@@ -126,7 +127,8 @@ class Llama:
             weights_dtype = chosen_dtype or files.first["tok_embeddings.weight"].dtype
             held_as = quantize if backend_class.packs_weights else None
             sizes = model.params, model_parallel()[1], weights_dtype, where
-            estimate.check_quantization(*sizes, held_as)
+            if held_as:
+                check_kernel(held_as, where, weights_dtype)
             estimate.check_memory(*sizes, free_memory.free_memory(where), held_as)
             return tokenizer, files, model, weights_dtype
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llama import InputError, resolve_model_paths
+from llama import CheckpointError, InputError, Llama, resolve_model_paths
 
 from .support import ROOT, run, torchrun
 
@@ -85,6 +85,8 @@ def test_the_tokenizer_is_found_in_the_model_folder_or_its_parent(
     assert resolve_model_paths(".") == (".", str(tmp_path / "tokenizer.model"))
     with pytest.raises(InputError, match="give both, or neither"):
         resolve_model_paths(None, "tokenizer.model")
+    with pytest.raises(CheckpointError, match="ckpt_dir is '5'"):
+        Llama.build(*resolve_model_paths(5, small.tokenizer_path))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("script", ["example_text_completion.py", "example_chat_completion.py"])

@@ -158,6 +158,8 @@ class FusedDecodeStep:
 
 
 class CpuBackend(TorchBackend):
+    """Decode with compiled C: a whole step in one call if the model allows it, otherwise layer by layer."""
+
     name = "cpu"
 
     @staticmethod

@@ -58,9 +58,9 @@ def slowdown_warning(
         return f"llama: decoding is slower than it could be, without compiled kernels: {missing[0].reason}"
     # No warning for a small model, whose steps take microseconds anyway, nor for a quantized float32 model, which runs layer by
     # layer whatever its widths are.
-    fused_elsewhere = dtype == torch.bfloat16 or (dtype == torch.float32 and quantize is None)
+    is_fusable_dtype = dtype == torch.bfloat16 or (dtype == torch.float32 and quantize is None)
     is_large = 4 * args.dim * args.ffn_width >= tuning.MIN_PACKED_BYTES
-    may_fuse = backend.name == "cpu" and avx512.extension() and fused_elsewhere and is_large
+    may_fuse = backend.name == "cpu" and avx512.extension() and is_fusable_dtype and is_large
     if may_fuse and (why := cpu.why_width_unsupported(args)):
         return f"llama: decoding is slower than it could be, layer by layer: {why}"
     return None

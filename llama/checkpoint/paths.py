@@ -14,7 +14,7 @@ DEMO_FOLDERS = (Path(__file__).parents[1] / "_demo", Path(__file__).parents[2] /
 def resolve_model_paths(
     ckpt_dir: str | os.PathLike[str] | None = None, tokenizer_path: str | os.PathLike[str] | None = None
 ) -> tuple[str, str]:
-    """Return (ckpt_dir, tokenizer_path), with defaults for paths that are not given.
+    """Return (ckpt_dir, tokenizer_path) as text, with defaults for paths that are not given.
 
     By default, tokenizer_path is tokenizer.model in ckpt_dir or, if there is none, in the parent folder of ckpt_dir. If neither
     path is given, return the paths of the bundled demo model, and print a line about it on stderr.
@@ -23,7 +23,7 @@ def resolve_model_paths(
     """
     if ckpt_dir is not None:
         if tokenizer_path is not None:
-            return os.fspath(ckpt_dir), os.fspath(tokenizer_path)
+            return str(ckpt_dir), str(tokenizer_path)
         folder = check_path(ckpt_dir, "ckpt_dir", "a model's folder, with consolidated.NN.pth and params.json", folder=True)
         for candidate in (folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model"):
             if candidate.is_file():

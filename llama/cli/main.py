@@ -20,6 +20,7 @@ from .. import info, save_packed_file
 from ..distributed.groups import global_rank, world_size
 from ..errors import LlamaError, format_bytes
 from ..planning import GPUS, MODELS, plan
+from ..planning.machines import model_size
 from .chat import run_chat
 from .complete import run_complete
 from .model_options import DTYPES, QUANTIZE_FORMATS, model_parser
@@ -72,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Compute a model's memory on each rank, and the tokens/s that reading it allows.",
     )
     which = planning.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", type=_model_name, choices=MODELS, help="Meta's 7B, 13B or 70B; -chat is the same")
+    which.add_argument("--model", type=model_size, choices=MODELS, help="Meta's 7B, 13B or 70B; -chat is the same")
     which.add_argument("--ckpt_dir", metavar="DIR", help="folder with params.json, and shards if they are there")
     planning.add_argument(
         "--ranks", type=int, nargs="+", default=[], metavar="N", help="numbers of ranks; default: all possible up to 16"
@@ -108,11 +109,6 @@ def run_plan(args: argparse.Namespace) -> None:
     report = plan(**options)
     if global_rank() == 0:
         Terminal().write(f"{report}\n")
-
-
-def _model_name(model: str) -> str:
-    """Return the size in the name of a model, as in "7B" for "llama-2-7b-chat"."""
-    return model.upper().removeprefix("LLAMA-2-").removesuffix("-CHAT")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from .. import Llama, SamplingParams, resolve_model_paths, validate_options
 
+# Repeated here, because the command line imports neither `quantization` nor `checkpoint`; `build` checks these values again.
 QUANTIZE_FORMATS = ("int8", "int4")
 DTYPES = ("bfloat16", "float16", "float32")
 

@@ -33,8 +33,8 @@ class CExtension:
         # another OpenMP library.
         parallel = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so")).GOMP_parallel
         self.parallel = ctypes.cast(parallel, c_void_p)
-        for name, parameters in functions.items():
-            function = getattr(self.library, name)
+        for function_name, parameters in functions.items():
+            function = getattr(self.library, function_name)
             types = [parameter if parameter is c_long else ctypes.POINTER(parameter) for parameter in parameters]
             function.argtypes, function.restype = [c_void_p, c_uint, *types], None
 

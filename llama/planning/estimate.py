@@ -87,16 +87,11 @@ def is_possible(args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.d
     """Return True if the model can be divided among `ranks` ranks, and the device has a kernel for `format`."""
     try:
         check_ranks(args, ranks)
-        check_quantization(args, ranks, dtype, device, format)
+        if format is not None:
+            check_kernel(format, device, dtype)
     except DeviceError:
         return False
     return True
-
-
-def check_quantization(args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.device, format: str | None) -> None:
-    """Raise DeviceError if the device has no kernel for weights in `format` and activations of `dtype`."""
-    if format is not None:
-        check_kernel(format, device, dtype)
 
 
 def check_memory(

@@ -18,9 +18,10 @@ import torch
 from ..checkpoint.params import parse_dtype, read_params
 from ..checkpoint.shards import open_shards, shard_paths
 from ..errors import InputError, check_count, describe, format_bytes, short_repr
+from ..kernels.packing import check_kernel
 from ..model import ModelArgs, check_ranks
 from ..quantization.weight import check_quantize
-from .estimate import cache_bytes, check_quantization, explain_oom, is_possible, matmul_bytes, memory_required
+from .estimate import cache_bytes, explain_oom, is_possible, matmul_bytes, memory_required
 
 VOCAB_SIZE = 32000  # tokens in Llama 2's vocabulary
 MODELS = {
@@ -56,6 +57,11 @@ GPUS = {
         Machine("H100", 80, 3350), Machine("H200", 141, 4800), Machine("B200", 180, 8000),
     )
 }  # fmt: skip
+
+
+def model_size(model: str) -> str:
+    """Return the size in the name of one of Meta's models, as in "7B" for "llama-2-7b-chat"."""
+    return model.upper().removeprefix("LLAMA-2-").removesuffix("-CHAT")
 
 
 def _is_key(value: object, table: Mapping[str, object]) -> bool:
@@ -108,11 +114,12 @@ def plan_report(
         check_count(n, "ranks")
     check_count(args.max_seq_len, "max_seq_len")
     check_count(args.max_batch_size, "max_batch_size")
+    if format is not None:
+        check_kernel(format, device, dtype)
     notes = [NOTE] if ranks else [NOTE, f"No other number of ranks up to {MAX_RANKS_SHOWN} is possible."]
     ranks = ranks or [n for n in range(1, MAX_RANKS_SHOWN + 1) if is_possible(args, n, dtype, device, format)] or [1]
     for n in ranks:
         check_ranks(args, n)
-        check_quantization(args, n, dtype, device, format)
 
     required = [memory_required(args, n, dtype, format) for n in ranks]
     bytes_read = [bytes_read_per_step(args, n, dtype, format) for n in ranks]
@@ -175,7 +182,7 @@ def plan(
     The other arguments are those of `Llama.build`. Raises LlamaError for arguments that are wrong or contradict each other.
     """
     if isinstance(model, str):
-        model = model.upper().removeprefix("LLAMA-2-").removesuffix("-CHAT")
+        model = model_size(model)
     if (model is None) == (ckpt_dir is None) or (model is not None and not _is_key(model, MODELS)):
         raise InputError(f"model is {describe(model)}; give one of {', '.join(MODELS)}, or a ckpt_dir instead")
     check_quantize(quantize)

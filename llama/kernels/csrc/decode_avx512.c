@@ -1,6 +1,6 @@
 /* Decode steps for a few rows in bfloat16 or float32, on CPUs with AVX-512 for bfloat16 and int8: RMSNorm, SwiGLU, rotary
- * embeddings, attention, and a loop over all layers of a model. Weights are read once. RMSNorm, SwiGLU and rotary embeddings
- * give the same bfloat16 results as PyTorch, except for subnormal values; attention adds in another order than PyTorch.
+ * embeddings, attention, and a loop over all layers of a model. Weights are read once. SwiGLU gives the same bfloat16 results
+ * as PyTorch, except for subnormal values; RMSNorm and attention add in another order than PyTorch.
  * avx512.py and llama/backends/cpu.py fill the structures; the C code checks neither sizes nor addresses. */
 
 #include "avx512.h"
