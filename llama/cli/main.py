@@ -19,8 +19,7 @@ from collections.abc import Sequence
 from .. import info, save_packed_file
 from ..distributed.groups import global_rank, world_size
 from ..errors import LlamaError, format_bytes
-from ..planning import GPUS, MODELS, plan
-from ..planning.machines import model_size
+from ..planning import GPUS, MODELS, model_size, plan
 from .chat import run_chat
 from .complete import run_complete
 from .model_options import DTYPES, QUANTIZE_FORMATS, model_parser
