@@ -4,11 +4,12 @@ python example_text_completion.py --ckpt_dir llama-2-7b --tokenizer_path tokeniz
 torchrun --nproc_per_node 2 example_text_completion.py --ckpt_dir llama-2-13b --tokenizer_path tokenizer.model
 """
 
-import sys
+import signal
 
-import fire
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script without a traceback, even while PyTorch is imported
 
-from llama import Llama, LlamaError, resolve_model_paths
+from llama import Llama, resolve_model_paths, validate_options
+from llama.cli.script import run_script
 
 
 def main(
@@ -38,6 +39,7 @@ def main(
     compile: use torch.compile (CUDA): faster decoding after a slower start.
     quantize: int8 or int4, to store the weight matrices in 8 or 4 bit; default: no quantization.
     """
+    validate_options(max_gen_len=max_gen_len, temperature=temperature, top_p=top_p)  # before the model is loaded
     ckpt_dir, tokenizer_path = resolve_model_paths(ckpt_dir, tokenizer_path)
     generator = Llama.build(
         ckpt_dir=ckpt_dir,
@@ -67,7 +69,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        fire.Fire(main)
-    except LlamaError as e:
-        sys.exit(f"{type(e).__name__}: {e}")
+    run_script(main)

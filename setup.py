@@ -1,9 +1,11 @@
 import platform
+import shutil
 import sys
 import zlib
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_py import build_py
 
 # Name, C files and compiler flags of each extension. llama/kernels/c_extension.py loads an extension only if the CPU has the
 # instructions that the flags enable. Without a C compiler, the package is installed without the extensions.
@@ -27,6 +29,20 @@ def make_extension(name: str, files: str, flags: str) -> Extension:
     return Extension(f"llama.kernels._{name}", sources, depends=headers, extra_compile_args=options, optional=True)
 
 
+class BuildWithDemo(build_py):
+    """Build the package with the demo model in it, as llama/_demo. An editable install uses the model in the clone."""
+
+    FILES = ("README.md", "tokenizer.model", "model/params.json", "model/consolidated.00.pth", "model/checklist.chk")
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for file in self.FILES:
+                target = Path(self.build_lib, "llama/_demo", file)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(Path(__file__).parent / "demo" / file, target)
+
+
 ON_X86_LINUX = (sys.platform, platform.machine()) == ("linux", "x86_64")
 
 setup(
@@ -36,10 +52,13 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=[*find_packages(include=["llama", "llama.*"]), "llama._demo"],
+    packages=find_packages(include=["llama", "llama.*"]),
+    # With a package_dir, an editable install is a path on sys.path. Without it, setuptools installs an import hook, and Python
+    # asks the hook last: in the folder above a clone named llama, the clone would be imported as an empty namespace package.
+    package_dir={"": "."},
     ext_modules=[make_extension(*row) for row in EXTENSIONS] if ON_X86_LINUX else [],
-    package_dir={"llama._demo": "demo"},
-    package_data={"llama": ["py.typed"], "llama._demo": ["README.md", "tokenizer.model", "model/*"]},
+    package_data={"llama": ["py.typed"]},
+    cmdclass={"build_py": BuildWithDemo},
     python_requires=">=3.10",
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 13)],
     install_requires=["torch>=2.6", "fairscale>=0.4.13", "sentencepiece>=0.2.3", "fire>=0.5"],

@@ -1,6 +1,14 @@
 """Llama 2 inference with Meta's checkpoints, on any machine."""
 
+import signal
+import sys
+
 __version__ = "0.1.0"
+
+# While Python imports this package for `python -m llama`, argv[0] is "-m". Importing PyTorch takes seconds, in which Ctrl-C
+# would print a traceback. cli/process.py restores Python's own handler.
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from .backends.report import info
 from .chat import Dialog

@@ -8,6 +8,7 @@ because programs written for Meta's reference catch its failed assertions. Unlik
 import itertools
 import numbers
 import os
+import re
 import reprlib
 from pathlib import Path
 
@@ -113,6 +114,8 @@ def read_file(path: Path, size: int = -1) -> bytes:
 def identify_format(head: bytes) -> str:
     """Return text such as "it is JSON" for an error about an unexpected file. head: the first bytes of the file."""
     text = head.lstrip().lower()
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", head):
+        return "it is Llama 3's tokenizer, and Llama 2's models need their own"
     descriptions = {
         b"version https://git-lfs": "it is a git-lfs pointer: run `git lfs pull`",
         b"<": "it is an HTML page or XML: the download failed",

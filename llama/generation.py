@@ -27,7 +27,7 @@ from .chat import (
     Message,
     Role,
 )
-from .checkpoint import loading, packed_file, params, shards, validate
+from .checkpoint import loading, packed_file, params, paths, shards, validate
 from .distributed.agreement import gather_from_replicas, run_on_all_ranks, run_on_rank0
 from .distributed.groups import global_rank, model_parallel, replica
 from .distributed.setup import initialize, set_environment
@@ -76,7 +76,7 @@ class Llama:
     @staticmethod
     def build(
         ckpt_dir: str | os.PathLike[str],
-        tokenizer_path: str | os.PathLike[str],
+        tokenizer_path: str | os.PathLike[str] | None = None,
         max_seq_len: int = 512,
         max_batch_size: int = 8,
         model_parallel_size: int | None = None,
@@ -90,6 +90,7 @@ class Llama:
     ) -> "Llama":
         """Load a checkpoint in Meta's layout, with any number of shards, on any number of ranks that divides its heads.
 
+        tokenizer_path: by default tokenizer.model in ckpt_dir or, if there is none, in its parent folder.
         max_seq_len: context length in tokens, prompt and answer together. max_batch_size: rows of the batch. The two determine
         the size of the KV cache.
         model_parallel_size: number of ranks that share one model; by default all ranks of the job, or 1 without torchrun.
@@ -113,7 +114,7 @@ class Llama:
             chosen_dtype = params.parse_dtype(dtype)
             backend_class = choose_backend("torch_compile" if compile else backend, where)
             config = params.read_params(ckpt_dir)
-            tokenizer = Tokenizer(tokenizer_path)
+            tokenizer = Tokenizer(paths.find_tokenizer(ckpt_dir) if tokenizer_path is None else tokenizer_path)
             fits = where.type == "cpu" and (quantize is not None or chosen_dtype in (None, torch.bfloat16))
             packed = packed_file.open_packed_file(ckpt_dir, quantize or "bfloat16", fits)
             files = packed or shards.open_shards(ckpt_dir)

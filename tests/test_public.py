@@ -24,7 +24,7 @@ NAMES = {
 }
 OPTIONS = "*, top_k=0, min_p=0.0, repetition_penalty=1.0, seed=None"
 SIGNATURES = {
-    Llama.build: "ckpt_dir, tokenizer_path, max_seq_len=512, max_batch_size=8, model_parallel_size=None, seed=1, "
+    Llama.build: "ckpt_dir, tokenizer_path=None, max_seq_len=512, max_batch_size=8, model_parallel_size=None, seed=1, "
     "*, device=None, dtype=None, compile=False, quantize=None, backend='auto'",
     Llama.__init__: "self, model, tokenizer, backend=None",
     Llama.generate: "self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, logprobs=False, echo=False, "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,18 @@ from ..model import ModelArgs
 from ..quantization.weight import FORMATS
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 MAX_PARAMS_BYTES = 1 << 20  # size limit of params.json; Meta's files have about 100 bytes
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """Return the torch.dtype for a dtype or its name; None for None. Raise InputError for an unsupported dtype."""
+    """Return the torch.dtype for a dtype or its name; None for None. Raise InputError for an unsupported dtype.
+
+    The name may be bfloat16, float16 or float32, or its short form, bf16, fp16 or fp32.
+    """
     if dtype is None:
         return None
-    parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    parsed = getattr(torch, _DTYPE_ALIASES.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
     if not isinstance(parsed, torch.dtype) or parsed not in SUPPORTED_DTYPES:
         raise InputError(
             f"dtype is {describe(dtype)}; use 'bfloat16', 'float16' or 'float32', or leave it out for the stored one"
@@ -27,6 +32,7 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return parsed
 
 
+LLAMA_3_VOCAB_SIZE = 128256
 # For each key of params.json: the type of its value, a test of the value, and the test in words.
 _COUNT = (int, lambda v: 1 <= v < 2**31, "a whole number from 1 to 2,147,483,647")
 _PARAMS: dict[str, tuple[Any, Any, str]] = {
@@ -42,7 +48,7 @@ _OPTIONAL_PARAMS = ("n_kv_heads", "ffn_dim_multiplier")  # for these keys, null 
 
 def read_params(ckpt_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the contents of a folder's `params.json` as arguments of ModelArgs. Raise CheckpointError for any bad value."""
-    folder = check_path(ckpt_dir, "ckpt_dir", "a model's folder, with consolidated.NN.pth and params.json", folder=True)
+    folder = _check_folder(ckpt_dir)
     if "params.json" not in list_folder(folder):
         raise CheckpointError(f"{folder}: no params.json; {describe_folder(folder)}")
     path = folder / "params.json"
@@ -54,6 +60,10 @@ def read_params(ckpt_dir: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not JSON ({reason}); fetch it again") from e
     if not isinstance(params, dict):
         raise CheckpointError(f"{path}: contains {describe(params)}, not an object of names and values; fetch it again")
+    if "use_scaled_rope" in params or params.get("vocab_size") == LLAMA_3_VOCAB_SIZE:
+        raise CheckpointError(
+            f"{path} is of Llama 3; this library runs Llama 2 and Code Llama: give the folder of one of these"
+        )
     params = {k: v for k, v in params.items() if not (v is None and k in _OPTIONAL_PARAMS)}
     for key, value in params.items():
         if key not in _PARAMS:
@@ -67,6 +77,16 @@ def read_params(ckpt_dir: str | os.PathLike[str]) -> dict[str, Any]:
     if args.n_heads % args.kv_heads:
         raise CheckpointError(f"{path}: n_heads={args.n_heads} is no multiple of n_kv_heads={args.n_kv_heads}")
     return params
+
+
+def _check_folder(ckpt_dir: str | os.PathLike[str]) -> Path:
+    """Return ckpt_dir as a path. Raise CheckpointError unless it is an existing folder."""
+    what = "a model's folder, with consolidated.NN.pth and params.json"
+    # The name of a repository has one slash, and its owner is not a folder here.
+    match = re.fullmatch(r"([\w-]+)/[\w.-]+", ckpt_dir) if isinstance(ckpt_dir, str) else None
+    if match and not os.path.exists(match[1]):
+        what += "; if this is a repository on Hugging Face, download its files, and give their folder"
+    return check_path(ckpt_dir, "ckpt_dir", what, folder=True)
 
 
 def list_folder(folder: Path) -> list[str]:
@@ -87,12 +107,12 @@ def describe_folder(folder: Path) -> str:
             return f"it contains quantized weights: build with quantize={format!r}"
     if "bfloat16.safetensors" in names:
         return "it contains packed weights in bfloat16: build without quantize"
+    models = [n for n in names if os.path.isfile(folder / n / "params.json")]
+    if models:
+        return f"it contains model folders; give one of them as ckpt_dir: {', '.join(models[:8])}"
     if any(n == "config.json" or n.endswith(".safetensors") or n.startswith("pytorch_model") for n in names):
         return (
             "the folder is in Hugging Face layout; this library reads Meta's own files "
             "(consolidated.NN.pth and params.json, as in Meta's repositories without -hf in the name)"
         )
-    models = [n for n in names if os.path.isfile(folder / n / "params.json")]
-    if models:
-        return f"it contains model folders; give one of them as ckpt_dir: {', '.join(models[:8])}"
     return f"it contains {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}"

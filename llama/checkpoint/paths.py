@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from ..distributed.groups import global_rank
-from ..errors import CheckpointError, InputError, check_path
+from ..errors import CheckpointError, InputError
+from .params import read_params
 
 # The folder of the demo model in an installed package, and in a clone of the repository.
 DEMO_FOLDERS = (Path(__file__).parents[1] / "_demo", Path(__file__).parents[2] / "demo")
@@ -16,19 +17,16 @@ def resolve_model_paths(
 ) -> tuple[str, str]:
     """Return (ckpt_dir, tokenizer_path) as text, with defaults for paths that are not given.
 
-    By default, tokenizer_path is tokenizer.model in ckpt_dir or, if there is none, in the parent folder of ckpt_dir. If neither
-    path is given, return the paths of the bundled demo model, and print a line about it on stderr.
-    Raises InputError if only tokenizer_path is given, and if neither folder contains tokenizer.model. Raises CheckpointError if
-    ckpt_dir is no folder, and if the demo model is not installed.
+    By default, tokenizer_path is that of `find_tokenizer`. If neither path is given, return the paths of the bundled demo
+    model, and print a line about it on stderr.
+    Raises InputError if only tokenizer_path is given. Raises CheckpointError if ckpt_dir is not a folder with a valid
+    params.json, if there is no tokenizer, and if the demo model is not installed.
     """
     if ckpt_dir is not None:
-        if tokenizer_path is not None:
-            return str(ckpt_dir), str(tokenizer_path)
-        folder = check_path(ckpt_dir, "ckpt_dir", "a model's folder, with consolidated.NN.pth and params.json", folder=True)
-        for candidate in (folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model"):
-            if candidate.is_file():
-                return os.fspath(ckpt_dir), str(candidate)
-        raise InputError(f"ckpt_dir={str(ckpt_dir)!r}: no tokenizer.model in it or beside it; give tokenizer_path")
+        if tokenizer_path is None:
+            read_params(ckpt_dir)  # a wrong folder must not be told that its tokenizer is missing
+            tokenizer_path = find_tokenizer(ckpt_dir)
+        return str(ckpt_dir), str(tokenizer_path)
     if tokenizer_path is not None:
         raise InputError(f"tokenizer_path={tokenizer_path!r} without ckpt_dir; give both, or neither for the demo model")
     for folder in DEMO_FOLDERS:
@@ -37,3 +35,17 @@ def resolve_model_paths(
                 print("no ckpt_dir given: using the tiny bundled demo model (see demo/README.md)", file=sys.stderr)
             return str(folder / "model"), str(folder / "tokenizer.model")
     raise CheckpointError("the demo model is not installed here; give ckpt_dir and tokenizer_path of Meta's weights")
+
+
+def find_tokenizer(ckpt_dir: str | os.PathLike[str]) -> Path:
+    """Return the path of tokenizer.model in a checkpoint's folder or, if there is none, in the parent folder.
+
+    Raises CheckpointError if neither folder contains tokenizer.model.
+    """
+    folder = Path(ckpt_dir).expanduser()
+    for candidate in (folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model"):
+        if candidate.is_file():
+            return candidate
+    raise CheckpointError(
+        f"ckpt_dir is {str(ckpt_dir)!r}: no tokenizer.model in it or in its parent folder; give its path as tokenizer_path"
+    )

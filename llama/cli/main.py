@@ -9,27 +9,29 @@ python -m llama info
 """
 
 import argparse
-import contextlib
-import os
+import difflib
 import signal
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
-from .. import info, save_packed_file
+from .. import __version__, info, save_packed_file
 from ..distributed.groups import global_rank, world_size
-from ..errors import LlamaError, format_bytes
+from ..errors import InputError, format_bytes
 from ..planning import GPUS, MODELS, model_size, plan
 from .chat import run_chat
 from .complete import run_complete
+from .flags import normalize_flags
 from .model_options import DTYPES, QUANTIZE_FORMATS, model_parser
+from .process import exit_code, open_missing_streams, silence_other_ranks
 from .terminal import Terminal
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the argument parser for all commands."""
+def make_parser() -> "tuple[argparse.ArgumentParser, argparse._SubParsersAction[Any]]":
+    """Return the argument parser for all commands, and its parsers of single commands."""
     model = model_parser()
     parser = argparse.ArgumentParser("python -m llama", description="Llama 2 in the terminal.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"llama {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="chat | complete | quantize | plan | info")
     chat = commands.add_parser(
         "chat", parents=[model], allow_abbrev=False, help="talk with a chat model", description="Talk with a chat model."
@@ -79,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     planning.add_argument("--max_seq_len", type=int, default=4096, metavar="N", help="context length; default: 4096")
     planning.add_argument("--max_batch_size", type=int, default=1, metavar="N", help="rows of the batch; default: 1")
-    planning.add_argument("--dtype", choices=DTYPES, help="default: the stored one, bfloat16 for Meta's models")
+    planning.add_argument("--dtype", help=f"{DTYPES}; default: the stored one, bfloat16 for Meta's models")
     planning.add_argument("--quantize", choices=QUANTIZE_FORMATS, help="store the weight matrices in 8 or 4 bit")
     planning.add_argument("--gpu", type=str.upper, choices=GPUS, metavar="NAME", help=f"one of {', '.join(GPUS)}")
     planning.add_argument("--memory", type=float, metavar="GB", help="device memory in GB, for any other machine")
@@ -95,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
     about.add_argument("--ckpt_dir", metavar="DIR", help="also show how decode steps of this checkpoint would run")
     about.add_argument("--device", help="cpu, cuda or mps; default: the fastest available")
     about.set_defaults(run=lambda args: Terminal().write(f"{info(args.ckpt_dir, args.device)}\n"))
-    return parser
+    return parser, commands
 
 
 def run_quantize(args: argparse.Namespace) -> None:
@@ -115,29 +117,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     For a wrong flag, argparse exits with 2.
     """
-    rank = global_rank()
-    for name in ("stdin", "stdout", "stderr"):  # a stream is None if the parent process has closed it
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
-    silence = contextlib.ExitStack()
-    with silence:
-        if rank:  # only rank 0 prints help and errors of the command line
-            devnull = silence.enter_context(open(os.devnull, "w"))
-            silence.enter_context(contextlib.redirect_stdout(devnull))
-            silence.enter_context(contextlib.redirect_stderr(devnull))
-        args = make_parser().parse_args(argv)
+    open_missing_streams()
+    with silence_other_ranks():
+        args = parse(sys.argv[1:] if argv is None else list(argv))
+    return exit_code(lambda: args.run(args))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse the arguments of the command line. Exit with 0 after help, and with 2 for a wrong argument."""
+    parser, commands = make_parser()
+    if not argv:
+        parser.print_help()
+        sys.exit(0)
+    if argv[0] in ("-h", "--help", "--version"):
+        parser.parse_args(argv)  # exits
+    if (command := commands.choices.get(argv[0])) is None:
+        parser.exit(2, f"{parser.prog}: {_explain_command(argv[0], commands.choices)}\n")
+    flags = {name.removeprefix("--"): action for name, action in command._option_string_actions.items()}
+    with_value = [name for name, action in flags.items() if action.nargs != 0]
     try:
-        args.run(args)
-    except (LlamaError, OSError) as e:
-        if rank:
-            time.sleep(2)  # torchrun ends this rank meanwhile, so that only rank 0 prints the error
-        print(f"llama: {f'rank {rank}: ' if rank else ''}{e}", file=sys.stderr)
-        if isinstance(e, OSError):  # standard output may be broken, and would fail again at exit
-            sys.stdout = open(os.devnull, "w")
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        return parser.parse_args([argv[0], *normalize_flags(argv[1:], flags, with_value)])
+    except InputError as e:
+        return command.exit(2, f"{command.prog}: {e}\n")
+
+
+def _explain_command(name: str, commands: Collection[str]) -> str:
+    """Return the error for a first argument that is not a command."""
+    listed = ", ".join(commands)
+    if name.startswith("-"):
+        return f"the command must come first, before {name}: one of {listed}"
+    close = difflib.get_close_matches(name, commands, n=1)
+    return f"{name!r} is not a command; " + (f"did you mean {close[0]}?" if close else f"the commands are {listed}")
 
 
 def run() -> None:

@@ -8,7 +8,7 @@ from .. import Llama, SamplingParams, resolve_model_paths, validate_options
 
 # Repeated here, because the command line imports neither `quantization` nor `checkpoint`; `build` checks these values again.
 QUANTIZE_FORMATS = ("int8", "int4")
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = "bfloat16, float16 or float32 (bf16, fp16, fp32)"
 
 
 def model_parser() -> argparse.ArgumentParser:
@@ -23,7 +23,7 @@ def model_parser() -> argparse.ArgumentParser:
         "--max_seq_len", type=int, default=512, metavar="N", help="context length in tokens; default: 512, for chat 4096"
     )
     model.add_argument("--device", help="cpu, cuda or mps; default: the fastest available")
-    model.add_argument("--dtype", help="bfloat16, float16 or float32; default: the stored one")
+    model.add_argument("--dtype", help=f"{DTYPES}; default: the stored one")
     model.add_argument("--quantize", choices=QUANTIZE_FORMATS, help="store the weight matrices in 8 or 4 bit")
     model.add_argument("--compile", action="store_true", help="use torch.compile (CUDA): faster decoding after a slower start")
     model.add_argument("--model_parallel_size", type=int, metavar="N", help="ranks that share one model; default: all")

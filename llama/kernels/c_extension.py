@@ -4,13 +4,14 @@ Arguments are C structures of sizes and addresses; `fill_struct` sets their fiel
 """
 
 import ctypes
-import importlib.util
 import os
+import sys
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from ctypes import c_float, c_long, c_uint, c_void_p
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,10 @@ def load_extension(name: str, structures: Sequence[Any], functions: Mapping[str,
     """
     if os.environ.get("LLAMA_COMPILED") == "0":
         return ExtensionStatus(None, "switched off by LLAMA_COMPILED=0", not_compiled=True)
-    spec = importlib.util.find_spec(f"._{name}", __package__)
+    # `pip install .` compiles for the installed package only, but a script in the clone imports the clone's Python files. So
+    # look in other folders of sys.path, too. The check of the source files below refuses an extension of another version.
+    folders = [str(SOURCES.parent), *(os.path.join(entry, "llama", "kernels") for entry in sys.path)]
+    spec = PathFinder.find_spec(f"{__package__}._{name}", folders)
     if spec is None or spec.origin is None:
         return ExtensionStatus(None, f"_{name} has not been compiled: {REINSTALL}", not_compiled=True)
     try:

@@ -1,0 +1,45 @@
+"""Check the flags of a program before anything is loaded: unknown flags, flags without a value, and flags that are no flags."""
+
+import difflib
+import re
+from collections.abc import Collection, Sequence
+
+from ..errors import InputError
+
+_DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # a document or a chat program may replace -- by one of the others
+
+
+def normalize_flags(arguments: Sequence[str], known: Collection[str], with_value: Collection[str]) -> list[str]:
+    """Return the arguments of a program with an underscore for each hyphen in a flag's name, as in --ckpt_dir for --ckpt-dir.
+
+    known: the names of all flags, without the leading hyphens and with underscores. with_value: those that need a value.
+    Arguments after "--" are not flags, and are returned unchanged.
+    Raises InputError for an unknown flag, for a flag without a value, and for an argument that is a known flag, but follows a
+    blank or begins with another kind of dash.
+    """
+    result: list[str] = []
+    for i, argument in enumerate(arguments):
+        if argument == "--":
+            return [*result, *arguments[i:]]
+        match = re.match(rf"(\s*)([{_DASHES}]+)(\w[\w-]*)", argument)
+        blank, dashes, name = match.groups() if match else ("", "", "")
+        name = name.replace("-", "_")
+        if (blank or dashes.strip("-")) and name in known:
+            if blank:
+                problem = "begins with a blank: a backslash that continues a command must be the last character of its line"
+            else:
+                problem = "begins with a dash that is not a hyphen"
+            raise InputError(f"{argument!r} {problem}; write --{name}, or -- before arguments that are not flags")
+        if blank or dashes != "--":
+            result.append(argument)
+            continue
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean --{close[0]}?" if close else "--help lists all flags"
+            raise InputError(f"unknown flag --{name}; {hint}")
+        rest = argument[match.end() :] if match else ""
+        following = arguments[i + 1 : i + 2]
+        if name in with_value and not rest and (not following or following[0].startswith("--")):
+            raise InputError(f"--{name} needs a value, as in --{name} VALUE")
+        result.append(f"--{name}{rest}")
+    return result
