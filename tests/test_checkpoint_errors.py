@@ -93,6 +93,9 @@ def test_an_invalid_path_raises(
     if value == "file or folder":
         value, parts = (small.tokenizer_path, parts[:1]) if argument == "ckpt_dir" else (small.folder, parts[1:])
     arguments = good | {argument: value}
+    if arguments["tokenizer_path"] is None:
+        limit, parts = "no tokenizer.model in it", ()  # the default was taken
+        argument = "ckpt_dir"
     assert_build_raises(arguments.pop("ckpt_dir"), argument, limit, *parts, **arguments)
 
 

@@ -1,6 +1,5 @@
 """Test what an installation provides: imports from any folder, compiled code, the demo model, and scripts that run."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -26,12 +25,15 @@ def test_a_folder_named_llama_does_not_hide_the_installed_package(tmp_path: Path
 def test_uncompiled_sources_use_the_extensions_of_the_installed_package(tmp_path: Path) -> None:
     """Run the Python files of a clone in which nothing has been compiled, as after `pip install .`."""
     shutil.copytree(ROOT / "llama", tmp_path / "llama", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    code = "import llama; from llama.kernels import pack; print(llama.__file__, pack.status().extension is not None)"
-    done = run("-c", code, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    script = tmp_path / "script.py"  # Python imports from a script's folder first
+    script.write_text(
+        "import llama; from llama.kernels import pack; print(llama.__file__, pack.status().extension is not None)"
+    )
+    done = run(script, PYTHONPATH=str(ROOT))
     assert done.stdout.split() == [str(tmp_path / "llama" / "__init__.py"), "True"], done.stderr
     source = tmp_path / "llama" / "kernels" / "csrc" / "pack.c"
     source.write_text(source.read_text() + "\n")
-    done = run("-c", code, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    done = run(script, PYTHONPATH=str(ROOT))
     assert done.stdout.split()[1] == "False" and "has changed since _pack was compiled" in done.stderr
 
 

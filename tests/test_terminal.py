@@ -296,10 +296,7 @@ def test_the_error_about_a_bad_json_line_names_the_line(monkeypatch: pytest.Monk
         (("complete", "--top_k", "-1", "x"), 1, "llama: top_k is -1 (int); it must be"),
         (("complete", "--max_gen_len", "-1", "x"), 1, "llama: max_gen_len is -1 (int); it must be"),
         (("chat", "--stop", ""), 1, "llama: stop string 0 is empty"),
-        (("chat", "--temprature", "1"), 2, "unrecognized arguments: --temprature 1"),
         (("chat", "--seed", "x"), 2, "argument --seed: invalid int value: 'x'"),
-        (("answer",), 2, "invalid choice: 'answer'"),
-        ((), 2, "the following arguments are required: chat | complete"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(
