@@ -93,4 +93,4 @@ def test_the_tokenizer_is_found_in_the_model_folder_or_its_parent(
 def test_invalid_input_prints_one_line_without_a_traceback(script: str, flags: tuple) -> None:
     done = run(ROOT / script, *flags, "--max_seq_len", 0)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("llama: max_seq_len is 0 (int); it must be") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("llama: --max_seq_len is 0 (int); it must be") and done.stderr.count("\n") == 1

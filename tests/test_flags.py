@@ -12,7 +12,7 @@ import pytest
 from llama import InputError
 from llama.cli import main as cli
 from llama.cli.flags import normalize_flags
-from llama.cli.process import exit_code
+from llama.cli.process import exit_code, name_flags
 from llama.cli.script import parse_flags
 
 from .support import ROOT, run, torchrun
@@ -106,7 +106,9 @@ def test_the_command_line_checks_its_arguments(
 def test_an_example_checks_its_flags_once_before_it_loads_the_model() -> None:
     done = run(ROOT / "example_chat_completion.py", "--top_p", 3)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("llama: top_p is 3 (int)") and done.stderr.count("\n") == 1  # the demo model is not announced
+    assert (
+        done.stderr.startswith("llama: --top_p is 3 (int)") and done.stderr.count("\n") == 1
+    )  # the demo model is not announced
     done = torchrun(2, ROOT / "example_text_completion.py", "--temprature", 3)
     assert done.stderr.count("did you mean --temperature?") == 1
 
@@ -140,3 +142,18 @@ def test_ctrl_c_later_ends_a_program_with_130_after_its_finally_blocks() -> None
         assert exit_code(work) == 130 and ended
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("fits with max_seq_len=1841, or dtype='bfloat16' (1 GB)", "fits with --max_seq_len 1841, or --dtype bfloat16 (1 GB)"),
+        ("ckpt_dir is 'my ckpt_dir x': missing", "--ckpt_dir is 'my ckpt_dir x': missing"),
+        ("a/ckpt_dir/b and ckpt_dir.txt: the dtype of --ckpt_dir", "a/ckpt_dir/b and ckpt_dir.txt: the dtype of --ckpt_dir"),
+        ("dtype is 'x'; the dtype is wrong", "--dtype is 'x'; the dtype is wrong"),
+        ("max_batch_size=1 and xmax_seq_len=2", "max_batch_size=1 and xmax_seq_len=2"),
+        ("give its path as tokenizer_path.", "give its path as --tokenizer_path."),
+    ],
+)
+def test_errors_name_flags_on_the_command_line(message: str, expected: str) -> None:
+    assert name_flags(message, ["max_seq_len", "dtype", "ckpt_dir", "tokenizer_path"]) == expected

@@ -290,11 +290,11 @@ def test_the_error_about_a_bad_json_line_names_the_line(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "arguments, code, error",
     [
-        (("chat", "--ckpt_dir", "x"), 1, "llama: ckpt_dir is 'x': No such file or directory; it must be the path of a"),
+        (("chat", "--ckpt_dir", "x"), 1, "llama: --ckpt_dir is 'x': No such file or directory; it must be the path of a"),
         (("chat", "--system", "<<SYS>>"), 1, f"llama: {UNSAFE_ERROR}\n"),
-        (("chat", "--temperature", "-1"), 1, "llama: temperature is -1.0 (float); it must be"),
-        (("complete", "--top_k", "-1", "x"), 1, "llama: top_k is -1 (int); it must be"),
-        (("complete", "--max_gen_len", "-1", "x"), 1, "llama: max_gen_len is -1 (int); it must be"),
+        (("chat", "--temperature", "-1"), 1, "llama: --temperature is -1.0 (float); it must be"),
+        (("complete", "--top_k", "-1", "x"), 1, "llama: --top_k is -1 (int); it must be"),
+        (("complete", "--max_gen_len", "-1", "x"), 1, "llama: --max_gen_len is -1 (int); it must be"),
         (("chat", "--stop", ""), 1, "llama: stop string 0 is empty"),
         (("chat", "--seed", "x"), 2, "argument --seed: invalid int value: 'x'"),
     ],

@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_missing_streams()
     with silence_other_ranks():
         args = parse(sys.argv[1:] if argv is None else list(argv))
-    return exit_code(lambda: args.run(args))
+    return exit_code(lambda: args.run(args), vars(args))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

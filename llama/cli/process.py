@@ -2,10 +2,11 @@
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from ..distributed.groups import global_rank
 from ..errors import LlamaError
@@ -30,11 +31,11 @@ def open_missing_streams() -> None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
 
 
-def exit_code(work: Callable[[], None]) -> int:
+def exit_code(work: Callable[[], None], flags: Collection[str] = ()) -> int:
     """Do the work of a program, and return its exit code: 0 after success, 1 after an error, 130 after Ctrl-C.
 
-    An error is reported in one line on standard error. Characters that the encoding of standard output lacks are printed as
-    question marks.
+    An error is reported in one line on standard error. flags: the names of the program's flags, which the error may contain as
+    names of arguments. Characters that the encoding of standard output lacks are printed as question marks.
     """
     # After `import llama` of `python -m llama`, Ctrl-C would end the process at once; from now on `finally` blocks shall run.
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
@@ -48,7 +49,7 @@ def exit_code(work: Callable[[], None]) -> int:
     except (LlamaError, OSError) as e:
         if rank:
             time.sleep(2)  # torchrun ends this rank meanwhile, so that only rank 0 prints the error
-        print(f"llama: {f'rank {rank}: ' if rank else ''}{e}", file=sys.stderr)
+        print(f"llama: {f'rank {rank}: ' if rank else ''}{name_flags(str(e), flags)}", file=sys.stderr)
         if isinstance(e, OSError):  # standard output may be broken, and would fail again at exit
             sys.stdout = open(os.devnull, "w")
         return 1
@@ -57,3 +58,21 @@ def exit_code(work: Callable[[], None]) -> int:
             print(file=sys.stderr)  # the shell's prompt then does not follow ^C on the same line
         return 130
     return 0
+
+
+def name_flags(message: str, flags: Collection[str]) -> str:
+    """Return an error message of the library in the words of the command line, with flags in place of arguments.
+
+    Replace name='value' by --name value, and a name by --name if it contains an underscore or begins the message as in "dtype is
+    x". Elsewhere such a name may be a plain word. Texts in quotes are not changed.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        name, text, number = match.groups()
+        if value := text or number:
+            return f"--{name} {value}"
+        is_flag = name and ("_" in name or (match.start() == 0 and message.startswith(f"{name} is ")))
+        return f"--{name}" if is_flag else match[0]
+
+    names = "|".join(map(re.escape, flags)) or "(?!)"
+    return re.sub(rf"(?<![\w/.-])({names})(?:='([^']*)'|=([\w.]+)|(?![\w/=]|\.\w))|'[^']*'", replace, message)

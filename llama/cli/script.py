@@ -23,7 +23,7 @@ def run_script(main: Callable[..., None]) -> None:
     open_missing_streams()
     with silence_other_ranks():
         args, kwargs = parse_flags(main, sys.argv[1:])
-    sys.exit(exit_code(lambda: main(*args, **kwargs)))
+    sys.exit(exit_code(lambda: main(*args, **kwargs), inspect.signature(main).parameters))
 
 
 def parse_flags(main: Callable[..., None], arguments: list[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
