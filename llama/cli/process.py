@@ -63,8 +63,8 @@ def exit_code(work: Callable[[], None], flags: Collection[str] = ()) -> int:
 def name_flags(message: str, flags: Collection[str]) -> str:
     """Return an error message of the library in the words of the command line, with flags in place of arguments.
 
-    Replace name='value' by --name value, and a name by --name if it contains an underscore or begins the message as in "dtype is
-    x". Elsewhere such a name may be a plain word. Texts in quotes are not changed.
+    Replace name='value' by --name value, and a name by --name if it contains an underscore or begins the message as in "dtype
+    is x". Elsewhere such a name may be a plain word. Texts in quotes are not changed.
     """
 
     def replace(match: re.Match[str]) -> str:
