@@ -375,7 +375,10 @@ PLAIN = "tensors by name and nothing else"
         (lambda t: t.update({"layers." + "9" * 5000: torch.ones(1)}), ("n_layers=2", "contain 3 layers")),
         (lambda t: {k: v for k, v in t.items() if k != W2}, (FIRST, f"lacks {W2}", "damaged", "every .pth file")),
         (lambda t: {k: v for k, v in t.items() if "norm" not in k}, (FIRST, "lacks", "and 2 more")),
-        (lambda t: t.update(lora=torch.ones(1)), (FIRST, "contains unknown lora", "delete them and torch.save() it again")),
+        (
+            lambda t: t.update(lora=torch.ones(1)),
+            (FIRST, "contains unknown lora", "if it can do without them", "torch.save() it again"),
+        ),
         (lambda t: t.update({"rope.freqs.weight": torch.ones(1)}), (FIRST, "contains unknown rope.freqs.weight")),
         (lambda t: t.update({"x" * 200_000: torch.ones(1)}), (FIRST, "contains unknown xxxx")),
         (lambda t: t.update({"\x1b[2J": torch.ones(1)}), (FIRST, r"contains unknown \x1b[2J")),

@@ -112,19 +112,22 @@ def _check_tensors(expected: dict[str, tuple[int, ...]], shards: Shards) -> None
     for file, tensors in shards.items():
         unknown = {name for name in tensors.keys() - expected.keys() if not IGNORED_TENSORS.fullmatch(name)}
         for verb, names, way_out in (
-            ("lacks", expected.keys() - tensors.keys(), "every .pth file in the folder is read as a shard"),
+            (
+                "lacks",
+                expected.keys() - tensors.keys(),
+                "damaged, or not of the model that params.json describes; every .pth file in the folder is read as a shard",
+            ),
             (
                 "contains unknown",
                 unknown,
-                "if the model can do without them, load the file, delete them and torch.save() it again",
+                "the model that params.json describes has no such tensors; if it can do without them, load the file, delete "
+                "them and torch.save() it again",
             ),
         ):
             if names:
                 listed = ", ".join(sorted(short_repr(name).strip("'") for name in names)[:3])
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise CheckpointError(
-                    f"{file} {verb} {listed}{more}: damaged, or not of the model that params.json describes; {way_out}"
-                )
+                raise CheckpointError(f"{file} {verb} {listed}{more}: {way_out}")
         for name, whole in expected.items():
             tensor, dim = tensors[name], split_dim(name)
             part = whole if dim is None else tuple(size // n if d == dim else size for d, size in enumerate(whole))
