@@ -5,6 +5,7 @@ because programs written for Meta's reference catch its failed assertions. Unlik
 `python -O`. Each message names the value, the limit and the way out.
 """
 
+import errno
 import itertools
 import numbers
 import os
@@ -107,8 +108,41 @@ def read_file(path: Path, size: int = -1) -> bytes:
             raise CheckpointError(f"{path}: is a folder or a device, not a file")
         with path.open("rb") as f:
             return f.read(size)
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
+    except (OSError, MemoryError) as e:
+        raise CheckpointError(f"{path}: {explain_system_error(e) or f'cannot be read: {e}'}") from e
+
+
+_REMEDIES = {
+    errno.ENOMEM: "raise `ulimit -v` or the container's memory limit, or end other programs",
+    errno.EMFILE: "raise `ulimit -n`, or close files",
+    errno.ENFILE: "end other programs",
+    errno.EIO: "check the disk or the network, and try again",
+    errno.EACCES: "let this user read it",
+    errno.ENOENT: "a broken link, or deleted by now",
+}
+
+
+def system_error_number(error: BaseException) -> int | None:
+    """Return the errno of an error that the operating system caused; None if the contents of a file may be the cause.
+
+    PyTorch raises RuntimeError if it cannot map a file or allocate memory, with the errno in the text.
+    """
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    if isinstance(error, OSError):
+        # A damaged zip makes zipfile seek before the beginning of the file, which the system answers with EINVAL.
+        return None if error.errno == errno.EINVAL else error.errno
+    text = str(error).partition("\n")[0] if isinstance(error, RuntimeError) else ""
+    match = re.search(r"^unable to .*\((\d+)\)$|DefaultCPUAllocator.*Error code (\d+)", text)
+    return int(match[1] or match[2]) if match else None
+
+
+def explain_system_error(error: BaseException) -> str | None:
+    """Return the reason and the way out for a file that the operating system cannot read; None for any other error."""
+    number = system_error_number(error)
+    if number is None:
+        return None
+    return "; ".join(filter(None, (f"cannot be read: {os.strerror(number)}", _REMEDIES.get(number))))
 
 
 def identify_format(head: bytes) -> str:

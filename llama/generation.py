@@ -40,7 +40,7 @@ from .engine.request_builder import RequestBuilder, partition_by_length
 from .engine.requests import GeneratedToken, GenerationCall
 from .engine.results import ChatPrediction, CompletionPrediction, GenerationResult, InfillingPrediction, ResultDetails, Score
 from .engine.stream import Stream, text_chunks
-from .errors import CheckpointError, DeviceError, InputError, check_count, check_flag, describe
+from .errors import DeviceError, InputError, check_count, check_flag, describe
 from .kernels.packing import check_kernel
 from .model import ModelArgs, Transformer
 from .planning import estimate, free_memory
@@ -138,19 +138,17 @@ class Llama:
             must_match=lambda checked: (*validate.build_fingerprint(*checked), quantize, compile, backend, int(seed)),
         )
         backend_class = choose_backend("torch_compile" if compile else backend, where)
-        if global_rank() == 0 and (warning := slowdown_warning(backend_class, where, model.params, weights_dtype, quantize)):
-            print(warning, file=sys.stderr)
+        if global_rank() == 0:
+            warning = slowdown_warning(backend_class, where, model.params, weights_dtype, quantize)
+            for line in filter(None, (validate.describe_spare_rows(model.vocab_size, tokenizer.n_words), warning)):
+                print(line, file=sys.stderr)
         packs = backend_class.packs_weights
         run_on_all_ranks(lambda: loading.load_weights(model, files, weights_dtype, where, quantize, packs))
         torch.manual_seed(int(seed))
         return run_on_all_ranks(lambda: Llama(model.eval(), tokenizer, backend_class()))
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, backend: Backend | None = None) -> None:
-        if model.vocab_size != tokenizer.n_words:
-            raise CheckpointError(
-                f"the model has a vocabulary of {model.vocab_size}, but the tokenizer has {tokenizer.n_words} pieces: "
-                "it is another model's tokenizer"
-            )
+        validate.check_vocabulary(model.vocab_size, tokenizer.n_words, f"the model has a vocabulary of {model.vocab_size}")
         set_environment()
         self.model = model
         self.tokenizer = tokenizer
@@ -174,6 +172,7 @@ class Llama:
         """Return the engine of `model`. If a caller has replaced `model`, create a new engine for it."""
         if self._engine.model is not self.model:
             self._engine = Engine(self.model, self._engine.backend)
+        self._engine.n_words = self.tokenizer.n_words  # a caller may have replaced the tokenizer, too
         return self._engine
 
     @property

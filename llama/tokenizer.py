@@ -7,7 +7,16 @@ from operator import index
 
 from sentencepiece import SentencePieceProcessor
 
-from .errors import CheckpointError, InputError, check_flag, check_path, describe, identify_format, read_file
+from .errors import (
+    CheckpointError,
+    InputError,
+    check_flag,
+    check_path,
+    describe,
+    explain_system_error,
+    identify_format,
+    read_file,
+)
 
 MAX_FILE_BYTES = 1 << 24  # limit for a tokenizer's file; tokenizers of other models have a few million bytes
 
@@ -26,6 +35,8 @@ class Tokenizer:
             self.sp_model = SentencePieceProcessor()
             self.sp_model.LoadFromSerializedProto(data)
             self.n_words: int = self.sp_model.vocab_size()
+        except MemoryError as e:
+            raise CheckpointError(f"{path}: {explain_system_error(e)}") from e
         except Exception as e:  # the type of the exception depends on the version of sentencepiece
             file_format = identify_format(data[:64])
             raise CheckpointError(f"{path}: not a SentencePiece model ({file_format}); fetch tokenizer.model again") from e

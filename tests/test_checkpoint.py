@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from llama import CheckpointError, Llama, Tokenizer
-from llama.checkpoint import loading, shards, validate
+from llama import CheckpointError, Llama, Tokenizer, info, plan, tuning
+from llama.checkpoint import loading, packed_file, shards, validate
 
 from .conftest import SMALL
 from .support import assert_raises, random_weights, run, write_shards
@@ -181,3 +181,59 @@ def test_a_shard_that_changes_while_it_is_read_raises(
     call = lambda: Llama.build(folder, small.tokenizer_path, 16, 1, device="cpu")  # noqa: E731
     assert_raises(call, CheckpointError, "while it was being read")
     assert len(read) == nth_weight
+
+
+@pytest.fixture
+def unmappable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make torch fail to map files, as on a file system without mmap."""
+
+    def fail(path: str, _: bool, size: int) -> Any:
+        raise RuntimeError(f"unable to mmap {size} bytes from file <{path}>: No such device (19)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", fail)
+
+
+@pytest.mark.usefixtures("unmappable")
+@pytest.mark.parametrize("n_shards", [1, 2])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_files_that_cannot_be_mapped_are_read_into_memory(
+    tmp_path: Path, small: SimpleNamespace, capsys: pytest.CaptureFixture[str], n_shards: int, dtype: str | None
+) -> None:
+    """In one shard, embedding and output share a storage, which must keep its values after one of them has been copied."""
+    weights = small.weights | {"output.weight": small.weights["tok_embeddings.weight"]}
+    folder = write_shards(tmp_path, small.params, weights, n_shards)
+    if n_shards == 1:
+        tensors = torch.load(folder / "consolidated.00.pth")
+        torch.save(tensors | {"output.weight": tensors["tok_embeddings.weight"]}, folder / "consolidated.00.pth")
+    llama = Llama.build(folder, small.tokenizer_path, 16, 1, device="cpu", dtype=dtype)
+    note = "cannot be memory-mapped, so it is read into memory: unable to mmap"
+    assert capsys.readouterr().err.count(note) == n_shards
+    for name, weight in llama.model.state_dict().items():
+        assert torch.equal(weight, weights[name].to(weight.dtype))
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "bfloat16"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_quantized_and_packed_weights_are_the_same_without_mapping(
+    tmp_path: Path, small: SimpleNamespace, request: pytest.FixtureRequest, monkeypatch: Any, format: str, packed: bool
+) -> None:
+    monkeypatch.setattr(tuning, "MIN_PACKED_BYTES", 0)
+    quantize = None if format == "bfloat16" else format
+    folder = write_shards(tmp_path, small.params, {k: w.bfloat16() for k, w in small.weights.items()}, 2)
+
+    def answers() -> list[Any]:
+        if packed:
+            packed_file.save_packed_file(folder, format)
+        llama = Llama.build(folder, small.tokenizer_path, 16, 1, device="cpu", quantize=quantize)
+        return [*llama.generate([[1, 5, 9]], 8, temperature=0, logprobs=True)]
+
+    want = answers()
+    request.getfixturevalue("unmappable")
+    assert answers() == want
+
+
+def test_a_plan_and_a_report_map_no_file(tmp_path: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They need only shapes and dtypes, so they work without address space for the shards."""
+    want = plan(ckpt_dir=small.folder, memory=1, bandwidth=1), info(small.folder, device="cpu")
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", lambda *_: pytest.fail("a file was mapped"))
+    assert (plan(ckpt_dir=small.folder, memory=1, bandwidth=1), info(small.folder, device="cpu")) == want

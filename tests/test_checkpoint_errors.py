@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from llama import CheckpointError, Llama, LlamaError, Tokenizer
-from llama.checkpoint import loading, validate
+from llama.checkpoint import loading, packed_file, validate
 
-from .support import random_weights, train_tokenizer, write_shards
+from .support import random_weights, run, train_tokenizer, write_shards
 
 FIRST, SECOND, TOKENIZER = "consolidated.00.pth", "consolidated.01.pth", "tokenizer.model"
 EMBEDDING, NORM, W2 = "tok_embeddings.weight", "layers.1.ffn_norm.weight", "layers.1.feed_forward.w2.weight"
@@ -208,7 +208,7 @@ def test_a_params_json_not_in_metas_format_raises(
         *[("rope_theta", bad, ("rope_theta is", "1 to 1e18")) for bad in (math.nan, math.inf, 0, 1e-300, 10**30, "1e6")],
         *[("ffn_dim_multiplier", bad, ("ffn_dim_multiplier is", "above 0")) for bad in (math.nan, 1e308, 10**400, 0, "1.3")],
         *[("vocab_size", bad, ("vocab_size is", "-1 (the tokenizer's)")) for bad in (0, -2, 384.0, "384", True, None, 10**30)],
-        ("vocab_size", 500, ("vocab_size=500", "tokenizer has 384 pieces", "use the model's own")),
+        ("vocab_size", 500, ("vocab_size=500", "tok_embeddings.weight has 384 rows", "set vocab_size to 384")),
         ("n_heads", 5, ("dim=64", "n_heads=5 heads")),
         ("n_heads", 64, ("dim=64", "n_heads=64 heads of even width")),
         ("n_kv_heads", 3, ("n_heads=8", "no multiple of n_kv_heads=3")),
@@ -257,15 +257,34 @@ def test_huge_values_in_params_json_raise_without_taking_time_or_memory(
         (2, [1], (f"{FIRST} missing", SECOND, "all are needed")),
         (4, [0, 1], ("(384, 16)", "one of 4 parts", "there are 2 shards", "missing")),
         (4, [0, 3], (f"{SECOND}, consolidated.02.pth missing", "go up to consolidated.03.pth")),
+        (2, {1: "consolidated.1.pth"}, ("(384, 32)", "one of 2 parts", "there are 1 shards", "missing")),
+        (2, {0: FIRST, 1: "model.pth"}, None),
+        (2, {0: "consolidated.02.pth", 1: "model.pth"}, None),
+        (2, {0: "lora_merged.00.pth", 1: "lora_merged.01.pth"}, None),
+        (2, {0: "a.2.pth", 1: "a.10.pth"}, ("order of their names", "a.2.pth comes after", "numbers of equal length")),
     ],
 )
 def test_missing_shards_raise_and_are_named(
-    assert_build_raises: AssertBuildRaises, tmp_path: Path, small: SimpleNamespace, n_shards: int, keep: list, parts: tuple
+    assert_build_raises: AssertBuildRaises,
+    tmp_path: Path,
+    small: SimpleNamespace,
+    n_shards: int,
+    keep: list[int] | dict[int, str],
+    parts: tuple | None,
 ) -> None:
-    folder = write_shards(tmp_path / "model", small.params, small.weights, n_shards)
-    for i in set(range(n_shards)) - set(keep):
-        (folder / f"consolidated.{i:02d}.pth").unlink()
-    assert_build_raises(folder, *parts)
+    """Keep only some shards, and rename them if `keep` gives new names. Only gaps in Meta's names are reported as such."""
+    folder = write_shards(tmp_path / "written", small.params, small.weights, n_shards)
+    names = keep if isinstance(keep, dict) else {i: f"consolidated.{i:02d}.pth" for i in keep}
+    target = tmp_path / "model"
+    target.mkdir()
+    shutil.copy(folder / "params.json", target)
+    for i, name in names.items():
+        shutil.copy(folder / f"consolidated.{i:02d}.pth", target / name)
+    if parts is not None:
+        assert_build_raises(target, *parts)
+    else:
+        model = Llama.build(target, small.tokenizer_path, 16, 2, device="cpu").model
+        assert all(torch.equal(weight, small.weights[name]) for name, weight in model.state_dict().items())
 
 
 def test_extra_shards_and_shards_of_another_model_raise(
@@ -357,15 +376,19 @@ PLAIN = "tensors by name and nothing else"
         (lambda t: t.update({NORM: t[NORM] > 1}), (NORM, "torch.bool", "bfloat16, float16 and float32")),
         (lambda t: t.clear(), ("n_layers=2", "contain 0 layers")),
         (lambda t: t.update({"layers." + "9" * 5000: torch.ones(1)}), ("n_layers=2", "contain 3 layers")),
-        (lambda t: {k: v for k, v in t.items() if k != W2}, (FIRST, f"lacks {W2}", "damaged")),
+        (lambda t: {k: v for k, v in t.items() if k != W2}, (FIRST, f"lacks {W2}", "damaged", "every .pth file")),
         (lambda t: {k: v for k, v in t.items() if "norm" not in k}, (FIRST, "lacks", "and 2 more")),
-        (lambda t: t.update(lora=torch.ones(1)), (FIRST, "contains unknown lora")),
+        (
+            lambda t: t.update(lora=torch.ones(1)),
+            (FIRST, "contains unknown lora", "if it can do without them", "torch.save() it again"),
+        ),
+        (lambda t: t.update({"rope.freqs.weight": torch.ones(1)}), (FIRST, "contains unknown rope.freqs.weight")),
         (lambda t: t.update({"x" * 200_000: torch.ones(1)}), (FIRST, "contains unknown xxxx")),
         (lambda t: t.update({"\x1b[2J": torch.ones(1)}), (FIRST, r"contains unknown \x1b[2J")),
         (lambda t: t.update({W2: t[W2].T.contiguous()}), (f"{W2} is (192, 64)", "(64, 192)", ONE_MODEL)),
         (lambda t: t.update({NORM: torch.ones(1, 64)}), (f"{NORM} is (1, 64)", "(64,)", ONE_MODEL)),
         (lambda t: t.update({EMBEDDING: torch.tensor(1.0)}), (f"{EMBEDDING} is ()", "(384, 64)", ONE_MODEL)),
-        (lambda t: t.update({EMBEDDING: torch.ones(400, 64)}), ("(400, 64)", "tokenizer has 384 pieces", "model's own")),
+        (lambda t: t.update({EMBEDDING: torch.ones(400, 64)}), ("output.weight is (384, 64)", "(400, 64)", "same rows")),
     ],
 )
 def test_a_shard_with_other_contents_than_the_models_tensors_raises(
@@ -436,3 +459,73 @@ def test_a_tokenizer_with_another_vocabulary_size_raises(
         )
     with pytest.raises(CheckpointError, match=r"vocabulary of 384, .* 400 pieces"):
         Llama(llama.model, Tokenizer(path))
+
+
+UNABLE_TO_MMAP = "unable to mmap 303809 bytes from file <consolidated.00.pth>: {} ({})"
+NO_MEMORY = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: Error code 12 (Cannot ...)"
+)
+
+
+@pytest.mark.parametrize(
+    "error, parts",
+    [
+        (RuntimeError(UNABLE_TO_MMAP.format("Cannot allocate memory", 12)), ("Cannot allocate memory", "raise `ulimit -v`")),
+        (RuntimeError("unable to open file <x> in read-only mode: Too many open files (24)"), ("Too many", "`ulimit -n`")),
+        (RuntimeError("unable to open file <x> in read-only mode: Permission denied (13)"), ("Permission denied",)),
+        (RuntimeError(NO_MEMORY), ("Cannot allocate memory", "raise `ulimit -v`")),
+        (MemoryError(), ("Cannot allocate memory", "raise `ulimit -v`")),
+        (OSError(5, "Input/output error"), ("Input/output error", "check the disk or the network")),
+        (OSError(116, "Stale file handle"), ("Stale file handle",)),
+    ],
+    ids=lambda value: f"{value!r:.40}" if isinstance(value, Exception) else "",
+)
+@pytest.mark.parametrize("file", [FIRST, "int8.safetensors"])
+def test_an_error_of_the_system_keeps_its_reason_and_is_not_called_damage(
+    copy: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, file: str, error: Exception, parts: tuple
+) -> None:
+    quantize = None if file == FIRST else "int8"
+    if quantize:
+        packed_file.save_packed_file(copy, quantize)
+
+    def fail(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", fail)
+    with pytest.raises(CheckpointError) as caught:
+        Llama.build(copy, small.tokenizer_path, 16, 2, device="cpu", quantize=quantize)
+    message = str(caught.value)
+    assert [part for part in (file, "cannot be read", *parts) if part not in message] == []
+    assert "damaged" not in message and "fetch" not in message and "make it again" not in message
+
+
+def test_an_error_of_the_disk_while_a_zip_is_read_is_not_called_damage(
+    assert_build_raises: AssertBuildRaises, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(zipfile.ZipFile, "infolist", fail)
+    assert_build_raises(copy, f"{FIRST}: cannot be read: Input/output error; check the disk")
+
+
+BUILD_WITH_LITTLE_ADDRESS_SPACE = """
+import resource, sys
+from llama import Llama, LlamaError
+folder, tokenizer, tiny = sys.argv[1:]
+Llama.build(tiny, tokenizer, 16, 1, device="cpu")  # loads all code before the limit is set
+used = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize:"))
+resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20),) * 2)
+try:
+    Llama.build(folder, tokenizer, 16, 1, device="cpu")
+except LlamaError as e:
+    print(e)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_too_little_address_space_for_a_shard_raises_with_the_way_out(tmp_path: Path, small: SimpleNamespace) -> None:
+    params = small.params | {"dim": 512}
+    folder = write_shards(tmp_path / "big", params, random_weights(params, 384, 1376))  # a shard of 24.8 MB
+    done = run("-c", BUILD_WITH_LITTLE_ADDRESS_SPACE, folder, small.tokenizer_path, small.folder)
+    assert f"{FIRST}: cannot be read: Cannot allocate memory; raise `ulimit -v`" in done.stdout, done.stderr

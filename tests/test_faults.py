@@ -243,9 +243,9 @@ def test_a_shard_that_is_deleted_while_it_is_opened_raises(
 ) -> None:
     read_torch_file = torch_file.read_torch_file
 
-    def delete_then_read(path: Path) -> Any:
+    def delete_then_read(path: Path, *arguments: Any) -> Any:
         path.unlink()
-        return read_torch_file(path)
+        return read_torch_file(path, *arguments)
 
     monkeypatch.setattr(torch_file, "read_torch_file", delete_then_read)
     with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth: .*deleted by now"):

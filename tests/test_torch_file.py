@@ -15,12 +15,12 @@ from llama import CheckpointError, Llama
 from llama.checkpoint import packed_file, torch_file
 
 from .hostile_zips import FRAGMENTS, resealed
-from .support import write_shards
+from .support import random_weights, write_shards
 
 FIRST = "consolidated.00.pth"
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
 def test_every_tensor_that_torch_save_writes_is_read_with_its_dtype_stride_and_values(tmp_path: Path, protocol: int) -> None:
     """Save tensors of every dtype, transposed and sliced tensors, tensors that share a storage, empty tensors and parameters,
     with each pickle protocol."""
@@ -56,11 +56,44 @@ def test_a_big_endian_file_raises(tmp_path: Path) -> None:
         torch_file.read_torch_file(tmp_path / "big.pth")
 
 
-def test_rope_freqs_in_a_shard_may_have_any_dtype(shard: Path, small: SimpleNamespace) -> None:
-    """The model computes its own rotary frequencies, and ignores the entry rope.freqs of a shard."""
-    tensors = torch.load(shard)
-    torch.save(tensors | {"rope.freqs": torch.ones(8, dtype=torch.complex64)}, shard)
-    Llama.build(shard.parent, small.tokenizer_path, 16, 2, device="cpu")
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
+def test_a_state_dict_of_many_parameters_loads_with_every_protocol(tmp_path: Path, protocol: int) -> None:
+    """Save an OrderedDict with metadata. Its pickle has more than 256 memo entries and, from protocol 4 on, several frames."""
+    module = torch.nn.Module()
+    for i in range(300):
+        module.register_parameter(f"{i}_{'long name' * 20}", torch.nn.Parameter(torch.full((2, 3), float(i))))
+    saved = module.state_dict(keep_vars=True)
+    assert saved._metadata  # type: ignore[attr-defined]
+    torch.save(saved, tmp_path / "x.pth", pickle_protocol=protocol)
+    loaded = torch_file.read_torch_file(tmp_path / "x.pth")
+    assert list(loaded) == list(saved) and all(torch.equal(loaded[name], saved[name]) for name in saved)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_model_loads_from_a_shard_of_every_protocol(shard: Path, small: SimpleNamespace, protocol: int) -> None:
+    parameters = {name: torch.nn.Parameter(weight) for name, weight in torch.load(shard).items()}
+    torch.save(parameters, shard, pickle_protocol=protocol)
+    model = Llama.build(shard.parent, small.tokenizer_path, 16, 2, device="cpu").model
+    assert all(torch.equal(weight, small.weights[name]) for name, weight in model.state_dict().items())
+
+
+LLAMA_1_PARAMS = {"dim": 64, "multiple_of": 32, "n_heads": 8, "n_layers": 2, "norm_eps": 1e-06, "vocab_size": -1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.int64])
+def test_rotary_frequencies_in_a_shard_are_ignored_whatever_their_names_and_dtype(
+    tmp_path: Path, small: SimpleNamespace, dtype: torch.dtype
+) -> None:
+    """The model computes them itself. Names are those of LLaMA 1 and Llama 2, and of other programs."""
+    weights = random_weights(LLAMA_1_PARAMS, 384, 192)
+    folder = write_shards(tmp_path / "llama1", LLAMA_1_PARAMS, weights)
+    tensors = {name: tensor for name, tensor in torch.load(folder / FIRST).items() if name != "rope.freqs"}
+    per_layer = ("attention.inner_attention.rope.freqs", "attention.rotary_emb.inv_freq", "attention.freqs_cis")
+    names = [f"layers.{i}.{name}" for i in range(2) for name in per_layer]
+    names += ["rope.freqs", "freqs_cis", "freqs_cos", "freqs_sin", "inv_freq", "rotary_emb.inv_freq"]
+    torch.save({name: torch.ones(4, dtype=dtype) for name in names} | tensors, folder / FIRST)
+    model = Llama.build(folder, small.tokenizer_path, 16, 2, device="cpu").model
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ class CudaGraphsBackend(Backend):
             self.steps, self.stream, self.pool, self.dependencies, self.forward = {}, None, None, dependencies, forward
 
     def decode(self, tokens: torch.Tensor, positions: torch.Tensor, positions_host: list[int]) -> torch.Tensor:
-        """Run one decode step, and capture it if its shape is new: tokens and positions (B,) -> logits (B, vocab)."""
+        """Run one decode step, and capture it if its shape is new: tokens and positions (B,) -> logits (B, n_words)."""
         assert self.forward is not None
         key = len(tokens), context_bucket(max(positions_host) + 1, self.forward.cache.data.shape[4])
         step = self.steps.pop(key, None)
@@ -83,7 +83,7 @@ class CudaGraphsBackend(Backend):
         return step, logits
 
     def compute_logits(self, forward: EngineForward, tokens: torch.Tensor, batch: RaggedBatch) -> torch.Tensor:
-        """Compute the logits (B, vocab) of tokens (B,). A captured step contains this computation."""
+        """Compute the logits (B, n_words) of tokens (B,). A captured step contains this computation."""
         return forward.logits(forward.hidden_states(tokens, batch))
 
     def run_first(self, step: "CapturedStep", tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -144,7 +144,7 @@ class CapturedStep:
         self.replay = graph.replay
 
     def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Run the step: tokens (B,) and positions (B,) -> logits (B, vocab). The next call overwrites the logits."""
+        """Run the step: tokens (B,) and positions (B,) -> logits (B, n_words). The next call overwrites the logits."""
         self.tokens.copy_(tokens)
         self.positions.copy_(positions)
         self.replay()

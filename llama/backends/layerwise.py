@@ -27,7 +27,7 @@ def decode_layerwise(
     positions: torch.Tensor,
     positions_host: list[int],
 ) -> torch.Tensor:
-    """Run one decode step: tokens and positions (B,) -> logits (B, vocab).
+    """Run one decode step: tokens and positions (B,) -> logits (B, n_words).
 
     hidden_states: the function that computes all layers of the step.
     """

@@ -77,8 +77,10 @@ class CompiledLayer:
         return reduce_from_model_parallel_region(self.linear(weight, x))
 
     def logits(self, forward: EngineForward, hidden: torch.Tensor) -> torch.Tensor:
-        """Compute float32 logits (B, vocab) from hidden states (B, dim)."""
-        return self.compiled_logits(forward, hidden) if forward.ranks == 1 else forward.logits(hidden)
+        """Compute float32 logits (B, n_words) from hidden states (B, dim)."""
+        if forward.ranks > 1:
+            return forward.logits(hidden)
+        return forward.without_spare_rows(self.compiled_logits(forward, hidden))
 
 
 class TorchCompileBackend(CudaGraphsBackend):

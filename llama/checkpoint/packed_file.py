@@ -33,13 +33,14 @@ import torch
 from ..distributed.groups import world_size
 from ..distributed.progress import progress
 from ..distributed.setup import set_environment
-from ..errors import CheckpointError, DeviceError, InputError, describe, format_bytes, short_repr
+from ..errors import CheckpointError, DeviceError, InputError, describe, explain_system_error, format_bytes, short_repr
 from ..kernels import host_memory, pack
 from ..kernels.blocked_linear import ACTIVATION_GROUP, BlockedWeight
 from ..model import Transformer
 from ..quantization.quantize import quantize
 from ..quantization.weight import FORMATS, QuantizedWeight, format_of, group_size
 from . import loading, resharding
+from .mapping import map_file
 from .params import SUPPORTED_DTYPES, read_params
 from .shards import Shards, file_identity, open_shards, shard_paths, split_dim
 from .validate import build_on_meta, check_shards, expected_shapes
@@ -84,6 +85,8 @@ def _fingerprint_parts(path: Path) -> Iterator[bytes]:
                 f.seek(entry.header_offset)
                 yield f.read(4096)
     except Exception as e:  # zipfile raises errors of many types for a damaged file
+        if reason := explain_system_error(e):
+            raise CheckpointError(f"{path}: {reason}") from e
         raise CheckpointError(f"{path}: damaged, or no PyTorch checkpoint ({e}); fetch it again, or remove it") from e
 
 
@@ -131,7 +134,9 @@ def open_packed_file(ckpt_dir: str | os.PathLike[str], format: str, fits: bool =
     identity = file_identity(path)
     try:
         metadata, tensors = _map_tensors(path)
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as e:
+    except (OSError, MemoryError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as e:
+        if reason := explain_system_error(e):
+            raise CheckpointError(f"{path}: {reason}") from e
         raise CheckpointError(f"{path}: cut off, damaged, or not written by this library; {REMAKE}") from e
     layout, stored_format = metadata.get("layout"), metadata.get(FORMAT_KEY)
     if layout != LAYOUT or stored_format != format:
@@ -150,15 +155,17 @@ def _map_tensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     with path.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         header: Any = json.loads(f.read(length)) if length < min(size, MAX_HEADER_BYTES) else None
-    metadata = dict(header.pop("__metadata__"))
-    mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
-    spans = sorted(entry["data_offsets"] for entry in header.values())
-    if [0, *(end for _, end in spans)] != [*(begin for begin, _ in spans), len(mapped)]:
-        raise ValueError("holes or overlaps between tensors")
-    tensors = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        tensors[name] = mapped[begin:end].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+        metadata = dict(header.pop("__metadata__"))
+        spans = sorted(entry["data_offsets"] for entry in header.values())
+        if [0, *(end for _, end in spans)] != [*(begin for begin, _ in spans), size - 8 - length]:
+            raise ValueError("holes or overlaps between tensors")
+        read, tensors = map_file(path, f), {}
+        for name, entry in header.items():
+            (begin, end), dtype = entry["data_offsets"], _DTYPES[entry["dtype"]]
+            if begin > end or (8 + length + begin) % dtype.itemsize or (end - begin) % dtype.itemsize:
+                raise ValueError("a tensor is not whole, or not aligned")
+            storage = read(8 + length + begin, end - begin)
+            tensors[name] = torch.empty(0, dtype=dtype, device="cpu").set_(storage).view(entry["shape"])  # type: ignore[call-overload]
     return metadata, tensors
 
 
@@ -215,9 +222,7 @@ def save_packed_file(ckpt_dir: str | os.PathLike[str], format: str) -> Path:
 def _open_checkpoint(ckpt_dir: str | os.PathLike[str]) -> tuple[Shards, Transformer]:
     """Map and check a checkpoint; return its shards, and its model on the meta device."""
     params, shards = read_params(ckpt_dir), open_shards(ckpt_dir)
-    embedding = shards.first.get("tok_embeddings.weight")
-    vocab_size = embedding.shape[0] if embedding is not None and embedding.ndim == 2 else 1
-    model = build_on_meta(params, shards, 1, 1, vocab_size)
+    model = build_on_meta(params, shards, 1, 1, None)
     check_shards(model, shards)
     return shards, model
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, InputError, check_path, describe, identify_format, read_file
+from ..errors import CheckpointError, InputError, check_path, describe, explain_system_error, identify_format, read_file
 from ..model import ModelArgs
 from ..quantization.weight import FORMATS
 
@@ -94,7 +94,7 @@ def list_folder(folder: Path) -> list[str]:
     try:
         return sorted(os.listdir(folder))
     except OSError as e:
-        raise CheckpointError(f"{folder}: cannot be read: {e.strerror}") from e
+        raise CheckpointError(f"{folder}: {explain_system_error(e) or f'cannot be read: {e.strerror}'}") from e
 
 
 def describe_folder(folder: Path) -> str:

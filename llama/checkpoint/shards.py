@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, identify_format, read_file
+from ..errors import CheckpointError, explain_system_error, identify_format, read_file
 from . import torch_file
 from .params import describe_folder, list_folder
 
@@ -20,8 +20,12 @@ SPLIT_DIMS: dict[str, int | None] = {
     "attention_norm": None, "ffn_norm": None, "norm": None,
     "output": 0,
 }  # fmt: skip
-# Meta's shards also contain rotary frequencies. They are ignored, because the model computes them itself.
-IGNORED_TENSORS = re.compile(r"rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope\.freqs")
+# Shards may also contain rotary frequencies or rotations, once or in each layer: rope.freqs in Llama 2,
+# layers.N.attention.inner_attention.rope.freqs in LLaMA 1, the other names in files of other programs. They are ignored,
+# whatever their dtype, because the model computes them itself.
+IGNORED_TENSORS = re.compile(
+    r"(?:.*\.)?(?:rope\.(?:freqs|cache)|(?:rope_|rotary_emb\.)?(?:inv_freq|freqs_(?:cis|cos|sin))|rotary_emb\.(?:cos|sin)_cached)"
+)
 _EXPECTED = "Meta's shards contain tensors by name and nothing else"
 
 
@@ -82,34 +86,48 @@ def stored_dtype(ckpt_dir: str | os.PathLike[str]) -> torch.dtype | None:
     """Return the dtype of the embedding in a folder's shards; None if there are no shards."""
     if not shard_paths(Path(ckpt_dir).expanduser()):
         return None
-    embedding = open_shards(ckpt_dir).first.get("tok_embeddings.weight")
+    embedding = open_shards(ckpt_dir, values=False).first.get("tok_embeddings.weight")
     return None if embedding is None else embedding.dtype
 
 
-def open_shards(ckpt_dir: str | os.PathLike[str]) -> Shards:
-    """Map all shards in a folder: read the names and shapes of tensors, but no values.
+def open_shards(ckpt_dir: str | os.PathLike[str], values: bool = True) -> Shards:
+    """Map all shards in a folder: all files named *.pth, in the order of their names, as the reference does.
 
-    Raises CheckpointError if a shard is missing or damaged.
+    values: if False, nothing is mapped; the tensors have names, shapes and dtypes only. Raises CheckpointError if a shard is
+    missing, damaged or unreadable, and if the order of the shards is not clear.
     """
     folder = Path(ckpt_dir).expanduser()
     paths = shard_paths(folder)
     if not paths:
-        raise CheckpointError(f"{folder}: no consolidated.NN.pth; {describe_folder(folder)}")
-    numbers = [int(m[1]) for path in paths if (m := re.fullmatch(r"consolidated\.([0-9]{2})\.pth", path.name))]
-    missing = [f"consolidated.{i:02d}.pth" for i in range(max(numbers, default=0)) if i not in numbers]
-    if missing:
-        last = f"consolidated.{max(numbers):02d}.pth"
-        raise CheckpointError(
-            f"{folder}: {', '.join(missing[:8])} missing; the shards here go up to {last}, and all are needed"
-        )
+        raise CheckpointError(f"{folder}: no consolidated.NN.pth, and no other .pth file; {describe_folder(folder)}")
+    _check_names(folder, [path.name for path in paths])
     identities = {path: file_identity(path) for path in paths}
-    return Shards({path.name: _open_shard(path) for path in paths}, identities)
+    return Shards({path.name: _open_shard(path, values) for path in paths}, identities)
 
 
-def _open_shard(path: Path) -> dict[str, torch.Tensor]:
-    """Map one shard, and return its tensors by name.
+def _check_names(folder: Path, names: list[str]) -> None:
+    """Raise CheckpointError if Meta's names have a gap, and if the sorted names are not in the order of their numbers."""
+    numbers = [int(m[1]) for name in names if (m := re.fullmatch(r"consolidated\.([0-9]{2})\.pth", name))]
+    missing = [f"consolidated.{i:02d}.pth" for i in range(max(numbers, default=0)) if i not in numbers]
+    if missing and len(numbers) == len(names):
+        raise CheckpointError(
+            f"{folder}: {', '.join(missing[:8])} missing; the shards here go up to {names[-1]}, and all are needed"
+        )
+    numbers_before: dict[str, list[int]] = {}  # name with # for each number -> numbers in the last name of this kind
+    for name in names:
+        kind, name_numbers = re.sub(r"[0-9]+", "#", name), [int(digits) for digits in re.findall(r"[0-9]+", name)]
+        if numbers_before.get(kind, []) > name_numbers:
+            raise CheckpointError(
+                f"{folder}: shards are read in the order of their names, in which {name} comes after higher numbers; "
+                "rename them with numbers of equal length, as in consolidated.00.pth"
+            )
+        numbers_before[kind] = name_numbers
 
-    Raises CheckpointError if the file is damaged, or contains anything but tensors.
+
+def _open_shard(path: Path, values: bool) -> dict[str, torch.Tensor]:
+    """Map one shard, and return its tensors by name. values: see `open_shards`.
+
+    Raises CheckpointError if the file is damaged, contains anything but tensors, or cannot be read.
     """
     head = read_file(path, 64)
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
@@ -120,10 +138,12 @@ def _open_shard(path: Path) -> dict[str, torch.Tensor]:
     if head[:2] != b"PK":
         raise CheckpointError(f"{path}: not a PyTorch checkpoint; {identify_format(head)}; fetch it again")
     try:
-        tensors = torch_file.read_torch_file(path)
+        tensors = torch_file.read_torch_file(path, values)
     except pickle.UnpicklingError as e:
         raise CheckpointError(f"{path}: contains more than tensors and was not loaded, as it could run code ({e})") from e
     except Exception as e:
+        if reason := explain_system_error(e):
+            raise CheckpointError(f"{path}: {reason}") from e
         identity = file_identity(path)
         size = f"{identity[2]:,} bytes" if identity else "deleted by now"
         raise CheckpointError(

@@ -2,8 +2,8 @@
 
 The file is a zip of uncompressed records. The record `data.pkl` is a pickle that describes the tensors, and each tensor's
 storage is a separate record. `torch.load` is not safe enough, even with `weights_only`: it trusts the lengths of records and
-the sizes of allocations in the file, and it hashes any tuple, which may take for ever. It also cannot read pickle protocols 4
-and 5. The unpickler in this module creates only plain Python values and descriptions of tensors. Each description is checked
+the sizes of allocations in the file, and it hashes any tuple, which may take for ever. It also cannot read pickle protocols 1,
+4 and 5. The unpickler in this module creates only plain Python values and descriptions of tensors. Each description is checked
 against the zip.
 """
 
@@ -19,10 +19,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from .mapping import map_file
+
 MAX_PICKLE_BYTES = 1 << 19  # five times the pickle of a 70B shard; limits the time and memory that a hostile pickle uses
 MAX_ARGUMENTS = 16  # limit for one call, because a hostile pickle could pass one long tuple to thousands of calls
-# The pickle opcodes that torch.save uses in protocols 2 to 5. Other opcodes could allocate any size or call any function.
-_OPCODES = b"\x80}]()\x85\x86\x87tNK\x88\x89GJM\x8aXqrhjcQRuseab." + b"\x95\x8c\x94\x93"
+# The pickle opcodes that torch.save uses in protocols 1 to 5; PyTorch cannot load its own files of protocol
+# 0. Other opcodes could allocate any size or call any function.
+_OPCODES = b"\x80}]()\x85\x86\x87tNK\x88\x89GJM\x8aXqrhjcQRuseab." + b"\x95\x8c\x94\x93IL"
 _STORAGES = {
     "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
     "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
@@ -55,9 +58,10 @@ class TensorSpec(NamedTuple):
     stride: tuple[int, ...]
 
 
-def read_torch_file(path: Path) -> Any:
+def read_torch_file(path: Path, values: bool = True) -> Any:
     """Return the dict that a file contains, with mapped tensors as values. A value that is not a plain tensor becomes None.
 
+    values: if False, the tensors are on the meta device: they have shapes and dtypes, but no values, and nothing is mapped.
     If the file contains another object than a dict, that object is returned. Raises pickle.UnpicklingError if the pickle names
     a function that is not allowed, and ValueError, KeyError or another error if the file is damaged.
     """
@@ -77,20 +81,20 @@ def read_torch_file(path: Path) -> Any:
         saved = _Unpickler(BytesIO(data)).load()
         if not isinstance(saved, dict):
             return saved
-        mapped = torch.UntypedStorage.from_file(str(path), False, f.seek(0, 2))
-    folder = pickle_name.removesuffix("data.pkl")
+        read = map_file(path, f) if values else lambda _, size: torch.UntypedStorage(size, device="meta")
+        folder = pickle_name.removesuffix("data.pkl")
 
-    def map_tensor(spec: Any) -> torch.Tensor | None:
-        if not isinstance(spec, TensorSpec):
-            return None
-        (dtype, record, numel), *geometry = spec
-        offset, size, _ = records[f"{folder}data/{record}"]
-        if size != numel * dtype.itemsize:
-            raise ValueError(f"data/{record} has {size} bytes")
-        storage = mapped[offset : offset + size]
-        return torch.empty(0, dtype=dtype, device="cpu").set_(storage, *geometry)  # type: ignore[call-overload]
+        def map_tensor(spec: Any) -> torch.Tensor | None:
+            if not isinstance(spec, TensorSpec):
+                return None
+            (dtype, record, numel), *geometry = spec
+            offset, size, _ = records[f"{folder}data/{record}"]
+            if size != numel * dtype.itemsize:
+                raise ValueError(f"data/{record} has {size} bytes")
+            storage = read(offset, size)
+            return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, *geometry)  # type: ignore[call-overload]
 
-    return {name: map_tensor(value) for name, value in saved.items()}
+        return {name: map_tensor(value) for name, value in saved.items()}
 
 
 def zip_records(f: BinaryIO) -> dict[str, ZipRecord]:

@@ -15,6 +15,7 @@ from ..tokenizer import Tokenizer
 from .params import SUPPORTED_DTYPES
 from .shards import IGNORED_TENSORS, Shards, split_dim
 
+MAX_SPARE_ROWS = 1024  # a model with more rows beyond the tokenizer's tokens has probably been given another model's tokenizer
 NON_FINITE = "contains NaN or infinity: the shards are damaged; compare with checklist.chk, fetch them again"
 _OTHER_MODEL = "params.json and the shards are not of one model; fetch them again"
 # For a part of a weight's name: the keys of params.json that are probably wrong if such a weight has the wrong shape.
@@ -26,12 +27,17 @@ def build_on_meta(
     shards: Shards,
     max_seq_len: int,
     max_batch_size: int,
-    vocab_size: int,
+    n_words: int | None,
 ) -> Transformer:
-    """Return the model that params.json describes, on the meta device.
+    """Return the model that params.json describes, on the meta device. Its vocabulary has the size of the stored embedding.
 
-    Raises CheckpointError if params.json contradicts the shards or the tokenizer.
+    n_words: number of the tokenizer's tokens; None without a tokenizer. Raises CheckpointError if params.json contradicts the
+    shards or the tokenizer.
     """
+    embedding, vocab_size = shards.first.get("tok_embeddings.weight"), n_words or 1
+    has_rows = embedding is not None and embedding.ndim == 2 and len(embedding) > 0
+    if embedding is not None and has_rows:
+        vocab_size = len(embedding)
     args = ModelArgs(**{**params, "vocab_size": vocab_size}, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     names = {name for tensors in shards.values() for name in tensors}
     layers = len({name.split(".")[1] for name in names if name.startswith("layers.")})
@@ -42,8 +48,11 @@ def build_on_meta(
     declared = params.get("vocab_size", -1)
     if declared not in (-1, vocab_size):
         raise CheckpointError(
-            f"params.json says vocab_size={declared}, but the tokenizer has {vocab_size} pieces; use the model's own"
+            f"params.json says vocab_size={declared}, but tok_embeddings.weight has {vocab_size} rows: if they are of one "
+            f"model, set vocab_size to {vocab_size}"
         )
+    if embedding is not None and has_rows and n_words is not None:
+        check_vocabulary(vocab_size, n_words, f"tok_embeddings.weight is {tuple(embedding.shape)}")
     try:
         with torch.device("meta"):
             model = Transformer(args)
@@ -51,6 +60,30 @@ def build_on_meta(
         sizes = f"max_seq_len={max_seq_len} and max_batch_size={max_batch_size}"
         raise CheckpointError(f"params.json with {sizes} describes tensors larger than any memory: {params}") from e
     return model
+
+
+def check_vocabulary(vocab_size: int, n_words: int, finding: str) -> None:
+    """Raise CheckpointError if a model's vocabulary does not suit a tokenizer.
+
+    A model may have more rows than the tokenizer has tokens, for example for a padding token or to round the size up.
+    n_words: number of the tokenizer's tokens. finding: text about the model, with which the error begins.
+    """
+    if not n_words <= vocab_size <= n_words + MAX_SPARE_ROWS:
+        limit = f" (at most {MAX_SPARE_ROWS:,} more rows may be spare)" if vocab_size > n_words else ""
+        raise CheckpointError(
+            f"{finding}, but the tokenizer has {n_words} pieces{limit}: another model's tokenizer; "
+            "use the model's own tokenizer.model"
+        )
+
+
+def describe_spare_rows(vocab_size: int, n_words: int) -> str | None:
+    """Return a note that a model has more rows than the tokenizer has tokens; None if it has not."""
+    if vocab_size == n_words:
+        return None
+    return (
+        f"llama: the model has rows for {vocab_size:,} tokens, and the tokenizer {n_words:,} pieces: "
+        f"tokens from {n_words:,} on are never generated, and have no probability"
+    )
 
 
 def expected_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
@@ -77,14 +110,24 @@ def _check_tensors(expected: dict[str, tuple[int, ...]], shards: Shards) -> None
     """Raise CheckpointError unless each shard contains the expected tensors, with supported dtypes and the right shapes."""
     n = len(shards)
     for file, tensors in shards.items():
-        for verb, names in (
-            ("lacks", expected.keys() - tensors.keys()),
-            ("contains unknown", {name for name in tensors.keys() - expected.keys() if not IGNORED_TENSORS.fullmatch(name)}),
+        unknown = {name for name in tensors.keys() - expected.keys() if not IGNORED_TENSORS.fullmatch(name)}
+        for verb, names, way_out in (
+            (
+                "lacks",
+                expected.keys() - tensors.keys(),
+                "damaged, or not of the model that params.json describes; every .pth file in the folder is read as a shard",
+            ),
+            (
+                "contains unknown",
+                unknown,
+                "the model that params.json describes has no such tensors; if it can do without them, load the file, delete "
+                "them and torch.save() it again",
+            ),
         ):
             if names:
                 listed = ", ".join(sorted(short_repr(name).strip("'") for name in names)[:3])
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise CheckpointError(f"{file} {verb} {listed}{more}: damaged, or not of the model that params.json describes")
+                raise CheckpointError(f"{file} {verb} {listed}{more}: {way_out}")
         for name, whole in expected.items():
             tensor, dim = tensors[name], split_dim(name)
             part = whole if dim is None else tuple(size // n if d == dim else size for d, size in enumerate(whole))
@@ -120,9 +163,13 @@ def _check_same_model(expected: dict[str, tuple[int, ...]], shards: Shards) -> N
 
 def _explain_shape(name: str, tensor: torch.Tensor, whole: tuple[int, ...], n: int) -> str:
     """Return the second half of an error about a weight's wrong shape: the expected shape, and the likely cause."""
-    if name == "tok_embeddings.weight" and tensor.ndim == 2 and tensor.shape[1] and whole[1] % tensor.shape[1] == 0:
-        if tensor.shape[0] != whole[0]:
-            return f"but the tokenizer has {whole[0]} pieces; use the model's own tokenizer.model"
+    is_table = name in ("tok_embeddings.weight", "output.weight") and tensor.ndim == 2
+    if is_table and tensor.shape[0] * (n if split_dim(name) == 0 else 1) != whole[0]:
+        return (
+            f"but tok_embeddings.weight of the first shard makes it {whole} in {n} shard(s): both need a row for each token; "
+            "save both with the same rows, or fetch them again"
+        )
+    if name == "tok_embeddings.weight" and is_table and tensor.shape[1] and whole[1] % tensor.shape[1] == 0:
         return f"one of {whole[1] // tensor.shape[1]} parts of {whole}, but there are {n} shards: some are missing, or too many"
     hint = next((f" (see {keys})" for part, keys in _PARAMS_BY_WEIGHT.items() if part in name), "")
     return f"where params.json{hint} makes {whole} in {n} shard(s): {_OTHER_MODEL}"

@@ -8,7 +8,7 @@ import torch
 from .forward import EngineForward
 
 # A function that decodes one token per row. Arguments: tokens (B,), positions (B,), and a list of the same positions on the
-# host. It returns float32 logits (B, vocab), which are valid until the next call. For a free row, the list contains 0, and
+# host. It returns float32 logits (B, n_words), which are valid until the next call. For a free row, the list contains 0, and
 # the tensor contains an arbitrary position.
 DecodeFn = Callable[[torch.Tensor, torch.Tensor, list[int]], torch.Tensor]
 

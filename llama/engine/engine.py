@@ -32,6 +32,7 @@ class Engine:
 
     def __init__(self, model: Transformer, backend: Backend) -> None:
         self.model, self.backend = model, backend
+        self.n_words: int | None = None  # number of tokens that may be generated, the first in the vocabulary; None for all
         self.announced: str | None = None  # None, or the last printed reason why generation is slower
         self.shared = shared_state_of(model)
         self.lock = self.shared.lock
@@ -72,7 +73,7 @@ class Engine:
         """Return an `EngineForward` with the current weights of the model. Allocate a KV cache if none fits the model."""
         if self.shared.cache is None or not self.shared.cache.belongs_to(self.model):
             self.shared.cache = KVCache.adopt(self.model)
-        return EngineForward(self.model, self.shared.cache)
+        return EngineForward(self.model, self.shared.cache, self.n_words)
 
     def without_autocast(self) -> torch.autocast:
         """Return a context that disables a caller's autocast, so that the model computes in its own dtype."""
@@ -98,7 +99,7 @@ class Engine:
         with self.lock, propagate_failure():
             if why := self.why_reference_loop():
                 self.announce(why)
-                loop = ReferenceLoop(self.model, self.shared, call)
+                loop = ReferenceLoop(self.model, self.shared, call, self.n_words)
             else:
                 loop = Scheduler(self.model, self.forward(), self.backend, self.shared, call)
         while not loop.finished:
@@ -138,7 +139,7 @@ class Engine:
             indices = torch.tensor([n for each in scored for n in each], dtype=torch.int64, device=device)
             with defer_signals(), self.without_autocast():
                 if forward is None:
-                    logits = self.model.forward(tokens[None], 0)[0].float()
+                    logits = self.model.forward(tokens[None], 0)[0, :, : self.n_words].float()
                     logprobs = iter(token_logprobs(logits[indices - 1], tokens[indices]).tolist())
                 else:
                     batch = RaggedBatch.from_segments([(row, 0, len(sequences[i])) for row, i in enumerate(members)], device)

@@ -198,8 +198,10 @@ class EngineForward:
     The engine creates an `EngineForward` for each call, since parameters may have been replaced between two calls.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache) -> None:
+    def __init__(self, model: Transformer, cache: KVCache, n_words: int | None = None) -> None:
+        """Prepare a forward. n_words: number of tokens in the logits, the first in the vocabulary; None for all."""
         self.model, self.cache = model, cache
+        self.n_words = min(n_words or model.vocab_size, model.vocab_size)
         self.layers = [EngineLayer(block) for block in cast("list[TransformerBlock]", list(model.layers))]
         self.norm, self.output = EngineNorm(model.norm), MergedLinear(model.output.weight)
         self.ranks = model.output.ranks
@@ -250,13 +252,17 @@ class EngineForward:
         return self.norm.forward(h)[: len(logits_indices)]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits (..., vocab) of hidden states (..., dim)."""
+        """Return float32 logits (..., n_words) of hidden states (..., dim)."""
         y = self.output.forward(hidden).float()
-        return y if self.ranks == 1 else gather_from_model_parallel_region(y)
+        return self.without_spare_rows(y if self.ranks == 1 else gather_from_model_parallel_region(y))
+
+    def without_spare_rows(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logits (..., n_words) of the tokenizer's tokens, given logits (..., vocab)."""
+        return logits if logits.shape[-1] == self.n_words else logits[..., : self.n_words]
 
     def graph_dependencies(self) -> list[Any]:
         """Return the cache, kernels and memory that a captured decode step reads. If one changes, recapture the step."""
-        found: list[Any] = [self.cache, memory_key(self.freqs), memory_key(self.model.tok_embeddings.weight)]
+        found: list[Any] = [self.cache, self.n_words, memory_key(self.freqs), memory_key(self.model.tok_embeddings.weight)]
         for norm in (self.norm, *(norm for layer in self.layers for norm in (layer.attention_norm, layer.ffn_norm))):
             found += [memory_key(norm.weight), norm.eps]
         for weight in (self.output, *(p for layer in self.layers for p in (layer.wqkv, layer.wo, layer.w13, layer.w2))):

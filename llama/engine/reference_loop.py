@@ -23,7 +23,8 @@ class ReferenceLoop:
     at these positions, instead of sampled ones. More than max_batch_size prompts run as several batches, one after another.
     """
 
-    def __init__(self, model: Transformer, shared: SharedState, call: GenerationCall) -> None:
+    def __init__(self, model: Transformer, shared: SharedState, call: GenerationCall, n_words: int | None = None) -> None:
+        self.n_words = n_words  # see `Engine.n_words`
         self.model, self.shared, self.call, self.requests = model, shared, call, call.requests
         self.waiting = collections.deque(range(len(self.requests)))
         self.running: dict[int, int] = {}  # maps a row of the batch to the index of its request
@@ -48,7 +49,7 @@ class ReferenceLoop:
             raise InputError(CACHE_TAKEN_ERROR)
         prompt_tokens = [] if self.running else self.begin_batch()
         requests, end = [self.requests[index] for index in self.batch], self.end
-        logits = self.model.forward(self.tokens[:, self.start : end], self.start).float()
+        logits = self.model.forward(self.tokens[:, self.start : end], self.start)[..., : self.n_words].float()
         self.state.logits, self.state.positions = logits[:, -1], torch.full_like(self.state.positions, end)
         if self.call.scores_prompts:
             following = self.tokens[:, self.start + 1 : end + 1]

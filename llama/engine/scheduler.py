@@ -58,7 +58,7 @@ class Scheduler:
         self.n_rows = min(len(self.requests), model.params.max_batch_size)
         self.decode = backend.begin(self.forward, self.n_rows)
         seeded = any(r.seed is not None for r in self.requests)
-        self.state = DecodeState(self.n_rows, model.vocab_size, self.forward.device, call.sampling, seeded, call.sampler)
+        self.state = DecodeState(self.n_rows, forward.n_words, self.forward.device, call.sampling, seeded, call.sampler)
         self.waiting = collections.deque(range(len(self.requests)))
         self.running: dict[int, int] = {}  # maps a row to the index of its request
         # Lists with an entry for each row: sampled tokens, largest logits, and, if the call asks for them, log probabilities.

@@ -154,7 +154,7 @@ def describe_checkpoint(ckpt_dir: str | os.PathLike[str]) -> tuple[ModelArgs, to
     """
     params = read_params(ckpt_dir)
     if shard_paths(Path(ckpt_dir).expanduser()):
-        embedding = open_shards(ckpt_dir).first.get("tok_embeddings.weight")
+        embedding = open_shards(ckpt_dir, values=False).first.get("tok_embeddings.weight")
         if embedding is not None and embedding.ndim == 2:
             return ModelArgs(**{**params, "vocab_size": len(embedding)}), embedding.dtype
     declared = params.get("vocab_size", -1)
