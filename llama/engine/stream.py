@@ -57,7 +57,7 @@ class Stream:
 
 
 def text_chunks(request: Request, tokens: Iterator[GeneratedToken], text: IncrementalText) -> Generator[str, None, None]:
-    """Yield the text of an answer in chunks, each as soon as later tokens cannot change it. A stop string ends the answer."""
+    """Yield the text of an answer in chunks: the text of each token at once. A stop string ends the answer."""
     with contextlib.closing(tokens):  # type: ignore[type-var]
         for token in tokens:
             chunk = text.push(token.token)
