@@ -6,9 +6,9 @@ from ..errors import InputError, describe
 from ..tokenizer import Tokenizer, check_text, make_detokenizer
 
 
-def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """Return a tuple of the given stop string or strings. Raise InputError if one is empty or not valid text."""
-    stops = (stop,) if isinstance(stop, str) else stop
+def check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return a tuple of the given stop string or strings, if any. Raise InputError if one is empty or not valid text."""
+    stops = (stop,) if isinstance(stop, str) else () if stop is None else stop
     if isinstance(stops, bytes) or not isinstance(stops, Sequence):
         raise InputError(f"stop is {describe(stop)}; it must be a string, or a list of strings")
     for i, text in enumerate(stops):
