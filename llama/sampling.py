@@ -40,11 +40,11 @@ class SamplingParams:
 
     def __init__(
         self,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
+        temperature: float | None = temperature,
+        top_p: float | None = top_p,
+        top_k: int | None = top_k,
+        min_p: float | None = min_p,
+        repetition_penalty: float | None = repetition_penalty,
     ) -> None:
         given = temperature, top_p, top_k, min_p, repetition_penalty
         for field, option in zip(fields(self), given, strict=True):
