@@ -27,8 +27,8 @@ Usage: download.sh [--url LINK] [--models LIST] [--dir FOLDER]
 Downloads Meta's Llama 2 weights and checks them. Asks for the link and the models unless they are given as options.
 After a failure, or Ctrl-C, run it again: complete files are kept, and interrupted downloads resume.
 
-  --url LINK      the link from Meta's email, https://...*?Policy=... (without this option the script asks for the
-                  link, which is safer: commands stay in the history of the shell)
+  --url LINK      the link from Meta's email, in single quotes: 'https://...*?Policy=...&Signature=...&Key-Pair-Id=...'
+                  (without this option the script asks for it, which is safer: a shell keeps a history of commands)
   --models LIST   comma-separated names out of: $known; or: all
   --dir FOLDER    folder for the files; default: the current folder
   -h, --help      show this text
@@ -37,6 +37,7 @@ Environment variables, used if the option is not given:
   PRESIGNED_URL, MODEL_SIZE, TARGET_FOLDER   as --url, --models, --dir
   DOWNLOAD_RETRY_WAIT   seconds to wait after the first failed attempt, twice as many after the second, ...; default: 2
   DOWNLOAD_TIMEOUT      seconds without data after which a connection counts as broken; default: 60
+  https_proxy           the address of a proxy, if the network needs one; settings in .curlrc and .wgetrc are not read
 
 Needs curl or GNU wget 1; md5sum, md5 or openssl. The weights are under Meta's license, not under this project's.
 END
@@ -65,6 +66,9 @@ ask() { # QUESTION: read a line of stdin into $answer; return 1 at the end of st
 # ---- Checks of the options and the tools, before the first request ----
 
 check_link() { # split $url at its * into $before and $after; error messages never quote the link
+  while :; do # a link copied from the source of an HTML email has &amp; in place of &
+    case $url in *'&amp;'*) url="${url%%&amp;*}&${url#*&amp;}" ;; *) break ;; esac
+  done
   case $url in
     http://* | https://*) ;;
     *) die "the link does not begin with https://: copy it again from Meta's email" ;;
@@ -73,6 +77,25 @@ check_link() { # split $url at its * into $before and $after; error messages nev
     *[[:space:]\"\\]*) die "the link contains a blank, a quote or a backslash: copy it again from Meta's email" ;;
     *\**) before=${url%%\**} after=${url#*\*} ;;
     *) die "the link has no '*', which stands for the file's name: copy the whole link from Meta's email, unchanged" ;;
+  esac
+  case $url in
+    https://download*.llamameta.net/* | *[?\&]Policy=*) ;;
+    *) return ;; # a mirror's link may have any parts
+  esac
+  for part in Policy Signature Key-Pair-Id; do
+    case $url in
+      *[?\&]"$part"=[!\&]*) ;;
+      *) die "the link is cut off, it has no '$part=...': copy the whole link from Meta's email, and in a command put it" \
+        "in single quotes, because a shell ends it at the first '&'" ;;
+    esac
+  done
+}
+
+expand_home() { # replace the ~ at the start of $folder by the home folder; a shell does so only outside quotes and after a blank
+  case $folder in
+    \~ | \~/*) folder=${HOME:?"is not set: give --dir a whole path"}${folder#\~} ;;
+    \~*) die "the folder '$folder' begins with ~, which stands for your own home folder only: give the whole path," \
+      "or './$folder' for a folder of that name" ;;
   esac
 }
 
@@ -185,8 +208,9 @@ fetch() { # PATH FILE
     if [ "$(size "$2")" -gt "$largest" ]; then largest=$(size "$2") tries=0; fi
     tries=$((tries + 1))
     if [ "$tries" -eq 5 ]; then
+      case ${code:-000} in 000) advice=", and set https_proxy if it needs a proxy (see --help)," ;; *) advice= ;; esac
       die "$1: five tries brought nothing more (HTTP status ${code:-000}, $client exit status $status):" \
-        "check the network and run again to resume"
+        "check the network$advice and run again to resume"
     fi
     sleep $((tries * retry_wait))
   done
@@ -290,6 +314,7 @@ main() {
     models=${answer:-all}
   fi
   check_models
+  expand_home
   make_folder "$folder"
   CDPATH='' cd -- "$folder" || exit 1
   folder=$(pwd)

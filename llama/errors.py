@@ -6,12 +6,19 @@ because programs written for Meta's reference catch its failed assertions. Unlik
 """
 
 import errno
+import functools
 import itertools
 import numbers
 import os
 import re
 import reprlib
+from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class LlamaError(ValueError, AssertionError):
@@ -32,6 +39,31 @@ class NonFiniteError(LlamaError):
 
 class DeviceError(LlamaError):
     """Error for a model that cannot run because of its devices, ranks, process groups or memory."""
+
+
+def short_traceback(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a public function: remove the internal frames and the cause from the traceback of an error about its input.
+
+    Frames of the caller's code stay. The message contains the cause.
+    """
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except (InputError, CheckpointError, DeviceError) as e:
+            raise e.with_traceback(_without_internal_frames(e.__traceback__)) from None
+
+    return checked
+
+
+def _without_internal_frames(trace: TracebackType | None) -> TracebackType | None:
+    """Return a traceback without the frames of this library and of torch."""
+    if trace is None:
+        return None
+    trace.tb_next = _without_internal_frames(trace.tb_next)
+    module = str(trace.tb_frame.f_globals.get("__name__"))
+    return trace.tb_next if module.partition(".")[0] in (__package__, "torch") else trace
 
 
 class _ShortRepr(reprlib.Repr):

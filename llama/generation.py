@@ -40,7 +40,7 @@ from .engine.request_builder import RequestBuilder, partition_by_length
 from .engine.requests import GeneratedToken, GenerationCall
 from .engine.results import ChatPrediction, CompletionPrediction, GenerationResult, InfillingPrediction, ResultDetails, Score
 from .engine.stream import Stream, text_chunks
-from .errors import DeviceError, InputError, check_count, check_flag, describe
+from .errors import DeviceError, InputError, check_count, check_flag, describe, short_traceback
 from .kernels.packing import check_kernel
 from .model import ModelArgs, Transformer
 from .planning import estimate, free_memory
@@ -54,7 +54,7 @@ T = TypeVar("T")
 class Llama:
     """A model and its tokenizer. It has one KV cache and runs one call at a time; calls from other threads wait.
 
-    Options that several calls share, each off by default:
+    Options that several calls share, each off by default. None means the default of any option.
 
     top_k, min_p, repetition_penalty: see `SamplingParams`.
     seed: makes each answer depend only on its prompt, the options and the seed, not on earlier calls or on the other prompts. A
@@ -74,6 +74,7 @@ class Llama:
     """
 
     @staticmethod
+    @short_traceback
     def build(
         ckpt_dir: str | os.PathLike[str],
         tokenizer_path: str | os.PathLike[str] | None = None,
@@ -180,18 +181,19 @@ class Llama:
         """Return the name of the backend. A modified model runs `Transformer.forward` with any backend."""
         return self._engine.backend.name
 
+    @short_traceback
     def generate(
         self,
         prompt_tokens: Iterable[Iterable[int]],
-        max_gen_len: int,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        logprobs: bool = False,
-        echo: bool = False,
+        max_gen_len: int | None,
+        temperature: float | None = 0.6,
+        top_p: float | None = 0.9,
+        logprobs: bool | None = False,
+        echo: bool | None = False,
         *,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
+        top_k: int | None = 0,
+        min_p: float | None = 0.0,
+        repetition_penalty: float | None = 1.0,
         seed: int | Iterable[int] | None = None,
         stop_token: int | None = None,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
@@ -207,23 +209,24 @@ class Llama:
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
         results = self._results(
+            "generate",
             lambda: self._requests.from_tokens(prompt_tokens, max_gen_len, seed, params(), logprobs, echo, stop_token),
-            called_by_generate=True,
         )
         return [r.tokens for r in results], [r.logprobs for r in results] if logprobs else None
 
+    @short_traceback
     def generate_stream(
         self,
         prompt_tokens: Iterable[Iterable[int]],
-        max_gen_len: int,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        logprobs: bool = False,
-        echo: bool = False,
+        max_gen_len: int | None,
+        temperature: float | None = 0.6,
+        top_p: float | None = 0.9,
+        logprobs: bool | None = False,
+        echo: bool | None = False,
         *,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
+        top_k: int | None = 0,
+        min_p: float | None = 0.0,
+        repetition_penalty: float | None = 1.0,
         seed: int | Iterable[int] | None = None,
     ) -> Iterator[GeneratedToken]:
         """Generate tokens like `generate`, but yield (prompt_index, token, logprob) as soon as a token is generated.
@@ -232,25 +235,27 @@ class Llama:
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
         call = self._validate_on_all_ranks(
-            lambda: self._requests.from_tokens(prompt_tokens, max_gen_len, seed, params(), logprobs, echo)
+            "generate_stream",
+            lambda: self._requests.from_tokens(prompt_tokens, max_gen_len, seed, params(), logprobs, echo),
         )
         return self._run(call, watched=True)
 
+    @short_traceback
     def text_completion(
         self,
         prompts: Iterable[str],
-        temperature: float = 0.6,
-        top_p: float = 0.9,
+        temperature: float | None = 0.6,
+        top_p: float | None = 0.9,
         max_gen_len: int | None = None,
-        logprobs: bool = False,
-        echo: bool = False,
+        logprobs: bool | None = False,
+        echo: bool | None = False,
         *,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
+        top_k: int | None = 0,
+        min_p: float | None = 0.0,
+        repetition_penalty: float | None = 1.0,
         seed: int | Iterable[int] | None = None,
-        stop: str | Sequence[str] = (),
-        details: bool = False,
+        stop: str | Sequence[str] | None = (),
+        details: bool | None = False,
     ) -> list[CompletionPrediction]:
         """Continue each text. max_gen_len defaults to the rest of the context. See `generate` and `Llama` for the options.
 
@@ -259,22 +264,24 @@ class Llama:
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
         results = self._results(
-            lambda: self._requests.from_texts(prompts, max_gen_len, seed, params(), stop, logprobs, echo, details=details)
+            "text_completion",
+            lambda: self._requests.from_texts(prompts, max_gen_len, seed, params(), stop, logprobs, echo, details=details),
         )
         return [{"generation": r.text, **self._details(r, logprobs, details)} for r in results]
 
+    @short_traceback
     def iter_text_completion(
         self,
         prompts: Iterable[str],
-        temperature: float = 0.6,
-        top_p: float = 0.9,
+        temperature: float | None = 0.6,
+        top_p: float | None = 0.9,
         max_gen_len: int | None = None,
         *,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
+        top_k: int | None = 0,
+        min_p: float | None = 0.0,
+        repetition_penalty: float | None = 1.0,
         seed: int | Iterable[int] | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
     ) -> Iterator[CompletionPrediction]:
         """Continue each text, and yield the results in the order of the prompts, each as early as possible.
 
@@ -282,32 +289,27 @@ class Llama:
         "prompt_tokens" and "new_tokens". With replicas, all results come together at the end.
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
-        with self.engine.lock:
-            call = self._validate_on_all_ranks(
-                lambda: self._requests.from_texts(prompts, max_gen_len, seed, params(), stop, details=True)
-            )
-            if self._generate_is_replaced():
-                results = iter(results_of_replaced_generate(self.generate, call, self.tokenizer))
-            elif replica()[1] > 1:
-                results = iter(self._run_on_replicas(call))
-            else:
-                results = collect_results(call, self._run(call, watched=True), self.tokenizer)
+        results = self._iter_results(
+            "iter_text_completion",
+            lambda: self._requests.from_texts(prompts, max_gen_len, seed, params(), stop, details=True),
+        )
         return ({"generation": r.text, **self._details(r, False, True)} for r in results)
 
+    @short_traceback
     def chat_completion(
         self,
         dialogs: Iterable[Dialog],
-        temperature: float = 0.6,
-        top_p: float = 0.9,
+        temperature: float | None = 0.6,
+        top_p: float | None = 0.9,
         max_gen_len: int | None = None,
-        logprobs: bool = False,
+        logprobs: bool | None = False,
         *,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
+        top_k: int | None = 0,
+        min_p: float | None = 0.0,
+        repetition_penalty: float | None = 1.0,
         seed: int | Iterable[int] | None = None,
-        stop: str | Sequence[str] = (),
-        details: bool = False,
+        stop: str | Sequence[str] | None = (),
+        details: bool | None = False,
     ) -> list[ChatPrediction]:
         """Answer each dialog as the assistant. max_gen_len defaults to the rest of the context. See `Llama` for the options.
 
@@ -317,25 +319,43 @@ class Llama:
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
         results = self._results(
-            lambda: self._requests.from_dialogs(dialogs, max_gen_len, seed, params(), stop, logprobs, details=details)
+            "chat_completion",
+            lambda: self._requests.from_dialogs(dialogs, max_gen_len, seed, params(), stop, logprobs, details=details),
         )
-        return [
-            {
-                "generation": {"role": "assistant", "content": r.text if r.request.prompt else UNSAFE_ERROR},
-                **self._details(r, logprobs, details),
-            }
-            for r in results
-        ]
+        return [{"generation": self._answer(r), **self._details(r, logprobs, details)} for r in results]
 
+    @short_traceback
+    def iter_chat_completion(
+        self,
+        dialogs: Iterable[Dialog],
+        temperature: float | None = 0.6,
+        top_p: float | None = 0.9,
+        max_gen_len: int | None = None,
+        *,
+        top_k: int | None = 0,
+        min_p: float | None = 0.0,
+        repetition_penalty: float | None = 1.0,
+        seed: int | Iterable[int] | None = None,
+        stop: str | Sequence[str] | None = (),
+    ) -> Iterator[ChatPrediction]:
+        """Answer each dialog like `chat_completion`, and yield the results like `iter_text_completion`."""
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        results = self._iter_results(
+            "iter_chat_completion",
+            lambda: self._requests.from_dialogs(dialogs, max_gen_len, seed, params(), stop, details=True),
+        )
+        return ({"generation": self._answer(r), **self._details(r, False, True)} for r in results)
+
+    @short_traceback
     def text_infilling(
         self,
         prefixes: Iterable[str],
         suffixes: Iterable[str],
-        temperature: float = 0.6,
-        top_p: float = 0.9,
+        temperature: float | None = 0.6,
+        top_p: float | None = 0.9,
         max_gen_len: int | None = None,
-        logprobs: bool = False,
-        suffix_first: bool = False,
+        logprobs: bool | None = False,
+        suffix_first: bool | None = False,
     ) -> list[InfillingPrediction]:
         """Generate the text between each prefix and suffix, as Code Llama does.
 
@@ -363,19 +383,20 @@ class Llama:
             results.append({"generation": text, "full_text": prefix + text + suffix, **details})
         return results
 
+    @short_traceback
     def text_completion_stream(
         self,
         prompt: str,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
+        temperature: float | None = 0.6,
+        top_p: float | None = 0.9,
         max_gen_len: int | None = None,
         *,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
+        top_k: int | None = 0,
+        min_p: float | None = 0.0,
+        repetition_penalty: float | None = 1.0,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        reuse: bool = False,
+        stop: str | Sequence[str] | None = (),
+        reuse: bool | None = False,
     ) -> Stream:
         """Continue one text. Return a `Stream`, which yields the continuation in chunks.
 
@@ -386,22 +407,24 @@ class Llama:
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
         return self._stream(
-            lambda: self._requests.from_texts([prompt], max_gen_len, seed, params(), stop, reuse=reuse, label="the prompt")
+            "text_completion_stream",
+            lambda: self._requests.from_texts([prompt], max_gen_len, seed, params(), stop, reuse=reuse, label="the prompt"),
         )
 
+    @short_traceback
     def chat_completion_stream(
         self,
         dialog: Dialog,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
+        temperature: float | None = 0.6,
+        top_p: float | None = 0.9,
         max_gen_len: int | None = None,
         *,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
+        top_k: int | None = 0,
+        min_p: float | None = 0.0,
+        repetition_penalty: float | None = 1.0,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        reuse: bool = False,
+        stop: str | Sequence[str] | None = (),
+        reuse: bool | None = False,
     ) -> Stream:
         """Answer one dialog. Return a `Stream`, which yields the answer in chunks; see `text_completion_stream`.
 
@@ -410,9 +433,11 @@ class Llama:
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
         return self._stream(
-            lambda: self._requests.from_dialogs([dialog], max_gen_len, seed, params(), stop, reuse=reuse, label="the dialog")
+            "chat_completion_stream",
+            lambda: self._requests.from_dialogs([dialog], max_gen_len, seed, params(), stop, reuse=reuse, label="the dialog"),
         )
 
+    @short_traceback
     def score(self, prompts: Iterable[str], continuations: Iterable[str]) -> list[Score]:
         """Return the log probabilities of each continuation's tokens after its prompt, without generating anything.
 
@@ -436,9 +461,11 @@ class Llama:
     def _requests(self) -> RequestBuilder:
         return RequestBuilder(self.tokenizer, self.model.params.max_seq_len)
 
-    def _validate_on_all_ranks(self, make_call: Callable[[], GenerationCall]) -> GenerationCall:
+    def _validate_on_all_ranks(self, name: str, make_call: Callable[[], GenerationCall]) -> GenerationCall:
         """Build a call, and check that it is the same on all ranks. If it has no seeds, rank 0 chooses seeds for replicas."""
-        call = run_on_all_ranks(make_call, must_match=lambda call: (call, self.engine.why_reference_loop()))
+        call = run_on_all_ranks(
+            lambda: replace(make_call(), name=name), must_match=lambda call: (call, self.engine.why_reference_loop())
+        )
         if sample_top_p is not sampling.sample_top_p and any(request.seed is not None for request in call.requests):
             raise InputError("seed is for this library's sample_top_p, and another has been put in its place; leave seed out")
         if replica()[1] > 1 and not call.sampling.greedy and all(r.seed is None for r in call.requests):
@@ -466,16 +493,25 @@ class Llama:
     def _generate_is_replaced(self) -> bool:
         return getattr(self.generate, "__func__", None) is not _GENERATE
 
-    def _results(self, make_call: Callable[[], GenerationCall], called_by_generate: bool = False) -> list[GenerationResult]:
-        """Run a call to its end, and return one result for each request.
+    def _results(self, name: str, make_call: Callable[[], GenerationCall]) -> list[GenerationResult]:
+        """Run a call to its end, and return one result for each request. name: the public method that calls this one.
 
-        If a caller has replaced `generate`, the replacement runs the call.
-        called_by_generate: True if `generate` itself calls this method; a replacement is then ignored.
+        If a caller has replaced `generate`, the replacement runs all calls but those of `generate` itself.
         """
-        if not called_by_generate and self._generate_is_replaced():
-            return results_of_replaced_generate(self.generate, self._validate_on_all_ranks(make_call), self.tokenizer)
+        if name != "generate" and self._generate_is_replaced():
+            return results_of_replaced_generate(self.generate, self._validate_on_all_ranks(name, make_call), self.tokenizer)
         with self.engine.lock:
-            return self._run_on_replicas(self._validate_on_all_ranks(make_call))
+            return self._run_on_replicas(self._validate_on_all_ranks(name, make_call))
+
+    def _iter_results(self, name: str, make_call: Callable[[], GenerationCall]) -> Iterator[GenerationResult]:
+        """Run a call like `_results`, but yield each result as early as possible, in the order of the requests."""
+        with self.engine.lock:
+            call = self._validate_on_all_ranks(name, make_call)
+            if self._generate_is_replaced():
+                return iter(results_of_replaced_generate(self.generate, call, self.tokenizer))
+            if replica()[1] > 1:
+                return iter(self._run_on_replicas(call))
+            return collect_results(call, self._run(call, watched=True), self.tokenizer)
 
     def _run_on_replicas(self, call: GenerationCall) -> list[GenerationResult]:
         """Divide a validated call among the replicas, run it to its end, and return one result for each request."""
@@ -491,21 +527,24 @@ class Llama:
         stop_token = self.tokenizer.eos_id if call.stop_token is None else call.stop_token
         return self.engine.run(replace(call, stop_token=stop_token, sampler=sample_top_p, watched=watched))
 
-    def _stream(self, make_call: Callable[[], GenerationCall]) -> Stream:
+    def _stream(self, name: str, make_call: Callable[[], GenerationCall]) -> Stream:
         if self._generate_is_replaced():
             raise InputError(
                 "generate has been replaced, and streams do not go through it; use text_completion or chat_completion, "
                 "or override the stream's own method as well"
             )
         with self.engine.lock:
-            call = self._validate_on_all_ranks(make_call)
+            call = self._validate_on_all_ranks(name, make_call)
         (request,) = call.requests
         if not request.prompt:
             return Stream(request, (chunk for chunk in [UNSAFE_ERROR]))
         text = IncrementalText(self.tokenizer, call.stop or ())
         return Stream(request, text_chunks(request, self._run(call, watched=True), text))
 
-    def _details(self, result: GenerationResult, logprobs: bool, details: bool) -> ResultDetails:
+    def _answer(self, result: GenerationResult) -> Message:
+        return {"role": "assistant", "content": result.text if result.request.prompt else UNSAFE_ERROR}
+
+    def _details(self, result: GenerationResult, logprobs: bool | None, details: bool | None) -> ResultDetails:
         added: ResultDetails = {}
         if logprobs:
             added["tokens"], added["logprobs"] = self._decode_each(result.tokens), result.logprobs

@@ -5,7 +5,7 @@ No function in this module makes the host wait for the device.
 
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -23,7 +23,7 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """The parameters of sampling, applied in the order below. Raises InputError for a value out of range.
+    """The parameters of sampling, applied in the order below; None means the default. Raises InputError for a wrong value.
 
     repetition_penalty: for tokens already in the prompt or the answer, divides positive logits and multiplies negative logits.
     temperature: divides the logits. At 0 the likeliest token is chosen, and the parameters below have no effect.
@@ -38,7 +38,17 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        temperature: float | None = temperature,
+        top_p: float | None = top_p,
+        top_k: int | None = top_k,
+        min_p: float | None = min_p,
+        repetition_penalty: float | None = repetition_penalty,
+    ) -> None:
+        given = temperature, top_p, top_k, min_p, repetition_penalty
+        for field, option in zip(fields(self), given, strict=True):
+            object.__setattr__(self, field.name, field.default if option is None else option)
         for name, (low, high, limit) in _LIMITS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high:  # type: ignore[operator]

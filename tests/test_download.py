@@ -65,6 +65,31 @@ def test_the_star_in_the_link_is_replaced_by_the_path_of_each_file(download: Dow
     assert set(queries) == {download.url.partition("?")[2]}
 
 
+def test_a_link_copied_from_html_is_mended(downloader: Downloader) -> None:
+    downloader.succeeds("--url", downloader.url.replace("&", "&amp;"), "--models", "7B", "--dir", str(downloader.target))
+    assert {request.query for request in downloader.server.requests} == {downloader.url.partition("?")[2]}
+
+
+@pytest.mark.parametrize("query", ["", "?token={}", "?AWSAccessKeyId=K&Expires=9&Signature={}"])
+def test_a_link_of_a_mirror_may_have_any_parts(downloader: Downloader, query: str) -> None:
+    url = f"{downloader.server.address}/*{query.format(SECRET)}"
+    downloader.succeeds("--url", url, "--models", "7B", "--dir", str(downloader.target))
+
+
+@pytest.mark.parametrize("source", ["option", "option with =", "environment"])
+def test_a_tilde_in_the_folder_stands_for_the_home_folder(downloader: Downloader, source: str) -> None:
+    """A shell does not replace ~ in quotes or after =."""
+    downloader.target = downloader.home / "weights"
+    options = {"option": ["--dir", "~/weights"], "option with =": ["--dir=~/weights"], "environment": []}[source]
+    env = {"TARGET_FOLDER": "~/weights"} if source == "environment" else {}
+    downloader.succeeds("--url", downloader.url, "--models", "7B", *options, env=env)
+
+
+def test_a_tilde_for_another_users_home_folder_is_refused(downloader: Downloader) -> None:
+    reason = downloader.fails("--url", downloader.url, "--models", "7B", "--dir", "~nobody/weights")
+    assert "the folder '~nobody/weights' begins with ~" in reason and not downloader.server.requests
+
+
 def test_complete_files_are_not_downloaded_again(download: Downloader) -> None:
     download.run()
     download.server.requests.clear()
@@ -134,7 +159,8 @@ def test_the_script_fails_after_five_tries_without_new_bytes(shard_missing: Down
 def test_the_script_fails_after_five_tries_without_a_server(download: Downloader) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}/*?{SECRET}"
-    assert "LICENSE: five tries" in download.fails("--url", url, "--models", "7B")
+    reason = download.fails("--url", url, "--models", "7B")
+    assert "LICENSE: five tries" in reason and "set https_proxy" in reason
 
 
 def test_a_file_that_is_wrong_twice_fails_and_is_deleted(shard_missing: Downloader) -> None:
@@ -227,6 +253,10 @@ def test_environment_variables_replace_options_and_options_override_them(downloa
         ("{}/x?" + SECRET, "7B", "no '*'"),
         ("ftp://host/*?" + SECRET, "7B", "does not begin with https://"),
         ("{}/* ?" + SECRET, "7B", "blank"),
+        ("{}/*?Policy=" + SECRET, "7B", "cut off, it has no 'Signature=...'"),  # a shell ends the link at the first &
+        ("{}/*?Policy=a&Signature=" + SECRET, "7B", "cut off, it has no 'Key-Pair-Id=...'"),
+        ("{}/*?Policy=&Key-Pair-Id=b&Signature=" + SECRET, "7B", "cut off, it has no 'Policy=...'"),
+        ("https://download.llamameta.net/*?x=" + SECRET, "7B", "cut off, it has no 'Policy=...': copy the whole link"),
         ("{}/*?" + SECRET, "7B,8B", "unknown model '8B'"),
         ("{}/*?" + SECRET, "*", "more than names"),
         ("{}/*?" + SECRET, "{}/*?" + SECRET, "more than names"),
@@ -259,7 +289,7 @@ def test_missing_or_unknown_options_fail_without_waiting_for_input(
 def test_help_names_every_option_and_environment_variable() -> None:
     text = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
     options, variables = ["--url", "--models", "--dir"], ["PRESIGNED_URL", "MODEL_SIZE", "TARGET_FOLDER"]
-    expected = [*options, *variables, "Meta's license", "70B-chat"]
+    expected = [*options, *variables, "https_proxy", "Meta's license", "70B-chat"]
     assert all(word in text for word in expected + re.findall(r"\bDOWNLOAD_\w+", SCRIPT.read_text()))
 
 

@@ -315,7 +315,7 @@ def test_a_stream_raises_after_another_call_took_over_the_cache(llama: Llama, se
     stream = llama.generate_stream(PROMPTS, 1, temperature=0)
     assert [next(stream).prompt_index, next(stream).prompt_index] == [0, 1]
     llama.generate([[1, 9]], 2, temperature=0)
-    with pytest.raises(InputError, match="another call"):
+    with pytest.raises(InputError, match="generate has been called since"):
         next(stream)
 
 

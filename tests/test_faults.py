@@ -301,12 +301,13 @@ def test_a_shard_that_changes_while_saving_keeps_the_previous_files(doomed: Path
 
 
 def test_finished_answers_are_printed_before_a_failure(
-    small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Each answer is printed as soon as it is finished, not together with the rest of the batch."""
     paths = "--ckpt_dir", str(small.folder), "--tokenizer_path", str(small.tokenizer_path)
     flags = *paths, "--device", "cpu", "--temperature", "0"
-    command = ["complete", *flags, "--jsonl", "--max_gen_len", "3", "--max_batch_size", "2", *"abcdefgh"]
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{letter}"}}\n' for letter in "abcdefgh"))
+    command = ["complete", *flags, "--jsonl", "--max_gen_len", "3", "--max_batch_size", "2", str(tmp_path / "prompts.jsonl")]
     assert main(command) == 0
     all_lines = capfd.readouterr().out.splitlines()
     compute_logits, calls = EngineForward.logits, []

@@ -214,7 +214,8 @@ def test_a_stream_raises_after_another_call_has_used_the_kv_cache(llama: Llama, 
         hook.remove()
     else:
         (llama if other_call == "generate" else Llama(llama.model, llama.tokenizer)).generate([[1, 9]], 2, temperature=0)
-    with pytest.raises(InputError, match="another call"):
+    why = "the model's forward, or code of yours, has written" if other_call == "forward" else "generate has been called since"
+    with pytest.raises(InputError, match=why):
         list(stream)
 
 
@@ -322,6 +323,13 @@ def test_iter_text_completion_yields_each_result_before_later_results_are_finish
         results = llama.iter_text_completion(["sea", "Once upon", "The capital"], temperature=0, max_gen_len=5)
         n_forwards.extend(len(forwards) for _ in results)
     assert n_forwards == [5 + 1, 10 + 1, 15]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 4, "max_gen_len": 9, "stop": ["e", "\n"]}], ids=str)
+def test_iter_chat_completion_yields_the_results_of_chat_completion_with_details_in_order(llama: Llama, options: dict) -> None:
+    texts = ["[INST]", "Once", "The capital", "a [/INST] b", "good 上 🦙", "", "one, two, three", "sea", "She sells", "<<SYS>>"]
+    dialogs = [[{"role": "user", "content": text}] for text in texts]
+    assert list(llama.iter_chat_completion(dialogs, **options)) == llama.chat_completion(dialogs, details=True, **options)
 
 
 def test_iter_text_completion_raises_input_error_at_the_call(llama: Llama) -> None:

@@ -1,8 +1,7 @@
-"""Test text that is decoded token by token: whole characters, stop strings, streams, and reuse of the KV cache in chats."""
+"""Test text that is decoded token by token, stop strings, streams, and reuse of the KV cache in chats."""
 
 import random
 import time
-import unicodedata
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from llama import InputError, Llama, Tokenizer, resolve_model_paths
 from llama.chat import UNSAFE_ERROR
-from llama.engine.incremental_text import IncrementalText, check_stop, extends_character, last_character_start
+from llama.engine.incremental_text import IncrementalText, check_stop
 
 from .counting import count_forward_tokens
 from .support import ROOT
@@ -71,31 +70,26 @@ def test_an_echoed_prompt_and_its_answer_are_decoded_as_one_text(any_tokenizer: 
         assert "".join(chunks) == any_tokenizer.decode(prompt_tokens + tokens)
 
 
-def test_each_chunk_begins_with_a_new_character(any_tokenizer: Tokenizer) -> None:
-    """Check that no chunk begins with a combining mark or another code point that belongs to the previous character."""
-    for text in TEXTS[:-1]:
-        tokens = any_tokenizer.encode(text, bos=False, eos=False)
-        before = ""
-        for chunk in text_chunks(any_tokenizer, tokens):
-            assert "\ufffd" not in chunk
-            assert not chunk or not extends_character(chunk[0], before), (text, chunk)
-            assert not chunk or not (unicodedata.combining(chunk[0]) or chunk[0] in "\u200d\ufe0f\u20e3"), (text, chunk)
-            before += chunk
-        assert before == text or text.startswith(" ")
-
-
-def test_a_character_of_several_code_points_comes_in_one_chunk(any_tokenizer: Tokenizer) -> None:
-    for character in ("🧑🏽‍🚀", "👩‍👩‍👧", "🇳🇴", "e\u0301", "a\u0308\u0323", "1️⃣", "क्ष", "\u1112\u1161\u11ab"):
-        chunks = text_chunks(any_tokenizer, any_tokenizer.encode(f"go {character} on", bos=False, eos=False))
-        assert any(character in chunk for chunk in chunks), (character, chunks)
+def test_all_text_is_released_at_once_except_incomplete_utf8_and_the_beginning_of_a_stop_string(
+    any_tokenizer: Tokenizer,
+) -> None:
+    """Check after each token that the text so far has been released, also if the next token may add a combining mark or another
+    emoji to its last letter."""
+    for text in TEXTS:
+        tokens = any_tokenizer.encode(text, bos=True, eos=False)
+        released = held_back = ""
+        plain, stopping = IncrementalText(any_tokenizer), IncrementalText(any_tokenizer, ["e?", "\u200d!"])
+        for n, token in enumerate(tokens, 1):
+            so_far = any_tokenizer.decode(tokens[:n]).rstrip("\ufffd")  # the last character may lack some of its bytes
+            released += plain.push(token)
+            held_back += stopping.push(token)
+            assert released == so_far
+            assert held_back == (so_far[:-1] if so_far.endswith(("e", "\u200d")) else so_far)
 
 
 def test_pending_text_and_the_work_for_each_token_are_bounded(tokenizer: Tokenizer) -> None:
-    """Check that little text is pending, and each token is quick, for a letter with 500 combining marks, a long answer, a very
-    long stop string, and tokens without text."""
-    tokens = tokenizer.encode("z" + "\u0301" * 500, bos=False, eos=False)
-    text = IncrementalText(tokenizer, ["\n\n"])
-    assert max(len(text.pending) for token in tokens if text.push(token) is not None) <= 66
+    """Check that little text is pending, and each token is quick: in a long answer, with a very long stop string, and for
+    tokens without text."""
     text = IncrementalText(tokenizer, ["\n\n"])
     for _ in range(2000):
         text.push(tokenizer.sp_model.encode("sea")[0])
@@ -217,7 +211,7 @@ def demo() -> Llama:
     return Llama.build(*resolve_model_paths(), max_seq_len=256, max_batch_size=2, device="cpu", dtype="float32")
 
 
-def test_emojis_of_several_byte_tokens_come_in_one_chunk(demo: Llama) -> None:
+def test_code_points_of_several_byte_tokens_come_in_one_chunk(demo: Llama) -> None:
     dialog = [
         {"role": "system", "content": "Always answer with emojis"},
         {"role": "user", "content": "How do I get from Rome to Oslo?"},
@@ -266,8 +260,10 @@ def test_no_keys_and_values_are_reused_after_a_failed_forward_or_new_weights(sma
         with pytest.raises(ZeroDivisionError):
             llama.model(torch.tensor([[7, 8, 9, 10, 11, 12]]), 0)
         handle.remove()
-    with pytest.raises(InputError, match=r"another call|changed under a stream"):
+    why = "the model has been changed" if event == "other weights" else "the model's forward, or code of yours"
+    with pytest.raises(InputError, match=why):
         list(open_stream)
+    assert repr(open_stream).startswith("<Stream ended early: ")
     assert complete(text + " was") == llama.text_completion([text + " was"], 0, max_gen_len=8)[0]["generation"]
 
 
@@ -286,8 +282,13 @@ def test_a_stream_that_is_left_early_does_not_affect_the_next_call(llama: Llama)
     open_stream = llama.text_completion_stream("a time", 0, max_gen_len=12)
     next(open_stream)
     assert llama.text_completion(["a time"], 0, max_gen_len=12) == want
-    with pytest.raises(InputError, match="another call"):
+    with pytest.raises(InputError) as raised:
         list(open_stream)
+    assert str(raised.value) == (
+        "this text_completion_stream ended before its answer was complete: text_completion has been called since, and has "
+        "overwritten the model's KV cache. What it has returned is right, and the rest is lost; call text_completion_stream "
+        "again for a whole answer"
+    )
 
 
 def test_a_dialog_with_special_tags_gives_a_stream_of_the_error(llama: Llama) -> None:
@@ -297,9 +298,9 @@ def test_a_dialog_with_special_tags_gives_a_stream_of_the_error(llama: Llama) ->
 
 
 def test_bad_stop_strings_are_refused(llama: Llama) -> None:
-    assert check_stop("ab") == ("ab",) and check_stop(["a", "b"]) == ("a", "b") and check_stop(()) == ()
+    assert check_stop("ab") == ("ab",) and check_stop(["a", "b"]) == ("a", "b") and check_stop(()) == check_stop(None) == ()
     for bad, part in (
-        *[(bad, "a string, or a list of strings") for bad in (None, b"a", {"a"}, 5)],
+        *[(bad, "a string, or a list of strings") for bad in (b"a", {"a"}, 5)],
         ("", "is empty"),
         (["a", ""], "stop string 1 is empty"),
         (["a", 5], "stop string 1 is 5"),
@@ -311,13 +312,6 @@ def test_bad_stop_strings_are_refused(llama: Llama) -> None:
         ):
             with pytest.raises(InputError, match=part):
                 call()
-
-
-def test_last_character_start_finds_the_first_code_point_of_the_last_character() -> None:
-    assert last_character_start("so\n") == 3  # no code point can extend a control character
-    assert last_character_start("\u0928\u200c") == 0  # the last character is a letter with a zero-width non-joiner
-    # A flag is one character of several code points.
-    assert last_character_start("x\U0001f3f4\U000e0067\U000e0062\U000e007f") == 1
 
 
 def test_finish_reason_is_stop_if_the_last_allowed_token_completes_a_stop_string(demo: Llama) -> None:

@@ -3,6 +3,8 @@ the limit, and how to correct the call."""
 
 import collections
 import math
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama import DeviceError, InputError, Llama, LlamaError, Tokenizer
+from llama import DeviceError, InputError, Llama, LlamaError, SamplingParams, Tokenizer, validate_options
 from llama.checkpoint import params
 from llama.engine.forward import EngineForward
 
@@ -105,9 +107,9 @@ def test_generate_refuses_bad_prompts(idle: Llama, prompts: Any, parts: tuple) -
     [
         *[
             ("temperature", bad, "from 0 (the likeliest token) to 1e30")
-            for bad in (math.nan, math.inf, -0.1, -1, "0", True, None, 10**400)
+            for bad in (math.nan, math.inf, -0.1, -1, "0", True, 10**400)
         ],
-        *[("top_p", bad, "from 0 to 1") for bad in (math.nan, -0.1, 1.01, math.inf, "0.9", True, None, 1j, [])],
+        *[("top_p", bad, "from 0 to 1") for bad in (math.nan, -0.1, 1.01, math.inf, "0.9", True, 1j, [])],
         *[("max_gen_len", bad, "a whole number, 0 or more") for bad in (-1, 4.0, True, "4", math.nan, [])],
     ],
     ids=lambda value: f"{value!r:.20}",
@@ -116,9 +118,55 @@ def test_bad_sampling_arguments_are_refused(idle: Llama, name: str, value: Any, 
     arguments = {"temperature": 0.6, "top_p": 0.9, "max_gen_len": 4} | {name: value}
     parts = (f"{name} is {value!r:.20}", limit)
     assert_raises(lambda: idle.generate([[1, 5]], **arguments), InputError, *parts)
-    if value is not None or name != "max_gen_len":
-        assert_raises(lambda: idle.text_completion(["a"], **arguments), InputError, *parts)
-        assert_raises(lambda: idle.chat_completion([[USER]], **arguments), InputError, *parts)
+    assert_raises(lambda: idle.text_completion(["a"], **arguments), InputError, *parts)
+    assert_raises(lambda: idle.chat_completion([[USER]], **arguments), InputError, *parts)
+
+
+def test_none_means_the_default_of_each_option(llama: Llama) -> None:
+    """Many programs pass None for an option that is not set."""
+    assert SamplingParams(None, None, None, None, None) == SamplingParams(0.6, 0.9, 0, 0.0, 1.0) == SamplingParams()
+    sampling = dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "repetition_penalty"))
+    tokens, texts, dialogs = [[1, 5, 9]], ["once upon"], [[USER]]
+    for call, argument, *names in (
+        (llama.generate, tokens, "logprobs", "echo", "stop_token"),
+        (llama.generate_stream, tokens, "logprobs", "echo"),
+        (llama.text_completion, texts, "logprobs", "echo", "stop", "details"),
+        (llama.chat_completion, dialogs, "logprobs", "stop", "details"),
+        (llama.iter_text_completion, texts, "stop"),
+        (llama.iter_chat_completion, dialogs, "stop"),
+        (llama.text_completion_stream, texts[0], "stop", "reuse"),
+        (llama.chat_completion_stream, dialogs[0], "stop", "reuse"),
+    ):
+        nones = sampling | dict.fromkeys(names)
+        default, with_none = (call(argument, max_gen_len=20, seed=4, **options) for options in ({}, nones))
+        results = [result if isinstance(result, tuple) else list(result) for result in (default, with_none)]
+        assert results[0] == results[1] and results[0]
+    assert llama.generate(tokens, None, 0) == llama.generate(tokens, 64, 0)  # None: the rest of the context
+
+
+def test_the_traceback_of_a_refused_call_contains_no_internal_frames(idle: Llama, tmp_path: Path) -> None:
+    """A notebook prints several lines of code for each frame. The frames of the caller stay, also those that a call runs."""
+
+    def prompts() -> Iterator[str]:
+        yield idle.tokenizer.decode([-1])
+
+    here = Path(__file__).name
+    for call, frames in (
+        (lambda: idle.text_completion("a string"), [here, "errors.py"]),
+        (lambda: idle.chat_completion([USER]), [here, "errors.py"]),
+        (lambda: idle.generate([[1]], 4, temperature=-1), [here, "errors.py"]),
+        (lambda: idle.generate_stream([[384]], 4), [here, "errors.py"]),
+        (lambda: idle.text_completion_stream("a", stop=""), [here, "errors.py"]),
+        (lambda: idle.iter_chat_completion([[]]), [here, "errors.py"]),
+        (lambda: idle.score(["a"], []), [here, "errors.py"]),
+        (lambda: idle.text_completion(prompts()), [here, "errors.py", here]),
+        (lambda: Llama.build(tmp_path / "none", "tokenizer.model", 16, 2, device="cpu"), [here, "errors.py"]),
+        (lambda: validate_options(top_p=2), [here, "errors.py"]),
+    ):
+        with pytest.raises(LlamaError) as raised:
+            call()
+        names = [Path(frame.filename).name for frame in traceback.extract_tb(raised.value.__traceback__)]
+        assert names[1:] == frames and raised.value.__cause__ is None and raised.value.__suppress_context__
 
 
 @pytest.mark.parametrize("value", ["yes", 2, [True], torch.tensor([1, 0]), {}], ids=str)

@@ -38,6 +38,8 @@ SIGNATURES = {
     Llama.chat_completion: "self, dialogs, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False, "
     + OPTIONS
     + ", stop=(), details=False",
+    Llama.iter_text_completion: "self, prompts, temperature=0.6, top_p=0.9, max_gen_len=None, " + OPTIONS + ", stop=()",
+    Llama.iter_chat_completion: "self, dialogs, temperature=0.6, top_p=0.9, max_gen_len=None, " + OPTIONS + ", stop=()",
     Llama.text_completion_stream: "self, prompt, temperature=0.6, top_p=0.9, max_gen_len=None, "
     + OPTIONS
     + ", stop=(), reuse=False",
@@ -129,7 +131,7 @@ def test_repr_of_a_stream_shows_its_progress(shared_llama: Llama) -> None:
     [
         *({"max_gen_len": bad} for bad in (-1, 1.5, "4", True)),
         *({"stop": bad} for bad in ("", 5, ["a", ""], "\ud800")),
-        *({"temperature": bad} for bad in (-1, "0", math.nan, None)),
+        *({"temperature": bad} for bad in (-1, "0", math.nan)),
         *({"top_p": bad} for bad in (-0.1, 1.01, "0.9")),
         *({"top_k": bad} for bad in (-1, 1.5, True)),
         *({"min_p": bad} for bad in (-0.1, 2, "0")),
@@ -144,4 +146,5 @@ def test_validate_options_refuses_bad_values_with_input_error(options: dict[str,
 
 def test_validate_options_accepts_what_calls_accept() -> None:
     validate_options()
+    validate_options(None, None, temperature=None, top_p=None, top_k=None, min_p=None, repetition_penalty=None)
     validate_options(max_gen_len=0, stop=["a", "\n"], temperature=0, top_p=1, top_k=5, min_p=0.1, repetition_penalty=1.2)

@@ -99,9 +99,9 @@ CALLS: list[Callable[..., Any]] = [
 @pytest.mark.parametrize(
     "name, value, part",
     [
-        *[("top_k", bad, "a whole number, 0 (all tokens) or more") for bad in (-1, 1.0, True, "4", None, math.nan)],
-        *[("min_p", bad, "from 0 (off) to 1") for bad in (-0.1, 1.1, math.nan, True, "0", None)],
-        *[("repetition_penalty", bad, "from 0.01 to 100; 1 is off") for bad in (0, -1, math.inf, math.nan, True, None, "1")],
+        *[("top_k", bad, "a whole number, 0 (all tokens) or more") for bad in (-1, 1.0, True, "4", math.nan)],
+        *[("min_p", bad, "from 0 (off) to 1") for bad in (-0.1, 1.1, math.nan, True, "0")],
+        *[("repetition_penalty", bad, "from 0.01 to 100; 1 is off") for bad in (0, -1, math.inf, math.nan, True, "1")],
         *[("seed", bad, "a whole number from -2**63 to 2**64 - 1") for bad in (1.0, True, "1", 2**64, -(2**63) - 1, math.nan)],
         *[("seed", bad, "a whole number from -2**63 to 2**64 - 1") for bad in ([1, None], [1, "2"], b"ab")],
         *[("seed", bad, "give one seed, or one for each prompt") for bad in ([], [1, 2, 3])],

@@ -16,13 +16,17 @@ import pytest
 
 from llama import InputError, Llama
 from llama.chat import UNSAFE_ERROR
-from llama.cli.complete import read_prompts
+from llama.cli.complete import read_json_lines, read_texts
 from llama.cli.conversation import COMMANDS_HELP
 from llama.cli.main import main
+from llama.cli.model_options import model_parser
 
 from .support import ROOT, TORCHRUN, environment, torchrun, write_shards
 
 CONTEXT = 4000
+STOP_FLAGS = {
+    r"\n": "\n", r"a\n\tb": "a\n\tb", r"\r\n": "\r\n", r"\\n": r"\n", r"\d\begin": r"\d\begin", "\n": "\n", "end\\": "end\\",
+}  # fmt: skip
 LLAMA, LLAMA_2 = ("-m", "llama"), (*TORCHRUN, 2, "-m", "llama")
 
 
@@ -263,28 +267,89 @@ def test_commands_work_with_a_closed_stdin_stdout_or_stderr(talker: tuple, close
 def test_empty_standard_input_is_refused_and_a_byte_order_mark_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
     with pytest.raises(InputError, match="standard input contains no text"):
-        read_prompts(jsonl=False)
+        read_texts([])
     # Some editors begin a file with a byte order mark.
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'\xef\xbb\xbf{"prompt": "a"}')))
-    assert read_prompts(jsonl=True) == (["a"], ["line 1: its prompt"])
+    assert read_json_lines(["-"], []) == ([{"prompt": "a"}], ["line 1: its prompt"])
 
 
 @pytest.mark.parametrize(
     "lines, error",
     [
-        ('{"prompt": "a"}\n\n{"prompt": "b"\n', 'line 3 is \'{"prompt": "b"\' (str): not JSON'),
+        ('{"prompt": "a"}\n\n{"prompt": "b"\n', """line 3 is '{"prompt": "b"' (str): not JSON ("""),
+        ('{"prompt": "a",}\n', "at column 16)"),
         ("5\n", "line 1 is 5 (int); it must be"),
         ("[" * 100_000, "line 1 is '[[[["),
-        ('{"prompt": "a", "max_gen_len": 5}\n', "and nothing else"),
+        ('{"prompt": "a", "max_gen_len": 5}\n', 'line 1 has "max_gen_len", but options apply to all lines; give --max_gen_len'),
+        ('{"prompt": "a", "generation": ""}\n', 'line 1 has "generation", a key that the answer adds; rename or remove it'),
+        ('{"prompt": "a"}\n{"id": 5}\n', 'line 2 is {\'id\': 5} (dict); it must be {"prompt": TEXT} or {"messages": [...]}'),
+        ('{"prompt": "a", "messages": []}\n', "it must be"),
         ('{"prompt": 5}\n', "line 1: its prompt is 5 (int); it must be a string"),
-        ('{"prompt": "\\ud800"}\n', "line 1: its prompt holds a lone surrogate"),
+        ('{"prompt": "\\ud800"}\n', "line 1: it holds a lone surrogate"),
+        ('{"prompt": "a", "id": "caf\udce9"}\n', "line 1: it holds a lone surrogate"),  # bytes that are not UTF-8
+        ('{"prompt": "a", "id": {"n": 1, "n": 2}}\n', "line 1: the key 'n' occurs twice in an object"),
+        ('{"prompt": "a", "x": NaN}\n', "line 1: the number NaN is not finite, so it is not JSON"),
+        ('{"prompt": "a", "x": -1e999}\n', "line 1: the number -1e999 is not finite"),
+        ('{"messages": "hello"}\n', "line 1: its messages are 'hello' (str); they must be a list"),
+        ('{"messages": []}\n', "line 1: its dialog is empty; it must end with a 'user' message"),
+        ('{"messages": [{"role": "bot", "content": ""}]}', "line 1: its dialog, message 0: its role is 'bot'"),
+        (
+            '{"prompt": "a"}\n\n{"messages": [{"role": "user", "content": "b"}]}',
+            'line 1 has "prompt", but line 3 has "messages"; put texts and dialogs into separate files',
+        ),
     ],
 )
-def test_the_error_about_a_bad_json_line_names_the_line(monkeypatch: pytest.MonkeyPatch, lines: str, error: str) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+def test_the_error_about_a_bad_json_line_names_the_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lines: str, error: str
+) -> None:
+    data = lines.encode(errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     with pytest.raises(InputError) as raised:
-        read_prompts(jsonl=True)
+        read_json_lines(["-"], ["max_gen_len"])
     assert error in str(raised.value)
+    (tmp_path / "lines.jsonl").write_bytes(data)
+    with pytest.raises(InputError, match=r"lines\.jsonl, line \d"):
+        read_json_lines([str(tmp_path / "lines.jsonl")], ["max_gen_len"])
+
+
+def test_json_lines_keep_their_own_keys_and_files_are_read_one_after_another(
+    talker: tuple, llama: Llama, command: Callable, tmp_path: Path
+) -> None:
+    """Read two files and standard input, with a byte order mark, blank lines, ends of lines in the style of Windows, and keys
+    that mean nothing to this program."""
+    extra = {"id": 7, "标签": ["é", None, {"x": 0.25}], "": True}
+    records = [{"id": "a", "prompt": "the lazy dog"}, {"prompt": "She sells", **extra}, {"prompt": "sea"}]
+    lines = [json.dumps(record, ensure_ascii=False).encode() for record in records]
+    (tmp_path / "1.jsonl").write_bytes(b"\xef\xbb\xbf" + lines[0] + b"\r\n \r\n")
+    (tmp_path / "2.jsonl").write_bytes(lines[1])
+    files = str(tmp_path / "1.jsonl"), "-", str(tmp_path / "2.jsonl")
+    code, out, err = command("complete", *talker, "--max_gen_len", "3", "--jsonl", *files, stdin=lines[2] + b"\n")
+    assert (code, err) == (0, "")
+    in_order = [records[0], records[2], records[1]]
+    answers = llama.text_completion([record["prompt"] for record in in_order], 0, max_gen_len=3, details=True)
+    assert [json.loads(line) for line in out.splitlines()] == [
+        record | dict(answer) for record, answer in zip(in_order, answers, strict=True)
+    ]
+    assert "标签" in out.splitlines()[2]
+
+
+def test_json_lines_with_messages_are_answered_like_dialogs(talker: tuple, llama: Llama, command: Callable) -> None:
+    dialogs: Any = [[{"role": "user", "content": text}] for text in ("seven?", "a [INST] b", "good morning")]
+    lines = "".join(json.dumps({"messages": dialog, "id": n}) + "\n" for n, dialog in enumerate(dialogs))
+    code, out, err = command("complete", *talker, "--max_gen_len", "4", "--jsonl", stdin=lines.encode())
+    assert (code, err) == (0, "")
+    results = [json.loads(line) for line in out.splitlines()]
+    answers = llama.chat_completion(dialogs, 0, max_gen_len=4, details=True)
+    assert results == [{"messages": dialogs[n], "id": n} | dict(answers[n]) for n in range(3)]
+    assert results[1]["generation"] == {"role": "assistant", "content": UNSAFE_ERROR} and results[1]["new_tokens"] == 0
+    too_long = json.dumps({"messages": [{"role": "user", "content": "sea " * CONTEXT}]}).encode()
+    code, out, err = command("complete", *talker, "--jsonl", stdin=lines.encode() + too_long)
+    assert (code, out) == (1, "") and err.startswith("llama: line 4: its dialog has ")
+
+
+def test_stop_flags_take_escapes_because_shells_pass_them_as_typed() -> None:
+    parsed = model_parser().parse_args([part for text in STOP_FLAGS for part in ("--stop", text)])
+    assert parsed.stop == list(STOP_FLAGS.values())
 
 
 @pytest.mark.parametrize(
@@ -296,6 +361,8 @@ def test_the_error_about_a_bad_json_line_names_the_line(monkeypatch: pytest.Monk
         (("complete", "--top_k", "-1", "x"), 1, "llama: --top_k is -1 (int); it must be"),
         (("complete", "--max_gen_len", "-1", "x"), 1, "llama: --max_gen_len is -1 (int); it must be"),
         (("chat", "--stop", ""), 1, "llama: stop string 0 is empty"),
+        (("complete", "--jsonl", "a b"), 1, "llama: 'a b': No such file or directory; with --jsonl, arguments are files"),
+        (("complete", "--jsonl", "-", "-"), 1, 'llama: "-", standard input, is given more than once'),
         (("chat", "--seed", "x"), 2, "argument --seed: invalid int value: 'x'"),
     ],
 )

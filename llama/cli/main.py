@@ -49,12 +49,18 @@ def make_parser() -> "tuple[argparse.ArgumentParser, argparse._SubParsersAction[
         help="continue texts",
         description="Continue texts. Each is printed, and its continuation after '> '; a single one is streamed.",
     )
-    complete.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue; without any, standard input")
+    complete.add_argument(
+        "prompts", nargs="*", metavar="PROMPT", help="text to continue, or with --jsonl a file; without any, standard input"
+    )
     complete.add_argument(
         "--max_gen_len", type=int, default=64, metavar="N", help="maximum new tokens of a continuation; default: 64"
     )
     complete.add_argument("--max_batch_size", type=int, default=4, metavar="N", help="texts at a time; default: 4")
-    complete.add_argument("--jsonl", action="store_true", help='read {"prompt": TEXT} lines, write one JSON object each')
+    complete.add_argument(
+        "--jsonl",
+        action="store_true",
+        help='read files of {"prompt": TEXT} or {"messages": [...]} lines; write each line with its answer added',
+    )
     complete.set_defaults(run=run_complete)
 
     quantize = commands.add_parser(

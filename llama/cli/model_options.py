@@ -1,6 +1,7 @@
 """Flags that the commands chat and complete share: which model to load, and how to sample."""
 
 import argparse
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -41,9 +42,19 @@ def model_parser() -> argparse.ArgumentParser:
     )
     sampling.add_argument("--repetition_penalty", type=float, default=1.0, metavar="X", help="default: 1, none")
     sampling.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
+        "--stop",
+        action="append",
+        default=[],
+        type=unescape,
+        metavar="TEXT",
+        help="end the answer before this text, in which \\n, \\r, \\t and \\\\ are escapes; may be repeated",
     )
     return parser
+
+
+def unescape(text: str) -> str:
+    r"""Return a text with its escapes \n, \r, \t and \\ replaced, since shells pass them as typed. Other backslashes stay."""
+    return re.sub(r"\\([nrt\\])", lambda match: {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}[match[1]], text)
 
 
 def build_model(args: argparse.Namespace, max_batch_size: int) -> Llama:

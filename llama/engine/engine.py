@@ -23,7 +23,7 @@ from .prefill import score_tokens
 from .reference_loop import ReferenceLoop, move_buffers
 from .requests import GeneratedToken, GenerationCall
 from .scheduler import Scheduler
-from .shared_state import shared_state_of
+from .shared_state import CacheOwner, shared_state_of
 from .unmodified import why_modified
 
 
@@ -119,7 +119,7 @@ class Engine:
         if why := self.why_reference_loop():
             self.announce(why)
             move_buffers(self.model)
-            self.shared.owner = None  # earlier calls cannot continue, since the model's own forward overwrites the cache
+            self.shared.owner = CacheOwner("score")  # earlier calls cannot continue: the model's forward overwrites the cache
         forward = None if why else self.forward()
         batches: list[list[int]] = []
         room = 0

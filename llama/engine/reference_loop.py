@@ -7,13 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ..errors import InputError
 from ..model import Attention, Transformer
 from ..sampling import token_logprobs
 from .checks import check_logprobs, device_of, nonfinite_logits_error
 from .decode_state import DecodeState
 from .requests import GeneratedToken, GenerationCall, Request
-from .shared_state import CACHE_TAKEN_ERROR, SharedState
+from .shared_state import CacheOwner, SharedState
 
 
 class ReferenceLoop:
@@ -33,7 +32,7 @@ class ReferenceLoop:
         self.batch: list[int] = []  # for each row, the index of its request
         self.tokens = torch.zeros(0, 0, dtype=torch.int64, device="cpu")  # tokens of prompts and answers, one row each
         self.state = DecodeState(0, 0, device_of(model), call.sampling, False, call.sampler)
-        shared.owner = self.owner_token = object()
+        shared.owner = self.owner = CacheOwner(call.name)
         move_buffers(model)
 
     @property
@@ -45,8 +44,7 @@ class ReferenceLoop:
 
         Return the prompt tokens that have been scored, with their log probabilities, if the call scores prompts.
         """
-        if self.shared.owner is not self.owner_token:
-            raise InputError(CACHE_TAKEN_ERROR)
+        self.shared.check_owner(self.owner)
         prompt_tokens = [] if self.running else self.begin_batch()
         requests, end = [self.requests[index] for index in self.batch], self.end
         logits = self.model.forward(self.tokens[:, self.start : end], self.start)[..., : self.n_words].float()

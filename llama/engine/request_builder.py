@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..chat import Dialog, check_dialog, encode_dialog, is_unsafe
-from ..errors import InputError, check_flag, describe
+from ..errors import InputError, check_flag, describe, short_traceback
 from ..sampling import SamplingParams
 from ..tokenizer import Tokenizer, check_text
 from .checks import common_prefix_length
@@ -72,8 +72,12 @@ def check_max_gen_len(max_gen_len: int) -> None:
         raise InputError(f"max_gen_len is {describe(max_gen_len)}; it must be a whole number, 0 or more")
 
 
-def validate_options(max_gen_len: int | None = None, stop: str | Sequence[str] = (), **sampling: Any) -> None:
-    """Check options without a model: raise InputError if a call would reject them. sampling: arguments of `SamplingParams`."""
+@short_traceback
+def validate_options(max_gen_len: int | None = None, stop: str | Sequence[str] | None = (), **sampling: Any) -> None:
+    """Check options without a model: raise InputError if a call would reject them. sampling: arguments of `SamplingParams`.
+
+    None means the default of each option.
+    """
     SamplingParams(**sampling)
     check_stop(stop)
     if max_gen_len is not None:
@@ -120,11 +124,11 @@ class RequestBuilder:
     def from_tokens(
         self,
         prompts: Iterable[Iterable[int]],
-        max_gen_len: int,
+        max_gen_len: int | None,
         seed: int | Iterable[int] | None,
         sampling: SamplingParams,
-        logprobs: bool = False,
-        echo: bool = False,
+        logprobs: bool | None = False,
+        echo: bool | None = False,
         stop_token: int | None = None,
     ) -> GenerationCall:
         """Build a `GenerationCall` from prompts given as tokens. stop_token: token that ends an answer, in place of EOS."""
@@ -146,11 +150,11 @@ class RequestBuilder:
         max_gen_len: int | None,
         seed: int | Iterable[int] | None,
         sampling: SamplingParams,
-        stop: str | Sequence[str],
-        logprobs: bool = False,
-        echo: bool = False,
-        reuse: bool = False,
-        details: bool = False,
+        stop: str | Sequence[str] | None,
+        logprobs: bool | None = False,
+        echo: bool | None = False,
+        reuse: bool | None = False,
+        details: bool | None = False,
         label: str = "prompt {}",
     ) -> GenerationCall:
         """Build a `GenerationCall` from prompts given as texts."""
@@ -165,10 +169,10 @@ class RequestBuilder:
         max_gen_len: int | None,
         seed: int | Iterable[int] | None,
         sampling: SamplingParams,
-        stop: str | Sequence[str],
-        logprobs: bool = False,
-        reuse: bool = False,
-        details: bool = False,
+        stop: str | Sequence[str] | None,
+        logprobs: bool | None = False,
+        reuse: bool | None = False,
+        details: bool | None = False,
         label: str = "dialog {}",
     ) -> GenerationCall:
         """Build a `GenerationCall` from dialogs.
@@ -188,7 +192,7 @@ class RequestBuilder:
         return GenerationCall(requests, sampling, logprobs, False, check_stop(stop), reuse, details)
 
     def for_infilling(
-        self, prefixes: Iterable[str], suffixes: Iterable[str], suffix_first: bool
+        self, prefixes: Iterable[str], suffixes: Iterable[str], suffix_first: bool | None
     ) -> tuple[list[str], list[str], list[list[int]]]:
         """Check prefixes and suffixes. Return both as lists, and the prompt of each pair in Code Llama's infilling format."""
         tokenizer = self.tokenizer

@@ -37,14 +37,15 @@ class GenerationCall:
 
     requests: list[Request]
     sampling: SamplingParams
-    logprobs: bool = False
-    echo: bool = False
+    logprobs: bool | None = False
+    echo: bool | None = False
     stop: Sequence[str] | None = None  # stop strings; None if the call returns tokens, not text
-    reuse: bool = False
-    details: bool = False
+    reuse: bool | None = False
+    details: bool | None = False
     stop_token: int | None = None  # token that ends an answer; None for EOS
     # Function that samples tokens, given probabilities (B, vocab) and top_p. Greedy sampling does not use this function.
     sampler: Sampler = field(default=sample_top_p, repr=False)
+    name: str = "call"  # the caller's name for it in errors, such as "text_completion"
     watched: bool = False  # True if code of the caller runs between two tokens, and so may change the model
 
     def __post_init__(self) -> None:
@@ -54,4 +55,4 @@ class GenerationCall:
     @property
     def scores_prompts(self) -> bool:
         """Return True if the call returns log probabilities of prompt tokens: with `echo` and `logprobs`."""
-        return self.echo and self.logprobs
+        return bool(self.echo and self.logprobs)

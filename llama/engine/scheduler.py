@@ -18,7 +18,6 @@ import torch
 from .. import compat
 from ..distributed.agreement import broadcast_from_rank0
 from ..distributed.progress import progress
-from ..errors import InputError
 from ..model import Transformer
 from ..sampling import token_logprobs
 from . import async_copy
@@ -28,7 +27,7 @@ from .decode_state import DecodeState
 from .forward import EngineForward
 from .prefill import prefill
 from .requests import GeneratedToken, GenerationCall
-from .shared_state import CACHE_TAKEN_ERROR, SharedState
+from .shared_state import CacheOwner, SharedState, ended_early
 
 
 class Scheduler:
@@ -41,7 +40,7 @@ class Scheduler:
         self.cache = forward.cache
         self.weights_version = forward.weights_version()
         self.hooks = [hooks for module in model.modules() for hooks in compat.forward_hooks(module)]
-        shared.owner = self.owner_token = object()
+        shared.owner = self.owner = CacheOwner(call.name)
         self.sync_streams()
         overrun_logits, self.cache.logits = self.cache.logits, None
         if overrun_logits is not None and not broadcast_from_rank0(overrun_logits.amax(-1).sum()).isfinite():
@@ -82,13 +81,13 @@ class Scheduler:
 
     def check_cache_ownership(self) -> None:
         """Raise InputError if anyone else has used the cache since this call began, or if the caller has changed the model."""
-        owned = self.shared.owner is self.owner_token and self.cache.prefix_tokens is self.prefix_tokens
-        if not owned or not self.cache.is_unchanged():
-            raise InputError(CACHE_TAKEN_ERROR)
+        self.shared.check_owner(self.owner)
+        if self.cache.prefix_tokens is not self.prefix_tokens or not self.cache.is_unchanged():
+            raise ended_early(self.call.name, "the model's forward, or code of yours, has written into its KV cache since")
         if self.call.watched and (
             any(self.hooks) or not self.cache.belongs_to(self.model) or self.forward.weights_version() != self.weights_version
         ):
-            raise InputError("the model has been changed under a stream or a loop over tokens: begin it anew")
+            raise ended_early(self.call.name, "the model has been changed since")
 
     def step(self) -> list[GeneratedToken]:
         """Prefill waiting requests into free rows, and sample the next token of each row, which `emit_tokens` then yields.

@@ -1,9 +1,11 @@
 """Streams: the text of an answer in chunks, while the answer is generated."""
 
 import contextlib
+import inspect
 from collections.abc import Generator, Iterator
 from types import TracebackType
 
+from ..errors import short_traceback
 from .incremental_text import IncrementalText
 from .requests import FinishReason, GeneratedToken, Request
 
@@ -38,11 +40,13 @@ class Stream:
     def __iter__(self) -> "Stream":
         return self
 
+    @short_traceback
     def __next__(self) -> str:
         return next(self._chunks)
 
     def __repr__(self) -> str:
-        state = self.finish_reason or "running"
+        is_closed = inspect.getgeneratorstate(self._chunks) == inspect.GEN_CLOSED
+        state = self.finish_reason or ("ended early" if is_closed else "running")
         return f"<Stream {state}: {self.prompt_tokens} prompt tokens, {self.new_tokens} new tokens>"
 
     def close(self) -> None:
@@ -57,7 +61,7 @@ class Stream:
 
 
 def text_chunks(request: Request, tokens: Iterator[GeneratedToken], text: IncrementalText) -> Generator[str, None, None]:
-    """Yield the text of an answer in chunks, each as soon as later tokens cannot change it. A stop string ends the answer."""
+    """Yield the text of an answer in chunks: the text of each token at once. A stop string ends the answer."""
     with contextlib.closing(tokens):  # type: ignore[type-var]
         for token in tokens:
             chunk = text.push(token.token)
