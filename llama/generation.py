@@ -94,7 +94,7 @@ class Llama:
         the size of the KV cache.
         model_parallel_size: number of ranks that share one model; by default all ranks of the job, or 1 without torchrun.
         seed: the seed of torch's default generator.
-        device: by default CUDA if available, then MPS, then the CPU. dtype: by default the dtype of the checkpoint.
+        device: by default CUDA if available, else the CPU; "mps" is untested. dtype: by default the dtype of the checkpoint.
         compile: on CUDA, let torch.compile fuse the small kernels of a decode step and tune the matrix products of a single
         row. The first step with each number of rows then takes seconds.
         quantize: "int8" or "int4" to quantize the matrices while they are read. `dtype` then applies to everything else.

@@ -181,6 +181,16 @@ def test_each_rank_gets_a_device_of_its_own_or_an_error(
         assert str(setup.choose_device(device, world)) == want
 
 
+def test_mps_is_used_only_on_request_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert setup.choose_device(None) == torch.device("cpu")
+    assert capsys.readouterr().err == ""
+    assert setup.choose_device("mps") == setup.choose_device(torch.device("mps")) == torch.device("mps")
+    assert capsys.readouterr().err.count("llama: device='mps' is untested") == 1
+
+
 @pytest.mark.parametrize(
     "addresses, env, reachable",
     [
