@@ -129,7 +129,8 @@ class Llama:
             sizes = model.params, model_parallel()[1], weights_dtype, where
             if held_as:
                 check_kernel(held_as, where, weights_dtype)
-            estimate.check_memory(*sizes, free_memory.free_memory(where), held_as)
+            mapped = loading.bytes_staying_mapped(model, files, weights_dtype, where, quantize, backend_class.packs_weights)
+            estimate.check_memory(*sizes, free_memory.free_memory(where, mapped), held_as)
             return tokenizer, files, model, weights_dtype
 
         tokenizer, files, model, weights_dtype = run_on_all_ranks(

@@ -235,10 +235,10 @@ def test_progress_is_shown_on_terminals_only(monkeypatch: pytest.MonkeyPatch, ca
 
 def test_ranks_on_one_machine_share_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     free = free_memory.free_memory(torch.device("cpu"))
-    assert free is not None and free > 0
+    assert free is not None and free.bytes > 0
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     quarter = free_memory.free_memory(torch.device("cpu"))
-    assert quarter is not None and quarter < free / 2
+    assert quarter is not None and quarter.bytes < free.bytes / 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="huge pages are used on Linux only")

@@ -41,7 +41,7 @@ from ..quantization.quantize import quantize
 from ..quantization.weight import FORMATS, QuantizedWeight, format_of, group_size
 from . import loading, resharding
 from .params import SUPPORTED_DTYPES, read_params
-from .shards import Shards, file_identity, open_shards, shard_paths, split_dim
+from .shards import Shards, check_mappable, file_identity, open_shards, shard_paths, split_dim
 from .validate import build_on_meta, check_shards, expected_shapes
 
 LAYOUT = "blocks of 64 outputs, 4 bytes each, version 2"
@@ -131,7 +131,8 @@ def open_packed_file(ckpt_dir: str | os.PathLike[str], format: str, fits: bool =
     identity = file_identity(path)
     try:
         metadata, tensors = _map_tensors(path)
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as e:
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, MemoryError) as e:
+        check_mappable(path, e)
         raise CheckpointError(f"{path}: cut off, damaged, or not written by this library; {REMAKE}") from e
     layout, stored_format = metadata.get("layout"), metadata.get(FORMAT_KEY)
     if layout != LAYOUT or stored_format != format:

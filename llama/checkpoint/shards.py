@@ -1,5 +1,6 @@
 """Open a checkpoint's shards as memory-mapped tensors, and detect files that change while they are read."""
 
+import errno
 import os
 import pickle
 import re
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, identify_format, read_file
+from ..errors import CheckpointError, DeviceError, format_bytes, identify_format, read_file
 from . import torch_file
 from .params import describe_folder, list_folder
 
@@ -106,6 +107,16 @@ def open_shards(ckpt_dir: str | os.PathLike[str]) -> Shards:
     return Shards({path.name: _open_shard(path) for path in paths}, identities)
 
 
+def check_mappable(path: Path, error: Exception) -> None:
+    """Raise DeviceError if `error` says that there is no memory, or no address space, to map a file."""
+    if isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in str(error):
+        size = (file_identity(path) or (0, 0, 0))[2]
+        raise DeviceError(
+            f"{path}: its {format_bytes(size)} cannot be mapped: {os.strerror(errno.ENOMEM)}; raise this process's limits "
+            "(ulimit -v, ulimit -d)"
+        ) from error
+
+
 def _open_shard(path: Path) -> dict[str, torch.Tensor]:
     """Map one shard, and return its tensors by name.
 
@@ -124,6 +135,7 @@ def _open_shard(path: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as e:
         raise CheckpointError(f"{path}: contains more than tensors and was not loaded, as it could run code ({e})") from e
     except Exception as e:
+        check_mappable(path, e)
         identity = file_identity(path)
         size = f"{identity[2]:,} bytes" if identity else "deleted by now"
         raise CheckpointError(
