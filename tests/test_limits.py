@@ -1,14 +1,16 @@
-"""The memory check obeys the limits of cgroups of both versions, and of ulimit."""
+"""The memory check and the number of threads obey the limits of cgroups of both versions, and of ulimit."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from llama import Llama, info
 from llama.checkpoint import loading, shards, validate
-from llama.distributed import cgroups
+from llama.distributed import cgroups, threads
 from llama.kernels.packed_weight import PackedWeight
 from llama.planning import free_memory
 
@@ -145,6 +147,56 @@ def test_a_cgroups_limit_is_divided_among_the_ranks_of_the_machine_and_named(mon
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     free = free_memory.free_memory(torch.device("cpu"), mapped=100)
     assert free == (250, 250, "the cgroup's limit in /sys/fs/cgroup/job/memory.max")
+
+
+@pytest.fixture
+def eight_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Pretend that this machine has 8 cores, of which a cgroup allows the time of 2.5."""
+    before = torch.get_num_threads()
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(cgroups, "cpu_quota", lambda *_: cgroups.Limit(2.5, Path("/sys/fs/cgroup/job/cpu.max")))
+    torch.set_num_threads(8)
+    threads.limit_threads.cache_clear()
+    yield monkeypatch
+    torch.set_num_threads(before)
+
+
+def test_build_uses_no_more_threads_than_the_cpu_quota_says_so_and_leaves_later_changes(
+    small: SimpleNamespace, eight_cores: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "cpu, 3 threads" in info() and "2.5 core(s), by /sys/fs/cgroup/job/cpu.max" in info()
+    assert torch.get_num_threads() == 8  # `info` changes nothing
+    Llama.build(small.folder, small.tokenizer_path, 16, 1, device="cpu")
+    assert torch.get_num_threads() == 3
+    line = capsys.readouterr().err
+    assert line.startswith("llama: 3 thread(s) instead of 8: /sys/fs/cgroup/job/cpu.max allows 2.5 CPU core(s)")
+    assert line.count("\n") == 1 and "OMP_NUM_THREADS" in line
+    torch.set_num_threads(8)
+    Llama.build(small.folder, small.tokenizer_path, 16, 1, device="cpu")
+    assert torch.get_num_threads() == 8 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "env, n_threads, want",
+    [
+        ({}, 8, 3),
+        ({"LOCAL_WORLD_SIZE": "2"}, 8, 2),
+        ({"LOCAL_WORLD_SIZE": "8"}, 8, 1),
+        ({"OMP_NUM_THREADS": "8"}, 8, 8),
+        ({"MKL_NUM_THREADS": "8"}, 8, 8),
+        ({}, 7, 7),  # the caller has called torch.set_num_threads(7)
+        ({}, 2, 2),
+    ],
+)
+def test_the_cpu_quota_is_divided_among_ranks_and_a_number_chosen_by_the_user_is_kept(
+    eight_cores: pytest.MonkeyPatch, env: dict[str, str], n_threads: int, want: int
+) -> None:
+    for name, value in env.items():
+        eight_cores.setenv(name, value)
+    torch.set_num_threads(n_threads)
+    assert threads.allowed_threads()[0] == want
 
 
 @pytest.mark.parametrize("dtype, format", [("float32", None), ("bfloat16", None), ("float32", "int8")])

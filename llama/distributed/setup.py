@@ -11,7 +11,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fs
 
 from ..errors import DeviceError, short_repr
-from . import agreement, groups
+from . import agreement, groups, threads
 from .failures import propagate_failure
 
 
@@ -49,6 +49,8 @@ def initialize(device: str | torch.device | None = None, model_parallel_size: in
     size, chosen = agreement.run_on_all_ranks(choose, must_match=lambda choice: (choice[0], choice[1].type))
     if chosen.type == "cuda" and dist.is_initialized():
         torch.cuda.set_device(chosen)  # NCCL uses each rank's current device
+    if chosen.type == "cpu":
+        threads.limit_threads()
     init_model_parallel(size)
     return chosen
 
