@@ -34,7 +34,7 @@ def main(
     max_seq_len: context length: maximum number of tokens of a prompt with its continuation.
     max_gen_len: maximum number of new tokens.
     max_batch_size: maximum number of prompts in a batch.
-    device: cpu, cuda or mps; default: the fastest available.
+    device: cpu, cuda or mps (untested); default: cuda if available, else cpu.
     dtype: bfloat16, float16 or float32; default: the dtype of the checkpoint.
     compile: use torch.compile (CUDA): faster decoding after a slower start.
     quantize: int8 or int4, to store the weight matrices in 8 or 4 bit; default: no quantization.

@@ -292,7 +292,7 @@ def main() -> None:
         args = ModelArgs(**json.loads((ckpt / "params.json").read_text()) | cache_sizes)
         cache = cache_bytes(args, 1, getattr(torch, dtype)) if a.device == "cuda" else 0
         peer_bytes = MEMORY_PER_WEIGHT_BYTE[a.device] * size + cache
-        together = free is None or peer_bytes * len(jobs) < free
+        together = free is None or peer_bytes * len(jobs) < free.bytes
         measurements = measure(jobs, a.workloads, a.runs, vocab_size, together)
 
     results = {

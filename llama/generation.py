@@ -96,7 +96,7 @@ class Llama:
         the size of the KV cache.
         model_parallel_size: number of ranks that share one model; by default all ranks of the job, or 1 without torchrun.
         seed: the seed of torch's default generator.
-        device: by default CUDA if available, then MPS, then the CPU. dtype: by default the dtype of the checkpoint.
+        device: by default CUDA if available, else the CPU; "mps" is untested. dtype: by default the dtype of the checkpoint.
         compile: on CUDA, let torch.compile fuse the small kernels of a decode step and tune the matrix products of a single
         row. The first step with each number of rows then takes seconds.
         quantize: "int8" or "int4" to quantize the matrices while they are read. `dtype` then applies to everything else.
@@ -131,7 +131,8 @@ class Llama:
             sizes = model.params, model_parallel()[1], weights_dtype, where
             if held_as:
                 check_kernel(held_as, where, weights_dtype)
-            estimate.check_memory(*sizes, free_memory.free_memory(where), held_as)
+            mapped = loading.bytes_staying_mapped(model, files, weights_dtype, where, quantize, backend_class.packs_weights)
+            estimate.check_memory(*sizes, free_memory.free_memory(where, mapped), held_as)
             return tokenizer, files, model, weights_dtype
 
         tokenizer, files, model, weights_dtype = run_on_all_ranks(

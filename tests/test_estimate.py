@@ -13,6 +13,7 @@ from llama.checkpoint import loading
 from llama.engine.kv_cache import KVCache
 from llama.layers import embedding, linear
 from llama.planning import estimate, free_memory
+from llama.planning.free_memory import FreeMemory
 
 from .counting import count_forward_tokens
 from .support import assert_raises
@@ -46,7 +47,7 @@ def test_each_change_that_the_error_advises_fits_and_nothing_larger_fits(
     free += estimate.activation_bytes(args, ranks, dtype)
 
     def check(args: ModelArgs = args, ranks: int = ranks, dtype: torch.dtype = dtype, format: str | None = None) -> None:
-        estimate.check_memory(args, ranks, dtype, torch.device("cpu"), free, format)
+        estimate.check_memory(args, ranks, dtype, torch.device("cpu"), FreeMemory(free), format)
 
     with pytest.raises(DeviceError, match=rf"max_seq_len={args.max_seq_len}, max_batch_size=8") as caught:
         check()
@@ -91,14 +92,27 @@ def test_the_error_advises_nothing_that_would_raise_another_error() -> None:
     """The error must not advise a format without a kernel for the device, or ranks that cannot divide the model."""
     for device, dtype in (("mps", BF16), ("cuda", torch.float16)):
         with pytest.raises(DeviceError, match=r"does not fit on \w+: .* take 13.48 GB") as caught:
-            estimate.check_memory(SHORT, 1, dtype, torch.device(device), 6 * 10**9)
+            estimate.check_memory(SHORT, 1, dtype, torch.device(device), FreeMemory(6 * 10**9))
         assert "int4" not in str(caught.value) and "4 ranks" in str(caught.value)
     with pytest.raises(DeviceError, match="2 ranks") as caught:
-        estimate.check_memory(SHORT, 1, BF16, torch.device("cpu"), 4 * 10**9, "int4")
+        estimate.check_memory(SHORT, 1, BF16, torch.device("cpu"), FreeMemory(4 * 10**9), "int4")
     assert "int4" in str(caught.value)
     huge = ModelArgs(dim=2**30, n_heads=2**29, vocab_size=2**30)  # the check must be quick, without trying all numbers of ranks
     with pytest.raises(DeviceError, match="No single change of"):
-        estimate.check_memory(huge, 1, BF16, torch.device("cpu"), 10**9)
+        estimate.check_memory(huge, 1, BF16, torch.device("cpu"), FreeMemory(10**9))
+
+
+def test_the_error_advises_no_copy_of_weights_that_stay_mapped_without_memory_for_it() -> None:
+    """If float32 weights stay in the mapped file, a copy in bfloat16 needs other memory, even though it is smaller."""
+    required = estimate.memory_required(SEVEN_B, 1, FP32)
+    free = FreeMemory(required.total - 1, required.total - required.weights, "ulimit -v")
+    with pytest.raises(DeviceError, match="free within ulimit -v") as caught:
+        estimate.check_memory(SEVEN_B, 1, FP32, torch.device("cpu"), free)
+    assert "max_seq_len=4095, or max_batch_size=7" in str(caught.value) and "dtype='bfloat16'" in str(caught.value)
+    free = free._replace(if_copied=required.total - required.weights - 10 * 10**9)
+    with pytest.raises(DeviceError) as caught:
+        estimate.check_memory(SEVEN_B, 1, FP32, torch.device("cpu"), free)
+    assert "max_batch_size=7" in str(caught.value) and "bfloat16" not in str(caught.value).partition("It fits")[2]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -139,11 +153,15 @@ def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read(
 
     # A position of the KV cache takes 512 bytes: keys and values, 2 layers, 4 heads, 8 values per head, 4 bytes per value.
     working = estimate.activation_bytes(ModelArgs(**{**small.params, "vocab_size": 384}), 1, torch.float32)
-    monkeypatch.setattr(free_memory, "free_memory", lambda _: 591_500 + 2 * 64 * 512 + working)
+    monkeypatch.setattr(free_memory, "free_memory", lambda *_: FreeMemory(591_500 + 2 * 64 * 512 + working, limit="ulimit -v"))
     with monkeypatch.context() as patch:
         patch.setattr(loading, "load_weights", lambda *_: pytest.fail("weights were read"))
         patch.setattr(KVCache, "adopt", lambda *_: pytest.fail("a cache was made"))
-        facts = ("Weights in float32 take 0.591 MB", "=4) 0.131 MB", f"activations {errors.format_bytes(working)}")
+        facts = (
+            "free within ulimit -v. Weights in float32 take 0.591 MB",
+            "=4) 0.131 MB",
+            f"activations {errors.format_bytes(working)}",
+        )
         assert_raises(build, DeviceError, *facts, "max_seq_len=32,", "max_batch_size=2,", "dtype='bfloat16'")
-    monkeypatch.setattr(free_memory, "free_memory", lambda _: None)
+    monkeypatch.setattr(free_memory, "free_memory", lambda *_: None)
     assert build().model.params.max_batch_size == 4

@@ -17,6 +17,7 @@ from llama.cli.main import main
 from llama.engine.kv_cache import KVCache
 from llama.layers import embedding, linear
 from llama.planning import estimate, machines
+from llama.planning.free_memory import FreeMemory
 
 from .support import assert_raises, write_shards
 
@@ -56,7 +57,7 @@ def test_a_plan_has_the_sizes_and_the_errors_of_building_the_model(name: str, ma
     n_fitting = 0
     for i, n in enumerate(columns):
         with pytest.raises(DeviceError) as caught:
-            estimate.check_memory(args, n, BF16, CUDA, 1, format)
+            estimate.check_memory(args, n, BF16, CUDA, FreeMemory(1), format)
         assert f"take {table['weights, on each rank'][i]}, " in str(caught.value)
         assert f"max_batch_size=8) {table['KV cache, 8 x 4096 tokens'][i]}, " in str(caught.value)
         assert f"activations {table['activations'][i]}. " in str(caught.value)
@@ -65,7 +66,7 @@ def test_a_plan_has_the_sizes_and_the_errors_of_building_the_model(name: str, ma
             fits = table[gpu.name][i] != "-"
             n_fitting += fits
             try:
-                estimate.check_memory(args, n, BF16, CUDA, int(gpu.memory * 1e9), format)
+                estimate.check_memory(args, n, BF16, CUDA, FreeMemory(int(gpu.memory * 1e9)), format)
                 assert fits
             except DeviceError as e:
                 assert not fits

@@ -181,6 +181,16 @@ def test_each_rank_gets_a_device_of_its_own_or_an_error(
         assert str(setup.choose_device(device, world)) == want
 
 
+def test_mps_is_used_only_on_request_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert setup.choose_device(None) == torch.device("cpu")
+    assert capsys.readouterr().err == ""
+    assert setup.choose_device("mps") == setup.choose_device(torch.device("mps")) == torch.device("mps")
+    assert capsys.readouterr().err.count("llama: device='mps' is untested") == 1
+
+
 @pytest.mark.parametrize(
     "addresses, env, reachable",
     [
@@ -225,10 +235,10 @@ def test_progress_is_shown_on_terminals_only(monkeypatch: pytest.MonkeyPatch, ca
 
 def test_ranks_on_one_machine_share_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     free = free_memory.free_memory(torch.device("cpu"))
-    assert free is not None and free > 0
+    assert free is not None and free.bytes > 0
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     quarter = free_memory.free_memory(torch.device("cpu"))
-    assert quarter is not None and quarter < free / 2
+    assert quarter is not None and quarter.bytes < free.bytes / 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="huge pages are used on Linux only")

@@ -7,7 +7,7 @@ import torch
 
 from ..checkpoint.params import read_params
 from ..checkpoint.shards import stored_dtype
-from ..distributed import groups
+from ..distributed import cgroups, groups, threads
 from ..distributed.setup import choose_device
 from ..kernels import avx2, avx512, pack
 from ..model import ModelArgs
@@ -25,8 +25,10 @@ def info(ckpt_dir: str | os.PathLike[str] | None = None, device: str | torch.dev
     gpu = f", {torch.cuda.get_device_name(chosen_device)}" if chosen_device.type == "cuda" else ""
     lines = [
         ("llama", f"{_version()}, Python {platform.python_version()}, torch {torch.__version__}"),
-        ("device", f"{chosen_device}{gpu}, {torch.get_num_threads()} threads, {groups.world_size()} process(es)"),
+        ("device", f"{chosen_device}{gpu}, {threads.allowed_threads()[0]} threads, {groups.world_size()} process(es)"),
     ]
+    if quota := cgroups.cpu_quota():
+        lines.append(("cpu quota", f"{quota.value:g} core(s), by {quota.file}"))
     for name, status, use in (
         ("avx512", avx512.status(), "products, attention and decode steps with AVX-512"),
         ("avx2", avx2.status(), "products with AVX2"),

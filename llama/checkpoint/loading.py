@@ -32,6 +32,21 @@ from .shards import Shards, split_dim
 from .validate import NON_FINITE
 
 
+def bytes_staying_mapped(
+    model: Transformer, shards: Shards, dtype: torch.dtype, device: torch.device, format: str | None, packs: bool
+) -> int:
+    """Return the bytes of this rank's weights that `load_weights` certainly leaves in the mapped files.
+
+    The arguments are those of `load_weights`.
+    """
+    total = 0
+    for names, views in _views_to_read(model, shards, format, packs):
+        may_be_packed = _is_linear(names[0]) and (format or (packs and dtype == torch.bfloat16))
+        if not may_be_packed and _can_stay_mapped(views, dtype, device):
+            total += views[0].nbytes
+    return total
+
+
 @torch.inference_mode(False)  # weights created in inference mode could not be edited in place outside of inference mode
 def load_weights(
     model: Transformer,
@@ -67,7 +82,7 @@ def _views_to_read(
     """
     groups: list[tuple[list[str], list[torch.Tensor]]] = []
     for names in weight_groups(model, joint=packs):
-        is_linear = split_dim(names[0]) is not None and names[0] != "tok_embeddings.weight"
+        is_linear = _is_linear(names[0])
         # Quantize whole rows, so that the scales do not depend on the number of ranks. A matrix that is split by its inputs is
         # therefore read whole.
         quantizes_whole_rows = is_linear and format and split_dim(names[0]) == 1
@@ -81,6 +96,11 @@ def _views_to_read(
     # Load the largest weights first: their temporary copies are the largest, and little else is in memory at the start.
     groups.sort(key=lambda group: -sum(view.numel() for view in group[1]))
     return groups
+
+
+def _is_linear(name: str) -> bool:
+    """Return True if a weight belongs to a linear layer."""
+    return split_dim(name) is not None and name != "tok_embeddings.weight"
 
 
 def _load_group(

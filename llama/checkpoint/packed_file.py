@@ -33,6 +33,7 @@ import torch
 from ..distributed.groups import world_size
 from ..distributed.progress import progress
 from ..distributed.setup import set_environment
+from ..distributed.threads import limit_threads
 from ..errors import CheckpointError, DeviceError, InputError, describe, explain_system_error, format_bytes, short_repr
 from ..kernels import host_memory, pack
 from ..kernels.blocked_linear import ACTIVATION_GROUP, BlockedWeight
@@ -193,6 +194,7 @@ def save_packed_file(ckpt_dir: str | os.PathLike[str], format: str) -> Path:
     DeviceError on several ranks.
     """
     set_environment()
+    limit_threads()
     if not isinstance(format, str) or format not in PACKED_FORMATS:
         raise InputError(f"format is {describe(format)}; it must be one of {', '.join(map(repr, PACKED_FORMATS))}")
     if world_size() > 1:

@@ -101,7 +101,7 @@ def make_parser() -> "tuple[argparse.ArgumentParser, argparse._SubParsersAction[
         description="Print versions, device, compiled code and backends, each with the reason why it cannot be used.",
     )
     about.add_argument("--ckpt_dir", metavar="DIR", help="also show how decode steps of this checkpoint would run")
-    about.add_argument("--device", help="cpu, cuda or mps; default: the fastest available")
+    about.add_argument("--device", help="cpu, cuda or mps (untested); default: cuda if available, else cpu")
     about.set_defaults(run=lambda args: Terminal().write(f"{info(args.ckpt_dir, args.device)}\n"))
     return parser, commands
 

@@ -23,7 +23,7 @@ def model_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--max_seq_len", type=int, default=512, metavar="N", help="context length in tokens; default: 512, for chat 4096"
     )
-    model.add_argument("--device", help="cpu, cuda or mps; default: the fastest available")
+    model.add_argument("--device", help="cpu, cuda or mps (untested); default: cuda if available, else cpu")
     model.add_argument("--dtype", help=f"{DTYPES}; default: the stored one")
     model.add_argument("--quantize", choices=QUANTIZE_FORMATS, help="store the weight matrices in 8 or 4 bit")
     model.add_argument("--compile", action="store_true", help="use torch.compile (CUDA): faster decoding after a slower start")

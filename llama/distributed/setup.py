@@ -1,6 +1,7 @@
 """Choose this rank's device, and set up the process groups."""
 
 import contextlib
+import functools
 import io
 import os
 import sys
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fs
 
 from ..errors import DeviceError, short_repr
-from . import agreement, groups
+from . import agreement, groups, threads
 from .failures import propagate_failure
 
 
@@ -48,6 +49,8 @@ def initialize(device: str | torch.device | None = None, model_parallel_size: in
     size, chosen = agreement.run_on_all_ranks(choose, must_match=lambda choice: (choice[0], choice[1].type))
     if chosen.type == "cuda" and dist.is_initialized():
         torch.cuda.set_device(chosen)  # NCCL uses each rank's current device
+    if chosen.type == "cpu":
+        threads.limit_threads()
     init_model_parallel(size)
     return chosen
 
@@ -64,14 +67,14 @@ def init_model_parallel(size: int) -> None:
 
 
 def choose_device(device: str | torch.device | None, world: int = 1) -> torch.device:
-    """Return this rank's device: the requested device, or without a request the first available of CUDA, MPS and CPU.
+    """Return this rank's device: the requested device, or without a request CUDA if available, else the CPU.
 
     With several GPUs on a machine, each rank uses the GPU with the number of its local rank.
 
     Raises DeviceError for a device that does not exist or is not supported, and for more ranks than devices.
     """
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except Exception as e:  # for invalid devices, torch raises several types of exceptions
@@ -83,6 +86,7 @@ def choose_device(device: str | torch.device | None, world: int = 1) -> torch.de
             raise DeviceError("device='mps', but this PyTorch sees no Apple GPU; use device='cpu'")
         if world > 1:
             raise DeviceError(f"{world} ranks, but there is one MPS device; run one process, or use device='cpu'")
+        _warn_about_mps()
         return torch.device("mps")
     if chosen.type != "cuda":
         raise DeviceError(f"device={short_repr(device)} is not supported; use 'cpu', 'cuda' or 'mps'")
@@ -105,3 +109,8 @@ def choose_device(device: str | torch.device | None, world: int = 1) -> torch.de
     if chosen.index >= count:
         raise DeviceError(f"device='{chosen}', but the GPUs here are cuda:0 to cuda:{count - 1}")
     return chosen
+
+
+@functools.cache  # warn once
+def _warn_about_mps() -> None:
+    print("llama: device='mps' is untested: compare its answers with those of device='cpu'", file=sys.stderr)

@@ -10,6 +10,7 @@ from ..errors import DeviceError, format_bytes
 from ..kernels.packing import check_kernel
 from ..model import ModelArgs, check_ranks
 from ..quantization.weight import FORMATS, OUTPUT_FORMAT, bytes_per_weight
+from .free_memory import FreeMemory
 
 MIN_SUGGESTED_LENGTH = 16  # no error suggests a shorter max_seq_len than this, as it would be of no use
 MAX_SUGGESTED_RANKS = 1024
@@ -95,10 +96,10 @@ def is_possible(args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.d
 
 
 def check_memory(
-    args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.device, free_bytes: int | None, format: str | None = None
+    args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.device, free: FreeMemory | None, format: str | None = None
 ) -> None:
-    """Raise DeviceError if a model needs more than `free_bytes` on each rank. With free_bytes=None, check nothing."""
-    if free_bytes is not None and (error := explain_oom(args, ranks, dtype, device, free_bytes, format)):
+    """Raise DeviceError if a model needs more memory on each rank than is free. With free=None, check nothing."""
+    if free is not None and (error := explain_oom(args, ranks, dtype, device, free, format)):
         raise DeviceError(error)
 
 
@@ -107,24 +108,25 @@ def explain_oom(
     ranks: int,
     dtype: torch.dtype,
     device: torch.device,
-    free_bytes: int,
+    free: FreeMemory,
     format: str | None = None,
     device_name: str | None = None,
 ) -> str | None:
-    """Return an error message if a model needs more than `free_bytes` on each rank; return None if the model fits.
+    """Return an error message if a model needs more memory on each rank than is free; return None if the model fits.
 
     The message lists changes, each of which alone makes the model fit.
     device_name: the name of the device in the message, by default that of `device`.
     """
     required = memory_required(args, ranks, dtype, format)
-    if required.total <= free_bytes:
+    if required.total <= free.bytes:
         return None
     stored_as = format or str(dtype).removeprefix("torch.")
-    changes = _changes_that_fit(args, ranks, dtype, device, free_bytes, format)
+    changes = _changes_that_fit(args, ranks, dtype, device, free, format)
+    limit = f" within {free.limit}" if free.limit else ""
     return (
         f"the model does not fit on {device_name or device}: each of {ranks} rank(s) needs {format_bytes(required.total)}, but "
-        f"{format_bytes(free_bytes)} are free. Weights in {stored_as} take {format_bytes(required.weights)}, the KV cache "
-        f"(max_seq_len={args.max_seq_len}, max_batch_size={args.max_batch_size}) {format_bytes(required.kv_cache)}, "
+        f"{format_bytes(free.bytes)} are free{limit}. Weights in {stored_as} take {format_bytes(required.weights)}, the KV "
+        f"cache (max_seq_len={args.max_seq_len}, max_batch_size={args.max_batch_size}) {format_bytes(required.kv_cache)}, "
         f"activations {format_bytes(required.activations)}. "
         + (
             f"It fits with {', or '.join(changes)}."
@@ -135,12 +137,14 @@ def explain_oom(
 
 
 def _changes_that_fit(
-    args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.device, free_bytes: int, format: str | None
+    args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.device, free: FreeMemory, format: str | None
 ) -> list[str]:
     """Return changes to a model that does not fit, as texts for an error.
 
     Each change alone makes the model fit.
     """
+    # With another dtype, format or number of ranks, weights may no longer stay in the mapped checkpoint.
+    if_copied = free.bytes if free.if_copied is None else free.if_copied
 
     def total(ranks: int = ranks, dtype: torch.dtype = dtype, format: str | None = format, **sizes: int) -> int:
         return memory_required(replace(args, **sizes), ranks, dtype, format).total  # type: ignore[arg-type]
@@ -150,7 +154,7 @@ def _changes_that_fit(
 
         Returns 0 if the model fits with no value.
         """
-        return bisect.bisect_right(range(1, limit), free_bytes, key=lambda n: total(**sizes, **{name: n}))  # type: ignore[arg-type]
+        return bisect.bisect_right(range(1, limit), free.bytes, key=lambda n: total(**sizes, **{name: n}))  # type: ignore[arg-type]
 
     changes = []
     if (length := largest_fitting("max_seq_len", args.max_seq_len)) >= MIN_SUGGESTED_LENGTH:
@@ -159,14 +163,14 @@ def _changes_that_fit(
         changes.append(f"max_batch_size={rows}")
     if not changes and (length := largest_fitting("max_seq_len", args.max_seq_len, max_batch_size=1)) >= MIN_SUGGESTED_LENGTH:
         changes.append(f"max_batch_size=1 with max_seq_len={length}")
-    if total(dtype=torch.bfloat16) <= free_bytes:
+    if total(dtype=torch.bfloat16) <= if_copied:
         changes.append(f"dtype='bfloat16' ({format_bytes(total(dtype=torch.bfloat16))})")
     for smaller in FORMATS:
-        if total(format=smaller) <= free_bytes and is_possible(args, ranks, dtype, device, smaller):
+        if total(format=smaller) <= if_copied and is_possible(args, ranks, dtype, device, smaller):
             changes.append(f"quantize='{smaller}' ({format_bytes(total(format=smaller))})")
             break
     for n in range(ranks + 1, min(args.kv_heads, MAX_SUGGESTED_RANKS) + 1):
-        if total(ranks=n) <= free_bytes and is_possible(args, n, dtype, device, format):
+        if total(ranks=n) <= if_copied and is_possible(args, n, dtype, device, format):
             machines = "on separate machines" if device.type == "cpu" else "with a GPU each"
             changes.append(f"{n} ranks {machines} ({format_bytes(total(ranks=n))} each)")
             break

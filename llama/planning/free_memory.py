@@ -1,44 +1,86 @@
-"""Measure how much memory a rank may still allocate: on a GPU, or on the host within its container's limit."""
+"""Measure how much memory a rank may still allocate: on a GPU, or on the host within its cgroups' limits and ulimit's."""
 
-import contextlib
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from ..distributed import groups
+from ..distributed import cgroups, groups
+
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None  # type: ignore[assignment]
+
+# Limits of one process: the name in `resource`, the current value in /proc/self/status, and how a user sets the limit. Private
+# mappings of files count towards both. The last number is what a thread takes, in bytes: its stack, and the heap that glibc
+# reserves for it.
+PROCESS_LIMITS = (("RLIMIT_AS", "VmSize", "ulimit -v", 72 << 20), ("RLIMIT_DATA", "VmData", "ulimit -d", 16 << 20))
+PROCESS_OVERHEAD = 160 << 20  # bytes that PyTorch and glibc map besides a model and threads, as buffers and parts of chunks
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that this rank may still allocate on its device; None if the system does not report them."""
+class FreeMemory(NamedTuple):
+    """The memory that a rank may still allocate.
+
+    bytes: if some weights stay in the memory-mapped checkpoint, as the caller expects.
+    if_copied: the same if no weight stays there; None if that is `bytes`.
+    limit: what sets the limit, for errors; "" if it is the memory of the machine or of the device.
+    """
+
+    bytes: int
+    if_copied: int | None = None
+    limit: str = ""
+
+
+def free_memory(device: torch.device, mapped: int = 0) -> FreeMemory | None:
+    """Return the memory that this rank may still allocate on its device; None if the system does not report it.
+
+    mapped: the bytes of the weights that stay in the memory-mapped checkpoint, which this process has mapped already. They
+    need memory of the machine, but no more of the process's address space.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        return FreeMemory(torch.cuda.mem_get_info(device)[0] + unused)
     if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    limits = [n for n in (_linux_available(), _cgroup_available()) if n is not None]
-    if not limits and hasattr(os, "sysconf"):  # macOS reports its installed memory, but not its free memory
-        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    return min(limits) // (groups.local_rank_and_size()[1] or 1) if limits else None
+        return FreeMemory(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    ranks = groups.local_rank_and_size()[1] or 1
+    limits = []
+    if (available := _available_on_machine()) is not None:
+        limits.append(FreeMemory(available // ranks))
+    if cgroup := cgroups.free_memory():
+        limits.append(FreeMemory(int(cgroup.value) // ranks, limit=f"the cgroup's limit in {cgroup.file}"))
+    limits += [FreeMemory(free + mapped, free, limit) for free, limit in _free_in_process()]
+    if not limits:
+        return None
+    return min(limits)._replace(if_copied=min(n.bytes if n.if_copied is None else n.if_copied for n in limits))
 
 
-def _linux_available() -> int | None:
-    """Return the memory that Linux reports as available, in bytes; None on other systems."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
+def _available_on_machine() -> int | None:
+    """Return the memory that the system reports as available, in bytes; None if it reports none."""
+    if available := _proc_number("/proc/meminfo", "MemAvailable"):
+        return available * 1024
+    # macOS reports its installed memory, but not its free memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
 
 
-def _cgroup_available() -> int | None:
-    """Return the bytes that a container (cgroup v2) may still allocate; None if it has no limit.
+def _free_in_process() -> list[tuple[int, str]]:
+    """Return the bytes that each limit of this process leaves to a model, and how a user sets the limit; Linux only."""
+    limits = []
+    for name, used, command, thread_bytes in PROCESS_LIMITS:
+        limit = resource.getrlimit(getattr(resource, name))[0] if resource else -1
+        kilobytes = _proc_number("/proc/self/status", used)
+        if limit >= 0 and kilobytes is not None:  # RLIM_INFINITY is -1
+            threads_to_start = max(torch.get_num_threads() - (_proc_number("/proc/self/status", "Threads") or 1), 0)
+            overhead = PROCESS_OVERHEAD + thread_bytes * threads_to_start
+            limits.append((max(limit - kilobytes * 1024 - overhead, 0), command))
+    return limits
 
-    Inactive page cache counts as free memory.
-    """
-    root = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):
-        limit = int((root / "memory.max").read_text())  # without a limit, the file contains "max", and `int` raises ValueError
-        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-        return limit - int((root / "memory.current").read_text()) + int(stat.get("inactive_file", 0))
+
+def _proc_number(file: str, name: str) -> int | None:
+    """Return the number in the line "name: number" of a file in /proc, which is in kB for memory; None without such a line."""
+    path = Path(file)
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
     return None

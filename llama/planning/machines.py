@@ -22,6 +22,7 @@ from ..kernels.packing import check_kernel
 from ..model import ModelArgs, check_ranks
 from ..quantization.weight import check_quantize
 from .estimate import cache_bytes, explain_oom, is_possible, matmul_bytes, memory_required
+from .free_memory import FreeMemory
 
 VOCAB_SIZE = 32000  # tokens in Llama 2's vocabulary
 MODELS = {
@@ -134,8 +135,8 @@ def plan_report(
         ("at most tokens/s (-: does not fit)", []),
     ]
     for machine in machines:
-        memory_bytes, bytes_per_second = int(machine.memory * 1e9), machine.bandwidth * 1e9
-        errors = [explain_oom(args, n, dtype, device, memory_bytes, format, machine.name) for n in ranks]
+        free, bytes_per_second = FreeMemory(int(machine.memory * 1e9)), machine.bandwidth * 1e9
+        errors = [explain_oom(args, n, dtype, device, free, format, machine.name) for n in ranks]
         speeds = [
             "-" if error else f"{rows * bytes_per_second / n_bytes:,.1f}"
             for error, n_bytes in zip(errors, bytes_read, strict=True)
