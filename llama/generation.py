@@ -104,6 +104,8 @@ class Llama:
         quantized weights, and it always runs `Transformer.forward`. The other backends run `Transformer.forward` only if a
         caller has modified the model.
 
+        On the CPU, the first call lowers PyTorch's number of threads to this process's CPU quota, unless you have set a number.
+
         Raises CheckpointError, DeviceError or InputError, which are all LlamaError, before any weight is loaded. Only two
         errors can come later, while weights are read: for weights that are not finite, and for files that change. On the CPU,
         weights may stay memory-mapped after loading. So replace a checkpoint's files, but never overwrite them.

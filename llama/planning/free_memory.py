@@ -50,10 +50,11 @@ def free_memory(device: torch.device, mapped: int = 0) -> FreeMemory | None:
         limits.append(FreeMemory(available // ranks))
     if cgroup := cgroups.free_memory():
         limits.append(FreeMemory(int(cgroup.value) // ranks, limit=f"the cgroup's limit in {cgroup.file}"))
-    limits += [FreeMemory(free + mapped, free, limit) for free, limit in _free_in_process()]
+    limits += [FreeMemory(left + mapped, left, limit) for left, limit in _free_in_process()]
     if not limits:
         return None
-    return min(limits)._replace(if_copied=min(n.bytes if n.if_copied is None else n.if_copied for n in limits))
+    if_copied = min(free.bytes if free.if_copied is None else free.if_copied for free in limits)
+    return min(limits, key=lambda free: free.bytes)._replace(if_copied=if_copied)
 
 
 def _available_on_machine() -> int | None:
