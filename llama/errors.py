@@ -145,7 +145,7 @@ def read_file(path: Path, size: int = -1) -> bytes:
 
 
 _REMEDIES = {
-    errno.ENOMEM: "raise `ulimit -v` or the container's memory limit, or end other programs",
+    errno.ENOMEM: "raise `ulimit -v`, `ulimit -d` or the container's memory limit, or end other programs",
     errno.EMFILE: "raise `ulimit -n`, or close files",
     errno.ENFILE: "end other programs",
     errno.EIO: "check the disk or the network, and try again",

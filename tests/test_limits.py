@@ -227,7 +227,7 @@ for limit, field in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "Vm
         resource.setrlimit(limit, ((used << 10) + (free << 20), resource.RLIM_INFINITY))
         try:
             print(Llama.build(folder, tokenizer, max_seq_len, 64, device="cpu").text_completion(["sea"], max_gen_len=2) != [])
-        except DeviceError as e:
+        except (CheckpointError, DeviceError) as e:
             print(e)
         resource.setrlimit(limit, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 """
@@ -245,4 +245,4 @@ def test_a_checkpoint_that_does_not_fit_within_ulimit_is_refused_and_one_that_fi
     for (refused, built, unmapped), command in zip((lines[:3], lines[3:]), ("ulimit -v", "ulimit -d"), strict=True):
         assert "the model does not fit on cpu" in refused and f"are free within {command}. " in refused
         assert built == "True"
-        assert unmapped.startswith(f"{tmp_path}/consolidated.00.pth: its 0.07 GB cannot be mapped") and "ulimit -v" in unmapped
+        assert unmapped.startswith(f"{tmp_path}/consolidated.00.pth: cannot be read: Cannot allocate memory; raise `ulimit -v`")
