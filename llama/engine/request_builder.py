@@ -72,10 +72,13 @@ def check_max_gen_len(max_gen_len: int) -> None:
         raise InputError(f"max_gen_len is {describe(max_gen_len)}; it must be a whole number, 0 or more")
 
 
-def validate_options(max_gen_len: int | None = None, stop: str | Sequence[str] = (), **sampling: Any) -> None:
+def validate_options(
+    max_gen_len: int | None = None, stop: str | Sequence[str] = (), seed: int | None = None, **sampling: Any
+) -> None:
     """Check options without a model: raise InputError if a call would reject them. sampling: arguments of `SamplingParams`."""
     SamplingParams(**sampling)
     check_stop(stop)
+    normalize_seeds(seed, 1)
     if max_gen_len is not None:
         check_max_gen_len(max_gen_len)
 
