@@ -46,7 +46,7 @@ class Person:
                 continue
             try:
                 screen = self.unread + os.read(self.screen, 65536).decode(errors="replace")
-                self.unread = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", screen).replace("\r\n", "\n")  # without colors and the like
+                self.unread = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]|\r", "", screen)  # without colors, and moves of the cursor
             except OSError:  # the program has ended and closed the terminal
                 raise AssertionError(f"{text!r} was not printed before the program ended, but {self.unread!r}") from None
         before, _, self.unread = self.unread.partition(text)
@@ -64,8 +64,8 @@ class Person:
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()  # the program still runs if the test failed; SIGTERM also ends the ranks of torchrun
+        os.close(self.screen)  # ends a shell, which ignores SIGTERM
         self.process.wait()
-        os.close(self.screen)
 
     def waits_for_the_end(self) -> int:
         """Wait until the program ends; return its exit status."""

@@ -215,20 +215,17 @@ def test_a_chat_edits_pastes_and_characters_of_any_script_and_gives_the_terminal
         person.sees("x")
         person.types("\x7f\x7f \x1b[200~/clear\rone\tsix\n\x1b[201~\r")
         person.sees(answer(llama, "Привет 日本 /clear\none\tsix", n=20))
-        person.types("typed ahexd\x7f\x7fad\r")  # shown at the next prompt, and sent
-        time.sleep(0.2)
         person.types("\x1a")
-        assert "typed" not in person.sees("shell: ")
+        person.sees("shell: ")
         assert person.settings() == settings
         person.types("fg\n")
         person.sees("chat")
-        time.sleep(0.2)
-        person.types("typed ahexd\x7f\x7fad\r")
-        os.kill(int(os.popen(f"pgrep -P {person.process.pid}").read()), signal.SIGINT)
-        assert "typed" not in person.sees("\n> ")
-        person.sees("typed ahead")
         person.types("\x03")
         person.sees("\n> ")
+        person.types("/set max_gen_len 8\rseven?\rtyped ahexd\x7f\x7fad\r")  # two lines are typed ahead
+        person.sees("max_gen_len is 8\n> ")
+        person.sees("cut off: max_gen_len=8\n> ")
+        person.sees("cut off: max_gen_len=8\n> ")
         person.types(f"/sa\t{tmp_path}/ta")
         person.sees(f"/save {tmp_path}/ta")
         person.types("lk.json\r")
@@ -238,7 +235,7 @@ def test_a_chat_edits_pastes_and_characters_of_any_script_and_gives_the_terminal
         person.sees("\nshell: ")
         assert person.settings() == settings
     questions = [m["content"] for m in json.loads((tmp_path / "talk.json").read_text()) if m["role"] == "user"]
-    assert questions == ["Привет 日本 /clear\none\tsix", "typed ahead"]
+    assert questions == ["Привет 日本 /clear\none\tsix", "seven?", "typed ahead"]
     history = tmp_path / "llama" / "history"
     assert history.read_bytes().decode().split("\n")[:2] == ["Привет 日本 /clear\r", "one\tsix"]
     assert history.stat().st_mode & 0o777 == 0o600
