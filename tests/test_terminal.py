@@ -214,12 +214,14 @@ def test_a_chat_edits_pastes_and_characters_of_any_script_and_gives_the_terminal
         person.types("Привет 日本語x")
         person.sees("x")
         person.types("\x7f\x7f \x1b[200~/clear\rone\tsix\n\x1b[201~\r")
-        person.sees(answer(llama, "Привет 日本 /clear\none\tsix", n=20))
+        want = answer(llama, "Привет 日本 /clear\none\tsix", n=20)
+        person.sees(want)
         person.types("\x1a")
         person.sees("shell: ")
         assert person.settings() == settings
         person.types("fg\n")
-        person.sees("chat")
+        person.sees(f"{CONTEXT}\n")  # the shell shows the command again
+        person.sees(want[-1])  # the answer goes on
         person.types("\x03")
         person.sees("\n> ")
         person.types("/set max_gen_len 8\rseven?\rtyped ahexd\x7f\x7fad\r")  # two lines are typed ahead
@@ -320,7 +322,7 @@ def test_the_history_file_is_private_and_short_and_its_failures_do_not_disturb(
 
 def test_a_chat_whose_output_pipe_is_closed_ends_silently(talker: tuple) -> None:
     """Close the output pipe in the middle of an answer, as `head` does."""
-    with spawn(*LLAMA, "chat", *talker) as process:
+    with spawn(*LLAMA, "chat", *talker, "--lines") as process:
         assert process.stdin and process.stdout and process.stderr
         process.stdin.write(b"good morning\n")
         process.stdin.flush()
