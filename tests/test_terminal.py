@@ -246,8 +246,9 @@ def test_a_chat_edits_pastes_and_characters_of_any_script_and_gives_the_terminal
 ECHO_SCRIPT = """
 import sys
 sys.modules["readline"] = None
-import os, time
+import os, signal, time
 from llama.cli.terminal import Terminal
+signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 with Terminal() as terminal:
     while (entry := terminal.read()) is not None:
         terminal.write("answer...\\n")
@@ -278,8 +279,10 @@ def test_a_terminal_without_readline_still_hides_and_keeps_what_is_typed_ahead()
         person.sees("\n> ")
         person.types('"""never sent\n\x03')
         person.sees("text='', ")
-        person.types("\x04")
-        assert person.waits_for_the_end() == 0 and person.settings() == settings
+        person.types("wait\n")
+        person.sees("answer...\n")
+        person.process.terminate()
+        assert person.waits_for_the_end() == 128 + signal.SIGTERM and person.settings() == settings
 
 
 def test_libedit_completes_at_tab_and_pastes_are_typed_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,7 +382,7 @@ def test_the_chat_command_builds_metas_models_with_a_context_of_4096_by_default(
 ) -> None:
     """Record the context length that the chat command passes to `Llama.build`. Without --ckpt_dir the command uses the demo
     model, which has a context of 512 tokens."""
-    code, out, err = command("chat", "--max_seq_len", "0", "--device", "cpu")
+    code, out, err = command("chat", "hi", "--max_seq_len", "0", "--device", "cpu")
     assert (code, out) == (1, "") and "max_seq_len is 0 (int); it must be" in err
     context_lengths: list[int] = []
 
@@ -389,7 +392,7 @@ def test_the_chat_command_builds_metas_models_with_a_context_of_4096_by_default(
 
     monkeypatch.setattr(Llama, "build", record)
     for flags in ((), talker[:4], (*talker[:4], "--max_seq_len", "64")):
-        assert command("chat", *flags)[0] == 1
+        assert command("chat", "hi", *flags)[0] == 1
     assert context_lengths == [512, 4096, 64]
 
 
