@@ -292,6 +292,8 @@ def test_set_shows_and_changes_the_options_of_the_next_answers(conversation: Gre
     ]  # fmt: skip
     conversation.send("/set top_k")
     assert conversation.messages[-1].split() == ["top_k", "0"]
+    conversation.send("/set system none")
+    assert conversation.system is None
     before = dict(conversation.options)
     for line, error in {
         "temperature -1": "temperature is -1 (int); it must be a number, from 0",

@@ -129,7 +129,7 @@ def _set(conversation: Conversation, text: str) -> None:
         lines = [f"{n:<20}{NO_VALUE if v is None else v}" for n, v in shown.items() if name in ("", n)]
         return conversation.print_status("\n".join(lines))
     if name == "system":
-        return _system(conversation, value)
+        return _system(conversation, "-" if value == NO_VALUE else value)
     if name == "verbose":
         if value not in ("on", "off"):
             raise InputError(f"verbose is {describe(value)}; it must be on or off")

@@ -81,8 +81,9 @@ class LineEditor:
         self.readline: Any = None
         self.marks_pastes = self.is_gnu = False
         self.history: History | None = None
-        with contextlib.suppress(ImportError, AttributeError):  # locale.nl_langinfo is missing on Windows, as readline is
+        if hasattr(locale, "nl_langinfo"):  # not on Windows
             use_utf8_locale()
+        with contextlib.suppress(ImportError):
             import readline
 
             self.readline = readline

@@ -88,10 +88,16 @@ class Terminal:
 
     def _take_over_terminal(self) -> None:
         """Hide what is typed from now on. If another process controls the terminal, set it to deliver Ctrl-C as a character."""
-        self.original, self.at_prompt, self.in_answer = (termios.tcgetattr(0) for _ in range(3))
         try:
-            os.tcgetpgrp(0)
+            if (
+                os.tcgetpgrp(0) != os.getpgrp()
+            ):  # in the background: the settings are the shell's until this job has the terminal
+                os.kill(os.getpid(), signal.SIGTTIN)
+            controls_terminal = True
         except OSError:
+            controls_terminal = False
+        self.original, self.at_prompt, self.in_answer = (termios.tcgetattr(0) for _ in range(3))
+        if not controls_terminal:
             self.reads_ahead = True
             disabled = os.fpathconf(0, "PC_VDISABLE").to_bytes(1, "little")
             for settings in (self.at_prompt, self.in_answer):
