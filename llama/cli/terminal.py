@@ -161,11 +161,19 @@ class Terminal:
         if not self.keyboard:
             line = sys.stdin.readline()
             return UserInput(line.removesuffix("\n")) if line else None
+        self._set_terminal(self.at_prompt)
         try:
+            self.reading = True
             entry = read_input(self._read_line)
         except KeyboardInterrupt:
             self.write("\n")
             return UserInput("")
+        except SystemExit:  # raised by a signal; the shell's prompt then gets a line of its own
+            self.write("\n" if self.has_prompt else "")
+            raise
+        finally:
+            self.reading = False
+            self._set_terminal(self.in_answer)
         if entry and self.editor:
             self.editor.remember(entry.as_typed)
         return entry
@@ -177,19 +185,11 @@ class Terminal:
             if self.prompt:
                 self.write(f"{self.prompt}{self.typed_ahead[0]}\n")
             return self.typed_ahead.pop(0)
-        self._set_terminal(self.at_prompt)
         try:
-            self.reading = True
             line = input(self.prompt)
         except EOFError:
             self.write("\n" if self.has_prompt else "")
             return None
-        except SystemExit:  # raised by a signal; the shell's prompt then gets a line of its own
-            self.write("\n" if self.has_prompt else "")
-            raise
-        finally:
-            self.reading = False
-            self._set_terminal(self.in_answer)
         _, interrupt, line = line.rpartition(INTERRUPT)
         if interrupt and not line:
             raise KeyboardInterrupt
