@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -18,7 +19,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"""
 class Person:
     """A person who reads the screen of a program and types on its keyboard."""
 
-    def __init__(self, *command: object) -> None:
+    def __init__(self, *command: object, **env: str) -> None:
         self.screen, program_end = pty.openpty()
         arguments = [sys.executable, "-c", START_IN_TERMINAL, *map(str, command)]
         self.process = subprocess.Popen(
@@ -27,7 +28,7 @@ class Person:
             stdout=program_end,
             stderr=program_end,
             start_new_session=True,
-            env=environment(TERM="dumb"),
+            env=environment(**{"TERM": "dumb", "XDG_STATE_HOME": os.devnull} | env),  # no history is kept
         )
         os.close(program_end)
         self.unread = ""
@@ -44,7 +45,8 @@ class Person:
                 assert waits < seconds, f"{text!r} was not printed, but {self.unread!r}"
                 continue
             try:
-                self.unread += os.read(self.screen, 65536).decode(errors="replace").replace("\r\n", "\n")
+                screen = self.unread + os.read(self.screen, 65536).decode(errors="replace")
+                self.unread = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]|\r", "", screen)  # without colors, and moves of the cursor
             except OSError:  # the program has ended and closed the terminal
                 raise AssertionError(f"{text!r} was not printed before the program ended, but {self.unread!r}") from None
         before, _, self.unread = self.unread.partition(text)
@@ -62,8 +64,8 @@ class Person:
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()  # the program still runs if the test failed; SIGTERM also ends the ranks of torchrun
+        os.close(self.screen)  # ends a shell, which ignores SIGTERM
         self.process.wait()
-        os.close(self.screen)
 
     def waits_for_the_end(self) -> int:
         """Wait until the program ends; return its exit status."""

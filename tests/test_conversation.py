@@ -9,7 +9,9 @@ import torch
 
 from llama import InputError, Llama
 from llama.chat import UNSAFE_ERROR, Message, encode_dialog
-from llama.cli.conversation import COMMANDS_HELP, Conversation
+from llama.cli.commands import complete, help_text, respond
+from llama.cli.conversation import Conversation
+from llama.cli.user_input import UserInput, read_input
 from llama.engine.forward import EngineForward
 
 from .counting import count_forward_tokens
@@ -25,9 +27,9 @@ class GreedyConversation(Conversation):
         self.messages: list[str] = []
         super().__init__(llama, self.messages.append, **{"temperature": 0, "max_gen_len": 8} | options)
 
-    def send(self, line: str, max_chunks: int = 1000) -> str | None:
+    def send(self, line: str, max_chunks: int = 1000, typed: bool = True) -> str | None:
         """Send a line; return the first `max_chunks` chunks of the answer, or None for a command without an answer."""
-        answer = self.respond(line)
+        answer = respond(self, UserInput(line, may_be_command=typed))
         if answer is None:
             return None
         chunks = [chunk for _, chunk in zip(range(max_chunks), answer, strict=False)]
@@ -143,7 +145,7 @@ def test_a_special_tag_ends_an_answer_and_is_never_stored_in_the_dialog(
     """Make the model generate [INST] after its answer. If [INST] were stored in the dialog, every later call would raise."""
     tokenizer, model = conversation.llama.tokenizer, conversation.llama.model
     script = iter(tokenizer.encode("six seven [INST] well", bos=False, eos=False) + [tokenizer.eos_id] * 9)
-    monkeypatch.setattr(conversation, "stream_options", conversation.stream_options | {"max_gen_len": 60})
+    conversation.send("/set max_gen_len 60")
     with monkeypatch.context() as scripted:
         one = torch.eye(model.vocab_size)
         scripted.setattr(EngineForward, "logits", lambda self, hidden: one[next(script)].expand(len(hidden), -1))
@@ -190,39 +192,209 @@ def test_the_system_command_shows_sets_and_removes_the_system_text(conversation:
 
 def test_save_writes_the_dialog_to_a_new_file_and_never_overwrites(conversation: GreedyConversation, tmp_path: Path) -> None:
     conversation.send("/system 你是一位诗人")
-    conversation.send(f"/save {tmp_path}/early.json")
+    with pytest.raises(InputError, match="the conversation is empty: nothing to save"):
+        conversation.send(f"/save {tmp_path}/early.json")
     conversation.send("写")
     name = tmp_path / "a talk.json"
     conversation.send(f"/save {name}")
     saved = json.loads(name.read_text(encoding="utf-8"))
     assert saved == conversation.dialog() and len(saved) == 3
     assert conversation.send("seven?") == complete_dialog(conversation.llama, [*saved, message("user", "seven?")])
-    for bad in (str(name), f"{tmp_path}/no/folder.json", str(tmp_path), "", "~nobody-of-that-name/x", "nul\0"):
-        conversation.send(f"/save {bad}")
+    for bad, error in {
+        str(name): f"{name} exists already; give another name",
+        f"{tmp_path}/no/folder.json": f"{tmp_path}/no/folder.json cannot be written: No such file or directory",
+        str(tmp_path): f"{tmp_path} exists already",
+        "": "give a file name, as in /save talk.json",
+        "~nobody-of-that-name/x": "~nobody-of-that-name/x cannot be written: ",
+        "nul\0": "cannot be written: ",
+    }.items():
+        assert_raises(lambda bad=bad: conversation.send(f"/save {bad}"), InputError, error)  # type: ignore[misc]
     assert json.loads(name.read_text(encoding="utf-8")) == saved and len(conversation.dialog()) == 5
-    assert [text.removeprefix(str(tmp_path)) for text in conversation.messages[1:5]] == [
-        "the conversation is empty: nothing to save",
-        f"saved in {name}",
-        "/a talk.json exists already; give another name",
-        "/no/folder.json cannot be written: No such file or directory",
-    ]
-    assert len(conversation.messages) == 9 and list(tmp_path.iterdir()) == [name]
+    assert conversation.messages[1:] == [f"saved in {name}"] and list(tmp_path.iterdir()) == [name]
 
 
-def test_help_exit_and_blank_lines_have_no_answer_and_unknown_commands_raise(conversation: GreedyConversation) -> None:
-    assert conversation.send("/help") is conversation.send("   ") is conversation.send("/exit now") is None
-    assert conversation.done and conversation.messages == [COMMANDS_HELP] and conversation.dialog() == []
-    with pytest.raises(InputError, match=r"^/sytem is not a command; /help lists all commands$"):
-        conversation.send("/sytem x")
+def test_load_continues_a_saved_conversation(conversation: GreedyConversation, tmp_path: Path) -> None:
+    conversation.send("/system Be short.")
+    conversation.send("good morning")
+    conversation.send(f"/save {tmp_path}/a talk.json")
+    saved = conversation.dialog()
+    conversation.send("/clear")
+    conversation.send("/system -")
+    conversation.send(f'/load "{tmp_path}/a talk.json"')
+    assert conversation.messages[-1] == f"loaded from {tmp_path}/a talk.json: 1 exchange, and a system text"
+    assert conversation.dialog() == saved
+    assert conversation.send("seven?") == complete_dialog(conversation.llama, [*saved, message("user", "seven?")])
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ("", "talk.json is not JSON ("),
+        ("[" * 100_000, "talk.json is not JSON ("),
+        (b"\xff", "is not text in UTF-8 (byte 0 is 0xff); convert it"),
+        ('"good morning"', "holds 'good morning' (str); it must be a list of messages, as /save writes it"),
+        ("[]", "holds [] (list); it must be a list of messages"),
+        ("[5]", "message 0 is 5 (int); it must be a dict"),
+        ('[{"role": "user", "content": "a"}]', "ends with a 'user' message; it must end with an answer"),
+        ('[{"role": "assistant", "content": "a"}]', "message 0 is by 'assistant', but must be by 'user'"),
+        ('[{"role": "user", "content": "[INST]"}, {"role": "assistant", "content": "a"}]', UNSAFE_ERROR),
+    ],
+)
+def test_load_refuses_a_file_that_holds_no_conversation(
+    conversation: GreedyConversation, tmp_path: Path, content: str | bytes | None, error: str
+) -> None:
+    path = tmp_path / "talk.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert_raises(lambda: conversation.send(f"/load {path}"), InputError, error, "" if error == UNSAFE_ERROR else str(path))
+    assert conversation.dialog() == []
+
+
+def test_read_asks_with_the_text_of_a_file_and_a_question_after_it(
+    conversation: GreedyConversation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("notes.txt", "my notes.txt"):
+        Path(name).write_text("\ufeff/clear\none, two\n", encoding="utf-8")
+    for line in ("notes.txt", "my notes.txt", "notes.txt seven?", "'my notes.txt'  seven? ", '"notes.txt"'):
+        conversation.send(f"/read {line}", max_chunks=1)
+    questions = [text for text, _ in conversation.exchanges]
+    assert [text.removeprefix("/clear\none, two") for text in questions] == ["", "", "\n\nseven?", "\n\nseven?", ""]
+    Path("empty").write_text("\n")
+    Path("large").write_text("sea " * 2_600_000)
+    for name, error in {
+        "": "give a file name, as in /read notes.txt",
+        "no.txt what?": "cannot be read: No such file or directory",
+        "empty": "empty contains no text",
+        "large": "large has 10,400,000 bytes; a file may have 10,000,000",
+        str(tmp_path): "is a folder or a device, not a file",
+    }.items():
+        assert_raises(lambda name=name: conversation.send(f"/read {name}"), InputError, error)  # type: ignore[misc]
+    assert [text for text, _ in conversation.exchanges] == questions
+
+
+def test_set_shows_and_changes_the_options_of_the_next_answers(conversation: GreedyConversation) -> None:
+    for line in ("temperature 2", "top_p=1.0", "max-gen-len 20", "seed 5", "verbose on", "system Be short."):
+        conversation.send(f"/set {line}")
+    first = conversation.send("good morning")
+    assert first == conversation.send("/retry")  # the seed is the same
+    conversation.send("/set seed 6")
+    assert first != conversation.send("/retry")
+    dialog = [message("system", "Be short."), message("user", "good morning")]
+    want = conversation.llama.chat_completion([dialog], 2, 1.0, 20, seed=[5])[0]["generation"]["content"]
+    assert first == want and conversation.speed is not None and "answer: 20 tokens, " in conversation.speed
+    conversation.send("/set max_gen_len none")
+    conversation.send("/set")
+    assert [row.split(maxsplit=1) for row in conversation.messages[-1].split("\n")] == [
+        ["temperature", "2"], ["top_p", "1.0"], ["top_k", "0"], ["min_p", "0.0"], ["repetition_penalty", "1.0"],
+        ["max_gen_len", "none"], ["seed", "6"], ["verbose", "on"], ["system", "Be short."],
+    ]  # fmt: skip
+    conversation.send("/set top_k")
+    assert conversation.messages[-1].split() == ["top_k", "0"]
+    conversation.send("/set system none")
+    assert conversation.system is None
+    before = dict(conversation.options)
+    for line, error in {
+        "temperature -1": "temperature is -1 (int); it must be a number, from 0",
+        "temperature hot": "temperature is 'hot' (str); it must be a number, from 0",
+        "temperature none": "temperature is 'none' (str); it must be a number, from 0",
+        "top_k 1.5": "top_k is 1.5 (float); it must be a whole number",
+        "max_gen_len -3": "max_gen_len is -3 (int); it must be a whole number, 0 or more",
+        "seed x": "seed is 'x' (str); it must be a whole number from -2**63",
+        "verbose yes": "verbose is 'yes' (str); it must be on or off",
+        "temprature 1": "temprature is not an option; the options are temperature, top_p,",
+    }.items():
+        assert_raises(lambda line=line: conversation.send(f"/set {line}"), InputError, error)  # type: ignore[misc]
+    assert conversation.options == before
+
+
+def test_the_speed_counts_only_the_prompt_tokens_that_were_computed(conversation: GreedyConversation) -> None:
+    conversation.send("good morning")
+    prompt = len(encode_dialog(conversation.llama.tokenizer, [message("user", "good morning")]))
+    assert conversation.speed and conversation.speed.startswith(f"prompt: {prompt} tokens, 0 of them in the cache; first text")
+    conversation.send("/retry")
+    assert conversation.speed.startswith(f"prompt: {prompt} tokens, {prompt - 1} of them in the cache; first text after ")
+
+
+def test_help_exit_and_blank_lines_have_no_answer(llama: Llama) -> None:
+    for leave in ("/exit", "/quit", "/bye", "exit", " quit "):
+        conversation = GreedyConversation(llama)
+        assert conversation.send("/help") is conversation.send("/?") is conversation.send("   ") is None
+        assert conversation.messages == [help_text()] * 2 and not conversation.done
+        assert conversation.send(leave) is None and conversation.done and conversation.dialog() == []
+    assert max(map(len, help_text().split("\n"))) <= 110
+
+
+def test_only_a_known_command_that_is_typed_is_a_command(conversation: GreedyConversation) -> None:
+    for line, error in {
+        "/sytem x": "/sytem is not a command; did you mean /system? To send this line as a message, begin it with //",
+        "/HELP": "did you mean /help?",
+        "/q": "did you mean /quit?",
+        "/rety": "did you mean /retry?",
+        "/clear the table": "/clear takes nothing after it; to send this line as a message, begin it with //",
+    }.items():
+        assert_raises(lambda line=line: conversation.send(line), InputError, error)  # type: ignore[misc]
+    for line in ("/etc/passwd is what?", "/ is the root", "/oops", "exit the house", "quit?"):
+        conversation.send(line, max_chunks=1)
+        assert conversation.exchanges[-1][0] == line
+    conversation.send("//clear", max_chunks=1)
+    assert conversation.exchanges[-1][0] == "/clear"
+    for line in ("/clear", "/sytem", "exit", "//x"):
+        conversation.send(line, max_chunks=1, typed=False)
+        assert conversation.exchanges[-1][0] == line
+
+
+@pytest.mark.parametrize(
+    ("lines", "text", "may_be_command"),
+    [
+        (["good morning"], "good morning", True),
+        (["good morning\n"], "good morning", True),  # a paste of one line, with its newline
+        (["/clear\nthe table\n"], "/clear\nthe table", False),  # a paste
+        (['"""one\ntwo"""\n'], "one\ntwo", False),
+        (['"""one\ntwo', "three"], '"""one\ntwo', False),
+        (['"""', "/clear", "", ' two"""'], "/clear\n\n two", False),
+        (['"""/clear"""'], "/clear", False),
+        (['"""one', "two\nthree", '"""  '], "one\ntwo\nthree", False),
+        (['"""one', "two"], "one\ntwo", False),  # the end of the input ends the block
+        (['/system """Be', 'short."""'], "/system Be\nshort.", True),
+        (["one\\", "two\\", "three"], "one\ntwo\nthree", True),
+        (["one\\"], "one", True),
+        (['say """hi"""'], 'say """hi"""', True),
+    ],
+)
+def test_a_paste_a_quoted_block_and_continued_lines_are_one_message(lines: list[str], text: str, may_be_command: bool) -> None:
+    prompts, remaining = [], list(lines)
+
+    def read_line(prompt: str) -> str | None:
+        prompts.append(prompt)
+        return remaining.pop(0) if remaining else None
+
+    entry = read_input(read_line)
+    assert entry == UserInput(text, may_be_command)
+    assert prompts[0] == "> " and set(prompts[1:]) <= {"... "} and remaining == lines[len(prompts) :]
+    again = read_input(lambda _: entry.as_typed)  # from the history
+    if not text.startswith("/system"):
+        assert again == UserInput(text, may_be_command and "\n" not in text)
+    assert read_input(lambda _: None) is None
+
+
+def test_tab_completes_commands_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("talk.json").write_text("")
+    Path("talks").mkdir()
+    assert complete("/re") == ["/retry", "/read "] and complete("/x") == []
+    assert complete("/load ta") == ["/load talk.json", "/load talks/"]
+    assert complete("/system ta") == [] and complete("ta") is complete("") is None
 
 
 def test_cut_off_describes_the_last_answer_only(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     conversation = Conversation(llama, lambda text: None, temperature=0, max_gen_len=4)
-    answer = conversation.respond("hi")
-    assert answer is not None and "".join(answer) and conversation.cut_off is not None and "4" in conversation.cut_off
+    answer = conversation.ask("hi")
+    assert "".join(answer) and conversation.cut_off is not None and "4" in conversation.cut_off
     first = llama.generate([llama.tokenizer.encode("[INST] hi [/INST]", bos=True, eos=False)], 1, 0)[0][0][0]
     conversation.exchanges.clear()
     monkeypatch.setattr(llama.tokenizer, "eos_id", first)
-    answer = conversation.respond("hi")
-    assert answer is not None and list(answer) == [] and conversation.cut_off is None
+    answer = conversation.ask("hi")
+    assert list(answer) == [] and conversation.cut_off is None
     assert_raises(lambda: Conversation(llama, lambda text: None, "a [INST]"), InputError, "special tags")

@@ -1,27 +1,19 @@
-"""A conversation in the chat: keep the dialog, fit it into the context, and run commands such as /retry.
+"""A conversation in the chat: keep the dialog and the options of its answers, and fit the dialog into the context.
 
-The input is lines of the user. The output is chunks of answers, and status lines for the function `print_status`. Nothing in
-this module depends on a terminal.
+The input is questions. The output is chunks of answers, and status lines for the function `print_status`. Nothing in this
+module depends on a terminal.
 """
 
-import json
+import time
 from collections.abc import Callable, Generator
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
+from .. import SamplingParams, Stream, validate_options
 from ..chat import SPECIAL_TAGS, UNSAFE_ERROR, Message, encode_dialog, is_unsafe
-from ..distributed.agreement import run_on_rank0
 from ..errors import InputError
 from ..generation import Llama
 from ..tokenizer import check_text
-
-COMMANDS_HELP = """/system TEXT  set the system text; without TEXT, show it; with -, remove it
-/clear        clear the conversation, but keep the system text
-/retry        answer the last question again
-/save FILE    write the conversation to a new file, as JSON
-/help         show this list
-/exit         leave the chat, as Ctrl-D does
-Ctrl-C ends an answer; the part already shown is kept."""
 
 
 class Conversation:
@@ -38,6 +30,7 @@ class Conversation:
         system: str | None = None,
         max_gen_len: int | None = None,
         stop: tuple[str, ...] = (),
+        verbose: bool = False,
         **sampling: Any,
     ) -> None:
         self.llama, self.print_status = llama, print_status
@@ -45,10 +38,13 @@ class Conversation:
         self.exchanges: list[tuple[str, str]] = []  # pairs of question and answer, oldest first
         self.done = False  # True after the command /exit
         self.cut_off: str | None = None  # why the last answer was cut off; None if it was not
+        self.speed: str | None = None  # the speed of the last answer; None if it has no text
         self.context_length = llama.model.params.max_seq_len
-        self.max_gen_len = max_gen_len
+        self.verbose = verbose  # True to print the speed of each answer
         # Special tags end an answer, because the next call would refuse a dialog that contains a special tag.
-        self.stream_options = dict(max_gen_len=max_gen_len, stop=(*stop, *SPECIAL_TAGS), reuse=True, **sampling)
+        self.stop = (*stop, *SPECIAL_TAGS)
+        # The options that `set_option` changes. Without a seed, the generator that `Llama.build` has seeded is used.
+        self.options: dict[str, Any] = {**asdict(SamplingParams(**sampling)), "max_gen_len": max_gen_len, "seed": None}
 
     def dialog(self) -> list[Message]:
         """Return the conversation so far as a list of messages, in the form that `chat_completion` takes."""
@@ -61,75 +57,45 @@ class Conversation:
             dialog += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
         return dialog if question is None else [*dialog, {"role": "user", "content": question}]
 
-    def respond(self, line: str) -> Generator[str, None, None] | None:
-        """Return the answer to a question or to /retry, as a generator of text chunks; None for all other lines.
+    def ask(self, question: str) -> Generator[str, None, None]:
+        """Return the answer to a question, as a generator of text chunks.
 
-        Raises InputError for a line that cannot be answered. The conversation then stays unchanged.
+        Raises InputError for a question that cannot be answered. The conversation then stays unchanged.
         """
-        name, _, text = line.strip().partition(" ")
-        if name.startswith("/"):
-            return self._run_command(name, text.strip())
-        return self._answer(self._truncate_to_context(check_message("user", line), self.exchanges)) if name else None
+        return self._answer(self._truncate_to_context(check_message("user", question), self.exchanges))
 
-    def _run_command(self, name: str, text: str) -> Generator[str, None, None] | None:
-        """Run a command. For /retry, return a new answer to the last question; for all other commands, return None."""
-        if name == "/retry":
-            if not self.exchanges:
-                raise InputError("there is no question to answer again")
-            *earlier, (question, _) = self.exchanges
-            return self._answer(self._truncate_to_context(question, earlier))
-        if name == "/system":
-            self._set_system(text)
-        elif name == "/clear":
-            self.exchanges.clear()
-            self.print_status("the conversation is cleared")
-        elif name == "/save":
-            self.print_status(run_on_rank0(lambda: self._save(text)))
-        elif name == "/help":
-            self.print_status(COMMANDS_HELP)
-        elif name == "/exit":
-            self.done = True
-        else:
-            raise InputError(f"{name} is not a command; /help lists all commands")
-        return None
+    def retry(self) -> Generator[str, None, None]:
+        """Return a new answer to the last question, as a generator of text chunks. It replaces the answer before."""
+        if not self.exchanges:
+            raise InputError("there is no question to answer again")
+        *earlier, (question, _) = self.exchanges
+        return self._answer(self._truncate_to_context(question, earlier))
 
-    def _set_system(self, text: str) -> None:
-        """Set the system text to `text`, or remove it if `text` is "-"; change nothing if `text` is empty. Print the status."""
-        if text == "-":
-            self.system = None
-        elif text:
-            self.system = check_message("system", text)
-        status = "there is no system text" if self.system is None else f"the system text is: {self.system}"
-        hint = "; the conversation continues, /clear clears it" if text and self.exchanges else ""
-        self.print_status(status + hint)
-
-    def _save(self, name: str) -> str:
-        """Write the conversation to a new file. Return a status line that reports success, or the reason of a failure."""
-        if not name or not self.exchanges:
-            return "give a file name, as in /save talk.json" if not name else "the conversation is empty: nothing to save"
-        try:
-            with Path(name).expanduser().open("x", encoding="utf-8") as f:
-                json.dump(self.dialog(), f, ensure_ascii=False, indent=1)
-        except FileExistsError:
-            return f"{name} exists already; give another name"
-        except (OSError, RuntimeError, ValueError) as e:  # no permission, unknown ~user, invalid name
-            return f"{name} cannot be written: {getattr(e, 'strerror', None) or e}"
-        return f"saved in {name}"
+    def set_option(self, name: str, value: Any) -> None:
+        """Change an option of the next answers. Raises InputError for an invalid value, and then changes nothing."""
+        changed = self.options | {name: value}
+        validate_options(**changed)
+        self.options = changed
 
     def _answer(self, dialog: list[Message]) -> Generator[str, None, None]:
         """Yield the answer to a dialog in chunks. When the answer ends or is ended early, add it to the conversation."""
-        stream = self.llama.chat_completion_stream(dialog, **self.stream_options)
-        answer, self.cut_off = "", None
+        stream = self.llama.chat_completion_stream(dialog, stop=self.stop, reuse=True, **self.options)
+        answer, self.cut_off, self.speed = "", None, None
+        max_gen_len, began = self.options["max_gen_len"], time.perf_counter()
+        first: tuple[float, int] | None = None  # when the first chunk was there, and after how many tokens
         try:
             for chunk in stream:
+                first = first or (time.perf_counter(), stream.new_tokens)
                 answer += chunk
                 yield chunk
         finally:
             stream.close()
             self.exchanges.append((dialog[-1]["content"], answer))
+            if first:
+                self.speed = describe_speed(stream, first[0] - began, time.perf_counter() - first[0], first[1])
         if stream.finish_reason == "length":
             full = stream.prompt_tokens + stream.new_tokens >= self.context_length
-            self.cut_off = f"the context of {self.context_length} tokens is full" if full else f"max_gen_len={self.max_gen_len}"
+            self.cut_off = f"the context of {self.context_length} tokens is full" if full else f"max_gen_len={max_gen_len}"
 
     def _truncate_to_context(self, question: str, earlier: list[tuple[str, str]]) -> list[Message]:
         """Return a dialog of earlier exchanges and a question. Forget the oldest exchanges if the context is too short.
@@ -137,7 +103,8 @@ class Conversation:
         A quarter of the context, or max_gen_len tokens if that is less, is reserved for the answer. Raises InputError if the
         question alone is too long.
         """
-        reserved = self.context_length // 4 if self.max_gen_len is None else min(self.context_length // 4, self.max_gen_len)
+        max_gen_len = self.options["max_gen_len"]
+        reserved = self.context_length // 4 if max_gen_len is None else min(self.context_length // 4, max_gen_len)
         for dropped in range(len(earlier) + 1):
             dialog = self._dialog(earlier[dropped:], question)
             n_tokens = len(encode_dialog(self.llama.tokenizer, dialog))
@@ -161,3 +128,16 @@ def check_message(role: str, text: str) -> str:
     if is_unsafe([{"role": "user", "content": text}]):
         raise InputError(UNSAFE_ERROR)
     return text
+
+
+def describe_speed(stream: Stream, prefill_seconds: float, decode_seconds: float, first_tokens: int) -> str:
+    """Return the numbers of tokens of an answer, and its speed, as a status line.
+
+    prefill_seconds: the time to the first chunk of text, which has first_tokens tokens. decode_seconds: the time after it.
+    """
+    computed, decoded = stream.prompt_tokens - stream.reused_tokens, stream.new_tokens - first_tokens
+    speed = f"{decoded / decode_seconds:.1f} tokens/s" if decoded and decode_seconds else "too short to measure"
+    return (
+        f"prompt: {stream.prompt_tokens} tokens, {stream.reused_tokens} of them in the cache; first text after "
+        f"{prefill_seconds:.2f} s, {computed / prefill_seconds:.1f} tokens/s; answer: {stream.new_tokens} tokens, {speed}"
+    )

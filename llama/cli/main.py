@@ -34,12 +34,20 @@ def make_parser() -> "tuple[argparse.ArgumentParser, argparse._SubParsersAction[
     parser.add_argument("--version", action="version", version=f"llama {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="chat | complete | quantize | plan | info")
     chat = commands.add_parser(
-        "chat", parents=[model], allow_abbrev=False, help="talk with a chat model", description="Talk with a chat model."
+        "chat",
+        parents=[model],
+        allow_abbrev=False,
+        help="talk with a chat model, or ask it one question",
+        description="Talk with a chat model. With a question, or if standard input is no terminal, print one answer.",
     )
+    chat.add_argument("question", nargs="*", metavar="QUESTION", help="question to answer, after standard input if it is piped")
     chat.add_argument(
         "--max_gen_len", type=int, metavar="N", help="maximum new tokens of an answer; default: the rest of the context"
     )
     chat.add_argument("--system", metavar="TEXT", help="system text, which tells the model how to answer")
+    chat.add_argument("--lines", action="store_true", help="answer each line of standard input, in one conversation")
+    chat.add_argument("--verbose", action="store_true", help="print tokens and speed after each answer, on stderr")
+    chat.add_argument("--no_history", dest="history", action="store_false", help="neither read nor write the history file")
     chat.set_defaults(run=run_chat, max_seq_len=None)
 
     complete = commands.add_parser(

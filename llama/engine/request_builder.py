@@ -73,13 +73,19 @@ def check_max_gen_len(max_gen_len: int) -> None:
 
 
 @short_traceback
-def validate_options(max_gen_len: int | None = None, stop: str | Sequence[str] | None = (), **sampling: Any) -> None:
+def validate_options(
+    max_gen_len: int | None = None,
+    stop: str | Sequence[str] | None = (),
+    seed: int | None = None,
+    **sampling: Any,
+) -> None:
     """Check options without a model: raise InputError if a call would reject them. sampling: arguments of `SamplingParams`.
 
     None means the default of each option.
     """
     SamplingParams(**sampling)
     check_stop(stop)
+    normalize_seeds(seed, 1)
     if max_gen_len is not None:
         check_max_gen_len(max_gen_len)
 

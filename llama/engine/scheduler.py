@@ -53,6 +53,7 @@ class Scheduler:
         # the prefill must compute the logits of this token.
         self.prefix_tokens = kept[: common_prefix_length(kept, self.requests[0].prompt[:-1])]
         self.cache.prefix_tokens = self.prefix_tokens
+        self.requests[0].num_reused_tokens = len(self.prefix_tokens)
         self.cache.record_version()
         self.n_rows = min(len(self.requests), model.params.max_batch_size)
         self.decode = backend.begin(self.forward, self.n_rows)

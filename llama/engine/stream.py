@@ -33,6 +33,11 @@ class Stream:
         return len(self._request.prompt)
 
     @property
+    def reused_tokens(self) -> int:
+        """Return how many prompt tokens were in the KV cache already, because of `reuse`; 0 before the first chunk."""
+        return self._request.num_reused_tokens
+
+    @property
     def new_tokens(self) -> int:
         """Return the number of tokens generated so far, without EOS."""
         return self._request.num_new_tokens
