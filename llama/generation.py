@@ -503,12 +503,12 @@ class Llama:
         """
         if name != "generate" and self._generate_is_replaced():
             return results_of_replaced_generate(self.generate, self._validate_on_all_ranks(name, make_call), self.tokenizer)
-        with self.engine.lock:
+        with self.engine.exclusive():
             return self._run_on_replicas(self._validate_on_all_ranks(name, make_call))
 
     def _iter_results(self, name: str, make_call: Callable[[], GenerationCall]) -> Iterator[GenerationResult]:
         """Run a call like `_results`, but yield each result as early as possible, in the order of the requests."""
-        with self.engine.lock:
+        with self.engine.exclusive():
             call = self._validate_on_all_ranks(name, make_call)
             if self._generate_is_replaced():
                 return iter(results_of_replaced_generate(self.generate, call, self.tokenizer))
@@ -536,7 +536,7 @@ class Llama:
                 "generate has been replaced, and streams do not go through it; use text_completion or chat_completion, "
                 "or override the stream's own method as well"
             )
-        with self.engine.lock:
+        with self.engine.exclusive():
             call = self._validate_on_all_ranks(name, make_call)
         (request,) = call.requests
         if not request.prompt:

@@ -2,7 +2,9 @@
 
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -26,18 +28,27 @@ def ended_early(name: str, why: str) -> InputError:
 
 
 class SharedState:
-    """The lock of a model, its KV cache (None until allocated), and the call that owns the cache."""
+    """What the threads that use one model share.
+
+    lock: held while the model computes. cache: the KV cache; None until allocated. owner: the call that owns the cache.
+    scheduler: returns the scheduler that runs calls, or None. stepping_thread: the thread that runs a step of the scheduler, or
+    None; `condition` guards it, and is notified at the end of each step.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.cache: KVCache | None = None
         self.owner: CacheOwner | None = None
+        self.scheduler: Callable[[], Any] = lambda: None
+        self.condition = threading.Condition()
+        self.stepping_thread: int | None = None
 
-    def check_owner(self, owner: CacheOwner) -> None:
-        """Raise InputError if a call has taken the cache from `owner`."""
-        if self.owner is not owner:
-            taken_by = self.owner.name if self.owner else "another call"
-            raise ended_early(owner.name, f"{taken_by} has been called since, and has overwritten the model's KV cache")
+    def why_not_owner(self, owner: CacheOwner) -> str | None:
+        """Return a text that says which call has taken the cache from `owner`; None if none has."""
+        if self.owner is owner:
+            return None
+        taken_by = self.owner.name if self.owner else "another call"
+        return f"{taken_by} has been called since, and has overwritten the model's KV cache"
 
 
 _BY_MODEL: weakref.WeakKeyDictionary[nn.Module, SharedState] = weakref.WeakKeyDictionary()
