@@ -297,7 +297,7 @@ def test_a_failed_call_does_not_change_the_answers_of_later_calls(
         else:
             target, name = {
                 "a layer": (EngineLayer, "swiglu"),
-                "prefill": (scheduler, "prefill"),
+                "prefill": (prefill.Prefill, "run_chunk"),
                 "step": (CudaGraphsBackend, "decode") if async_copies else (cpu, "decode_layerwise"),
                 "choice": (decode_state, "sample"),
                 "text": (llama.tokenizer.sp_model, "is_byte"),

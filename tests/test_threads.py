@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from llama import InputError, Llama, NonFiniteError
+from llama import InputError, Llama, NonFiniteError, SamplingParams, tuning
 from llama.engine import scheduler
+from llama.engine.requests import GenerationCall, Request
 
 from .counting import count_forward_tokens
 from .support import assert_raises
@@ -218,3 +219,44 @@ def test_nobody_waits_for_a_slow_reader(llama: Llama) -> None:
     tokens, answers = run_together([read_slowly, ask])
     assert time.monotonic() - began < 25
     assert [tokens, *answers] == [llama.generate([prompt], 6, temperature=0)[0][0] for prompt in SINGLE[:5]]
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_long_prompt_enters_in_chunks_between_the_steps_of_a_running_stream(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch, scored: bool
+) -> None:
+    long, option = [1, *range(30, 80)], {"temperature": 0, "logprobs": scored, "echo": scored}
+    want, expected = llama.generate([long], 6, **option)
+    stream_alone = llama.generate(SINGLE[:1], 20, temperature=0)[0][0]
+    monkeypatch.setattr(tuning, "PREFILL_CHUNK_BESIDE_DECODING", 16)
+    monkeypatch.setattr(tuning, "ATTENTION_CHUNK", 8)
+    stream = llama.generate_stream(SINGLE[:1], 20, temperature=0)
+    with count_forward_tokens() as forwards:
+        tokens = [next(stream).token]
+        got, values = llama.generate([long], 6, **option)
+    begin = forwards[: 2 * 4 + 2]
+    assert begin == [len(SINGLE[0]), 1, 16, 2, 16, 2, 16, 2, 3, 2]  # the row of the long prompt is computed, and ignored
+    assert [*tokens, *(token.token for token in stream)] == stream_alone
+    assert got == want
+    if scored:
+        assert values[0] == pytest.approx(expected[0], abs=1e-4)  # type: ignore[index]
+
+
+def test_a_long_prompt_whose_caller_leaves_frees_its_row_before_its_prefill_ends(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = llama.generate(SINGLE[:3], 20, temperature=0)[0]
+    monkeypatch.setattr(tuning, "PREFILL_CHUNK_BESIDE_DECODING", 8)
+    monkeypatch.setattr(tuning, "ATTENTION_CHUNK", 8)
+    stream = llama.generate_stream(SINGLE[:1], 20, temperature=0)
+    tokens = [next(stream).token]
+    running_scheduler = llama.engine.shared.scheduler()
+    call = GenerationCall([Request([1, *range(30, 80)], 4)], SamplingParams(0), stop_token=2)
+    left = running_scheduler.submit(call)
+    tokens.append(next(stream).token)
+    assert 1 in running_scheduler.running and not left.events
+    left.cancelled = True
+    tokens.append(next(stream).token)
+    assert 1 not in running_scheduler.running and not running_scheduler.prefills
+    assert llama.generate(SINGLE[1:3], 20, temperature=0)[0] == want[1:]
+    assert [*tokens, *(token.token for token in stream)] == want[0]

@@ -64,6 +64,13 @@ class DecodeState:
         self.options.update(zip(rows, options, strict=True))
         self._groups = None
 
+    def hold(self, row: int, position: int) -> None:
+        """Let decode steps compute a row that does not decode yet at a position."""
+        index, value = torch.tensor([row]), torch.tensor([position])
+        for name in ("positions", "last_positions"):
+            old = getattr(self, name)
+            setattr(self, name, old.index_copy(0, index.to(old.device), value.to(old.device)))
+
     def release(self, row: int) -> None:
         """Free a row. Its tokens are still sampled if all other rows have equal options."""
         del self.options[row]

@@ -16,20 +16,22 @@ from typing import NamedTuple
 
 import torch
 
-from .. import compat
+from .. import compat, tuning
 from ..distributed.agreement import broadcast_from_rank0
 from ..distributed.progress import progress
 from ..errors import LlamaError
 from ..model import Transformer
 from ..sampling import token_logprobs
 from . import async_copy
-from .backend import Backend
+from .backend import Backend, DecodeFn
 from .checks import check_logprobs, common_prefix_length, nonfinite_logits_error
 from .decode_state import DecodeState, SamplingOptions
 from .forward import EngineForward
-from .prefill import prefill
+from .prefill import Prefill
 from .requests import FinishReason, GeneratedToken, GenerationCall, Request
 from .shared_state import CacheOwner, SharedState, ended_early
+
+MAX_DECODERS = 8  # decode functions of different numbers of rows that are kept, because each allocates memory
 
 
 class Event(NamedTuple):
@@ -110,6 +112,8 @@ class Scheduler:
         self.calls: list[RunningCall] = []
         self.waiting: collections.deque[tuple[RunningCall, int]] = collections.deque()  # calls and indices of their requests
         self.running: dict[int, RunningRequest] = {}  # maps a row to the request in it
+        self.prefills: list[Prefill] = []  # unfinished; their rows are in `running`, but do not decode yet
+        self.decoders: dict[int, DecodeFn] = {}  # maps a number of rows to its decode function
         self.n_rows = 0  # rows that a decode step computes
         self.state = DecodeState(0, forward.n_words, forward.device)
         self.tokens: list[int] = []  # the token that was sampled last for each row
@@ -177,17 +181,26 @@ class Scheduler:
             return
         self.sync_streams()
         try:
-            if self.running:
+            if self.decoding:
                 self.run_pending_step()
                 if 0 in self.running and self.running[0].running_call.call.reuse:
                     self.prefix_tokens.append(self.tokens[0])
             self.pending_step = None
             if self.waiting:
                 self.admit()
-            if self.running:
+            while self.prefills:
+                self.run_prefill_chunk()
+                if self.decoding:  # let no decoding row wait for more than a chunk
+                    break
+            if self.decoding:
                 self.sample()
         finally:
             self.cache.record_version()
+
+    @property
+    def decoding(self) -> dict[int, RunningRequest]:
+        """Return the running requests whose prompts have been prefilled, by row."""
+        return {row: each for row, each in self.running.items() if row in self.state.options}
 
     def fail(self, failure: BaseException) -> None:
         """End all calls after a failure of a step. The caller of the step raises the failure itself."""
@@ -199,12 +212,20 @@ class Scheduler:
 
     def release_ended(self) -> None:
         """Free the rows of requests that their callers have ended, and forget calls that have ended."""
-        for row, running in list(self.running.items()):
-            if running.request.finish_reason or running.running_call.ended:
-                self.release(row)
+        # A prefill that has begun goes on, unless all of its requests have ended.
+        self.prefills = [prefill for prefill in self.prefills if not all(map(self.is_ended, prefill.rows))]
+        prefilling = {row for prefill in self.prefills for row in prefill.rows}
+        for row in [row for row in self.running if self.is_ended(row) and row not in prefilling]:
+            self.release(row)
         if any(call.ended for call in self.calls):
             self.calls = [call for call in self.calls if not call.ended]
             self.waiting = collections.deque(waiting for waiting in self.waiting if not waiting[0].ended)
+
+    def is_ended(self, row: int) -> bool:
+        """Return True if the request in a row needs no more tokens."""
+        running = self.running[row]
+        wants_prompt = running.running_call.call.scores_prompts and row not in self.state.options
+        return running.running_call.ended or bool(running.request.finish_reason and not wants_prompt)
 
     def release(self, row: int) -> None:
         """Free a row, because its request has ended."""
@@ -224,7 +245,10 @@ class Scheduler:
         if wanted != self.n_rows:
             self.n_rows = wanted
             self.state.resize(wanted)
-            self.decode = self.backend.begin(self.forward, wanted)
+            if wanted not in self.decoders:
+                if len(self.decoders) >= MAX_DECODERS:
+                    self.decoders.clear()
+                self.decoders[wanted] = self.backend.begin(self.forward, wanted)
 
     def admit(self) -> None:
         """Prefill waiting requests into the free rows. Requests that are prefilled in the same way are prefilled together."""
@@ -246,22 +270,36 @@ class Scheduler:
                 self.kept_tokens = []
                 self.prefix_tokens[:] = request.prompt[:start]
             groups.setdefault((scored, start), []).append(row)
+        max_tokens = tuning.PREFILL_CHUNK_BESIDE_DECODING if self.decoding else tuning.PREFILL_CHUNK
         for (scored, start), rows in groups.items():
-            self.prefill(rows, scored, start)
-        for row in [row for row in free if row in self.running]:
-            if self.running[row].request.finish_reason:
+            requests = [self.running[row].request for row in rows]
+            self.zero_nonfinite_rows(rows, self.state.logits[rows].amax(-1).tolist())
+            self.prefills.append(Prefill(self.forward, rows, requests, start, scored, max_tokens, self.shows_progress))
+        for row in free:
+            if (
+                row in self.running
+                and self.running[row].request.finish_reason
+                and not any(row in p.rows for p in self.prefills)
+            ):
                 self.release(row)
 
-    def prefill(self, rows: list[int], scored: bool, start: int) -> None:
-        """Prefill rows with the prompts of their requests. If `scored`, report the prompts' tokens. start: see `prefill`."""
-        admitted = [self.running[row] for row in rows]
+    def run_prefill_chunk(self) -> None:
+        """Run a chunk of the first prefill. After its last chunk, its requests begin to decode."""
+        prefill = self.prefills[0]
+        prefill.run_chunk()
+        if not prefill.finished:
+            # A decode step computes all rows. What it writes for these rows, at these positions, the next chunk overwrites.
+            for row, position in prefill.done.items():
+                self.state.hold(row, position)
+            return
+        del self.prefills[0]
+        admitted = [self.running[row] for row in prefill.rows]
         requests = [each.request for each in admitted]
-        self.zero_nonfinite_rows(rows, self.state.logits[rows].amax(-1).tolist())
-        hidden, logprobs = prefill(self.forward, rows, requests, start, scored, quiet=self.shows_progress)
-        self.state.admit(rows, requests, [each.running_call.options for each in admitted], self.forward.logits(hidden))
-        if rows[0] == 0 and admitted[0].running_call.call.reuse:
+        options = [each.running_call.options for each in admitted]
+        self.state.admit(prefill.rows, requests, options, self.forward.logits(prefill.last_hidden))
+        if prefill.rows[0] == 0 and admitted[0].running_call.call.reuse:
             self.prefix_tokens[:] = requests[0].prompt
-        for row, each, values in zip(rows, admitted, logprobs, strict=True):
+        for row, each, values in zip(prefill.rows, admitted, prefill.logprobs, strict=True):
             try:
                 check_logprobs(self.model, values, each.request.label)
             except LlamaError as e:
@@ -269,6 +307,9 @@ class Scheduler:
                 continue
             tokens = (GeneratedToken(each.index, *pair) for pair in zip(each.request.prompt, values, strict=False))
             each.running_call.events += [Event(token, each.index, in_prompt=True) for token in tokens]
+        for row in prefill.rows:
+            if self.is_ended(row):
+                self.release(row)
 
     def sample(self) -> None:
         """Sample a token for each row, and report the tokens.
@@ -276,23 +317,24 @@ class Scheduler:
         On CUDA, launch the next decode step before the host reads the sampled tokens. When the host reads that an answer has
         ended, its row is therefore already in the next step.
         """
-        state, running = self.state, self.running
-        positions_host = [running[row].position if row in running else 0 for row in range(self.n_rows)]
+        state, decoding = self.state, self.decoding
+        held = {row: position for prefill in self.prefills for row, position in prefill.done.items()}
+        positions_host = [decoding[row].position if row in decoding else held.get(row, 0) for row in range(self.n_rows)]
         tokens, largest = state.sample()
-        wants_logprobs = any(each.running_call.call.logprobs for each in running.values())
+        wants_logprobs = any(each.running_call.call.logprobs for each in decoding.values())
         to_host = async_copy.async_to_host(tokens, largest, *([token_logprobs(state.logits, tokens)] if wants_logprobs else []))
         self.pending_step = tokens, state.positions, positions_host
-        goes_on = any(each.num_generated + 1 < each.request.max_new_tokens for each in running.values())
+        goes_on = any(each.num_generated + 1 < each.request.max_new_tokens for each in decoding.values())
         if async_copy.supports_async(tokens.device) and goes_on:
             self.run_pending_step()
         state.advance()
         self.tokens, largest_logits, *logprobs = to_host()
-        free = [row for row in range(self.n_rows) if row not in running]
+        free = [row for row in range(self.n_rows) if row not in self.running]
         self.zero_nonfinite_rows(free, [largest_logits[row] for row in free])
-        for row, each in sorted(running.items()):
+        for row, each in sorted(decoding.items()):
             if not math.isfinite(largest_logits[row]):
                 self.fail_row(row, nonfinite_logits_error(self.model, each.request, each.num_generated, each.position))
-        for row, each in sorted(running.items()):
+        for row, each in sorted(decoding.items()):
             if each.running_call.ended:
                 continue
             call, events = each.running_call.call, each.running_call.events
@@ -309,7 +351,7 @@ class Scheduler:
     def run_pending_step(self) -> None:
         """Decode the sampled tokens to get the next logits, unless this decode step has already been launched."""
         if self.pending_step is not None:
-            self.cache.logits = self.state.logits = self.decode(*self.pending_step)
+            self.cache.logits = self.state.logits = self.decoders[self.n_rows](*self.pending_step)
             self.pending_step = None
 
     def fail_row(self, row: int, error: LlamaError) -> None:
