@@ -198,6 +198,45 @@ def test_a_call_from_within_a_sampler_is_refused(llama: Llama, monkeypatch: pyte
     assert_raises(lambda: llama.generate([[1, 9]], 2), InputError, "from within a step")
 
 
+def test_a_thread_that_is_interrupted_while_it_waits_leaves_the_others_running(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raise KeyboardInterrupt in a waiting thread, as Ctrl-C does in the main thread."""
+    want = llama.generate(SINGLE[:6], 20, temperature=0)[0]
+    interrupt = threading.local()
+    wait = threading.Condition.wait
+
+    def wait_or_raise(condition: threading.Condition, timeout: float | None = None) -> bool:
+        wait(condition, timeout)
+        if getattr(interrupt, "now", False):
+            raise KeyboardInterrupt
+        return True
+
+    def read(i: int) -> list[int]:
+        interrupt.now = i % 2 == 1
+        try:
+            return [token.token for token in llama.generate_stream([SINGLE[i]], 20, temperature=0)]
+        except KeyboardInterrupt:
+            return want[i]
+        finally:
+            interrupt.now = False
+
+    start = threading.Barrier(6)
+    results: dict[int, list[int]] = {}
+
+    def work(i: int) -> None:
+        start.wait()
+        results[i] = read(i)
+
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(6)]
+    monkeypatch.setattr(threading.Condition, "wait", wait_or_raise)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [results[i] for i in range(6)] == want
+
+
 def test_nobody_waits_for_a_slow_reader(llama: Llama) -> None:
     """Read one stream slowly in a thread. Meanwhile another thread's calls are answered."""
     slow = llama.generate_stream(SINGLE[:1], 6, temperature=0)

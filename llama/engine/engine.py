@@ -115,6 +115,8 @@ class Engine:
                     yield from take_event(call.requests[event.prompt_index], event)
         finally:
             running_call.cancelled = True
+            with self.shared.mutex:
+                self.shared.wake_waiters()  # this thread may have been the one that would have run the next step
 
     def exclusive(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context for a whole call: one that other threads wait for, if calls cannot share a batch.
@@ -162,18 +164,23 @@ class Engine:
     def step(self, scheduler: Scheduler, running_call: RunningCall | None = None) -> None:
         """Run a step of the scheduler; if another thread is running one, wait for its end instead.
 
-        Do nothing if a step of another thread has meanwhile ended with events for `running_call`.
+        With `running_call`, do nothing if that call has events, and wait until it has some or until this thread should step.
         """
-        condition = self.shared.condition
-        with condition:
+        shared = self.shared
+        with shared.mutex:
             if running_call and (running_call.events or running_call.ended):
                 return
-            if self.shared.stepping_thread is not None:
-                if self.shared.stepping_thread == threading.get_ident():
-                    raise InputError("a call from within a step of the same model, for example from a sampler, is not possible")
-                condition.wait()
+            if shared.stepping_thread == threading.get_ident():
+                raise InputError("a call from within a step of the same model, for example from a sampler, is not possible")
+            if shared.stepping_thread is not None:
+                waiter = threading.Condition(shared.mutex)
+                shared.waiters[waiter] = running_call
+                try:
+                    waiter.wait()
+                finally:  # also after Ctrl-C
+                    del shared.waiters[waiter]
                 return
-            self.shared.stepping_thread = threading.get_ident()
+            shared.stepping_thread = threading.get_ident()
         try:
             with self.stepping():
                 scheduler.step()
@@ -181,9 +188,9 @@ class Engine:
             scheduler.fail(e)
             raise
         finally:
-            with condition:
-                self.shared.stepping_thread = None
-                condition.notify_all()
+            with shared.mutex:
+                shared.stepping_thread = None
+                shared.wake_waiters()
 
     @torch.inference_mode()
     def score(self, sequences: list[list[int]], starts: list[int], labels: list[str]) -> list[list[float]]:

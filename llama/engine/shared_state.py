@@ -31,8 +31,9 @@ class SharedState:
     """What the threads that use one model share.
 
     lock: held while the model computes. cache: the KV cache; None until allocated. owner: the call that owns the cache.
-    scheduler: returns the scheduler that runs calls, or None. stepping_thread: the thread that runs a step of the scheduler, or
-    None; `condition` guards it, and is notified at the end of each step.
+    scheduler: returns the scheduler that runs calls, or None.
+    mutex: guards stepping_thread, the thread that runs a step of the scheduler or None, and waiters, the threads that wait for
+    the end of a step, each with its call or None.
     """
 
     def __init__(self) -> None:
@@ -40,8 +41,16 @@ class SharedState:
         self.cache: KVCache | None = None
         self.owner: CacheOwner | None = None
         self.scheduler: Callable[[], Any] = lambda: None
-        self.condition = threading.Condition()
+        self.mutex = threading.Lock()
         self.stepping_thread: int | None = None
+        self.waiters: dict[threading.Condition, Any] = {}
+
+    def wake_waiters(self) -> None:
+        """Wake the threads whose calls have events or have ended, and one more, which runs the next step if nobody does."""
+        ready = [waiter for waiter, call in self.waiters.items() if call and (call.events or call.ended)]
+        others = [waiter for waiter in self.waiters if waiter not in ready]
+        for waiter in [*ready, *others[:1]]:
+            waiter.notify()
 
     def why_not_owner(self, owner: CacheOwner) -> str | None:
         """Return a text that says which call has taken the cache from `owner`; None if none has."""
