@@ -31,7 +31,7 @@ from .unmodified import why_modified
 
 
 class Engine:
-    """Run calls on a model with a backend. One call at a time owns the KV cache, and one thread at a time runs the model."""
+    """Run calls on a model with a backend. Calls of several threads share a batch, and one thread at a time runs the model."""
 
     def __init__(self, model: Transformer, backend: Backend) -> None:
         self.model, self.backend = model, backend
