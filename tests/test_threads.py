@@ -23,6 +23,14 @@ PROMPTS = [[[1, 5], [1, 9, 30]], [[1, 300]], [[1, 7, 7], [1, 8], [1, *range(20, 
 SINGLE = [[1, *range(5 + i, 8 + 2 * i)] for i in range(24)]
 
 
+@pytest.fixture(params=[False, True], ids=["cpu", "as on CUDA"])
+def either_backend(request: pytest.FixtureRequest) -> bool:
+    """Run a test with the CPU's backend, and with the twin of the backend for CUDA, which launches steps ahead."""
+    if request.param:
+        request.getfixturevalue("as_on_cuda")
+    return request.param
+
+
 def run_together(calls: list[Callable[[], Any]]) -> list[Any]:
     """Run each call in a thread of its own, all at the same time; return their results in order."""
     start = threading.Barrier(len(calls))
@@ -57,7 +65,7 @@ def test_a_llama_with_another_backend_waits_for_the_calls_before_it(llama: Llama
     assert [first, *(token.token for token in stream)] == want[0]
 
 
-def test_64_streams_share_the_rows_while_some_are_left_and_some_are_wrong(llama: Llama) -> None:
+def test_64_streams_share_the_rows_while_some_are_left_and_some_are_wrong(llama: Llama, either_backend: bool) -> None:
     """Run 64 threads on 6 rows: streams of different prompts, lengths and options. Every sixth is left after 3 tokens.
     Every thirteenth has a wrong prompt. All others get the tokens that they get alone, and the rows are free afterwards."""
     options: list[dict[str, Any]] = [
@@ -88,7 +96,7 @@ def test_64_streams_share_the_rows_while_some_are_left_and_some_are_wrong(llama:
     assert llama.engine.shared.scheduler() is None  # no call, and so no row, is left
 
 
-def test_streams_of_one_thread_may_be_read_in_any_order(llama: Llama) -> None:
+def test_streams_of_one_thread_may_be_read_in_any_order(llama: Llama, either_backend: bool) -> None:
     want = [llama.generate([prompt], 10, seed=i, temperature=1.0)[0][0] for i, prompt in enumerate(SINGLE[:8])]
     streams = [llama.generate_stream([prompt], 10, seed=i, temperature=1.0) for i, prompt in enumerate(SINGLE[:8])]
     got: list[list[int]] = [[] for _ in streams]
@@ -133,7 +141,9 @@ def test_more_streams_than_rows_wait_in_order_even_if_the_first_are_not_read(lla
     assert first == [tokens[0] for tokens in want[:6]] and last == want[6:]
 
 
-def test_numbers_that_are_not_finite_end_their_own_call_only(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_that_are_not_finite_end_their_own_call_only(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch, either_backend: bool
+) -> None:
     """Make the logits of the third row NaN in one step: its stream raises, and the other streams are right."""
     want = [llama.generate([prompt], 8, temperature=0)[0][0] for prompt in SINGLE[:3]]
     streams = [llama.generate_stream([prompt], 8, temperature=0) for prompt in SINGLE[:3]]
@@ -262,7 +272,7 @@ def test_nobody_waits_for_a_slow_reader(llama: Llama) -> None:
 
 @pytest.mark.parametrize("scored", [False, True])
 def test_a_long_prompt_enters_in_chunks_between_the_steps_of_a_running_stream(
-    llama: Llama, monkeypatch: pytest.MonkeyPatch, scored: bool
+    llama: Llama, monkeypatch: pytest.MonkeyPatch, either_backend: bool, scored: bool
 ) -> None:
     long, option = [1, *range(30, 80)], {"temperature": 0, "logprobs": scored, "echo": scored}
     want, expected = llama.generate([long], 6, **option)
@@ -282,7 +292,7 @@ def test_a_long_prompt_enters_in_chunks_between_the_steps_of_a_running_stream(
 
 
 def test_a_long_prompt_whose_caller_leaves_frees_its_row_before_its_prefill_ends(
-    llama: Llama, monkeypatch: pytest.MonkeyPatch
+    llama: Llama, monkeypatch: pytest.MonkeyPatch, either_backend: bool
 ) -> None:
     want = llama.generate(SINGLE[:3], 20, temperature=0)[0]
     monkeypatch.setattr(tuning, "PREFILL_CHUNK_BESIDE_DECODING", 8)
