@@ -21,7 +21,7 @@ from typing import Any
 from common import make_checkpoint, make_tokenizer
 
 from llama import Llama, SamplingParams
-from llama.engine import scheduler
+from llama.engine.prefill import Prefill
 from llama.engine.requests import GenerationCall, Request
 
 
@@ -68,7 +68,7 @@ def main() -> None:
         # Wrappers of engine functions count the calls. Hooks on the model's modules would make the engine use a slower path.
         backend, counts = llama.engine.backend, collections.Counter[str]()
         begin = backend.begin
-        scheduler.prefill = count_calls(counts, "prefills", scheduler.prefill)
+        Prefill.run_chunk = count_calls(counts, "prefills", Prefill.run_chunk)  # type: ignore[method-assign]
         backend.begin = lambda *args: count_calls(counts, "steps", begin(*args))  # type: ignore[method-assign]
         seconds: dict[str, list[float]] = {"static": [], "continuous": []}
         for _ in range(a.runs):

@@ -52,7 +52,7 @@ T = TypeVar("T")
 
 
 class Llama:
-    """A model and its tokenizer. It has one KV cache and runs one call at a time; calls from other threads wait.
+    """A model and its tokenizer. Calls and streams of all threads share one batch.
 
     Options that several calls share, each off by default. None means the default of any option.
 
@@ -65,8 +65,8 @@ class Llama:
     details: add to each result "finish_reason" ("stop": EOS or a stop string; "length": max_gen_len or the end of the context)
     and the numbers of tokens in the prompt and in the answer, without EOS.
 
-    A call may have any number of prompts. Up to max_batch_size prompts run at a time, and when one is finished, the next one
-    starts.
+    A call may have any number of prompts. Up to max_batch_size prompts of all calls run at a time, and when one is finished,
+    the next one starts. Calls of a modified model, and calls on several ranks, run one at a time.
 
     On several ranks, all ranks must make the same calls with the same input. They get the same results; if calls differ, all
     ranks raise InputError. Replicas divide the prompts of a call among themselves, and rank 0 chooses the seeds if the call has
@@ -404,8 +404,8 @@ class Llama:
         """Continue one text. Return a `Stream`, which yields the continuation in chunks.
 
         reuse: skip the computation of tokens with which both this prompt and the last stream with reuse=True begin, because
-        their keys and values are still in the KV cache. The cache is discarded if another call uses it or if the weights are
-        edited. An edit of a plain tensor through `.data` is not detected, so make the next call without `reuse`.
+        their keys and values are still in the KV cache. They are discarded if another call uses row 0 of the batch, or if the
+        weights are edited. An edit of a plain tensor through `.data` is not detected, so make the next call without `reuse`.
         Raises InputError at the call, not at the first chunk.
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
@@ -503,12 +503,12 @@ class Llama:
         """
         if name != "generate" and self._generate_is_replaced():
             return results_of_replaced_generate(self.generate, self._validate_on_all_ranks(name, make_call), self.tokenizer)
-        with self.engine.lock:
+        with self.engine.exclusive():
             return self._run_on_replicas(self._validate_on_all_ranks(name, make_call))
 
     def _iter_results(self, name: str, make_call: Callable[[], GenerationCall]) -> Iterator[GenerationResult]:
         """Run a call like `_results`, but yield each result as early as possible, in the order of the requests."""
-        with self.engine.lock:
+        with self.engine.exclusive():
             call = self._validate_on_all_ranks(name, make_call)
             if self._generate_is_replaced():
                 return iter(results_of_replaced_generate(self.generate, call, self.tokenizer))
@@ -536,7 +536,7 @@ class Llama:
                 "generate has been replaced, and streams do not go through it; use text_completion or chat_completion, "
                 "or override the stream's own method as well"
             )
-        with self.engine.lock:
+        with self.engine.exclusive():
             call = self._validate_on_all_ranks(name, make_call)
         (request,) = call.requests
         if not request.prompt:

@@ -6,6 +6,7 @@ Read them as `tuning.NAME`, so that changing a value here takes effect everywher
 # --- prefill and scoring: limits of activation memory -----------------------------------------------------------------------
 
 PREFILL_CHUNK = 2048  # maximum prompt tokens in one forward pass: enough to keep any machine busy
+PREFILL_CHUNK_BESIDE_DECODING = 256  # the same while other rows decode, whose next tokens wait for the chunk
 ATTENTION_CHUNK = 128  # query tokens whose attention scores are in memory at once; prompts are cut at multiples of this number
 LOGPROB_CHUNK = 512  # positions whose logits are in memory at once, to compute log probabilities
 

@@ -1,67 +1,311 @@
-"""Test threads that share a model. Their calls run one after another. A stream raises if another call has used the KV cache
-since the stream began."""
+"""Test callers that share a model: calls and streams of several threads, or of one, run in one batch and do not disturb each
+other."""
 
+import gc
+import random
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from llama import InputError, Llama
+import pytest
+import torch
 
+from llama import InputError, Llama, NonFiniteError, SamplingParams, tuning
+from llama.engine import scheduler
+from llama.engine.requests import GenerationCall, Request
+
+from .counting import count_forward_tokens
 from .support import assert_raises
 
 PROMPTS = [[[1, 5], [1, 9, 30]], [[1, 300]], [[1, 7, 7], [1, 8], [1, *range(20, 40)]], [[1, 44, 45]]]
+SINGLE = [[1, *range(5 + i, 8 + 2 * i)] for i in range(24)]
+
+
+@pytest.fixture(params=[False, True], ids=["cpu", "as on CUDA"])
+def either_backend(request: pytest.FixtureRequest) -> bool:
+    """Run a test with the CPU's backend, and with the twin of the backend for CUDA, which launches steps ahead."""
+    if request.param:
+        request.getfixturevalue("as_on_cuda")
+    return request.param
+
+
+def run_together(calls: list[Callable[[], Any]]) -> list[Any]:
+    """Run each call in a thread of its own, all at the same time; return their results in order."""
+    start = threading.Barrier(len(calls))
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(lambda call: (start.wait(), call())[1], calls))
 
 
 def test_calls_of_several_threads_give_the_answers_of_one_thread(llama: Llama) -> None:
     want = [llama.generate(prompts, 12, temperature=0, logprobs=True) for prompts in PROMPTS]
-    start_together = threading.Barrier(len(PROMPTS))
-
-    def generate_four_times(prompts: list[list[int]]) -> list:
-        start_together.wait()
-        return [llama.generate(prompts, 12, temperature=0, logprobs=True) for _ in range(4)]
-
-    with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        for results, result in zip(pool.map(generate_four_times, PROMPTS), want, strict=True):
-            assert results == [result] * 4
+    calls = [lambda p=prompts: [llama.generate(p, 12, temperature=0, logprobs=True) for _ in range(4)] for prompts in PROMPTS]
+    for results, (tokens, logprobs) in zip(run_together(calls), want, strict=True):
+        for got_tokens, got_logprobs in results:
+            assert got_tokens == tokens
+            for values, expected in zip(got_logprobs, logprobs, strict=True):
+                assert values == pytest.approx(expected, abs=1e-4)
 
 
 def test_threads_may_use_one_model_through_two_llamas(llama: Llama) -> None:
-    """Call two `Llama` objects with the same model and the same KV cache from two threads."""
     other, prompts = Llama(llama.model, llama.tokenizer), [[1, *range(5, 5 + i)] for i in range(6)]
     want = llama.generate(prompts, 12, temperature=0)
-    with ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(caller.generate, prompts, 12, temperature=0) for caller in (llama, other) * 8]
-        assert [future.result() for future in futures] == [want] * 16
+    assert (
+        run_together([lambda c=caller: c.generate(prompts, 12, temperature=0) for caller in (llama, other) * 4]) == [want] * 8
+    )
 
 
-def test_streams_of_several_threads_yield_correct_tokens_or_raise(llama: Llama) -> None:
-    """Read streams in several threads. A stream raises after another stream has used the KV cache. The tokens yielded before
-    the error must be correct."""
-    want = [llama.generate(prompts[:1], 12, temperature=0)[0][0] for prompts in PROMPTS]
-    start_together = threading.Barrier(len(PROMPTS))
-
-    def read_four_streams(prompts: list[list[int]]) -> list[tuple[list[int], bool]]:
-        start_together.wait()
-        streams = []
-        for _ in range(4):
-            tokens: list[int] = []
-            try:
-                tokens.extend(token.token for token in llama.generate_stream(prompts[:1], 12, temperature=0))
-                streams.append((tokens, True))
-            except InputError:
-                streams.append((tokens, False))
-        return streams
-
-    with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        streams_of_threads = list(pool.map(read_four_streams, PROMPTS))
-    for streams, answer in zip(streams_of_threads, want, strict=True):
-        for tokens, finished in streams:
-            assert tokens == (answer if finished else answer[: len(tokens)])
-    assert any(finished for streams in streams_of_threads for _, finished in streams)  # at least the last stream finishes
+def test_a_llama_with_another_backend_waits_for_the_calls_before_it(llama: Llama) -> None:
+    other = Llama(llama.model, llama.tokenizer, backend=type("Other", (type(llama.engine.backend),), {"name": "other"})())
+    want = [llama.generate([prompt], 12, temperature=0)[0][0] for prompt in SINGLE[:2]]
+    stream = llama.generate_stream(SINGLE[:1], 12, temperature=0)
+    first = next(stream).token
+    assert other.generate(SINGLE[1:2], 12, temperature=0)[0][0] == want[1]
+    assert [first, *(token.token for token in stream)] == want[0]
 
 
-def test_a_stream_raises_after_a_call_of_another_thread(llama: Llama) -> None:
-    stream = llama.text_completion_stream("The", temperature=0, max_gen_len=20)
+def test_64_streams_share_the_rows_while_some_are_left_and_some_are_wrong(llama: Llama, either_backend: bool) -> None:
+    """Run 64 threads on 6 rows: streams of different prompts, lengths and options. Every sixth is left after 3 tokens.
+    Every thirteenth has a wrong prompt. All others get the tokens that they get alone, and the rows are free afterwards."""
+    options: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 1.0, "top_p": 0.95, "seed": 3},
+        {"temperature": 0.7, "top_k": 7, "seed": 4},
+        {"temperature": 0, "repetition_penalty": 3.0},
+    ]
+    cases = [(SINGLE[i % 24], 4 + i % 17, options[i % 4]) for i in range(64)]
+    want = [[token.token for token in llama.generate_stream([p], n, **o)] for p, n, o in cases]
+
+    def read(i: int) -> list[int]:
+        prompt, n, option = cases[i]
+        if i % 13 == 0:
+            with pytest.raises(InputError, match=r"9999 \(int\) is no token"):
+                llama.generate_stream([[*prompt, 9999]], n, **option)
+            return want[i]
+        stream, tokens = llama.generate_stream([prompt], n, **option), []
+        for token in stream:
+            tokens.append(token.token)
+            if i % 6 == 0 and len(tokens) == 3:
+                stream.close()  # type: ignore[attr-defined]
+                return tokens + want[i][3:]
+        return tokens
+
+    assert run_together([lambda i=i: read(i) for i in range(64)]) == want
+    gc.collect()
+    assert llama.engine.shared.scheduler() is None  # no call, and so no row, is left
+
+
+def test_streams_of_one_thread_may_be_read_in_any_order(llama: Llama, either_backend: bool) -> None:
+    want = [llama.generate([prompt], 10, seed=i, temperature=1.0)[0][0] for i, prompt in enumerate(SINGLE[:8])]
+    streams = [llama.generate_stream([prompt], 10, seed=i, temperature=1.0) for i, prompt in enumerate(SINGLE[:8])]
+    got: list[list[int]] = [[] for _ in streams]
+    unfinished, rng = list(range(8)), random.Random(0)
+    while unfinished:
+        i = rng.choice(unfinished)
+        token = next(streams[i], None)
+        if token is None:
+            unfinished.remove(i)
+        else:
+            got[i].append(token.token)
+    assert got == want
+
+
+def test_a_text_stream_stops_at_its_stop_string_although_its_row_has_gone_on(llama: Llama) -> None:
+    """Read a stream only after another call has generated all of its tokens: text, reason and count are those of the answer."""
+    whole = llama.text_completion(["The"], temperature=0, max_gen_len=30)[0]["generation"]
+    stop = whole[8:10]
+    alone = llama.text_completion(["The"], temperature=0, max_gen_len=30, stop=stop, details=True)[0]
+    stream = llama.text_completion_stream("The", temperature=0, max_gen_len=30, stop=stop)
+    first = next(stream)
+    llama.generate([[1, 5]], 40, temperature=0)
+    assert first + "".join(stream) == alone["generation"] == whole[: whole.index(stop)]
+    assert (stream.finish_reason, stream.new_tokens) == (alone["finish_reason"], alone["new_tokens"])
+
+
+def test_a_request_that_comes_while_others_run_joins_their_batch(llama: Llama) -> None:
+    stream = llama.generate_stream(SINGLE[:2], 12, temperature=0)
+    with count_forward_tokens() as forwards:
+        next(stream)
+        tokens = llama.generate(SINGLE[2:3], 4, temperature=0)[0][0]
+    assert forwards == [len(SINGLE[0] + SINGLE[1]), 2, len(SINGLE[2]), *[3] * (len(tokens) - 1)]
+    want = llama.generate(SINGLE[:2], 12, temperature=0)[0]
+    assert len(list(stream)) == sum(map(len, want)) - 1
+
+
+def test_more_streams_than_rows_wait_in_order_even_if_the_first_are_not_read(llama: Llama) -> None:
+    streams = [llama.generate_stream([prompt], 5, temperature=0) for prompt in SINGLE[:14]]
+    first = [next(stream).token for stream in streams[:6]]  # these take all 6 rows
+    last = [[token.token for token in stream] for stream in streams[6:]]
+    want = llama.generate(SINGLE[:14], 5, temperature=0)[0]
+    assert first == [tokens[0] for tokens in want[:6]] and last == want[6:]
+
+
+def test_numbers_that_are_not_finite_end_their_own_call_only(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch, either_backend: bool
+) -> None:
+    """Make the logits of the third row NaN in one step: its stream raises, and the other streams are right."""
+    want = [llama.generate([prompt], 8, temperature=0)[0][0] for prompt in SINGLE[:3]]
+    streams = [llama.generate_stream([prompt], 8, temperature=0) for prompt in SINGLE[:3]]
+    got = [[next(stream).token] for stream in streams]
+    sample = scheduler.DecodeState.sample
+
+    def damage(state: Any) -> Any:
+        state.logits[2] = torch.nan
+        return sample(state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler.DecodeState, "sample", damage)
+        got[0] += [next(streams[0]).token for _ in range(4)]
+    for i in (1, 0):
+        got[i] += [token.token for token in streams[i]]
+    assert got[:2] == want[:2]
+    assert_raises(lambda: list(streams[2]), NonFiniteError, "prompt 0", "not finite")
+    assert [llama.generate([prompt], 8, temperature=0)[0][0] for prompt in SINGLE[:3]] == want
+
+
+def test_a_failed_step_raises_in_the_thread_that_ran_it_and_ends_the_other_calls_with_its_cause(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = [llama.generate_stream([prompt], 8, temperature=0) for prompt in SINGLE[:2]]
+    for stream in streams:
+        next(stream)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("no memory left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler.DecodeState, "advance", fail)
+        with pytest.raises(MemoryError):
+            list(streams[0])
+    assert_raises(lambda: list(streams[1]), InputError, "generate_stream ended before", "MemoryError: no memory left")
+    assert llama.generate(SINGLE[:1], 3, temperature=0)[0] != []
+
+
+def test_unseeded_sampling_of_a_call_alone_depends_on_torchs_generator_only(llama: Llama) -> None:
+    """A stream that is still open changes which random numbers a call gets; once it is closed, the call is alone again."""
+
+    def sample() -> list[list[int]]:
+        torch.manual_seed(5)
+        return llama.generate(SINGLE[:3], 8, temperature=1.0)[0]
+
+    want = sample()
+    stream = llama.generate_stream(SINGLE[4:5], 30, temperature=1.0)
     next(stream)
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(llama.generate, [[1, 5]], 3).result()
-    assert_raises(lambda: list(stream), InputError, "ended before", "generate has been called since")
+    sample()
+    stream.close()  # type: ignore[attr-defined]
+    assert sample() == want
+
+
+def test_a_call_from_within_a_sampler_is_refused(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    import llama.generation as generation
+
+    def sampler(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+        llama.generate([[1, 5]], 2)
+        return probs.argmax(-1, keepdim=True)
+
+    monkeypatch.setattr(generation, "sample_top_p", sampler)
+    assert_raises(lambda: llama.generate([[1, 9]], 2), InputError, "from within a step")
+
+
+def test_a_thread_that_is_interrupted_while_it_waits_leaves_the_others_running(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raise KeyboardInterrupt in a waiting thread, as Ctrl-C does in the main thread."""
+    want = llama.generate(SINGLE[:6], 20, temperature=0)[0]
+    interrupt = threading.local()
+    wait = threading.Condition.wait
+
+    def wait_or_raise(condition: threading.Condition, timeout: float | None = None) -> bool:
+        wait(condition, timeout)
+        if getattr(interrupt, "now", False):
+            raise KeyboardInterrupt
+        return True
+
+    def read(i: int) -> list[int]:
+        interrupt.now = i % 2 == 1
+        try:
+            return [token.token for token in llama.generate_stream([SINGLE[i]], 20, temperature=0)]
+        except KeyboardInterrupt:
+            return want[i]
+        finally:
+            interrupt.now = False
+
+    start = threading.Barrier(6)
+    results: dict[int, list[int]] = {}
+
+    def work(i: int) -> None:
+        start.wait()
+        results[i] = read(i)
+
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(6)]
+    monkeypatch.setattr(threading.Condition, "wait", wait_or_raise)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [results[i] for i in range(6)] == want
+
+
+def test_nobody_waits_for_a_slow_reader(llama: Llama) -> None:
+    """Read one stream slowly in a thread. Meanwhile another thread's calls are answered."""
+    slow = llama.generate_stream(SINGLE[:1], 6, temperature=0)
+    answered = threading.Event()
+
+    def read_slowly() -> list[int]:
+        tokens = []
+        for token in slow:
+            tokens.append(token.token)
+            answered.wait(30)
+        return tokens
+
+    def ask() -> list[list[int]]:
+        answers = [llama.generate([prompt], 6, temperature=0)[0][0] for prompt in SINGLE[1:5]]
+        answered.set()
+        return answers
+
+    began = time.monotonic()
+    tokens, answers = run_together([read_slowly, ask])
+    assert time.monotonic() - began < 25
+    assert [tokens, *answers] == [llama.generate([prompt], 6, temperature=0)[0][0] for prompt in SINGLE[:5]]
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_long_prompt_enters_in_chunks_between_the_steps_of_a_running_stream(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch, either_backend: bool, scored: bool
+) -> None:
+    long, option = [1, *range(30, 80)], {"temperature": 0, "logprobs": scored, "echo": scored}
+    want, expected = llama.generate([long], 6, **option)
+    stream_alone = llama.generate(SINGLE[:1], 20, temperature=0)[0][0]
+    monkeypatch.setattr(tuning, "PREFILL_CHUNK_BESIDE_DECODING", 16)
+    monkeypatch.setattr(tuning, "ATTENTION_CHUNK", 8)
+    stream = llama.generate_stream(SINGLE[:1], 20, temperature=0)
+    with count_forward_tokens() as forwards:
+        tokens = [next(stream).token]
+        got, values = llama.generate([long], 6, **option)
+    begin = forwards[: 2 * 4 + 2]
+    assert begin == [len(SINGLE[0]), 1, 16, 2, 16, 2, 16, 2, 3, 2]  # the row of the long prompt is computed, and ignored
+    assert [*tokens, *(token.token for token in stream)] == stream_alone
+    assert got == want
+    if scored:
+        assert values[0] == pytest.approx(expected[0], abs=1e-4)  # type: ignore[index]
+
+
+def test_a_long_prompt_whose_caller_leaves_frees_its_row_before_its_prefill_ends(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch, either_backend: bool
+) -> None:
+    want = llama.generate(SINGLE[:3], 20, temperature=0)[0]
+    monkeypatch.setattr(tuning, "PREFILL_CHUNK_BESIDE_DECODING", 8)
+    monkeypatch.setattr(tuning, "ATTENTION_CHUNK", 8)
+    stream = llama.generate_stream(SINGLE[:1], 20, temperature=0)
+    tokens = [next(stream).token]
+    running_scheduler = llama.engine.shared.scheduler()
+    call = GenerationCall([Request([1, *range(30, 80)], 4)], SamplingParams(0), stop_token=2)
+    left = running_scheduler.submit(call)
+    tokens.append(next(stream).token)
+    assert 1 in running_scheduler.running and not left.events
+    left.cancelled = True
+    tokens.append(next(stream).token)
+    assert 1 not in running_scheduler.running and not running_scheduler.prefills
+    assert llama.generate(SINGLE[1:3], 20, temperature=0)[0] == want[1:]
+    assert [*tokens, *(token.token for token in stream)] == want[0]

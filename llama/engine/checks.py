@@ -18,9 +18,9 @@ def is_valid_logprob(logprob: float) -> bool:
     return logprob <= 0.1  # any comparison with NaN is False
 
 
-def nonfinite_logits_error(model: nn.Module, request: Request, position: int) -> NonFiniteError:
-    """Return the error for a request whose logits at a position are not finite."""
-    what = f"the logits of new token {request.num_new_tokens + 1}, at position {position}, are"
+def nonfinite_logits_error(model: nn.Module, request: Request, num_generated: int, position: int) -> NonFiniteError:
+    """Return the error for a request whose logits at a position are not finite, after num_generated new tokens."""
+    what = f"the logits of new token {num_generated + 1}, at position {position}, are"
     return _nonfinite_error(model, request.label, what)
 
 

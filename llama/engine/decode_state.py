@@ -1,5 +1,7 @@
 """The state of a batch between two decode steps: tensors on the device with an entry for each row."""
 
+from typing import NamedTuple
+
 import torch
 
 from ..distributed.agreement import broadcast_from_rank0
@@ -8,20 +10,38 @@ from ..sampling import Sampler, SamplingParams, apply_repetition_penalty, sample
 from .requests import Request
 
 
+class SamplingOptions(NamedTuple):
+    """How the tokens of a row are sampled. Rows with equal options are sampled together."""
+
+    params: SamplingParams
+    sampler: Sampler = sample_top_p
+    seeded: bool = False
+
+
 class DecodeState:
     """Logits, positions, seeds and seen tokens of B rows, on the device."""
 
-    def __init__(
-        self, n: int, vocab: int, device: torch.device, sampling: SamplingParams, seeded: bool, sampler: Sampler = sample_top_p
-    ) -> None:
-        self.sampling, self.sampler = sampling, sampler
+    def __init__(self, n: int, vocab: int, device: torch.device) -> None:
         self.logits = torch.zeros(n, vocab, dtype=torch.float32, device=device)
         # For each row: position of the next token to sample, and position of the last token that the request allows.
         self.positions = self.last_positions = torch.zeros(n, dtype=torch.int64, device=device)
-        self.seeds = torch.zeros_like(self.positions) if seeded and not sampling.greedy else None
-        self.seen = torch.zeros(n, vocab, dtype=torch.bool, device=device) if sampling.repetition_penalty != 1 else None
+        self.seeds = torch.zeros_like(self.positions)
+        # None, or for each row and token: True if the token is in the prompt or the answer, for a repetition penalty.
+        self.seen: torch.Tensor | None = None
+        self.options: dict[int, SamplingOptions] = {}  # maps each row that is in use to its options
+        self._groups: list[tuple[SamplingOptions, torch.Tensor]] | None = None
 
-    def admit(self, rows: list[int], requests: list[Request], logits: torch.Tensor) -> None:
+    def resize(self, n: int) -> None:
+        """Change the number of rows to n. New rows contain zeros."""
+
+        def resized(old: torch.Tensor) -> torch.Tensor:
+            return torch.cat([old[:n], old.new_zeros(max(0, n - len(old)), *old.shape[1:])])
+
+        self.logits, self.positions, self.last_positions = map(resized, (self.logits, self.positions, self.last_positions))
+        self.seeds, self.seen = resized(self.seeds), None if self.seen is None else resized(self.seen)
+        self._groups = None
+
+    def admit(self, rows: list[int], requests: list[Request], options: list[SamplingOptions], logits: torch.Tensor) -> None:
         """Put prefilled requests into free rows. logits: for the first new token of each request, (len(rows), vocab)."""
         index = torch.tensor(rows, device=logits.device)
 
@@ -33,32 +53,69 @@ class DecodeState:
         self.logits = put(self.logits, logits)
         self.last_positions = put(self.last_positions, last)
         self.positions = put(self.positions, torch.minimum(lengths, last))
-        if self.seeds is not None:
-            self.seeds = put(self.seeds, torch.tensor([r.seed for r in requests], dtype=torch.int64, device="cpu"))
-        if self.seen is not None:
-            seen = torch.zeros(len(requests), self.seen.shape[1], dtype=torch.bool, device="cpu")
+        if any(each.seeded for each in options):
+            self.seeds = put(self.seeds, torch.tensor([r.seed or 0 for r in requests], dtype=torch.int64, device="cpu"))
+        penalized = [each.params.repetition_penalty != 1 for each in options]
+        if any(penalized):
+            seen = torch.zeros(len(requests), logits.shape[1], dtype=torch.bool, device="cpu")
             for row, request in zip(seen, requests, strict=True):
                 row[request.prompt] = True
-            self.seen = put(self.seen, seen)
+            self.seen = put(torch.zeros_like(self.logits, dtype=torch.bool) if self.seen is None else self.seen, seen)
+        self.options.update(zip(rows, options, strict=True))
+        self._groups = None
 
-    def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def hold(self, row: int, position: int) -> None:
+        """Let decode steps compute a row that does not decode yet at a position."""
+        index, value = torch.tensor([row]), torch.tensor([position])
+        for name in ("positions", "last_positions"):
+            old = getattr(self, name)
+            setattr(self, name, old.index_copy(0, index.to(old.device), value.to(old.device)))
+
+    def release(self, row: int) -> None:
+        """Free a row. Its tokens are still sampled if all other rows have equal options."""
+        del self.options[row]
+        self._groups = None
+
+    def sample(self, options: SamplingOptions | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Sample the next token of each row. Return these tokens (B,), and the largest logit of each row (B,).
 
+        options: those of all rows; by default, each row has its own. If all rows in use have equal options, free rows are
+        sampled with them, so that each step of a call uses the same number of random numbers from torch's default generator.
         All ranks return the values of rank 0. The largest logit of a row is not finite if the row contains NaN or +inf, or
         only -inf.
         """
-        logits, noise = self.logits, None
-        if self.seen is not None:
-            logits = apply_repetition_penalty(logits, self.seen, self.sampling.repetition_penalty)
-        if self.seeds is not None:
-            noise = seeded_exponential(self.seeds, self.positions, logits.shape[1])
-        tokens, largest = sample(logits, self.sampling, noise, self.sampler), self.logits.amax(-1)
+        largest, groups = self.logits.amax(-1), [] if options else self._rows_by_options()
+        if options or len(groups) == 1:
+            tokens = self._sample_rows(options or groups[0][0], slice(None))
+        else:
+            tokens = torch.zeros_like(self.positions)
+            for each, rows in groups:
+                tokens = tokens.index_copy(0, rows, self._sample_rows(each, rows))
         if model_parallel()[1] > 1:
             of_rank0, largest = broadcast_from_rank0(torch.stack([tokens.double(), largest.double()])).unbind()
             tokens = of_rank0.long()
         if self.seen is not None:
             self.seen.scatter_(1, tokens.unsqueeze(1), True)
         return tokens, largest
+
+    def _rows_by_options(self) -> list[tuple[SamplingOptions, torch.Tensor]]:
+        """Return the different options of the rows, each with the indices of its rows."""
+        if self._groups is None:
+            by_options: dict[SamplingOptions, list[int]] = {}
+            for row, options in sorted(self.options.items()):
+                by_options.setdefault(options, []).append(row)
+            device = self.logits.device
+            self._groups = [(options, torch.tensor(rows, device=device)) for options, rows in by_options.items()]
+        return self._groups
+
+    def _sample_rows(self, options: SamplingOptions, rows: torch.Tensor | slice) -> torch.Tensor:
+        """Sample a token for each of some rows, which have equal options."""
+        logits, noise = self.logits[rows], None
+        if options.params.repetition_penalty != 1 and self.seen is not None:
+            logits = apply_repetition_penalty(logits, self.seen[rows], options.params.repetition_penalty)
+        if options.seeded and not options.params.greedy:
+            noise = seeded_exponential(self.seeds[rows], self.positions[rows], logits.shape[1])
+        return sample(logits, options.params, noise, options.sampler)
 
     def advance(self) -> None:
         """Increase the position of each row by 1, up to the last position that its request allows."""

@@ -1,7 +1,10 @@
 """The engine: generate tokens for requests, and score sequences. It works on tokens, not on text."""
 
+import contextlib
 import itertools
 import sys
+import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +12,7 @@ import torch
 
 from .. import tuning
 from ..distributed.failures import defer_signals, propagate_failure
-from ..distributed.groups import global_rank
+from ..distributed.groups import global_rank, world_size
 from ..distributed.progress import progress
 from ..errors import DeviceError, InputError
 from ..kernels.host_memory import raise_malloc_threshold
@@ -22,13 +25,13 @@ from .kv_cache import KVCache, RaggedBatch
 from .prefill import score_tokens
 from .reference_loop import ReferenceLoop, move_buffers
 from .requests import GeneratedToken, GenerationCall
-from .scheduler import Scheduler
+from .scheduler import Event, RunningCall, Scheduler, take_event
 from .shared_state import CacheOwner, shared_state_of
 from .unmodified import why_modified
 
 
 class Engine:
-    """Run calls on a model with a backend. One call at a time owns the KV cache, and one thread at a time runs the model."""
+    """Run calls on a model with a backend. Calls of several threads share a batch, and one thread at a time runs the model."""
 
     def __init__(self, model: Transformer, backend: Backend) -> None:
         self.model, self.backend = model, backend
@@ -95,18 +98,99 @@ class Engine:
         if not call.requests or (not call.scores_prompts and all(r.finish_reason for r in call.requests)):
             return
         self.check_sizes()
-        loop: Scheduler | ReferenceLoop
-        with self.lock, propagate_failure():
-            if why := self.why_reference_loop():
+        if why := self.why_reference_loop():
+            with self.lock, propagate_failure():
                 self.announce(why)
                 loop = ReferenceLoop(self.model, self.shared, call, self.n_words)
-            else:
-                loop = Scheduler(self.model, self.forward(), self.backend, self.shared, call)
-        while not loop.finished:
-            with self.lock, propagate_failure(), defer_signals(), self.without_autocast():
-                prompt_tokens = loop.step()
-            yield from prompt_tokens
-            yield from loop.emit_tokens()
+            while not loop.finished:
+                with self.stepping():
+                    prompt_tokens = loop.step()
+                yield from prompt_tokens
+                yield from loop.emit_tokens()
+            return
+        scheduler, running_call = self.submit(call)
+        try:
+            while events := self.wait_for_events(scheduler, running_call):
+                for event in events:
+                    yield from take_event(call.requests[event.prompt_index], event)
+        finally:
+            running_call.cancelled = True
+            with self.shared.mutex:
+                self.shared.wake_waiters()  # this thread may have been the one that would have run the next step
+
+    def exclusive(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context for a whole call: one that other threads wait for, if calls cannot share a batch.
+
+        They cannot on several ranks, which must run their calls in the same order, nor if the model's own `forward` runs.
+        """
+        return self.lock if world_size() > 1 or self.why_reference_loop() else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Guard one step of a loop, in which only this thread runs the model."""
+        with self.lock, propagate_failure(), defer_signals(), self.without_autocast():
+            yield
+
+    def submit(self, call: GenerationCall) -> tuple[Scheduler, RunningCall]:
+        """Add a call to the scheduler that runs other calls, if there is one and it suits the call; else to a new one.
+
+        On several ranks, a call gets a scheduler of its own, and calls that are still running end with an error.
+        """
+        while True:
+            with self.lock, propagate_failure():
+                scheduler = self.shared.scheduler()
+                if scheduler is None or scheduler.idle or world_size() > 1 or scheduler.why_broken():
+                    scheduler = Scheduler(self.model, self.forward(), self.backend, self.shared, call.name)
+                    self.shared.scheduler = weakref.ref(scheduler)  # a strong reference would keep the model alive
+                if scheduler.suits(self.backend, self.n_words):
+                    return scheduler, scheduler.submit(call)
+            self.step(scheduler)  # calls of another `Llama` with the same model come first
+
+    def wait_for_events(self, scheduler: Scheduler, running_call: RunningCall) -> list[Event]:
+        """Return the events of a call since the last time; an empty list after its end. Raise its error.
+
+        If there are none, run steps of the scheduler, unless another thread does. Nobody holds a lock while events are read.
+        The thread that steps goes on until it has events; then a thread that still waits takes over.
+        """
+        while not running_call.events:
+            if running_call.error:
+                raise running_call.error
+            if running_call.ended or running_call.ended_by_caller:
+                return []
+            self.step(scheduler, running_call)
+        events, running_call.events = running_call.events, []
+        return events
+
+    def step(self, scheduler: Scheduler, running_call: RunningCall | None = None) -> None:
+        """Run a step of the scheduler; if another thread is running one, wait for its end instead.
+
+        With `running_call`, do nothing if that call has events, and wait until it has some or until this thread should step.
+        """
+        shared = self.shared
+        with shared.mutex:
+            if running_call and (running_call.events or running_call.ended):
+                return
+            if shared.stepping_thread == threading.get_ident():
+                raise InputError("a call from within a step of the same model, for example from a sampler, is not possible")
+            if shared.stepping_thread is not None:
+                waiter = threading.Condition(shared.mutex)
+                shared.waiters[waiter] = running_call
+                try:
+                    waiter.wait()
+                finally:  # also after Ctrl-C
+                    del shared.waiters[waiter]
+                return
+            shared.stepping_thread = threading.get_ident()
+        try:
+            with self.stepping():
+                scheduler.step()
+        except BaseException as e:
+            scheduler.fail(e)
+            raise
+        finally:
+            with shared.mutex:
+                shared.stepping_thread = None
+                shared.wake_waiters()
 
     @torch.inference_mode()
     def score(self, sequences: list[list[int]], starts: list[int], labels: list[str]) -> list[list[float]]:

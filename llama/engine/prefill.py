@@ -13,36 +13,65 @@ from .kv_cache import RaggedBatch, prefill_chunks
 from .requests import Request
 
 
-def prefill(
-    forward: EngineForward, rows: list[int], requests: list[Request], start: int, scored: bool, quiet: bool
-) -> tuple[torch.Tensor, list[list[float]]]:
-    """Prefill rows of the KV cache with the prompts of requests, at most PREFILL_CHUNK tokens of all prompts at a time.
+class Prefill:
+    """Prefill rows of the KV cache with the prompts of requests, chunk by chunk, at most max_tokens of all prompts at a time.
 
     start: number of leading prompt tokens to skip, as they are in the cache already. quiet: show no progress.
-    Return the hidden state of the last token of each prompt, (B, dim), and a list of log probabilities for each prompt. With
-    `scored`, the list has an entry for each token, 0.0 for the first; without `scored`, it is empty.
+    After the last chunk, `last_hidden` is the hidden state of the last token of each prompt, (B, dim), and `logprobs` has a
+    list for each prompt. With `scored`, the list has an entry for each token, 0.0 for the first; otherwise it is empty.
     """
-    prompts, device = [request.prompt[start:] for request in requests], forward.device
-    lengths = [len(prompt) for prompt in prompts]
-    tokens = torch.tensor([token for prompt in prompts for token in prompt] + [0], device=device)
-    last_hidden, logprobs, first = [], [0.0], 0
-    chunks = list(prefill_chunks(lengths, tuning.PREFILL_CHUNK, tuning.ATTENTION_CHUNK))
-    bar = progress(chunks, lambda chunk: sum(n for _, _, n in chunk), "reading prompts", "tokens")
-    for pieces in chunks if quiet else bar:
+
+    def __init__(
+        self,
+        forward: EngineForward,
+        rows: list[int],
+        requests: list[Request],
+        start: int,
+        scored: bool,
+        max_tokens: int,
+        quiet: bool,
+    ) -> None:
+        self.forward, self.rows, self.start, self.scored = forward, rows, start, scored
+        prompts = [request.prompt[start:] for request in requests]
+        self.lengths = [len(prompt) for prompt in prompts]
+        self.tokens = torch.tensor([token for prompt in prompts for token in prompt] + [0], device=forward.device)
+        self.done = dict.fromkeys(rows, start)  # for each row, the number of tokens that are in the cache
+        self.n_read, self.hidden, self.values = 0, list[torch.Tensor](), [0.0]
+        chunks = list(prefill_chunks(self.lengths, max_tokens, tuning.ATTENTION_CHUNK))
+        bar = progress(chunks, lambda chunk: sum(n for _, _, n in chunk), "reading prompts", "tokens")
+        self.chunks = iter(chunks if quiet else bar)
+        self.next_chunk = next(self.chunks, None)
+
+    @property
+    def finished(self) -> bool:
+        return self.next_chunk is None
+
+    def run_chunk(self) -> None:
+        """Run the next chunk."""
+        pieces, device = self.next_chunk or [], self.forward.device
         ends = list(itertools.accumulate(n for _, _, n in pieces))
-        batch = RaggedBatch.from_segments([(rows[i], start + done, n) for i, done, n in pieces], device)
-        final = [end - 1 for end, (i, done, n) in zip(ends, pieces, strict=True) if done + n == lengths[i]]
+        batch = RaggedBatch.from_segments([(self.rows[i], self.start + done, n) for i, done, n in pieces], device)
+        final = [end - 1 for end, (i, done, n) in zip(ends, pieces, strict=True) if done + n == self.lengths[i]]
         final_indices = torch.tensor(final, dtype=torch.int64, device=device)
-        needed = None if scored else final_indices
-        hidden = forward.hidden_states(tokens[first : first + ends[-1]], batch, logits_indices=needed)
-        if scored:
-            logprobs += score_tokens(forward.logits, hidden, tokens[first + 1 :])
+        needed, first = None if self.scored else final_indices, self.n_read
+        hidden = self.forward.hidden_states(self.tokens[first : first + ends[-1]], batch, logits_indices=needed)
+        if self.scored:
+            self.values += score_tokens(self.forward.logits, hidden, self.tokens[first + 1 :])
             hidden = hidden[final_indices]
-        last_hidden.append(hidden)
-        first += ends[-1]
-    starts = itertools.accumulate(lengths, initial=0)
-    by_prompt = [[0.0, *logprobs[i + 1 : i + n]] if scored else [] for i, n in zip(starts, lengths, strict=False)]
-    return torch.cat(last_hidden), by_prompt
+        self.hidden.append(hidden)
+        self.n_read += ends[-1]
+        for i, done, n in pieces:
+            self.done[self.rows[i]] = self.start + done + n
+        self.next_chunk = next(self.chunks, None)
+
+    @property
+    def last_hidden(self) -> torch.Tensor:
+        return torch.cat(self.hidden)
+
+    @property
+    def logprobs(self) -> list[list[float]]:
+        starts = itertools.accumulate(self.lengths, initial=0)
+        return [[0.0, *self.values[i + 1 : i + n]] if self.scored else [] for i, n in zip(starts, self.lengths, strict=False)]
 
 
 def score_tokens(logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, following: torch.Tensor) -> list[float]:

@@ -10,9 +10,9 @@ from torch import nn
 from ..model import Attention, Transformer
 from ..sampling import token_logprobs
 from .checks import check_logprobs, device_of, nonfinite_logits_error
-from .decode_state import DecodeState
+from .decode_state import DecodeState, SamplingOptions
 from .requests import GeneratedToken, GenerationCall, Request
-from .shared_state import CacheOwner, SharedState
+from .shared_state import CacheOwner, SharedState, ended_early
 
 
 class ReferenceLoop:
@@ -31,7 +31,9 @@ class ReferenceLoop:
         self.start, self.end = 0, 0  # the next forward computes positions start to end - 1
         self.batch: list[int] = []  # for each row, the index of its request
         self.tokens = torch.zeros(0, 0, dtype=torch.int64, device="cpu")  # tokens of prompts and answers, one row each
-        self.state = DecodeState(0, 0, device_of(model), call.sampling, False, call.sampler)
+        self.state = DecodeState(0, 0, device_of(model))
+        seeded = any(request.seed is not None for request in call.requests)
+        self.options = SamplingOptions(call.sampling, call.sampler, seeded)
         shared.owner = self.owner = CacheOwner(call.name)
         move_buffers(model)
 
@@ -44,7 +46,8 @@ class ReferenceLoop:
 
         Return the prompt tokens that have been scored, with their log probabilities, if the call scores prompts.
         """
-        self.shared.check_owner(self.owner)
+        if why := self.shared.why_not_owner(self.owner):
+            raise ended_early(self.call.name, why)
         prompt_tokens = [] if self.running else self.begin_batch()
         requests, end = [self.requests[index] for index in self.batch], self.end
         logits = self.model.forward(self.tokens[:, self.start : end], self.start)[..., : self.n_words].float()
@@ -78,9 +81,8 @@ class ReferenceLoop:
             tokens[: len(request.prompt)] = torch.tensor(request.prompt)
         self.tokens = self.tokens.to(device)
         self.start, self.end = 0, min(len(r.prompt) for r in requests)
-        seeded = any(r.seed is not None for r in requests)
-        self.state = DecodeState(len(requests), 0, device, self.call.sampling, seeded, self.call.sampler)
-        if self.state.seeds is not None:
+        self.state = DecodeState(len(requests), 0, device)
+        if self.options.seeded:
             self.state.seeds = torch.tensor([r.seed for r in requests], dtype=torch.int64, device=device)
         scored = self.call.scores_prompts
         return [GeneratedToken(index, self.requests[index].prompt[0], 0.0) for index in self.batch] if scored else []
@@ -93,7 +95,7 @@ class ReferenceLoop:
             for row, request in enumerate(requests):
                 self.state.seen[row, self.tokens[row, :end]] = True
                 self.state.seen[row, request.prompt] = True
-        tokens, largest = self.state.sample()
+        tokens, largest = self.state.sample(self.options)
         logprobs = token_logprobs(self.state.logits, tokens).tolist() if self.call.logprobs else [None] * len(tokens)
         largest_logits, sampled = largest.tolist(), tokens.tolist()
         for row, (index, request) in enumerate(zip(self.batch, requests, strict=True)):
@@ -102,7 +104,7 @@ class ReferenceLoop:
                     self.tokens[row, end] = sampled[row]
                 continue
             if not math.isfinite(largest_logits[row]):
-                raise nonfinite_logits_error(self.model, request, end)
+                raise nonfinite_logits_error(self.model, request, request.num_new_tokens, end)
             self.tokens[row, end] = sampled[row]
             if sampled[row] == self.call.stop_token:
                 request.finish_reason = "stop"

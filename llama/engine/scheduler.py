@@ -1,8 +1,8 @@
-"""Continuous batching: run the requests of one call through the engine's forward.
+"""Continuous batching: run the requests of all calls together through the engine's forward.
 
 Each request waits for a free row of the KV cache, is prefilled once, and then decodes together with the other rows. When a
-request ends, the next waiting request gets its row, and is prefilled before the next decode step. Free rows are decoded too,
-and their results ignored, so that every step uses the same number of random numbers from torch's default generator.
+request ends, the next waiting request gets its row, and is prefilled before the next decode step. Requests of a call that
+begins while others run join the batch. Free rows between others are decoded too, and their results ignored.
 
     row 0   a a a a A A A A A | c c C C C      lower case: prompt tokens; requests that start together share a prefill
     row 1   b b B B B B B B B   B B B B B      upper case: new tokens, one per decode step; c begins when a has ended
@@ -11,67 +11,139 @@ and their results ignored, so that every step uses the same number of random num
 import collections
 import math
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
-from .. import compat
+from .. import compat, tuning
 from ..distributed.agreement import broadcast_from_rank0
 from ..distributed.progress import progress
+from ..errors import LlamaError
 from ..model import Transformer
 from ..sampling import token_logprobs
 from . import async_copy
-from .backend import Backend
-from .checks import check_logprobs, common_prefix_length, is_valid_logprob, nonfinite_logits_error
-from .decode_state import DecodeState
+from .backend import Backend, DecodeFn
+from .checks import check_logprobs, common_prefix_length, nonfinite_logits_error
+from .decode_state import DecodeState, SamplingOptions
 from .forward import EngineForward
-from .prefill import prefill
-from .requests import GeneratedToken, GenerationCall
+from .prefill import Prefill
+from .requests import FinishReason, GeneratedToken, GenerationCall, Request
 from .shared_state import CacheOwner, SharedState, ended_early
+
+MAX_DECODERS = 8  # decode functions of different numbers of rows that are kept, because each allocates memory
+
+
+class Event(NamedTuple):
+    """What the scheduler reports about a request: a token of the prompt, a new token, or the end of the answer."""
+
+    token: GeneratedToken | None
+    prompt_index: int  # the index of the request in its call
+    in_prompt: bool = False
+    finish_reason: FinishReason | None = None  # set at the end of an answer by EOS
+
+
+@dataclass(eq=False)
+class RunningCall:
+    """A call in the scheduler, and the events that its caller has not taken yet."""
+
+    call: GenerationCall
+    n_unfinished: int  # number of requests that wait or run
+    options: SamplingOptions
+    events: list[Event] = field(default_factory=list)
+    error: BaseException | None = None
+    cancelled: bool = False  # True if the caller takes no more events
+    first_open: int = 0  # the index of the first request whose caller has not seen its end
+
+    @property
+    def ended(self) -> bool:
+        """Return True if no more events will come."""
+        return self.cancelled or self.error is not None or not self.n_unfinished
+
+    @property
+    def ended_by_caller(self) -> bool:
+        """Return True if the caller has ended the answers to all requests, so that only prompts may still be scored."""
+        requests = self.call.requests
+        while self.first_open < len(requests) and requests[self.first_open].finish_reason:
+            self.first_open += 1
+        return self.first_open == len(requests) and not self.call.scores_prompts
+
+
+@dataclass(eq=False)
+class RunningRequest:
+    """A request in a row of the KV cache."""
+
+    running_call: RunningCall
+    index: int
+    request: Request
+    num_generated: int = 0  # tokens generated so far; the caller may not have taken all of them
+
+    @property
+    def position(self) -> int:
+        """Return the position of the next token to decode."""
+        return len(self.request.prompt) + self.num_generated
 
 
 class Scheduler:
-    """Run one call: admit waiting requests to free rows, decode all rows together, and free the rows of ended requests."""
+    """Run calls: admit waiting requests to free rows, decode all rows together, and free the rows of ended requests.
 
-    def __init__(
-        self, model: Transformer, forward: EngineForward, backend: Backend, shared: SharedState, call: GenerationCall
-    ) -> None:
-        self.model, self.forward, self.shared, self.call, self.requests = model, forward, shared, call, call.requests
+    A scheduler exists while calls run. The next call after that creates a new one.
+    """
+
+    def __init__(self, model: Transformer, forward: EngineForward, backend: Backend, shared: SharedState, name: str) -> None:
+        self.model, self.forward, self.backend, self.shared = model, forward, backend, shared
         self.cache = forward.cache
         self.weights_version = forward.weights_version()
         self.hooks = [hooks for module in model.modules() for hooks in compat.forward_hooks(module)]
-        shared.owner = self.owner = CacheOwner(call.name)
+        shared.owner = self.owner = CacheOwner(name)
         self.sync_streams()
         overrun_logits, self.cache.logits = self.cache.logits, None
         if overrun_logits is not None and not broadcast_from_rank0(overrun_logits.amax(-1).sum()).isfinite():
-            self.reset_cache()  # a step that the previous call launched ahead may have written NaN into the cache
-        kept: list[int] = []
-        if call.reuse and self.cache.is_unchanged() and self.cache.weights_version == self.weights_version:
-            kept = self.cache.prefix_tokens or []
+            self.cache.data.zero_()  # a step that the previous call launched ahead may have written NaN into the cache
+            self.cache.prefix_tokens = None
+        self.kept_tokens: list[int] = []  # tokens whose keys and values earlier calls have left in row 0
+        if self.cache.is_unchanged() and self.cache.weights_version == self.weights_version:
+            self.kept_tokens = self.cache.prefix_tokens or []
         self.cache.weights_version = self.weights_version
-        # Create a new list, since this list object identifies the call that owns the cache. Leave out the last prompt token:
-        # the prefill must compute the logits of this token.
-        self.prefix_tokens = kept[: common_prefix_length(kept, self.requests[0].prompt[:-1])]
+        # Create a new list, since this list object identifies the scheduler that owns the cache.
+        self.prefix_tokens: list[int] = []
         self.cache.prefix_tokens = self.prefix_tokens
-        self.requests[0].num_reused_tokens = len(self.prefix_tokens)
         self.cache.record_version()
-        self.n_rows = min(len(self.requests), model.params.max_batch_size)
-        self.decode = backend.begin(self.forward, self.n_rows)
-        seeded = any(r.seed is not None for r in self.requests)
-        self.state = DecodeState(self.n_rows, forward.n_words, self.forward.device, call.sampling, seeded, call.sampler)
-        self.waiting = collections.deque(range(len(self.requests)))
-        self.running: dict[int, int] = {}  # maps a row to the index of its request
-        # Lists with an entry for each row: sampled tokens, largest logits, and, if the call asks for them, log probabilities.
-        self.sampled: list[list[Any]] = []
+        self.calls: list[RunningCall] = []
+        self.waiting: collections.deque[tuple[RunningCall, int]] = collections.deque()  # calls and indices of their requests
+        self.running: dict[int, RunningRequest] = {}  # maps a row to the request in it
+        self.prefills: list[Prefill] = []  # unfinished; their rows are in `running`, but do not decode yet
+        self.decoders: dict[int, DecodeFn] = {}  # maps a number of rows to its decode function
+        self.n_rows = 0  # rows that a decode step computes
+        self.state = DecodeState(0, forward.n_words, forward.device)
+        self.tokens: list[int] = []  # the token that was sampled last for each row
         # None, or the arguments of the next decode step: tokens, positions, and positions on the host.
         self.pending_step: tuple[torch.Tensor, torch.Tensor, list[int]] | None = None
-        self.shows_progress = len(self.requests) > self.n_rows
-        self.bar = progress(self.requests if self.shows_progress else [], lambda _: 1, "answering", "prompts")
-        next(self.bar, None)
+        self.bar: Iterator[Request] = progress([], lambda _: 1, "answering", "prompts")
+        self.shows_progress = False
+
+    def submit(self, call: GenerationCall) -> RunningCall:
+        """Add a call. Its requests wait for free rows."""
+        seeded = any(request.seed is not None for request in call.requests)
+        options = SamplingOptions(call.sampling, call.sampler, seeded)
+        running_call = RunningCall(call, len(call.requests), options)
+        max_rows = self.model.params.max_batch_size
+        if not self.calls and len(call.requests) > max_rows:
+            self.shows_progress = True
+            self.bar = progress(call.requests, lambda _: 1, "answering", "prompts")
+            next(self.bar, None)
+        self.calls.append(running_call)
+        self.waiting += ((running_call, index) for index in range(len(call.requests)))
+        return running_call
+
+    def suits(self, backend: Backend, n_words: int | None) -> bool:
+        """Return True if calls of a `Llama` with this backend, and with a tokenizer of n_words tokens, can join the batch."""
+        return backend.name == self.backend.name and n_words in (None, self.forward.n_words)
 
     @property
-    def finished(self) -> bool:
-        return not self.waiting and not self.running
+    def idle(self) -> bool:
+        """Return True if no call waits for events that a step would produce."""
+        return all(call.ended for call in self.calls)
 
     def sync_streams(self) -> None:
         """Make the current CUDA stream wait for the stream used before, on which a step launched ahead may still be running."""
@@ -80,108 +152,215 @@ class Scheduler:
             if before is not None and before != self.cache.stream:
                 self.cache.stream.wait_stream(before)
 
-    def check_cache_ownership(self) -> None:
-        """Raise InputError if anyone else has used the cache since this call began, or if the caller has changed the model."""
-        self.shared.check_owner(self.owner)
+    def why_broken(self) -> str | None:
+        """Return the reason why the calls cannot continue; None if they can.
+
+        They cannot if anyone else has used the KV cache, or if the model has been changed where code of callers has run.
+        """
+        if why := self.shared.why_not_owner(self.owner):
+            return why
         if self.cache.prefix_tokens is not self.prefix_tokens or not self.cache.is_unchanged():
-            raise ended_early(self.call.name, "the model's forward, or code of yours, has written into its KV cache since")
-        if self.call.watched and (
+            return "the model's forward, or code of yours, has written into its KV cache since"
+        if (len(self.calls) > 1 or self.calls[0].call.watched) and (
             any(self.hooks) or not self.cache.belongs_to(self.model) or self.forward.weights_version() != self.weights_version
         ):
-            raise ended_early(self.call.name, "the model has been changed since")
+            return "the model has been changed since"
+        return None
 
-    def step(self) -> list[GeneratedToken]:
-        """Prefill waiting requests into free rows, and sample the next token of each row, which `emit_tokens` then yields.
+    def step(self) -> None:
+        """Prefill waiting requests into free rows, and sample the next token of each row. Add events to the calls.
 
-        Return the tokens of the prefilled prompts with their log probabilities, if the call scores prompts.
+        A failure that concerns one call ends that call only, and its `error` is the failure.
         """
-        self.check_cache_ownership()
+        self.release_ended()
+        if not self.running and not self.waiting:
+            return
+        if why := self.why_broken():
+            for call in self.calls:
+                call.error = call.error or ended_early(call.call.name, why)
+            return
         self.sync_streams()
         try:
-            if self.running:
+            if self.decoding:
                 self.run_pending_step()
-                if self.call.reuse:
-                    self.prefix_tokens.append(self.sampled[0][0])
-            self.sampled, self.pending_step, prompt_tokens = [], None, []
-            if self.waiting and len(self.running) < self.n_rows:
-                prompt_tokens = self.admit()
-            if self.running:
+                if 0 in self.running and self.running[0].running_call.call.reuse:
+                    self.prefix_tokens.append(self.tokens[0])
+            self.pending_step = None
+            if self.waiting:
+                self.admit()
+            while self.prefills:
+                self.run_prefill_chunk()
+                if self.decoding:  # let no decoding row wait for more than a chunk
+                    break
+            if self.decoding:
                 self.sample()
         finally:
             self.cache.record_version()
-        return prompt_tokens
 
-    def admit(self) -> list[GeneratedToken]:
-        """Prefill waiting requests into the free rows. Return the tokens of their prompts, if the call scores prompts."""
+    @property
+    def decoding(self) -> dict[int, RunningRequest]:
+        """Return the running requests whose prompts have been prefilled, by row."""
+        return {row: each for row, each in self.running.items() if row in self.state.options}
+
+    def fail(self, failure: BaseException) -> None:
+        """End all calls after a failure of a step. The caller of the step raises the failure itself."""
+        for call in self.calls:
+            if not call.ended:
+                why = f"a step of the batch that it shared with other calls has failed ({type(failure).__name__}: {failure})"
+                call.error = ended_early(call.call.name, why)
+                call.error.__cause__ = failure
+
+    def release_ended(self) -> None:
+        """Free the rows of requests that their callers have ended, and forget calls that have ended."""
+        # A prefill that has begun goes on, unless all of its requests have ended.
+        self.prefills = [prefill for prefill in self.prefills if not all(map(self.is_ended, prefill.rows))]
+        prefilling = {row for prefill in self.prefills for row in prefill.rows}
+        for row in [row for row in self.running if self.is_ended(row) and row not in prefilling]:
+            self.release(row)
+        if any(call.ended for call in self.calls):
+            self.calls = [call for call in self.calls if not call.ended]
+            self.waiting = collections.deque(waiting for waiting in self.waiting if not waiting[0].ended)
+
+    def is_ended(self, row: int) -> bool:
+        """Return True if the request in a row needs no more tokens."""
+        running = self.running[row]
+        wants_prompt = running.running_call.call.scores_prompts and row not in self.state.options
+        return running.running_call.ended or bool(running.request.finish_reason and not wants_prompt)
+
+    def release(self, row: int) -> None:
+        """Free a row, because its request has ended."""
+        self.running.pop(row).running_call.n_unfinished -= 1
+        if row in self.state.options:
+            self.state.release(row)
+        next(self.bar, None)
+
+    def resize(self) -> None:
+        """Set the number of rows to what the running and waiting requests need.
+
+        As long as a single call runs, the number stays the same, so that each step uses the same number of random numbers from
+        torch's default generator.
+        """
+        wanted = min(len(self.running) + len(self.waiting), self.model.params.max_batch_size)
+        wanted = max(wanted, *(row + 1 for row in self.running), self.n_rows if len(self.calls) == 1 else 0)
+        if wanted != self.n_rows:
+            self.n_rows = wanted
+            self.state.resize(wanted)
+            if wanted not in self.decoders:
+                if len(self.decoders) >= MAX_DECODERS:
+                    self.decoders.clear()
+                self.decoders[wanted] = self.backend.begin(self.forward, wanted)
+
+    def admit(self) -> None:
+        """Prefill waiting requests into the free rows. Requests that are prefilled in the same way are prefilled together."""
+        self.resize()
         free = [row for row in range(self.n_rows) if row not in self.running]
-        admitted = [(row, self.waiting.popleft()) for row in free[: len(self.waiting)]]
-        scored = self.call.scores_prompts
-        prefilled = [(row, index) for row, index in admitted if scored or not self.requests[index].finish_reason]
-        prompt_tokens: list[GeneratedToken] = []
-        if prefilled:
-            rows, requests = [row for row, _ in prefilled], [self.requests[index] for _, index in prefilled]
+        groups: dict[tuple[bool, int], list[int]] = {}  # (scored, number of leading tokens to skip) -> rows
+        for row in free[: len(self.waiting)]:
+            running_call, index = self.waiting.popleft()
+            request = running_call.call.requests[index]
+            self.running[row] = RunningRequest(running_call, index, request)
+            scored = running_call.call.scores_prompts
+            if not scored and request.finish_reason:
+                continue
+            start = 0
+            if row == 0:
+                # Leave out the last prompt token: the prefill must compute the logits of this token.
+                if running_call.call.reuse:
+                    start = request.num_reused_tokens = common_prefix_length(self.kept_tokens, request.prompt[:-1])
+                self.kept_tokens = []
+                self.prefix_tokens[:] = request.prompt[:start]
+            groups.setdefault((scored, start), []).append(row)
+        max_tokens = tuning.PREFILL_CHUNK_BESIDE_DECODING if self.decoding else tuning.PREFILL_CHUNK
+        for (scored, start), rows in groups.items():
+            requests = [self.running[row].request for row in rows]
             self.zero_nonfinite_rows(rows, self.state.logits[rows].amax(-1).tolist())
-            hidden, logprobs = prefill(self.forward, rows, requests, len(self.prefix_tokens), scored, quiet=self.shows_progress)
-            self.state.admit(rows, requests, self.forward.logits(hidden))
-            if self.call.reuse:
-                self.prefix_tokens[:] = requests[0].prompt
-            for (_, index), values in zip(prefilled, logprobs, strict=True):
-                if not all(map(is_valid_logprob, values)):
-                    self.reset_cache()
-                request = self.requests[index]
-                check_logprobs(self.model, values, request.label)
-                prompt_tokens += [GeneratedToken(index, *pair) for pair in zip(request.prompt, values, strict=False)]
-        for row, index in admitted:
-            self.running[row] = index
-            self.release_if_finished(row)
-        return prompt_tokens
+            self.prefills.append(Prefill(self.forward, rows, requests, start, scored, max_tokens, self.shows_progress))
+        for row in free:
+            if (
+                row in self.running
+                and self.running[row].request.finish_reason
+                and not any(row in p.rows for p in self.prefills)
+            ):
+                self.release(row)
+
+    def run_prefill_chunk(self) -> None:
+        """Run a chunk of the first prefill. After its last chunk, its requests begin to decode."""
+        prefill = self.prefills[0]
+        prefill.run_chunk()
+        if not prefill.finished:
+            # A decode step computes all rows. What it writes for these rows, at these positions, the next chunk overwrites.
+            for row, position in prefill.done.items():
+                self.state.hold(row, position)
+            return
+        del self.prefills[0]
+        admitted = [self.running[row] for row in prefill.rows]
+        requests = [each.request for each in admitted]
+        options = [each.running_call.options for each in admitted]
+        self.state.admit(prefill.rows, requests, options, self.forward.logits(prefill.last_hidden))
+        if prefill.rows[0] == 0 and admitted[0].running_call.call.reuse:
+            self.prefix_tokens[:] = requests[0].prompt
+        for row, each, values in zip(prefill.rows, admitted, prefill.logprobs, strict=True):
+            try:
+                check_logprobs(self.model, values, each.request.label)
+            except LlamaError as e:
+                self.fail_row(row, e)
+                continue
+            tokens = (GeneratedToken(each.index, *pair) for pair in zip(each.request.prompt, values, strict=False))
+            each.running_call.events += [Event(token, each.index, in_prompt=True) for token in tokens]
+        for row in prefill.rows:
+            if self.is_ended(row):
+                self.release(row)
 
     def sample(self) -> None:
-        """Sample a token for each row.
+        """Sample a token for each row, and report the tokens.
 
         On CUDA, launch the next decode step before the host reads the sampled tokens. When the host reads that an answer has
         ended, its row is therefore already in the next step.
         """
-        state, running = self.state, {row: self.requests[index] for row, index in self.running.items()}
-        positions_host = [
-            len(running[row].prompt) + running[row].num_new_tokens if row in running else 0 for row in range(self.n_rows)
-        ]
+        state, decoding = self.state, self.decoding
+        held = {row: position for prefill in self.prefills for row, position in prefill.done.items()}
+        positions_host = [decoding[row].position if row in decoding else held.get(row, 0) for row in range(self.n_rows)]
         tokens, largest = state.sample()
-        logprobs = [token_logprobs(state.logits, tokens)] if self.call.logprobs else []
-        to_host = async_copy.async_to_host(tokens, largest, *logprobs)
+        wants_logprobs = any(each.running_call.call.logprobs for each in decoding.values())
+        to_host = async_copy.async_to_host(tokens, largest, *([token_logprobs(state.logits, tokens)] if wants_logprobs else []))
         self.pending_step = tokens, state.positions, positions_host
-        goes_on = any(r.num_new_tokens + 1 < r.max_new_tokens for r in running.values())
+        goes_on = any(each.num_generated + 1 < each.request.max_new_tokens for each in decoding.values())
         if async_copy.supports_async(tokens.device) and goes_on:
             self.run_pending_step()
         state.advance()
-        self.sampled = to_host()
+        self.tokens, largest_logits, *logprobs = to_host()
         free = [row for row in range(self.n_rows) if row not in self.running]
-        self.zero_nonfinite_rows(free, [self.sampled[1][row] for row in free])
-        for row, index in sorted(self.running.items()):
-            if not math.isfinite(self.sampled[1][row]):
-                request = self.requests[index]
-                self.reset_cache()
-                raise nonfinite_logits_error(self.model, request, len(request.prompt) + request.num_new_tokens)
+        self.zero_nonfinite_rows(free, [largest_logits[row] for row in free])
+        for row, each in sorted(decoding.items()):
+            if not math.isfinite(largest_logits[row]):
+                self.fail_row(row, nonfinite_logits_error(self.model, each.request, each.num_generated, each.position))
+        for row, each in sorted(decoding.items()):
+            if each.running_call.ended:
+                continue
+            call, events = each.running_call.call, each.running_call.events
+            if self.tokens[row] == call.stop_token:
+                events.append(Event(None, each.index, finish_reason="stop"))
+                self.release(row)
+                continue
+            each.num_generated += 1
+            logprob = logprobs[0][row] if call.logprobs else None
+            events.append(Event(GeneratedToken(each.index, self.tokens[row], logprob), each.index))
+            if each.num_generated == each.request.max_new_tokens:
+                self.release(row)
 
     def run_pending_step(self) -> None:
         """Decode the sampled tokens to get the next logits, unless this decode step has already been launched."""
         if self.pending_step is not None:
-            self.cache.logits = self.state.logits = self.decode(*self.pending_step)
+            self.cache.logits = self.state.logits = self.decoders[self.n_rows](*self.pending_step)
             self.pending_step = None
 
-    def emit_tokens(self) -> Iterator[GeneratedToken]:
-        """Yield the sampled tokens, row by row. A consumer sets the `finish_reason` of a request to end its answer."""
-        tokens, _, *logprobs = self.sampled or ([], [])
-        for row, index in sorted(self.running.items()):
-            request = self.requests[index]
-            if tokens[row] == self.call.stop_token:
-                request.finish_reason = "stop"
-            else:
-                request.num_new_tokens += 1
-                yield GeneratedToken(index, tokens[row], logprobs[0][row] if logprobs else None)
-                if request.num_new_tokens == request.max_new_tokens and not request.finish_reason:
-                    request.finish_reason = "length"
-            self.release_if_finished(row)
+    def fail_row(self, row: int, error: LlamaError) -> None:
+        """End the call whose request is in a row, and zero the row, since NaN there would make later results NaN."""
+        call = self.running[row].running_call
+        call.error = call.error or error
+        self.cache.data[:, :, row].zero_()
+        if row == 0:
+            self.prefix_tokens.clear()
 
     def zero_nonfinite_rows(self, rows: list[int], largest: list[float]) -> None:
         """Zero the cache of rows whose largest logit is not finite.
@@ -193,13 +372,19 @@ class Scheduler:
             if not math.isfinite(logit):
                 self.cache.data[:, :, row].zero_()
 
-    def reset_cache(self) -> None:
-        """Zero the whole cache, since NaN in the cache would make results of the next call NaN."""
-        self.cache.data.zero_()
-        self.cache.prefix_tokens = None
 
-    def release_if_finished(self, row: int) -> None:
-        """Free a row if its request has ended."""
-        if self.requests[self.running[row]].finish_reason:
-            del self.running[row]
-            next(self.bar, None)
+def take_event(request: Request, event: Event) -> Iterator[GeneratedToken]:
+    """Yield the token of an event, and set the request's progress and finish reason as its caller sees them.
+
+    The caller may set `finish_reason`, after which further tokens of the request are dropped.
+    """
+    if event.in_prompt and event.token:
+        yield event.token
+    elif not request.finish_reason:
+        if event.token is None:
+            request.finish_reason = event.finish_reason
+            return
+        request.num_new_tokens += 1
+        yield event.token
+        if request.num_new_tokens == request.max_new_tokens and not request.finish_reason:
+            request.finish_reason = "length"

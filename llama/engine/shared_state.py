@@ -2,7 +2,9 @@
 
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -26,18 +28,36 @@ def ended_early(name: str, why: str) -> InputError:
 
 
 class SharedState:
-    """The lock of a model, its KV cache (None until allocated), and the call that owns the cache."""
+    """What the threads that use one model share.
+
+    lock: held while the model computes. cache: the KV cache; None until allocated. owner: the call that owns the cache.
+    scheduler: returns the scheduler that runs calls, or None.
+    mutex: guards stepping_thread, the thread that runs a step of the scheduler or None, and waiters, the threads that wait for
+    the end of a step, each with its call or None.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.cache: KVCache | None = None
         self.owner: CacheOwner | None = None
+        self.scheduler: Callable[[], Any] = lambda: None
+        self.mutex = threading.Lock()
+        self.stepping_thread: int | None = None
+        self.waiters: dict[threading.Condition, Any] = {}
 
-    def check_owner(self, owner: CacheOwner) -> None:
-        """Raise InputError if a call has taken the cache from `owner`."""
-        if self.owner is not owner:
-            taken_by = self.owner.name if self.owner else "another call"
-            raise ended_early(owner.name, f"{taken_by} has been called since, and has overwritten the model's KV cache")
+    def wake_waiters(self) -> None:
+        """Wake the threads whose calls have events or have ended, and one more, which runs the next step if nobody does."""
+        ready = [waiter for waiter, call in self.waiters.items() if call and (call.events or call.ended)]
+        others = [waiter for waiter in self.waiters if waiter not in ready]
+        for waiter in [*ready, *others[:1]]:
+            waiter.notify()
+
+    def why_not_owner(self, owner: CacheOwner) -> str | None:
+        """Return a text that says which call has taken the cache from `owner`; None if none has."""
+        if self.owner is owner:
+            return None
+        taken_by = self.owner.name if self.owner else "another call"
+        return f"{taken_by} has been called since, and has overwritten the model's KV cache"
 
 
 _BY_MODEL: weakref.WeakKeyDictionary[nn.Module, SharedState] = weakref.WeakKeyDictionary()
