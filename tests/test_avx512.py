@@ -274,7 +274,7 @@ def test_the_engine_works_without_extensions_and_with_broken_extension_files(
 ) -> None:
     (tmp_path / "_any.so").write_bytes(content)
     spec = SimpleNamespace(origin=str(tmp_path / "_any.so")) if content else None
-    monkeypatch.setattr(c_extension.importlib.util, "find_spec", lambda *args: spec)
+    monkeypatch.setattr(c_extension, "PathFinder", SimpleNamespace(find_spec=lambda *args: spec))
     for module in (avx512, avx2, pack):
         status = module.status.__wrapped__()  # calls the function without its functools cache
         assert status.extension is None and status.reason
