@@ -191,6 +191,21 @@ def test_numbers_that_are_not_finite_end_their_own_call_only(
     assert [llama.generate([prompt], 8, temperature=0)[0][0] for prompt in SINGLE[:3]] == want
 
 
+def test_a_stream_may_be_garbage_collected_in_a_thread_that_changes_who_steps(llama: Llama) -> None:
+    """Close a stream while this thread holds the mutex, as the garbage collector may do at any allocation."""
+    stream = llama.generate_stream(SINGLE[:1], 6, temperature=0)
+    next(stream)
+
+    def close_while_held() -> None:
+        with llama.engine.shared.mutex:
+            stream.close()  # type: ignore[attr-defined]
+
+    thread = threading.Thread(target=close_while_held, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
 def test_a_failed_step_raises_in_the_thread_that_ran_it_and_ends_the_other_calls_with_its_cause(
     llama: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,7 +41,8 @@ class SharedState:
         self.cache: KVCache | None = None
         self.owner: CacheOwner | None = None
         self.scheduler: Callable[[], Any] = lambda: None
-        self.mutex = threading.Lock()
+        # Reentrant: the garbage collector may close a stream, which takes the mutex, in a thread that holds it.
+        self.mutex = threading.RLock()
         self.stepping_thread: int | None = None
         self.waiters: dict[threading.Condition, Any] = {}
 
