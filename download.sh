@@ -85,16 +85,16 @@ check_link() { # split $url at its * into $before and $after; error messages nev
   for part in Policy Signature Key-Pair-Id; do
     case $url in
       *[?\&]"$part"=[!\&]*) ;;
-      *) die "the link is cut off, it has no '$part=...': copy the whole link from Meta's email, and in a command put it" \
+      *) die "the link is cut off ('$part=...' is missing): copy the whole link from Meta's email; in a command, put it" \
         "in single quotes, because a shell ends it at the first '&'" ;;
     esac
   done
 }
 
-expand_home() { # replace the ~ at the start of $folder by the home folder; a shell does so only outside quotes and after a blank
+expand_home() { # replace a leading ~ of $folder by the home folder, since a shell leaves it in quotes and after =
   case $folder in
-    \~ | \~/*) folder=${HOME:?"is not set: give --dir a whole path"}${folder#\~} ;;
-    \~*) die "the folder '$folder' begins with ~, which stands for your own home folder only: give the whole path," \
+    \~ | \~/*) folder=${HOME:?"is not set: give --dir an absolute path"}${folder#\~} ;;
+    \~*) die "the folder '$folder' begins with ~, which stands for your own home folder only: give an absolute path," \
       "or './$folder' for a folder of that name" ;;
   esac
 }

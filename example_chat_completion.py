@@ -28,7 +28,7 @@ def main(
     """Print the model's answers to five dialogs, and the refusal of a sixth dialog.
 
     ckpt_dir: folder with consolidated.NN.pth and params.json; default: the bundled demo model.
-    tokenizer_path: Meta's tokenizer.model; default: the one in ckpt_dir or beside it.
+    tokenizer_path: Meta's tokenizer.model; default: the one in ckpt_dir or its parent folder.
     temperature: 0 always chooses the likeliest token.
     top_p: share of the probability that sampling keeps, from the likeliest token on.
     max_seq_len: context length: maximum number of tokens of a dialog with its answer.

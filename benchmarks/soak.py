@@ -391,7 +391,7 @@ def main(argv: list[str] | None = None) -> int:
         "--formats", default="stored,int8,int4", help="formats of the weights, one model for each; default: all"
     )
     parser.add_argument("--ckpt_dir", help="default: the demo model")
-    parser.add_argument("--tokenizer_path", help="default: the tokenizer.model in the folder or beside it")
+    parser.add_argument("--tokenizer_path", help="default: tokenizer.model in the folder or its parent folder")
     parser.add_argument("--seed", type=int, default=0, help="seed of the requests; default: 0")
     parser.add_argument("--only", default="", help="send only these types of request, as in turns,scores")
     parser.add_argument("--without", default="", help="types of request to leave out")

@@ -150,7 +150,7 @@ _REMEDIES = {
     errno.ENFILE: "end other programs",
     errno.EIO: "check the disk or the network, and try again",
     errno.EACCES: "let this user read it",
-    errno.ENOENT: "a broken link, or deleted by now",
+    errno.ENOENT: "the link is broken, or the file was deleted: fetch it again",
 }
 
 

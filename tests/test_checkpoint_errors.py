@@ -455,9 +455,9 @@ def test_a_tokenizer_with_another_vocabulary_size_raises(
     path = train_tokenizer(tmp_path / TOKENIZER, 400)
     for folder in (small.folder, halves):
         assert_build_raises(
-            folder, EMBEDDING, "(384, ", "tokenizer has 400 pieces", "model's own tokenizer.model", tokenizer_path=path
+            folder, EMBEDDING, "(384, ", "tokenizer has 400 tokens", "model's own tokenizer.model", tokenizer_path=path
         )
-    with pytest.raises(CheckpointError, match=r"vocabulary of 384, .* 400 pieces"):
+    with pytest.raises(CheckpointError, match=r"vocabulary of 384, .* 400 tokens"):
         Llama(llama.model, Tokenizer(path))
 
 

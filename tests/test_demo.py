@@ -64,7 +64,11 @@ def test_the_demo_checkpoint_is_small_bfloat16_and_matches_its_checklist() -> No
     assert params["vocab_size"] == -1 and params["n_kv_heads"] < params["n_heads"]
     checksums = dict(reversed(line.split()) for line in (MODEL / "checklist.chk").read_text().splitlines())
     assert checksums == {f: hashlib.md5((MODEL / f).read_bytes()).hexdigest() for f in ("consolidated.00.pth", "params.json")}
-    files = [f for f in DEMO.rglob("*") if f.is_file() and f.suffix != ".pyc" and DEMO / "trained" not in f.parents]
+    files = [
+        f
+        for f in DEMO.rglob("*")
+        if f.is_file() and f.suffix not in (".pyc", ".safetensors") and DEMO / "trained" not in f.parents
+    ]
     assert sum(f.stat().st_size for f in files) < 5_000_000
 
 

@@ -41,7 +41,7 @@ def test_hyphens_and_underscores_are_equal_in_flags_and_other_arguments_are_unch
         (["--xyz"], "unknown flag --xyz; --help lists all flags"),
         (["--ckpt_dir"], "--ckpt_dir needs a value"),
         (["--ckpt_dir", "--compile"], "--ckpt_dir needs a value"),
-        ([" --ckpt_dir", "X"], "' --ckpt_dir' begins with a blank: a backslash"),
+        ([" --ckpt_dir", "X"], "' --ckpt_dir' begins with a blank; a backslash"),
         (["\n--ckpt-dir=X"], "begins with a blank"),
         (["–ckpt_dir", "X"], "begins with a dash that is not a hyphen; write --ckpt_dir"),
         (["—temperature=0"], "begins with a dash that is not a hyphen; write --temperature"),

@@ -32,12 +32,12 @@ def write(folder: Path, **files: str) -> Path:
         ("file", "a file, not a folder"),
         ("meta-llama/Llama-2-7b-chat", "if this is a repository on Hugging Face, download its files, and give their folder"),
         ("hugging face", "the folder is in Hugging Face layout"),
-        ("llama 3", "is of Llama 3; this library runs Llama 2"),
+        ("llama 3", "is of Llama 3; supported are Llama 2"),
         ("llama 3.1 below", "give one of them as ckpt_dir: original"),
         ("no tokenizer", "no tokenizer.model in it or in its parent folder; give its path as tokenizer_path"),
     ],
 )
-def test_a_wrong_ckpt_dir_without_a_tokenizer_is_told_what_is_wrong(
+def test_a_wrong_ckpt_dir_without_a_tokenizer_is_explained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], case: str, error: str, through: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -443,7 +443,7 @@ def test_empty_standard_input_is_refused_and_a_byte_order_mark_is_skipped(monkey
         ('{"prompt": "a", "messages": []}\n', "it must be"),
         ('{"prompt": 5}\n', "line 1: its prompt is 5 (int); it must be a string"),
         ('{"prompt": "\\ud800"}\n', "line 1: it holds a lone surrogate"),
-        ('{"prompt": "a", "id": "caf\udce9"}\n', "line 1: it holds a lone surrogate"),  # bytes that are not UTF-8
+        ('{"prompt": "a", "id": "caf\udce9"}\n', "line 1: byte 0xe9 is not UTF-8"),
         ('{"prompt": "a", "id": {"n": 1, "n": 2}}\n', "line 1: the key 'n' occurs twice in an object"),
         ('{"prompt": "a", "x": NaN}\n', "line 1: the number NaN is not finite, so it is not JSON"),
         ('{"prompt": "a", "x": -1e999}\n', "line 1: the number -1e999 is not finite"),

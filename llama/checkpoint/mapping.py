@@ -22,8 +22,8 @@ _CANNOT_MAP = {errno.ENODEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno
 def map_file(path: Path, f: BinaryIO) -> ReadBytes:
     """Map a file privately, and return a function that returns parts of it. f: the same file, opened for reading.
 
-    If the file cannot be mapped, the function reads each part once and keeps it in memory, which a line on stderr says. It can
-    then be called only while `f` is open. Raises RuntimeError if there is no address space for the file.
+    If the file cannot be mapped, print so on stderr; the function then reads each part once, keeps it in memory, and works only
+    while `f` is open. Raises RuntimeError if there is no address space for the file.
     """
     try:
         mapped = torch.UntypedStorage.from_file(str(path), False, f.seek(0, 2))

@@ -62,7 +62,7 @@ def read_params(ckpt_dir: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path}: contains {describe(params)}, not an object of names and values; fetch it again")
     if "use_scaled_rope" in params or params.get("vocab_size") == LLAMA_3_VOCAB_SIZE:
         raise CheckpointError(
-            f"{path} is of Llama 3; this library runs Llama 2 and Code Llama: give the folder of one of these"
+            f"{path} is of Llama 3; supported are Llama 2, Code Llama and LLaMA 1: give the folder of one of these"
         )
     params = {k: v for k, v in params.items() if not (v is None and k in _OPTIONAL_PARAMS)}
     for key, value in params.items():

@@ -24,7 +24,7 @@ def resolve_model_paths(
     """
     if ckpt_dir is not None:
         if tokenizer_path is None:
-            read_params(ckpt_dir)  # a wrong folder must not be told that its tokenizer is missing
+            read_params(ckpt_dir)  # first, so that a wrong folder is not reported as a missing tokenizer
             tokenizer_path = find_tokenizer(ckpt_dir)
         return str(ckpt_dir), str(tokenizer_path)
     if tokenizer_path is not None:

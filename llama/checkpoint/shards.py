@@ -106,7 +106,7 @@ def open_shards(ckpt_dir: str | os.PathLike[str], values: bool = True) -> Shards
 
 
 def _check_names(folder: Path, names: list[str]) -> None:
-    """Raise CheckpointError if Meta's names have a gap, and if the sorted names are not in the order of their numbers."""
+    """Raise CheckpointError if Meta's names have a gap, or if sorting by name does not sort by number."""
     numbers = [int(m[1]) for name in names if (m := re.fullmatch(r"consolidated\.([0-9]{2})\.pth", name))]
     missing = [f"consolidated.{i:02d}.pth" for i in range(max(numbers, default=0)) if i not in numbers]
     if missing and len(numbers) == len(names):
@@ -118,7 +118,7 @@ def _check_names(folder: Path, names: list[str]) -> None:
         kind, name_numbers = re.sub(r"[0-9]+", "#", name), [int(digits) for digits in re.findall(r"[0-9]+", name)]
         if numbers_before.get(kind, []) > name_numbers:
             raise CheckpointError(
-                f"{folder}: shards are read in the order of their names, in which {name} comes after higher numbers; "
+                f"{folder}: shards are read in the order of their names, which puts {name} after a higher number; "
                 "rename them with numbers of equal length, as in consolidated.00.pth"
             )
         numbers_before[kind] = name_numbers

@@ -69,9 +69,9 @@ def check_vocabulary(vocab_size: int, n_words: int, finding: str) -> None:
     n_words: number of the tokenizer's tokens. finding: text about the model, with which the error begins.
     """
     if not n_words <= vocab_size <= n_words + MAX_SPARE_ROWS:
-        limit = f" (at most {MAX_SPARE_ROWS:,} more rows may be spare)" if vocab_size > n_words else ""
+        limit = f" (the model may have at most {MAX_SPARE_ROWS:,} more)" if vocab_size > n_words else ""
         raise CheckpointError(
-            f"{finding}, but the tokenizer has {n_words} pieces{limit}: another model's tokenizer; "
+            f"{finding}, but the tokenizer has {n_words} tokens{limit}: another model's tokenizer; "
             "use the model's own tokenizer.model"
         )
 
@@ -81,8 +81,8 @@ def describe_spare_rows(vocab_size: int, n_words: int) -> str | None:
     if vocab_size == n_words:
         return None
     return (
-        f"llama: the model has rows for {vocab_size:,} tokens, and the tokenizer {n_words:,} pieces: "
-        f"tokens from {n_words:,} on are never generated, and have no probability"
+        f"llama: the vocabulary has {vocab_size:,} tokens, the tokenizer only {n_words:,}: "
+        f"tokens from {n_words:,} on are never generated"
     )
 
 

@@ -198,7 +198,7 @@ def _read(conversation: Conversation, text: str) -> Answer:
         name, question = _split_file_name(text)
         content = _read_text(name).strip("\n")
         if not content.strip():
-            raise InputError(f"{name} contains no text")
+            raise InputError(f"{name} contains no text; give another file")
         return f"{content}\n\n{question}" if question else content
 
     _file_name(text, "/read notes.txt, or /read notes.txt What is this about?")
@@ -231,7 +231,7 @@ def _read_text(name: str) -> str:
     if path.exists() and not path.is_file():  # a named pipe would wait until a program writes to it
         raise InputError(f"{name} is a folder or a device, not a file")
     if (size := path.stat().st_size) > MAX_FILE_BYTES:
-        raise InputError(f"{name} has {size:,} bytes; a file may have {MAX_FILE_BYTES:,}")
+        raise InputError(f"{name} has {size:,} bytes, and a file may have {MAX_FILE_BYTES:,}; give a shorter file")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
@@ -241,7 +241,7 @@ def _read_text(name: str) -> str:
 def _on_rank0(work: Callable[[], T], failed: str) -> T:
     """Run work on a file on rank 0 only, and return its result. If it fails, raise InputError with the reason on all ranks.
 
-    failed: what an error of the operating system says first.
+    failed: the beginning of the message if the operating system reports an error; its reason follows.
     """
 
     def outcome() -> tuple[T | None, str | None]:

@@ -77,7 +77,7 @@ def count_tokens(llama: Llama, record: Record) -> int:
 
 
 def read_texts(prompts: list[str]) -> tuple[list[Record], list[str]]:
-    """Return a record for each prompt, and a label for each that errors use. Without prompts, standard input is the prompt."""
+    """Return a record for each prompt, and a label for each, for errors. Without prompts, standard input is the prompt."""
     labels = [f"prompt {i}" for i in range(len(prompts))]
     if not prompts:
         _prepare_stdin()
@@ -90,7 +90,7 @@ def read_texts(prompts: list[str]) -> tuple[list[Record], list[str]]:
 
 
 def read_json_lines(names: list[str], option_names: list[str]) -> tuple[list[Record], list[str]]:
-    """Read files of JSON lines; "-" is standard input. Return the object of each line, and a label for each that errors use.
+    """Read files of JSON lines; "-" is standard input. Return the object of each line, and a label for each, for errors.
 
     Each line is an object with a "prompt" or with "messages". All lines have the same of the two. option_names: keys that are
     refused, because options apply to all lines.
@@ -118,6 +118,12 @@ def read_json_lines(names: list[str], option_names: list[str]) -> tuple[list[Rec
     return records, labels
 
 
+def check_utf8(line: str) -> None:
+    """Raise InputError if a line, read with surrogateescape, contains bytes that are not UTF-8."""
+    if byte := next((ord(char) & 0xFF for char in line if 0xDC80 <= ord(char) <= 0xDCFF), 0):
+        raise InputError(f"byte {byte:#x} is not UTF-8; convert the file to UTF-8")
+
+
 def parse_json_line(line: str, where: str, option_names: list[str]) -> Record:
     """Return the object of a JSON line. Raise InputError, which names the line, for anything that cannot be answered."""
     try:
@@ -125,7 +131,7 @@ def parse_json_line(line: str, where: str, option_names: list[str]) -> Record:
             line.rstrip(), object_pairs_hook=_unique_keys, parse_constant=_refuse_number, parse_float=_finite_number
         )
         if isinstance(record, dict):
-            check_text(line, "it")  # for bytes that are not UTF-8
+            check_utf8(line)
             check_text(json.dumps(record, ensure_ascii=False), "it")  # for escapes such as \ud800
     except InputError as e:
         raise InputError(f"{where}: {e}") from None

@@ -1,4 +1,4 @@
-"""Check the flags of a program before anything is loaded: unknown flags, flags without a value, and flags that are no flags."""
+"""Check the flags of a program before anything is loaded: unknown flags, missing values, blanks and wrong dashes."""
 
 import difflib
 import re
@@ -26,7 +26,7 @@ def normalize_flags(arguments: Sequence[str], known: Collection[str], with_value
         name = name.replace("-", "_")
         if (blank or dashes.strip("-")) and name in known:
             if blank:
-                problem = "begins with a blank: a backslash that continues a command must be the last character of its line"
+                problem = "begins with a blank; a backslash continues a command only at the very end of a line"
             else:
                 problem = "begins with a dash that is not a hyphen"
             raise InputError(f"{argument!r} {problem}; write --{name}, or -- before arguments that are not flags")

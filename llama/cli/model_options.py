@@ -19,7 +19,7 @@ def model_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--ckpt_dir", metavar="DIR", help="folder with consolidated.NN.pth and params.json; default: the demo model"
     )
-    model.add_argument("--tokenizer_path", metavar="FILE", help="Meta's tokenizer.model; default: the one in DIR or beside it")
+    model.add_argument("--tokenizer_path", metavar="FILE", help="default: tokenizer.model in DIR or its parent folder")
     model.add_argument(
         "--max_seq_len", type=int, default=512, metavar="N", help="context length in tokens; default: 512, for chat 4096"
     )

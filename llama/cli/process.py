@@ -34,8 +34,8 @@ def open_missing_streams() -> None:
 def exit_code(work: Callable[[], None], flags: Collection[str] = ()) -> int:
     """Do the work of a program, and return its exit code: 0 after success, 1 after an error, 130 after Ctrl-C.
 
-    An error is reported in one line on standard error. flags: the names of the program's flags, which the error may contain as
-    names of arguments. Characters that the encoding of standard output lacks are printed as question marks.
+    An error is reported in one line on standard error. flags: the names of the program's flags; in errors, arguments of these
+    names are written as flags. Characters that the encoding of standard output lacks are printed as question marks.
     """
     # After `import llama` of `python -m llama`, Ctrl-C would end the process at once; from now on `finally` blocks shall run.
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:

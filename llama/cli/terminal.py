@@ -62,8 +62,8 @@ class Terminal:
         self.original: list[Any] | None = None
         self.at_prompt: list[Any] | None = None
         self.in_answer: list[Any] | None = None
-        # True if lines that are typed during an answer are read during it: only GNU readline takes keys that were typed before,
-        # and under torchrun Ctrl-C is one of the keys.
+        # True if lines typed during an answer are read during it. GNU readline needs no such reading, except under torchrun,
+        # where Ctrl-C arrives as a character.
         self.reads_ahead = False
         self.typed_ahead: list[str] = []  # complete lines that were read ahead
 
@@ -89,9 +89,8 @@ class Terminal:
     def _take_over_terminal(self) -> None:
         """Hide what is typed from now on. If another process controls the terminal, set it to deliver Ctrl-C as a character."""
         try:
-            if (
-                os.tcgetpgrp(0) != os.getpgrp()
-            ):  # in the background: the settings are the shell's until this job has the terminal
+            # In the background the settings are the shell's: wait until this job has the terminal.
+            if os.tcgetpgrp(0) != os.getpgrp():
                 os.kill(os.getpid(), signal.SIGTTIN)
             controls_terminal = True
         except OSError:

@@ -16,11 +16,11 @@ class UserInput:
     """A text that a user has sent."""
 
     text: str
-    may_be_command: bool = False  # False for text that was pasted, quoted or piped: it is a message, whatever it begins with
+    may_be_command: bool = False  # False for a paste of several lines, and for quoted or piped text: always a message
 
     @property
     def as_typed(self) -> str:
-        """Return a line that is this input again if the history brings it back; "" for a command of several lines."""
+        """Return this input as a history entry that can be sent again; "" for a command of several lines."""
         if "\n" in self.text:
             return "" if self.may_be_command and self.text.startswith("/") else self.text
         return self.text if self.may_be_command else f"{QUOTES}{self.text}{QUOTES}"

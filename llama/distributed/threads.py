@@ -26,7 +26,7 @@ def chosen_by_user() -> bool:
 
 
 def allowed_threads(root: Path = cgroups.ROOT) -> tuple[int, str]:
-    """Return the number of threads that this rank should use on the CPU, and the reason if they are fewer than now.
+    """Return the number of threads that this rank should use on the CPU, and why it is lower than now ("" if it is not).
 
     The number is the CPU quota, divided by the ranks on this machine and rounded up, unless the user has chosen another or
     PyTorch uses fewer threads.

@@ -13,9 +13,8 @@ try:
 except ImportError:  # Windows has no such limits
     resource = None  # type: ignore[assignment]
 
-# Limits of one process: the name in `resource`, the current value in /proc/self/status, and how a user sets the limit. Private
-# mappings of files count towards both. The last number is what a thread takes, in bytes: its stack, and the heap that glibc
-# reserves for it.
+# Limits of one process: the name in `resource`, the current value in /proc/self/status, how a user sets the limit, and the
+# bytes that each thread takes, for its stack and the heap that glibc reserves for it. Private mappings of files count, too.
 PROCESS_LIMITS = (("RLIMIT_AS", "VmSize", "ulimit -v", 72 << 20), ("RLIMIT_DATA", "VmData", "ulimit -d", 16 << 20))
 PROCESS_OVERHEAD = 160 << 20  # bytes that PyTorch and glibc map besides a model and threads, as buffers and parts of chunks
 
@@ -23,9 +22,9 @@ PROCESS_OVERHEAD = 160 << 20  # bytes that PyTorch and glibc map besides a model
 class FreeMemory(NamedTuple):
     """The memory that a rank may still allocate.
 
-    bytes: if some weights stay in the memory-mapped checkpoint, as the caller expects.
-    if_copied: the same if no weight stays there; None if that is `bytes`.
-    limit: what sets the limit, for errors; "" if it is the memory of the machine or of the device.
+    bytes: the free memory, if the weights that can stay in the memory-mapped checkpoint do so.
+    if_copied: the free memory if all weights are copied; None if it is the same.
+    limit: what sets the limit, for errors; "" for the memory of the machine or of the device.
     """
 
     bytes: int
