@@ -255,8 +255,8 @@ def test_environment_variables_replace_options_and_options_override_them(downloa
         ("{}/* ?" + SECRET, "7B", "blank"),
         ("{}/*?Policy=" + SECRET, "7B", "cut off ('Signature=...' is missing)"),  # a shell ends the link at the first &
         ("{}/*?Policy=a&Signature=" + SECRET, "7B", "cut off ('Key-Pair-Id=...' is missing)"),
-        ("{}/*?Policy=&Key-Pair-Id=b&Signature=" + SECRET, "7B", "cut off, it has no 'Policy=...'"),
-        ("https://download.llamameta.net/*?x=" + SECRET, "7B", "cut off, it has no 'Policy=...': copy the whole link"),
+        ("{}/*?Policy=&Key-Pair-Id=b&Signature=" + SECRET, "7B", "cut off ('Policy=...' is missing)"),
+        ("https://download.llamameta.net/*?x=" + SECRET, "7B", "cut off ('Policy=...' is missing): copy the whole link"),
         ("{}/*?" + SECRET, "7B,8B", "unknown model '8B'"),
         ("{}/*?" + SECRET, "*", "more than names"),
         ("{}/*?" + SECRET, "{}/*?" + SECRET, "more than names"),
