@@ -65,18 +65,20 @@ def malloc_trim() -> None:
 
 
 WILLNEED, DONTNEED = 3, 4  # values of the argument `advice` of `madvise`
-_HUGEPAGE, _POPULATE_READ = 14, 22  # more values, for Linux only
+_RANDOM, _HUGEPAGE, _POPULATE_READ = 1, 14, 22  # more values, for Linux only
 
 
-def madvise(view: torch.Tensor, advice: int) -> None:
+def madvise(view: torch.Tensor, advice: int) -> int:
     """Advise the system to read a memory-mapped tensor's pages ahead (WILLNEED) or to unmap them from this process (DONTNEED).
 
     Pages of a shard that have been read count as memory of this process until the last tensor of the shard is freed. Without
     DONTNEED, loading would therefore need twice the memory. After DONTNEED, the pages remain only in the system's page cache.
+    Returns 0, or another number if the system refuses.
     """
-    if _libc() is not None and view.numel():
-        begin, end = _page_range(view)
-        _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
+    if _libc() is None or view.numel() == 0:
+        return 0
+    begin, end = _page_range(view)
+    return int(_libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice))
 
 
 def _page_range(view: torch.Tensor) -> tuple[int, int]:
@@ -89,7 +91,9 @@ def _page_range(view: torch.Tensor) -> tuple[int, int]:
 def read_as_huge_pages(mapped: torch.Tensor) -> None:
     """Make Linux read a memory-mapped file into huge pages, as far as the file is not in the page cache already."""
     if sys.platform == "linux":
-        madvise(mapped, _HUGEPAGE)
+        for advice in (_HUGEPAGE, _RANDOM):  # _RANDOM: without readahead beyond the huge page, which reads into smaller pages
+            if madvise(mapped, advice):
+                break
 
 
 class _ScanArgs(ctypes.Structure):
