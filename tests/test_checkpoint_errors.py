@@ -261,7 +261,7 @@ def test_huge_values_in_params_json_raise_without_taking_time_or_memory(
         (2, {0: FIRST, 1: "model.pth"}, None),
         (2, {0: "consolidated.02.pth", 1: "model.pth"}, None),
         (2, {0: "lora_merged.00.pth", 1: "lora_merged.01.pth"}, None),
-        (2, {0: "a.2.pth", 1: "a.10.pth"}, ("order of their names", "a.2.pth comes after", "numbers of equal length")),
+        (2, {0: "a.2.pth", 1: "a.10.pth"}, ("order of their names", "puts a.2.pth after", "numbers of equal length")),
     ],
 )
 def test_missing_shards_raise_and_are_named(

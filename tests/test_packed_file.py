@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +18,8 @@ import torch
 from llama import CheckpointError, DeviceError, InputError, Llama, ModelArgs, Transformer
 from llama.checkpoint import loading, packed_file
 from llama.cli.main import main
-from llama.kernels import pack, packing
-from llama.kernels.blocked_linear import BlockedLinear
+from llama.kernels import host_memory, pack, packing
+from llama.kernels.blocked_linear import BlockedLinear, extension_for
 from llama.kernels.packed_weight import PackedWeight
 
 from .support import assert_raises, no_extension, write_shards
@@ -376,13 +377,90 @@ def test_errors_shorten_long_values_in_the_header_of_a_packed_file(small: Simple
         assert_raises(build, CheckpointError, part)
 
 
-def test_tensors_of_wide_dtypes_come_first_in_a_packed_file(small: SimpleNamespace) -> None:
-    """Check that tensors are stored from the widest dtype to the narrowest. This order aligns each tensor to its dtype without
-    padding."""
-    with torch.device("meta"):
-        model = Transformer(ModelArgs(**{**small.params, "vocab_size": 384}))
-    sizes = [dtype.itemsize for dtype, _ in packed_file.file_layout(model, torch.bfloat16, "int8").values()]
-    assert sizes == sorted(sizes, reverse=True)
+def test_blocks_in_a_packed_file_are_aligned_and_merged_weights_are_adjacent(int4_folder: Path) -> None:
+    """Check that the blocks of merged weights, and their scales, can be multiplied as one matrix in place."""
+    shards = packed_file.open_packed_file(int4_folder, "int4")
+    assert shards
+    for suffix in ("", ".scale"):
+        for names in (["attention.wq", "attention.wk", "attention.wv"], ["feed_forward.w1", "feed_forward.w3"]):
+            tensors = [shards.first[f"layers.1.{name}.weight{suffix}"] for name in names]
+            assert tensors[0].data_ptr() % 64 == 0
+            for tensor, next_tensor in itertools.pairwise(tensors):
+                assert next_tensor.data_ptr() == tensor.data_ptr() + tensor.nbytes
+
+
+def kernels_in_the_file(model: Transformer, shards: dict[str, dict[str, torch.Tensor]]) -> dict[str, bool]:
+    """Return for each packed weight of a model whether its blocks and scales are the memory of a mapped file."""
+    memory = next(iter(next(iter(shards.values())).values())).untyped_storage().data_ptr()
+    blocks = {name: p.shared.kernel.blocks for name, p in model.named_parameters() if isinstance(p, PackedWeight)}
+    tensors = {name: [t for t in (b.weight, b.scales) if t is not None] for name, b in blocks.items()}
+    return {name: all(t.untyped_storage().data_ptr() == memory for t in parts) for name, parts in tensors.items()}
+
+
+@pytest.mark.skipif(not extension_for("int4"), reason="no kernel reads blocks on this machine")
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("format", ["int8", "int4", "bfloat16"])
+def test_blocks_stay_mapped_only_if_their_pages_are_huge(
+    bf16_folder: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, format: str, in_place: bool
+) -> None:
+    if not extension_for(format):
+        pytest.skip("no kernel reads bfloat16 blocks on this machine")
+    opened = []
+    packed_file.save_packed_file(bf16_folder, format)
+    original = packed_file.open_packed_file
+    monkeypatch.setattr(packed_file, "open_packed_file", lambda *args: opened.append(original(*args)) or opened[-1])
+    monkeypatch.setattr(loading, "map_huge_pages", lambda _: in_place)
+    tokens, quantize = torch.arange(3, 33).view(1, 30), None if format == "bfloat16" else format
+    loaded = build(bf16_folder, small, quantize=quantize)
+    packed_file.packed_file_path(bf16_folder, format).unlink()  # the mapping outlives the file
+    found = kernels_in_the_file(loaded.model, opened[-1])
+    # wk and wv of this model end within a block, so wq, wk and wv are never a view of the file.
+    whole_blocks = {name: mapped for name, mapped in found.items() if not re.search(r"attention\.w[qkv]", name)}
+    assert "layers.1.feed_forward.w3.weight" in found and set(whole_blocks.values()) == {in_place}
+    if format != "bfloat16":  # bfloat16 weights of this size are packed only in a packed file
+        from_shards = build(bf16_folder, small, quantize=quantize)
+        assert torch.equal(loaded.model.forward(tokens, 0), from_shards.model.forward(tokens, 0))
+    loaded.model.layers[0].feed_forward.w3.weight.mul_(2)  # an edit must leave the mapped blocks of w1 as they are
+    assert torch.isfinite(loaded.model.forward(tokens, 0)).all()
+
+
+@pytest.mark.skipif(not extension_for("int4"), reason="no kernel reads blocks on this machine")
+def test_a_packed_file_whose_tensors_are_in_another_order_is_copied(
+    int4_folder: Path, small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Write the tensors in the order of earlier versions: the widest dtypes first, then by name."""
+    path, tokens = int4_folder / "int4.safetensors", torch.arange(3, 33).view(1, 30)
+    expected = build(int4_folder, small).model.forward(tokens, 0)
+    metadata, tensors = packed_file._map_tensors(path)
+    header, end, data = {"__metadata__": metadata}, 0, b""
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        data += bytes(tensor.contiguous().view(torch.uint8).flatten().tolist())
+        dtype = packed_file._DTYPE_CODES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": (end, len(data))}
+        end = len(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    monkeypatch.setattr(loading, "map_huge_pages", lambda _: True)
+    assert torch.equal(build(int4_folder, small).model.forward(tokens, 0), expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
+def test_pages_are_huge_exactly_if_the_system_says_so(tmp_path: Path) -> None:
+    """Write a file in pieces of 2 MB. Whether Linux maps it in huge pages depends on its version and on the file system."""
+    (tmp_path / "file").write_bytes(b"")
+    with (tmp_path / "file").open("ab") as f:
+        for _ in range(4):
+            f.write(bytes(host_memory.HUGE_PAGE))
+    mapped = torch.from_file(str(tmp_path / "file"), size=4 * host_memory.HUGE_PAGE, dtype=torch.uint8)
+    host_memory.read_as_huge_pages(mapped)
+    huge = host_memory.map_huge_pages(mapped)
+    smaps = Path("/proc/self/smaps").read_text().split(str(tmp_path / "file"), 1)[1]
+    sizes = {name: int(size) * 1024 for name, size in re.findall(r"^(\w+): +(\d+) kB", smaps.split("VmFlags")[0], re.M)}
+    assert sizes["Rss"] == mapped.nbytes
+    assert huge == (sizes["FilePmdMapped"] >= mapped.nbytes / 2)
+    small_pages = torch.zeros(1 << 16, dtype=torch.uint8)
+    assert not host_memory.map_huge_pages(small_pages)
 
 
 @pytest.mark.parametrize("weight", ["first", "last"])

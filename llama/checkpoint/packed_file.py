@@ -1,8 +1,8 @@
 """Save packed weights in a file beside the shards, and open that file. Loading it needs no packing or quantizing.
 
 `save_packed_file` writes `bfloat16.safetensors`, `int8.safetensors` or `int4.safetensors` once, in one process. `Llama.build`
-then copies the contents into memory. The file contains the whole model, so it loads on any number of ranks, and the shards may
-be deleted.
+then maps the file into memory, and copies blocks only if they cannot be mapped in huge pages. The file contains the whole
+model, so it loads on any number of ranks, and the shards may be deleted.
 
 The file is in the safetensors format, with Meta's names. The embedding and the norms are stored as in the shards. Every other
 weight (out, in) is stored in blocks (kernels/blocked_linear.py), in which 4 bytes contain n inputs:
@@ -10,6 +10,8 @@ weight (out, in) is stored in blocks (kernels/blocked_linear.py), in which 4 byt
     NAME.weight                    blocks, uint8 (out / 64, in / n, 64, 4)
     NAME.weight.scale (if int8)    scales, bfloat16 (out / 64, groups, 64, 1)
     NAME.weight.scale (if int4)    scales and zeros, bfloat16 (out / 64, groups, 64, 2)
+
+Blocks that are multiplied as one matrix (wq, wk and wv; w1 and w3) lie one after the other, and so do their scales.
 
 The header contains the version of the layout, so that a file of another version is rejected, and a fingerprint of the shards
 from which the file was made. Weights are unpacked on a GPU, on a CPU without a kernel for blocks, and on a rank whose part of a
@@ -96,19 +98,31 @@ def file_layout(model: Transformer, stored_dtype: torch.dtype, format: str) -> F
 
     stored_dtype: the dtype of the embedding and the norms.
     """
-    layout: FileLayout = {}
-    for name, shape in expected_shapes(model).items():
-        weight_format = format_of(name, format)
-        if weight_format is None:
-            layout[name] = stored_dtype, shape
-        else:
-            group = scale_group_size(weight_format, shape[1])
-            weight_shape, scales_shape = BlockedWeight.shapes(weight_format, shape[0], shape[1], group)
-            layout[name] = torch.uint8, weight_shape
+    shapes, layout = expected_shapes(model), FileLayout()
+    for names in _file_groups(model, format):
+        weights: FileLayout = {}
+        for name in names:
+            weight_format = format_of(name, format)
+            if weight_format is None:
+                weights[name] = stored_dtype, shapes[name]
+                continue
+            out_features, in_features = shapes[name]
+            group = scale_group_size(weight_format, in_features)
+            weight_shape, scales_shape = BlockedWeight.shapes(weight_format, out_features, in_features, group)
+            weights[name] = torch.uint8, weight_shape
             if scales_shape:
                 layout[f"{name}.scale"] = torch.bfloat16, scales_shape
-    # Tensors with the widest dtypes come first, so that every tensor is aligned to its dtype.
-    return dict(sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
+        layout |= weights
+    return layout
+
+
+def _file_groups(model: Transformer, format: str) -> list[list[str]]:
+    """Return the names of the weights in the order of the file. The weights of each list are multiplied as one matrix.
+
+    Embedding and norms come last: the sizes of all blocks and scales are multiples of 64 bytes, and so they are aligned to 64
+    bytes if nothing else comes before them.
+    """
+    return sorted(resharding.weight_groups(model, joint=True), key=lambda names: format_of(names[0], format) is None)
 
 
 def scale_group_size(format: str, in_features: int) -> int:
@@ -154,19 +168,23 @@ def _map_tensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Map a safetensors file; return its metadata and tensors. A damaged file raises errors of several types."""
     size = path.stat().st_size
     with path.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        header: Any = json.loads(f.read(length)) if length < min(size, MAX_HEADER_BYTES) else None
-        metadata = dict(header.pop("__metadata__"))
-        spans = sorted(entry["data_offsets"] for entry in header.values())
-        if [0, *(end for _, end in spans)] != [*(begin for begin, _ in spans), size - 8 - length]:
-            raise ValueError("holes or overlaps between tensors")
-        read, tensors = map_file(path, f), {}
-        for name, entry in header.items():
-            (begin, end), dtype = entry["data_offsets"], _DTYPES[entry["dtype"]]
-            if begin > end or (8 + length + begin) % dtype.itemsize or (end - begin) % dtype.itemsize:
-                raise ValueError("a tensor is not whole, or not aligned")
-            storage = read(8 + length + begin, end - begin)
-            tensors[name] = torch.empty(0, dtype=dtype, device="cpu").set_(storage).view(entry["shape"])  # type: ignore[call-overload]
+        contents = map_file(path, f)(0, size)
+    file = torch.empty(0, dtype=torch.uint8, device="cpu").set_(contents)  # type: ignore[call-overload]
+    host_memory.read_as_huge_pages(file)
+    length = int.from_bytes(bytes(file[:8].tolist()), "little")
+    if length >= min(size, MAX_HEADER_BYTES):
+        raise ValueError("no header")
+    # Read the header from the mapping: `read` would make Linux read ahead, in small pages.
+    header: Any = json.loads(ctypes.string_at(file.data_ptr() + 8, length))
+    mapped = file[8 + length :]
+    metadata = dict(header.pop("__metadata__"))
+    spans = sorted(entry["data_offsets"] for entry in header.values())
+    if [0, *(end for _, end in spans)] != [*(begin for begin, _ in spans), len(mapped)]:
+        raise ValueError("holes or overlaps between tensors")
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        tensors[name] = mapped[begin:end].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
     return metadata, tensors
 
 
@@ -210,7 +228,7 @@ def save_packed_file(ckpt_dir: str | os.PathLike[str], format: str) -> Path:
         size, free = max(end for _, end in spans.values()), shutil.disk_usage(path.parent).free
         if free < size:
             raise CheckpointError(f"{path} would take {format_bytes(size)}, but {format_bytes(free)} are free there; make room")
-        _write_packed_file(temporary, header, spans, shards, format)
+        _write_packed_file(temporary, header, _file_groups(model, format), shards, format)
         shards.check_unchanged()
         os.replace(temporary, path)
     except OSError as e:
@@ -255,33 +273,50 @@ def _encode_header(layout: FileLayout, format: str, source: str | None) -> tuple
     return encoded, {name: (len(encoded) + begin, len(encoded) + end) for name, (begin, end) in offsets.items()}
 
 
-def _write_packed_file(path: Path, header: bytes, spans: dict[str, tuple[int, int]], shards: Shards, format: str) -> None:
-    """Write a packed file: first the header, then each weight of the shards at its offset."""
-    names = [name for name in spans if not name.endswith(".scale")]
+def _write_packed_file(path: Path, header: bytes, groups: list[list[str]], shards: Shards, format: str) -> None:
+    """Write a packed file: the header, then for each group of weights their scales and their blocks.
+
+    The file is written in pieces of 2 MB, because Linux then caches it in pages of this size, which can be mapped as they are.
+    """
+    pending = bytearray(header)
     with path.open("wb") as f:
-        f.write(header)
-        for name in progress(names, lambda name: spans[name][1] - spans[name][0], "saving"):
-            shards.check_unchanged()
-            for tensor_name, tensor in _tensors_to_write(name, shards, format):
-                f.seek(spans[tensor_name][0])
-                f.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
-            for view in resharding.shard_parts(name, shards):
+        for names in progress(groups, lambda names: sum(view.nbytes for view in _stored_views(names, shards)), "saving"):
+            weights = []
+            for name in names:
+                shards.check_unchanged()
+                weights.append(_tensors_to_write(name, shards, format))
+            scales = [scales for _, scales in weights if scales is not None]
+            for tensor in [*scales, *(blocks for blocks, _ in weights)]:
+                data = memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+                while len(data):
+                    piece = data[: host_memory.HUGE_PAGE - len(pending)]
+                    pending += piece
+                    data = data[len(piece) :]
+                    if len(pending) == host_memory.HUGE_PAGE:
+                        f.write(pending)
+                        pending.clear()
+            for view in _stored_views(names, shards):
                 host_memory.madvise(view, host_memory.DONTNEED)
+        f.write(pending)
         f.flush()
         os.fsync(f.fileno())  # a full or faulty disk raises an error here, before the old file is replaced
 
 
-def _tensors_to_write(name: str, shards: Shards, format: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) for each tensor that a stored weight becomes in the packed file.
+def _stored_views(names: list[str], shards: Shards) -> list[torch.Tensor]:
+    """Return the parts of the named weights in all shards."""
+    return [view for name in names for view in resharding.shard_parts(name, shards)]
 
-    The embedding and the norms are unchanged. Every other weight becomes its blocks and, in int8 and int4, their scales.
+
+def _tensors_to_write(name: str, shards: Shards, format: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the tensors of a stored weight in the packed file: its blocks, and in int8 and int4 their scales, otherwise None.
+
+    The embedding and the norms are unchanged.
     """
     parts, weight_format, dim = resharding.shard_parts(name, shards), format_of(name, format), split_dim(name)
     for part in parts:
         loading.check_finite(part, [name], shards)
     if weight_format is None:
-        yield name, torch.cat(parts, dim=dim or 0).contiguous()
-        return
+        return torch.cat(parts, dim=dim or 0).contiguous(), None
     rows = [torch.cat(parts, dim=1)] if dim == 1 and len(parts) > 1 else parts
     if any(part.dtype != rows[0].dtype for part in rows):
         rows = [part.float() for part in rows]
@@ -291,6 +326,4 @@ def _tensors_to_write(name: str, shards: Shards, format: str) -> Iterator[tuple[
         blocks = BlockedWeight.from_dense(torch.cat(rows))
     else:
         blocks = BlockedWeight.from_quantized(QuantizedWeight.cat([quantize(part, weight_format) for part in rows]))
-    yield name, blocks.weight
-    if blocks.scales is not None:
-        yield f"{name}.scale", blocks.scales
+    return blocks.weight, blocks.scales

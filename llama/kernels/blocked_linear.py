@@ -145,6 +145,17 @@ class BlockedWeight:
                 joined.scales[end - len(part.weight) : end].copy_(part.scales)
         return joined
 
+    @staticmethod
+    def view(parts: "Sequence[BlockedWeight]") -> "BlockedWeight | None":
+        """Return the outputs of all parts as one weight without copying; None if they do not lie one after the other."""
+        if any(part.out_features % BLOCK_OUTPUTS for part in parts[:-1]):
+            return None
+        weight = _adjacent([part.weight for part in parts])
+        scales = _adjacent([part.scales for part in parts if part.scales is not None]) if parts[0].scales is not None else None
+        if weight is None or (scales is None) != (parts[0].scales is None):
+            return None
+        return replace(parts[0], weight=weight, scales=scales, out_features=sum(part.out_features for part in parts))
+
     def to_quantized(self, dtype: torch.dtype) -> QuantizedWeight:
         """Return the weight as a QuantizedWeight for activations of `dtype`, with rows still padded to whole groups."""
         assert self.scales is not None
@@ -179,6 +190,19 @@ class BlockedWeight:
         scales = None if self.scales is None else self.scales[:, first_group:last_group].contiguous()
         padding_before = first - first_group * size
         return replace(self, weight=weight, scales=scales, in_features=last - first, padding_before=padding_before)
+
+
+def _adjacent(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Return tensors that lie one after the other, at an address aligned to 64 bytes, as one view of their memory."""
+    address = parts[0].data_ptr()
+    if address % 64 or any(not part.is_contiguous() for part in parts):
+        return None
+    for part in parts:
+        if part.data_ptr() != address or part.untyped_storage().data_ptr() != parts[0].untyped_storage().data_ptr():
+            return None
+        address += part.nbytes
+    shape = sum(map(len, parts)), *parts[0].shape[1:]
+    return parts[0].as_strided(shape, parts[0].stride())
 
 
 class BlockedLinear(LinearKernel):
