@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama import InputError, Llama, NonFiniteError
+from llama import InputError, Llama, NonFiniteError, SamplingParams
 from llama.engine import scheduler
 
 from .counting import count_forward_tokens
@@ -85,6 +85,33 @@ def test_64_streams_share_the_rows_while_some_are_left_and_some_are_wrong(llama:
     assert run_together([lambda i=i: read(i) for i in range(64)]) == want
     gc.collect()
     assert llama.engine.shared.scheduler() is None  # no call, and so no row, is left
+
+
+def test_a_step_that_ends_a_call_while_its_caller_looks_for_events_loses_no_token(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run a step, as another thread may, whenever a caller has found no events and looks whether its call has ended."""
+    want = llama.generate(SINGLE[:3], 4, temperature=0)
+    look, stepping = scheduler.RunningCall.ended.fget, []  # type: ignore[attr-defined]
+
+    def step_then_look(call: scheduler.RunningCall) -> bool:
+        if not stepping:
+            stepping.append(True)
+            llama.engine.shared.scheduler().step()
+            stepping.clear()
+        return look(call)
+
+    monkeypatch.setattr(scheduler.RunningCall, "ended", property(step_then_look))
+    assert llama.generate(SINGLE[:3], 4, temperature=0) == want
+
+
+def test_events_that_a_step_adds_while_they_are_taken_are_taken_next(llama: Llama) -> None:
+    call = scheduler.RunningCall(llama._requests.from_tokens([[1, 5]], 4, None, SamplingParams()), 1, None)  # type: ignore[arg-type]
+    first, second, list_of_step = (*(scheduler.Event(None, i) for i in range(2)), call.events)
+    list_of_step.append(first)
+    assert call.take_events() == [first]
+    list_of_step.append(second)
+    assert call.take_events() == [second]
 
 
 def test_streams_of_one_thread_may_be_read_in_any_order(llama: Llama) -> None:

@@ -150,14 +150,15 @@ class Engine:
         If there are none, run steps of the scheduler, unless another thread does. Nobody holds a lock while events are read.
         The thread that steps goes on until it has events; then a thread that still waits takes over.
         """
-        while not running_call.events:
+        while True:
+            ended = running_call.ended  # looked up first: a step adds the last events before it ends the call
+            if events := running_call.take_events():
+                return events
             if running_call.error:
                 raise running_call.error
-            if running_call.ended or running_call.ended_by_caller:
+            if ended or running_call.ended_by_caller:
                 return []
             self.step(scheduler, running_call)
-        events, running_call.events = running_call.events, []
-        return events
 
     def step(self, scheduler: Scheduler, running_call: RunningCall | None = None) -> None:
         """Run a step of the scheduler; if another thread is running one, wait for its end instead.

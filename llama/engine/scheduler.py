@@ -53,6 +53,12 @@ class RunningCall:
     cancelled: bool = False  # True if the caller takes no more events
     first_open: int = 0  # the index of the first request whose caller has not seen its end
 
+    def take_events(self) -> list[Event]:
+        """Remove and return the events so far. The list stays the same object, to which a step may be adding events now."""
+        taken = self.events[:]
+        del self.events[: len(taken)]
+        return taken
+
     @property
     def ended(self) -> bool:
         """Return True if no more events will come."""
