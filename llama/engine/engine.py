@@ -89,13 +89,8 @@ class Engine:
         Either all requests have a seed or none has. With `call.reuse`, the call has a single request. If the previous call had
         `reuse` too, prefill skips the leading prompt tokens whose keys and values that call has left in the cache.
         """
-        for request in call.requests:
-            if request.max_new_tokens == 0 and not request.finish_reason:
-                request.finish_reason = "length"
-        if call.echo and not call.logprobs:
-            for index, request in enumerate(call.requests):
-                yield from (GeneratedToken(index, token, None) for token in request.prompt)
-        if not call.requests or (not call.scores_prompts and all(r.finish_reason for r in call.requests)):
+        yield from self.begin(call)
+        if not self.needs_model(call):
             return
         self.check_sizes()
         if why := self.why_reference_loop():
@@ -116,6 +111,19 @@ class Engine:
         finally:
             running_call.cancelled = True
 
+    def begin(self, call: GenerationCall) -> Iterator[GeneratedToken]:
+        """End the answers that may have no tokens. Yield the tokens of the prompts if the call echoes them without scores."""
+        for request in call.requests:
+            if request.max_new_tokens == 0 and not request.finish_reason:
+                request.finish_reason = "length"
+        if call.echo and not call.logprobs:
+            for index, request in enumerate(call.requests):
+                yield from (GeneratedToken(index, token, None) for token in request.prompt)
+
+    def needs_model(self, call: GenerationCall) -> bool:
+        """Return True if anything of a call remains to be computed."""
+        return bool(call.requests) and (call.scores_prompts or not all(r.finish_reason for r in call.requests))
+
     def exclusive(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context for a whole call: one that other threads wait for, if calls cannot share a batch.
 
@@ -130,19 +138,26 @@ class Engine:
             yield
 
     def submit(self, call: GenerationCall) -> tuple[Scheduler, RunningCall]:
-        """Add a call to the scheduler that runs other calls, if there is one and it suits the call; else to a new one.
+        """Add a call to the scheduler that runs other calls, or to a new one. First run the calls that cannot share a batch."""
+        while True:
+            scheduler, running_call = self.try_submit(call)
+            if running_call:
+                return scheduler, running_call
+            self.step(scheduler)
 
+    def try_submit(self, call: GenerationCall) -> tuple[Scheduler, RunningCall | None]:
+        """Add a call to the scheduler that runs other calls, if there is one; else to a new one.
+
+        Return the scheduler, and None if it does not suit the call, because another `Llama` uses the same model differently.
         On several ranks, a call gets a scheduler of its own, and calls that are still running end with an error.
         """
-        while True:
-            with self.lock, propagate_failure():
-                scheduler = self.shared.scheduler()
-                if scheduler is None or scheduler.idle or world_size() > 1 or scheduler.why_broken():
-                    scheduler = Scheduler(self.model, self.forward(), self.backend, self.shared, call.name)
-                    self.shared.scheduler = weakref.ref(scheduler)  # a strong reference would keep the model alive
-                if scheduler.suits(self.backend, self.n_words):
-                    return scheduler, scheduler.submit(call)
-            self.step(scheduler)  # calls of another `Llama` with the same model come first
+        with self.lock, propagate_failure():
+            scheduler = self.shared.scheduler()
+            if scheduler is None or scheduler.idle or world_size() > 1 or scheduler.why_broken():
+                scheduler = Scheduler(self.model, self.forward(), self.backend, self.shared, call.name)
+                self.shared.scheduler = weakref.ref(scheduler)  # a strong reference would keep the model alive
+            suits = scheduler.suits(self.backend, self.n_words)
+            return scheduler, scheduler.submit(call) if suits else None
 
     def wait_for_events(self, scheduler: Scheduler, running_call: RunningCall) -> list[Event]:
         """Return the events of a call since the last time; an empty list after its end. Raise its error.
@@ -170,8 +185,7 @@ class Engine:
             if running_call and (running_call.events or running_call.ended):
                 return
             if self.shared.stepping_thread is not None:
-                if self.shared.stepping_thread == threading.get_ident():
-                    raise InputError("a call from within a step of the same model, for example from a sampler, is not possible")
+                self.refuse_call_within_step()
                 condition.wait()
                 return
             self.shared.stepping_thread = threading.get_ident()
@@ -185,6 +199,11 @@ class Engine:
             with condition:
                 self.shared.stepping_thread = None
                 condition.notify_all()
+
+    def refuse_call_within_step(self) -> None:
+        """Raise InputError if this thread is running a step, which a call would wait for."""
+        if self.shared.stepping_thread == threading.get_ident():
+            raise InputError("a call from within a step of the same model, for example from a sampler, is not possible")
 
     @torch.inference_mode()
     def score(self, sequences: list[list[int]], starts: list[int], labels: list[str]) -> list[list[float]]:

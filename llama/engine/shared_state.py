@@ -32,7 +32,8 @@ class SharedState:
 
     lock: held while the model computes. cache: the KV cache; None until allocated. owner: the call that owns the cache.
     scheduler: returns the scheduler that runs calls, or None. stepping_thread: the thread that runs a step of the scheduler, or
-    None; `condition` guards it, and is notified at the end of each step.
+    None; `condition` guards it, and is notified at the end of each step. async_calls, async_thread: the async calls that have
+    not ended, and the background thread that runs them, or None; `condition` guards both.
     """
 
     def __init__(self) -> None:
@@ -42,6 +43,8 @@ class SharedState:
         self.scheduler: Callable[[], Any] = lambda: None
         self.condition = threading.Condition()
         self.stepping_thread: int | None = None
+        self.async_calls: list[Any] = []
+        self.async_thread: threading.Thread | None = None
 
     def why_not_owner(self, owner: CacheOwner) -> str | None:
         """Return a text that says which call has taken the cache from `owner`; None if none has."""

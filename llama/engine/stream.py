@@ -64,10 +64,15 @@ def text_chunks(request: Request, tokens: Iterator[GeneratedToken], text: Increm
     """Yield the text of an answer in chunks: the text of each token at once. A stop string ends the answer."""
     with contextlib.closing(tokens):  # type: ignore[type-var]
         for token in tokens:
-            chunk = text.push(token.token)
-            if text.stopped:
-                request.finish_reason = "stop"
-            if chunk:
+            if chunk := push_token(request, text, token):
                 yield chunk
     if chunk := text.end():
         yield chunk
+
+
+def push_token(request: Request, text: IncrementalText, token: GeneratedToken) -> str:
+    """Add a token to the text of an answer. Return the text that can be released now. A stop string ends the answer."""
+    chunk = text.push(token.token)
+    if text.stopped:
+        request.finish_reason = "stop"
+    return chunk
