@@ -120,11 +120,20 @@ def settings(args: argparse.Namespace, name: str, key: str | None, on_loopback: 
     return Settings(name, key, hosts if on_loopback or args.allowed_host else None, args.max_queue, args.timeout)
 
 
-def serve(llama: Any, sock: socket.socket, settings: Any, grace: float) -> None:
-    """Serve until SIGTERM or SIGINT. Then finish the responses that have begun, within the grace."""
+def server_config(llama: Any, settings: Any, grace: float) -> Any:
     import uvicorn
 
     from ..server.app import App
+
+    return uvicorn.Config(
+        App(llama, settings), http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
+        proxy_headers=False, timeout_graceful_shutdown=math.ceil(grace),
+    )  # fmt: skip
+
+
+def serve(llama: Any, sock: socket.socket, settings: Any, grace: float) -> None:
+    """Serve until SIGTERM or SIGINT. Then finish the responses that have begun, within the grace."""
+    import uvicorn
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
@@ -137,11 +146,8 @@ def serve(llama: Any, sock: socket.socket, settings: Any, grace: float) -> None:
                 for number, handler in before.items():
                     signal.signal(number, handler)
 
-    config = uvicorn.Config(
-        App(llama, settings), http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
-        proxy_headers=False, timeout_graceful_shutdown=math.ceil(grace),
-    )  # fmt: skip
     host, port = sock.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    server = Server(server_config(llama, settings, grace))
     print(f"serving {settings.model_name} at http://{address} (Ctrl-C ends it)", file=sys.stderr, flush=True)
-    Server(config).run(sockets=[sock])
+    server.run(sockets=[sock])

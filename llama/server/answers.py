@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from ..chat import UNSAFE_ERROR
 from ..engine.incremental_text import IncrementalText
 from ..engine.requests import FinishReason, GeneratedToken
-from ..tokenizer import Tokenizer
+from ..tokenizer import Tokenizer, make_detokenizer
 from .metrics import Metrics
 from .protocol import Job
 
@@ -31,6 +31,7 @@ class TokenLogprob(NamedTuple):
     text: str
     logprob: float | None
     bytes: bytes
+    offset: int  # where it begins in the text of the choice, in characters
 
 
 class Piece(NamedTuple):
@@ -40,18 +41,31 @@ class Piece(NamedTuple):
     logprobs: list[TokenLogprob]
 
 
+def begin_text(detokenizer: Any, prompt: list[int], tokenizer: Tokenizer) -> str:
+    """Let the text of the next tokens continue a prompt's, which may end within the bytes of a character. Return that text."""
+    n = len(prompt)
+    while n and tokenizer.sp_model.is_byte(prompt[n - 1]):
+        n -= 1
+    return detokenizer.begin(prompt[:n]) + "".join(map(detokenizer.push, prompt[n:]))
+
+
 class TokenTexts:
     """Give the text of each token of a row by itself. The space before the first one is left out, as `decode` does."""
 
-    def __init__(self, tokenizer: Tokenizer, continues: bool) -> None:
-        self.sp_model, self.started = tokenizer.sp_model, continues
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
+        """prompt: the tokens before the first one, whose text is not part of the choice."""
+        self.sp_model, self.detokenizer, self.offset = tokenizer.sp_model, make_detokenizer(tokenizer), 0
+        self.started = bool(prompt and begin_text(self.detokenizer, prompt, tokenizer))
 
     def push(self, token: int, logprob: float | None) -> TokenLogprob:
+        before = self.offset
+        self.offset += len(self.detokenizer.push(token))
         if self.sp_model.is_byte(token):
             self.started = True
             value = bytes.fromhex(self.sp_model.id_to_piece(token)[3:-1])
-            text = value.decode() if value.isascii() else f"bytes:\\x{value.hex()}"
-            return TokenLogprob(text, logprob, value)
+            if value.isascii():
+                return TokenLogprob(value.decode(), logprob, value, self.offset - 1)
+            return TokenLogprob(f"bytes:\\x{value.hex()}", logprob, value, before)  # one of several bytes of a character
         text = ""
         if self.sp_model.is_unknown(token):
             text = self.sp_model.decode([token])
@@ -59,7 +73,7 @@ class TokenTexts:
             text = self.sp_model.id_to_piece(token).replace("\u2581", " ")
         if text and not self.started:
             text, self.started = text.removeprefix(" "), True
-        return TokenLogprob(text, logprob, text.encode())
+        return TokenLogprob(text, logprob, text.encode(), self.offset - len(text))
 
 
 class Answer:
@@ -84,8 +98,8 @@ class Answer:
             yield Piece(UNSAFE_ERROR, [])
             return
         text = IncrementalText(self.tokenizer, self.job.stop)
-        prompt_text = "" if self.job.is_chat else self._begin(text)
-        texts = TokenTexts(self.tokenizer, continues=bool(prompt_text) and not self.job.echo)
+        prompt_text = "" if self.job.is_chat else begin_text(text.detokenizer, self.prompt, self.tokenizer)
+        texts = TokenTexts(self.tokenizer, [] if self.job.is_chat or self.job.echo else self.prompt)
         prompt_logprobs: list[TokenLogprob] = []
         began, first = time.monotonic(), 0.0
         async with contextlib.aclosing(self.tokens):
@@ -122,13 +136,6 @@ class Answer:
             self.ended = True
             self.metrics.in_flight -= 1
             self.metrics.running -= self.new_tokens > 0
-
-    def _begin(self, text: IncrementalText) -> str:
-        """Let the text of the answer continue the prompt's, and return that. The prompt may end within a character's bytes."""
-        n = len(self.prompt)
-        while n and self.tokenizer.sp_model.is_byte(self.prompt[n - 1]):
-            n -= 1
-        return text.begin(self.prompt[:n]) + "".join(map(text.detokenizer.push, self.prompt[n:]))
 
 
 async def merged(answers: list[Answer]) -> AsyncGenerator[tuple[Answer, Piece | None], None]:

@@ -94,8 +94,12 @@ class App:
             return
         path = scope["path"] if scope["path"] in PATHS else "other"
 
+        started = False
+
         async def send_counted(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 self.metrics.requests[path, message["status"]] += 1
                 message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
             await send(message)
@@ -105,7 +109,11 @@ class App:
         except ApiError as e:
             await error_response(e)(scope, receive, send_counted)
             return
-        await self.routes(scope, receive, send_counted)
+        try:
+            await self.routes(scope, receive, send_counted)
+        except asyncio.CancelledError:  # uvicorn cancels what is left when the server's grace is over
+            if not started:
+                await error_response(_ending())(scope, receive, send_counted)
 
     def _check_sender(self, request: Request, path: str) -> None:
         """Raise ApiError if the request has a wrong key, or comes from a page whose name was redirected to this server."""
@@ -200,6 +208,8 @@ class EventStream(Response):
                 end = responses.DONE
             except ClientDisconnect:
                 return
+            except asyncio.CancelledError:
+                end = responses.event(_ending().body())
             except Exception as e:
                 end = responses.event(_internal_error(e).body())
             await asyncio.wait_for(send_bytes(end, more=False), CLOSING_SECONDS)
@@ -287,6 +297,10 @@ async def _respond_to_error(request: Request, e: Exception) -> Response:
         text = {404: "there is nothing here", 405: "this path takes another method"}.get(e.status_code, str(e.detail))
         e = ApiError(e.status_code, f"{text}; this server has {', '.join(PATHS)}", **dict(e.headers or {}))
     return error_response(e if isinstance(e, ApiError) else ApiError(500, INTERNAL))  # the server logs the traceback
+
+
+def _ending() -> ApiError:
+    return ApiError(503, "the server is ending, and the answer is not complete; ask again later", code="server_ending")
 
 
 def _internal_error(e: Exception) -> ApiError:

@@ -1,7 +1,6 @@
 """Write answers in OpenAI's wire format: whole, or as the chunks of a stream."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 from .answers import Answer, Piece, TokenLogprob
@@ -40,7 +39,6 @@ class Choice:
         self.job, self.answer = job, answer
         self.text = ""
         self.logprobs: list[TokenLogprob] = []
-        self.offset = 0  # where the text of the next token begins, in characters
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text
@@ -78,10 +76,5 @@ class Choice:
             "tokens": [t.text for t in logprobs],
             "token_logprobs": [t.logprob for t in logprobs],
             "top_logprobs": None,
-            "text_offset": [*self._offsets(logprobs)],
+            "text_offset": [t.offset for t in logprobs],
         }
-
-    def _offsets(self, logprobs: list[TokenLogprob]) -> Iterator[int]:
-        for token in logprobs:
-            yield self.offset
-            self.offset += len(token.text)
