@@ -319,7 +319,13 @@ def test_a_body_over_the_limit_is_refused_even_without_a_length(client: Client) 
     assert client.begin("POST", CHAT, b" " * (app_module.MAX_BODY + 1)).status == 413
     with socket.create_connection(("127.0.0.1", client.port), timeout=20) as sock:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
-        sock.sendall(head.encode() + f"{app_module.MAX_BODY + 1:x}\r\n".encode() + b" " * (app_module.MAX_BODY + 1) + b"\r\n")
+        sock.sendall(
+            head.encode() + f"{app_module.MAX_BODY + 1:x}\r\n".encode() + b" " * (app_module.MAX_BODY + 1) + b"\r\n0\r\n\r\n"
+        )
+        assert b" 413 " in sock.recv(100)
+    with socket.create_connection(("127.0.0.1", client.port), timeout=20) as sock:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {2**40}\r\n\r\n"
+        sock.sendall(head.encode())
         assert b" 413 " in sock.recv(100)
 
 

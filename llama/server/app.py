@@ -28,6 +28,7 @@ from .metrics import Metrics
 from .protocol import ApiError, Job, ServedModel, parse_chat, parse_completion
 
 MAX_BODY = 1 << 20  # bytes
+MAX_DISCARDED = 16 << 20  # bytes of a larger body that are read, since most clients read no error before they have sent it all
 BODY_SECONDS = 30.0  # within which a client must have sent its request's body
 CLOSING_SECONDS = 5.0  # within which a client must take the error that ends a stream
 RETRY_SECONDS = 1  # after which a client may ask again if the queue is full
@@ -274,15 +275,20 @@ async def _read_body(request: Request) -> bytes:
         raise ApiError(415, f"Content-Type is {kind[:60]!r}; it must be application/json")
     too_large = ApiError(413, f"the body has more than {MAX_BODY} bytes; shorten it", code="body_too_large", Connection="close")
     length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > MAX_BODY:
+    if length.isdigit() and int(length) > (MAX_BODY if "expect" in request.headers else MAX_DISCARDED):
         raise too_large
-    body = bytearray()
+    body, size = bytearray(), 0
 
     async def read() -> None:
+        nonlocal size
         async for part in request.stream():
-            if len(body) + len(part) > MAX_BODY:
-                raise too_large
-            body.extend(part)
+            size += len(part)
+            if size <= MAX_BODY:
+                body.extend(part)
+            if size > MAX_DISCARDED:
+                break
+        if size > MAX_BODY:
+            raise too_large
 
     try:
         await asyncio.wait_for(read(), BODY_SECONDS)
