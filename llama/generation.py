@@ -66,7 +66,7 @@ def _signature_of(method: Callable[P, Any]) -> Callable[[Callable[..., T]], Call
 
 
 class Llama:
-    """A model and its tokenizer. It has one KV cache and runs one call at a time; calls from other threads wait.
+    """A model and its tokenizer. Calls and streams of all threads and event loops share one batch, and one KV cache.
 
     Options that several calls share, each off by default. None means the default of any option.
 

@@ -27,8 +27,8 @@ from llama.engine import scheduler
 
 from .support import environment
 
-uvicorn = pytest.importorskip("uvicorn", reason="the server needs the extra llama[serve]")
-pytest.importorskip("starlette", reason="the server needs the extra llama[serve]")
+uvicorn = pytest.importorskip("uvicorn", reason="the server needs the extra serve")
+pytest.importorskip("starlette", reason="the server needs the extra serve")
 
 import llama.cli.serve as serve_module  # noqa: E402
 from llama.cli.main import main  # noqa: E402
@@ -505,7 +505,7 @@ def test_wrong_flags_are_refused_before_a_model_is_loaded(
     monkeypatch.setattr(serve_module, "world_size", lambda: 2)
     assert "serve runs in one process, and this job has 2 ranks" in errors_of()
     monkeypatch.setattr(serve_module.importlib.util, "find_spec", lambda name: None)
-    assert "serve needs uvicorn and starlette" in (error := errors_of()) and "llama[serve]" in error
+    assert "serve needs uvicorn and starlette" in (error := errors_of()) and "'.[serve]'" in error
 
 
 def test_another_host_without_a_key_is_told_and_served_under_any_name(

@@ -67,7 +67,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise InputError for a wrong flag, or if the server cannot run here."""
     if missing := [name for name in EXTRA if importlib.util.find_spec(name) is None]:
         raise InputError(
-            f"serve needs {' and '.join(missing)}, which is not installed: pip install 'llama[serve]', or in a clone "
+            f"serve needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}, or in a clone "
             "pip install -e '.[serve]'"
         )
     if world_size() > 1:

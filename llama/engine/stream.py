@@ -13,9 +13,9 @@ from .requests import FinishReason, GeneratedToken, Request
 class Stream:
     """Iterate over the text of an answer in chunks, while it is generated. The joined chunks are the text of the whole answer.
 
-    The stream owns the model's KV cache until the stream ends. If another call uses the model meanwhile, the next chunk raises
-    InputError. A stream may be left early: `close`, or the end of a `with` block, frees its resources at once. If several
-    ranks share a model, all of them must read the same number of chunks.
+    A stream shares the batch with all other calls. It may be left early: `close`, or the end of a `with` block, frees its
+    resources. If several ranks share a model, or the model is modified, another call ends the stream: its next chunk raises
+    InputError. All ranks must read the same number of chunks.
     """
 
     def __init__(self, request: Request, chunks: Generator[str, None, None]) -> None:

@@ -213,7 +213,8 @@ class EventStream(Response):
                 end = responses.event(_ending().body())
             except Exception as e:
                 end = responses.event(_internal_error(e).body())
-            await asyncio.wait_for(send_bytes(end, more=False), CLOSING_SECONDS)
+            with contextlib.suppress(asyncio.TimeoutError):  # a client that reads nothing; the connection is then closed
+                await asyncio.wait_for(send_bytes(end, more=False), CLOSING_SECONDS)
         finally:
             end_all(self.answers)
 
