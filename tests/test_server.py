@@ -253,6 +253,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str | None]] = [
     (CHAT, {"messages": MESSAGES, "stream": "yes"}, "stream", None),
     (CHAT, {"messages": MESSAGES, "stream_options": {"include_usage": True}}, "stream_options", None),
     (CHAT, {"messages": MESSAGES, "stream": True, "stream_options": {"x": 1}}, "stream_options", None),
+    (CHAT, {"messages": MESSAGES, "stream": True, "stream_options": {"include_usage": 1}}, "stream_options", None),
     (CHAT, {"messages": MESSAGES, "logprobs": 1}, "logprobs", None),
     (CHAT, {"messages": MESSAGES, "user": 5}, "user", None),
     (CHAT, {}, "messages", None),

@@ -260,7 +260,8 @@ def _take_options(body: Body, served: ServedModel, prompts: list[list[int]], pro
         refuse("stream_options", "stream_options is for stream=true; remove it")
     for name in stream_options.keys() - {"include_usage"}:
         refuse("stream_options", f"stream_options has {short_repr(name)}; only include_usage is supported")
-    if (include_usage := stream_options.get("include_usage")) not in (None, True, False):
+    include_usage = stream_options.get("include_usage")
+    if not (include_usage is None or isinstance(include_usage, bool)):
         refuse("stream_options", f"include_usage is {describe(include_usage)}; it must be true or false")
     return dict(
         model=served.name, prompts=prompts, n=n, sampling=SamplingParams(**sampling), seed=seed, stop=tuple(stops),
