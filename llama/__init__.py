@@ -14,6 +14,7 @@ from .backends.report import info
 from .chat import Dialog
 from .checkpoint.packed_file import save_packed_file
 from .checkpoint.paths import resolve_model_paths
+from .engine.async_calls import AsyncStream
 from .engine.request_builder import validate_options
 from .engine.results import Score
 from .engine.stream import Stream
@@ -25,8 +26,8 @@ from .sampling import SamplingParams
 from .tokenizer import Tokenizer
 
 __all__ = [
-    "CheckpointError", "DeviceError", "Dialog", "InputError", "Llama", "LlamaError", "ModelArgs", "NonFiniteError",
-    "SamplingParams", "Score", "Stream", "Tokenizer", "Transformer", "info", "plan", "resolve_model_paths",
+    "AsyncStream", "CheckpointError", "DeviceError", "Dialog", "InputError", "Llama", "LlamaError", "ModelArgs",
+    "NonFiniteError", "SamplingParams", "Score", "Stream", "Tokenizer", "Transformer", "info", "plan", "resolve_model_paths",
     "save_packed_file", "validate_options",
 ]  # fmt: skip
 

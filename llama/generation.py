@@ -4,13 +4,14 @@ Answers are returned whole or as streams. `Llama` converts texts and dialogs to 
 all calls, and yields each new token.
 """
 
+import inspect
 import numbers
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -31,6 +32,7 @@ from .checkpoint import loading, packed_file, params, paths, shards, validate
 from .distributed.agreement import gather_from_replicas, run_on_all_ranks, run_on_rank0
 from .distributed.groups import global_rank, model_parallel, replica
 from .distributed.setup import initialize, set_environment
+from .engine.async_calls import AsyncStream, check_sharable, collect_results_async, run_async, text_chunks_async
 from .engine.backend import Backend
 from .engine.checks import device_of
 from .engine.collect import collect_results, results_of_replaced_generate
@@ -48,11 +50,23 @@ from .quantization.weight import check_quantize
 from .sampling import SamplingParams, sample_top_p
 from .tokenizer import Tokenizer
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def _signature_of(method: Callable[P, Any]) -> Callable[[Callable[..., T]], Callable[P, T]]:
+    """Decorate an async method: give it the parameters of its sync twin, for `help` and for type checkers."""
+
+    def give(twin: Callable[..., T]) -> Callable[P, T]:
+        returned = inspect.signature(twin).return_annotation
+        twin.__signature__ = inspect.signature(method).replace(return_annotation=returned)  # type: ignore[attr-defined]
+        return twin
+
+    return give
+
+
 class Llama:
-    """A model and its tokenizer. Calls and streams of all threads share one batch.
+    """A model and its tokenizer. Calls and streams of all threads and event loops share one batch.
 
     Options that several calls share, each off by default. None means the default of any option.
 
@@ -214,6 +228,7 @@ class Llama:
         results = self._results(
             "generate",
             lambda: self._requests.from_tokens(prompt_tokens, max_gen_len, seed, params(), logprobs, echo, stop_token),
+            lambda r: r,
         )
         return [r.tokens for r in results], [r.logprobs for r in results] if logprobs else None
 
@@ -266,11 +281,11 @@ class Llama:
         details=True adds "finish_reason", "prompt_tokens" and "new_tokens".
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
-        results = self._results(
+        return self._results(
             "text_completion",
             lambda: self._requests.from_texts(prompts, max_gen_len, seed, params(), stop, logprobs, echo, details=details),
+            lambda r: {"generation": r.text, **self._details(r, logprobs, details)},
         )
-        return [{"generation": r.text, **self._details(r, logprobs, details)} for r in results]
 
     @short_traceback
     def iter_text_completion(
@@ -321,11 +336,11 @@ class Llama:
         `text_completion`.
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
-        results = self._results(
+        return self._results(
             "chat_completion",
             lambda: self._requests.from_dialogs(dialogs, max_gen_len, seed, params(), stop, logprobs, details=details),
+            lambda r: {"generation": self._answer(r), **self._details(r, logprobs, details)},
         )
-        return [{"generation": self._answer(r), **self._details(r, logprobs, details)} for r in results]
 
     @short_traceback
     def iter_chat_completion(
@@ -440,6 +455,41 @@ class Llama:
             lambda: self._requests.from_dialogs([dialog], max_gen_len, seed, params(), stop, reuse=reuse, label="the dialog"),
         )
 
+    @_signature_of(generate_stream)
+    @short_traceback
+    def agenerate_stream(self, *args: Any, **options: Any) -> AsyncGenerator[GeneratedToken, None]:
+        """Generate tokens like `generate_stream`, with its arguments, for `async for`; see `AsyncStream`."""
+        return _AsyncCaller(self).call(Llama.generate_stream, *args, **options)
+
+    @_signature_of(text_completion)
+    @short_traceback
+    def atext_completion(self, *args: Any, **options: Any) -> Coroutine[Any, Any, list[CompletionPrediction]]:
+        """Continue each text like `text_completion`, with its arguments and results, to be awaited.
+
+        Wrong input raises at the call. Cancelling the task that awaits frees the rows of the batch at the next step. Any number
+        of event loops and threads may make calls. They share the batch, which a background thread of ours runs meanwhile.
+        Raises InputError on several ranks, and for a model that the batch cannot run, because it is modified.
+        """
+        return _AsyncCaller(self).call(Llama.text_completion, *args, **options)
+
+    @_signature_of(chat_completion)
+    @short_traceback
+    def achat_completion(self, *args: Any, **options: Any) -> Coroutine[Any, Any, list[ChatPrediction]]:
+        """Answer each dialog like `chat_completion`, with its arguments and results, to be awaited; see `atext_completion`."""
+        return _AsyncCaller(self).call(Llama.chat_completion, *args, **options)
+
+    @_signature_of(text_completion_stream)
+    @short_traceback
+    def atext_completion_stream(self, *args: Any, **options: Any) -> AsyncStream:
+        """Continue one text like `text_completion_stream`, with its arguments. Return an `AsyncStream`."""
+        return _AsyncCaller(self).call(Llama.text_completion_stream, *args, **options)
+
+    @_signature_of(chat_completion_stream)
+    @short_traceback
+    def achat_completion_stream(self, *args: Any, **options: Any) -> AsyncStream:
+        """Answer one dialog like `chat_completion_stream`, with its arguments. Return an `AsyncStream`."""
+        return _AsyncCaller(self).call(Llama.chat_completion_stream, *args, **options)
+
     @short_traceback
     def score(self, prompts: Iterable[str], continuations: Iterable[str]) -> list[Score]:
         """Return the log probabilities of each continuation's tokens after its prompt, without generating anything.
@@ -452,7 +502,7 @@ class Llama:
             some = [requests[row] for row in rows]
             return self.engine.score([r.tokens for r in some], [r.start for r in some], [r.label for r in some])
 
-        with self.engine.lock:
+        with self.engine.exclusive():
             requests = run_on_all_ranks(
                 lambda: self._requests.for_scoring(prompts, continuations),
                 must_match=lambda checked: (checked, self.engine.why_reference_loop()),
@@ -496,15 +546,18 @@ class Llama:
     def _generate_is_replaced(self) -> bool:
         return getattr(self.generate, "__func__", None) is not _GENERATE
 
-    def _results(self, name: str, make_call: Callable[[], GenerationCall]) -> list[GenerationResult]:
+    def _results(
+        self, name: str, make_call: Callable[[], GenerationCall], make_result: Callable[[GenerationResult], T]
+    ) -> list[T]:
         """Run a call to its end, and return one result for each request. name: the public method that calls this one.
 
         If a caller has replaced `generate`, the replacement runs all calls but those of `generate` itself.
         """
         if name != "generate" and self._generate_is_replaced():
-            return results_of_replaced_generate(self.generate, self._validate_on_all_ranks(name, make_call), self.tokenizer)
+            call = self._validate_on_all_ranks(name, make_call)
+            return [*map(make_result, results_of_replaced_generate(self.generate, call, self.tokenizer))]
         with self.engine.exclusive():
-            return self._run_on_replicas(self._validate_on_all_ranks(name, make_call))
+            return [*map(make_result, self._run_on_replicas(self._validate_on_all_ranks(name, make_call)))]
 
     def _iter_results(self, name: str, make_call: Callable[[], GenerationCall]) -> Iterator[GenerationResult]:
         """Run a call like `_results`, but yield each result as early as possible, in the order of the requests."""
@@ -526,16 +579,22 @@ class Llama:
         return self._shard_across_replicas([len(request.prompt) for request in call.requests], run_rows)
 
     def _run(self, call: GenerationCall, watched: bool = False) -> Iterator[GeneratedToken]:
+        return self.engine.run(self._resolve(call, watched))
+
+    def _resolve(self, call: GenerationCall, watched: bool) -> GenerationCall:
         # Read eos_id and sample_top_p anew for each call, because a caller may have replaced them or the tokenizer.
         stop_token = self.tokenizer.eos_id if call.stop_token is None else call.stop_token
-        return self.engine.run(replace(call, stop_token=stop_token, sampler=sample_top_p, watched=watched))
+        return replace(call, stop_token=stop_token, sampler=sample_top_p, watched=watched)
 
-    def _stream(self, name: str, make_call: Callable[[], GenerationCall]) -> Stream:
+    def _refuse_replaced_generate(self, what: str) -> None:
         if self._generate_is_replaced():
             raise InputError(
-                "generate has been replaced, and streams do not go through it; use text_completion or chat_completion, "
-                "or override the stream's own method as well"
+                f"generate has been replaced, and {what} do not go through it; use text_completion or chat_completion, "
+                f"or override the method for {what} as well"
             )
+
+    def _stream(self, name: str, make_call: Callable[[], GenerationCall]) -> Stream:
+        self._refuse_replaced_generate("streams")
         with self.engine.exclusive():
             call = self._validate_on_all_ranks(name, make_call)
         (request,) = call.requests
@@ -558,6 +617,45 @@ class Llama:
 
 
 _GENERATE = Llama.generate
+
+
+class _AsyncCaller:
+    """What the sync methods get as `self` in place of a `Llama`, so that they return what their async twins return."""
+
+    def __init__(self, llama: Llama) -> None:
+        self.llama = llama
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.llama, name)
+
+    def call(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        return method(self, *args, **options)
+
+    def _validate_on_all_ranks(self, name: str, make_call: Callable[[], GenerationCall]) -> GenerationCall:
+        check_sharable(self.engine, f"a{name}")
+        return self.llama._validate_on_all_ranks(f"a{name}", make_call)
+
+    def _run(self, call: GenerationCall, watched: bool = True) -> AsyncGenerator[GeneratedToken, None]:
+        return run_async(self.engine, self._resolve(call, watched))
+
+    def _results(
+        self, name: str, make_call: Callable[[], GenerationCall], make_result: Callable[[GenerationResult], T]
+    ) -> Coroutine[Any, Any, list[T]]:
+        self._refuse_replaced_generate("async calls")
+        call = self._validate_on_all_ranks(name, make_call)
+
+        async def results() -> list[T]:
+            return [*map(make_result, await collect_results_async(call, self._run(call), self.tokenizer))]
+
+        return results()
+
+    def _stream(self, name: str, make_call: Callable[[], GenerationCall]) -> AsyncStream:
+        self._refuse_replaced_generate("streams")
+        call = self._validate_on_all_ranks(name, make_call)
+        (request,) = call.requests
+        text = IncrementalText(self.tokenizer, call.stop or ())
+        refusal = "" if request.prompt else UNSAFE_ERROR
+        return AsyncStream(request, text_chunks_async(request, self._run(call), text, refusal))
 
 
 def _check_build_arguments(
@@ -583,7 +681,7 @@ def _check_build_arguments(
 
 
 __all__ = [
-    "B_INST", "B_SYS", "E_INST", "E_SYS", "SPECIAL_TAGS", "UNSAFE_ERROR", "ChatPrediction", "CompletionPrediction", "Dialog",
-    "GeneratedToken", "Llama", "Message", "ModelArgs", "Role", "SamplingParams", "Score", "Stream", "Tokenizer", "Transformer",
-    "sample_top_p",
+    "B_INST", "B_SYS", "E_INST", "E_SYS", "SPECIAL_TAGS", "UNSAFE_ERROR", "AsyncStream", "ChatPrediction",
+    "CompletionPrediction", "Dialog", "GeneratedToken", "Llama", "Message", "ModelArgs", "Role", "SamplingParams", "Score",
+    "Stream", "Tokenizer", "Transformer", "sample_top_p",
 ]  # fmt: skip

@@ -163,7 +163,7 @@ def test_an_error_on_a_rank_other_than_0_is_printed(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(time, "sleep", waits.append)
     assert main(["complete", "--temperature", "-1", "x"]) == 1
-    assert capsys.readouterr().err.startswith("llama: rank 1: temperature is -1.0") and sum(waits) > 0
+    assert capsys.readouterr().err.startswith("llama: rank 1: --temperature is -1.0") and sum(waits) > 0
 
 
 @needs_proc

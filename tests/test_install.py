@@ -37,7 +37,7 @@ def test_uncompiled_sources_use_the_extensions_of_the_installed_package(tmp_path
     assert done.stdout.split()[1] == "False" and "has changed since _pack was compiled" in done.stderr
 
 
-def test_an_installed_wheel_contains_the_demo_model(tmp_path: Path) -> None:
+def test_an_installed_wheel_contains_the_demo_model_and_the_servers_page(tmp_path: Path) -> None:
     """Build a wheel without a C compiler from a copy of the source, unpack it elsewhere, and generate with the package."""
     source = tmp_path / "source"
     for name in ("llama", "demo"):
@@ -52,6 +52,7 @@ def test_an_installed_wheel_contains_the_demo_model(tmp_path: Path) -> None:
     )
     done = run("-c", code, PYTHONPATH=str(tmp_path / "site"))
     assert "generation" in done.stdout, done.stderr
+    assert (tmp_path / "site" / "llama" / "server" / "page.html").is_file()
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is not a clone")

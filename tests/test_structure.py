@@ -67,6 +67,7 @@ def test_the_library_has_at_most_10_modules_at_the_top() -> None:
         ("tokenizer", {"engine", "model", "distributed"}),
         ("sampling", {"engine", "model", "distributed"}),
         ("engine", {"backends", "checkpoint", "cli"}),
+        ("server", {"backends", "checkpoint", "kernels", "layers", "model", "generation", "cli"}),
         ("cli", {"engine", "backends", "checkpoint", "kernels", "layers", "model", "quantization"}),
     ],
 )
@@ -90,3 +91,10 @@ def test_no_part_imports_private_names_of_another_part() -> None:
 def test_no_file_but_generation_py_has_more_than_420_lines() -> None:
     lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
     assert all(length <= 420 for name, length in lengths.items() if name != "generation.py"), lengths
+
+
+def test_the_server_is_imported_only_by_functions_of_its_command() -> None:
+    assert [part for part, targets in import_graph().items() if "server" in targets] == ["cli"]
+    for path in (PACKAGE / "cli").glob("*.py"):
+        at_the_top = [node.module or "" for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.ImportFrom)]
+        assert not [module for module in at_the_top if module.startswith("server")], path

@@ -19,7 +19,7 @@ from llama.chat import UNSAFE_ERROR
 from llama.cli.complete import read_json_lines, read_texts
 from llama.cli.line_editor import MAX_ENTRIES, History, LineEditor, history_path
 from llama.cli.main import main
-from llama.cli.model_options import model_parser
+from llama.cli.model_options import sampling_parser
 
 from .support import ROOT, TORCHRUN, environment, torchrun, write_shards
 
@@ -505,7 +505,7 @@ def test_json_lines_with_messages_are_answered_like_dialogs(talker: tuple, llama
 
 
 def test_stop_flags_take_escapes_because_shells_pass_them_as_typed() -> None:
-    parsed = model_parser().parse_args([part for text in STOP_FLAGS for part in ("--stop", text)])
+    parsed = sampling_parser().parse_args([part for text in STOP_FLAGS for part in ("--stop", text)])
     assert parsed.stop == list(STOP_FLAGS.values())
 
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from llama import InputError, Llama, NonFiniteError, SamplingParams, tuning
-from llama.engine import scheduler
+from llama.backends.eager import EagerBackend
+from llama.engine import events, scheduler
+from llama.engine.incremental_text import IncrementalText
 from llama.engine.requests import GenerationCall, Request
 
 from .counting import count_forward_tokens
@@ -101,22 +103,22 @@ def test_a_step_that_ends_a_call_while_its_caller_looks_for_events_loses_no_toke
 ) -> None:
     """Run a step, as another thread may, whenever a caller has found no events and looks whether its call has ended."""
     want = llama.generate(SINGLE[:3], 4, temperature=0)
-    look, stepping = scheduler.RunningCall.ended.fget, []  # type: ignore[attr-defined]
+    look, stepping = events.RunningCall.ended.fget, []  # type: ignore[attr-defined]
 
-    def step_then_look(call: scheduler.RunningCall) -> bool:
+    def step_then_look(call: events.RunningCall) -> bool:
         if not stepping:
             stepping.append(True)
             llama.engine.shared.scheduler().step()
             stepping.clear()
         return look(call)
 
-    monkeypatch.setattr(scheduler.RunningCall, "ended", property(step_then_look))
+    monkeypatch.setattr(events.RunningCall, "ended", property(step_then_look))
     assert llama.generate(SINGLE[:3], 4, temperature=0) == want
 
 
 def test_events_that_a_step_adds_while_they_are_taken_are_taken_next(llama: Llama) -> None:
-    call = scheduler.RunningCall(llama._requests.from_tokens([[1, 5]], 4, None, SamplingParams()), 1, None)  # type: ignore[arg-type]
-    first, second, list_of_step = (*(scheduler.Event(None, i) for i in range(2)), call.events)
+    call = events.RunningCall(llama._requests.from_tokens([[1, 5]], 4, None, SamplingParams()), 1, None)  # type: ignore[arg-type]
+    first, second, list_of_step = (*(events.Event(None, i) for i in range(2)), call.events)
     list_of_step.append(first)
     assert call.take_events() == [first]
     list_of_step.append(second)
@@ -177,9 +179,9 @@ def test_numbers_that_are_not_finite_end_their_own_call_only(
     got = [[next(stream).token] for stream in streams]
     sample = scheduler.DecodeState.sample
 
-    def damage(state: Any) -> Any:
-        state.logits[2] = torch.nan
-        return sample(state)
+    def damage(state: Any, **options: Any) -> Any:
+        state.logits[2:] = torch.nan
+        return sample(state, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(scheduler.DecodeState, "sample", damage)
@@ -197,7 +199,7 @@ def test_a_stream_may_be_garbage_collected_in_a_thread_that_changes_who_steps(ll
     next(stream)
 
     def close_while_held() -> None:
-        with llama.engine.shared.mutex:
+        with llama.engine.shared.turn.mutex:
             stream.close()  # type: ignore[attr-defined]
 
     thread = threading.Thread(target=close_while_held, daemon=True)
@@ -247,7 +249,7 @@ def test_a_call_from_within_a_sampler_is_refused(llama: Llama, monkeypatch: pyte
         return probs.argmax(-1, keepdim=True)
 
     monkeypatch.setattr(generation, "sample_top_p", sampler)
-    assert_raises(lambda: llama.generate([[1, 9]], 2), InputError, "from within a step")
+    assert_raises(lambda: llama.generate([[1, 9]], 2), InputError, "has called its own model during a step")
 
 
 def test_a_thread_that_is_interrupted_while_it_waits_leaves_the_others_running(
@@ -351,3 +353,116 @@ def test_a_long_prompt_whose_caller_leaves_frees_its_row_before_its_prefill_ends
     assert 1 not in running_scheduler.running and not running_scheduler.prefills
     assert llama.generate(SINGLE[1:3], 20, temperature=0)[0] == want[1:]
     assert [*tokens, *(token.token for token in stream)] == want[0]
+
+
+def test_a_kept_prefix_is_not_overwritten_while_its_row_is_free(llama: Llama) -> None:
+    """End a stream with reuse=True in row 0 beside another stream, which runs on. The next stream reuses right values."""
+    text = "Once upon a time there was a bear"
+    want = "".join(llama.text_completion_stream(text, 0, max_gen_len=8))
+    kept = llama.text_completion_stream(text, 0, max_gen_len=8, reuse=True)
+    first = next(kept)
+    other = llama.generate_stream(SINGLE[:1], 30, temperature=0)
+    next(other)
+    assert first + "".join(kept) == want
+    list(other)
+    again = llama.text_completion_stream(text, 0, max_gen_len=8, reuse=True)
+    assert "".join(again) == want
+    assert again.reused_tokens > 0
+
+
+def test_a_prompt_that_fills_the_context_ends_no_other_call(llama: Llama, either_backend: bool) -> None:
+    want = llama.generate(SINGLE[:1], 30, temperature=0)[0][0]
+    full, short = [1, *range(100, 163)], [1, 5, 9]
+    scored = llama.generate([full, short], 3, temperature=0, logprobs=True, echo=True)
+    stream = llama.generate_stream(SINGLE[:1], 30, temperature=0)
+    tokens = [next(stream).token]
+    got = llama.generate([full, short], 3, temperature=0, logprobs=True, echo=True)
+    assert got[0] == scored[0]
+    for values, expected in zip(got[1] or [], scored[1] or [], strict=True):
+        assert values == pytest.approx(expected, abs=1e-4)
+    assert [*tokens, *(token.token for token in stream)] == want
+
+
+def test_whole_calls_end_before_a_call_that_takes_the_cache(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call a `Llama` with the eager backend while whole calls of other threads run on the same model: all answers are right."""
+    eager = Llama(llama.model, llama.tokenizer, backend=EagerBackend())
+    want = llama.generate(SINGLE[:4], 20, temperature=0)
+    score = llama.score(["sea"], [" shore"])
+    calls: list[Callable[[], Any]] = [lambda: llama.generate(SINGLE[:4], 20, temperature=0)] * 3
+    calls += [lambda: eager.generate(SINGLE[:4], 20, temperature=0), lambda: eager.score(["sea"], [" shore"])]
+    results = run_together(calls)
+    assert results[:4] == [want] * 4
+    assert results[4][0].logprobs == pytest.approx(score[0].logprobs, abs=1e-4)
+
+
+def test_the_exception_of_a_sampler_ends_the_call_of_its_caller_only(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+        raise ZeroDivisionError("the sampler's own error")
+
+    want = llama.generate(SINGLE[:1], 20, temperature=0)[0][0]
+    stream = llama.generate_stream(SINGLE[:1], 20, temperature=0)
+    tokens = [next(stream).token]
+    with monkeypatch.context() as patch:
+        patch.setattr("llama.generation.sample_top_p", fail)
+        with pytest.raises(ZeroDivisionError):
+            llama.generate(SINGLE[1:2], 4, temperature=1.0)
+    assert [*tokens, *(token.token for token in stream)] == want
+
+
+def test_a_call_that_an_exception_has_ended_keeps_no_row_while_its_traceback_lives(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push = IncrementalText.push
+
+    def interrupt(text: IncrementalText, token: int) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(IncrementalText, "push", interrupt)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        llama.text_completion(["The"] * 6, max_gen_len=40)
+    monkeypatch.setattr(IncrementalText, "push", push)
+    with count_forward_tokens() as forwards:
+        llama.generate(SINGLE[:1], 3, temperature=0)
+    assert kept and forwards == [len(SINGLE[0]), 1, 1]
+
+
+def test_a_call_alone_uses_the_same_random_numbers_however_long_its_prompts_are(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long prompt that gets the row of a finished answer is prefilled whole if no other call runs."""
+    prompts = [*SINGLE[:7], [1, *range(30, 80)], *SINGLE[7:9]]
+
+    def sample() -> list[list[int]]:
+        torch.manual_seed(3)
+        return llama.generate(prompts, 8, temperature=1.0)[0]
+
+    want = sample()
+    monkeypatch.setattr(tuning, "PREFILL_CHUNK_BESIDE_DECODING", 8)
+    monkeypatch.setattr(tuning, "ATTENTION_CHUNK", 8)
+    assert sample() == want
+
+
+def test_rows_that_no_request_needs_are_not_computed_any_more(llama: Llama) -> None:
+    stream = llama.generate_stream(SINGLE[:1], 12, temperature=0)
+    with count_forward_tokens() as forwards:
+        next(stream)
+        llama.generate(SINGLE[1:4], 2, temperature=0)
+        list(stream)
+    assert 4 in forwards and forwards[-1] == 1
+
+
+def test_a_second_reader_of_a_stream_is_told_so(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = llama.text_completion_stream("The", temperature=0, max_gen_len=5)
+    errors = []
+
+    def read_again(*_: Any) -> str:
+        for call in (lambda: next(stream), stream.close):
+            with pytest.raises(InputError, match="another thread is reading this stream") as caught:
+                call()
+            errors.append(caught)
+        return "x"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IncrementalText, "push", read_again)
+        next(stream)
+    assert len(errors) == 2

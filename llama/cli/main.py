@@ -2,6 +2,7 @@
 
 python -m llama chat --ckpt_dir llama-2-7b-chat --tokenizer_path tokenizer.model
 python -m llama complete --ckpt_dir llama-2-7b --tokenizer_path tokenizer.model "Once upon a time"
+python -m llama serve --ckpt_dir llama-2-7b-chat
 torchrun --nproc_per_node 2 -m llama chat --ckpt_dir llama-2-13b-chat --tokenizer_path tokenizer.model
 python -m llama quantize --ckpt_dir llama-2-7b int8
 python -m llama plan --model 70B --max_seq_len 4096
@@ -22,20 +23,21 @@ from ..planning import GPUS, MODELS, model_size, plan
 from .chat import run_chat
 from .complete import run_complete
 from .flags import normalize_flags
-from .model_options import DTYPES, QUANTIZE_FORMATS, model_parser
+from .model_options import DTYPES, QUANTIZE_FORMATS, model_parser, sampling_parser
 from .process import exit_code, open_missing_streams, silence_other_ranks
+from .serve import add_flags, run_serve
 from .terminal import Terminal
 
 
 def make_parser() -> "tuple[argparse.ArgumentParser, argparse._SubParsersAction[Any]]":
     """Return the argument parser for all commands, and its parsers of single commands."""
-    model = model_parser()
+    model, sampling = model_parser(), sampling_parser()
     parser = argparse.ArgumentParser("python -m llama", description="Llama 2 in the terminal.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"llama {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="chat | complete | quantize | plan | info")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="chat | complete | serve | quantize | plan | info")
     chat = commands.add_parser(
         "chat",
-        parents=[model],
+        parents=[model, sampling],
         allow_abbrev=False,
         help="talk with a chat model, or ask it one question",
         description="Talk with a chat model. With a question, or if standard input is no terminal, print one answer.",
@@ -52,7 +54,7 @@ def make_parser() -> "tuple[argparse.ArgumentParser, argparse._SubParsersAction[
 
     complete = commands.add_parser(
         "complete",
-        parents=[model],
+        parents=[model, sampling],
         allow_abbrev=False,
         help="continue texts",
         description="Continue texts. Each is printed, and its continuation after '> '; a single one is streamed.",
@@ -70,6 +72,16 @@ def make_parser() -> "tuple[argparse.ArgumentParser, argparse._SubParsersAction[
         help='read files of {"prompt": TEXT} or {"messages": [...]} lines; write each line with its answer added',
     )
     complete.set_defaults(run=run_complete)
+
+    serve = commands.add_parser(
+        "serve",
+        parents=[model],
+        allow_abbrev=False,
+        help="answer HTTP requests in OpenAI's format",
+        description="Answer HTTP requests in OpenAI's format, and show a page for a chat. docs/serving.md describes it.",
+    )
+    add_flags(serve)
+    serve.set_defaults(run=run_serve, max_seq_len=None)
 
     quantize = commands.add_parser(
         "quantize",

@@ -1,4 +1,4 @@
-"""Flags that the commands chat and complete share: which model to load, and how to sample."""
+"""Flags that several commands share: which model to load (chat, complete, serve), and how to sample (chat, complete)."""
 
 import argparse
 import re
@@ -13,7 +13,7 @@ DTYPES = "bfloat16, float16 or float32 (bf16, fp16, fp32)"
 
 
 def model_parser() -> argparse.ArgumentParser:
-    """Return a parser with the flags for `Llama.build` and for sampling. The parsers of chat and complete extend it."""
+    """Return a parser with the flags for `Llama.build`. The parsers of chat, complete and serve extend it."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -21,7 +21,11 @@ def model_parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--tokenizer_path", metavar="FILE", help="default: tokenizer.model in DIR or its parent folder")
     model.add_argument(
-        "--max_seq_len", type=int, default=512, metavar="N", help="context length in tokens; default: 512, for chat 4096"
+        "--max_seq_len",
+        type=int,
+        default=512,
+        metavar="N",
+        help="context length in tokens; default: 512, for chat and serve 4096",
     )
     model.add_argument("--device", help="cpu, cuda or mps (untested); default: cuda if available, else cpu")
     model.add_argument("--dtype", help=f"{DTYPES}; default: the stored one")
@@ -29,6 +33,12 @@ def model_parser() -> argparse.ArgumentParser:
     model.add_argument("--compile", action="store_true", help="use torch.compile (CUDA): faster decoding after a slower start")
     model.add_argument("--model_parallel_size", type=int, metavar="N", help="ranks that share one model; default: all")
     model.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the random numbers; default: 1")
+    return parser
+
+
+def sampling_parser() -> argparse.ArgumentParser:
+    """Return a parser with the flags for sampling. The parsers of chat and complete extend it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
         "--temperature", type=float, default=0.6, metavar="X", help="0 takes the likeliest token; default: 0.6"

@@ -55,12 +55,14 @@ def propagate_failure() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def defer_signals() -> Iterator[None]:
-    """Defer the handlers of SIGINT and SIGTERM until the block ends, if there are other ranks.
+def defer_signals(for_others: bool = False) -> Iterator[None]:
+    """Defer the handlers of SIGINT and SIGTERM until the block ends, if there are other ranks, or with `for_others`.
 
     A signal handler may raise an exception. During a collective, this would leave the other ranks waiting in the collective.
+    for_others: True if an exception in the block would end calls of other threads.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1 or threading.current_thread() is not threading.main_thread():
+    has_other_ranks = dist.is_initialized() and dist.get_world_size() > 1
+    if not (has_other_ranks or for_others) or threading.current_thread() is not threading.main_thread():
         yield
         return
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,5 +1,6 @@
 """Collect the tokens of a call into one result for each request."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,43 +9,66 @@ from ..tokenizer import Tokenizer
 from .incremental_text import IncrementalText
 from .requests import GeneratedToken, GenerationCall
 from .results import GenerationResult
+from .stream import push_token
+
+
+class ResultCollector:
+    """Collect the tokens of a call into one result for each request.
+
+    If `call.stop` is None, tokens are not decoded to text. Otherwise each answer ends before the first stop string.
+    """
+
+    def __init__(self, call: GenerationCall, tokenizer: Tokenizer) -> None:
+        self.call = call
+        self.results = [GenerationResult(request) for request in call.requests]
+        self.texts = [IncrementalText(tokenizer, call.stop) for _ in self.results] if call.stop is not None else []
+        if call.echo:
+            for result, text in zip(self.results, self.texts, strict=False):
+                result.text = text.begin(result.request.prompt)
+        self.n_taken = 0
+
+    def push(self, token: GeneratedToken) -> None:
+        """Add a token to the result of its request. A stop string ends the answer."""
+        result = self.results[token.prompt_index]
+        result.tokens.append(token.token)
+        if token.logprob is not None:
+            result.logprobs.append(token.logprob)
+        # Skip echoed tokens of the prompt: `result.text` begins with the text of the prompt.
+        if self.texts and result.request.num_new_tokens:
+            result.text += push_token(result.request, self.texts[token.prompt_index], token)
+
+    def take_finished(self) -> Iterator[GenerationResult]:
+        """Yield, in order, the results that have not been taken yet, up to the first whose answer is not complete.
+
+        With `echo`, no result is complete before the end.
+        """
+        while not self.call.echo and self.n_taken < len(self.results) and self.results[self.n_taken].request.finish_reason:
+            yield self._take()
+
+    def finish(self) -> list[GenerationResult]:
+        """Return all results that have not been taken yet. No more tokens will come."""
+        return [self._take() for _ in range(self.n_taken, len(self.results))]
+
+    def _take(self) -> GenerationResult:
+        """Return the next result, with the text that has been held back."""
+        result, text = self.results[self.n_taken], self.texts[self.n_taken : self.n_taken + 1]
+        result.text += "".join(t.end() for t in text)
+        self.n_taken += 1
+        return result
 
 
 def collect_results(call: GenerationCall, tokens: Iterator[GeneratedToken], tokenizer: Tokenizer) -> Iterator[GenerationResult]:
     """Yield one result per request, in the order of the requests. A result is yielded once its answer and all earlier answers
     are complete.
-
-    If `call.stop` is None, tokens are not decoded to text. Otherwise each answer ends before the first stop string.
     """
-    results = [GenerationResult(request) for request in call.requests]
-    texts = [IncrementalText(tokenizer, call.stop) for _ in results] if call.stop is not None else []
-    if call.echo:
-        for result, text in zip(results, texts, strict=False):
-            result.text = text.begin(result.request.prompt)
-    n_yielded = 0
-    for index, token, logprob in tokens:
-        # The engine sets a request's finish reason after its last token has been taken. A finished request is therefore seen
-        # here when the engine yields the next token of any request.
-        while not call.echo and results[n_yielded].request.finish_reason:
-            yield _flush(results[n_yielded], texts[n_yielded : n_yielded + 1])
-            n_yielded += 1
-        result = results[index]
-        result.tokens.append(token)
-        if logprob is not None:
-            result.logprobs.append(logprob)
-        # Skip echoed tokens of the prompt: `result.text` begins with the text of the prompt.
-        if texts and result.request.num_new_tokens:
-            result.text += texts[index].push(token)
-            if texts[index].stopped:
-                result.request.finish_reason = "stop"
-    for i in range(n_yielded, len(results)):
-        yield _flush(results[i], texts[i : i + 1])
-
-
-def _flush(result: GenerationResult, text: list[IncrementalText]) -> GenerationResult:
-    """Add to a result the text that has been held back, and return the result."""
-    result.text += "".join(t.end() for t in text)
-    return result
+    collector = ResultCollector(call, tokenizer)
+    with contextlib.closing(tokens):  # type: ignore[type-var]  # after an error, a traceback may keep `tokens` alive
+        for token in tokens:
+            # The engine sets a request's finish reason after its last token has been taken. A finished request is therefore
+            # seen here when the engine yields the next token of any request.
+            yield from collector.take_finished()
+            collector.push(token)
+    yield from collector.finish()
 
 
 def results_of_replaced_generate(

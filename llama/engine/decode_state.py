@@ -11,7 +11,7 @@ from .requests import Request
 
 
 class SamplingOptions(NamedTuple):
-    """How the tokens of a row are sampled. Rows with equal options are sampled together."""
+    """Describe how the tokens of a row are sampled. Rows with equal options are sampled together."""
 
     params: SamplingParams
     sampler: Sampler = sample_top_p
@@ -30,6 +30,7 @@ class DecodeState:
         self.seen: torch.Tensor | None = None
         self.options: dict[int, SamplingOptions] = {}  # maps each row that is in use to its options
         self._groups: list[tuple[SamplingOptions, torch.Tensor]] | None = None
+        self.failures: list[tuple[list[int], Exception]] = []  # of the last `sample`, with the rows that they concern
 
     def resize(self, n: int) -> None:
         """Change the number of rows to n. New rows contain zeros."""
@@ -64,33 +65,37 @@ class DecodeState:
         self.options.update(zip(rows, options, strict=True))
         self._groups = None
 
-    def hold(self, row: int, position: int) -> None:
-        """Let decode steps compute a row that does not decode yet at a position."""
+    def set_position(self, row: int, position: int) -> None:
+        """Set the position at which decode steps compute a row whose prompt is still being prefilled."""
         index, value = torch.tensor([row]), torch.tensor([position])
         for name in ("positions", "last_positions"):
             old = getattr(self, name)
             setattr(self, name, old.index_copy(0, index.to(old.device), value.to(old.device)))
 
     def release(self, row: int) -> None:
-        """Free a row. Its tokens are still sampled if all other rows have equal options."""
+        """Free a row. It may still be sampled together with the other rows; its tokens are ignored."""
         del self.options[row]
         self._groups = None
 
-    def sample(self, options: SamplingOptions | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample(self, options: SamplingOptions | None = None, keep_failures: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Sample the next token of each row. Return these tokens (B,), and the largest logit of each row (B,).
 
         options: those of all rows; by default, each row has its own. If all rows in use have equal options, free rows are
         sampled with them, so that each step of a call uses the same number of random numbers from torch's default generator.
+        keep_failures: collect the exceptions of callers' samplers in `failures`, with the rows that they concern, instead of
+        raising them.
         All ranks return the values of rank 0. The largest logit of a row is not finite if the row contains NaN or +inf, or
         only -inf.
         """
         largest, groups = self.logits.amax(-1), [] if options else self._rows_by_options()
-        if options or len(groups) == 1:
+        self.failures = []
+        if options or (len(groups) == 1 and not keep_failures):
             tokens = self._sample_rows(options or groups[0][0], slice(None))
         else:
             tokens = torch.zeros_like(self.positions)
             for each, rows in groups:
-                tokens = tokens.index_copy(0, rows, self._sample_rows(each, rows))
+                if (sampled := self._try_sample_rows(each, rows, keep_failures)) is not None:
+                    tokens = tokens.index_copy(0, rows, sampled)
         if model_parallel()[1] > 1:
             of_rank0, largest = broadcast_from_rank0(torch.stack([tokens.double(), largest.double()])).unbind()
             tokens = of_rank0.long()
@@ -107,6 +112,16 @@ class DecodeState:
             device = self.logits.device
             self._groups = [(options, torch.tensor(rows, device=device)) for options, rows in by_options.items()]
         return self._groups
+
+    def _try_sample_rows(self, options: SamplingOptions, rows: torch.Tensor, keep_failures: bool) -> torch.Tensor | None:
+        """Sample a token for each of some rows. With `keep_failures`, return None after an exception, and collect it."""
+        try:
+            return self._sample_rows(options, rows)
+        except Exception as e:
+            if not keep_failures:
+                raise
+            self.failures.append((rows.tolist(), e))
+            return None
 
     def _sample_rows(self, options: SamplingOptions, rows: torch.Tensor | slice) -> torch.Tensor:
         """Sample a token for each of some rows, which have equal options."""

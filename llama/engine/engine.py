@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import sys
-import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -20,12 +19,13 @@ from ..model import Transformer
 from ..sampling import token_logprobs
 from .backend import Backend
 from .checks import check_logprobs, device_of
+from .events import Event, RunningCall, take_event
 from .forward import EngineForward
 from .kv_cache import KVCache, RaggedBatch
 from .prefill import score_tokens
 from .reference_loop import ReferenceLoop, move_buffers
 from .requests import GeneratedToken, GenerationCall
-from .scheduler import Event, RunningCall, Scheduler, take_event
+from .scheduler import Scheduler
 from .shared_state import CacheOwner, shared_state_of
 from .unmodified import why_modified
 
@@ -40,7 +40,8 @@ class Engine:
         self.shared = shared_state_of(model)
         self.lock = self.shared.lock
         if why_modified(model) is None:
-            self.forward()  # allocate the KV cache now, so that the first call is not slower than others
+            with self.lock:
+                self.forward()  # allocate the KV cache now, so that the first call is not slower than others
         raise_malloc_threshold()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -86,65 +87,107 @@ class Engine:
     def run(self, call: GenerationCall) -> Iterator[GeneratedToken]:
         """Yield the new tokens of all requests as they are generated, without EOS. With `call.echo`, prompt tokens come first.
 
-        Either all requests have a seed or none has. With `call.reuse`, the call has a single request. If the previous call had
-        `reuse` too, prefill skips the leading prompt tokens whose keys and values that call has left in the cache.
+        Either all requests have a seed or none has. With `call.reuse`, the call has a single request, and prefill skips the
+        leading prompt tokens whose keys and values an earlier call with `reuse` has left in row 0 of the cache.
         """
+        yield from self.begin(call)
+        if not self.needs_model(call):
+            return
+        self.check_sizes()
+        if why := self.why_reference_loop():
+            with self.whole_calls_ended(), propagate_failure():
+                self.announce(why)
+                loop = ReferenceLoop(self.model, self.shared, call, self.n_words)
+            while not loop.finished:
+                with self.computing():
+                    prompt_tokens = loop.step()
+                yield from prompt_tokens
+                yield from loop.emit_tokens()
+            return
+        running_call = None
+        try:
+            scheduler, running_call = self.submit(call)
+            while events := self.wait_for_events(scheduler, running_call):
+                for event in events:
+                    yield from take_event(call.requests[event.prompt_index], event)
+        finally:
+            if running_call:
+                running_call.cancelled = True
+            self.shared.turn.wake()  # this thread may have been the one that would have run the next step
+
+    def begin(self, call: GenerationCall) -> Iterator[GeneratedToken]:
+        """End the answers that may have no tokens. Yield the tokens of the prompts if the call echoes them without scores."""
         for request in call.requests:
             if request.max_new_tokens == 0 and not request.finish_reason:
                 request.finish_reason = "length"
         if call.echo and not call.logprobs:
             for index, request in enumerate(call.requests):
                 yield from (GeneratedToken(index, token, None) for token in request.prompt)
-        if not call.requests or (not call.scores_prompts and all(r.finish_reason for r in call.requests)):
-            return
-        self.check_sizes()
-        if why := self.why_reference_loop():
-            with self.lock, propagate_failure():
-                self.announce(why)
-                loop = ReferenceLoop(self.model, self.shared, call, self.n_words)
-            while not loop.finished:
-                with self.stepping():
-                    prompt_tokens = loop.step()
-                yield from prompt_tokens
-                yield from loop.emit_tokens()
-            return
-        scheduler, running_call = self.submit(call)
-        try:
-            while events := self.wait_for_events(scheduler, running_call):
-                for event in events:
-                    yield from take_event(call.requests[event.prompt_index], event)
-        finally:
-            running_call.cancelled = True
-            with self.shared.mutex:
-                self.shared.wake_waiters()  # this thread may have been the one that would have run the next step
+
+    def needs_model(self, call: GenerationCall) -> bool:
+        """Return True if anything of a call remains to be computed."""
+        return bool(call.requests) and (call.scores_prompts or not all(r.finish_reason for r in call.requests))
 
     def exclusive(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context for a whole call: one that other threads wait for, if calls cannot share a batch.
+        """Return a context that keeps other threads' calls out, if calls cannot share a batch; else one without effect.
 
         They cannot on several ranks, which must run their calls in the same order, nor if the model's own `forward` runs.
         """
-        return self.lock if world_size() > 1 or self.why_reference_loop() else contextlib.nullcontext()
+        if world_size() > 1:
+            return self.lock
+        return self.whole_calls_ended() if self.why_reference_loop() else contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def stepping(self) -> Iterator[None]:
-        """Guard one step of a loop, in which only this thread runs the model."""
-        with self.lock, propagate_failure(), defer_signals(), self.without_autocast():
+    def whole_calls_ended(self) -> Iterator[None]:
+        """Hold the lock of the model while no call in the scheduler is a whole one, which returns its answers at its end.
+
+        What follows takes the KV cache. A stream, whose caller reads on, is told so; a whole call must not fail.
+        """
+        while True:
+            scheduler = self.shared.scheduler()
+            if scheduler is not None and world_size() == 1 and scheduler.has_whole_calls:
+                self.step_or_wait(scheduler)
+                continue
+            with self.lock:
+                scheduler = self.shared.scheduler()  # a call may have come meanwhile
+                if scheduler is None or world_size() > 1 or not scheduler.has_whole_calls:
+                    yield
+                    return
+
+    @contextlib.contextmanager
+    def computing(self, is_shared: bool = False) -> Iterator[None]:
+        """Guard a computation with the model, which only one thread at a time runs.
+
+        is_shared: True if it is a step for several calls, in which Ctrl-C would end the calls of others.
+        """
+        with self.lock, propagate_failure(), defer_signals(is_shared), self.without_autocast():
             yield
 
     def submit(self, call: GenerationCall) -> tuple[Scheduler, RunningCall]:
-        """Add a call to the scheduler that runs other calls, if there is one and it suits the call; else to a new one.
+        """Add a call to the running scheduler, or to a new one if none runs. Return the scheduler and the running call.
 
-        On several ranks, a call gets a scheduler of its own, and calls that are still running end with an error.
+        If the running scheduler does not suit the call, run its calls to their end first.
         """
         while True:
-            with self.lock, propagate_failure():
-                scheduler = self.shared.scheduler()
-                if scheduler is None or scheduler.idle or world_size() > 1 or scheduler.why_broken():
-                    scheduler = Scheduler(self.model, self.forward(), self.backend, self.shared, call.name)
-                    self.shared.scheduler = weakref.ref(scheduler)  # a strong reference would keep the model alive
-                if scheduler.suits(self.backend, self.n_words):
-                    return scheduler, scheduler.submit(call)
-            self.step(scheduler)  # calls of another `Llama` with the same model come first
+            scheduler, running_call = self.try_submit(call)
+            if running_call:
+                return scheduler, running_call
+            self.step_or_wait(scheduler)
+
+    def try_submit(self, call: GenerationCall) -> tuple[Scheduler, RunningCall | None]:
+        """Add a call to the running scheduler, or to a new one if none runs.
+
+        Return the scheduler, and None if it does not suit the call, because another `Llama` uses the same model differently.
+        On several ranks, a call gets a scheduler of its own, and calls that are still running end with an error.
+        """
+        self.shared.turn.refuse_within_step()
+        with self.lock, propagate_failure():
+            scheduler = self.shared.scheduler()
+            if scheduler is None or scheduler.idle or world_size() > 1 or scheduler.why_broken():
+                scheduler = Scheduler(self.model, self.forward(), self.backend, self.shared, call.name)
+                self.shared.scheduler = weakref.ref(scheduler)  # a strong reference would keep the model alive
+            suits = scheduler.suits(self.backend, self.n_words)
+            return scheduler, scheduler.submit(call) if suits else None
 
     def wait_for_events(self, scheduler: Scheduler, running_call: RunningCall) -> list[Event]:
         """Return the events of a call since the last time; an empty list after its end. Raise its error.
@@ -160,38 +203,30 @@ class Engine:
                 raise running_call.error
             if ended or running_call.ended_by_caller:
                 return []
-            self.step(scheduler, running_call)
+            self.step_or_wait(scheduler, running_call)
 
-    def step(self, scheduler: Scheduler, running_call: RunningCall | None = None) -> None:
+    def step_or_wait(self, scheduler: Scheduler, running_call: RunningCall | None = None) -> None:
         """Run a step of the scheduler; if another thread is running one, wait for its end instead.
 
-        With `running_call`, do nothing if that call has events, and wait until it has some or until this thread should step.
+        running_call: return at once if this call has events or has ended.
         """
-        shared = self.shared
-        with shared.mutex:
-            if running_call and (running_call.events or running_call.ended):
-                return
-            if shared.stepping_thread == threading.get_ident():
-                raise InputError("a call from within a step of the same model, for example from a sampler, is not possible")
-            if shared.stepping_thread is not None:
-                waiter = threading.Condition(shared.mutex)
-                shared.waiters[waiter] = running_call
-                try:
-                    waiter.wait()
-                finally:  # also after Ctrl-C
-                    del shared.waiters[waiter]
-                return
-            shared.stepping_thread = threading.get_ident()
-        try:
-            with self.stepping():
+        turn = self.shared.turn
+        turn.refuse_within_step()
+        if world_size() > 1:  # a call has its own scheduler, and a thread in a whole call holds the lock already
+            with self.computing():
                 scheduler.step()
-        except BaseException as e:
-            scheduler.fail(e)
-            raise
+            return
+        try:
+            if turn.claim(running_call):
+                is_shared = len(scheduler.calls) > 1
+                try:
+                    with self.computing(is_shared):
+                        scheduler.step()
+                except BaseException as e:
+                    scheduler.fail(e)
+                    raise
         finally:
-            with shared.mutex:
-                shared.stepping_thread = None
-                shared.wake_waiters()
+            turn.release()
 
     @torch.inference_mode()
     def score(self, sequences: list[list[int]], starts: list[int], labels: list[str]) -> list[list[float]]:
@@ -202,9 +237,10 @@ class Engine:
         """
         self.check_sizes()
         if why := self.why_reference_loop():
-            self.announce(why)
-            move_buffers(self.model)
-            self.shared.owner = CacheOwner("score")  # earlier calls cannot continue: the model's forward overwrites the cache
+            with self.whole_calls_ended():
+                self.announce(why)
+                move_buffers(self.model)
+                self.shared.owner = CacheOwner("score")  # open streams cannot continue: the forward overwrites the cache
         forward = None if why else self.forward()
         batches: list[list[int]] = []
         room = 0
@@ -222,7 +258,7 @@ class Engine:
                 [first + n for n in range(starts[i], len(sequences[i]))] for i, first in zip(members, offsets, strict=False)
             ]
             indices = torch.tensor([n for each in scored for n in each], dtype=torch.int64, device=device)
-            with defer_signals(), self.without_autocast():
+            with self.lock, defer_signals(), self.without_autocast():
                 if forward is None:
                     logits = self.model.forward(tokens[None], 0)[0, :, : self.n_words].float()
                     logprobs = iter(token_logprobs(logits[indices - 1], tokens[indices]).tolist())

@@ -14,7 +14,7 @@ from .requests import Request
 
 
 class Prefill:
-    """Prefill rows of the KV cache with the prompts of requests, chunk by chunk, at most max_tokens of all prompts at a time.
+    """Prefill rows of the KV cache with prompts, in chunks of at most max_tokens tokens, counted over all prompts.
 
     start: number of leading prompt tokens to skip, as they are in the cache already. quiet: show no progress.
     After the last chunk, `last_hidden` is the hidden state of the last token of each prompt, (B, dim), and `logprobs` has a
@@ -35,7 +35,7 @@ class Prefill:
         prompts = [request.prompt[start:] for request in requests]
         self.lengths = [len(prompt) for prompt in prompts]
         self.tokens = torch.tensor([token for prompt in prompts for token in prompt] + [0], device=forward.device)
-        self.done = dict.fromkeys(rows, start)  # for each row, the number of tokens that are in the cache
+        self.n_cached = dict.fromkeys(rows, start)  # for each row, the number of tokens that are in the cache
         self.n_read, self.hidden, self.values = 0, list[torch.Tensor](), [0.0]
         chunks = list(prefill_chunks(self.lengths, max_tokens, tuning.ATTENTION_CHUNK))
         bar = progress(chunks, lambda chunk: sum(n for _, _, n in chunk), "reading prompts", "tokens")
@@ -61,7 +61,7 @@ class Prefill:
         self.hidden.append(hidden)
         self.n_read += ends[-1]
         for i, done, n in pieces:
-            self.done[self.rows[i]] = self.start + done + n
+            self.n_cached[self.rows[i]] = self.start + done + n
         self.next_chunk = next(self.chunks, None)
 
     @property

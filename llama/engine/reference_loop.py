@@ -16,7 +16,7 @@ from .shared_state import CacheOwner, SharedState, ended_early
 
 
 class ReferenceLoop:
-    """Run one call as the reference does. The class has the interface of `Scheduler`.
+    """Run one call as the reference does, without sharing the batch with other calls.
 
     Prefill a batch up to the end of its shortest prompt, then compute one position at a time. A longer prompt keeps its tokens
     at these positions, instead of sampled ones. More than max_batch_size prompts run as several batches, one after another.

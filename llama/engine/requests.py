@@ -27,7 +27,7 @@ class Request:
     seed: int | None = None
     label: str = "the prompt"  # name of the prompt in errors
     num_reused_tokens: int = 0  # number of prompt tokens whose keys and values were in the cache already
-    num_new_tokens: int = 0  # number of tokens generated so far, without EOS
+    num_new_tokens: int = 0  # number of new tokens that the caller has taken, without EOS
     # None until the answer ends. The engine sets the finish reason; a consumer of tokens may set it to end the answer.
     finish_reason: FinishReason | None = None
 

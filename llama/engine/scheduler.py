@@ -11,8 +11,7 @@ begins while others run join the batch. Free rows between others are decoded too
 import collections
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -26,53 +25,13 @@ from . import async_copy
 from .backend import Backend, DecodeFn
 from .checks import check_logprobs, common_prefix_length, nonfinite_logits_error
 from .decode_state import DecodeState, SamplingOptions
+from .events import Event, RunningCall
 from .forward import EngineForward
 from .prefill import Prefill
-from .requests import FinishReason, GeneratedToken, GenerationCall, Request
+from .requests import GeneratedToken, GenerationCall, Request
 from .shared_state import CacheOwner, SharedState, ended_early
 
 MAX_DECODERS = 8  # decode functions of different numbers of rows that are kept, because each allocates memory
-
-
-class Event(NamedTuple):
-    """What the scheduler reports about a request: a token of the prompt, a new token, or the end of the answer."""
-
-    token: GeneratedToken | None
-    prompt_index: int  # the index of the request in its call
-    in_prompt: bool = False
-    finish_reason: FinishReason | None = None  # set at the end of an answer by EOS
-
-
-@dataclass(eq=False)
-class RunningCall:
-    """A call in the scheduler, and the events that its caller has not taken yet."""
-
-    call: GenerationCall
-    n_unfinished: int  # number of requests that wait or run
-    options: SamplingOptions
-    events: list[Event] = field(default_factory=list)
-    error: BaseException | None = None
-    cancelled: bool = False  # True if the caller takes no more events
-    first_open: int = 0  # the index of the first request whose caller has not seen its end
-
-    def take_events(self) -> list[Event]:
-        """Remove and return the events so far. The list stays the same object, to which a step may be adding events now."""
-        taken = self.events[:]
-        del self.events[: len(taken)]
-        return taken
-
-    @property
-    def ended(self) -> bool:
-        """Return True if no more events will come."""
-        return self.cancelled or self.error is not None or not self.n_unfinished
-
-    @property
-    def ended_by_caller(self) -> bool:
-        """Return True if the caller has ended the answers to all requests, so that only prompts may still be scored."""
-        requests = self.call.requests
-        while self.first_open < len(requests) and requests[self.first_open].finish_reason:
-            self.first_open += 1
-        return self.first_open == len(requests) and not self.call.scores_prompts
 
 
 @dataclass(eq=False)
@@ -116,6 +75,7 @@ class Scheduler:
         self.cache.prefix_tokens = self.prefix_tokens
         self.cache.record_version()
         self.calls: list[RunningCall] = []
+        self.n_submitted = 0  # number of calls so far
         self.waiting: collections.deque[tuple[RunningCall, int]] = collections.deque()  # calls and indices of their requests
         self.running: dict[int, RunningRequest] = {}  # maps a row to the request in it
         self.prefills: list[Prefill] = []  # unfinished; their rows are in `running`, but do not decode yet
@@ -139,17 +99,23 @@ class Scheduler:
             self.bar = progress(call.requests, lambda _: 1, "answering", "prompts")
             next(self.bar, None)
         self.calls.append(running_call)
+        self.n_submitted += 1
         self.waiting += ((running_call, index) for index in range(len(call.requests)))
         return running_call
 
     def suits(self, backend: Backend, n_words: int | None) -> bool:
         """Return True if calls of a `Llama` with this backend, and with a tokenizer of n_words tokens, can join the batch."""
-        return backend.name == self.backend.name and n_words in (None, self.forward.n_words)
+        return backend.name == self.backend.name and (n_words or self.model.vocab_size) == self.forward.n_words
 
     @property
     def idle(self) -> bool:
         """Return True if no call waits for events that a step would produce."""
         return all(call.ended for call in self.calls)
+
+    @property
+    def has_whole_calls(self) -> bool:
+        """Return True if a call runs that returns its answers at its end, unlike a stream."""
+        return any(not call.ended and not call.call.watched for call in self.calls)
 
     def sync_streams(self) -> None:
         """Make the current CUDA stream wait for the stream used before, on which a step launched ahead may still be running."""
@@ -161,22 +127,22 @@ class Scheduler:
     def why_broken(self) -> str | None:
         """Return the reason why the calls cannot continue; None if they can.
 
-        They cannot if anyone else has used the KV cache, or if the model has been changed where code of callers has run.
+        They cannot if other code has used the KV cache, or if the model has been changed between two steps.
         """
         if why := self.shared.why_not_owner(self.owner):
             return why
         if self.cache.prefix_tokens is not self.prefix_tokens or not self.cache.is_unchanged():
-            return "the model's forward, or code of yours, has written into its KV cache since"
+            return "the model's forward, or code of yours, has written into its KV cache since the call began"
         if (len(self.calls) > 1 or self.calls[0].call.watched) and (
             any(self.hooks) or not self.cache.belongs_to(self.model) or self.forward.weights_version() != self.weights_version
         ):
-            return "the model has been changed since"
+            return "the model has been changed since the call began"
         return None
 
     def step(self) -> None:
         """Prefill waiting requests into free rows, and sample the next token of each row. Add events to the calls.
 
-        A failure that concerns one call ends that call only, and its `error` is the failure.
+        A failure of one call is stored in its `error`, and the other calls go on. Any other failure raises.
         """
         self.release_ended()
         if not self.running and not self.waiting:
@@ -187,16 +153,17 @@ class Scheduler:
             return
         self.sync_streams()
         try:
-            if self.decoding:
+            if decoding := self.decoding:
                 self.run_pending_step()
-                if 0 in self.running and self.running[0].running_call.call.reuse:
+                if 0 in decoding and decoding[0].running_call.call.reuse:
                     self.prefix_tokens.append(self.tokens[0])
             self.pending_step = None
+            self.resize()
             if self.waiting:
                 self.admit()
             while self.prefills:
                 self.run_prefill_chunk()
-                if self.decoding:  # let no decoding row wait for more than a chunk
+                if self.decoding and not self.is_alone:  # let no row of another call wait for more than a chunk
                     break
             if self.decoding:
                 self.sample()
@@ -209,7 +176,7 @@ class Scheduler:
         return {row: each for row, each in self.running.items() if row in self.state.options}
 
     def fail(self, failure: BaseException) -> None:
-        """End all calls after a failure of a step. The caller of the step raises the failure itself."""
+        """End all calls after a failed step. In the thread that ran the step, the failure itself is raised."""
         for call in self.calls:
             if not call.ended:
                 why = f"a step of the batch that it shared with other calls has failed ({type(failure).__name__}: {failure})"
@@ -240,14 +207,22 @@ class Scheduler:
             self.state.release(row)
         next(self.bar, None)
 
+    @property
+    def is_alone(self) -> bool:
+        """Return True if no second call has ever joined. The call then uses the same random numbers as in static batches."""
+        return self.n_submitted == 1
+
     def resize(self) -> None:
         """Set the number of rows to what the running and waiting requests need.
 
         As long as a single call runs, the number stays the same, so that each step uses the same number of random numbers from
         torch's default generator.
         """
-        wanted = min(len(self.running) + len(self.waiting), self.model.params.max_batch_size)
-        wanted = max(wanted, *(row + 1 for row in self.running), self.n_rows if len(self.calls) == 1 else 0)
+        max_rows = self.model.params.max_batch_size
+        wanted = min(len(self.running) + len(self.waiting), max_rows)
+        wanted = max(wanted, *(row + 1 for row in self.running), self.n_rows if self.is_alone else 0)
+        if not self.is_alone and self.forward.device.type == "cuda":
+            wanted = min(1 << (wanted - 1).bit_length(), max_rows)  # each number of rows is captured, or compiled, anew
         if wanted != self.n_rows:
             self.n_rows = wanted
             self.state.resize(wanted)
@@ -257,8 +232,7 @@ class Scheduler:
                 self.decoders[wanted] = self.backend.begin(self.forward, wanted)
 
     def admit(self) -> None:
-        """Prefill waiting requests into the free rows. Requests that are prefilled in the same way are prefilled together."""
-        self.resize()
+        """Put waiting requests into free rows, and prepare their prefills: one for all requests that skip as many tokens."""
         free = [row for row in range(self.n_rows) if row not in self.running]
         groups: dict[tuple[bool, int], list[int]] = {}  # (scored, number of leading tokens to skip) -> rows
         for row in free[: len(self.waiting)]:
@@ -276,11 +250,13 @@ class Scheduler:
                 self.kept_tokens = []
                 self.prefix_tokens[:] = request.prompt[:start]
             groups.setdefault((scored, start), []).append(row)
-        max_tokens = tuning.PREFILL_CHUNK_BESIDE_DECODING if self.decoding else tuning.PREFILL_CHUNK
+        is_beside_others = self.decoding and not self.is_alone
+        max_tokens = tuning.PREFILL_CHUNK_BESIDE_DECODING if is_beside_others else tuning.PREFILL_CHUNK
         for (scored, start), rows in groups.items():
             requests = [self.running[row].request for row in rows]
             self.zero_nonfinite_rows(rows, self.state.logits[rows].amax(-1).tolist())
-            self.prefills.append(Prefill(self.forward, rows, requests, start, scored, max_tokens, self.shows_progress))
+            quiet = self.shows_progress  # one progress bar at a time
+            self.prefills.append(Prefill(self.forward, rows, requests, start, scored, max_tokens, quiet))
         for row in free:
             if (
                 row in self.running
@@ -292,11 +268,19 @@ class Scheduler:
     def run_prefill_chunk(self) -> None:
         """Run a chunk of the first prefill. After its last chunk, its requests begin to decode."""
         prefill = self.prefills[0]
-        prefill.run_chunk()
+        try:
+            prefill.run_chunk()
+        except Exception as e:
+            if len(self.calls) == 1:
+                raise
+            del self.prefills[0]
+            for row in prefill.rows:
+                self.fail_row(row, e)
+                self.release(row)
+            return
         if not prefill.finished:
-            # A decode step computes all rows. What it writes for these rows, at these positions, the next chunk overwrites.
-            for row, position in prefill.done.items():
-                self.state.hold(row, position)
+            for row in prefill.rows:
+                self.state.set_position(row, self.unused_position(row))
             return
         del self.prefills[0]
         admitted = [self.running[row] for row in prefill.rows]
@@ -324,9 +308,13 @@ class Scheduler:
         ended, its row is therefore already in the next step.
         """
         state, decoding = self.state, self.decoding
-        held = {row: position for prefill in self.prefills for row, position in prefill.done.items()}
-        positions_host = [decoding[row].position if row in decoding else held.get(row, 0) for row in range(self.n_rows)]
-        tokens, largest = state.sample()
+        positions_host = [
+            decoding[row].position if row in decoding else self.unused_position(row) for row in range(self.n_rows)
+        ]
+        tokens, largest = state.sample(keep_failures=len(self.calls) > 1)
+        for rows, failure in state.failures:
+            for row in rows:
+                self.fail_row(row, failure)
         wants_logprobs = any(each.running_call.call.logprobs for each in decoding.values())
         to_host = async_copy.async_to_host(tokens, largest, *([token_logprobs(state.logits, tokens)] if wants_logprobs else []))
         self.pending_step = tokens, state.positions, positions_host
@@ -354,13 +342,25 @@ class Scheduler:
             if each.num_generated == each.request.max_new_tokens:
                 self.release(row)
 
+    def unused_position(self, row: int) -> int:
+        """Return the position at which a decode step may write keys and values for a row that does not decode.
+
+        A decode step computes all rows. The next chunk of a row's prefill overwrites what is written where the chunk begins. A
+        free row 0 may contain a prefix that another call will use.
+        """
+        last = self.cache.data.shape[4] - 1
+        prefill = next((prefill for prefill in self.prefills if row in prefill.n_cached), None)
+        if prefill is None and row == 0:
+            del self.prefix_tokens[last:]
+        return min(prefill.n_cached[row] if prefill else 0 if row else len(self.prefix_tokens), last)
+
     def run_pending_step(self) -> None:
         """Decode the sampled tokens to get the next logits, unless this decode step has already been launched."""
         if self.pending_step is not None:
             self.cache.logits = self.state.logits = self.decoders[self.n_rows](*self.pending_step)
             self.pending_step = None
 
-    def fail_row(self, row: int, error: LlamaError) -> None:
+    def fail_row(self, row: int, error: BaseException) -> None:
         """End the call whose request is in a row, and zero the row, since NaN there would make later results NaN."""
         call = self.running[row].running_call
         call.error = call.error or error
@@ -377,20 +377,3 @@ class Scheduler:
         for row, logit in zip(rows, largest, strict=True):
             if not math.isfinite(logit):
                 self.cache.data[:, :, row].zero_()
-
-
-def take_event(request: Request, event: Event) -> Iterator[GeneratedToken]:
-    """Yield the token of an event, and set the request's progress and finish reason as its caller sees them.
-
-    The caller may set `finish_reason`, after which further tokens of the request are dropped.
-    """
-    if event.in_prompt and event.token:
-        yield event.token
-    elif not request.finish_reason:
-        if event.token is None:
-            request.finish_reason = event.finish_reason
-            return
-        request.num_new_tokens += 1
-        yield event.token
-        if request.num_new_tokens == request.max_new_tokens and not request.finish_reason:
-            request.finish_reason = "length"

@@ -10,30 +10,31 @@ from torch import nn
 
 from ..errors import InputError
 from .kv_cache import KVCache
+from .step_turn import StepTurn
 
 
 @dataclass(frozen=True, eq=False)
 class CacheOwner:
-    """Identify the call that owns a KV cache. It holds no reference to the call, which would keep the model alive."""
+    """Identify what owns a KV cache: a scheduler, a reference loop or a call of `score`. Holds no reference to it."""
 
-    name: str  # as in GenerationCall
+    name: str  # the call that began it, as in GenerationCall
 
 
 def ended_early(name: str, why: str) -> InputError:
-    """Return the error for a stream or loop that cannot continue. name: the call that began it."""
+    """Return the error for a call or stream that cannot continue. name: the public method that began it."""
     return InputError(
-        f"this {name} ended before its answer was complete: {why}. What it has returned is right, and the rest is lost; "
-        f"call {name} again for a whole answer"
+        f"this {name} ended before its answer was complete: {why}. Tokens that it has yielded are right; call {name} again "
+        "for a whole answer"
     )
 
 
 class SharedState:
     """What the threads that use one model share.
 
-    lock: held while the model computes. cache: the KV cache; None until allocated. owner: the call that owns the cache.
-    scheduler: returns the scheduler that runs calls, or None.
-    mutex: guards stepping_thread, the thread that runs a step of the scheduler or None, and waiters, the threads that wait for
-    the end of a step, each with its call or None.
+    lock: held while the model computes. cache: the KV cache; None until allocated. owner: what owns the cache.
+    scheduler: a function that returns the scheduler that runs calls, or None. turn: which thread runs its steps.
+    async_calls, async_thread: the async calls that have not ended, and the background thread that runs them, or None;
+    `async_lock` guards both.
     """
 
     def __init__(self) -> None:
@@ -41,17 +42,10 @@ class SharedState:
         self.cache: KVCache | None = None
         self.owner: CacheOwner | None = None
         self.scheduler: Callable[[], Any] = lambda: None
-        # Reentrant: the garbage collector may close a stream, which takes the mutex, in a thread that holds it.
-        self.mutex = threading.RLock()
-        self.stepping_thread: int | None = None
-        self.waiters: dict[threading.Condition, Any] = {}
-
-    def wake_waiters(self) -> None:
-        """Wake the threads whose calls have events or have ended, and one more, which runs the next step if nobody does."""
-        ready = [waiter for waiter, call in self.waiters.items() if call and (call.events or call.ended)]
-        others = [waiter for waiter in self.waiters if waiter not in ready]
-        for waiter in [*ready, *others[:1]]:
-            waiter.notify()
+        self.turn = StepTurn()
+        self.async_lock = threading.RLock()
+        self.async_calls: list[Any] = []
+        self.async_thread: threading.Thread | None = None
 
     def why_not_owner(self, owner: CacheOwner) -> str | None:
         """Return a text that says which call has taken the cache from `owner`; None if none has."""

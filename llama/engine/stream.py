@@ -5,17 +5,29 @@ import inspect
 from collections.abc import Generator, Iterator
 from types import TracebackType
 
-from ..errors import short_traceback
+from ..errors import InputError, short_traceback
 from .incremental_text import IncrementalText
 from .requests import FinishReason, GeneratedToken, Request
+
+
+@contextlib.contextmanager
+def _one_reader() -> Iterator[None]:
+    """Raise InputError in place of Python's error for a generator that another thread is running."""
+    try:
+        yield
+    except ValueError as e:
+        if str(e) != "generator already executing":
+            raise
+        raise InputError("another thread is reading this stream; give each thread a stream of its own") from None
 
 
 class Stream:
     """Iterate over the text of an answer in chunks, while it is generated. The joined chunks are the text of the whole answer.
 
-    The stream has a row of the batch until it ends. A stream may be left early: `close`, or the end of a `with` block, frees
-    the row. The next chunk raises InputError if the model has been changed, and on several ranks if another call has been made.
-    If several ranks share a model, all of them must read the same number of chunks.
+    The stream keeps a row of the batch until it ends; `close`, or the end of a `with` block, ends it early. If the model is
+    changed, it raises InputError after the chunks that were already generated. On several ranks, and for a modified model,
+    another call ends it, too. If several ranks share a model, all of them must read the same number of chunks. One thread at a
+    time may read or close a stream.
     """
 
     def __init__(self, request: Request, chunks: Generator[str, None, None]) -> None:
@@ -39,7 +51,7 @@ class Stream:
 
     @property
     def new_tokens(self) -> int:
-        """Return the number of tokens generated so far, without EOS."""
+        """Return the number of tokens whose text has been read so far, without EOS."""
         return self._request.num_new_tokens
 
     def __iter__(self) -> "Stream":
@@ -47,7 +59,8 @@ class Stream:
 
     @short_traceback
     def __next__(self) -> str:
-        return next(self._chunks)
+        with _one_reader():
+            return next(self._chunks)
 
     def __repr__(self) -> str:
         is_closed = inspect.getgeneratorstate(self._chunks) == inspect.GEN_CLOSED
@@ -55,8 +68,9 @@ class Stream:
         return f"<Stream {state}: {self.prompt_tokens} prompt tokens, {self.new_tokens} new tokens>"
 
     def close(self) -> None:
-        """End the stream, and free its resources."""
-        self._chunks.close()
+        """End the stream, and free its row of the batch."""
+        with _one_reader():
+            self._chunks.close()
 
     def __enter__(self) -> "Stream":
         return self
@@ -69,10 +83,15 @@ def text_chunks(request: Request, tokens: Iterator[GeneratedToken], text: Increm
     """Yield the text of an answer in chunks: the text of each token at once. A stop string ends the answer."""
     with contextlib.closing(tokens):  # type: ignore[type-var]
         for token in tokens:
-            chunk = text.push(token.token)
-            if text.stopped:
-                request.finish_reason = "stop"
-            if chunk:
+            if chunk := push_token(request, text, token):
                 yield chunk
     if chunk := text.end():
         yield chunk
+
+
+def push_token(request: Request, text: IncrementalText, token: GeneratedToken) -> str:
+    """Add a token to the text of an answer. Return the text that can be released now. A stop string ends the answer."""
+    chunk = text.push(token.token)
+    if text.stopped:
+        request.finish_reason = "stop"
+    return chunk

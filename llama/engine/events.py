@@ -1,0 +1,66 @@
+"""What a scheduler reports about a call, and how its caller takes it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from .decode_state import SamplingOptions
+from .requests import FinishReason, GeneratedToken, GenerationCall, Request
+
+
+class Event(NamedTuple):
+    """What the scheduler reports about a request: a token of the prompt, a new token, or the end of the answer."""
+
+    token: GeneratedToken | None
+    prompt_index: int  # the index of the request in its call
+    in_prompt: bool = False
+    finish_reason: FinishReason | None = None  # "stop" if EOS has ended the answer; None for a token
+
+
+@dataclass(eq=False)
+class RunningCall:
+    """A call in the scheduler, and the events that its caller has not taken yet."""
+
+    call: GenerationCall
+    n_unfinished: int  # number of requests that wait or run
+    options: SamplingOptions
+    events: list[Event] = field(default_factory=list)
+    error: BaseException | None = None
+    cancelled: bool = False  # True if the caller takes no more events
+    first_open: int = 0  # index of the first request whose end the caller has not seen
+
+    def take_events(self) -> list[Event]:
+        """Remove and return the events so far. The list stays the same object, to which a step may be adding events now."""
+        taken = self.events[:]
+        del self.events[: len(taken)]
+        return taken
+
+    @property
+    def ended(self) -> bool:
+        """Return True if no more events will come."""
+        return self.cancelled or self.error is not None or not self.n_unfinished
+
+    @property
+    def ended_by_caller(self) -> bool:
+        """Return True if the caller has ended the answers to all requests, so that only prompts may still be scored."""
+        requests = self.call.requests
+        while self.first_open < len(requests) and requests[self.first_open].finish_reason:
+            self.first_open += 1
+        return self.first_open == len(requests) and not self.call.scores_prompts
+
+
+def take_event(request: Request, event: Event) -> Iterator[GeneratedToken]:
+    """Yield the token of an event, and set the request's progress and finish reason as its caller sees them.
+
+    The caller may set `finish_reason`, after which further tokens of the request are dropped.
+    """
+    if event.in_prompt and event.token:
+        yield event.token
+    elif not request.finish_reason:
+        if event.token is None:
+            request.finish_reason = event.finish_reason
+            return
+        request.num_new_tokens += 1
+        yield event.token
+        if request.num_new_tokens == request.max_new_tokens and not request.finish_reason:
+            request.finish_reason = "length"

@@ -1,0 +1,168 @@
+"""Generate the answers of a job: their texts in pieces, with log probabilities, from the model's async streams of tokens."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+from typing import Any, NamedTuple, Protocol
+
+from ..chat import UNSAFE_ERROR
+from ..engine.incremental_text import IncrementalText
+from ..engine.requests import FinishReason, GeneratedToken
+from ..tokenizer import Tokenizer, make_detokenizer
+from .metrics import Metrics
+from .protocol import Job
+
+
+class Model(Protocol):
+    """What the server needs of a `Llama`."""
+
+    tokenizer: Any
+    model: Any
+
+    def agenerate_stream(
+        self, prompt_tokens: Any, max_gen_len: int | None, *args: Any, **options: Any
+    ) -> AsyncGenerator[GeneratedToken, None]: ...
+
+
+class TokenLogprob(NamedTuple):
+    """A token with its log probability, None for the first of a prompt. The bytes of all tokens, joined, are their text."""
+
+    text: str
+    logprob: float | None
+    bytes: bytes
+    offset: int  # where it begins in the text of the choice, in characters
+
+
+class Piece(NamedTuple):
+    """A part of an answer: its text, and its tokens if the job asks for log probabilities."""
+
+    text: str
+    logprobs: list[TokenLogprob]
+
+
+def begin_text(detokenizer: Any, prompt: list[int], tokenizer: Tokenizer) -> str:
+    """Let the text of the next tokens continue a prompt's, which may end within the bytes of a character. Return that text."""
+    n = len(prompt)
+    while n and tokenizer.sp_model.is_byte(prompt[n - 1]):
+        n -= 1
+    return detokenizer.begin(prompt[:n]) + "".join(map(detokenizer.push, prompt[n:]))
+
+
+class TokenTexts:
+    """Give the text of each token of a row by itself. The space before the first one is left out, as `decode` does."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
+        """prompt: the tokens before the first one, whose text is not part of the choice."""
+        self.sp_model, self.detokenizer, self.offset = tokenizer.sp_model, make_detokenizer(tokenizer), 0
+        self.started = bool(prompt and begin_text(self.detokenizer, prompt, tokenizer))
+
+    def push(self, token: int, logprob: float | None) -> TokenLogprob:
+        before = self.offset
+        self.offset += len(self.detokenizer.push(token))
+        if self.sp_model.is_byte(token):
+            self.started = True
+            value = bytes.fromhex(self.sp_model.id_to_piece(token)[3:-1])
+            if value.isascii():
+                return TokenLogprob(value.decode(), logprob, value, self.offset - 1)
+            return TokenLogprob(f"bytes:\\x{value.hex()}", logprob, value, before)  # one of several bytes of a character
+        text = ""
+        if self.sp_model.is_unknown(token):
+            text = self.sp_model.decode([token])
+        elif not self.sp_model.is_control(token):
+            text = self.sp_model.id_to_piece(token).replace("\u2581", " ")
+        if text and not self.started:
+            text, self.started = text.removeprefix(" "), True
+        return TokenLogprob(text, logprob, text.encode(), self.offset - len(text))
+
+
+class Answer:
+    """One answer of a job. `pieces` generates it; closing that frees its row of the batch."""
+
+    def __init__(self, llama: Model, job: Job, index: int, metrics: Metrics) -> None:
+        self.job, self.index, self.metrics, self.tokenizer = job, index, metrics, llama.tokenizer
+        self.prompt = job.prompts[index // job.n]
+        self.limit = min(job.max_tokens, llama.model.params.max_seq_len - len(self.prompt))
+        self.new_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self.ended = False
+        metrics.in_flight += 1
+        seed = None if job.seed is None else (job.seed + index + 2**63) % 2**64 - 2**63
+        options = {**vars(job.sampling), "seed": seed, "logprobs": job.logprobs, "echo": job.echo}
+        self.tokens = llama.agenerate_stream([self.prompt], self.limit, **options) if self.prompt else None
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """Yield the answer in pieces. The answer of a chat is a text of its own; a completion continues its prompt."""
+        if self.tokens is None:
+            self.finish_reason = "stop"
+            yield Piece(UNSAFE_ERROR, [])
+            return
+        text = IncrementalText(self.tokenizer, self.job.stop)
+        prompt_text = "" if self.job.is_chat else begin_text(text.detokenizer, self.prompt, self.tokenizer)
+        texts = TokenTexts(self.tokenizer, [] if self.job.is_chat or self.job.echo else self.prompt)
+        prompt_logprobs: list[TokenLogprob] = []
+        began, first = time.monotonic(), 0.0
+        async with contextlib.aclosing(self.tokens):
+            n_echoed = 0
+            async for token in self.tokens:
+                if self.job.echo and n_echoed < len(self.prompt):
+                    n_echoed += 1
+                    prompt_logprobs.append(texts.push(token.token, token.logprob if n_echoed > 1 else None))
+                    if n_echoed == len(self.prompt):
+                        yield Piece(prompt_text, prompt_logprobs if self.job.logprobs else [])
+                    continue
+                if not self.new_tokens:
+                    first = time.monotonic()
+                    self.metrics.begin_answer(len(self.prompt), first - began)
+                self.new_tokens += 1
+                self.metrics.completion_tokens += 1
+                chunk = text.push(token.token)
+                logprobs = [texts.push(token.token, token.logprob)] if self.job.logprobs else []
+                if chunk or logprobs:
+                    yield Piece(chunk, logprobs)
+                if text.stopped:
+                    self.finish_reason = "stop"
+                    break
+        if chunk := text.end():
+            yield Piece(chunk, [])
+        if self.finish_reason is None:
+            self.finish_reason = "length" if self.new_tokens == self.limit else "stop"
+        if self.new_tokens > 1:
+            self.metrics.seconds_per_token.observe((time.monotonic() - first) / (self.new_tokens - 1))
+
+    def end(self) -> None:
+        """Count the answer as ended; a second time has no effect."""
+        if not self.ended:
+            self.ended = True
+            self.metrics.in_flight -= 1
+            self.metrics.running -= self.new_tokens > 0
+
+
+async def merged(answers: list[Answer]) -> AsyncGenerator[tuple[Answer, Piece | None], None]:
+    """Yield the pieces of all answers as they come, and None at the end of each answer."""
+    queue: asyncio.Queue[tuple[Answer, Piece | BaseException | None]] = asyncio.Queue()
+
+    async def pump(answer: Answer) -> None:
+        try:
+            async with contextlib.aclosing(answer.pieces()) as pieces:
+                async for piece in pieces:
+                    queue.put_nowait((answer, piece))
+            queue.put_nowait((answer, None))
+        except Exception as e:
+            queue.put_nowait((answer, e))
+        finally:
+            answer.end()
+
+    tasks = [asyncio.create_task(pump(answer)) for answer in answers]
+    try:
+        unfinished = len(answers)
+        while unfinished:
+            answer, piece = await queue.get()
+            if isinstance(piece, BaseException):
+                raise piece
+            unfinished -= piece is None
+            yield answer, piece
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,277 @@
+"""Read requests in OpenAI's wire format. Each field is obeyed, or refused by its name; none is ignored.
+
+`parse_chat` and `parse_completion` return a `Job`, whose prompts are tokens and whose options have been checked. They compute
+nothing with the model. `ApiError` is the answer to anything else.
+"""
+
+import json
+import math
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import time
+from typing import Any, NoReturn
+
+from ..chat import Dialog, check_dialog, encode_dialog, is_unsafe
+from ..errors import InputError, describe, short_repr
+from ..sampling import SamplingParams
+from ..tokenizer import Tokenizer, check_text
+
+MAX_STOPS = 16  # stop strings of a request
+OUR_OPTIONS = ("top_k", "min_p", "repetition_penalty")  # sampling options that OpenAI's format does not have
+
+# Fields of OpenAI's format that are not supported, each with the values that ask for nothing. null is always such a value.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "metadata": ({},), "store": (False,),
+    "service_tier": ("auto", "default"),
+}  # fmt: skip
+UNSUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = UNSUPPORTED | {
+    "tools": ([],), "tool_choice": ("none",), "parallel_tool_calls": (), "functions": ([],), "function_call": ("none",),
+    "response_format": ({"type": "text"},), "top_logprobs": (0,), "modalities": (["text"],), "audio": (), "prediction": (),
+    "reasoning_effort": (), "verbosity": (), "web_search_options": (),
+}  # fmt: skip
+UNSUPPORTED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = UNSUPPORTED | {"suffix": ("",), "best_of": (1,)}
+
+
+class ApiError(Exception):
+    """An error as OpenAI's format has it. param: the field that is wrong. code: a name of the error for programs."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    def body(self) -> dict[str, Any]:
+        kind = "rate_limit_error" if self.status == 429 else "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+@dataclass
+class Job:
+    """A request that has been checked: `n` answers to each prompt. The answers to prompt i have the indices i * n and up."""
+
+    is_chat: bool
+    model: str
+    prompts: list[list[int]]  # the tokens of each; none for a dialog with special tags, which gets the refusal as its answer
+    n: int
+    max_tokens: int
+    sampling: SamplingParams
+    seed: int | None
+    stop: tuple[str, ...]
+    logprobs: bool
+    echo: bool
+    stream: bool
+    include_usage: bool
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time()))
+
+    @property
+    def n_answers(self) -> int:
+        return self.n * len(self.prompts)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What a request is checked against."""
+
+    name: str
+    tokenizer: Tokenizer
+    max_seq_len: int
+
+
+def refuse(param: str, message: str, code: str | None = None) -> NoReturn:
+    raise ApiError(400, message, param, code)
+
+
+class Body:
+    """The fields of a request. Each is taken once; what remains at the end is refused."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.fields = _read_object(raw)
+
+    def take(self, name: str, default: Any, is_valid: Callable[[Any], bool], expected: str) -> Any:
+        """Return the value of a field, or the default if it is missing or null. Refuse a value that is not valid."""
+        value = self.fields.pop(name, None)
+        if value is None:
+            return default
+        if not is_valid(value):
+            refuse(name, f"{name} is {describe(value)}; it must be {expected}")
+        return value
+
+    def take_flag(self, name: str) -> bool:
+        return self.take(name, False, lambda value: isinstance(value, bool), "true or false")
+
+    def take_count(self, name: str, default: int | None, least: int) -> int | None:
+        return self.take(
+            name, default, lambda v: is_integer(v) and least <= v < 2**31, f"a whole number from {least} to {2**31 - 1}"
+        )
+
+    def end(self, unsupported: dict[str, tuple[Any, ...]]) -> None:
+        """Refuse the fields that are left, except unsupported ones whose value asks for nothing."""
+        for name, value in self.fields.items():
+            if name not in unsupported:
+                refuse(name, f"unknown field {short_repr(name)}; remove it", "unknown_parameter")
+            if value is not None and value not in unsupported[name]:
+                refuse(name, f"{name} is {describe(value)}, and {name} is not supported; remove it", "unsupported_parameter")
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _read_object(raw: bytes) -> dict[str, Any]:
+    """Return a JSON object. Refuse keys that occur twice, and numbers and texts that are not JSON."""
+
+    def refuse_number(text: str) -> NoReturn:
+        raise ValueError(f"the number {text:.40} is not finite")
+
+    def finite(text: str) -> float:
+        return float(text) if math.isfinite(float(text)) else refuse_number(text)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(keys := dict(pairs)) < len(pairs):
+            raise ValueError("a key occurs twice in an object")
+        return keys
+
+    try:
+        value = json.loads(raw.decode(), parse_constant=refuse_number, parse_float=finite, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as e:
+        raise ApiError(400, f"the body is not JSON in UTF-8: {e}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, f"the body is {describe(value)}; it must be a JSON object", code="invalid_json")
+    return value
+
+
+def parse_chat(raw: bytes, served: ServedModel) -> Job:
+    """Read a request for /v1/chat/completions."""
+    body = Body(raw)
+    messages = body.take("messages", None, lambda value: isinstance(value, list), "a list of messages")
+    if messages is None:
+        refuse("messages", "messages is missing; it must be a list of messages")
+    dialog: Any = [_parse_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    prompt = _encode_dialog(dialog, served.tokenizer)
+    limits = [body.take_count(name, None, 1) for name in ("max_completion_tokens", "max_tokens")]
+    given = {limit for limit in limits if limit is not None}
+    if len(given) == 2:
+        refuse("max_tokens", "max_tokens and max_completion_tokens are the same limit, and differ; give one of them")
+    logprobs = body.take_flag("logprobs")
+    options = _take_options(body, served, [prompt], "messages")
+    body.end(UNSUPPORTED_IN_CHAT)
+    return Job(True, max_tokens=min(given, default=served.max_seq_len), logprobs=logprobs, echo=False, **options)
+
+
+def _parse_message(message: Any, name: str) -> dict[str, Any]:
+    """Return a message with its role and its content as one text."""
+    if not isinstance(message, dict):
+        refuse("messages", f"{name} is {describe(message)}; it must be an object with role and content")
+    for key, value in message.items():
+        if key not in ("role", "content") and value not in (None, []):
+            refuse("messages", f"{name}: {short_repr(key)} is not supported; remove it", "unsupported_parameter")
+    parsed = {key: message[key] for key in ("role", "content") if key in message}
+    if isinstance(content := message.get("content"), list):
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") != "text" or part.keys() != {"type", "text"}:
+                refuse("messages", f'{name}: only content parts {{"type": "text", "text": ...}} are supported')
+            _check(check_text, "messages", part["text"], f"{name}: a part of its content")
+        parsed["content"] = "".join(part["text"] for part in content)
+    return parsed
+
+
+def _encode_dialog(dialog: Dialog, tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens of a dialog, none if it contains special tags."""
+    _check(check_dialog, "messages", dialog, "the dialog")
+    return [] if is_unsafe(dialog) else encode_dialog(tokenizer, dialog)
+
+
+def parse_completion(raw: bytes, served: ServedModel) -> Job:
+    """Read a request for /v1/completions."""
+    body = Body(raw)
+    prompts = _parse_prompts(body.fields.pop("prompt", None), served.tokenizer)
+    max_tokens = body.take_count("max_tokens", 16, 0)
+    assert max_tokens is not None
+    logprobs = body.take("logprobs", None, is_integer, "a whole number")
+    if logprobs not in (None, 0):
+        refuse(
+            "logprobs",
+            f"logprobs is {logprobs}; only 0 is supported: the chosen tokens, without others",
+            "unsupported_parameter",
+        )
+    echo = body.take_flag("echo")
+    options = _take_options(body, served, prompts, "prompt")
+    body.end(UNSUPPORTED_IN_COMPLETIONS)
+    return Job(False, max_tokens=max_tokens, logprobs=logprobs is not None, echo=echo, **options)
+
+
+def _parse_prompts(prompt: Any, tokenizer: Tokenizer) -> list[list[int]]:
+    """Return the tokens of each prompt: a text, a list of texts, tokens, or a list of tokens each. Texts begin with BOS."""
+    is_one = isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and is_integer(prompt[0]))
+    prompts = [prompt] if is_one else prompt
+    if not isinstance(prompts, list) or not prompts:
+        refuse("prompt", f"prompt is {describe(prompt)}; it must be a text, tokens, or a list of either")
+    rows = []
+    for i, each in enumerate(prompts):
+        name = "prompt" if is_one else f"prompt[{i}]"
+        if isinstance(each, list):
+            if not each:
+                refuse("prompt", f"{name} has no tokens; begin it with BOS ({tokenizer.bos_id})")
+            for token in each:
+                if not is_integer(token) or not 0 <= token < tokenizer.n_words:
+                    last = tokenizer.n_words - 1
+                    refuse("prompt", f"{name}: {describe(token)} is no token; tokens are whole numbers from 0 to {last}")
+            rows.append(each)
+        else:
+            _check(check_text, "prompt", each, name)
+            rows.append(tokenizer.encode(each, bos=True, eos=False))
+    return rows
+
+
+def _take_options(body: Body, served: ServedModel, prompts: list[list[int]], prompt_field: str) -> dict[str, Any]:
+    """Take the fields that both kinds of requests have, and check the lengths of the prompts."""
+    for prompt in prompts:
+        if len(prompt) > served.max_seq_len:
+            refuse(
+                prompt_field,
+                f"the prompt has {len(prompt)} tokens, more than the context of {served.max_seq_len}; shorten it",
+                "context_length_exceeded",
+            )
+    model = body.take("model", served.name, lambda value: isinstance(value, str), "a text")
+    if model != served.name:
+        message = f"the model {short_repr(model)} is not here; this server has {served.name!r}"
+        raise ApiError(404, message, "model", "model_not_found")
+    sampling: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0}
+    for name in (*sampling, *OUR_OPTIONS):
+        sampling[name] = body.take(name, sampling.get(name), lambda v: isinstance(v, (int, float)), "a number")
+        _check(lambda name=name: SamplingParams(**{name: sampling[name]}), name)
+    stop = body.take("stop", [], lambda value: isinstance(value, (str, list)), "a text, or a list of texts")
+    stops = [stop] if isinstance(stop, str) else stop
+    if len(stops) > MAX_STOPS:
+        refuse("stop", f"{len(stops)} stop strings; at most {MAX_STOPS} are supported")
+    for i, text in enumerate(stops):
+        _check(check_text, "stop", text, f"stop string {i}")
+        if not text:
+            refuse("stop", f"stop string {i} is empty: every answer would end before it begins; leave it out")
+    is_seed = f"a whole number from {-(2**63)} to {2**63 - 1}"
+    seed = body.take("seed", None, lambda v: is_integer(v) and -(2**63) <= v < 2**63, is_seed)
+    n = body.take_count("n", 1, 1)
+    body.take("user", None, lambda value: isinstance(value, str), "a text")  # OpenAI's label of an end user; changes no answer
+    stream = body.take_flag("stream")
+    stream_options = body.take("stream_options", {}, lambda value: isinstance(value, dict), "an object")
+    if stream_options and not stream:
+        refuse("stream_options", "stream_options is for stream=true; remove it")
+    for name in stream_options.keys() - {"include_usage"}:
+        refuse("stream_options", f"stream_options has {short_repr(name)}; only include_usage is supported")
+    include_usage = stream_options.get("include_usage")
+    if not (include_usage is None or isinstance(include_usage, bool)):
+        refuse("stream_options", f"include_usage is {describe(include_usage)}; it must be true or false")
+    return dict(
+        model=served.name, prompts=prompts, n=n, sampling=SamplingParams(**sampling), seed=seed, stop=tuple(stops),
+        stream=stream, include_usage=bool(include_usage),
+    )  # fmt: skip
+
+
+def _check(check: Callable[..., Any], param: str, *arguments: Any) -> None:
+    """Run a check of the library. Its InputError becomes an ApiError about `param`."""
+    try:
+        check(*arguments)
+    except InputError as e:
+        refuse(param, str(e))
