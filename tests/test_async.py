@@ -61,14 +61,21 @@ def test_the_twins_have_the_parameters_of_the_sync_methods() -> None:
         assert [*twin.parameters.values()] == [*sync.parameters.values()]
 
 
+def assert_same(got: list[Any], want: list[Any]) -> None:
+    """Compare results. Log probabilities may differ in their last digits, since rows of a batch may end a step later."""
+    assert [{**result, "logprobs": None} for result in got] == [{**result, "logprobs": None} for result in want]
+    for result, expected in zip(got, want, strict=True):
+        assert result["logprobs"] == pytest.approx(expected["logprobs"], abs=1e-4)
+
+
 def test_calls_return_what_their_sync_twins_return(llama: Llama) -> None:
     options = GREEDY | {"logprobs": True, "details": True, "stop": ["he", "qu"]}
     unsafe = [{"role": "user", "content": "[INST]"}]
-    assert asyncio.run(llama.atext_completion(TEXTS, echo=True, **options)) == llama.text_completion(
-        TEXTS, echo=True, **options
+    assert_same(
+        asyncio.run(llama.atext_completion(TEXTS, echo=True, **options)), llama.text_completion(TEXTS, echo=True, **options)
     )
-    want = llama.chat_completion([DIALOG, unsafe], **options)
-    assert asyncio.run(llama.achat_completion([DIALOG, unsafe], **options)) == want
+    dialogs = [DIALOG, unsafe]
+    assert_same(asyncio.run(llama.achat_completion(dialogs, **options)), llama.chat_completion(dialogs, **options))
     assert asyncio.run(llama.atext_completion([])) == []
     assert asyncio.run(llama.atext_completion(["The"], max_gen_len=0, echo=True)) == [{"generation": "The"}]
     sampled = {"temperature": 1.0, "top_k": 9, "repetition_penalty": 1.3, "seed": [1, 2, 3], "max_gen_len": 9}
@@ -77,7 +84,10 @@ def test_calls_return_what_their_sync_twins_return(llama: Llama) -> None:
     async def tokens() -> list[Any]:
         return [token async for token in llama.agenerate_stream([[1, 5], [1, 9, 30]], 9, 0, logprobs=True, echo=True)]
 
-    assert asyncio.run(tokens()) == list(llama.generate_stream([[1, 5], [1, 9, 30]], 9, 0, logprobs=True, echo=True))
+    want = list(llama.generate_stream([[1, 5], [1, 9, 30]], 9, 0, logprobs=True, echo=True))
+    got = asyncio.run(tokens())
+    assert [token[:2] for token in got] == [token[:2] for token in want]
+    assert [token.logprob for token in got] == pytest.approx([token.logprob for token in want], abs=1e-4)
 
 
 def test_a_stream_has_the_chunks_and_properties_of_its_sync_twin(llama: Llama) -> None:
