@@ -45,7 +45,8 @@ def check_dialog(dialog: Dialog, name: str) -> None:
     """
     if isinstance(dialog, (str, bytes, dict)) or not isinstance(dialog, Sequence):
         raise InputError(
-            f"{name} is {describe(dialog)}; give a list of dialogs, each a list of {{'role': ..., 'content': ...}}"
+            f"{name} is {describe(dialog)}; a dialog is a list of messages, {{'role': ..., 'content': ...}}"
+            + ("" if name == "the dialog" else ", and here a list of dialogs is needed")
         )
     for i, message in enumerate(dialog):
         if isinstance(message, list) and message and isinstance(message[0], dict):

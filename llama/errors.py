@@ -124,6 +124,8 @@ def check_path(value: str | os.PathLike[str], name: str, what: str, folder: bool
         path = Path(value).expanduser()
         path.stat()
         problem = "" if path.is_dir() == folder else "a file, not a folder" if folder else "a folder, not a file"
+        if str(value) == "":
+            problem = "an empty path"
     except TypeError as e:
         raise CheckpointError(f"{name} is {describe(value)}; it must be the path of {what}") from e
     except (OSError, ValueError, RuntimeError) as e:  # raised for a missing, forbidden or too long path, for example

@@ -202,10 +202,9 @@ def test_wrong_input_raises_at_the_call_before_any_await(llama: Llama) -> None:
 def test_numbers_that_are_not_finite_end_their_own_call_only(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = scheduler.DecodeState.sample
 
-    def damage(state: Any) -> Any:
-        if len(state.logits) > 1:
-            state.logits[1] = torch.nan
-        return sample(state)
+    def damage(state: Any, **options: Any) -> Any:
+        state.logits[1:] = torch.nan
+        return sample(state, **options)
 
     async def two() -> list[Any]:
         tasks = [llama.atext_completion([text], **GREEDY) for text in TEXTS[:2]]
@@ -308,8 +307,10 @@ def test_a_call_from_within_a_sampler_is_refused(llama: Llama, monkeypatch: pyte
         return probs.argmax(-1, keepdim=True)
 
     monkeypatch.setattr(generation, "sample_top_p", sampler)
-    assert_raises(lambda: llama.text_completion(["The"], max_gen_len=2), InputError, "from within a step")
-    assert_raises(lambda: asyncio.run(llama.atext_completion(["The"], max_gen_len=2)), InputError, "from within a step")
+    assert_raises(lambda: llama.text_completion(["The"], max_gen_len=2), InputError, "called its own model during a step")
+    assert_raises(
+        lambda: asyncio.run(llama.atext_completion(["The"], max_gen_len=2)), InputError, "called its own model during a step"
+    )
 
 
 def test_a_program_that_ends_during_an_answer_ends_cleanly(small: Any) -> None:

@@ -267,7 +267,7 @@ def test_read_asks_with_the_text_of_a_file_and_a_question_after_it(
         "": "give a file name, as in /read notes.txt",
         "no.txt what?": "cannot be read: No such file or directory",
         "empty": "empty contains no text",
-        "large": "large has 10,400,000 bytes; a file may have 10,000,000",
+        "large": "large has 10,400,000 bytes, and a file may have 10,000,000",
         str(tmp_path): "is a folder or a device, not a file",
     }.items():
         assert_raises(lambda name=name: conversation.send(f"/read {name}"), InputError, error)  # type: ignore[misc]
@@ -356,10 +356,8 @@ def test_only_a_known_command_that_is_typed_is_a_command(conversation: GreedyCon
         (['"""', "/clear", "", ' two"""'], "/clear\n\n two", False),
         (['"""/clear"""'], "/clear", False),
         (['"""one', "two\nthree", '"""  '], "one\ntwo\nthree", False),
-        (['"""one', "two"], "one\ntwo", False),  # the end of the input ends the block
         (['/system """Be', 'short."""'], "/system Be\nshort.", True),
         (["one\\", "two\\", "three"], "one\ntwo\nthree", True),
-        (["one\\"], "one", True),
         (['say """hi"""'], 'say """hi"""', True),
     ],
 )
@@ -377,6 +375,12 @@ def test_a_paste_a_quoted_block_and_continued_lines_are_one_message(lines: list[
     if not text.startswith("/system"):
         assert again == UserInput(text, may_be_command and "\n" not in text)
     assert read_input(lambda _: None) is None
+
+
+@pytest.mark.parametrize("lines", [['"""one', "two"], ["one\\"]])
+def test_an_unfinished_message_is_discarded_at_the_end_of_the_input(lines: list[str]) -> None:
+    remaining = list(lines)
+    assert read_input(lambda _: remaining.pop(0) if remaining else None) is None
 
 
 def test_tab_completes_commands_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,8 @@ KNOWN = ["ckpt_dir", "temperature", "compile"]
         (["--ckpt-dir", "a-b", "--compile"], ["--ckpt_dir", "a-b", "--compile"]),
         (["--ckpt-dir=a--b", "text with --flags"], ["--ckpt_dir=a--b", "text with --flags"]),
         (["--temperature", "-1", "-h"], ["--temperature", "-1", "-h"]),
-        (["--", " --ckpt_dir", "--other", "—ckpt_dir"], ["--", " --ckpt_dir", "--other", "—ckpt_dir"]),
+        (["--", " --ckpt_dir", "--other", "—ckpt_dir", " "], ["--", " --ckpt_dir", "--other", "—ckpt_dir", " "]),
+        (["--ckpt-dir", " "], ["--ckpt_dir", " "]),
         ([" a text", "- item", "— dialogue", "--compile"], [" a text", "- item", "— dialogue", "--compile"]),
     ],
 )
@@ -43,6 +44,7 @@ def test_hyphens_and_underscores_are_equal_in_flags_and_other_arguments_are_unch
         (["--ckpt_dir", "--compile"], "--ckpt_dir needs a value"),
         ([" --ckpt_dir", "X"], "' --ckpt_dir' begins with a blank; a backslash"),
         (["\n--ckpt-dir=X"], "begins with a blank"),
+        (["--compile", " "], "' ' is only a blank; a backslash continues a command only at the very end of a line"),
         (["–ckpt_dir", "X"], "begins with a dash that is not a hyphen; write --ckpt_dir"),
         (["—temperature=0"], "begins with a dash that is not a hyphen; write --temperature"),
     ],
@@ -65,6 +67,7 @@ def example_main(ckpt_dir: str | None = None, max_seq_len: int = 5, temperature:
         (["--ckpt_dir", "1e3", "--compile", "--temperature", "-1"], {"ckpt_dir": "1e3", "compile": True, "temperature": -1}),
         (["--ckpt_dir", "it's {a}", "--nocompile"], {"ckpt_dir": "it's {a}", "compile": False}),
         (["--ckpt_dir", "None", "--compile=False"], {"ckpt_dir": None, "compile": False}),
+        (["--compile=false"], {"compile": False}),
     ],
 )
 def test_fire_gets_texts_as_they_are_and_numbers_as_numbers(arguments: list, expected: dict) -> None:

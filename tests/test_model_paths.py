@@ -23,13 +23,14 @@ def write(folder: Path, **files: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("through", ["build", "resolve_model_paths", "chat"])
+@pytest.mark.parametrize("through", ["build", "resolve_model_paths", "complete"])
 @pytest.mark.parametrize(
     ("case", "error"),
     [
         ("missing", "No such file or directory; it must be the path of a model's folder"),
         ("~/missing", "No such file or directory"),
         ("file", "a file, not a folder"),
+        ("", "an empty path"),
         ("meta-llama/Llama-2-7b-chat", "if this is a repository on Hugging Face, download its files, and give their folder"),
         ("hugging face", "the folder is in Hugging Face layout"),
         ("llama 3", "is of Llama 3; supported are Llama 2"),
@@ -48,9 +49,9 @@ def test_a_wrong_ckpt_dir_without_a_tokenizer_is_explained(
     write(tmp_path / "llama 3.1 below" / "original", params__json=json.dumps(LLAMA_3 | {"use_scaled_rope": True}))
     write(tmp_path / "llama 3.1 below", config__json="{}")
     write(tmp_path / "no tokenizer", params__json=json.dumps({"dim": 64, "n_layers": 1, "n_heads": 2}))
-    if through == "chat":
-        assert cli.main(["chat", "--ckpt_dir", case]) == 1
-        assert error in capsys.readouterr().err
+    if through == "complete":
+        assert cli.main(["complete", "--ckpt_dir", case, "hi"]) == 1
+        assert error in capsys.readouterr().err.replace("--", "")  # arguments are written as flags
         return
     build = {"build": Llama.build, "resolve_model_paths": resolve_model_paths}
     with pytest.raises(CheckpointError) as caught:
@@ -70,6 +71,13 @@ def test_a_tilde_is_the_home_folder_in_every_path(
     assert "~/model" in plan(ckpt_dir="~/model") and "decode" in info("~/model")
 
 
+def test_a_link_to_a_model_finds_the_tokenizer_beside_the_model(small: SimpleNamespace, tmp_path: Path) -> None:
+    shutil.copytree(small.folder, tmp_path / "models" / "model")
+    shutil.copy(small.tokenizer_path, tmp_path / "models" / "tokenizer.model")
+    (tmp_path / "link").symlink_to(tmp_path / "models" / "model")
+    assert resolve_model_paths(tmp_path / "link")[1] == str(tmp_path / "models" / "tokenizer.model")
+
+
 def test_a_tokenizer_of_llama_3_is_named_as_such(small: SimpleNamespace, tmp_path: Path) -> None:
     lines = b"".join(base64.b64encode(bytes([i % 256, i // 256])) + f" {i}\n".encode() for i in range(500))
     path = tmp_path / "tokenizer.model"
@@ -82,5 +90,7 @@ def test_a_tokenizer_of_llama_3_is_named_as_such(small: SimpleNamespace, tmp_pat
 def test_a_dtype_has_a_short_name(small: SimpleNamespace, short: str, dtype: str) -> None:
     model = Llama.build(small.folder, small.tokenizer_path, 16, 1, device="cpu", dtype=short).model
     assert str(next(model.parameters()).dtype) == f"torch.{dtype}"
+    with pytest.raises(InputError, match="use quantize='int8'"):
+        Llama.build(small.folder, small.tokenizer_path, 16, 1, device="cpu", dtype="int8")
     with pytest.raises(InputError, match="dtype is 'bf17'"):
         Llama.build(small.folder, small.tokenizer_path, 16, 1, device="cpu", dtype="bf17")

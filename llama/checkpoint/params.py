@@ -26,8 +26,9 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         return None
     parsed = getattr(torch, _DTYPE_ALIASES.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
     if not isinstance(parsed, torch.dtype) or parsed not in SUPPORTED_DTYPES:
+        hint = f"; for quantized weights, use quantize={dtype!r}" if dtype in FORMATS else ""
         raise InputError(
-            f"dtype is {describe(dtype)}; use 'bfloat16', 'float16' or 'float32', or leave it out for the stored one"
+            f"dtype is {describe(dtype)}; use 'bfloat16', 'float16' or 'float32', or leave it out for the stored one{hint}"
         )
     return parsed
 

@@ -43,9 +43,9 @@ def find_tokenizer(ckpt_dir: str | os.PathLike[str]) -> Path:
     Raises CheckpointError if neither folder contains tokenizer.model.
     """
     folder = Path(ckpt_dir).expanduser()
-    for candidate in (folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model"):
-        if candidate.is_file():
-            return candidate
+    for place in (folder, folder.absolute().parent, folder.resolve().parent):  # ckpt_dir may be a link to the folder
+        if (place / "tokenizer.model").is_file():
+            return place / "tokenizer.model"
     raise CheckpointError(
         f"ckpt_dir is {str(ckpt_dir)!r}: no tokenizer.model in it or in its parent folder; give its path as tokenizer_path"
     )

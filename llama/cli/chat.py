@@ -36,14 +36,18 @@ def run_chat(args: argparse.Namespace) -> None:
             return
         if terminal.has_prompt:
             terminal.print_status("Ctrl-C ends an answer, Ctrl-D leaves, /help lists all commands.")
+        n_refused = 0
         while not conversation.done and (entry := run_on_rank0(terminal.read)) is not None:
             try:
                 answer = respond(conversation, entry)
             except InputError as e:
                 terminal.print_status(str(e))
+                n_refused += 1
                 continue
             if answer is not None:
                 print_answer(terminal, conversation, answer)
+        if args.lines and n_refused:  # exit with an error, since there are fewer answers than lines
+            raise InputError(f"{n_refused} line(s) were refused, for the reasons above; correct these lines")
 
 
 def given_question(args: argparse.Namespace) -> str | None:

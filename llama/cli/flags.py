@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 from ..errors import InputError
 
+_BACKSLASH = "a backslash continues a command only at the very end of a line"
 _DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # a document or a chat program may replace -- by one of the others
 
 
@@ -14,11 +15,14 @@ def normalize_flags(arguments: Sequence[str], known: Collection[str], with_value
 
     known: the names of all flags, without the leading hyphens and with underscores. with_value: those that need a value.
     Arguments after "--" are not flags, and are returned unchanged.
-    Raises InputError for an unknown flag, for a flag without a value, and for an argument that is a known flag, but follows a
-    blank or begins with another kind of dash.
+    Raises InputError for an unknown flag, for a flag without a value, for an argument that is a known flag, but follows a blank
+    or begins with another kind of dash, and for an argument that is a blank, unless it is the value of a flag.
     """
     result: list[str] = []
     for i, argument in enumerate(arguments):
+        is_value = i > 0 and arguments[i - 1].removeprefix("--").replace("-", "_") in with_value
+        if argument.isspace() and not is_value:
+            raise InputError(f"{argument!r} is only a blank; {_BACKSLASH}; write -- before arguments that are blanks")
         if argument == "--":
             return [*result, *arguments[i:]]
         match = re.match(rf"(\s*)([{_DASHES}]+)(\w[\w-]*)", argument)
@@ -26,7 +30,7 @@ def normalize_flags(arguments: Sequence[str], known: Collection[str], with_value
         name = name.replace("-", "_")
         if (blank or dashes.strip("-")) and name in known:
             if blank:
-                problem = "begins with a blank; a backslash continues a command only at the very end of a line"
+                problem = f"begins with a blank; {_BACKSLASH}"
             else:
                 problem = "begins with a dash that is not a hyphen"
             raise InputError(f"{argument!r} {problem}; write --{name}, or -- before arguments that are not flags")

@@ -43,12 +43,13 @@ def parse_flags(main: Callable[..., None], arguments: list[str]) -> tuple[tuple[
     except InputError as e:
         print(f"{sys.argv[0]}: {e}", file=sys.stderr)
         sys.exit(2)
-    fire.Fire(record, command=_quote_texts(arguments, [name for name in of_type if str in of_type[name]]), name=sys.argv[0])
+    texts = [name for name in of_type if str in of_type[name]]
+    fire.Fire(record, command=_as_literals(arguments, texts, switches), name=sys.argv[0])
     return calls[0]
 
 
-def _quote_texts(arguments: list[str], texts: list[str]) -> list[str]:
-    """Return arguments in which the values of the flags `texts` are quoted, so that fire does not take 13 for a number."""
+def _as_literals(arguments: list[str], texts: list[str], switches: list[str]) -> list[str]:
+    """Return arguments whose values fire reads as intended: 13 is a text for the flags `texts`, and false is False."""
     result, is_value = [], False
     for argument in arguments:
         name, equals, value = argument.removeprefix("--").partition("=")
@@ -56,6 +57,8 @@ def _quote_texts(arguments: list[str], texts: list[str]) -> list[str]:
             argument = repr(argument)
         elif argument.startswith("--") and name in texts and equals and value != "None":
             argument = f"--{name}={value!r}"
+        elif argument.startswith("--") and name in switches and value.lower() in ("true", "false"):
+            argument = f"--{name}={value.title()}"
         is_value = not is_value and argument.startswith("--") and name in texts and not equals
         result.append(argument)
     return result

@@ -32,7 +32,7 @@ def read_input(read_line: Callable[[str], str | None]) -> UserInput | None:
     read_line: shows a prompt, and returns a line without its newline, or None at the end of the input. A text that was pasted
     is one line with newlines in it, and is one message.
     A line that begins with three quotes begins a block, which ends with a line that ends with them. A line that ends with a
-    backslash continues on the next. The end of the input ends both.
+    backslash continues on the next. At the end of the input, an unfinished message is discarded.
     """
     line = read_line(PROMPT)
     if line is None:
@@ -46,7 +46,7 @@ def read_input(read_line: Callable[[str], str | None]) -> UserInput | None:
     if quotes and command.strip() in TAKES_BLOCK:
         while not block.rstrip().endswith(QUOTES):
             if (line := read_line(CONTINUED)) is None:
-                break
+                return None
             block += "\n" + line
         block = block.rstrip().removesuffix(QUOTES).strip("\n")
         return UserInput(f"{command.strip()} {block}", may_be_command=True) if command.strip() else UserInput(block)
@@ -54,6 +54,6 @@ def read_input(read_line: Callable[[str], str | None]) -> UserInput | None:
     while text.endswith("\\"):
         text = text[:-1]
         if (line := read_line(CONTINUED)) is None:
-            break
+            return None
         text += "\n" + line
     return UserInput(text, may_be_command=True)

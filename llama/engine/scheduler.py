@@ -179,7 +179,7 @@ class Scheduler:
         """End all calls after a failed step. In the thread that ran the step, the failure itself is raised."""
         for call in self.calls:
             if not call.ended:
-                why = f"a step of the batch that it shared with other calls has failed ({type(failure).__name__}: {failure})"
+                why = f"a step of the batch has failed ({type(failure).__name__}: {failure})"
                 call.error = ended_early(call.call.name, why)
                 call.error.__cause__ = failure
 
