@@ -102,9 +102,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Return an event that each step of the batch waits for."""
     gate, sample = threading.Event(), scheduler.DecodeState.sample
 
-    def wait_and_sample(state: Any) -> Any:
+    def wait_and_sample(state: Any, **options: Any) -> Any:
         assert gate.wait(30)
-        return sample(state)
+        return sample(state, **options)
 
     monkeypatch.setattr(scheduler.DecodeState, "sample", wait_and_sample)
     yield gate
@@ -391,9 +391,9 @@ def test_a_client_that_leaves_frees_its_row(
 def test_a_failure_is_told_and_the_next_request_works(start: Callable[..., Client], monkeypatch: pytest.MonkeyPatch) -> None:
     client, sample = start(), scheduler.DecodeState.sample
 
-    def damage(state: Any) -> Any:
+    def damage(state: Any, **options: Any) -> Any:
         state.logits.fill_(torch.nan)
-        return sample(state)
+        return sample(state, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(scheduler.DecodeState, "sample", damage)

@@ -1,4 +1,4 @@
-"""A model may have more rows for tokens than its tokenizer has pieces. They change no answer."""
+"""A model may have more tokens than its tokenizer. They change no answer."""
 
 import json
 from collections.abc import Callable
@@ -142,7 +142,7 @@ def test_build_reports_spare_rows_and_calls_reject_their_tokens(
 ) -> None:
     llama = build(models, 8)
     assert (
-        "rows for 392 tokens, and the tokenizer 384 pieces: tokens from 384 on are never generated" in capsys.readouterr().err
+        "vocabulary has 392 tokens, the tokenizer only 384: tokens from 384 on are never generated" in capsys.readouterr().err
     )
     assert llama.model.params.vocab_size == llama.model.vocab_size == 392
     assert llama.model.forward(torch.tensor([[1, 391]]), 0).shape == (1, 2, 392)
@@ -161,9 +161,9 @@ def test_build_reports_spare_rows_and_calls_reject_their_tokens(
     [
         (8, 392, None),
         (8, 384, ("vocab_size=384", "tok_embeddings.weight has 392 rows", "set vocab_size to 392")),
-        (-4, -1, ("tok_embeddings.weight is (380, 64)", "tokenizer has 384 pieces", "model's own tokenizer.model")),
+        (-4, -1, ("tok_embeddings.weight is (380, 64)", "tokenizer has 384 tokens", "model's own tokenizer.model")),
         (1024, -1, None),
-        (1025, -1, ("(1409, 64)", "tokenizer has 384 pieces", "at most 1,024 more rows", "model's own tokenizer.model")),
+        (1025, -1, ("(1409, 64)", "tokenizer has 384 tokens", "at most 1,024 more", "model's own tokenizer.model")),
     ],
 )
 def test_rows_must_agree_with_params_json_and_suit_the_tokenizer(
