@@ -313,3 +313,15 @@ def test_finish_reason_is_stop_if_the_last_allowed_token_completes_a_stop_string
     assert (result["generation"], result["finish_reason"], result["new_tokens"]) == ("cold", "stop", 2)
     stream = demo.text_completion_stream("The opposite of hot is", 0, max_gen_len=2, stop=".")
     assert "".join(stream) == "cold" and stream.finish_reason == "stop"
+
+
+def test_a_stop_string_that_only_the_end_of_the_text_completes_is_the_reason(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last token is one byte of a character of several, which becomes a replacement character at the end of the text."""
+    byte = llama.tokenizer.sp_model.piece_to_id("<0xE2>")
+    monkeypatch.setattr("llama.engine.decode_state.sample", lambda logits, *_: logits.new_full((len(logits),), byte).long())
+    answer = llama.text_completion(["The"], max_gen_len=1, stop="\ufffd", details=True)[0]
+    assert (answer["generation"], answer["finish_reason"]) == ("", "stop")
+    stream = llama.text_completion_stream("The", max_gen_len=1, stop="\ufffd")
+    assert ("".join(stream), stream.finish_reason) == ("", "stop")

@@ -233,6 +233,8 @@ REFUSED: list[tuple[str, dict[str, Any], str, str | None]] = [
     (CHAT, {"messages": MESSAGES, "logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
     (CHAT, {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2}, "top_logprobs", "unsupported_parameter"),
     (CHAT, {"messages": MESSAGES, "frequency_penalty": 0.1}, "frequency_penalty", "unsupported_parameter"),
+    (CHAT, {"messages": MESSAGES, "frequency_penalty": False}, "frequency_penalty", "unsupported_parameter"),
+    (CHAT, {"messages": MESSAGES, "stop": "x" * 1001}, "stop", None),
     (CHAT, {"messages": MESSAGES, "presence_penalty": 1}, "presence_penalty", "unsupported_parameter"),
     (CHAT, {"messages": MESSAGES, "temprature": 1}, "temprature", "unknown_parameter"),
     (CHAT, {"messages": MESSAGES, "max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", None),
@@ -370,17 +372,20 @@ def test_a_full_queue_refuses_more_answers_with_429(start: Callable[..., Client]
     assert client.app.metrics.in_flight == 0 and client.post(COMPLETION, prompt="The")[0] == 200
 
 
-@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    "stream, next_request", [(True, b""), (False, b""), (False, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")]
+)
 def test_a_client_that_leaves_frees_its_row(
-    start: Callable[..., Client], gate: threading.Event, llama: Llama, stream: bool
+    start: Callable[..., Client], gate: threading.Event, llama: Llama, stream: bool, next_request: bytes
 ) -> None:
-    """Leave while a step is running: the answer is given up, and no step follows."""
+    """Leave while a step is running: the answer is given up, and no step follows. A pipelined request does not hide the end."""
     client = start()
     body = json.dumps({"prompt": "The", "n": 9, "max_tokens": 50, "stream": stream}).encode()
     head = f"POST {COMPLETION} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", client.port), timeout=20) as sock:
         sock.sendall(head.encode() + body)
         wait_until(lambda: client.app.metrics.in_flight == 9)
+        sock.sendall(next_request)
     wait_until(lambda: client.app.metrics.in_flight == 0)
     gate.set()
     wait_until(lambda: llama.engine.shared.async_thread is None)

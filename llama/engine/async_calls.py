@@ -27,7 +27,7 @@ from .requests import FinishReason, GeneratedToken, GenerationCall, Request
 from .results import GenerationResult
 from .scheduler import Scheduler
 from .shared_state import SharedState
-from .stream import push_token
+from .stream import end_text, push_token
 
 EXIT_SECONDS = 10  # how long the interpreter waits at its exit for the step that a background thread is running
 
@@ -120,6 +120,8 @@ def start(async_call: AsyncCall) -> None:
     shared = async_call.engine.shared
     shared.turn.refuse_within_step()
     with shared.async_lock:
+        if shared.async_thread is not None and not shared.async_thread.is_alive():  # in a process that has forked
+            shared.async_thread, shared.async_calls = None, []
         shared.async_calls.append(async_call)
         if shared.async_thread is None:
             _STATES.add(shared)
@@ -271,5 +273,5 @@ async def text_chunks_async(
         async for token in tokens:
             if chunk := push_token(request, text, token):
                 yield chunk
-    if chunk := text.end():
+    if chunk := end_text(request, text):
         yield chunk

@@ -9,7 +9,7 @@ from ..tokenizer import Tokenizer
 from .incremental_text import IncrementalText
 from .requests import GeneratedToken, GenerationCall
 from .results import GenerationResult
-from .stream import push_token
+from .stream import end_text, push_token
 
 
 class ResultCollector:
@@ -52,7 +52,7 @@ class ResultCollector:
     def _take(self) -> GenerationResult:
         """Return the next result, with the text that has been held back."""
         result, text = self.results[self.n_taken], self.texts[self.n_taken : self.n_taken + 1]
-        result.text += "".join(t.end() for t in text)
+        result.text += "".join(end_text(result.request, t) for t in text)
         self.n_taken += 1
         return result
 

@@ -85,8 +85,16 @@ def text_chunks(request: Request, tokens: Iterator[GeneratedToken], text: Increm
         for token in tokens:
             if chunk := push_token(request, text, token):
                 yield chunk
-    if chunk := text.end():
+    if chunk := end_text(request, text):
         yield chunk
+
+
+def end_text(request: Request, text: IncrementalText) -> str:
+    """End the text of an answer. Return the text that has been held back; it may complete a stop string."""
+    chunk = text.end()
+    if text.stopped:
+        request.finish_reason = "stop"
+    return chunk
 
 
 def push_token(request: Request, text: IncrementalText, token: GeneratedToken) -> str:

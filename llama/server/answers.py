@@ -86,10 +86,10 @@ class Answer:
         self.new_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.ended = False
-        metrics.in_flight += 1
         seed = None if job.seed is None else (job.seed + index + 2**63) % 2**64 - 2**63
         options = {**vars(job.sampling), "seed": seed, "logprobs": job.logprobs, "echo": job.echo}
         self.tokens = llama.agenerate_stream([self.prompt], self.limit, **options) if self.prompt else None
+        metrics.in_flight += 1  # last: an answer that could not be made is never ended
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Yield the answer in pieces. The answer of a chat is a text of its own; a completion continues its prompt."""
@@ -125,6 +125,8 @@ class Answer:
                     break
         if chunk := text.end():
             yield Piece(chunk, [])
+        if text.stopped:
+            self.finish_reason = "stop"
         if self.finish_reason is None:
             self.finish_reason = "length" if self.new_tokens == self.limit else "stop"
         if self.new_tokens > 1:

@@ -21,7 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from ..errors import LlamaError
+from ..errors import LlamaError, NonFiniteError
 from . import responses
 from .answers import Answer, Model, merged
 from .metrics import Metrics
@@ -89,6 +89,8 @@ class App:
             ],
             exception_handlers={ApiError: _respond_to_error, HTTPException: _respond_to_error, Exception: _respond_to_error},
         )
+
+        self.routes.router.redirect_slashes = False  # a redirect would name the host of the request's header
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -251,8 +253,10 @@ async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T], timeo
     """Do the work and return its result, but end it if the client leaves (ClientDisconnect) or the time is over (ApiError)."""
 
     async def until_the_client_leaves() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        while True:  # asked anew each second: uvicorn stops reading, and so sees no end, after a pipelined request
+            with contextlib.suppress(asyncio.TimeoutError):
+                if (await asyncio.wait_for(receive(), 1.0))["type"] == "http.disconnect":
+                    return
 
     task, leaving = asyncio.create_task(work), asyncio.create_task(until_the_client_leaves())
     try:
@@ -311,11 +315,11 @@ def _ending() -> ApiError:
 
 
 def _internal_error(e: Exception) -> ApiError:
-    """Return the error for a failure of an answer, and log it. Only errors of this library are told in detail."""
+    """Return the error for a failure of an answer, and log it. Only what a client can understand is told in detail."""
     if isinstance(e, ApiError):
         return e
     log.error("an answer has failed", exc_info=e)
-    return ApiError(500, str(e) if isinstance(e, LlamaError) else INTERNAL)
+    return ApiError(500, str(e) if isinstance(e, NonFiniteError) else INTERNAL)
 
 
 def content_security_policy(page: str) -> str:

@@ -18,6 +18,7 @@ from ..sampling import SamplingParams
 from ..tokenizer import Tokenizer, check_text
 
 MAX_STOPS = 16  # stop strings of a request
+MAX_STOP_LENGTH = 1000  # letters of a stop string: the time to look for one in a text grows with the square of its length
 OUR_OPTIONS = ("top_k", "min_p", "repetition_penalty")  # sampling options that OpenAI's format does not have
 
 # Fields of OpenAI's format that are not supported, each with the values that ask for nothing. null is always such a value.
@@ -111,7 +112,9 @@ class Body:
         for name, value in self.fields.items():
             if name not in unsupported:
                 refuse(name, f"unknown field {short_repr(name)}; remove it", "unknown_parameter")
-            if value is not None and value not in unsupported[name]:
+            # False equals 0 in Python, but not in JSON.
+            neutral = [each for each in unsupported[name] if isinstance(each, bool) == isinstance(value, bool)]
+            if value is not None and value not in neutral:
                 refuse(name, f"{name} is {describe(value)}, and {name} is not supported; remove it", "unsupported_parameter")
 
 
@@ -248,6 +251,8 @@ def _take_options(body: Body, served: ServedModel, prompts: list[list[int]], pro
         refuse("stop", f"{len(stops)} stop strings; at most {MAX_STOPS} are supported")
     for i, text in enumerate(stops):
         _check(check_text, "stop", text, f"stop string {i}")
+        if len(text) > MAX_STOP_LENGTH:
+            refuse("stop", f"stop string {i} has {len(text):,} letters; at most {MAX_STOP_LENGTH:,} are supported")
         if not text:
             refuse("stop", f"stop string {i} is empty: every answer would end before it begins; leave it out")
     is_seed = f"a whole number from {-(2**63)} to {2**63 - 1}"
