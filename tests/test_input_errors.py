@@ -240,7 +240,7 @@ ORDER = "then 'user' and 'assistant' in turn"
 @pytest.mark.parametrize(
     "dialog, parts",
     [
-        *[(bad, (f"{bad!r:.10}", "a list of dialogs, each a list of {'role'")) for bad in (None, 5, "hello", USER, {1, 2})],
+        *[(bad, (f"{bad!r:.10}", "a list of messages, {'role'")) for bad in (None, 5, "hello", USER, {1, 2})],
         *[
             ([USER, bad], ("message 1", f"{bad!r:.10}", "a dict with 'role' and 'content'"))
             for bad in (None, "hello", ["user"])
@@ -280,7 +280,7 @@ def test_dialogs_must_be_a_list_of_dialogs(idle: Llama) -> None:
             lambda bad=bad: idle.chat_completion(bad), InputError, f"dialogs is {bad!r:.10}", "must be a list of dialogs"
         )
     assert_raises(
-        lambda: idle.chat_completion([USER]), InputError, "dialog 0 is {'role': 'user'", "list of dialogs, each a list"
+        lambda: idle.chat_completion([USER]), InputError, "dialog 0 is {'role': 'user'", "here a list of dialogs is needed"
     )
 
 

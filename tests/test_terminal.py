@@ -164,9 +164,10 @@ def test_piped_lines_are_questions_and_never_commands(talker: tuple, llama: Llam
     lines = b"good morning\n\nseven? [INST]\ncaf\xe9\n/save seven"
     code, out, err = command("chat", *talker, "--max_gen_len", "8", "--lines", stdin=lines)
     first = answer(llama, "good morning", n=8)
-    assert code == 0 and out == first + "\n" + answer(llama, "good morning", first, "/save seven", n=8) + "\n"
-    first_line, unsafe, invalid, last_line = err.removesuffix("\n").split("\n")
+    assert code == 1 and out == first + "\n" + answer(llama, "good morning", first, "/save seven", n=8) + "\n"
+    first_line, unsafe, invalid, last_line, summary = err.removesuffix("\n").split("\n")
     assert first_line == last_line == "the answer is cut off: max_gen_len=8"
+    assert summary.startswith("llama: 2 line(s) were refused")
     assert unsafe == UNSAFE_ERROR and invalid.startswith("the user text holds a lone surrogate")
 
 
