@@ -173,6 +173,8 @@ class Scheduler:
     @property
     def decoding(self) -> dict[int, RunningRequest]:
         """Return the running requests whose prompts have been prefilled, by row."""
+        if not self.prefills:
+            return self.running
         return {row: each for row, each in self.running.items() if row in self.state.options}
 
     def fail(self, failure: BaseException) -> None:
@@ -185,9 +187,10 @@ class Scheduler:
 
     def release_ended(self) -> None:
         """Free the rows of requests that their callers have ended, and forget calls that have ended."""
-        # A prefill that has begun goes on, unless all of its requests have ended.
-        self.prefills = [prefill for prefill in self.prefills if not all(map(self.is_ended, prefill.rows))]
-        prefilling = {row for prefill in self.prefills for row in prefill.rows}
+        prefilling: set[int] = set()
+        if self.prefills:  # a prefill that has begun goes on, unless all of its requests have ended
+            self.prefills = [prefill for prefill in self.prefills if not all(map(self.is_ended, prefill.rows))]
+            prefilling = {row for prefill in self.prefills for row in prefill.rows}
         for row in [row for row in self.running if self.is_ended(row) and row not in prefilling]:
             self.release(row)
         if any(call.ended for call in self.calls):

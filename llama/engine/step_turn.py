@@ -61,6 +61,8 @@ class StepTurn:
     def wake(self) -> None:
         """Wake the threads whose calls have events or have ended, and one more, which runs the next step if nobody does."""
         with self.mutex:
+            if not self.waiters:
+                return
             ready = [waiter for waiter, call in self.waiters.items() if call and (call.events or call.ended)]
             others = [waiter for waiter in self.waiters if waiter not in ready]
             for waiter in [*ready, *others[:1]]:
