@@ -68,7 +68,7 @@ def _signature_of(method: Callable[P, Any]) -> Callable[[Callable[..., T]], Call
 class Llama:
     """A model and its tokenizer. Calls and streams of all threads and event loops share one batch.
 
-    Options that several calls share, each off by default. None means the default of any option.
+    Options that several calls share, each off by default. Passing None for an option means its default.
 
     top_k, min_p, repetition_penalty: see `SamplingParams`.
     seed: makes each answer depend only on its prompt, the options and the seed, not on earlier calls or on the other prompts. A

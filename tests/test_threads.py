@@ -314,6 +314,20 @@ def test_nobody_waits_for_a_slow_reader(llama: Llama) -> None:
     assert [tokens, *answers] == [llama.generate([prompt], 6, temperature=0)[0][0] for prompt in SINGLE[:5]]
 
 
+def test_prompts_that_enter_while_no_row_decodes_are_prefilled_in_large_chunks(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "PREFILL_CHUNK_BESIDE_DECODING", 8)
+    monkeypatch.setattr(tuning, "ATTENTION_CHUNK", 8)
+    stream = llama.generate_stream([[1, *range(80, 120)]], 1, temperature=0)
+    calls = [
+        llama.engine.submit(GenerationCall([Request([1, *range(30 + i, 70 + i)], 1)], SamplingParams(0))) for i in range(2)
+    ]
+    with count_forward_tokens() as forwards:
+        next(stream)
+    assert calls and forwards == [3 * 41]
+
+
 @pytest.mark.parametrize("scored", [False, True])
 def test_a_long_prompt_enters_in_chunks_between_the_steps_of_a_running_stream(
     llama: Llama, monkeypatch: pytest.MonkeyPatch, either_backend: bool, scored: bool

@@ -23,11 +23,11 @@ from .collect import ResultCollector
 from .engine import Engine
 from .events import Event, RunningCall, take_event
 from .incremental_text import IncrementalText
-from .requests import FinishReason, GeneratedToken, GenerationCall, Request
+from .requests import GeneratedToken, GenerationCall, Request
 from .results import GenerationResult
 from .scheduler import Scheduler
 from .shared_state import SharedState
-from .stream import end_text, push_token
+from .stream import AnswerProgress, end_text, push_token
 
 EXIT_SECONDS = 10  # how long the interpreter waits at its exit for the step that a background thread is running
 
@@ -212,7 +212,7 @@ async def collect_results_async(
     return collector.finish()
 
 
-class AsyncStream:
+class AsyncStream(AnswerProgress):
     """Iterate over the text of an answer in chunks, while it is generated, with `async for`. The async twin of `Stream`.
 
     It begins when it is first read, in the event loop of the reader. A stream may be left early: `aclose`, the end of an
@@ -221,21 +221,6 @@ class AsyncStream:
 
     def __init__(self, request: Request, chunks: AsyncGenerator[str, None]) -> None:
         self._request, self._chunks, self._closed = request, chunks, False
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """Return "stop" after EOS or a stop string, "length" at max_gen_len or the context length, None while running."""
-        return self._request.finish_reason
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Return the number of tokens in the prompt."""
-        return len(self._request.prompt)
-
-    @property
-    def new_tokens(self) -> int:
-        """Return the number of tokens generated so far, without EOS."""
-        return self._request.num_new_tokens
 
     def __aiter__(self) -> "AsyncStream":
         return self

@@ -237,6 +237,7 @@ class Scheduler:
     def admit(self) -> None:
         """Put waiting requests into free rows, and prepare their prefills: one for all requests that skip as many tokens."""
         free = [row for row in range(self.n_rows) if row not in self.running]
+        is_beside_others = bool(self.decoding) and not self.is_alone  # before the rows below are added to `running`
         groups: dict[tuple[bool, int], list[int]] = {}  # (scored, number of leading tokens to skip) -> rows
         for row in free[: len(self.waiting)]:
             running_call, index = self.waiting.popleft()
@@ -253,7 +254,6 @@ class Scheduler:
                 self.kept_tokens = []
                 self.prefix_tokens[:] = request.prompt[:start]
             groups.setdefault((scored, start), []).append(row)
-        is_beside_others = self.decoding and not self.is_alone
         max_tokens = tuning.PREFILL_CHUNK_BESIDE_DECODING if is_beside_others else tuning.PREFILL_CHUNK
         for (scored, start), rows in groups.items():
             requests = [self.running[row].request for row in rows]

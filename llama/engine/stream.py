@@ -21,18 +21,10 @@ def _one_reader() -> Iterator[None]:
         raise InputError("another thread is reading this stream; give each thread a stream of its own") from None
 
 
-class Stream:
-    """Iterate over the text of an answer in chunks, while it is generated. The joined chunks are the text of the whole answer.
+class AnswerProgress:
+    """What a stream tells about its answer. `_request` is its request."""
 
-    The stream keeps a row of the batch until it ends; `close`, or the end of a `with` block, ends it early. If the model is
-    changed, it raises InputError after the chunks that were already generated. On several ranks, and for a modified model,
-    another call ends it, too. If several ranks share a model, all of them must read the same number of chunks. One thread at a
-    time may read or close a stream.
-    """
-
-    def __init__(self, request: Request, chunks: Generator[str, None, None]) -> None:
-        self._request = request
-        self._chunks = chunks
+    _request: Request
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -53,6 +45,20 @@ class Stream:
     def new_tokens(self) -> int:
         """Return the number of tokens whose text has been read so far, without EOS."""
         return self._request.num_new_tokens
+
+
+class Stream(AnswerProgress):
+    """Iterate over the text of an answer in chunks, while it is generated. The joined chunks are the text of the whole answer.
+
+    The stream keeps a row of the batch until it ends; `close`, or the end of a `with` block, ends it early. If the model is
+    changed, it raises InputError after the chunks that were already generated. On several ranks, and for a modified model,
+    another call ends it, too. If several ranks share a model, all of them must read the same number of chunks. One thread at a
+    time may read or close a stream.
+    """
+
+    def __init__(self, request: Request, chunks: Generator[str, None, None]) -> None:
+        self._request = request
+        self._chunks = chunks
 
     def __iter__(self) -> "Stream":
         return self
