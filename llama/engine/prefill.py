@@ -17,8 +17,7 @@ class Prefill:
     """Prefill rows of the KV cache with prompts, in chunks of at most max_tokens tokens, counted over all prompts.
 
     start: number of leading prompt tokens to skip, as they are in the cache already. quiet: show no progress.
-    After the last chunk, `last_hidden` is the hidden state of the last token of each prompt, (B, dim), and `logprobs` has a
-    list for each prompt. With `scored`, the list has an entry for each token, 0.0 for the first; otherwise it is empty.
+    `last_hidden` and `logprobs` are complete after the last chunk. scored: compute `logprobs`.
     """
 
     def __init__(
@@ -44,6 +43,7 @@ class Prefill:
 
     @property
     def finished(self) -> bool:
+        """Return True after the last chunk."""
         return self.next_chunk is None
 
     def run_chunk(self) -> None:
@@ -66,10 +66,12 @@ class Prefill:
 
     @property
     def last_hidden(self) -> torch.Tensor:
+        """Return the hidden state of the last token of each prompt, (B, dim)."""
         return torch.cat(self.hidden)
 
     @property
     def logprobs(self) -> list[list[float]]:
+        """Return the log probability of each token of each prompt, 0.0 for the first; empty lists without `scored`."""
         starts = itertools.accumulate(self.lengths, initial=0)
         return [[0.0, *self.values[i + 1 : i + n]] if self.scored else [] for i, n in zip(starts, self.lengths, strict=False)]
 
