@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from . import sampling
+from . import compat, sampling
 from .backends.registry import choose_backend, slowdown_warning
 from .chat import (
     B_INST,
@@ -162,6 +162,8 @@ class Llama:
                 print(line, file=sys.stderr)
         packs = backend_class.packs_weights
         run_on_all_ranks(lambda: loading.load_weights(model, files, weights_dtype, where, quantize, packs))
+        for tensor in (*model.parameters(), model.freqs_cis) if backend_class.name != "eager" else ():
+            compat.observe(tensor)  # now, since no caller has seen them yet
         torch.manual_seed(int(seed))
         return run_on_all_ranks(lambda: Llama(model.eval(), tokenizer, backend_class()))
 
@@ -192,6 +194,15 @@ class Llama:
             self._engine = Engine(self.model, self._engine.backend)
         self._engine.n_words = self.tokenizer.n_words  # a caller may have replaced the tokenizer, too
         return self._engine
+
+    def clear_prefix_cache(self) -> None:
+        """Forget which prompts the rows of the KV cache hold, so that the next prompts are computed whole.
+
+        Calls share the beginnings of prompts by themselves, and notice edits of the model. Call this to measure a prefill, or
+        after edits of which PyTorch keeps no trace, such as those through `weight.detach().numpy()`.
+        """
+        with self.engine.lock:
+            self.engine.forward().cache.prefixes.clear()
 
     @property
     def backend(self) -> str:
@@ -414,19 +425,15 @@ class Llama:
         repetition_penalty: float | None = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] | None = (),
-        reuse: bool | None = False,
     ) -> Stream:
         """Continue one text. Return a `Stream`, which yields the continuation in chunks.
 
-        reuse: skip the computation of tokens with which both this prompt and the last stream with reuse=True begin, because
-        their keys and values are still in the KV cache. They are discarded if another call uses row 0 of the batch, or if the
-        weights are edited. An edit of a plain tensor through `.data` is not detected, so make the next call without `reuse`.
         Raises InputError at the call, not at the first chunk.
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
         return self._stream(
             "text_completion_stream",
-            lambda: self._requests.from_texts([prompt], max_gen_len, seed, params(), stop, reuse=reuse, label="the prompt"),
+            lambda: self._requests.from_texts([prompt], max_gen_len, seed, params(), stop, label="the prompt"),
         )
 
     @short_traceback
@@ -442,17 +449,15 @@ class Llama:
         repetition_penalty: float | None = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] | None = (),
-        reuse: bool | None = False,
     ) -> Stream:
         """Answer one dialog. Return a `Stream`, which yields the answer in chunks; see `text_completion_stream`.
 
-        With `reuse`, each turn of a dialog computes only the tokens that are new since the last turn. If the dialog contains a
-        special tag, such as "[INST]", the stream yields UNSAFE_ERROR as its only chunk.
+        If the dialog contains a special tag, such as "[INST]", the stream yields UNSAFE_ERROR as its only chunk.
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
         return self._stream(
             "chat_completion_stream",
-            lambda: self._requests.from_dialogs([dialog], max_gen_len, seed, params(), stop, reuse=reuse, label="the dialog"),
+            lambda: self._requests.from_dialogs([dialog], max_gen_len, seed, params(), stop, label="the dialog"),
         )
 
     @_signature_of(generate_stream)

@@ -255,7 +255,7 @@ def test_torch_settings_of_the_caller_change_no_answer(small: SimpleNamespace, d
         options: dict = {"temperature": 0.8, "seed": 1, "max_gen_len": 6}
         tokens = llama.generate([[1, 5, 7], [1, 9]], 6, seed=1, logprobs=True, echo=True, repetition_penalty=1.2)
         reply = llama.chat_completion([[{"role": "user", "content": "hi"}]], **options)
-        chunks = list(llama.text_completion_stream("sea", reuse=True, **options))
+        chunks = list(llama.text_completion_stream("sea", **options))
         return tokens, reply, chunks, llama.score(["sea"], [" and"]), llama.model(torch.tensor([[1, 5]], device="cpu"), 0).dtype
 
     expected = answers()

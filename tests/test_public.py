@@ -40,12 +40,8 @@ SIGNATURES = {
     + ", stop=(), details=False",
     Llama.iter_text_completion: "self, prompts, temperature=0.6, top_p=0.9, max_gen_len=None, " + OPTIONS + ", stop=()",
     Llama.iter_chat_completion: "self, dialogs, temperature=0.6, top_p=0.9, max_gen_len=None, " + OPTIONS + ", stop=()",
-    Llama.text_completion_stream: "self, prompt, temperature=0.6, top_p=0.9, max_gen_len=None, "
-    + OPTIONS
-    + ", stop=(), reuse=False",
-    Llama.chat_completion_stream: "self, dialog, temperature=0.6, top_p=0.9, max_gen_len=None, "
-    + OPTIONS
-    + ", stop=(), reuse=False",
+    Llama.text_completion_stream: "self, prompt, temperature=0.6, top_p=0.9, max_gen_len=None, " + OPTIONS + ", stop=()",
+    Llama.chat_completion_stream: "self, dialog, temperature=0.6, top_p=0.9, max_gen_len=None, " + OPTIONS + ", stop=()",
     Llama.text_infilling: "self, prefixes, suffixes, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False, "
     "suffix_first=False",
     Llama.score: "self, prompts, continuations",

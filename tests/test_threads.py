@@ -25,14 +25,6 @@ PROMPTS = [[[1, 5], [1, 9, 30]], [[1, 300]], [[1, 7, 7], [1, 8], [1, *range(20, 
 SINGLE = [[1, *range(5 + i, 8 + 2 * i)] for i in range(24)]
 
 
-@pytest.fixture(params=[False, True], ids=["cpu", "as on CUDA"])
-def either_backend(request: pytest.FixtureRequest) -> bool:
-    """Run a test with the CPU's backend, and with the twin of the backend for CUDA, which launches steps ahead."""
-    if request.param:
-        request.getfixturevalue("as_on_cuda")
-    return request.param
-
-
 def run_together(calls: list[Callable[[], Any]]) -> list[Any]:
     """Run each call in a thread of its own, all at the same time; return their results in order."""
     start = threading.Barrier(len(calls))
@@ -367,21 +359,6 @@ def test_a_long_prompt_whose_caller_leaves_frees_its_row_before_its_prefill_ends
     assert 1 not in running_scheduler.running and not running_scheduler.prefills
     assert llama.generate(SINGLE[1:3], 20, temperature=0)[0] == want[1:]
     assert [*tokens, *(token.token for token in stream)] == want[0]
-
-
-def test_a_kept_prefix_is_not_overwritten_while_its_row_is_free(llama: Llama) -> None:
-    """End a stream with reuse=True in row 0 beside another stream, which runs on. The next stream reuses right values."""
-    text = "Once upon a time there was a bear"
-    want = "".join(llama.text_completion_stream(text, 0, max_gen_len=8))
-    kept = llama.text_completion_stream(text, 0, max_gen_len=8, reuse=True)
-    first = next(kept)
-    other = llama.generate_stream(SINGLE[:1], 30, temperature=0)
-    next(other)
-    assert first + "".join(kept) == want
-    list(other)
-    again = llama.text_completion_stream(text, 0, max_gen_len=8, reuse=True)
-    assert "".join(again) == want
-    assert again.reused_tokens > 0
 
 
 def test_a_prompt_that_fills_the_context_ends_no_other_call(llama: Llama, either_backend: bool) -> None:

@@ -65,9 +65,11 @@ class DecodeState:
         self.options.update(zip(rows, options, strict=True))
         self._groups = None
 
-    def set_position(self, row: int, position: int) -> None:
-        """Set the position at which decode steps compute a row whose prompt is still being prefilled."""
-        index, value = torch.tensor([row]), torch.tensor([position])
+    def set_positions(self, rows: list[int], positions: list[int]) -> None:
+        """Set the positions at which decode steps compute rows that do not decode."""
+        if not rows:
+            return
+        index, value = torch.tensor(rows, device="cpu"), torch.tensor(positions, device="cpu")
         for name in ("positions", "last_positions"):
             old = getattr(self, name)
             setattr(self, name, old.index_copy(0, index.to(old.device), value.to(old.device)))

@@ -1,4 +1,4 @@
-"""What a scheduler reports about a call, and how its caller takes it."""
+"""Running calls and requests, what a scheduler reports about them, and how callers take it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -47,6 +47,21 @@ class RunningCall:
         while self.first_open < len(requests) and requests[self.first_open].finish_reason:
             self.first_open += 1
         return self.first_open == len(requests) and not self.call.scores_prompts
+
+
+@dataclass(eq=False)
+class RunningRequest:
+    """A request in a row of the KV cache."""
+
+    running_call: RunningCall
+    index: int
+    request: Request
+    num_generated: int = 0  # tokens generated so far; the caller may not have taken all of them
+
+    @property
+    def position(self) -> int:
+        """Return the position of the next token to decode."""
+        return len(self.request.prompt) + self.num_generated
 
 
 def take_event(request: Request, event: Event) -> Iterator[GeneratedToken]:

@@ -159,7 +159,6 @@ class RequestBuilder:
         stop: str | Sequence[str] | None,
         logprobs: bool | None = False,
         echo: bool | None = False,
-        reuse: bool | None = False,
         details: bool | None = False,
         label: str = "prompt {}",
     ) -> GenerationCall:
@@ -167,7 +166,7 @@ class RequestBuilder:
         texts, text_labels = check_texts(prompts, "prompts", label)
         encoded = [self._encode(text) for text in texts]
         requests = self._requests(encoded, text_labels, max_gen_len, normalize_seeds(seed, len(texts)))
-        return GenerationCall(requests, sampling, logprobs, echo, check_stop(stop), reuse, details)
+        return GenerationCall(requests, sampling, logprobs, echo, check_stop(stop), details)
 
     def from_dialogs(
         self,
@@ -177,7 +176,6 @@ class RequestBuilder:
         sampling: SamplingParams,
         stop: str | Sequence[str] | None,
         logprobs: bool | None = False,
-        reuse: bool | None = False,
         details: bool | None = False,
         label: str = "dialog {}",
     ) -> GenerationCall:
@@ -195,7 +193,7 @@ class RequestBuilder:
         requests = [Request([], 0, finish_reason="stop") for _ in dialogs]
         for i, request in zip(safe, safe_requests, strict=True):
             requests[i] = request
-        return GenerationCall(requests, sampling, logprobs, False, check_stop(stop), reuse, details)
+        return GenerationCall(requests, sampling, logprobs, False, check_stop(stop), details)
 
     def for_infilling(
         self, prefixes: Iterable[str], suffixes: Iterable[str], suffix_first: bool | None

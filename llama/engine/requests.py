@@ -26,7 +26,8 @@ class Request:
     max_new_tokens: int
     seed: int | None = None
     label: str = "the prompt"  # name of the prompt in errors
-    num_reused_tokens: int = 0  # number of prompt tokens whose keys and values were in the cache already
+    score_from: int | None = None  # index of the first prompt token to score, if the call has `score_only`
+    num_cached_tokens: int = 0  # number of prompt tokens whose keys and values were in the cache already
     num_new_tokens: int = 0  # number of new tokens that the caller has taken, without EOS
     # None until the answer ends. The engine sets the finish reason; a consumer of tokens may set it to end the answer.
     finish_reason: FinishReason | None = None
@@ -41,19 +42,23 @@ class GenerationCall:
     logprobs: bool | None = False
     echo: bool | None = False
     stop: Sequence[str] | None = None  # stop strings; None if the call returns tokens, not text
-    reuse: bool | None = False
     details: bool | None = False
     stop_token: int | None = None  # token that ends an answer; None for EOS
     # Function that samples tokens, given probabilities (B, vocab) and top_p. Greedy sampling does not use this function.
     sampler: Sampler = field(default=sample_top_p, repr=False)
     name: str = "call"  # the caller's name for it in errors, such as "text_completion"
     watched: bool = False  # True if code of the caller runs between two tokens, and so may change the model
+    score_only: bool = False  # True if the call generates nothing, and returns log probabilities of prompt tokens
 
     def __post_init__(self) -> None:
-        for name in ("logprobs", "echo", "reuse", "details"):
+        for name in ("logprobs", "echo", "details"):
             check_flag(getattr(self, name), name)
 
     @property
     def scores_prompts(self) -> bool:
-        """Return True if the call returns log probabilities of prompt tokens: with `echo` and `logprobs`."""
-        return bool(self.echo and self.logprobs)
+        """Return True if the call returns log probabilities of prompt tokens."""
+        return self.score_only or bool(self.echo and self.logprobs)
+
+    def score_from(self, request: Request) -> int | None:
+        """Return the index of the first prompt token to score, 1 or more; None if no prompt token is scored."""
+        return request.score_from if self.score_only else 1 if self.scores_prompts else None

@@ -2,7 +2,8 @@
 
 Each request waits for a free row of the KV cache, is prefilled once, and then decodes together with the other rows. When a
 request ends, the next waiting request gets its row, and is prefilled before the next decode step. Requests of a call that
-begins while others run join the batch. Free rows between others are decoded too, and their results ignored.
+begins while others run join the batch. Free rows between others are decoded too, and their results ignored. Prompts that begin
+with the same tokens are prefilled with these tokens once: see `prefix_cache`.
 
     row 0   a a a a A A A A A | c c C C C      lower case: prompt tokens; requests that start together share a prefill
     row 1   b b B B B B B B B   B B B B B      upper case: new tokens, one per decode step; c begins when a has ended
@@ -11,7 +12,6 @@ begins while others run join the batch. Free rows between others are decoded too
 import collections
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
@@ -23,30 +23,15 @@ from ..model import Transformer
 from ..sampling import token_logprobs
 from . import async_copy
 from .backend import Backend, DecodeFn
-from .checks import check_logprobs, common_prefix_length, nonfinite_logits_error
+from .checks import check_logprobs, nonfinite_logits_error
 from .decode_state import DecodeState, SamplingOptions
-from .events import Event, RunningCall
+from .events import Event, RunningCall, RunningRequest
 from .forward import EngineForward
-from .prefill import Prefill
+from .prefill import Prefill, PrefillRow
 from .requests import GeneratedToken, GenerationCall, Request
 from .shared_state import CacheOwner, SharedState, ended_early
 
 MAX_DECODERS = 8  # decode functions of different numbers of rows that are kept, because each allocates memory
-
-
-@dataclass(eq=False)
-class RunningRequest:
-    """A request in a row of the KV cache."""
-
-    running_call: RunningCall
-    index: int
-    request: Request
-    num_generated: int = 0  # tokens generated so far; the caller may not have taken all of them
-
-    @property
-    def position(self) -> int:
-        """Return the position of the next token to decode."""
-        return len(self.request.prompt) + self.num_generated
 
 
 class Scheduler:
@@ -58,6 +43,7 @@ class Scheduler:
     def __init__(self, model: Transformer, forward: EngineForward, backend: Backend, shared: SharedState, name: str) -> None:
         self.model, self.forward, self.backend, self.shared = model, forward, backend, shared
         self.cache = forward.cache
+        self.prefixes = forward.cache.prefixes
         self.weights_version = forward.weights_version()
         self.hooks = [hooks for module in model.modules() for hooks in compat.forward_hooks(module)]
         shared.owner = self.owner = CacheOwner(name)
@@ -65,14 +51,12 @@ class Scheduler:
         overrun_logits, self.cache.logits = self.cache.logits, None
         if overrun_logits is not None and not broadcast_from_rank0(overrun_logits.amax(-1).sum()).isfinite():
             self.cache.data.zero_()  # a step that the previous call launched ahead may have written NaN into the cache
-            self.cache.prefix_tokens = None
-        self.kept_tokens: list[int] = []  # tokens whose keys and values earlier calls have left in row 0
-        if self.cache.is_unchanged() and self.cache.weights_version == self.weights_version:
-            self.kept_tokens = self.cache.prefix_tokens or []
+            self.prefixes.clear()
+        is_unchanged = self.cache.is_unchanged() and self.cache.weights_version == self.weights_version
+        if not is_unchanged or not forward.notices_edits():
+            self.prefixes.clear()
+        self.prefixes.multiple = forward.prefix_multiple()
         self.cache.weights_version = self.weights_version
-        # Create a new list, since this list object identifies the scheduler that owns the cache.
-        self.prefix_tokens: list[int] = []
-        self.cache.prefix_tokens = self.prefix_tokens
         self.cache.record_version()
         self.calls: list[RunningCall] = []
         self.n_submitted = 0  # number of calls so far
@@ -131,7 +115,7 @@ class Scheduler:
         """
         if why := self.shared.why_not_owner(self.owner):
             return why
-        if self.cache.prefix_tokens is not self.prefix_tokens or not self.cache.is_unchanged():
+        if not self.cache.is_unchanged():
             return "the model's forward, or code of yours, has written into its KV cache since the call began"
         if (len(self.calls) > 1 or self.calls[0].call.watched) and (
             any(self.hooks) or not self.cache.belongs_to(self.model) or self.forward.weights_version() != self.weights_version
@@ -153,10 +137,8 @@ class Scheduler:
             return
         self.sync_streams()
         try:
-            if decoding := self.decoding:
+            if self.decoding:
                 self.run_pending_step()
-                if 0 in decoding and decoding[0].running_call.call.reuse:
-                    self.prefix_tokens.append(self.tokens[0])
             self.pending_step = None
             self.resize()
             if self.waiting:
@@ -188,9 +170,10 @@ class Scheduler:
     def release_ended(self) -> None:
         """Free the rows of requests that their callers have ended, and forget calls that have ended."""
         prefilling: set[int] = set()
-        if self.prefills:  # a prefill that has begun goes on, unless all of its requests have ended
-            self.prefills = [prefill for prefill in self.prefills if not all(map(self.is_ended, prefill.rows))]
-            prefilling = {row for prefill in self.prefills for row in prefill.rows}
+        if self.prefills:  # a prefill goes on, unless all of its requests have ended
+            for prefill in [each for each in self.prefills if all(self.is_ended(place.row) for place in each.rows)]:
+                self.drop_prefill(prefill)
+            prefilling = {place.row for prefill in self.prefills for place in prefill.rows}
         for row in [row for row in self.running if self.is_ended(row) and row not in prefilling]:
             self.release(row)
         if any(call.ended for call in self.calls):
@@ -227,82 +210,120 @@ class Scheduler:
         if not self.is_alone and self.forward.device.type == "cuda":
             wanted = min(1 << (wanted - 1).bit_length(), max_rows)  # each number of rows is captured, or compiled, anew
         if wanted != self.n_rows:
-            self.n_rows = wanted
+            before, self.n_rows = self.n_rows, wanted
             self.state.resize(wanted)
+            self.park([row for row in range(before, wanted) if row not in self.running and self.prefixes.tokens[row]])
             if wanted not in self.decoders:
                 if len(self.decoders) >= MAX_DECODERS:
                     self.decoders.clear()
                 self.decoders[wanted] = self.backend.begin(self.forward, wanted)
 
     def admit(self) -> None:
-        """Put waiting requests into free rows, and prepare their prefills: one for all requests that skip as many tokens."""
+        """Put waiting requests into free rows, and prepare their prefills.
+
+        Requests that share the beginning of a prompt with one that is yet to be prefilled come in a later prefill.
+        """
         free = [row for row in range(self.n_rows) if row not in self.running]
         is_beside_others = bool(self.decoding) and not self.is_alone  # before the rows below are added to `running`
-        groups: dict[tuple[bool, int], list[int]] = {}  # (scored, number of leading tokens to skip) -> rows
-        for row in free[: len(self.waiting)]:
+        if not (taken := free[: len(self.waiting)]):
+            return
+        spare = [row for row in range(len(self.prefixes.tokens)) if row not in self.running and row not in taken]
+        self.zero_nonfinite_rows(taken, self.state.logits[taken].amax(-1).tolist())
+        stages: dict[int, int] = {}  # maps a row to the index of its prefill among those prepared here
+        places: list[list[PrefillRow]] = []
+        for row in taken:
             running_call, index = self.waiting.popleft()
-            request = running_call.call.requests[index]
+            call, request = running_call.call, running_call.call.requests[index]
             self.running[row] = RunningRequest(running_call, index, request)
-            scored = running_call.call.scores_prompts
-            if not scored and request.finish_reason:
-                continue
-            start = 0
-            if row == 0:
-                # Leave out the last prompt token: the prefill must compute the logits of this token.
-                if running_call.call.reuse:
-                    start = request.num_reused_tokens = common_prefix_length(self.kept_tokens, request.prompt[:-1])
-                self.kept_tokens = []
-                self.prefix_tokens[:] = request.prompt[:start]
-            groups.setdefault((scored, start), []).append(row)
-        max_tokens = tuning.PREFILL_CHUNK_BESIDE_DECODING if is_beside_others else tuning.PREFILL_CHUNK
-        for (scored, start), rows in groups.items():
-            requests = [self.running[row].request for row in rows]
-            self.zero_nonfinite_rows(rows, self.state.logits[rows].amax(-1).tolist())
-            quiet = self.shows_progress  # one progress bar at a time
-            self.prefills.append(Prefill(self.forward, rows, requests, start, scored, max_tokens, quiet))
-        for row in free:
-            if (
-                row in self.running
-                and self.running[row].request.finish_reason
-                and not any(row in p.rows for p in self.prefills)
-            ):
+            if request.finish_reason and not call.scores_prompts:
                 self.release(row)
+                continue
+            place = PrefillRow(row, request, call.score_from(request))
+            self.share_prefix(place, [*self.prefilling.values(), *(each for prefill in places for each in prefill)], spare)
+            stages[row] = 0 if place.source is None else stages.get(place.source, -1) + 1
+            places += [[] for _ in range(stages[row] + 1 - len(places))]
+            places[stages[row]].append(place)
+        max_tokens = tuning.PREFILL_CHUNK_BESIDE_DECODING if is_beside_others else tuning.PREFILL_CHUNK
+        quiet = self.shows_progress  # one progress bar at a time
+        self.prefills += [Prefill(self.forward, rows, max_tokens, quiet) for rows in places]
+        self.park([each.row for rows in places for each in rows])
+
+    @property
+    def prefilling(self) -> dict[int, PrefillRow]:
+        """Return the rows of unfinished prefills, by row."""
+        return {place.row: place for prefill in self.prefills for place in prefill.rows}
+
+    def share_prefix(self, place: PrefillRow, prefilling: list[PrefillRow], spare: list[int]) -> None:
+        """Take the first tokens of a prompt from the row that shares the most with it.
+
+        If a row in `prefilling` shares considerably more, wait for the end of its prefill. What the prompt's own row held is
+        saved in one of the rows `spare`.
+        """
+        row, prompt, limit = place.row, place.request.prompt, place.max_start
+        source, place.start = self.prefixes.find(prompt, limit, row)
+        saved = self.prefixes.take(row, source, place.start, spare)
+        if saved is not None and saved < self.n_rows:
+            self.park([saved])
+        for other in prefilling:
+            n = self.prefixes.n_shared(other.request.prompt, prompt, limit)
+            if n - place.start >= tuning.MIN_AWAITED_PREFIX:
+                place.start, place.source = n, other.row
+        place.request.num_cached_tokens = place.start
+
+    def drop_prefill(self, prefill: Prefill) -> None:
+        """Remove a prefill. Rows that have waited for tokens of its rows compute these tokens themselves."""
+        self.prefills.remove(prefill)
+        rows = [place.row for place in prefill.rows]
+        for place in self.prefilling.values():
+            if place.source in rows:
+                place.start, place.source = 0, None
+                place.request.num_cached_tokens = 0
 
     def run_prefill_chunk(self) -> None:
         """Run a chunk of the first prefill. After its last chunk, its requests begin to decode."""
         prefill = self.prefills[0]
+        rows = [place.row for place in prefill.rows]
         try:
             prefill.run_chunk()
         except Exception as e:
             if len(self.calls) == 1:
                 raise
-            del self.prefills[0]
-            for row in prefill.rows:
+            self.drop_prefill(prefill)
+            for row in rows:
                 self.fail_row(row, e)
                 self.release(row)
             return
         if not prefill.finished:
-            for row in prefill.rows:
-                self.state.set_position(row, self.unused_position(row))
+            self.park(rows)
             return
         del self.prefills[0]
-        admitted = [self.running[row] for row in prefill.rows]
-        requests = [each.request for each in admitted]
-        options = [each.running_call.options for each in admitted]
-        self.state.admit(prefill.rows, requests, options, self.forward.logits(prefill.last_hidden))
-        if prefill.rows[0] == 0 and admitted[0].running_call.call.reuse:
-            self.prefix_tokens[:] = requests[0].prompt
-        for row, each, values in zip(prefill.rows, admitted, prefill.logprobs, strict=True):
-            try:
-                check_logprobs(self.model, values, each.request.label)
-            except LlamaError as e:
-                self.fail_row(row, e)
-                continue
-            tokens = (GeneratedToken(each.index, *pair) for pair in zip(each.request.prompt, values, strict=False))
-            each.running_call.events += [Event(token, each.index, in_prompt=True) for token in tokens]
-        for row in prefill.rows:
-            if self.is_ended(row):
-                self.release(row)
+        for place in prefill.rows:
+            self.prefixes.hold(place.row, place.request.prompt)
+        for place in self.prefilling.values():
+            if place.source in rows:
+                self.prefixes.take(place.row, place.source, place.start, [])
+                place.source = None
+        admitted = [self.running[row] for row in rows]
+        requests, options = [each.request for each in admitted], [each.running_call.options for each in admitted]
+        self.state.admit(rows, requests, options, self.forward.logits(prefill.last_hidden))
+        for place, each in zip(prefill.rows, admitted, strict=True):
+            if place.score_from is not None:
+                self.report_prompt(place, each)
+            if self.is_ended(place.row):
+                self.release(place.row)
+
+    def report_prompt(self, place: PrefillRow, running: RunningRequest) -> None:
+        """Report the tokens of a prompt with their log probabilities. With `echo`, the first token has the value 0.0."""
+        call, values, first = running.running_call.call, place.logprobs, place.score_from or 0
+        if call.echo:
+            values, first = [0.0, *values], 0
+        try:
+            check_logprobs(self.model, values, place.request.label)
+        except LlamaError as e:
+            self.fail_row(place.row, e)
+            return
+        tokens = (GeneratedToken(running.index, *pair) for pair in zip(place.request.prompt[first:], values, strict=True))
+        running.running_call.events += [Event(token, running.index, in_prompt=True) for token in tokens]
 
     def sample(self) -> None:
         """Sample a token for each row, and report the tokens.
@@ -349,13 +370,17 @@ class Scheduler:
         """Return the position at which a decode step may write keys and values for a row that does not decode.
 
         A decode step computes all rows. The next chunk of a row's prefill overwrites what is written where the chunk begins. A
-        free row 0 may contain a prefix that another call will use.
+        free row holds a prompt that others may share.
         """
         last = self.cache.data.shape[4] - 1
-        prefill = next((prefill for prefill in self.prefills if row in prefill.n_cached), None)
-        if prefill is None and row == 0:
-            del self.prefix_tokens[last:]
-        return min(prefill.n_cached[row] if prefill else 0 if row else len(self.prefix_tokens), last)
+        place = self.prefilling.get(row) if self.prefills else None
+        if place is None:
+            self.prefixes.tokens[row] = self.prefixes.tokens[row][:last]
+        return min(place.n_cached if place else len(self.prefixes.tokens[row]), last)
+
+    def park(self, rows: list[int]) -> None:
+        """Let decode steps compute rows that do not decode at positions where this harms nothing."""
+        self.state.set_positions(rows, [self.unused_position(row) for row in rows])
 
     def run_pending_step(self) -> None:
         """Decode the sampled tokens to get the next logits, unless this decode step has already been launched."""
@@ -367,9 +392,7 @@ class Scheduler:
         """End the call whose request is in a row, and zero the row, since NaN there would make later results NaN."""
         call = self.running[row].running_call
         call.error = call.error or error
-        self.cache.data[:, :, row].zero_()
-        if row == 0:
-            self.prefix_tokens.clear()
+        self.zero_row(row)
 
     def zero_nonfinite_rows(self, rows: list[int], largest: list[float]) -> None:
         """Zero the cache of rows whose largest logit is not finite.
@@ -379,4 +402,9 @@ class Scheduler:
         """
         for row, logit in zip(rows, largest, strict=True):
             if not math.isfinite(logit):
-                self.cache.data[:, :, row].zero_()
+                self.zero_row(row)
+
+    def zero_row(self, row: int) -> None:
+        """Zero the cache of a row, and forget its tokens."""
+        self.cache.data[:, :, row].zero_()
+        self.prefixes.tokens[row] = []
