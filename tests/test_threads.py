@@ -329,6 +329,7 @@ def test_a_long_prompt_enters_in_chunks_between_the_steps_of_a_running_stream(
     stream_alone = llama.generate(SINGLE[:1], 20, temperature=0)[0][0]
     monkeypatch.setattr(tuning, "PREFILL_CHUNK_BESIDE_DECODING", 16)
     monkeypatch.setattr(tuning, "ATTENTION_CHUNK", 8)
+    llama.clear_prefix_cache()
     stream = llama.generate_stream(SINGLE[:1], 20, temperature=0)
     with count_forward_tokens() as forwards:
         tokens = [next(stream).token]
@@ -457,3 +458,28 @@ def test_a_second_reader_of_a_stream_is_told_so(llama: Llama, monkeypatch: pytes
         patch.setattr(IncrementalText, "push", read_again)
         next(stream)
     assert len(errors) == 2
+
+
+def test_free_rows_wait_a_little_for_rows_that_are_about_to_end(llama: Llama) -> None:
+    """Begin a call with two prompts one step after a call with four. The prompts that wait for their rows enter together."""
+    prompts = [[1, *range(20 + i, 25 + i)] for i in range(12)]
+
+    def make_call(first: int, end: int) -> GenerationCall:
+        return GenerationCall([Request(prompt, 6) for prompt in prompts[first:end]], SamplingParams(0), stop_token=-1)
+
+    want = [[token.token for token in llama.engine.run(make_call(i, i + 1))] for i in range(12)]
+    answers: list[list[int]] = []
+    calls = []
+    for first, end in ((0, 4), (4, 6), (6, 12)):
+        calls.append(llama.engine.submit(make_call(first, end)))
+        llama.engine.step_or_wait(calls[-1][0])
+    with count_forward_tokens() as forwards:
+        for scheduler, call in calls:
+            tokens: dict[int, list[int]] = {}
+            while events := llama.engine.wait_for_events(scheduler, call):
+                for event in events:
+                    assert event.token
+                    tokens.setdefault(event.prompt_index, []).append(event.token.token)
+            answers += [tokens[i] for i in sorted(tokens)]
+    assert answers == want
+    assert max(forwards) == 6 * 6

@@ -11,6 +11,7 @@ from ..distributed.progress import progress
 from ..sampling import token_logprobs
 from .forward import EngineForward
 from .kv_cache import RaggedBatch, prefill_chunks
+from .prefix_cache import PrefixCache
 from .requests import Request
 
 
@@ -50,6 +51,23 @@ class PrefillRow:
         At least two tokens are computed, since attention rounds a single token as in a decode step.
         """
         return max(0, min(self.first_hidden, len(self.request.prompt) - 2))
+
+
+def share_prefix(place: PrefillRow, prefixes: PrefixCache, prefilling: list[PrefillRow], spare: list[int]) -> int | None:
+    """Take the first tokens of a prompt from the row that shares the most with it.
+
+    If a row in `prefilling` shares considerably more, `place` waits for the end of its prefill. What the prompt's own row held
+    is saved in one of the rows `spare`. Return that row, or None.
+    """
+    prompt, limit = place.request.prompt, place.max_start
+    source, place.start = prefixes.find(prompt, limit, place.row)
+    saved = prefixes.take(place.row, source, place.start, spare)
+    for other in prefilling:
+        n = prefixes.n_shared(other.request.prompt, prompt, limit)
+        if n - place.start >= tuning.MIN_AWAITED_PREFIX:
+            place.start, place.source = n, other.row
+    place.request.num_cached_tokens = place.start
+    return saved
 
 
 class Prefill:

@@ -27,7 +27,7 @@ from .checks import check_logprobs, nonfinite_logits_error
 from .decode_state import DecodeState, SamplingOptions
 from .events import Event, RunningCall, RunningRequest
 from .forward import EngineForward
-from .prefill import Prefill, PrefillRow
+from .prefill import Prefill, PrefillRow, share_prefix
 from .requests import GeneratedToken, GenerationCall, Request
 from .shared_state import CacheOwner, SharedState, ended_early
 
@@ -65,6 +65,7 @@ class Scheduler:
         self.prefills: list[Prefill] = []  # unfinished; their rows are in `running`, but do not decode yet
         self.decoders: dict[int, DecodeFn] = {}  # maps a number of rows to its decode function
         self.n_rows = 0  # rows that a decode step computes
+        self.n_idle = 0  # steps for which free rows have waited for others to become free, summed over these rows
         self.state = DecodeState(0, forward.n_words, forward.device)
         self.tokens: list[int] = []  # the token that was sampled last for each row
         # None, or the arguments of the next decode step: tokens, positions, and positions on the host.
@@ -141,7 +142,7 @@ class Scheduler:
                 self.run_pending_step()
             self.pending_step = None
             self.resize()
-            if self.waiting:
+            if self.waiting and not self.awaits_rows():
                 self.admit()
             while self.prefills:
                 self.run_prefill_chunk()
@@ -218,6 +219,19 @@ class Scheduler:
                     self.decoders.clear()
                 self.decoders[wanted] = self.backend.begin(self.forward, wanted)
 
+    def awaits_rows(self) -> bool:
+        """Return True if waiting requests should enter later, together with those for rows that are about to become free.
+
+        A prefill stops all rows for at least the time of a decode step, since both read all weights. So one prefill for several
+        rows is worth as much as one step of all rows, and free rows may wait for as many steps in total. Requests do not wait
+        if there are free rows for all of them.
+        """
+        n_free, decoding = self.n_rows - len(self.running), self.decoding.values()
+        n_steps = min((each.request.max_new_tokens - each.num_generated for each in decoding), default=0)
+        waits = 0 < n_free < len(self.waiting) and 0 < n_steps and self.n_idle + n_free * n_steps <= self.n_rows
+        self.n_idle = self.n_idle + n_free if waits and not self.is_alone else 0
+        return self.n_idle > 0
+
     def admit(self) -> None:
         """Put waiting requests into free rows, and prepare their prefills.
 
@@ -239,7 +253,10 @@ class Scheduler:
                 self.release(row)
                 continue
             place = PrefillRow(row, request, call.score_from(request))
-            self.share_prefix(place, [*self.prefilling.values(), *(each for prefill in places for each in prefill)], spare)
+            others = [*self.prefilling.values(), *(each for prefill in places for each in prefill)]
+            saved = share_prefix(place, self.prefixes, others, spare)
+            if saved is not None and saved < self.n_rows:
+                self.park([saved])
             stages[row] = 0 if place.source is None else stages.get(place.source, -1) + 1
             places += [[] for _ in range(stages[row] + 1 - len(places))]
             places[stages[row]].append(place)
@@ -252,23 +269,6 @@ class Scheduler:
     def prefilling(self) -> dict[int, PrefillRow]:
         """Return the rows of unfinished prefills, by row."""
         return {place.row: place for prefill in self.prefills for place in prefill.rows}
-
-    def share_prefix(self, place: PrefillRow, prefilling: list[PrefillRow], spare: list[int]) -> None:
-        """Take the first tokens of a prompt from the row that shares the most with it.
-
-        If a row in `prefilling` shares considerably more, wait for the end of its prefill. What the prompt's own row held is
-        saved in one of the rows `spare`.
-        """
-        row, prompt, limit = place.row, place.request.prompt, place.max_start
-        source, place.start = self.prefixes.find(prompt, limit, row)
-        saved = self.prefixes.take(row, source, place.start, spare)
-        if saved is not None and saved < self.n_rows:
-            self.park([saved])
-        for other in prefilling:
-            n = self.prefixes.n_shared(other.request.prompt, prompt, limit)
-            if n - place.start >= tuning.MIN_AWAITED_PREFIX:
-                place.start, place.source = n, other.row
-        place.request.num_cached_tokens = place.start
 
     def drop_prefill(self, prefill: Prefill) -> None:
         """Remove a prefill. Rows that have waited for tokens of its rows compute these tokens themselves."""
