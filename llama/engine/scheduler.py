@@ -20,7 +20,7 @@ from ..distributed.agreement import broadcast_from_rank0
 from ..distributed.progress import progress
 from ..errors import LlamaError
 from ..model import Transformer
-from ..sampling import token_logprobs
+from ..sampling import ranked_logprobs
 from . import async_copy
 from .backend import Backend, DecodeFn
 from .checks import check_logprobs, common_prefix_length, nonfinite_logits_error
@@ -28,7 +28,7 @@ from .decode_state import DecodeState, SamplingOptions
 from .events import Event, RunningCall
 from .forward import EngineForward
 from .prefill import Prefill
-from .requests import GeneratedToken, GenerationCall, Request
+from .requests import GeneratedToken, GenerationCall, Request, TokenScore, token_score
 from .shared_state import CacheOwner, SharedState, ended_early
 
 MAX_DECODERS = 8  # decode functions of different numbers of rows that are kept, because each allocates memory
@@ -259,7 +259,8 @@ class Scheduler:
             requests = [self.running[row].request for row in rows]
             self.zero_nonfinite_rows(rows, self.state.logits[rows].amax(-1).tolist())
             quiet = self.shows_progress  # one progress bar at a time
-            self.prefills.append(Prefill(self.forward, rows, requests, start, scored, max_tokens, quiet))
+            n_top = [self.running[row].running_call.call.top_logprobs or 0 for row in rows]
+            self.prefills.append(Prefill(self.forward, rows, requests, start, scored, n_top, max_tokens, quiet))
         for row in free:
             if (
                 row in self.running
@@ -292,13 +293,14 @@ class Scheduler:
         self.state.admit(prefill.rows, requests, options, self.forward.logits(prefill.last_hidden))
         if prefill.rows[0] == 0 and admitted[0].running_call.call.reuse:
             self.prefix_tokens[:] = requests[0].prompt
-        for row, each, values in zip(prefill.rows, admitted, prefill.logprobs, strict=True):
+        for row, each, scores in zip(prefill.rows, admitted, prefill.scores, strict=True):
             try:
-                check_logprobs(self.model, values, each.request.label)
+                check_logprobs(self.model, [score.logprob for score in scores], each.request.label)
             except LlamaError as e:
                 self.fail_row(row, e)
                 continue
-            tokens = (GeneratedToken(each.index, *pair) for pair in zip(each.request.prompt, values, strict=False))
+            pairs = zip(each.request.prompt, scores, strict=False)
+            tokens = (GeneratedToken(each.index, token, *score) for token, score in pairs)
             each.running_call.events += [Event(token, each.index, in_prompt=True) for token in tokens]
         for row in prefill.rows:
             if self.is_ended(row):
@@ -318,14 +320,16 @@ class Scheduler:
         for rows, failure in state.failures:
             for row in rows:
                 self.fail_row(row, failure)
-        wants_logprobs = any(each.running_call.call.logprobs for each in decoding.values())
-        to_host = async_copy.async_to_host(tokens, largest, *([token_logprobs(state.logits, tokens)] if wants_logprobs else []))
+        calls = [each.running_call.call for each in decoding.values()]
+        n_top = max((call.top_logprobs or 0 for call in calls), default=0)
+        scored = ranked_logprobs(state.logits, tokens, n_top) if any(call.logprobs for call in calls) else []
+        to_host = async_copy.async_to_host(tokens, largest, *scored)
         self.pending_step = tokens, state.positions, positions_host
         goes_on = any(each.num_generated + 1 < each.request.max_new_tokens for each in decoding.values())
         if async_copy.supports_async(tokens.device) and goes_on:
             self.run_pending_step()
         state.advance()
-        self.tokens, largest_logits, *logprobs = to_host()
+        self.tokens, largest_logits, *values = to_host()
         free = [row for row in range(self.n_rows) if row not in self.running]
         self.zero_nonfinite_rows(free, [largest_logits[row] for row in free])
         for row, each in sorted(decoding.items()):
@@ -335,13 +339,14 @@ class Scheduler:
             if each.running_call.ended:
                 continue
             call, events = each.running_call.call, each.running_call.events
-            if self.tokens[row] == call.stop_token:
-                events.append(Event(None, each.index, finish_reason="stop"))
+            score = token_score(values, row, call.top_logprobs or 0) if call.logprobs else TokenScore()
+            token = GeneratedToken(each.index, self.tokens[row], *score)
+            if token.token == call.stop_token:
+                events.append(Event(token if call.include_eos else None, each.index, finish_reason="stop"))
                 self.release(row)
                 continue
             each.num_generated += 1
-            logprob = logprobs[0][row] if call.logprobs else None
-            events.append(Event(GeneratedToken(each.index, self.tokens[row], logprob), each.index))
+            events.append(Event(token, each.index))
             if each.num_generated == each.request.max_new_tokens:
                 self.release(row)
 
