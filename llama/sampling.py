@@ -26,7 +26,7 @@ MAX_BIAS = 100.0
 class SamplingParams:
     """The parameters of sampling, applied in the order below; None means the default. Raises InputError for a wrong value.
 
-    logit_bias: a mapping from tokens to numbers from -100 to 100, which are added to the logits, so -100 bans a token.
+    logit_bias: a mapping from tokens to numbers from -100 to 100, which are added to the logits.
     repetition_penalty: for tokens already in the prompt or the answer, divides positive logits and multiplies negative logits.
     temperature: divides the logits. At 0 the token with the largest logit is chosen, and the parameters below have no effect.
     top_k: keeps the k likeliest tokens, and renormalizes their probabilities; 0 keeps all.
