@@ -78,7 +78,12 @@ def options(rng: Random) -> dict[str, Any]:
     if sampling.get("temperature") != 0:
         sampling |= {"temperature": rng.uniform(0.2, 1.5), "top_p": rng.uniform(0.5, 1), "top_k": rng.choice([0, 5, 40])}
         sampling |= {"min_p": rng.choice([0.0, 0.05])}
-    return sampling | {"repetition_penalty": rng.choice([1.0, 1.0, 1.2]), "max_gen_len": rng.choice([0, 1, 7, 16, 24])}
+    bias = {rng.randrange(3, 300): rng.uniform(-100, 5) for _ in range(rng.choice([0, 0, 3]))}
+    return sampling | {
+        "logit_bias": bias,
+        "repetition_penalty": rng.choice([1.0, 1.0, 1.2]),
+        "max_gen_len": rng.choice([0, 1, 7, 16, 24]),
+    }
 
 
 # --- the types of request, each with its promise ---

@@ -8,7 +8,7 @@ import inspect
 import numbers
 import os
 import sys
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
@@ -70,12 +70,15 @@ class Llama:
 
     Options that several calls share, each off by default. Passing None for an option means its default.
 
-    top_k, min_p, repetition_penalty: see `SamplingParams`.
+    top_k, min_p, repetition_penalty, logit_bias: see `SamplingParams`. They change no log probabilities.
     seed: makes each answer depend only on its prompt, the options and the seed, not on earlier calls or on the other prompts. A
     list contains one seed for each prompt, for example to get several answers to the same prompt. Without a seed, all prompts
     are sampled with torch's default generator.
     stop: one string or several. An answer's text ends just before the first stop string. Tokens and log probabilities include
     the token that completed the stop string. Calls that take tokens have no stop strings.
+    top_logprobs: with logprobs=True, also return the top_logprobs likeliest tokens at each token's position, up to 20, with
+    their log probabilities, likeliest first. A token that was chosen need not be among them. The first token of an echoed
+    prompt has none.
     details: add to each result "finish_reason" ("stop": EOS or a stop string; "length": max_gen_len or the end of the context)
     and the numbers of tokens in the prompt and in the answer, without EOS.
 
@@ -222,6 +225,7 @@ class Llama:
         top_k: int | None = 0,
         min_p: float | None = 0.0,
         repetition_penalty: float | None = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | Iterable[int] | None = None,
         stop_token: int | None = None,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
@@ -235,7 +239,7 @@ class Llama:
         stop_token: the token that ends an answer, instead of EOS.
         Raises InputError, which names the prompt, before any computation.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         results = self._results(
             "generate",
             lambda: self._requests.from_tokens(prompt_tokens, max_gen_len, seed, params(), logprobs, echo, stop_token),
@@ -256,16 +260,23 @@ class Llama:
         top_k: int | None = 0,
         min_p: float | None = 0.0,
         repetition_penalty: float | None = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | Iterable[int] | None = None,
+        top_logprobs: int | None = 0,
+        include_eos: bool | None = False,
     ) -> Iterator[GeneratedToken]:
         """Generate tokens like `generate`, but yield (prompt_index, token, logprob) as soon as a token is generated.
 
-        The tokens of one prompt come in order; the tokens of different prompts are mixed. EOS is not yielded.
+        The tokens of one prompt come in order; the tokens of different prompts are mixed.
+        top_logprobs: see `Llama`. Each yielded tuple has the attribute `top_logprobs`, a list of (token, logprob).
+        include_eos: also yield the EOS that ends an answer.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         call = self._validate_on_all_ranks(
             "generate_stream",
-            lambda: self._requests.from_tokens(prompt_tokens, max_gen_len, seed, params(), logprobs, echo),
+            lambda: self._requests.from_tokens(
+                prompt_tokens, max_gen_len, seed, params(), logprobs, echo, None, top_logprobs, include_eos
+            ),
         )
         return self._run(call, watched=True)
 
@@ -282,20 +293,25 @@ class Llama:
         top_k: int | None = 0,
         min_p: float | None = 0.0,
         repetition_penalty: float | None = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | Iterable[int] | None = None,
         stop: str | Sequence[str] | None = (),
         details: bool | None = False,
+        top_logprobs: int | None = 0,
     ) -> list[CompletionPrediction]:
         """Continue each text. max_gen_len defaults to the rest of the context. See `generate` and `Llama` for the options.
 
         Each result is a dict with "generation". logprobs=True adds "tokens", as the text of each token, and "logprobs".
+        top_logprobs=n adds "top_logprobs": for each token a list of (text, logprob), the n likeliest at its position.
         details=True adds "finish_reason", "prompt_tokens" and "new_tokens".
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         return self._results(
             "text_completion",
-            lambda: self._requests.from_texts(prompts, max_gen_len, seed, params(), stop, logprobs, echo, details=details),
-            lambda r: {"generation": r.text, **self._details(r, logprobs, details)},
+            lambda: self._requests.from_texts(
+                prompts, max_gen_len, seed, params(), stop, logprobs, echo, details=details, top_logprobs=top_logprobs
+            ),
+            lambda r: {"generation": r.text, **self._details(r, logprobs, details, top_logprobs)},
         )
 
     @short_traceback
@@ -309,6 +325,7 @@ class Llama:
         top_k: int | None = 0,
         min_p: float | None = 0.0,
         repetition_penalty: float | None = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | Iterable[int] | None = None,
         stop: str | Sequence[str] | None = (),
     ) -> Iterator[CompletionPrediction]:
@@ -317,7 +334,7 @@ class Llama:
         A result is yielded once it and all earlier results are finished. Each result has "generation", "finish_reason",
         "prompt_tokens" and "new_tokens". With replicas, all results come together at the end.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         results = self._iter_results(
             "iter_text_completion",
             lambda: self._requests.from_texts(prompts, max_gen_len, seed, params(), stop, details=True),
@@ -336,21 +353,25 @@ class Llama:
         top_k: int | None = 0,
         min_p: float | None = 0.0,
         repetition_penalty: float | None = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | Iterable[int] | None = None,
         stop: str | Sequence[str] | None = (),
         details: bool | None = False,
+        top_logprobs: int | None = 0,
     ) -> list[ChatPrediction]:
         """Answer each dialog as the assistant. max_gen_len defaults to the rest of the context. See `Llama` for the options.
 
         The answer to a dialog that contains a special tag, such as "[INST]", is UNSAFE_ERROR, without computation.
-        Each result is a dict with "generation", a message by the assistant. `logprobs` and `details` add the same keys as in
-        `text_completion`.
+        Each result is a dict with "generation", a message by the assistant. `logprobs`, `top_logprobs` and `details` add the
+        same keys as in `text_completion`.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         return self._results(
             "chat_completion",
-            lambda: self._requests.from_dialogs(dialogs, max_gen_len, seed, params(), stop, logprobs, details=details),
-            lambda r: {"generation": self._answer(r), **self._details(r, logprobs, details)},
+            lambda: self._requests.from_dialogs(
+                dialogs, max_gen_len, seed, params(), stop, logprobs, details=details, top_logprobs=top_logprobs
+            ),
+            lambda r: {"generation": self._answer(r), **self._details(r, logprobs, details, top_logprobs)},
         )
 
     @short_traceback
@@ -364,11 +385,12 @@ class Llama:
         top_k: int | None = 0,
         min_p: float | None = 0.0,
         repetition_penalty: float | None = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | Iterable[int] | None = None,
         stop: str | Sequence[str] | None = (),
     ) -> Iterator[ChatPrediction]:
         """Answer each dialog like `chat_completion`, and yield the results like `iter_text_completion`."""
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         results = self._iter_results(
             "iter_chat_completion",
             lambda: self._requests.from_dialogs(dialogs, max_gen_len, seed, params(), stop, details=True),
@@ -423,6 +445,7 @@ class Llama:
         top_k: int | None = 0,
         min_p: float | None = 0.0,
         repetition_penalty: float | None = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = (),
     ) -> Stream:
@@ -430,7 +453,7 @@ class Llama:
 
         Raises InputError at the call, not at the first chunk.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         return self._stream(
             "text_completion_stream",
             lambda: self._requests.from_texts([prompt], max_gen_len, seed, params(), stop, label="the prompt"),
@@ -447,6 +470,7 @@ class Llama:
         top_k: int | None = 0,
         min_p: float | None = 0.0,
         repetition_penalty: float | None = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = (),
     ) -> Stream:
@@ -454,7 +478,7 @@ class Llama:
 
         If the dialog contains a special tag, such as "[INST]", the stream yields UNSAFE_ERROR as its only chunk.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         return self._stream(
             "chat_completion_stream",
             lambda: self._requests.from_dialogs([dialog], max_gen_len, seed, params(), stop, label="the dialog"),
@@ -611,10 +635,15 @@ class Llama:
     def _answer(self, result: GenerationResult) -> Message:
         return {"role": "assistant", "content": result.text if result.request.prompt else UNSAFE_ERROR}
 
-    def _details(self, result: GenerationResult, logprobs: bool | None, details: bool | None) -> ResultDetails:
+    def _details(
+        self, result: GenerationResult, logprobs: bool | None, details: bool | None, top_logprobs: int | None = 0
+    ) -> ResultDetails:
         added: ResultDetails = {}
         if logprobs:
             added["tokens"], added["logprobs"] = self._decode_each(result.tokens), result.logprobs
+        if top_logprobs:
+            decode = self.tokenizer.decode
+            added["top_logprobs"] = [[(decode([t]), value) for t, value in top] for top in result.top_logprobs]
         return {**added, **result.details()} if details else added
 
     def _decode_each(self, tokens: list[int]) -> list[str]:

@@ -70,6 +70,7 @@ def test_more_prompts_than_rows_are_answered_as_on_the_cpu(small: SimpleNamespac
     """Waiting prompts take over rows between captured decode steps. Each step starts before the previous tokens are read."""
     prompts = [[1, *range(5 * i + 5, 5 * i + 6 + i % 7)] for i in range(15)]
     options: dict = dict(logprobs=True, temperature=1.0, seed=range(15), repetition_penalty=1.2, top_k=50)
+    options |= {"logit_bias": {40: 3, 41: -100}}
     want, want_logprobs = build(small, device="cpu").generate(prompts, 40, **options)
     got, got_logprobs = build(small, device="cuda").generate(prompts, 40, **options)
     assert got == want

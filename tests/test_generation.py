@@ -172,7 +172,7 @@ def test_prefill_computes_no_padding_and_each_further_token_takes_one_decode_ste
     llama = Llama.build(small.folder, small.tokenizer_path, max_seq_len=520, max_batch_size=4, device="cpu")
     llama.tokenizer.eos_id = -2
     with count_forward_tokens() as forwards, count_matmul_rows() as (linear, head):
-        llama.generate([[1] * n for n in lengths], new, temperature=0)
+        llama.generate([[i + 1] * n for i, n in enumerate(lengths)], new, temperature=0)
     # The prefill gives the first new token of each row, and each decode step gives one more.
     assert forwards == [sum(lengths)] + [4] * (new - 1)
     # Each layer computes four products: wq, wk and wv share one, w1 and w3 share one, and wo and w2 have one each.

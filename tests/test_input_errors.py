@@ -125,13 +125,13 @@ def test_bad_sampling_arguments_are_refused(idle: Llama, name: str, value: Any, 
 def test_none_means_the_default_of_each_option(llama: Llama) -> None:
     """Many programs pass None for an option that is not set."""
     assert SamplingParams(None, None, None, None, None) == SamplingParams(0.6, 0.9, 0, 0.0, 1.0) == SamplingParams()
-    sampling = dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "repetition_penalty"))
+    sampling = dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias"))
     tokens, texts, dialogs = [[1, 5, 9]], ["once upon"], [[USER]]
     for call, argument, *names in (
         (llama.generate, tokens, "logprobs", "echo", "stop_token"),
-        (llama.generate_stream, tokens, "logprobs", "echo"),
-        (llama.text_completion, texts, "logprobs", "echo", "stop", "details"),
-        (llama.chat_completion, dialogs, "logprobs", "stop", "details"),
+        (llama.generate_stream, tokens, "logprobs", "echo", "top_logprobs", "include_eos"),
+        (llama.text_completion, texts, "logprobs", "echo", "stop", "details", "top_logprobs"),
+        (llama.chat_completion, dialogs, "logprobs", "stop", "details", "top_logprobs"),
         (llama.iter_text_completion, texts, "stop"),
         (llama.iter_chat_completion, dialogs, "stop"),
         (llama.text_completion_stream, texts[0], "stop"),

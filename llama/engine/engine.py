@@ -267,7 +267,7 @@ class Engine:
                 else:
                     batch = RaggedBatch.from_segments([(row, 0, len(sequences[i])) for row, i in enumerate(members)], device)
                     hidden = forward.hidden_states(tokens, batch, use_cache=False, logits_indices=indices - 1)
-                    logprobs = iter(score_tokens(forward.logits, hidden, tokens[indices]))
+                    logprobs = iter([score.logprob for score in score_tokens(forward.logits, hidden, tokens[indices])])
             for i, each in zip(members, scored, strict=True):
                 results.append(list(itertools.islice(logprobs, len(each))))
                 check_logprobs(self.model, results[-1], labels[i])

@@ -9,12 +9,12 @@ from .requests import FinishReason, GeneratedToken, GenerationCall, Request
 
 
 class Event(NamedTuple):
-    """What the scheduler reports about a request: a token of the prompt, a new token, or the end of the answer."""
+    """What the scheduler reports about a request: a token of the prompt, a new token, or the end of the answer by EOS."""
 
-    token: GeneratedToken | None
+    token: GeneratedToken | None  # at the end of the answer: EOS, if the call includes it
     prompt_index: int  # the index of the request in its call
     in_prompt: bool = False
-    finish_reason: FinishReason | None = None  # "stop" if EOS has ended the answer; None for a token
+    finish_reason: FinishReason | None = None  # "stop" if EOS has ended the answer; None for other tokens
 
 
 @dataclass(eq=False)
@@ -72,8 +72,10 @@ def take_event(request: Request, event: Event) -> Iterator[GeneratedToken]:
     if event.in_prompt and event.token:
         yield event.token
     elif not request.finish_reason:
-        if event.token is None:
+        if event.finish_reason or event.token is None:
             request.finish_reason = event.finish_reason
+            if event.token:
+                yield event.token
             return
         request.num_new_tokens += 1
         yield event.token

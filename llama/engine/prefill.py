@@ -8,11 +8,11 @@ import torch
 
 from .. import tuning
 from ..distributed.progress import progress
-from ..sampling import token_logprobs
+from ..sampling import ranked_logprobs
 from .forward import EngineForward
 from .kv_cache import RaggedBatch, prefill_chunks
 from .prefix_cache import PrefixCache
-from .requests import Request
+from .requests import Request, TokenScore, token_score
 
 
 @dataclass(eq=False)
@@ -20,6 +20,7 @@ class PrefillRow:
     """A row of the KV cache, and the prompt to prefill into it.
 
     score_from: index of the first token whose log probability is wanted, 1 or more; None to score no token.
+    n_top: how many of the likeliest tokens are wanted, too.
     start: number of leading tokens that are not computed, because they are in the row already, or will be copied there.
     source: None, or the row from which they will be copied as soon as its own prefill has ended.
     """
@@ -27,10 +28,11 @@ class PrefillRow:
     row: int
     request: Request
     score_from: int | None = None
+    n_top: int = 0
     start: int = 0
     source: int | None = None
     n_computed: int = 0
-    logprobs: list[float] = field(default_factory=list)  # of the tokens from `score_from` on
+    scores: list[TokenScore] = field(default_factory=list)  # of the tokens from `score_from` on
     last_hidden: torch.Tensor | None = None  # hidden state of the last token, (1, dim); None until computed
 
     @property
@@ -73,7 +75,7 @@ def share_prefix(place: PrefillRow, prefixes: PrefixCache, prefilling: list[Pref
 class Prefill:
     """Prefill rows of the KV cache with prompts, in chunks of at most max_tokens tokens, counted over all prompts.
 
-    quiet: show no progress. After the last chunk, `logprobs` and `last_hidden` of the rows are complete.
+    quiet: show no progress. After the last chunk, `scores` and `last_hidden` of the rows are complete.
     """
 
     def __init__(self, forward: EngineForward, rows: list[PrefillRow], max_tokens: int, quiet: bool) -> None:
@@ -112,7 +114,7 @@ class Prefill:
         hidden = self.forward.hidden_states(torch.tensor(tokens, device=device), batch, logits_indices=indices)
         scored = torch.tensor([i for i, token in enumerate(targets) if token >= 0], dtype=torch.int64, device=device)
         following = torch.tensor([token for token in targets if token >= 0], dtype=torch.int64, device=device)
-        values = iter(score_tokens(self.forward.logits, hidden[scored], following))
+        scores = iter(score_tokens(self.forward.logits, hidden[scored], following, max(each.n_top for each, _, _ in pieces)))
         n_needed = 0
         for each, first, n in pieces:
             each.n_computed += n
@@ -121,7 +123,7 @@ class Prefill:
             if each.n_cached == len(each.request.prompt):
                 each.last_hidden = hidden[n_needed - 1 : n_needed]
                 n_targets -= 1
-            each.logprobs += itertools.islice(values, n_targets)
+            each.scores += [score.with_top(each.n_top) for score in itertools.islice(scores, n_targets)]
         self.next_chunk = next(self.chunks, None)
 
     @property
@@ -130,10 +132,13 @@ class Prefill:
         return torch.cat([each.last_hidden for each in self.rows if each.last_hidden is not None])
 
 
-def score_tokens(logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, following: torch.Tensor) -> list[float]:
-    """Return the log probability of each token `following[i]`, given the hidden state `hidden[i]`. hidden: (N, dim)."""
-    logprobs: list[float] = []
+def score_tokens(
+    logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, following: torch.Tensor, n_top: int = 0
+) -> list[TokenScore]:
+    """Return the score of each token `following[i]`, given the hidden state `hidden[i]`. hidden: (N, dim)."""
+    scores: list[TokenScore] = []
     for i in range(0, len(hidden), tuning.LOGPROB_CHUNK):
         chunk = logits(hidden[i : i + tuning.LOGPROB_CHUNK])
-        logprobs += token_logprobs(chunk, following[i : i + len(chunk)]).tolist()
-    return logprobs
+        values = [each.tolist() for each in ranked_logprobs(chunk, following[i : i + len(chunk)], n_top)]
+        scores += [token_score(values, j, n_top) for j in range(len(chunk))]
+    return scores

@@ -20,7 +20,7 @@ from ..distributed.agreement import broadcast_from_rank0
 from ..distributed.progress import progress
 from ..errors import LlamaError
 from ..model import Transformer
-from ..sampling import token_logprobs
+from ..sampling import ranked_logprobs
 from . import async_copy
 from .backend import Backend, DecodeFn
 from .checks import check_logprobs, nonfinite_logits_error
@@ -28,7 +28,7 @@ from .decode_state import DecodeState, SamplingOptions
 from .events import Event, RunningCall, RunningRequest
 from .forward import EngineForward
 from .prefill import Prefill, PrefillRow, share_prefix
-from .requests import GeneratedToken, GenerationCall, Request
+from .requests import GeneratedToken, GenerationCall, Request, TokenScore, token_score
 from .shared_state import CacheOwner, SharedState, ended_early
 
 MAX_DECODERS = 8  # decode functions of different numbers of rows that are kept, because each allocates memory
@@ -252,7 +252,7 @@ class Scheduler:
             if request.finish_reason and not call.scores_prompts:
                 self.release(row)
                 continue
-            place = PrefillRow(row, request, call.score_from(request))
+            place = PrefillRow(row, request, call.score_from(request), call.top_logprobs or 0)
             others = [*self.prefilling.values(), *(each for prefill in places for each in prefill)]
             saved = share_prefix(place, self.prefixes, others, spare)
             if saved is not None and saved < self.n_rows:
@@ -314,15 +314,16 @@ class Scheduler:
 
     def report_prompt(self, place: PrefillRow, running: RunningRequest) -> None:
         """Report the tokens of a prompt with their log probabilities. With `echo`, the first token has the value 0.0."""
-        call, values, first = running.running_call.call, place.logprobs, place.score_from or 0
+        call, scores, first = running.running_call.call, place.scores, place.score_from or 0
         if call.echo:
-            values, first = [0.0, *values], 0
+            scores, first = [TokenScore(0.0, [] if place.n_top else None), *scores], 0
         try:
-            check_logprobs(self.model, values, place.request.label)
+            check_logprobs(self.model, [score.logprob for score in scores], place.request.label)
         except LlamaError as e:
             self.fail_row(place.row, e)
             return
-        tokens = (GeneratedToken(running.index, *pair) for pair in zip(place.request.prompt[first:], values, strict=True))
+        pairs = zip(place.request.prompt[first:], scores, strict=True)
+        tokens = (GeneratedToken(running.index, token, *score) for token, score in pairs)
         running.running_call.events += [Event(token, running.index, in_prompt=True) for token in tokens]
 
     def sample(self) -> None:
@@ -339,14 +340,16 @@ class Scheduler:
         for rows, failure in state.failures:
             for row in rows:
                 self.fail_row(row, failure)
-        wants_logprobs = any(each.running_call.call.logprobs for each in decoding.values())
-        to_host = async_copy.async_to_host(tokens, largest, *([token_logprobs(state.logits, tokens)] if wants_logprobs else []))
+        calls = [each.running_call.call for each in decoding.values()]
+        n_top = max((call.top_logprobs or 0 for call in calls), default=0)
+        scored = ranked_logprobs(state.logits, tokens, n_top) if any(call.logprobs for call in calls) else []
+        to_host = async_copy.async_to_host(tokens, largest, *scored)
         self.pending_step = tokens, state.positions, positions_host
         goes_on = any(each.num_generated + 1 < each.request.max_new_tokens for each in decoding.values())
         if async_copy.supports_async(tokens.device) and goes_on:
             self.run_pending_step()
         state.advance()
-        self.tokens, largest_logits, *logprobs = to_host()
+        self.tokens, largest_logits, *values = to_host()
         free = [row for row in range(self.n_rows) if row not in self.running]
         self.zero_nonfinite_rows(free, [largest_logits[row] for row in free])
         for row, each in sorted(decoding.items()):
@@ -356,13 +359,14 @@ class Scheduler:
             if each.running_call.ended:
                 continue
             call, events = each.running_call.call, each.running_call.events
-            if self.tokens[row] == call.stop_token:
-                events.append(Event(None, each.index, finish_reason="stop"))
+            score = token_score(values, row, call.top_logprobs or 0) if call.logprobs else TokenScore()
+            token = GeneratedToken(each.index, self.tokens[row], *score)
+            if token.token == call.stop_token:
+                events.append(Event(token if call.include_eos else None, each.index, finish_reason="stop"))
                 self.release(row)
                 continue
             each.num_generated += 1
-            logprob = logprobs[0][row] if call.logprobs else None
-            events.append(Event(GeneratedToken(each.index, self.tokens[row], logprob), each.index))
+            events.append(Event(token, each.index))
             if each.num_generated == each.request.max_new_tokens:
                 self.release(row)
 
