@@ -5,13 +5,16 @@ all calls, and yields each new token.
 """
 
 import inspect
+import itertools
+import math
 import numbers
 import os
+import statistics
 import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
@@ -39,8 +42,9 @@ from .engine.collect import collect_results, results_of_replaced_generate
 from .engine.engine import Engine
 from .engine.incremental_text import IncrementalText
 from .engine.request_builder import RequestBuilder, partition_by_length
-from .engine.requests import GeneratedToken, GenerationCall
+from .engine.requests import GeneratedToken, GenerationCall, TokenScore, check_top_logprobs
 from .engine.results import ChatPrediction, CompletionPrediction, GenerationResult, InfillingPrediction, ResultDetails, Score
+from .engine.scoring import score
 from .engine.stream import Stream, text_chunks
 from .errors import DeviceError, InputError, check_count, check_flag, describe, short_traceback
 from .kernels.packing import check_kernel
@@ -520,24 +524,47 @@ class Llama:
         return _AsyncCaller(self).call(Llama.chat_completion_stream, *args, **options)
 
     @short_traceback
-    def score(self, prompts: Iterable[str], continuations: Iterable[str]) -> list[Score]:
-        """Return the log probabilities of each continuation's tokens after its prompt, without generating anything.
+    def score(
+        self, prompts: Iterable[Any], continuations: Iterable[Any], *, top_logprobs: int | None = 0
+    ) -> list[Score] | list[list[Score]]:
+        """Return a `Score` for each prompt's continuation: the log probabilities of its tokens; nothing is generated.
 
-        Prompt and continuation are encoded together. The continuation starts at the first token that differs from the tokens of
-        the prompt alone. This token may contain the last letters of the prompt and the first letters of the continuation.
+        Prompts are texts or lists of tokens, and so are continuations. If a prompt has a list of continuations, the result has
+        a list of scores in its place. A text as prompt and a text as continuation are encoded together: the continuation starts
+        at the first token that differs from the tokens of the prompt alone. This token may contain the last letters of the
+        prompt and the first letters of the continuation. Together they have at most max_seq_len + 1 tokens.
+        top_logprobs: how many of the likeliest tokens to return at each position, 0 to 20.
         """
+        n_top = check_top_logprobs(top_logprobs)
 
-        def score_rows(rows: list[int]) -> list[list[float]]:
-            some = [requests[row] for row in rows]
-            return self.engine.score([r.tokens for r in some], [r.start for r in some], [r.label for r in some])
+        def score_rows(rows: list[int]) -> list[list[TokenScore]]:
+            return score(self.engine, [requests[row] for row in rows], n_top)
 
         with self.engine.exclusive():
-            requests = run_on_all_ranks(
+            requests, counts = run_on_all_ranks(
                 lambda: self._requests.for_scoring(prompts, continuations),
-                must_match=lambda checked: (checked, self.engine.why_reference_loop()),
+                must_match=lambda checked: (checked, n_top, self.engine.why_reference_loop()),
             )
-            logprobs = self._shard_across_replicas([len(r.tokens) for r in requests], score_rows)
-        return [Score(self._decode_each(r.tokens[r.start :]), values) for r, values in zip(requests, logprobs, strict=True)]
+            scores = self._shard_across_replicas([len(r.tokens) for r in requests], score_rows)
+        results = iter([self._score_result(r.tokens[r.start :], each) for r, each in zip(requests, scores, strict=True)])
+        return [next(results) if n is None else list(itertools.islice(results, n)) for n in counts]  # type: ignore[return-value]
+
+    def _score_result(self, tokens: list[int], scores: list[TokenScore]) -> Score:
+        top = [[(self._decode_each([t])[0], value) for t, value in each.top] for each in scores if each.top is not None]
+        logprobs, greedy = [each.logprob or 0.0 for each in scores], [bool(each.is_greedy) for each in scores]
+        return Score(self._decode_each(tokens), logprobs, greedy, top or None)
+
+    @short_traceback
+    def perplexity(self, text: str | Iterable[int], stride: int | None = None) -> float:
+        """Return the perplexity of a text, or of a list of tokens: exp of the mean negative log probability of its tokens.
+
+        Each token but the first (BOS, for a text) is scored once. A text that is longer than max_seq_len is scored in windows,
+        each `stride` tokens further than the last, so that a token has the max_seq_len - stride tokens before it as context, or
+        more. A smaller stride costs more. stride: 1 to max_seq_len; default: half of max_seq_len.
+        """
+        windows = run_on_all_ranks(lambda: self._requests.for_perplexity(text, stride))
+        scores = self.score(*zip(*windows, strict=True))
+        return math.exp(-statistics.fmean(value for each in scores for value in cast("Score", each).logprobs))
 
     @property
     def _requests(self) -> RequestBuilder:

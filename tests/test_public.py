@@ -45,7 +45,7 @@ SIGNATURES = {
     Llama.chat_completion_stream: "self, dialog, temperature=0.6, top_p=0.9, max_gen_len=None, " + OPTIONS + ", stop=()",
     Llama.text_infilling: "self, prefixes, suffixes, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False, "
     "suffix_first=False",
-    Llama.score: "self, prompts, continuations",
+    Llama.score: "self, prompts, continuations, *, top_logprobs=0",
     Transformer.__init__: "self, params",
     Transformer.forward: "self, tokens, start_pos",
     llama.model.TransformerBlock.__init__: "self, layer_id, args",

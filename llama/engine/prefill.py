@@ -47,6 +47,11 @@ class PrefillRow:
         return last if self.score_from is None else min(self.score_from - 1, last)
 
     @property
+    def last_target(self) -> list[int]:
+        """Return the token after the prompt; -1 if it is not known, because it is to be generated."""
+        return [-1 if self.request.next_token is None else self.request.next_token]
+
+    @property
     def max_start(self) -> int:
         """Return the largest possible value of `start`.
 
@@ -106,7 +111,7 @@ class Prefill:
         for each, first, n in pieces:
             prompt, skipped = each.request.prompt, max(0, each.first_hidden - first)
             needed += range(len(tokens) + skipped, len(tokens) + n)
-            targets += [*prompt, -1][first + skipped + 1 : first + n + 1]  # -1: nothing follows the last token
+            targets += [*prompt, *each.last_target][first + skipped + 1 : first + n + 1]
             tokens += prompt[first : first + n]
         device = self.forward.device
         batch = RaggedBatch.from_segments([(each.row, first, n) for each, first, n in pieces], device)
@@ -122,7 +127,7 @@ class Prefill:
             n_needed += n_targets
             if each.n_cached == len(each.request.prompt):
                 each.last_hidden = hidden[n_needed - 1 : n_needed]
-                n_targets -= 1
+                n_targets -= each.last_target == [-1]
             each.scores += [score.with_top(each.n_top) for score in itertools.islice(scores, n_targets)]
         self.next_chunk = next(self.chunks, None)
 
@@ -139,6 +144,8 @@ def score_tokens(
     scores: list[TokenScore] = []
     for i in range(0, len(hidden), tuning.LOGPROB_CHUNK):
         chunk = logits(hidden[i : i + tuning.LOGPROB_CHUNK])
-        values = [each.tolist() for each in ranked_logprobs(chunk, following[i : i + len(chunk)], n_top)]
-        scores += [token_score(values, j, n_top) for j in range(len(chunk))]
+        targets = following[i : i + len(chunk)]
+        values = [each.tolist() for each in ranked_logprobs(chunk, targets, n_top)]
+        is_greedy = (chunk.argmax(-1) == targets).tolist()
+        scores += [token_score(values, j, n_top)._replace(is_greedy=is_greedy[j]) for j in range(len(chunk))]
     return scores

@@ -322,7 +322,7 @@ class Scheduler:
         except LlamaError as e:
             self.fail_row(place.row, e)
             return
-        pairs = zip(place.request.prompt[first:], scores, strict=True)
+        pairs = zip([*place.request.prompt, place.request.next_token or 0][first:], scores, strict=False)
         tokens = (GeneratedToken(running.index, token, *score) for token, score in pairs)
         running.running_call.events += [Event(token, running.index, in_prompt=True) for token in tokens]
 

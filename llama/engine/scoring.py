@@ -1,0 +1,90 @@
+"""Score sequences: compute the log probabilities of given tokens, without generating anything."""
+
+import itertools
+
+import torch
+
+from .. import tuning
+from ..distributed.failures import defer_signals
+from ..distributed.progress import progress
+from ..sampling import SamplingParams
+from .checks import check_logprobs, common_prefix_length, device_of
+from .engine import Engine
+from .kv_cache import RaggedBatch
+from .prefill import score_tokens
+from .reference_loop import move_buffers
+from .requests import GenerationCall, Request, ScoringRequest, TokenScore
+from .shared_state import CacheOwner
+
+
+def score(engine: Engine, requests: list[ScoringRequest], n_top: int = 0) -> list[list[TokenScore]]:
+    """Return the scores of the tokens of each request, with the n_top likeliest tokens at each position.
+
+    Sequences are computed side by side, up to PREFILL_CHUNK tokens at a time; a longer sequence is computed alone. If they
+    begin alike, they are prefilled into rows of the KV cache instead, so that a shared beginning is computed once. A modified
+    model computes one sequence at a time.
+    """
+    engine.check_sizes()
+    if why := engine.why_reference_loop():
+        with engine.whole_calls_ended():
+            engine.announce(why)
+            move_buffers(engine.model)
+            engine.shared.owner = CacheOwner("score")  # open streams cannot continue: the forward overwrites the cache
+        return [scores for request in requests for scores in score_side_by_side(engine, [request], n_top, modified=True)]
+    if shares_prefixes([request.inputs for request in requests]):
+        return score_in_rows(engine, requests, n_top)
+    batches: list[list[ScoringRequest]] = []
+    room = 0
+    for request in requests:
+        if len(request.inputs) > room:
+            batches, room = [*batches, []], tuning.PREFILL_CHUNK
+        batches[-1].append(request)
+        room -= len(request.inputs)
+    bar = progress(batches, lambda batch: sum(len(request.inputs) for request in batch), "scoring", "tokens")
+    return [scores for batch in bar for scores in score_side_by_side(engine, batch, n_top)]
+
+
+def score_side_by_side(
+    engine: Engine, requests: list[ScoringRequest], n_top: int, modified: bool = False
+) -> list[list[TokenScore]]:
+    """Score sequences in one forward, without the KV cache. modified: run the model's own forward, on a single sequence."""
+    device = device_of(engine.model)
+    tokens = torch.tensor([token for request in requests for token in request.inputs], device=device)
+    following = torch.tensor([token for request in requests for token in request.tokens[request.start :]], device=device)
+    ends = itertools.accumulate(len(request.inputs) for request in requests)
+    needed = [i for r, end in zip(requests, ends, strict=True) for i in range(end - len(r.tokens) + r.start, end)]
+    indices = torch.tensor(needed, dtype=torch.int64, device=device)
+    with torch.inference_mode(), engine.lock, defer_signals(), engine.without_autocast():
+        if modified:
+            logits = engine.model.forward(tokens[None], 0)[0, :, : engine.n_words].float()
+            scores = iter(score_tokens(lambda rows: rows, logits[indices], following, n_top))
+        else:
+            forward = engine.forward()
+            batch = RaggedBatch.from_segments([(row, 0, len(r.inputs)) for row, r in enumerate(requests)], device)
+            hidden = forward.hidden_states(tokens, batch, use_cache=False, logits_indices=indices)
+            scores = iter(score_tokens(forward.logits, hidden, following, n_top))
+    results = [list(itertools.islice(scores, len(request.tokens) - request.start)) for request in requests]
+    for request, each in zip(requests, results, strict=True):
+        check_logprobs(engine.model, [token_score.logprob for token_score in each], request.label)
+    return results
+
+
+def score_in_rows(engine: Engine, requests: list[ScoringRequest], n_top: int) -> list[list[TokenScore]]:
+    """Score sequences by a call in the scheduler. Those that share the most tokens follow each other."""
+    order = sorted(range(len(requests)), key=lambda i: requests[i].tokens)
+    prompts = [
+        Request(r.inputs, 0, label=r.label, score_from=r.start, next_token=r.tokens[-1]) for r in (requests[i] for i in order)
+    ]
+    call = GenerationCall(
+        prompts, SamplingParams(), logprobs=True, top_logprobs=n_top, name="score", score_only=True
+    )  # fmt: skip
+    results: list[list[TokenScore]] = [[] for _ in requests]
+    for token in engine.run(call):
+        results[order[token.prompt_index]].append(TokenScore(token.logprob, token.top_logprobs, token.is_greedy))
+    return results
+
+
+def shares_prefixes(sequences: list[list[int]]) -> bool:
+    """Return True if at least a third of all tokens are in prefixes that sequences share, so that a prefix cache saves them."""
+    shared = sum(common_prefix_length(a, b) for a, b in itertools.pairwise(sorted(sequences)))
+    return 3 * shared >= sum(map(len, sequences)) > 0
