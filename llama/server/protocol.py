@@ -47,6 +47,10 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+def server_ending() -> ApiError:
+    return ApiError(503, "the server is ending, and the answer is not complete; ask again later", code="server_ending")
+
+
 @dataclass
 class Job:
     """A request that has been checked: `n` answers to each prompt. The answers to prompt i have the indices i * n and up."""
