@@ -165,3 +165,14 @@ def test_what_is_not_http_is_refused_like_all_else(client: Client) -> None:
     with connected(client, "hello\r\n\r\n") as sock:
         head, _, body = read_all(sock).partition(b"\r\n\r\n")
     assert b" 400 " in head and json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+def test_prompts_are_counted_before_they_are_read(start: Callable[..., Client], monkeypatch: pytest.MonkeyPatch) -> None:
+    client = start(max_queue=2)
+    assert client.post(COMPLETION, prompt=["x"] * 8, max_tokens=1)[0] == 200
+    monkeypatch.setattr(client.app.served.tokenizer, "encode", lambda *_, **__: pytest.fail("a prompt is tokenized"))
+    for prompts in ([""] * 200_000, [[1]] * 9):
+        status, answer = client.post(COMPLETION, prompt=prompts)
+        assert (status, answer["error"]["param"]) == (400, "prompt") and "8 is the limit" in answer["error"]["message"]
+    status, answer = client.post(COMPLETION, prompt=[[1]] * 3, n=3)
+    assert (status, answer["error"]["param"]) == (400, "n") and "9 answers, and 8 is the limit" in answer["error"]["message"]

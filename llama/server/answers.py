@@ -85,7 +85,8 @@ class Answer:
         self.limit = min(job.max_tokens, llama.model.params.max_seq_len - len(self.prompt))
         self.new_tokens = 0
         self.finish_reason: FinishReason | None = None
-        self.ended = False
+        self.ended = self.prompt_counted = False
+        self.created = time.monotonic()
         seed = None if job.seed is None else (job.seed + index + 2**63) % 2**64 - 2**63
         options = {**vars(job.sampling), "seed": seed, "logprobs": job.logprobs, "echo": job.echo}
         self.tokens = llama.agenerate_stream([self.prompt], self.limit, **options) if self.prompt else None
@@ -101,19 +102,21 @@ class Answer:
         prompt_text = "" if self.job.is_chat else begin_text(text.detokenizer, self.prompt, self.tokenizer)
         texts = TokenTexts(self.tokenizer, [] if self.job.is_chat or self.job.echo else self.prompt)
         prompt_logprobs: list[TokenLogprob] = []
-        began, first = time.monotonic(), 0.0
+        first = last = 0.0  # times of the first and the last new token
         async with contextlib.aclosing(self.tokens):
             n_echoed = 0
             async for token in self.tokens:
+                self._count_prompt()
                 if self.job.echo and n_echoed < len(self.prompt):
                     n_echoed += 1
                     prompt_logprobs.append(texts.push(token.token, token.logprob if n_echoed > 1 else None))
                     if n_echoed == len(self.prompt):
                         yield Piece(prompt_text, prompt_logprobs if self.job.logprobs else [])
                     continue
+                last = time.monotonic()
                 if not self.new_tokens:
-                    first = time.monotonic()
-                    self.metrics.begin_answer(len(self.prompt), first - began)
+                    first = last
+                    self.metrics.begin_answer(first - self.created)
                 self.new_tokens += 1
                 self.metrics.completion_tokens += 1
                 chunk = text.push(token.token)
@@ -123,6 +126,7 @@ class Answer:
                 if text.stopped:
                     self.finish_reason = "stop"
                     break
+        self._count_prompt()
         if chunk := text.end():
             yield Piece(chunk, [])
         if text.stopped:
@@ -130,7 +134,13 @@ class Answer:
         if self.finish_reason is None:
             self.finish_reason = "length" if self.new_tokens == self.limit else "stop"
         if self.new_tokens > 1:
-            self.metrics.seconds_per_token.observe((time.monotonic() - first) / (self.new_tokens - 1))
+            self.metrics.seconds_per_token.observe((last - first) / (self.new_tokens - 1))
+
+    def _count_prompt(self) -> None:
+        """Count the tokens of the prompt once, with the first of its answers, as `usage` does."""
+        if not self.prompt_counted and self.index % self.job.n == 0:
+            self.metrics.prompt_tokens += len(self.prompt)
+        self.prompt_counted = True
 
     def end(self) -> None:
         """Count the answer as ended; a second time has no effect."""

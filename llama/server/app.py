@@ -107,7 +107,8 @@ class App:
     def __init__(self, llama: Model, settings: Settings) -> None:
         self.llama, self.settings = llama, settings
         params = llama.model.params
-        self.served = ServedModel(settings.model_name, llama.tokenizer, params.max_seq_len)
+        max_answers = params.max_batch_size + settings.max_queue
+        self.served = ServedModel(settings.model_name, llama.tokenizer, params.max_seq_len, max_answers)
         self.metrics = Metrics(params.max_batch_size)
         page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
         self.page = page, {"Content-Security-Policy": content_security_policy(page), "X-Frame-Options": "DENY"}
@@ -217,9 +218,7 @@ class App:
 
     def _check_room(self, n_answers: int) -> None:
         """Raise ApiError unless so many more answers may run or wait."""
-        in_flight, room = self.metrics.in_flight, self.metrics.max_batch_size + self.settings.max_queue
-        if n_answers > room:
-            raise ApiError(400, f"the request asks for {n_answers} answers, and {room} is the limit; divide it", "n")
+        in_flight, room = self.metrics.in_flight, self.served.max_answers
         if in_flight + n_answers > room:
             message = f"{in_flight} answers are running or waiting, and {room} is the limit; ask again later"
             raise ApiError(429, message, code="queue_full", Retry_After=str(RETRY_SECONDS))
