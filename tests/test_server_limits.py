@@ -156,7 +156,7 @@ def test_too_many_connections_are_refused(start: Callable[..., Client]) -> None:
         wait_until(lambda: len(client.server.server_state.connections) == 2)
         with connected(client) as sock:
             answer = read_all(sock)
-            assert answer.startswith(b"HTTP/1.1 503 ") and b'"code": "too_many_connections"' in answer
+            assert answer.startswith(b"HTTP/1.1 503 Service Unavailable\r\n") and b'"code": "too_many_connections"' in answer
     wait_until(lambda: not client.server.server_state.connections)
     assert client.get("/health")[0] == 200 and 'path="other",status="503"} 1' in client.get("/metrics")[1]
 

@@ -113,11 +113,11 @@ class Answer:
                     if n_echoed == len(self.prompt):
                         yield Piece(prompt_text, prompt_logprobs if self.job.logprobs else [])
                     continue
-                last = time.monotonic()
                 if not self.new_tokens:
-                    first = last
+                    first = time.monotonic()
                     self.metrics.begin_answer(first - self.created)
                 self.new_tokens += 1
+                last = time.monotonic()
                 self.metrics.completion_tokens += 1
                 chunk = text.push(token.token)
                 logprobs = [texts.push(token.token, token.logprob)] if self.job.logprobs else []

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from http import HTTPStatus
 from typing import Any
 
 import h11
@@ -98,7 +99,8 @@ class Connection(H11Protocol):
         self.metrics.requests["other", error.status] += 1
         body = json.dumps(error.body()).encode()
         headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
-        for event in (h11.Response(status_code=error.status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+        head = h11.Response(status_code=error.status, headers=headers, reason=HTTPStatus(error.status).phrase.encode())
+        for event in (head, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
         self._limit_taking()
