@@ -157,8 +157,12 @@ def test_too_many_connections_are_refused(start: Callable[..., Client]) -> None:
         with connected(client) as sock:
             answer = read_all(sock)
             assert answer.startswith(b"HTTP/1.1 503 Service Unavailable\r\n") and b'"code": "too_many_connections"' in answer
+            sock.sendall(b"x" * 100)  # a client that sends its request meanwhile
+            time.sleep(0.05)
+            sock.sendall(b"x" * 100)
+        assert client.get("/health")[0] == 503
     wait_until(lambda: not client.server.server_state.connections)
-    assert client.get("/health")[0] == 200 and 'path="other",status="503"} 1' in client.get("/metrics")[1]
+    assert client.get("/health")[0] == 200 and 'path="other",status="503"} 2' in client.get("/metrics")[1]
 
 
 def test_what_is_not_http_is_refused_like_all_else(client: Client) -> None:

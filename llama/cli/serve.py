@@ -63,7 +63,6 @@ def run_serve(args: argparse.Namespace) -> None:
                     "or give --allow_without_key if everyone there may ask"
                 )
             print(f"llama: everyone who reaches {args.host} may ask: there is no key", file=sys.stderr)
-        allow_open_files(args.max_connections)
         llama = build_model(args, args.max_batch_size)
         name = args.model_name or (Path(args.ckpt_dir).resolve().name if args.ckpt_dir else "llama-demo")
         serve(llama, sock, settings(args, name, key, on_loopback), args.grace)
@@ -87,6 +86,7 @@ def check_flags(args: argparse.Namespace) -> None:
         if not least <= getattr(args, name) <= 1e6:
             raise InputError(f"{name} is {describe(getattr(args, name))}; it must be seconds from {least} to 1000000")
     check_count(args.max_connections, "max_connections")
+    allow_open_files(args.max_connections)
     for host in args.allowed_host:
         if not HOST_NAME.fullmatch(host):
             raise InputError(

@@ -14,6 +14,8 @@ from .protocol import ApiError, server_ending
 HEADER_SECONDS = 10.0  # within which the headers of a request must arrive
 IDLE_SECONDS = 30  # after which a connection is closed if no other request comes: longer than most clients keep one
 TAKING_SECONDS = 20.0  # within which a client must take something of what is sent to it
+LINGER_SECONDS = 1.0  # for which a refused client may go on sending
+MAX_LINGERING = 50  # connections above the limit that may do so
 
 
 class Connection(H11Protocol):
@@ -22,6 +24,7 @@ class Connection(H11Protocol):
     def __init__(self, *args: Any, metrics: Metrics, max_connections: int, **options: Any) -> None:
         super().__init__(*args, **options)
         self.metrics, self.max_connections = metrics, max_connections
+        self.refused = False
         self.headers_timer: asyncio.TimerHandle | None = None
         self.taking_timer: asyncio.TimerHandle | None = None
 
@@ -34,8 +37,9 @@ class Connection(H11Protocol):
             self._limit_headers()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._limit_headers()
+        if not self.refused:
+            super().data_received(data)
+            self._limit_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -73,7 +77,7 @@ class Connection(H11Protocol):
         """
         if self.taking_timer:
             self.taking_timer.cancel()
-        if not (self.flow.write_paused or self.transport.is_closing() or self.cycle.response_complete):
+        if not (self.flow.write_paused or self.cycle.response_complete):
             return
         left = self.transport.get_write_buffer_size()
         if before is not None and left >= before:
@@ -89,6 +93,8 @@ class Connection(H11Protocol):
         """End the connection when the server ends, but let a request that has arrived be answered."""
         if self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.SEND_RESPONSE:
             self._refuse(server_ending())
+        if self.refused:
+            self.transport.close()
         else:
             super().shutdown()
 
@@ -96,11 +102,18 @@ class Connection(H11Protocol):
         """Send an error without the application, and close the connection."""
         if self.transport.is_closing():
             return
+        self.refused = True
+        if self.cycle:
+            self.cycle.disconnected = True  # for the application
+            self.cycle.message_event.set()
         self.metrics.requests["other", error.status] += 1
         body = json.dumps(error.body()).encode()
         headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
         head = h11.Response(status_code=error.status, headers=headers, reason=HTTPStatus(error.status).phrase.encode())
         for event in (head, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
-        self._limit_taking()
+        if len(self.connections) > self.max_connections + MAX_LINGERING:
+            self.transport.close()
+        else:  # to close while the client sends would reset the connection, and most clients would not see the error
+            self.transport.write_eof()
+            self.headers_timer = self.loop.call_later(LINGER_SECONDS, self.transport.abort)
