@@ -3,11 +3,11 @@
     python benchmarks/serve.py [--shape 1.1B] [--servers llama-server,vllm] [--clients 1,4,8,16] [--requests 4] [--prompt 64]
         [--new 32] [--rows 16] [--runs 5] [--threads 2] [--work FOLDER] [--json FILE]
 
-Each client sends --requests requests one after another, each on a connection of its own. They stream completions of --new tokens,
-greedily; the other servers ignore EOS, and answers of this one that end at it are counted. No prompt begins as another does, so no
-server gains by keeping earlier ones. In each run, each server is started, warmed up, measured with each number of clients, and
-ended. A server that is not installed is left out, and the output says so. Each figure is the median of all runs; "first token" is
-the time from a request to the first event of its stream.
+Each client sends --requests requests one after another, each on a connection of its own. They stream completions of --new
+tokens, greedily; the other servers ignore EOS, and answers of this one that end at it are counted. All prompts are random, so
+no server gains by keeping earlier ones. In each run, each server is started, warmed up, measured with each number of clients,
+and ended. A server that is not installed is left out, and the output says so. Each figure is the median of all runs; "first
+token" is the time from a request to the first event of its stream.
 """
 
 import argparse
