@@ -165,10 +165,15 @@ def test_too_many_connections_are_refused(start: Callable[..., Client]) -> None:
     assert client.get("/health")[0] == 200 and 'path="other",status="503"} 2' in client.get("/metrics")[1]
 
 
-def test_what_is_not_http_is_refused_like_all_else(client: Client) -> None:
-    with connected(client, "hello\r\n\r\n") as sock:
-        head, _, body = read_all(sock).partition(b"\r\n\r\n")
-    assert b" 400 " in head and json.loads(body)["error"]["type"] == "invalid_request_error"
+def test_what_is_not_http_is_refused_like_all_else(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection ends soon, even if the client keeps it open and goes on sending."""
+    monkeypatch.setattr(connections, "LINGER_SECONDS", 0.1)
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 60)
+    for sent in ("hello\r\n\r\n", f"{HEAD}Transfer-Encoding: chunked\r\n\r\nno size\r\n"):
+        with connected(client, sent) as sock:
+            head, _, body = read_all(sock).partition(b"\r\n\r\n")
+            assert b" 400 " in head and json.loads(body)["error"]["type"] == "invalid_request_error"
+            wait_until(lambda: not client.server.server_state.connections)
 
 
 def test_prompts_are_counted_before_they_are_read(start: Callable[..., Client], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         if not self.refused:
             super().data_received(data)
+        if not self.refused:
             self._limit_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -100,9 +101,11 @@ class Connection(H11Protocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Send an error without the application, and close the connection."""
-        if self.transport.is_closing():
+        if self.refused or self.transport.is_closing():
             return
         self.refused = True
+        if self.headers_timer:
+            self.headers_timer.cancel()
         if self.cycle:
             self.cycle.disconnected = True  # for the application
             self.cycle.message_event.set()
