@@ -461,14 +461,14 @@ def test_seconds_are_measured_from_acceptance_and_between_tokens(start: Callable
                     await asyncio.sleep(seconds)
                     yield GeneratedToken(0, 50, None)
             finally:
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(1)
 
     client.app.llama = SlowModel()
     assert client.post(COMPLETION, prompt="The", max_tokens=9)[0] == 200
     metrics = client.app.metrics
     assert sum(metrics.seconds_to_first_token.counts) == sum(metrics.seconds_per_token.counts) == 1
-    assert 0.12 <= metrics.seconds_to_first_token.total < 0.3
-    assert 0.06 <= metrics.seconds_per_token.total < 0.2
+    assert 0.12 <= metrics.seconds_to_first_token.total < 0.6
+    assert 0.06 <= metrics.seconds_per_token.total < 0.5
     histogram = Histogram((0.1, 1.0))
     for value in (0.1, 0.05, 0.2, 5.0):
         histogram.observe(value)

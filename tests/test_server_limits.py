@@ -79,15 +79,16 @@ def test_a_client_that_takes_nothing_is_cut_off(
 
 
 def test_a_client_that_takes_little_by_little_gets_all(start: Callable[..., Client], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "TAKING_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "TAKING_SECONDS", 1.0)
     monkeypatch.setattr(app_module.responses, "event", lambda data: b"data: " + b"x" * (4 << 20) + b"\n\n")
     with connected(start(), stream_request(max_tokens=2)) as sock:
-        end = b""
+        end, began = b"", time.monotonic()
         while not end.endswith(LAST_CHUNK):
-            part = sock.recv(1 << 20)
+            part = sock.recv(1 << 19)
             assert part
             end = (end + part)[-100:]
             time.sleep(0.05)
+        assert time.monotonic() > began + 1
 
 
 def test_a_client_that_takes_no_whole_answer_does_not_delay_the_end(
