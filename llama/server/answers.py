@@ -103,7 +103,8 @@ class Answer:
         self.limit = min(job.max_tokens, llama.model.params.max_seq_len - len(self.prompt))
         self.new_tokens = 0
         self.finish_reason: FinishReason | None = None
-        self.ended = False
+        self.ended = self.prompt_counted = False
+        self.created = time.monotonic()
         seed = None if job.seed is None else (job.seed + index + 2**63) % 2**64 - 2**63
         options = {**vars(job.sampling), "seed": seed, "logprobs": job.logprobs, "top_logprobs": job.top_logprobs}
         if not job.is_chat:  # OpenAI's format has the end of a completion among the tokens of its log probabilities
@@ -121,10 +122,11 @@ class Answer:
         prompt_text = "" if self.job.is_chat else begin_text(text.detokenizer, self.prompt, self.tokenizer)
         texts = TokenTexts(self.tokenizer, [] if self.job.is_chat or self.job.echo else self.prompt)
         prompt_logprobs: list[TokenLogprob] = []
-        began, first = time.monotonic(), 0.0
+        first = last = 0.0  # times of the first and the last new token
         async with contextlib.aclosing(self.tokens):
             n_echoed = 0
             async for token in self.tokens:
+                self._count_prompt()
                 if self.job.echo and n_echoed < len(self.prompt):
                     n_echoed += 1
                     if self.job.logprobs:
@@ -138,8 +140,9 @@ class Answer:
                     break
                 if not self.new_tokens:
                     first = time.monotonic()
-                    self.metrics.begin_answer(len(self.prompt), first - began)
+                    self.metrics.begin_answer(first - self.created)
                 self.new_tokens += 1
+                last = time.monotonic()
                 self.metrics.completion_tokens += 1
                 chunk = text.push(token.token)
                 logprobs = [texts.push(token)] if self.job.logprobs else []
@@ -148,6 +151,7 @@ class Answer:
                 if text.stopped:
                     self.finish_reason = "stop"
                     break
+        self._count_prompt()
         if chunk := text.end():
             yield Piece(chunk, [])
         if text.stopped:
@@ -155,7 +159,13 @@ class Answer:
         if self.finish_reason is None:
             self.finish_reason = "length" if self.new_tokens == self.limit else "stop"
         if self.new_tokens > 1:
-            self.metrics.seconds_per_token.observe((time.monotonic() - first) / (self.new_tokens - 1))
+            self.metrics.seconds_per_token.observe((last - first) / (self.new_tokens - 1))
+
+    def _count_prompt(self) -> None:
+        """Count the tokens of the prompt once, with the first of its answers, as `usage` does."""
+        if not self.prompt_counted and self.index % self.job.n == 0:
+            self.metrics.prompt_tokens += len(self.prompt)
+        self.prompt_counted = True
 
     def end(self) -> None:
         """Count the answer as ended; a second time has no effect."""
