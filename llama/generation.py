@@ -38,6 +38,7 @@ from .engine.checks import device_of
 from .engine.collect import collect_results, results_of_replaced_generate
 from .engine.engine import Engine
 from .engine.incremental_text import IncrementalText
+from .engine.leading import check_led, lead
 from .engine.request_builder import RequestBuilder, partition_by_length
 from .engine.requests import GeneratedToken, GenerationCall
 from .engine.results import ChatPrediction, CompletionPrediction, GenerationResult, InfillingPrediction, ResultDetails, Score
@@ -510,12 +511,28 @@ class Llama:
             logprobs = self._shard_across_replicas([len(r.tokens) for r in requests], score_rows)
         return [Score(self._decode_each(r.tokens[r.start :]), values) for r, values in zip(requests, logprobs, strict=True)]
 
+    @short_traceback
+    def lead(self, work: Callable[[], T]) -> T | None:
+        """Run `work` on rank 0, and let the other ranks follow its calls. Return its result; None on the other ranks.
+
+        Call it on all ranks. Until `work` returns, calls and streams of any thread and event loop of rank 0 share one batch,
+        as in one process, and the other ranks compute their part of each. They wait without using their CPU, and ignore SIGINT
+        and SIGTERM, which rank 0 may handle. With a single process, `work` is simply run.
+
+        Raises InputError for replicas and for a modified model, before `work` runs. If `work` raises, the other ranks raise
+        LlamaError with the cause; after sys.exit or Ctrl-C on rank 0 they exit with 0. If one of the other ranks fails or is
+        killed, calls on rank 0 raise LlamaError, and so does `lead`. Calls that still run in threads when `work` ends raise
+        InputError.
+        """
+        return lead(self.engine, work)
+
     @property
     def _requests(self) -> RequestBuilder:
         return RequestBuilder(self.tokenizer, self.model.params.max_seq_len)
 
     def _validate_on_all_ranks(self, name: str, make_call: Callable[[], GenerationCall]) -> GenerationCall:
         """Build a call, and check that it is the same on all ranks. If it has no seeds, rank 0 chooses seeds for replicas."""
+        check_led(self.engine)
         call = run_on_all_ranks(
             lambda: replace(make_call(), name=name), must_match=lambda call: (call, self.engine.why_reference_loop())
         )
