@@ -330,6 +330,5 @@ sys.exit(3)
 def test_several_ranks_are_refused_with_the_way_out(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ("world_size", 2), ("calls_are_exclusive", True):
         monkeypatch.setattr(async_calls, name, lambda value=value: value)
-    assert_raises(
-        lambda: llama.achat_completion_stream(DIALOG), InputError, "2 ranks", "use chat_completion_stream on all ranks", "`lead`"
-    )
+    parts = "2 ranks", "use chat_completion_stream on all ranks", "`lead`"
+    assert_raises(lambda: llama.achat_completion_stream(DIALOG), InputError, *parts)

@@ -62,7 +62,7 @@ def run_serve(args: argparse.Namespace) -> None:
 
 
 def open_server(args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[socket.socket, Any]:
-    """Return a socket, which `stack` closes, and the settings of the server. Raise InputError if it must not or cannot listen."""
+    """Return a socket, which `stack` closes, and the server's settings. Raise InputError if it cannot or must not listen."""
     key = api_key(args)
     sock = stack.enter_context(listening_socket(args.host, args.port))
     on_loopback = ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback
@@ -144,7 +144,7 @@ def server_config(llama: Any, settings: Any, grace: float) -> Any:
 
 
 def serve(llama: Any, sock: socket.socket, settings: Any, grace: float) -> None:
-    """Serve until SIGTERM or SIGINT, or until another rank fails. Then finish the responses that have begun, within the grace."""
+    """Serve until SIGTERM or SIGINT, or until a rank fails. Then finish the responses that have begun, within the grace."""
     import uvicorn
 
     class Server(uvicorn.Server):

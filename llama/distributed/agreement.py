@@ -28,7 +28,7 @@ def run_on_all_ranks(work: Callable[[], T], must_match: Callable[[T], object] | 
     must_match: maps the result to a value whose repr must be equal on all ranks; otherwise every rank raises InputError.
     While rank 0 leads, it runs `work` alone.
     """
-    if _decides_alone():
+    if decides_alone():
         return work()
 
     def with_fingerprint() -> tuple[T, str]:
@@ -53,7 +53,7 @@ def run_on_all_ranks(work: Callable[[], T], must_match: Callable[[T], object] | 
 
 def run_on_rank0(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 only. On every rank, return its result or raise its failure. `work` may wait for a user's input."""
-    if _decides_alone():
+    if decides_alone():
         return work()
     result, failure = _outcome(work) if global_rank() == 0 else (None, None)
     result_and_error: list[Any] = [result, error_text(failure)]
@@ -66,6 +66,8 @@ def run_on_rank0(work: Callable[[], T]) -> T:
 def gather_from_replicas(work: Callable[[], T]) -> list[T]:
     """Run `work` on every replica. On every rank, return the results of all replicas, in the order of the replicas."""
     index, count = replica()
+    if groups.rank0_leads:  # a failure of one call must not end the others
+        return [work()]
     with propagate_failure():
         if count == 1:
             return [work()]
@@ -88,7 +90,7 @@ def broadcast_from_rank0(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _decides_alone() -> bool:
+def decides_alone() -> bool:
     """Return True if this rank need not agree with others: it is the only one, or it leads. Raise InputError if it follows."""
     if reachable_world_size() == 1:
         return True

@@ -44,9 +44,9 @@ class Sender:
 
     def _beat(self) -> None:
         with contextlib.suppress(Exception):  # a rank that has ended: whoever sends next gets the reason
-            while not self.ended.wait(BEAT_SECONDS):
+            while not self.ended.wait(self.last_sent + BEAT_SECONDS - time.monotonic()):
                 with self.lock, propagate_failure():
-                    if not self.ended.is_set() and time.monotonic() - self.last_sent >= BEAT_SECONDS:
+                    if not self.ended.is_set() and time.monotonic() >= self.last_sent + BEAT_SECONDS:
                         self.last_sent = time.monotonic()
                         _broadcast(torch.tensor([_BEAT], dtype=torch.int64, device="cpu"))
 

@@ -259,7 +259,7 @@ class Engine:
         results: list[list[float]] = []
         for members in progress(batches, lambda members: sum(len(sequences[i]) for i in members), "scoring", "tokens"):
             batch = [sequences[i] for i in members], [starts[i] for i in members]
-            with self.lock, defer_signals(), self.without_autocast():
+            with self.computing():
                 if leader := self.shared.leader:
                     leader.announce_scores(*batch)
                 logprobs = self.score_batch(forward, *batch)

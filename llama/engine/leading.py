@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 
 from ..distributed import groups
-from ..distributed.agreement import run_on_all_ranks
+from ..distributed.agreement import decides_alone, run_on_all_ranks
 from ..distributed.control import Sender, receive, signals_ignored
 from ..distributed.failures import error_text, propagate_failure
 from ..errors import InputError, LlamaError, NonFiniteError
@@ -261,6 +261,7 @@ def check_led(engine: "Engine") -> None:
     """Raise InputError if rank 0 leads, but the other ranks cannot follow a call of this engine."""
     if not groups.rank0_leads:
         return
+    decides_alone()  # raises InputError on a rank that follows
     leader: Leader | None = engine.shared.leader
     why = leader.why_not(engine) if leader else "they follow the calls of another model"
     if why:
