@@ -98,6 +98,7 @@ def failures(llama: Llama, other: Llama, opened: Any) -> dict[str, str]:
     generation.sample_top_p = sample_top_p
     fails("nested", lambda: llama.lead(lambda: None))
     fails("build", lambda: Llama.build(*sys.argv[2:], 64, 3, device="cpu"))
+    fails("forward", lambda: llama.model(torch.tensor([[1, 5]]), 0))
     fails("other model", lambda: other.generate([[1, 5]], 5))
     handle = llama.model.layers[0].register_forward_hook(lambda *_: None)
     errors["hook"] = error_of(lambda: llama.generate([[1, 5]], 5))

@@ -17,8 +17,7 @@ import pytest
 import torch
 
 from llama import InputError, Llama
-from llama.distributed import groups
-from llama.engine import leading
+from llama.distributed import control
 
 from . import lead_worker
 from .jobs import Job
@@ -48,6 +47,7 @@ def test_threads_and_event_loops_of_rank_0_get_the_answers_of_one_rank(small: Si
         "sampled": ["InputError", "tokens that are not from 0 to 383"],
         "nested": ["InputError", "`lead` is running already"],
         "build": ["InputError", "build it before `lead`"],
+        "forward": ["InputError", "call it on all ranks"],
         "other model": ["InputError", "another model", "make the call on all ranks"],
         "hook": ["InputError", "layers.0 has a hook", "make the call on all ranks"],
         "async hook": ["InputError", "layers.0 has a hook", "make the call on all ranks"],
@@ -69,9 +69,9 @@ def test_threads_and_event_loops_of_rank_0_get_the_answers_of_one_rank(small: Si
 
 
 def test_replicas_are_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "replica", lambda: (0, 4))
-    monkeypatch.setattr(groups, "model_parallel", lambda: (0, 2))
-    assert_raises(leading.check_one_replica, InputError, "4 replicas", "leave model_parallel_size out", "4 jobs of 2 rank(s)")
+    monkeypatch.setattr(control, "replica", lambda: (0, 4))
+    monkeypatch.setattr(control, "model_parallel", lambda: (0, 2))
+    assert_raises(control.check_one_replica, InputError, "4 replicas", "leave model_parallel_size out", "4 jobs of 2 rank(s)")
 
 
 def test_one_process_simply_does_the_work(llama: Llama) -> None:

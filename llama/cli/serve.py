@@ -15,9 +15,9 @@ from typing import Any
 
 from ..distributed import groups
 from ..distributed.agreement import run_on_all_ranks
+from ..distributed.control import check_one_replica
 from ..distributed.groups import global_rank, world_size
 from ..distributed.setup import initialize
-from ..engine.leading import check_one_replica
 from ..errors import InputError, check_count, describe
 from .model_options import build_model
 

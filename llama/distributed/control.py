@@ -14,11 +14,22 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from .failures import propagate_failure
-from .groups import all_ranks_group
+from ..errors import InputError
+from .failures import defer_signals, propagate_failure
+from .groups import all_ranks_group, model_parallel, replica
 
-BEAT_SECONDS = 5.0  # between two beats
+BEAT_SECONDS = 3.0  # between two beats
 _BEAT = -1  # in place of the length of a message
+
+
+def check_one_replica() -> None:
+    """Raise InputError if the ranks are several replicas, of which rank 0 could lead only one."""
+    count = replica()[1]
+    if count > 1:
+        raise InputError(
+            f"rank 0 leads the ranks of one model, and this job has {count} replicas: leave model_parallel_size out, "
+            f"or start {count} jobs of {model_parallel()[1]} rank(s) each"
+        )
 
 
 class Sender:
@@ -39,7 +50,7 @@ class Sender:
     def end(self, message: bytes) -> None:
         """Send the last message."""
         self.ended.set()
-        with self.lock, propagate_failure():
+        with self.lock, propagate_failure(), defer_signals():
             self.send(message)
 
     def _beat(self) -> None:

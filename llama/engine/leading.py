@@ -20,7 +20,7 @@ import torch
 
 from ..distributed import groups
 from ..distributed.agreement import decides_alone, run_on_all_ranks
-from ..distributed.control import Sender, receive, signals_ignored
+from ..distributed.control import Sender, check_one_replica, receive, signals_ignored
 from ..distributed.failures import error_text, propagate_failure
 from ..errors import InputError, LlamaError, NonFiniteError
 from ..sampling import Sampler, sample_top_p
@@ -220,7 +220,8 @@ class Leader:
         self.numbers = itertools.count()
         self.ended = False
         self.n_words, self.max_batch_size = engine.n_words, engine.model.params.max_batch_size
-        self.cache, self.weights_version = engine.shared.cache, engine.forward().weights_version()
+        forward = engine.forward()
+        self.cache, self.weights_version = forward.cache, forward.weights_version()
 
     def new_scheduler(self, name: str) -> LeadingScheduler:
         return LeadingScheduler(self, name)
@@ -235,7 +236,9 @@ class Leader:
         """Return the reason why the other ranks cannot follow a call; None if they can. They have the model as it was."""
         if why := engine.why_reference_loop():
             return why
-        if engine.forward().weights_version() != self.weights_version or engine.shared.cache is not self.cache:
+        if engine.shared.cache is not self.cache or not self.cache.belongs_to(engine.model):
+            return "the KV cache has been replaced on rank 0 since `lead` began"
+        if engine.forward().weights_version() != self.weights_version:
             return "the weights have been changed on rank 0 since `lead` began"
         if engine.backend.name != self.engine.backend.name or engine.n_words != self.n_words:
             return "it is for another backend, or a tokenizer of another size"
@@ -266,16 +269,6 @@ def check_led(engine: "Engine") -> None:
     why = leader.why_not(engine) if leader else "they follow the calls of another model"
     if why:
         raise InputError(f"the other ranks cannot follow this call: {why}; {WAY_OUT}")
-
-
-def check_one_replica() -> None:
-    """Raise InputError if the ranks are several replicas, of which rank 0 could lead only one."""
-    count = groups.replica()[1]
-    if count > 1:
-        raise InputError(
-            f"rank 0 leads the ranks of one model, and this job has {count} replicas: leave model_parallel_size out, "
-            f"or start {count} jobs of {groups.model_parallel()[1]} rank(s) each"
-        )
 
 
 def lead(engine: "Engine", work: Callable[[], T]) -> T | None:
@@ -319,7 +312,7 @@ def _lead(engine: "Engine", work: Callable[[], T]) -> T:
 def _follow(engine: "Engine") -> None:
     """Do what rank 0 says, until its end. Raise LlamaError with the cause if rank 0, or another rank, fails."""
     mirror = Mirror(engine)
-    with signals_ignored(), torch.inference_mode():
+    with signals_ignored(), torch.inference_mode(), propagate_failure():
         while not isinstance(message := _receive(), End):
             with engine.computing():
                 if isinstance(message, ScoreBatch):
@@ -335,6 +328,5 @@ def _follow(engine: "Engine") -> None:
 
 
 def _receive() -> StepNews | ScoreBatch | End:
-    with propagate_failure():
-        message = receive()
+    message = receive()
     return pickle.loads(message) if message else StepNews()
