@@ -81,11 +81,13 @@ class Llama:
     and the numbers of tokens in the prompt and in the answer, without EOS.
 
     A call may have any number of prompts. Up to max_batch_size prompts of all calls run at a time, and when one is finished,
-    the next one starts. Calls of a modified model, and calls on several ranks, run one at a time.
+    the next one starts. Calls of a modified model, and calls on several ranks without `lead`, run one at a time.
 
-    On several ranks, all ranks must make the same calls with the same input. They get the same results; if calls differ, all
-    ranks raise InputError. Replicas divide the prompts of a call among themselves, and rank 0 chooses the seeds if the call has
-    none. Each replica computes the whole of a stream. Logits that are not finite raise NonFiniteError.
+    On several ranks, rank 0 alone makes calls, in `lead`; or all ranks make the same calls with the same input and get the same
+    results. If calls differ, all ranks raise InputError. Replicas divide the prompts of a call among themselves, and rank 0
+    chooses the seeds if the call has none. Each replica computes the whole of a stream.
+
+    Logits that are not finite raise NonFiniteError.
     """
 
     @staticmethod
@@ -469,7 +471,7 @@ class Llama:
 
         Wrong input raises at the call. Cancelling the task that awaits frees the rows of the batch at the next step. Any number
         of event loops and threads may make calls. They share the batch, which a background thread of ours runs meanwhile.
-        Raises InputError on several ranks, and for a model that the batch cannot run, because it is modified.
+        Raises InputError on several ranks without `lead`, and for a model that the batch cannot run, because it is modified.
         """
         return _AsyncCaller(self).call(Llama.text_completion, *args, **options)
 

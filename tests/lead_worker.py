@@ -21,6 +21,9 @@ import torch
 import torch.distributed as dist
 
 from llama import Llama, generation
+from llama.backends.cuda_graphs import CapturedStep, CudaGraphsBackend
+from llama.engine import async_copy
+from llama.engine.forward import EngineLayer
 
 PROMPTS = [[1, *range(5 + i, 8 + 3 * i)] for i in range(8)]
 OPTIONS: list[dict[str, Any]] = [
@@ -118,6 +121,10 @@ def broken_sampler(probs: torch.Tensor, p: float) -> torch.Tensor:
     raise ZeroDivisionError("planted")
 
 
+def out_of_memory(*_: Any) -> torch.Tensor:
+    raise torch.OutOfMemoryError("planted")
+
+
 def wait_idle(llama: Llama, follower: int) -> float:
     """Wait longer than the timeout of the process group. Return the CPU seconds that the other rank used meanwhile."""
 
@@ -129,6 +136,20 @@ def wait_idle(llama: Llama, follower: int) -> float:
     time.sleep(IDLE_SECONDS)
     llama.generate([[1, 5]], 2)
     return cpu_seconds() - before
+
+
+def decode_as_on_cuda(llama: Llama) -> None:
+    """Decode in static memory, and start each decode step before the host reads the previous tokens."""
+    run = CapturedStep.run
+
+    def run_into_static_logits(step: CapturedStep) -> None:
+        static_logits = step.logits
+        run(step)
+        step.logits = step.logits if static_logits is None else static_logits.copy_(step.logits)
+
+    CapturedStep.run = run_into_static_logits  # type: ignore[method-assign]
+    async_copy.supports_async = lambda device: True
+    llama.engine.backend = CudaGraphsBackend()
 
 
 def main(out: str, folder: str, tokenizer_path: str) -> None:
@@ -159,6 +180,8 @@ def main(out: str, folder: str, tokenizer_path: str) -> None:
     if rank:
         with torch.no_grad():
             llama.model.norm.weight.mul_(1)
+    decode_as_on_cuda(llama)
+    results["ahead"] = llama.lead(lambda: answers(llama))
     results["same call on all ranks"] = llama.generate(PROMPTS[:2], 5, temperature=0)[0]
 
     def fail() -> None:
@@ -170,6 +193,17 @@ def main(out: str, folder: str, tokenizer_path: str) -> None:
     if rank == 0:
         results["running"] = error_of(lambda: list(results["running"]))
     results["after the failure"] = llama.generate(PROMPTS[:2], 5, temperature=0)[0]
+    try:
+        llama.lead(lambda: sys.exit(3))
+    except SystemExit as e:
+        results["exit"] = e.code
+    if rank:
+        EngineLayer.swiglu = out_of_memory  # type: ignore[method-assign]
+    calls: list[str] = []
+    with ThreadPoolExecutor() as pool:
+        call = lambda: llama.generate([[1, 5]], 5)  # noqa: E731
+        results["rank 1 fails"] = error_of(lambda: llama.lead(lambda: calls.extend(pool.map(error_of, [call] * 3))))
+    results["calls when rank 1 fails"] = calls
     Path(f"{out}.{rank}.json").write_text(json.dumps(results))
 
 

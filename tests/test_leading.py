@@ -37,7 +37,7 @@ def test_threads_and_event_loops_of_rank_0_get_the_answers_of_one_rank(small: Si
     done = torchrun(2, lead_worker.__file__, tmp_path / "out", small.folder, small.tokenizer_path)
     assert done.returncode == 0, done.stderr
     rank0, rank1 = (json.loads((tmp_path / f"out.{rank}.json").read_text()) for rank in (0, 1))
-    assert rank0["answers"] == want
+    assert rank0["answers"] == want and rank0["ahead"] == want
     assert rank0["idle"] < 0.5 * lead_worker.IDLE_SECONDS  # CPU seconds
     assert (rank0["returned"], rank1["returned"]) == ("done", None)
     for name, parts in {
@@ -64,6 +64,10 @@ def test_threads_and_event_loops_of_rank_0_get_the_answers_of_one_rank(small: Si
     assert rank0["failed"] == "ZeroDivisionError: planted"
     assert rank1["failed"] == "LlamaError: rank 0 failed, so every rank stops: ZeroDivisionError: planted"
     assert "`lead`, in which it ran, has ended" in rank0["running"]
+    assert (rank0["exit"], rank1["exit"]) == (3, 0)
+    assert rank1["rank 1 fails"] == "OutOfMemoryError: planted"
+    for error in (rank0["rank 1 fails"], *rank0["calls when rank 1 fails"]):
+        assert re.search("LlamaError|InputError", error) and "rank 1 failed, so every rank stops: OutOfMemoryError" in error
     for name in ("same call on all ranks", "after the failure"):
         assert rank0[name] == rank1[name] == llama.generate(lead_worker.PROMPTS[:2], 5, temperature=0)[0]
 
