@@ -73,6 +73,7 @@ def main() -> None:
         seconds: dict[str, list[float]] = {"static": [], "continuous": []}
         for _ in range(a.runs):
             for method, run in (("static", run_static), ("continuous", run_continuous)):
+                llama.clear_prefix_cache()
                 counts.clear()
                 start = time.perf_counter()
                 n_tokens = sum(1 for _ in run(llama, make_requests(a.prompts, a.shortest)))

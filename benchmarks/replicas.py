@@ -36,6 +36,7 @@ def measure(ckpt_dir: str, tokenizer_path: str, model_parallel_size: int, n_prom
     rng = random.Random(0)
     prompts = [[1, *(rng.randrange(3, 32000) for _ in range(rng.randrange(8, 33)))] for _ in range(n_prompts)]
     llama.generate(prompts[:rows], 2, temperature=0)
+    llama.clear_prefix_cache()
     start = time.perf_counter()
     answers, _ = llama.generate(prompts, new, temperature=0)
     seconds = time.perf_counter() - start

@@ -78,7 +78,12 @@ def options(rng: Random) -> dict[str, Any]:
     if sampling.get("temperature") != 0:
         sampling |= {"temperature": rng.uniform(0.2, 1.5), "top_p": rng.uniform(0.5, 1), "top_k": rng.choice([0, 5, 40])}
         sampling |= {"min_p": rng.choice([0.0, 0.05])}
-    return sampling | {"repetition_penalty": rng.choice([1.0, 1.0, 1.2]), "max_gen_len": rng.choice([0, 1, 7, 16, 24])}
+    bias = {rng.randrange(3, 300): rng.uniform(-100, 5) for _ in range(rng.choice([0, 0, 3]))}
+    return sampling | {
+        "logit_bias": bias,
+        "repetition_penalty": rng.choice([1.0, 1.0, 1.2]),
+        "max_gen_len": rng.choice([0, 1, 7, 16, 24]),
+    }
 
 
 # --- the types of request, each with its promise ---
@@ -145,7 +150,7 @@ def streams_to_the_end(llama: Llama, rng: Random) -> None:
 def streams_left_early(llama: Llama, rng: Random) -> None:
     """Leave streams early: with a `with` block, with `close`, or by deleting the last reference."""
     for leave in ("with", "close", "forget"):
-        stream = llama.chat_completion_stream(dialog(rng), **options(rng), reuse=rng.random() < 0.5)
+        stream = llama.chat_completion_stream(dialog(rng), **options(rng))
         for _ in range(rng.randrange(4)):
             next(stream, None)
         if leave == "with":
@@ -169,11 +174,11 @@ def streams_interrupted(llama: Llama, rng: Random) -> None:
 
 
 def turns(llama: Llama, rng: Random) -> None:
-    """Hold a conversation that reuses the KV cache from turn to turn."""
+    """Hold a conversation, whose turns share the prefix cache."""
     messages: list[Message] = []
     for _ in range(3):
         messages.append({"role": "user", "content": text(rng, 8)})
-        with llama.chat_completion_stream(messages, **options(rng) | {"max_gen_len": 16}, reuse=True) as stream:
+        with llama.chat_completion_stream(messages, **options(rng) | {"max_gen_len": 16}) as stream:
             answer = "".join(stream)
         check(stream.finish_reason in ("stop", "length"), "a turn has a finish reason")
         check(stream.new_tokens <= 16, "a turn has at most max_gen_len tokens")

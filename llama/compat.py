@@ -3,12 +3,14 @@
 Tested with torch 2.6 to 2.15. If a new version of PyTorch changes one of these interfaces, adapt its function here.
 """
 
+import copy
 import functools
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.modules import module as nn_module
 
 # --- what CPU operators do --------------------------------------------------------------------------------------------------
@@ -140,6 +142,68 @@ def is_compiled(module: Any) -> bool:
 def version_of(tensor: torch.Tensor) -> int:
     """Return the number of in-place edits of a tensor and its views so far; edits through `.data` are not counted."""
     return tensor._version
+
+
+class ObservedTensor(torch.Tensor):
+    """A tensor that remembers whether a caller has taken its memory in a way whose edits `version_of` does not count."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # operations return plain tensors
+    memory_is_shared = False
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        self.memory_is_shared = True
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, values: torch.Tensor) -> None:
+        self.memory_is_shared = True
+        torch.Tensor.data.__set__(self, values)  # type: ignore[attr-defined]
+
+    def numpy(self, **options: Any) -> Any:
+        self.memory_is_shared = True
+        return super().numpy(**options)
+
+    def __array__(self, *args: Any, **options: Any) -> Any:
+        self.memory_is_shared = True
+        return super().__array__(*args, **options)
+
+    def __dlpack__(self, *args: Any, **options: Any) -> Any:
+        self.memory_is_shared = True
+        return super().__dlpack__(*args, **options)
+
+    def plain(self) -> torch.Tensor:
+        """Return a plain tensor, or parameter, with the same memory. Copies, pickles and `repr` are those of it."""
+        return self.detach()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        memo[id(self)] = copied = copy.deepcopy(self.plain(), memo)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().__reduce_ex__(protocol)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return repr(self.plain())
+
+
+class ObservedParameter(ObservedTensor, nn.Parameter):
+    """An `ObservedTensor` that is a parameter."""
+
+    def plain(self) -> torch.Tensor:
+        return nn.Parameter(self.detach(), self.requires_grad)
+
+
+def observe(tensor: torch.Tensor) -> torch.Tensor:
+    """Make a plain tensor or parameter an `ObservedTensor` from now on, and return it. Leave tensors of other types alone."""
+    observed: dict[type, type] = {torch.Tensor: ObservedTensor, nn.Parameter: ObservedParameter}
+    tensor.__class__ = observed.get(type(tensor), type(tensor))
+    return tensor
+
+
+def is_observed(tensor: torch.Tensor) -> bool:
+    """Return True if no edit of a tensor can have escaped `version_of` since it was observed."""
+    return isinstance(tensor, ObservedTensor) and not tensor.memory_is_shared
 
 
 # --- process groups ---------------------------------------------------------------------------------------------------------

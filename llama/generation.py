@@ -8,14 +8,14 @@ import inspect
 import numbers
 import os
 import sys
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from . import sampling
+from . import compat, sampling
 from .backends.registry import choose_backend, slowdown_warning
 from .chat import (
     B_INST,
@@ -71,12 +71,15 @@ class Llama:
 
     Options that several calls share, each off by default. Passing None for an option means its default.
 
-    top_k, min_p, repetition_penalty: see `SamplingParams`.
+    top_k, min_p, repetition_penalty, logit_bias: see `SamplingParams`. They change no log probabilities.
     seed: makes each answer depend only on its prompt, the options and the seed, not on earlier calls or on the other prompts. A
     list contains one seed for each prompt, for example to get several answers to the same prompt. Without a seed, all prompts
     are sampled with torch's default generator.
     stop: one string or several. An answer's text ends just before the first stop string. Tokens and log probabilities include
     the token that completed the stop string. Calls that take tokens have no stop strings.
+    top_logprobs: with logprobs=True, also return the top_logprobs likeliest tokens at each token's position, up to 20, with
+    their log probabilities, likeliest first. A token that was chosen need not be among them. The first token of an echoed
+    prompt has none.
     details: add to each result "finish_reason" ("stop": EOS or a stop string; "length": max_gen_len or the end of the context)
     and the numbers of tokens in the prompt and in the answer, without EOS.
 
@@ -165,6 +168,8 @@ class Llama:
                 print(line, file=sys.stderr)
         packs = backend_class.packs_weights
         run_on_all_ranks(lambda: loading.load_weights(model, files, weights_dtype, where, quantize, packs))
+        for tensor in (*model.parameters(), model.freqs_cis) if backend_class.name != "eager" else ():
+            compat.observe(tensor)  # now, since no caller has seen them yet
         torch.manual_seed(int(seed))
         return run_on_all_ranks(lambda: Llama(model.eval(), tokenizer, backend_class()))
 
@@ -196,6 +201,15 @@ class Llama:
         self._engine.n_words = self.tokenizer.n_words  # a caller may have replaced the tokenizer, too
         return self._engine
 
+    def clear_prefix_cache(self) -> None:
+        """Forget which prompts the rows of the KV cache hold, so that the next prompts are computed whole.
+
+        Calls share the beginnings of prompts by themselves, and notice edits of the model. Call this to measure a prefill, or
+        after edits of which PyTorch keeps no trace, such as those through `weight.detach().numpy()`.
+        """
+        with self.engine.lock:
+            self.engine.forward().cache.prefixes.clear()
+
     @property
     def backend(self) -> str:
         """Return the name of the backend. A modified model runs `Transformer.forward` with any backend."""
@@ -214,6 +228,7 @@ class Llama:
         top_k: int | None = 0,
         min_p: float | None = 0.0,
         repetition_penalty: float | None = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | Iterable[int] | None = None,
         stop_token: int | None = None,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
@@ -227,7 +242,7 @@ class Llama:
         stop_token: the token that ends an answer, instead of EOS.
         Raises InputError, which names the prompt, before any computation.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         results = self._results(
             "generate",
             lambda: self._requests.from_tokens(prompt_tokens, max_gen_len, seed, params(), logprobs, echo, stop_token),
@@ -248,16 +263,23 @@ class Llama:
         top_k: int | None = 0,
         min_p: float | None = 0.0,
         repetition_penalty: float | None = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | Iterable[int] | None = None,
+        top_logprobs: int | None = 0,
+        include_eos: bool | None = False,
     ) -> Iterator[GeneratedToken]:
         """Generate tokens like `generate`, but yield (prompt_index, token, logprob) as soon as a token is generated.
 
-        The tokens of one prompt come in order; the tokens of different prompts are mixed. EOS is not yielded.
+        The tokens of one prompt come in order; the tokens of different prompts are mixed.
+        top_logprobs: see `Llama`. Each yielded tuple has the attribute `top_logprobs`, a list of (token, logprob).
+        include_eos: also yield the EOS that ends an answer.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         call = self._validate_on_all_ranks(
             "generate_stream",
-            lambda: self._requests.from_tokens(prompt_tokens, max_gen_len, seed, params(), logprobs, echo),
+            lambda: self._requests.from_tokens(
+                prompt_tokens, max_gen_len, seed, params(), logprobs, echo, None, top_logprobs, include_eos
+            ),
         )
         return self._run(call, watched=True)
 
@@ -274,20 +296,25 @@ class Llama:
         top_k: int | None = 0,
         min_p: float | None = 0.0,
         repetition_penalty: float | None = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | Iterable[int] | None = None,
         stop: str | Sequence[str] | None = (),
         details: bool | None = False,
+        top_logprobs: int | None = 0,
     ) -> list[CompletionPrediction]:
         """Continue each text. max_gen_len defaults to the rest of the context. See `generate` and `Llama` for the options.
 
         Each result is a dict with "generation". logprobs=True adds "tokens", as the text of each token, and "logprobs".
+        top_logprobs=n adds "top_logprobs": for each token a list of (text, logprob), the n likeliest at its position.
         details=True adds "finish_reason", "prompt_tokens" and "new_tokens".
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         return self._results(
             "text_completion",
-            lambda: self._requests.from_texts(prompts, max_gen_len, seed, params(), stop, logprobs, echo, details=details),
-            lambda r: {"generation": r.text, **self._details(r, logprobs, details)},
+            lambda: self._requests.from_texts(
+                prompts, max_gen_len, seed, params(), stop, logprobs, echo, details=details, top_logprobs=top_logprobs
+            ),
+            lambda r: {"generation": r.text, **self._details(r, logprobs, details, top_logprobs)},
         )
 
     @short_traceback
@@ -301,6 +328,7 @@ class Llama:
         top_k: int | None = 0,
         min_p: float | None = 0.0,
         repetition_penalty: float | None = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | Iterable[int] | None = None,
         stop: str | Sequence[str] | None = (),
     ) -> Iterator[CompletionPrediction]:
@@ -309,7 +337,7 @@ class Llama:
         A result is yielded once it and all earlier results are finished. Each result has "generation", "finish_reason",
         "prompt_tokens" and "new_tokens". With replicas, all results come together at the end.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         results = self._iter_results(
             "iter_text_completion",
             lambda: self._requests.from_texts(prompts, max_gen_len, seed, params(), stop, details=True),
@@ -328,21 +356,25 @@ class Llama:
         top_k: int | None = 0,
         min_p: float | None = 0.0,
         repetition_penalty: float | None = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | Iterable[int] | None = None,
         stop: str | Sequence[str] | None = (),
         details: bool | None = False,
+        top_logprobs: int | None = 0,
     ) -> list[ChatPrediction]:
         """Answer each dialog as the assistant. max_gen_len defaults to the rest of the context. See `Llama` for the options.
 
         The answer to a dialog that contains a special tag, such as "[INST]", is UNSAFE_ERROR, without computation.
-        Each result is a dict with "generation", a message by the assistant. `logprobs` and `details` add the same keys as in
-        `text_completion`.
+        Each result is a dict with "generation", a message by the assistant. `logprobs`, `top_logprobs` and `details` add the
+        same keys as in `text_completion`.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         return self._results(
             "chat_completion",
-            lambda: self._requests.from_dialogs(dialogs, max_gen_len, seed, params(), stop, logprobs, details=details),
-            lambda r: {"generation": self._answer(r), **self._details(r, logprobs, details)},
+            lambda: self._requests.from_dialogs(
+                dialogs, max_gen_len, seed, params(), stop, logprobs, details=details, top_logprobs=top_logprobs
+            ),
+            lambda r: {"generation": self._answer(r), **self._details(r, logprobs, details, top_logprobs)},
         )
 
     @short_traceback
@@ -356,11 +388,12 @@ class Llama:
         top_k: int | None = 0,
         min_p: float | None = 0.0,
         repetition_penalty: float | None = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | Iterable[int] | None = None,
         stop: str | Sequence[str] | None = (),
     ) -> Iterator[ChatPrediction]:
         """Answer each dialog like `chat_completion`, and yield the results like `iter_text_completion`."""
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         results = self._iter_results(
             "iter_chat_completion",
             lambda: self._requests.from_dialogs(dialogs, max_gen_len, seed, params(), stop, details=True),
@@ -415,21 +448,18 @@ class Llama:
         top_k: int | None = 0,
         min_p: float | None = 0.0,
         repetition_penalty: float | None = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = (),
-        reuse: bool | None = False,
     ) -> Stream:
         """Continue one text. Return a `Stream`, which yields the continuation in chunks.
 
-        reuse: skip the computation of tokens with which both this prompt and the last stream with reuse=True begin, because
-        their keys and values are still in the KV cache. They are discarded if another call uses row 0 of the batch, or if the
-        weights are edited. An edit of a plain tensor through `.data` is not detected, so make the next call without `reuse`.
         Raises InputError at the call, not at the first chunk.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         return self._stream(
             "text_completion_stream",
-            lambda: self._requests.from_texts([prompt], max_gen_len, seed, params(), stop, reuse=reuse, label="the prompt"),
+            lambda: self._requests.from_texts([prompt], max_gen_len, seed, params(), stop, label="the prompt"),
         )
 
     @short_traceback
@@ -443,19 +473,18 @@ class Llama:
         top_k: int | None = 0,
         min_p: float | None = 0.0,
         repetition_penalty: float | None = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = (),
-        reuse: bool | None = False,
     ) -> Stream:
         """Answer one dialog. Return a `Stream`, which yields the answer in chunks; see `text_completion_stream`.
 
-        With `reuse`, each turn of a dialog computes only the tokens that are new since the last turn. If the dialog contains a
-        special tag, such as "[INST]", the stream yields UNSAFE_ERROR as its only chunk.
+        If the dialog contains a special tag, such as "[INST]", the stream yields UNSAFE_ERROR as its only chunk.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty)
+        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         return self._stream(
             "chat_completion_stream",
-            lambda: self._requests.from_dialogs([dialog], max_gen_len, seed, params(), stop, reuse=reuse, label="the dialog"),
+            lambda: self._requests.from_dialogs([dialog], max_gen_len, seed, params(), stop, label="the dialog"),
         )
 
     @_signature_of(generate_stream)
@@ -625,10 +654,15 @@ class Llama:
     def _answer(self, result: GenerationResult) -> Message:
         return {"role": "assistant", "content": result.text if result.request.prompt else UNSAFE_ERROR}
 
-    def _details(self, result: GenerationResult, logprobs: bool | None, details: bool | None) -> ResultDetails:
+    def _details(
+        self, result: GenerationResult, logprobs: bool | None, details: bool | None, top_logprobs: int | None = 0
+    ) -> ResultDetails:
         added: ResultDetails = {}
         if logprobs:
             added["tokens"], added["logprobs"] = self._decode_each(result.tokens), result.logprobs
+        if top_logprobs:
+            decode = self.tokenizer.decode
+            added["top_logprobs"] = [[(decode([t]), value) for t, value in top] for top in result.top_logprobs]
         return {**added, **result.details()} if details else added
 
     def _decode_each(self, tokens: list[int]) -> list[str]:

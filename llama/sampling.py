@@ -4,8 +4,8 @@ No function in this module makes the host wait for the device.
 """
 
 import numbers
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,14 +19,16 @@ _LIMITS = {
     "min_p": (0.0, 1.0, "from 0 (off) to 1"),
     "repetition_penalty": (0.01, 100.0, "from 0.01 to 100; 1 is off"),
 }
+MAX_BIAS = 100.0
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """The parameters of sampling, applied in the order below; None means the default. Raises InputError for a wrong value.
 
+    logit_bias: a mapping from tokens to numbers from -100 to 100, which are added to the logits.
     repetition_penalty: for tokens already in the prompt or the answer, divides positive logits and multiplies negative logits.
-    temperature: divides the logits. At 0 the likeliest token is chosen, and the parameters below have no effect.
+    temperature: divides the logits. At 0 the token with the largest logit is chosen, and the parameters below have no effect.
     top_k: keeps the k likeliest tokens, and renormalizes their probabilities; 0 keeps all.
     top_p: keeps each token if the more likely tokens together have at most probability top_p.
     min_p: keeps each token with at least min_p times the probability of the likeliest token.
@@ -37,6 +39,7 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # a dict of our own, sorted by tokens
 
     def __init__(
         self,
@@ -45,10 +48,11 @@ class SamplingParams:
         top_k: int | None = top_k,
         min_p: float | None = min_p,
         repetition_penalty: float | None = repetition_penalty,
+        logit_bias: Mapping[int, float] | None = None,
     ) -> None:
-        given = temperature, top_p, top_k, min_p, repetition_penalty
-        for field, option in zip(fields(self), given, strict=True):
-            object.__setattr__(self, field.name, field.default if option is None else option)
+        given = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty)
+        for name, option in given.items():
+            object.__setattr__(self, name, getattr(type(self), name) if option is None else option)
         for name, (low, high, limit) in _LIMITS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high:  # type: ignore[operator]
@@ -57,11 +61,39 @@ class SamplingParams:
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, numbers.Integral) or int(self.top_k) < 0:
             raise InputError(f"top_k is {describe(self.top_k)}; it must be a whole number, 0 (all tokens) or more")
         object.__setattr__(self, "top_k", int(self.top_k))
+        object.__setattr__(self, "logit_bias", _checked_bias({} if logit_bias is None else logit_bias))
 
     @property
     def greedy(self) -> bool:
         """Return True if the likeliest token is chosen without sampling."""
         return self.temperature < 1e-20  # treat tiny temperatures as 0, because dividing by them would overflow
+
+
+def _checked_bias(logit_bias: Mapping[int, float]) -> dict[int, float]:
+    """Return a copy of a logit bias, sorted by tokens. Raise InputError for a wrong one."""
+    if not isinstance(logit_bias, Mapping):
+        raise InputError(f"logit_bias is {describe(logit_bias)}; it must map tokens to numbers, as in {{token: -100}}")
+    checked = dict[int, float]()
+    for token, bias in logit_bias.items():
+        if isinstance(token, bool) or not isinstance(token, numbers.Integral) or int(token) < 0:
+            raise InputError(f"logit_bias: {describe(token)} is no token; tokens are whole numbers, 0 or more")
+        if isinstance(bias, bool) or not isinstance(bias, numbers.Real) or not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise InputError(f"logit_bias of token {token} is {describe(bias)}; it must be a number, from -100 to 100")
+        checked[int(token)] = float(bias)
+    return dict(sorted(checked.items()))
+
+
+def check_bias_tokens(logit_bias: Mapping[int, float], n_words: int) -> None:
+    """Raise InputError if a logit bias is for a token that a tokenizer of n_words tokens does not have."""
+    if (largest := max(logit_bias, default=0)) >= n_words:
+        raise InputError(f"logit_bias: {largest} is no token; tokens are whole numbers from 0 to {n_words - 1}")
+
+
+def bias_of_tokens(logit_bias: Mapping[int, float], vocab: int) -> torch.Tensor:
+    """Return what a logit bias adds to each logit, (vocab,) float32, on the CPU."""
+    bias = torch.zeros(vocab, dtype=torch.float32, device="cpu")
+    bias[torch.tensor([*logit_bias], dtype=torch.int64, device="cpu")] = torch.tensor([*logit_bias.values()], device="cpu")
+    return bias
 
 
 def filter_probs(probs: torch.Tensor, top_p: float, top_k: int = 0, min_p: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,7 +137,7 @@ def sample(
     noise: torch.Tensor | None = None,
     sampler: Sampler = sample_top_p,
 ) -> torch.Tensor:
-    """Sample one token per row: logits (B, vocab) -> tokens (B,). A repetition penalty must have been applied before.
+    """Sample one token per row: logits (B, vocab) -> tokens (B,). Biases and penalties must have been applied before.
 
     noise: exponential noise (B, vocab); by default from torch's default generator, as in `sample_top_p`.
     sampler: a caller's replacement for `sample_top_p`. Its arguments are the probabilities after top_k and min_p, and top_p.
@@ -155,4 +187,11 @@ def seeded_exponential(seeds: torch.Tensor, positions: torch.Tensor, vocab: int)
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Return the log probabilities (N,) of tokens (N,) under logits (N, vocab), without any sampling parameter."""
-    return torch.log_softmax(logits, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return ranked_logprobs(logits, tokens, 0)[0]
+
+
+def ranked_logprobs(logits: torch.Tensor, tokens: torch.Tensor, n_top: int) -> list[torch.Tensor]:
+    """Return `token_logprobs`, and unless n_top is 0, the n_top largest log probabilities (N, n_top) and their tokens."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return [chosen, *logprobs.topk(min(n_top, logits.shape[-1]))] if n_top else [chosen]

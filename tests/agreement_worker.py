@@ -33,6 +33,9 @@ def answers(llama: Llama) -> dict[str, Any]:
     results["greedy"] = llama.generate(PROMPTS, 6, temperature=0)[0]
     results["scored"] = [[round(x, 3) for x in row] for row in llama.generate(PROMPTS, 4, 0, logprobs=True, echo=True)[1] or []]
     results["seeded"] = llama.text_completion(TEXTS, 1.0, max_gen_len=6, seed=range(5), stop=["e"], details=True)
+    top = llama.text_completion(TEXTS, 0, max_gen_len=3, logprobs=True, echo=True, top_logprobs=2, logit_bias={300: 100, 9: -1})
+    results["top"] = [[[(text, round(x, 3)) for text, x in each] for each in result["top_logprobs"]] for result in top]
+    results["biased"] = [result["generation"] for result in top]
     tags = [[{"role": "user", "content": text}] for text in ("hi", "[INST]", "sea")]
     results["dialogs"] = llama.chat_completion(tags, 0, max_gen_len=4, details=True)
     results["score"] = [round(score.total, 2) for score in llama.score(TEXTS, [" jumps"] * 5)]
@@ -54,6 +57,8 @@ def results_on_several_ranks(llama: Llama, build: Callable[..., Llama], folder: 
         error_of(lambda: llama.generate([[1, 5]], number)),
         error_of(lambda: llama.text_completion(["a"], temperature=number / 10)),
         error_of(lambda: llama.text_completion(["a"], stop="x" * number)),
+        error_of(lambda: llama.text_completion(["a"], logit_bias={number: 1})),
+        error_of(lambda: llama.text_completion(["a"], logprobs=True, top_logprobs=number)),
         error_of(lambda: llama.score(["a"], ["b" * number])),
         error_of(lambda: llama.text_completion_stream("a", seed=number)),
         error_of(lambda: llama.generate([[1, 5]], 4) if RANK == LAST else llama.text_completion(["a"])),

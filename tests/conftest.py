@@ -111,3 +111,11 @@ def llama2_tokenizer() -> Tokenizer:
         if path.exists():
             return Tokenizer(path)
     pytest.skip("Llama 2's tokenizer is not here")
+
+
+@pytest.fixture(params=[False, True], ids=["cpu", "as on CUDA"])
+def either_backend(request: pytest.FixtureRequest) -> bool:
+    """Run a test with the CPU's backend, and with the twin of the backend for CUDA, which launches steps ahead."""
+    if request.param:
+        request.getfixturevalue("as_on_cuda")
+    return request.param

@@ -111,7 +111,7 @@ tokens = st.one_of(
 option = st.one_of(scalar, trick_objects, st.floats(0, 1), st.lists(scalar, max_size=3), content)
 options = st.dictionaries(
     st.sampled_from(["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_gen_len", "logprobs",
-                     "echo"]),
+                     "echo", "logit_bias", "top_logprobs"]),
     option, max_size=2,
 )  # fmt: skip
 

@@ -87,6 +87,8 @@ def play_call(call: str, argument: Any, options: dict[str, Any]) -> None:
         argument, options = with_trick_objects(argument), {"temperature": 0, "max_gen_len": 3} | with_trick_objects(options)
         if "chat" in call or "stream" in call:
             options.pop("echo", None), options.pop("logprobs", None)
+        if "text_completion" != call != "chat_completion":
+            options.pop("top_logprobs", None)
         if call == "encode":
             tokens = llama.tokenizer.encode(argument, True, False)
             if llama.tokenizer.decode(tokens) != argument:

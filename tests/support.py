@@ -1,6 +1,7 @@
 """Helpers of the tests: train a tokenizer, write checkpoints in Meta's layout, pack models, run commands and ranks."""
 
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -153,3 +154,20 @@ def assert_raises(call: Callable[[], Any], error: type[LlamaError], *parts: str)
 def no_extension() -> ExtensionStatus:
     """Return the status of an extension that is not compiled. Tests patch a kernel module's `status` with this function."""
     return ExtensionStatus(None, "not compiled, says this test", not_compiled=True)
+
+
+class Fault(Exception):
+    """An error that a test injects."""
+
+
+def fail_on_call(call: Callable, nth: int) -> Callable:
+    """Return a function that works like `call`, but raises Fault at the end of its n-th call."""
+    times = itertools.count(1)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = call(*args, **kwargs)
+        if next(times) == nth:
+            raise Fault
+        return result
+
+    return wrapped

@@ -98,7 +98,7 @@ def test_a_stream_has_the_chunks_and_properties_of_its_sync_twin(llama: Llama) -
     cases: list[tuple[str, Any, dict[str, Any]]] = [
         ("text_completion_stream", "The", GREEDY),
         ("text_completion_stream", "The", {"temperature": 1.0, "seed": 3, "max_gen_len": 30, "stop": "e"}),
-        ("chat_completion_stream", DIALOG, GREEDY | {"reuse": True}),
+        ("chat_completion_stream", DIALOG, GREEDY),
         ("chat_completion_stream", [{"role": "user", "content": "<<SYS>>"}], {}),
     ]
     for name, prompt, options in cases:

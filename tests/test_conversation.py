@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import InputError, Llama
+from llama import InputError, Llama, tuning
 from llama.chat import UNSAFE_ERROR, Message, encode_dialog
 from llama.cli.commands import complete, help_text, respond
 from llama.cli.conversation import Conversation
@@ -67,7 +67,10 @@ def test_each_answer_is_the_answer_to_the_whole_dialog(llama: Llama) -> None:
         assert conversation.dialog() == dialog and conversation.cut_off == "max_gen_len=8"
 
 
-def test_each_turn_computes_only_the_new_tokens(conversation: GreedyConversation) -> None:
+def test_each_turn_computes_only_the_last_answer_and_the_new_tokens(
+    conversation: GreedyConversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "ATTENTION_CHUNK", 1)
     with count_forward_tokens() as computed:
         conversation.send("one, two, three, four, five")
         first = computed[0]
@@ -309,12 +312,15 @@ def test_set_shows_and_changes_the_options_of_the_next_answers(conversation: Gre
     assert conversation.options == before
 
 
-def test_the_speed_counts_only_the_prompt_tokens_that_were_computed(conversation: GreedyConversation) -> None:
+def test_the_speed_counts_only_the_prompt_tokens_that_were_computed(
+    conversation: GreedyConversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "ATTENTION_CHUNK", 1)
     conversation.send("good morning")
     prompt = len(encode_dialog(conversation.llama.tokenizer, [message("user", "good morning")]))
     assert conversation.speed and conversation.speed.startswith(f"prompt: {prompt} tokens, 0 of them in the cache; first text")
     conversation.send("/retry")
-    assert conversation.speed.startswith(f"prompt: {prompt} tokens, {prompt - 1} of them in the cache; first text after ")
+    assert conversation.speed.startswith(f"prompt: {prompt} tokens, {prompt - 2} of them in the cache; first text after ")
 
 
 def test_help_exit_and_blank_lines_have_no_answer(llama: Llama) -> None:

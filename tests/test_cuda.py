@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama import Llama, compat
+from llama import Llama, compat, tuning
 from llama.backends.cuda_graphs import CudaGraphsBackend
 from llama.backends.torch_compile import TorchCompileBackend
 from llama.checkpoint import packed_file
@@ -70,6 +70,7 @@ def test_more_prompts_than_rows_are_answered_as_on_the_cpu(small: SimpleNamespac
     """Waiting prompts take over rows between captured decode steps. Each step starts before the previous tokens are read."""
     prompts = [[1, *range(5 * i + 5, 5 * i + 6 + i % 7)] for i in range(15)]
     options: dict = dict(logprobs=True, temperature=1.0, seed=range(15), repetition_penalty=1.2, top_k=50)
+    options |= {"logit_bias": {40: 3, 41: -100}}
     want, want_logprobs = build(small, device="cpu").generate(prompts, 40, **options)
     got, got_logprobs = build(small, device="cuda").generate(prompts, 40, **options)
     assert got == want
@@ -77,14 +78,18 @@ def test_more_prompts_than_rows_are_answered_as_on_the_cpu(small: SimpleNamespac
         assert row == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_stream_with_reuse_gives_the_answer_of_a_new_call(small: SimpleNamespace) -> None:
-    llama = build(small, device="cuda")
-    text = "Once upon a time"
+def test_a_growing_prompt_gives_the_answers_of_a_new_model(small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ATTENTION_CHUNK", "MIN_SHARED_PREFIX", "MIN_AWAITED_PREFIX", "MIN_SAVED_PREFIX"):
+        monkeypatch.setattr(tuning, name, 4)
+    llama, text = build(small, device="cuda"), "Once upon a time"
     for _ in range(3):
-        answer = "".join(llama.text_completion_stream(text, 0, max_gen_len=20, reuse=True))
-        assert answer == llama.text_completion([text], 0, max_gen_len=20)[0]["generation"]
-        list(llama.text_completion_stream(text, 0, max_gen_len=20, reuse=True))
-        text += answer + " and"
+        answers = llama.text_completion([text, text + " there", "a bear", text], 0, max_gen_len=20)
+        assert answers == build(small, device="cuda").text_completion(
+            [text, text + " there", "a bear", text], 0, max_gen_len=20
+        )
+        stream = llama.text_completion_stream(text, 0, max_gen_len=20)
+        assert "".join(stream) == answers[0]["generation"] and stream.cached_tokens > 0
+        text += answers[0]["generation"] + " and"
 
 
 def test_a_model_in_several_shards_answers_on_the_gpu_as_on_the_cpu(tmp_path: Path, small: SimpleNamespace) -> None:

@@ -1,4 +1,4 @@
-"""The engine: continuous batching, seeds, reuse of the KV cache, and the state after errors."""
+"""The engine: continuous batching, seeds, and the state after errors."""
 
 import gc
 import itertools
@@ -17,10 +17,11 @@ from llama.backends import cpu
 from llama.backends.cuda_graphs import CudaGraphsBackend
 from llama.engine import decode_state, prefill, scheduler
 from llama.engine.forward import EngineForward, EngineLayer
-from llama.engine.kv_cache import KVCache, RaggedBatch
+from llama.engine.kv_cache import RaggedBatch
 from llama.engine.requests import GenerationCall, Request
 
 from .counting import count_forward_tokens
+from .support import Fault, fail_on_call
 
 GREEDY = SamplingParams(0)
 PROMPTS = [[1, *range(7 * i + 5, 7 * i + 6 + i % 5)] for i in range(20)]  # each prompt has 2 to 6 tokens
@@ -177,90 +178,7 @@ def test_the_repetition_penalty_applies_to_the_tokens_of_each_request_alone(llam
     assert any(len(set(tokens)) < len(tokens) for tokens in generate_separately(llama, PROMPTS, temperature=0)[0])
 
 
-# --- reuse of the cache between calls ----------------------------------------------------------------------------------------
-
-
-def generate_one(
-    llama: Llama, prompt: list[int], max_new_tokens: int, reuse: bool = True, stop: int | None = None
-) -> tuple[list[int], list[float]]:
-    """Return the new tokens and log probabilities of one greedy answer; the stream is closed after `stop` tokens."""
-    call = GenerationCall([Request(prompt, max_new_tokens)], GREEDY, logprobs=True, reuse=reuse, stop_token=-1)
-    stream = llama.engine.run(call)
-    new = list(itertools.islice(stream, stop))
-    stream.close()
-    return [t.token for t in new], [t.logprob or 0.0 for t in new]
-
-
-@pytest.mark.parametrize("async_copies", [False, True])
-@pytest.mark.parametrize("stop", [None, 3])
-def test_reuse_computes_only_the_new_tokens_of_a_growing_prompt(
-    llama: Llama, async_copies: bool, stop: int | None, request: pytest.FixtureRequest
-) -> None:
-    """Grow a prompt, close a stream early, repeat a prompt and change one; compare with the log probabilities without reuse."""
-    if async_copies:
-        request.getfixturevalue("as_on_cuda")
-    llama.engine.shared.cache = KVCache.adopt(llama.model)
-    tokens, written = [1, 5, 9, 30, 8], 0
-    for added in ([44, 45, 46], [7], [50, 51, 52, 53]):
-        with count_forward_tokens() as forwards:
-            new, values = generate_one(llama, tokens, 6, stop=stop)
-        assert forwards[0] == len(tokens) - written
-        written = len(tokens) + len(new) - 1
-        want, expected = generate_one(llama, tokens, 6, reuse=False, stop=stop)
-        assert new == want and values == pytest.approx(expected, abs=1e-4)
-        generate_one(llama, tokens, 6, stop=stop)  # the call without reuse has overwritten the KV cache: fill it again
-        tokens = tokens + new + added
-    with count_forward_tokens() as forwards:
-        repeated = generate_one(llama, tokens[:10], 4)
-    # All tokens of the repeated prompt are already in the KV cache; only the last is computed again, for its logits.
-    assert forwards[0] == 1 and repeated[0] == generate_one(llama, tokens[:10], 4, reuse=False)[0]
-    generate_one(llama, tokens, 1)
-    with count_forward_tokens() as forwards:
-        assert generate_one(llama, [*tokens[:7], 99, *tokens[8:]], 2)[1] != [] and forwards[0] == len(tokens) - 7
-
-
-@pytest.mark.parametrize("use", ["generate", "forward", "layer's cache", "another cache", "changed model", "stream"])
-def test_reuse_computes_the_whole_prompt_after_any_other_use_of_the_cache(llama: Llama, use: str) -> None:
-    want = generate_one(llama, PROMPTS[4], 4, reuse=False)
-    generate_one(llama, PROMPTS[4], 4)
-    if use == "generate":
-        llama.generate([[1, 9]], 2, temperature=0)
-    elif use == "forward":
-        llama.model.forward(torch.tensor([[1, 9]]), 0)
-    elif use == "layer's cache":  # the caller writes into the KV cache of a layer
-        llama.model.layers[1].attention.cache_v[0, 2] = 7
-    elif use == "another cache":
-        attention = llama.model.layers[1].attention
-        attention.cache_k = attention.cache_k.clone()
-    elif use == "changed model":
-        hook = llama.model.register_forward_hook(lambda *_: None)
-        llama.generate([[1, 9]], 2, temperature=0)
-        hook.remove()
-    else:
-        next(llama.generate_stream([[1, 9]], 2, temperature=0))
-    with count_forward_tokens() as forwards:
-        got = generate_one(llama, PROMPTS[4], 4)
-    assert got[0] == want[0] and forwards[0] == len(PROMPTS[4])
-
-
 # --- errors ----------------------------------------------------------------------------------------------------------
-
-
-class Fault(Exception):
-    """An error that a test injects."""
-
-
-def fail_on_call(call: Callable, nth: int) -> Callable:
-    """Return a function that works like `call`, but raises Fault at the end of its n-th call."""
-    times = itertools.count(1)
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        result = call(*args, **kwargs)
-        if next(times) == nth:
-            raise Fault
-        return result
-
-    return wrapped
 
 
 @pytest.mark.parametrize("where", ["a layer", "prefill", "step", "choice", "text", "consumer"])
@@ -273,12 +191,12 @@ def test_a_failed_call_does_not_change_the_answers_of_later_calls(
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> None:
-    """After an error in a batch with more prompts than rows, or in a stream with reuse, later calls answer as before."""
+    """After an error in a batch with more prompts than rows, or in a stream, later calls answer as before."""
     set_max_batch_size(2)
     texts = ["Once upon", "a time", "there was", "a bear"]
 
     def stream() -> str:
-        return "".join(llama.text_completion_stream("Once upon a time", 0, max_gen_len=12, reuse=True))
+        return "".join(llama.text_completion_stream("Once upon a time", 0, max_gen_len=12))
 
     def batch() -> list:
         return llama.text_completion(texts, max_gen_len=8, seed=3, stop="qq", repetition_penalty=1.1)
@@ -288,11 +206,11 @@ def test_a_failed_call_does_not_change_the_answers_of_later_calls(
         request.getfixturevalue("as_on_cuda")
     for call, nth in ((batch, 3), (stream, 1), (stream, 2)):
         cache = llama.engine.forward().cache
-        cache.prefix_tokens = None
+        cache.prefixes.clear()
         cache.data.zero_()  # erases keys and values of earlier calls, which could hide a fault
         if where == "consumer":
             with pytest.raises(Fault):
-                for _ in llama.text_completion_stream("Once upon a time", 0, max_gen_len=12, reuse=True):
+                for _ in llama.text_completion_stream("Once upon a time", 0, max_gen_len=12):
                     raise Fault
         else:
             target, name = {

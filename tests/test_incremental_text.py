@@ -1,4 +1,4 @@
-"""Test text that is decoded token by token, stop strings, streams, and reuse of the KV cache in chats."""
+"""Test text that is decoded token by token, stop strings, streams, and chats."""
 
 import random
 import time
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama import InputError, Llama, Tokenizer, resolve_model_paths
+from llama import InputError, Llama, Tokenizer, resolve_model_paths, tuning
 from llama.chat import UNSAFE_ERROR
 from llama.engine.incremental_text import IncrementalText, check_stop
 
@@ -222,34 +222,36 @@ def test_code_points_of_several_byte_tokens_come_in_one_chunk(demo: Llama) -> No
     assert all(len(chunk.encode()) >= 3 for chunk in chunks) and stream.finish_reason == "stop"
 
 
-def test_a_turn_of_a_chat_with_reuse_prefills_only_its_new_tokens(demo: Llama) -> None:
-    """Check that the prefill computes only the tokens of the new question, and at most three tokens from the end of the
-    previous answer."""
+def test_a_turn_of_a_chat_prefills_only_the_last_answer_and_the_new_question(
+    demo: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "ATTENTION_CHUNK", 16)
     dialog: list = []
+    last_answer = 0
     for question in ("What is the capital of France?", "And what should I see there?", "What is 3 + 4?", "Thank you!"):
         dialog += [{"role": "user", "content": question}]
         with count_forward_tokens() as forwards:
-            stream = demo.chat_completion_stream(dialog, 0, reuse=True)
+            stream = demo.chat_completion_stream(dialog, 0)
             dialog += [{"role": "assistant", "content": "".join(stream)}]
         new = demo.tokenizer.encode(f"[INST] {question} [/INST]", bos=True, eos=False)
-        assert len(new) <= forwards[0] <= len(new) + 3  # 3 tokens: the last token of the answer, a space and EOS
-    assert stream.prompt_tokens > 3 * forwards[0]
+        assert len(new) <= forwards[0] <= last_answer + len(new) + 2 + 15  # 2: a space and EOS; 15: up to a multiple of 16
+        last_answer = stream.new_tokens
+    assert stream.cached_tokens == stream.prompt_tokens - forwards[0] > forwards[0]
     for n in range(1, len(dialog), 2):
         assert demo.chat_completion([dialog[:n]], 0)[0]["generation"] == dialog[n]
 
 
 @pytest.mark.parametrize("event", ["a forward that fails", "other weights"])
-def test_no_keys_and_values_are_reused_after_a_failed_forward_or_new_weights(small: SimpleNamespace, event: str) -> None:
-    """Call with `reuse=True` after a failed forward or after loading new weights. The answer must be computed anew, and a
-    stream that is still open must raise."""
+def test_no_keys_and_values_are_shared_after_a_failed_forward_or_new_weights(small: SimpleNamespace, event: str) -> None:
+    """The answer must be computed anew, and a stream that is still open must raise."""
     llama = Llama.build(small.folder, small.tokenizer_path, 64, 2, device="cpu")
 
     def complete(prompt: str) -> str:
-        return "".join(llama.text_completion_stream(prompt, 0, max_gen_len=8, reuse=True))
+        return "".join(llama.text_completion_stream(prompt, 0, max_gen_len=8))
 
     text = "once upon a time there"
     complete(text)
-    open_stream = llama.text_completion_stream(text, 0, max_gen_len=8, reuse=True)
+    open_stream = llama.text_completion_stream(text, 0, max_gen_len=8)
     next(open_stream)
     if event == "other weights":
         generator = torch.Generator().manual_seed(5)

@@ -125,17 +125,17 @@ def test_bad_sampling_arguments_are_refused(idle: Llama, name: str, value: Any, 
 def test_none_means_the_default_of_each_option(llama: Llama) -> None:
     """Many programs pass None for an option that is not set."""
     assert SamplingParams(None, None, None, None, None) == SamplingParams(0.6, 0.9, 0, 0.0, 1.0) == SamplingParams()
-    sampling = dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "repetition_penalty"))
+    sampling = dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias"))
     tokens, texts, dialogs = [[1, 5, 9]], ["once upon"], [[USER]]
     for call, argument, *names in (
         (llama.generate, tokens, "logprobs", "echo", "stop_token"),
-        (llama.generate_stream, tokens, "logprobs", "echo"),
-        (llama.text_completion, texts, "logprobs", "echo", "stop", "details"),
-        (llama.chat_completion, dialogs, "logprobs", "stop", "details"),
+        (llama.generate_stream, tokens, "logprobs", "echo", "top_logprobs", "include_eos"),
+        (llama.text_completion, texts, "logprobs", "echo", "stop", "details", "top_logprobs"),
+        (llama.chat_completion, dialogs, "logprobs", "stop", "details", "top_logprobs"),
         (llama.iter_text_completion, texts, "stop"),
         (llama.iter_chat_completion, dialogs, "stop"),
-        (llama.text_completion_stream, texts[0], "stop", "reuse"),
-        (llama.chat_completion_stream, dialogs[0], "stop", "reuse"),
+        (llama.text_completion_stream, texts[0], "stop"),
+        (llama.chat_completion_stream, dialogs[0], "stop"),
     ):
         nones = sampling | dict.fromkeys(names)
         default, with_none = (call(argument, max_gen_len=20, seed=4, **options) for options in ({}, nones))
@@ -177,7 +177,6 @@ def test_flags_must_be_true_or_false(idle: Llama, small: SimpleNamespace, value:
         assert_raises(
             lambda name=name: idle.chat_completion([[USER]], **{name: value}), InputError, f"{name} is", "True or False"
         )
-    assert_raises(lambda: idle.text_completion_stream("a", reuse=value), InputError, "reuse is", "True or False")
     assert_raises(lambda: Llama.build("m", "t", 16, 2, device="cpu", compile=value), InputError, "compile is", "True or False")
 
 

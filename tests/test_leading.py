@@ -30,7 +30,7 @@ needs_server = pytest.mark.skipif(importlib.util.find_spec("uvicorn") is None, r
 @needs_proc
 def test_threads_and_event_loops_of_rank_0_get_the_answers_of_one_rank(small: SimpleNamespace, tmp_path: Path) -> None:
     """Streams that are left, wrong prompts and failing calls disturb no other call. After `lead`, all ranks call together."""
-    llama = Llama.build(small.folder, small.tokenizer_path, 64, 3, device="cpu")
+    llama = Llama.build(small.folder, small.tokenizer_path, 256, 3, device="cpu")
     with torch.no_grad():
         llama.model.tok_embeddings.weight[lead_worker.NAN_TOKEN] = torch.nan
     want = json.loads(json.dumps(lead_worker.answers(llama)))
@@ -68,6 +68,7 @@ def test_threads_and_event_loops_of_rank_0_get_the_answers_of_one_rank(small: Si
     assert rank1["rank 1 fails"] == "OutOfMemoryError: planted"
     for error in (rank0["rank 1 fails"], *rank0["calls when rank 1 fails"]):
         assert re.search("LlamaError|InputError", error) and "rank 1 failed, so every rank stops: OutOfMemoryError" in error
+    assert rank0["alike"] == [llama.generate([prompt], 3, temperature=0)[0] for prompt in lead_worker.ALIKE[:2]]
     for name in ("same call on all ranks", "after the failure"):
         assert rank0[name] == rank1[name] == llama.generate(lead_worker.PROMPTS[:2], 5, temperature=0)[0]
 

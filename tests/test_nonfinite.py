@@ -148,31 +148,27 @@ def test_a_decode_step_started_after_eos_does_not_affect_later_calls(any_llama: 
     prompt = [1, 5, 9, 30, 8, 44, 45]
 
     def greedy(eos: int) -> list[int]:
-        run = any_llama.engine.run(GenerationCall([Request(list(prompt), 6)], SamplingParams(0), reuse=True, stop_token=eos))
+        run = any_llama.engine.run(GenerationCall([Request(list(prompt), 6)], SamplingParams(0), stop_token=eos))
         return [token.token for token in run]
 
     want = greedy(-1)
     eos = next(token for token in want if token not in prompt)
-    any_llama.engine.forward().cache.prefix_tokens = None
     with monkeypatch.context() as patch:
         set_embedding(any_llama, patch, eos)
         assert greedy(eos) == greedy(eos) == want[: want.index(eos)]
     assert greedy(-1) == want
 
 
-def test_no_keys_and_values_are_reused_after_an_error(any_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_and_values_of_a_failed_call_affect_no_later_call(any_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = [1, 5, 9, 30, 8, 44, 45]
 
     def greedy() -> list[int]:
         return [
             token.token
-            for token in any_llama.engine.run(
-                GenerationCall([Request(list(prompt), 6)], SamplingParams(0), reuse=True, stop_token=-1)
-            )
+            for token in any_llama.engine.run(GenerationCall([Request(list(prompt), 6)], SamplingParams(0), stop_token=-1))
         ]
 
     want = greedy()
-    any_llama.engine.forward().cache.prefix_tokens = None
     with monkeypatch.context() as patch:
         set_embedding(any_llama, patch, next(token for token in want if token not in prompt))
         with pytest.raises(NonFiniteError):

@@ -22,7 +22,7 @@ NAMES = {
     "FeedForward TransformerBlock Transformer",
     "llama.tokenizer": "Tokenizer",
 }
-OPTIONS = "*, top_k=0, min_p=0.0, repetition_penalty=1.0, seed=None"
+OPTIONS = "*, top_k=0, min_p=0.0, repetition_penalty=1.0, logit_bias=None, seed=None"
 SIGNATURES = {
     Llama.build: "ckpt_dir, tokenizer_path=None, max_seq_len=512, max_batch_size=8, model_parallel_size=None, seed=1, "
     "*, device=None, dtype=None, compile=False, quantize=None, backend='auto'",
@@ -31,21 +31,18 @@ SIGNATURES = {
     + OPTIONS
     + ", stop_token=None",
     Llama.generate_stream: "self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, logprobs=False, echo=False, "
-    + OPTIONS,
+    + OPTIONS
+    + ", top_logprobs=0, include_eos=False",
     Llama.text_completion: "self, prompts, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False, echo=False, "
     + OPTIONS
-    + ", stop=(), details=False",
+    + ", stop=(), details=False, top_logprobs=0",
     Llama.chat_completion: "self, dialogs, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False, "
     + OPTIONS
-    + ", stop=(), details=False",
+    + ", stop=(), details=False, top_logprobs=0",
     Llama.iter_text_completion: "self, prompts, temperature=0.6, top_p=0.9, max_gen_len=None, " + OPTIONS + ", stop=()",
     Llama.iter_chat_completion: "self, dialogs, temperature=0.6, top_p=0.9, max_gen_len=None, " + OPTIONS + ", stop=()",
-    Llama.text_completion_stream: "self, prompt, temperature=0.6, top_p=0.9, max_gen_len=None, "
-    + OPTIONS
-    + ", stop=(), reuse=False",
-    Llama.chat_completion_stream: "self, dialog, temperature=0.6, top_p=0.9, max_gen_len=None, "
-    + OPTIONS
-    + ", stop=(), reuse=False",
+    Llama.text_completion_stream: "self, prompt, temperature=0.6, top_p=0.9, max_gen_len=None, " + OPTIONS + ", stop=()",
+    Llama.chat_completion_stream: "self, dialog, temperature=0.6, top_p=0.9, max_gen_len=None, " + OPTIONS + ", stop=()",
     Llama.text_infilling: "self, prefixes, suffixes, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False, "
     "suffix_first=False",
     Llama.score: "self, prompts, continuations",
@@ -136,6 +133,7 @@ def test_repr_of_a_stream_shows_its_progress(shared_llama: Llama) -> None:
         *({"top_k": bad} for bad in (-1, 1.5, True)),
         *({"min_p": bad} for bad in (-0.1, 2, "0")),
         *({"repetition_penalty": bad} for bad in (0, -1, math.inf)),
+        *({"logit_bias": bad} for bad in ([], {5: 101}, {-1: 0})),
     ],
     ids=str,
 )
@@ -148,3 +146,4 @@ def test_validate_options_accepts_what_calls_accept() -> None:
     validate_options()
     validate_options(None, None, temperature=None, top_p=None, top_k=None, min_p=None, repetition_penalty=None)
     validate_options(max_gen_len=0, stop=["a", "\n"], temperature=0, top_p=1, top_k=5, min_p=0.1, repetition_penalty=1.2)
+    validate_options(logit_bias={5: -100})

@@ -216,6 +216,73 @@ def test_logprobs_are_those_of_the_library_and_their_bytes_are_the_text(
         assert token.startswith("bytes:") or choice["text"][offset:].startswith(token)
 
 
+def test_chats_have_the_likeliest_tokens_whole_and_streamed(client: Client, llama: Llama) -> None:
+    options = dict(messages=MESSAGES, temperature=0, max_tokens=9, logprobs=True, top_logprobs=20)
+    (want,) = llama.chat_completion([MESSAGES], 0, max_gen_len=9, logprobs=True, top_logprobs=20)  # type: ignore[list-item]
+    content = client.post(CHAT, options)[1]["choices"][0]["logprobs"]["content"]
+    assert [len(token["top_logprobs"]) for token in content] == [20] * len(want["tokens"])
+    for token, top in zip(content, want["top_logprobs"], strict=True):
+        assert token["top_logprobs"][0] == {name: token[name] for name in ("token", "logprob", "bytes")}  # it is greedy
+        assert [each["logprob"] for each in token["top_logprobs"]] == pytest.approx([value for _, value in top], abs=1e-4)
+    first = content[0]["top_logprobs"]  # the space before an answer is left out
+    assert {t["token"] for t in first} >= {text for text, _ in want["top_logprobs"][0] if text.isascii() and text.isalpha()}
+    events = client.stream(CHAT, **options)
+    assert [t for e in events for t in (e["choices"][0]["logprobs"] or {"content": []})["content"]] == content
+
+
+def test_completions_have_the_likeliest_tokens_and_the_chosen_one(client: Client, llama: Llama) -> None:
+    """Score a prompt, and sample an answer of unlikely tokens."""
+    tokens = llama.tokenizer.encode("The quick", bos=True, eos=False)
+    (want,) = llama.text_completion(["The quick"], max_gen_len=0, logprobs=True, top_logprobs=5, echo=True)
+    for prompt in ("The quick", tokens):
+        fields: dict = dict(prompt=prompt, max_tokens=0, echo=True, logprobs=5)
+        choice = client.post(COMPLETION, fields)[1]["choices"][0]
+        logprobs = choice["logprobs"]
+        assert choice["text"] == "The quick" == "".join(logprobs["tokens"]) and choice["finish_reason"] == "length"
+        assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
+        assert logprobs["token_logprobs"][1:] == pytest.approx(want["logprobs"][1:], abs=1e-4)
+        for text, value, by_text, top in zip(*list(logprobs.values())[:3], want["top_logprobs"], strict=True):
+            if by_text is not None:
+                assert by_text[text] == value and len(by_text) in (5, 6)
+                assert [*by_text.values()][:5] == pytest.approx([v for _, v in top], abs=1e-4)
+        (event, last) = client.stream(COMPLETION, **fields)
+        assert event["choices"][0]["logprobs"] == logprobs and last["choices"][0]["finish_reason"] == "length"
+    assert client.post(COMPLETION, prompt=[tokens] * 2, max_tokens=0, echo=True, logprobs=0)[1]["choices"][1]["index"] == 1
+    for temperature, n in ((0, 1), (9, 2)):
+        _, answer = client.post(COMPLETION, prompt="The", temperature=temperature, seed=1, logprobs=1, max_tokens=5)
+        logprobs = answer["choices"][0]["logprobs"]
+        assert [len(top) for top in logprobs["top_logprobs"]] == [n] * 5
+        assert all(top[text] == value for text, value, top, _ in zip(*logprobs.values(), strict=True))
+
+
+def test_the_end_of_a_completion_is_among_the_tokens_of_its_logprobs(client: Client, llama: Llama) -> None:
+    """Programs that score texts ask for one token more, and drop the last one; EOS must not be missing there."""
+    eos = {str(llama.tokenizer.eos_id): 100}
+    fields: dict = dict(prompt="The", max_tokens=3, temperature=0, logit_bias=eos, logprobs=1, echo=True)
+    _, answer = client.post(COMPLETION, fields)
+    (choice,) = answer["choices"]
+    logprobs = choice["logprobs"]
+    n = len(llama.tokenizer.encode("The", bos=True, eos=False))
+    assert [len(values) for values in logprobs.values()] == [n + 1] * 4
+    assert (logprobs["tokens"][-1], logprobs["text_offset"][-1], choice["text"]) == ("", 3, "The")
+    assert choice["finish_reason"] == "stop" and answer["usage"]["completion_tokens"] == 0
+    assert logprobs["top_logprobs"][-1][""] == logprobs["token_logprobs"][-1] < -1  # the model's own, without the bias
+    streamed = [e["choices"][0]["logprobs"] for e in client.stream(COMPLETION, **fields)]
+    assert [token for each in streamed if each for token in each["tokens"]] == logprobs["tokens"]
+    chat = client.post(CHAT, messages=MESSAGES, logit_bias=eos, temperature=0, logprobs=True)[1]["choices"][0]
+    assert (chat["message"]["content"], chat["logprobs"]) == ("", None)
+
+
+def test_a_logit_bias_chooses_and_bans_tokens(client: Client, llama: Llama) -> None:
+    for path, fields in ((CHAT, {"messages": MESSAGES}), (COMPLETION, {"prompt": "The"})):
+        for temperature in (0, 1.0):
+            body = {**fields, "max_tokens": 3, "temperature": temperature, "seed": 4, "logit_bias": {"300": 100, "5": -1.5}}
+            _, answer = client.post(path, body)
+            choice = answer["choices"][0]
+            text = choice["text"] if path == COMPLETION else choice["message"]["content"]
+            assert text.strip() == llama.tokenizer.decode([300] * 3).strip()
+
+
 def test_a_prompt_may_end_within_a_character(client: Client, llama: Llama) -> None:
     """Echo a prompt whose last token is the second of the three bytes of the euro sign, then let the third follow."""
     tokens = llama.tokenizer.encode("The \u20ac", bos=True, eos=False)
@@ -226,13 +293,21 @@ def test_a_prompt_may_end_within_a_character(client: Client, llama: Llama) -> No
     assert begin_text(text.detokenizer, tokens[:-1], llama.tokenizer) + text.push(tokens[-1]) == "The \u20ac"
 
 
+BAD_BIASES: list[Any] = [
+    [], {"384": 1}, {"-1": 1}, {"1.0": 1}, {"x": 1}, {"\u00b2": 1}, {"5": 101}, {"5": "1"}, {"5": True}, {"5": None},
+    {"5": 1, "05": 1}, {"9" * 5000: 1},
+]  # fmt: skip
 REFUSED: list[tuple[str, dict[str, Any], str, str | None]] = [
     (CHAT, {"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
     (CHAT, {"messages": MESSAGES, "tool_choice": "auto"}, "tool_choice", "unsupported_parameter"),
     (CHAT, {"messages": MESSAGES, "functions": [{}]}, "functions", "unsupported_parameter"),
     (CHAT, {"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
-    (CHAT, {"messages": MESSAGES, "logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
-    (CHAT, {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2}, "top_logprobs", "unsupported_parameter"),
+    *[(CHAT, {"messages": MESSAGES, "logit_bias": bad}, "logit_bias", None) for bad in BAD_BIASES],
+    *[
+        (CHAT, {"messages": MESSAGES, "logprobs": True, "top_logprobs": bad}, "top_logprobs", None)
+        for bad in (-1, 21, 1.0, True, "2")
+    ],
+    (CHAT, {"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs", None),
     (CHAT, {"messages": MESSAGES, "frequency_penalty": 0.1}, "frequency_penalty", "unsupported_parameter"),
     (CHAT, {"messages": MESSAGES, "frequency_penalty": False}, "frequency_penalty", "unsupported_parameter"),
     (CHAT, {"messages": MESSAGES, "stop": "x" * 1001}, "stop", None),
@@ -279,7 +354,9 @@ REFUSED: list[tuple[str, dict[str, Any], str, str | None]] = [
     (COMPLETION, {"prompt": ["x", 5]}, "prompt", None),
     (COMPLETION, {"prompt": "x", "best_of": 2}, "best_of", "unsupported_parameter"),
     (COMPLETION, {"prompt": "x", "suffix": "y"}, "suffix", "unsupported_parameter"),
-    (COMPLETION, {"prompt": "x", "logprobs": 1}, "logprobs", "unsupported_parameter"),
+    *[(COMPLETION, {"prompt": "x", "logprobs": bad}, "logprobs", None) for bad in (-1, 6, True, 1.0, "1")],
+    (COMPLETION, {"prompt": "x", "logit_bias": {"384": 1}}, "logit_bias", None),
+    (COMPLETION, {"prompt": "x", "top_logprobs": 1}, "top_logprobs", "unknown_parameter"),
     (COMPLETION, {"prompt": "x", "messages": []}, "messages", "unknown_parameter"),
 ]
 

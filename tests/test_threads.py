@@ -25,14 +25,6 @@ PROMPTS = [[[1, 5], [1, 9, 30]], [[1, 300]], [[1, 7, 7], [1, 8], [1, *range(20, 
 SINGLE = [[1, *range(5 + i, 8 + 2 * i)] for i in range(24)]
 
 
-@pytest.fixture(params=[False, True], ids=["cpu", "as on CUDA"])
-def either_backend(request: pytest.FixtureRequest) -> bool:
-    """Run a test with the CPU's backend, and with the twin of the backend for CUDA, which launches steps ahead."""
-    if request.param:
-        request.getfixturevalue("as_on_cuda")
-    return request.param
-
-
 def run_together(calls: list[Callable[[], Any]]) -> list[Any]:
     """Run each call in a thread of its own, all at the same time; return their results in order."""
     start = threading.Barrier(len(calls))
@@ -337,6 +329,7 @@ def test_a_long_prompt_enters_in_chunks_between_the_steps_of_a_running_stream(
     stream_alone = llama.generate(SINGLE[:1], 20, temperature=0)[0][0]
     monkeypatch.setattr(tuning, "PREFILL_CHUNK_BESIDE_DECODING", 16)
     monkeypatch.setattr(tuning, "ATTENTION_CHUNK", 8)
+    llama.clear_prefix_cache()
     stream = llama.generate_stream(SINGLE[:1], 20, temperature=0)
     with count_forward_tokens() as forwards:
         tokens = [next(stream).token]
@@ -367,21 +360,6 @@ def test_a_long_prompt_whose_caller_leaves_frees_its_row_before_its_prefill_ends
     assert 1 not in running_scheduler.running and not running_scheduler.prefills
     assert llama.generate(SINGLE[1:3], 20, temperature=0)[0] == want[1:]
     assert [*tokens, *(token.token for token in stream)] == want[0]
-
-
-def test_a_kept_prefix_is_not_overwritten_while_its_row_is_free(llama: Llama) -> None:
-    """End a stream with reuse=True in row 0 beside another stream, which runs on. The next stream reuses right values."""
-    text = "Once upon a time there was a bear"
-    want = "".join(llama.text_completion_stream(text, 0, max_gen_len=8))
-    kept = llama.text_completion_stream(text, 0, max_gen_len=8, reuse=True)
-    first = next(kept)
-    other = llama.generate_stream(SINGLE[:1], 30, temperature=0)
-    next(other)
-    assert first + "".join(kept) == want
-    list(other)
-    again = llama.text_completion_stream(text, 0, max_gen_len=8, reuse=True)
-    assert "".join(again) == want
-    assert again.reused_tokens > 0
 
 
 def test_a_prompt_that_fills_the_context_ends_no_other_call(llama: Llama, either_backend: bool) -> None:
@@ -480,3 +458,28 @@ def test_a_second_reader_of_a_stream_is_told_so(llama: Llama, monkeypatch: pytes
         patch.setattr(IncrementalText, "push", read_again)
         next(stream)
     assert len(errors) == 2
+
+
+def test_free_rows_wait_a_little_for_rows_that_are_about_to_end(llama: Llama) -> None:
+    """Begin a call with two prompts one step after a call with four. The prompts that wait for their rows enter together."""
+    prompts = [[1, *range(20 + i, 25 + i)] for i in range(12)]
+
+    def make_call(first: int, end: int) -> GenerationCall:
+        return GenerationCall([Request(prompt, 6) for prompt in prompts[first:end]], SamplingParams(0), stop_token=-1)
+
+    want = [[token.token for token in llama.engine.run(make_call(i, i + 1))] for i in range(12)]
+    answers: list[list[int]] = []
+    calls = []
+    for first, end in ((0, 4), (4, 6), (6, 12)):
+        calls.append(llama.engine.submit(make_call(first, end)))
+        llama.engine.step_or_wait(calls[-1][0])
+    with count_forward_tokens() as forwards:
+        for scheduler, call in calls:
+            tokens: dict[int, list[int]] = {}
+            while events := llama.engine.wait_for_events(scheduler, call):
+                for event in events:
+                    assert event.token
+                    tokens.setdefault(event.prompt_index, []).append(event.token.token)
+            answers += [tokens[i] for i in sorted(tokens)]
+    assert answers == want
+    assert max(forwards) == 6 * 6

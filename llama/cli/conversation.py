@@ -79,7 +79,7 @@ class Conversation:
 
     def _answer(self, dialog: list[Message]) -> Generator[str, None, None]:
         """Yield the answer to a dialog in chunks. When the answer ends or is ended early, add it to the conversation."""
-        stream = self.llama.chat_completion_stream(dialog, stop=self.stop, reuse=True, **self.options)
+        stream = self.llama.chat_completion_stream(dialog, stop=self.stop, **self.options)
         answer, self.cut_off, self.speed = "", None, None
         max_gen_len, began = self.options["max_gen_len"], time.perf_counter()
         first: tuple[float, int] | None = None  # when the first chunk was there, and after how many tokens
@@ -135,9 +135,9 @@ def describe_speed(stream: Stream, prefill_seconds: float, decode_seconds: float
 
     prefill_seconds: the time to the first chunk of text, which has first_tokens tokens. decode_seconds: the time after it.
     """
-    computed, decoded = stream.prompt_tokens - stream.reused_tokens, stream.new_tokens - first_tokens
+    computed, decoded = stream.prompt_tokens - stream.cached_tokens, stream.new_tokens - first_tokens
     speed = f"{decoded / decode_seconds:.1f} tokens/s" if decoded and decode_seconds else "too short to measure"
     return (
-        f"prompt: {stream.prompt_tokens} tokens, {stream.reused_tokens} of them in the cache; first text after "
+        f"prompt: {stream.prompt_tokens} tokens, {stream.cached_tokens} of them in the cache; first text after "
         f"{prefill_seconds:.2f} s, {computed / prefill_seconds:.1f} tokens/s; answer: {stream.new_tokens} tokens, {speed}"
     )

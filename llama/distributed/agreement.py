@@ -90,6 +90,15 @@ def broadcast_from_rank0(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def is_true_on_all_ranks(flag: bool, device: torch.device) -> bool:
+    """Return True if a flag is True on every rank of the model-parallel group."""
+    if model_parallel()[1] == 1:
+        return flag
+    least = torch.tensor([flag], dtype=torch.int32, device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=fs.get_model_parallel_group())
+    return bool(least)
+
+
 def decides_alone() -> bool:
     """Return True if this rank need not agree with others: it is the only one, or it leads. Raise InputError if it follows."""
     if reachable_world_size() == 1:

@@ -1,5 +1,7 @@
 """Check log probabilities and logits of a model, and provide small helpers for several parts of the engine."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -7,9 +9,9 @@ from ..errors import NonFiniteError
 from .requests import Request
 
 
-def check_logprobs(model: nn.Module, logprobs: list[float], label: str) -> None:
+def check_logprobs(model: nn.Module, logprobs: Iterable[float | None], label: str) -> None:
     """Raise NonFiniteError if a log probability of a prompt's tokens is invalid. label: name of the prompt in the error."""
-    if not all(map(is_valid_logprob, logprobs)):
+    if not all(logprob is not None and is_valid_logprob(logprob) for logprob in logprobs):
         raise _nonfinite_error(model, label, "a token's log probability is")
 
 

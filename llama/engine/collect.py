@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..errors import InputError
 from ..sampling import SamplingParams
 from ..tokenizer import Tokenizer
 from .incremental_text import IncrementalText
@@ -33,6 +34,8 @@ class ResultCollector:
         result.tokens.append(token.token)
         if token.logprob is not None:
             result.logprobs.append(token.logprob)
+        if token.top_logprobs is not None:
+            result.top_logprobs.append(token.top_logprobs)
         # Skip echoed tokens of the prompt: `result.text` begins with the text of the prompt.
         if self.texts and result.request.num_new_tokens:
             result.text += push_token(result.request, self.texts[token.prompt_index], token)
@@ -79,6 +82,8 @@ def results_of_replaced_generate(
     `generate` receives the arguments that Meta's own `Llama.generate` has, and any other option only if its value is not the
     default.
     """
+    if call.top_logprobs:
+        raise InputError("generate has been replaced, and returns no top_logprobs; leave top_logprobs out")
     asked = [request for request in call.requests if request.prompt]
     defaults = SamplingParams()
     options = {

@@ -6,7 +6,15 @@ import torch
 
 from ..distributed.agreement import broadcast_from_rank0
 from ..distributed.groups import model_parallel
-from ..sampling import Sampler, SamplingParams, apply_repetition_penalty, sample, sample_top_p, seeded_exponential
+from ..sampling import (
+    Sampler,
+    SamplingParams,
+    apply_repetition_penalty,
+    bias_of_tokens,
+    sample,
+    sample_top_p,
+    seeded_exponential,
+)
 from .requests import Request
 
 
@@ -19,7 +27,7 @@ class SamplingOptions(NamedTuple):
 
 
 class DecodeState:
-    """Logits, positions, seeds and seen tokens of B rows, on the device."""
+    """Logits, positions, seeds, seen tokens and logit biases of B rows, on the device."""
 
     def __init__(self, n: int, vocab: int, device: torch.device) -> None:
         self.logits = torch.zeros(n, vocab, dtype=torch.float32, device=device)
@@ -28,6 +36,7 @@ class DecodeState:
         self.seeds = torch.zeros_like(self.positions)
         # None, or for each row and token: True if the token is in the prompt or the answer, for a repetition penalty.
         self.seen: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None  # None, or for each row and token: what a logit bias adds to the logit
         self.options: dict[int, SamplingOptions] = {}  # maps each row that is in use to its options
         self._groups: list[tuple[SamplingOptions, torch.Tensor]] | None = None
         self.failures: list[tuple[list[int], Exception]] = []  # of the last `sample`, with the rows that they concern
@@ -40,6 +49,7 @@ class DecodeState:
 
         self.logits, self.positions, self.last_positions = map(resized, (self.logits, self.positions, self.last_positions))
         self.seeds, self.seen = resized(self.seeds), None if self.seen is None else resized(self.seen)
+        self.bias = None if self.bias is None else resized(self.bias)
         self._groups = None
 
     def admit(self, rows: list[int], requests: list[Request], options: list[SamplingOptions], logits: torch.Tensor) -> None:
@@ -62,12 +72,18 @@ class DecodeState:
             for row, request in zip(seen, requests, strict=True):
                 row[request.prompt] = True
             self.seen = put(torch.zeros_like(self.logits, dtype=torch.bool) if self.seen is None else self.seen, seen)
+        biases = [each.params.logit_bias for each in options]
+        if any(biases):
+            bias = torch.stack([bias_of_tokens(each, logits.shape[1]) for each in biases])
+            self.bias = put(torch.zeros_like(self.logits) if self.bias is None else self.bias, bias)
         self.options.update(zip(rows, options, strict=True))
         self._groups = None
 
-    def set_position(self, row: int, position: int) -> None:
-        """Set the position at which decode steps compute a row whose prompt is still being prefilled."""
-        index, value = torch.tensor([row]), torch.tensor([position])
+    def set_positions(self, rows: list[int], positions: list[int]) -> None:
+        """Set the positions at which decode steps compute rows that do not decode."""
+        if not rows:
+            return
+        index, value = torch.tensor(rows, device="cpu"), torch.tensor(positions, device="cpu")
         for name in ("positions", "last_positions"):
             old = getattr(self, name)
             setattr(self, name, old.index_copy(0, index.to(old.device), value.to(old.device)))
@@ -126,6 +142,8 @@ class DecodeState:
     def _sample_rows(self, options: SamplingOptions, rows: torch.Tensor | slice) -> torch.Tensor:
         """Sample a token for each of some rows, which have equal options."""
         logits, noise = self.logits[rows], None
+        if options.params.logit_bias and self.bias is not None:
+            logits = logits + self.bias[rows]
         if options.params.repetition_penalty != 1 and self.seen is not None:
             logits = apply_repetition_penalty(logits, self.seen[rows], options.params.repetition_penalty)
         if options.seeded and not options.params.greedy:

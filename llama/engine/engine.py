@@ -16,16 +16,16 @@ from ..distributed.progress import progress
 from ..errors import DeviceError, InputError
 from ..kernels.host_memory import raise_malloc_threshold
 from ..model import Transformer
-from ..sampling import token_logprobs
+from ..sampling import SamplingParams, token_logprobs
 from .backend import Backend
-from .checks import check_logprobs, device_of
+from .checks import check_logprobs, common_prefix_length, device_of
 from .events import Event, RunningCall, RunningCalls, take_event
 from .forward import EngineForward
 from .kv_cache import KVCache, RaggedBatch
 from .leading import check_led
 from .prefill import score_tokens
 from .reference_loop import ReferenceLoop, move_buffers
-from .requests import GeneratedToken, GenerationCall
+from .requests import GeneratedToken, GenerationCall, Request
 from .scheduler import Scheduler
 from .shared_state import CacheOwner, shared_state_of
 from .unmodified import why_modified
@@ -88,8 +88,7 @@ class Engine:
     def run(self, call: GenerationCall) -> Iterator[GeneratedToken]:
         """Yield the new tokens of all requests as they are generated, without EOS. With `call.echo`, prompt tokens come first.
 
-        Either all requests have a seed or none has. With `call.reuse`, the call has a single request, and prefill skips the
-        leading prompt tokens whose keys and values an earlier call with `reuse` has left in row 0 of the cache.
+        Either all requests have a seed or none has.
         """
         yield from self.begin(call)
         if not self.needs_model(call):
@@ -238,11 +237,14 @@ class Engine:
     def score(self, sequences: list[list[int]], starts: list[int], labels: list[str]) -> list[list[float]]:
         """Return the log probabilities of the tokens of each sequence, from index `starts[i]` (1 or more) to its end.
 
-        Sequences are computed side by side, up to PREFILL_CHUNK tokens at a time; a longer sequence is computed alone.
-        The KV cache is not used, except by a modified model, which computes one sequence at a time.
+        Sequences are computed side by side, up to PREFILL_CHUNK tokens at a time; a longer sequence is computed alone. If they
+        begin alike, they are prefilled into rows of the KV cache instead, so that a shared beginning is computed once. A
+        modified model computes one sequence at a time.
         """
         self.check_sizes()
         check_led(self)
+        if not self.why_reference_loop() and shares_prefixes(sequences):
+            return self.score_in_rows(sequences, starts, labels)
         if why := self.why_reference_loop():
             with self.whole_calls_ended():
                 self.announce(why)
@@ -284,8 +286,24 @@ class Engine:
         else:
             batch = RaggedBatch.from_segments([(row, 0, len(each)) for row, each in enumerate(sequences)], device)
             hidden = forward.hidden_states(tokens, batch, use_cache=False, logits_indices=indices - 1)
-            logprobs = iter(score_tokens(forward.logits, hidden, tokens[indices]))
+            logprobs = iter([score.logprob for score in score_tokens(forward.logits, hidden, tokens[indices])])
         return [list(itertools.islice(logprobs, len(each))) for each in scored]
+
+    def score_in_rows(self, sequences: list[list[int]], starts: list[int], labels: list[str]) -> list[list[float]]:
+        """Compute `score` by a call in the scheduler. The sequences that share the most tokens follow each other."""
+        order = sorted(range(len(sequences)), key=lambda i: sequences[i])
+        requests = [Request(sequences[i], 0, label=labels[i], score_from=starts[i]) for i in order]
+        call = GenerationCall(requests, SamplingParams(), name="score", score_only=True)
+        results: list[list[float]] = [[] for _ in sequences]
+        for token in self.run(call):
+            results[order[token.prompt_index]].append(token.logprob or 0.0)
+        return results
+
+
+def shares_prefixes(sequences: list[list[int]]) -> bool:
+    """Return True if at least a third of all tokens are in prefixes that sequences share, so that a prefix cache saves them."""
+    shared = sum(common_prefix_length(a, b) for a, b in itertools.pairwise(sorted(sequences)))
+    return 3 * shared >= sum(map(len, sequences))
 
 
 def _restore_engine(model: Transformer, backend: Backend) -> Engine:

@@ -1,4 +1,4 @@
-"""What a scheduler reports about a call, and how its caller takes it."""
+"""Running calls and requests, what a scheduler reports about them, and how callers take it."""
 
 import abc
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from .shared_state import ended_early
 
 
 class Event(NamedTuple):
-    """What the scheduler reports about a request: a token of the prompt, a new token, or the end of the answer."""
+    """What the scheduler reports about a request: a token of the prompt, a new token, or the end of the answer by EOS."""
 
-    token: GeneratedToken | None
+    token: GeneratedToken | None  # at the end of the answer: EOS, if the call includes it
     prompt_index: int  # the index of the request in its call
     in_prompt: bool = False
-    finish_reason: FinishReason | None = None  # "stop" if EOS has ended the answer; None for a token
+    finish_reason: FinishReason | None = None  # "stop" if EOS has ended the answer; None for other tokens
 
 
 @dataclass(eq=False)
@@ -50,6 +50,21 @@ class RunningCall:
         while self.first_open < len(requests) and requests[self.first_open].finish_reason:
             self.first_open += 1
         return self.first_open == len(requests) and not self.call.scores_prompts
+
+
+@dataclass(eq=False)
+class RunningRequest:
+    """A request in a row of the KV cache."""
+
+    running_call: RunningCall
+    index: int
+    request: Request
+    num_generated: int = 0  # tokens generated so far; the caller may not have taken all of them
+
+    @property
+    def position(self) -> int:
+        """Return the position of the next token to decode."""
+        return len(self.request.prompt) + self.num_generated
 
 
 class RunningCalls(abc.ABC):
@@ -106,8 +121,10 @@ def take_event(request: Request, event: Event) -> Iterator[GeneratedToken]:
     if event.in_prompt and event.token:
         yield event.token
     elif not request.finish_reason:
-        if event.token is None:
+        if event.finish_reason or event.token is None:
             request.finish_reason = event.finish_reason
+            if event.token:
+                yield event.token
             return
         request.num_new_tokens += 1
         yield event.token

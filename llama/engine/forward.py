@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region, reduce_from_model_parallel_region
 
-from .. import compat
+from .. import compat, tuning
 from ..kernels import avx512
 from ..kernels.attention import attention
 from ..kernels.base import LinearKernel
@@ -212,11 +212,31 @@ class EngineForward:
     def weights_version(self) -> list[Any]:
         """Return a list that changes if a weight is replaced or edited in place.
 
-        Edits through `.data` do not change the list, since PyTorch does not count them.
+        Edits through `.data` do not change the list, since PyTorch does not count them: see `notices_edits`.
         """
         freqs = self.model.freqs_cis
         weights = [(id(weight), weight.data_ptr(), compat.version_of(weight)) for weight in self.model.parameters()]
-        return [SharedKernel.n_edits, id(freqs), compat.version_of(freqs), *weights]
+        eps = [norm.eps for norm in self.norms]
+        return [SharedKernel.n_edits, id(freqs), compat.version_of(freqs), *eps, *weights]
+
+    @property
+    def norms(self) -> list[EngineNorm]:
+        return [self.norm, *(norm for layer in self.layers for norm in (layer.attention_norm, layer.ffn_norm))]
+
+    def notices_edits(self) -> bool:
+        """Return True if no edit of a weight or of the cache escapes `weights_version` and `KVCache.is_unchanged`.
+
+        Edits escape if a caller has taken a tensor's `.data`, or has put in a tensor of their own.
+        """
+        attentions = [block.attention for block in cast("list[TransformerBlock]", list(self.model.layers))]
+        caches = [cache for attention in attentions for cache in (attention.cache_k, attention.cache_v)]
+        weights = [weight for weight in self.model.parameters() if not isinstance(weight, PackedWeight)]
+        return all(map(compat.is_observed, [self.model.freqs_cis, *caches, *weights]))
+
+    def prefix_multiple(self) -> int:
+        """Return a number: a prefill that begins at a multiple of it rounds its results as a prefill of the whole prompt."""
+        works_by_token = self.layers[0].hd % 64 == 0 and avx512.is_plain_bf16(self.norm.weight)
+        return 1 if works_by_token else tuning.ATTENTION_CHUNK
 
     @property
     def device(self) -> torch.device:
@@ -263,7 +283,7 @@ class EngineForward:
     def graph_dependencies(self) -> list[Any]:
         """Return the cache, kernels and memory that a captured decode step reads. If one changes, recapture the step."""
         found: list[Any] = [self.cache, self.n_words, memory_key(self.freqs), memory_key(self.model.tok_embeddings.weight)]
-        for norm in (self.norm, *(norm for layer in self.layers for norm in (layer.attention_norm, layer.ffn_norm))):
+        for norm in self.norms:
             found += [memory_key(norm.weight), norm.eps]
         for weight in (self.output, *(p for layer in self.layers for p in (layer.wqkv, layer.wo, layer.w13, layer.w2))):
             found += weight.dependencies()

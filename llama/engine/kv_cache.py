@@ -25,6 +25,7 @@ import torch
 
 from .. import compat
 from ..model import Transformer
+from .prefix_cache import PrefixCache
 
 
 class Segment(NamedTuple):
@@ -104,13 +105,17 @@ def prefill_chunks(lengths: list[int], max_tokens: int, multiple: int = 1) -> It
     A prompt is cut only at multiples of `multiple` tokens (or of max_tokens, if smaller). Attention kernels work in blocks of
     `multiple` tokens, so cutting a prompt does not change how results are rounded.
     """
-    pieces, room = [], max_tokens
+    pieces: list[tuple[int, int, int]] = []
+    room = max_tokens
     for row, length in enumerate(lengths):
         start = 0
         while start < length:
             n = min(length - start, room)
             if start + n < length:
-                n -= n % min(multiple, max_tokens)
+                n -= n % (step := min(multiple, max_tokens))
+                # Leave no single token, which attention rounds as in a decode step, unless a chunk has no room for two steps.
+                if start + n == length - 1 and n >= step and (n > step or pieces):
+                    n -= step
             if n:
                 pieces.append((row, start, n))
             start, room = start + n, room - n
@@ -134,9 +139,8 @@ class KVCache:
         self.views = [tuple(layer.transpose(2, 3).unbind()) for layer in self.layers]  # cache_k and cache_v of each layer
         self.logits: torch.Tensor | None = None  # None, or the logits (rows, vocab) of the last decode step
         self.stream: torch.cuda.Stream | None = None  # None, or the CUDA stream on which the last step was launched
-        # The tokens whose keys and values row 0 is known to contain; None if unknown. Each call sets a new list.
-        self.prefix_tokens: list[int] | None = None
-        self.weights_version: object = None  # the model's weights_version when prefix_tokens were computed
+        self.prefixes = PrefixCache(data)
+        self.weights_version: object = None  # the model's weights_version when `prefixes` were computed
         self.version = -1  # PyTorch's version counter of `data` after the engine's last write
 
     def belongs_to(self, model: Transformer) -> bool:
@@ -173,7 +177,7 @@ class KVCache:
                     before = getattr(attention, name)
                     if not before.is_meta and before.any():  # skip zeros, since copying would allocate memory too early
                         view.copy_(before)
-                    setattr(attention, name, view)
+                    setattr(attention, name, compat.observe(view))
         return cache
 
 

@@ -1,85 +1,144 @@
 """Prefill: run prompts through the engine's forward, side by side and in chunks."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 
 from .. import tuning
 from ..distributed.progress import progress
-from ..sampling import token_logprobs
+from ..sampling import ranked_logprobs
 from .forward import EngineForward
 from .kv_cache import RaggedBatch, prefill_chunks
-from .requests import Request
+from .prefix_cache import PrefixCache
+from .requests import Request, TokenScore, token_score
+
+
+@dataclass(eq=False)
+class PrefillRow:
+    """A row of the KV cache, and the prompt to prefill into it.
+
+    score_from: index of the first token whose log probability is wanted, 1 or more; None to score no token.
+    n_top: how many of the likeliest tokens are wanted, too.
+    start: number of leading tokens that are not computed, because they are in the row already, or will be copied there.
+    source: None, or the row from which they will be copied as soon as its own prefill has ended.
+    """
+
+    row: int
+    request: Request
+    score_from: int | None = None
+    n_top: int = 0
+    start: int = 0
+    source: int | None = None
+    n_computed: int = 0
+    scores: list[TokenScore] = field(default_factory=list)  # of the tokens from `score_from` on
+    last_hidden: torch.Tensor | None = None  # hidden state of the last token, (1, dim); None until computed
+
+    @property
+    def n_cached(self) -> int:
+        """Return the number of tokens that are in the cache."""
+        return self.start + self.n_computed
+
+    @property
+    def first_hidden(self) -> int:
+        """Return the index of the first token whose hidden state is needed."""
+        last = len(self.request.prompt) - 1
+        return last if self.score_from is None else min(self.score_from - 1, last)
+
+    @property
+    def max_start(self) -> int:
+        """Return the largest possible value of `start`.
+
+        At least two tokens are computed, since attention rounds a single token as in a decode step.
+        """
+        return max(0, min(self.first_hidden, len(self.request.prompt) - 2))
+
+
+def share_prefix(place: PrefillRow, prefixes: PrefixCache, prefilling: list[PrefillRow], spare: list[int]) -> int | None:
+    """Take the first tokens of a prompt from the row that shares the most with it.
+
+    If a row in `prefilling` shares considerably more, `place` waits for the end of its prefill. What the prompt's own row held
+    is saved in one of the rows `spare`. Return that row, or None.
+    """
+    prompt, limit = place.request.prompt, place.max_start
+    source, place.start = prefixes.find(prompt, limit, place.row)
+    saved = prefixes.take(place.row, source, place.start, spare)
+    for other in prefilling:
+        n = prefixes.n_shared(other.request.prompt, prompt, limit)
+        if n - place.start >= tuning.MIN_AWAITED_PREFIX:
+            place.start, place.source = n, other.row
+    place.request.num_cached_tokens = place.start
+    return saved
 
 
 class Prefill:
     """Prefill rows of the KV cache with prompts, in chunks of at most max_tokens tokens, counted over all prompts.
 
-    start: number of leading prompt tokens to skip, as they are in the cache already. quiet: show no progress.
-    `last_hidden` and `logprobs` are complete after the last chunk. scored: compute `logprobs`.
+    quiet: show no progress. After the last chunk, `scores` and `last_hidden` of the rows are complete.
     """
 
-    def __init__(
-        self,
-        forward: EngineForward,
-        rows: list[int],
-        requests: list[Request],
-        start: int,
-        scored: bool,
-        max_tokens: int,
-        quiet: bool,
-    ) -> None:
-        self.forward, self.rows, self.start, self.scored = forward, rows, start, scored
-        prompts = [request.prompt[start:] for request in requests]
-        self.lengths = [len(prompt) for prompt in prompts]
-        self.tokens = torch.tensor([token for prompt in prompts for token in prompt] + [0], device=forward.device)
-        self.n_cached = dict.fromkeys(rows, start)  # for each row, the number of tokens that are in the cache
-        self.n_read, self.hidden, self.values = 0, list[torch.Tensor](), [0.0]
-        chunks = list(prefill_chunks(self.lengths, max_tokens, tuning.ATTENTION_CHUNK))
-        bar = progress(chunks, lambda chunk: sum(n for _, _, n in chunk), "reading prompts", "tokens")
-        self.chunks = iter(chunks if quiet else bar)
-        self.next_chunk = next(self.chunks, None)
+    def __init__(self, forward: EngineForward, rows: list[PrefillRow], max_tokens: int, quiet: bool) -> None:
+        self.forward, self.rows, self.max_tokens, self.quiet = forward, rows, max_tokens, quiet
+        self.chunks: Iterator[list[tuple[int, int, int]]] | None = None  # None before the first chunk
+        self.next_chunk: list[tuple[int, int, int]] | None = None
 
     @property
     def finished(self) -> bool:
         """Return True after the last chunk."""
-        return self.next_chunk is None
+        return self.chunks is not None and self.next_chunk is None
+
+    def begin(self) -> None:
+        """Divide the tokens that are to be computed into chunks."""
+        lengths = [len(each.request.prompt) - each.start for each in self.rows]
+        chunks = list(prefill_chunks(lengths, self.max_tokens, tuning.ATTENTION_CHUNK))
+        bar = progress(chunks, lambda chunk: sum(n for _, _, n in chunk), "reading prompts", "tokens")
+        self.chunks = iter(chunks if self.quiet else bar)
+        self.next_chunk = next(self.chunks, None)
 
     def run_chunk(self) -> None:
         """Run the next chunk."""
-        pieces, device = self.next_chunk or [], self.forward.device
-        ends = list(itertools.accumulate(n for _, _, n in pieces))
-        batch = RaggedBatch.from_segments([(self.rows[i], self.start + done, n) for i, done, n in pieces], device)
-        final = [end - 1 for end, (i, done, n) in zip(ends, pieces, strict=True) if done + n == self.lengths[i]]
-        final_indices = torch.tensor(final, dtype=torch.int64, device=device)
-        needed, first = None if self.scored else final_indices, self.n_read
-        hidden = self.forward.hidden_states(self.tokens[first : first + ends[-1]], batch, logits_indices=needed)
-        if self.scored:
-            self.values += score_tokens(self.forward.logits, hidden, self.tokens[first + 1 :])
-            hidden = hidden[final_indices]
-        self.hidden.append(hidden)
-        self.n_read += ends[-1]
-        for i, done, n in pieces:
-            self.n_cached[self.rows[i]] = self.start + done + n
+        if self.chunks is None:
+            self.begin()
+        assert self.chunks is not None
+        pieces = [(self.rows[i], self.rows[i].start + done, n) for i, done, n in self.next_chunk or []]
+        tokens, needed, targets = list[int](), list[int](), list[int]()  # targets: the token after each needed hidden state
+        for each, first, n in pieces:
+            prompt, skipped = each.request.prompt, max(0, each.first_hidden - first)
+            needed += range(len(tokens) + skipped, len(tokens) + n)
+            targets += [*prompt, -1][first + skipped + 1 : first + n + 1]  # -1: nothing follows the last token
+            tokens += prompt[first : first + n]
+        device = self.forward.device
+        batch = RaggedBatch.from_segments([(each.row, first, n) for each, first, n in pieces], device)
+        indices = torch.tensor(needed, dtype=torch.int64, device=device)
+        hidden = self.forward.hidden_states(torch.tensor(tokens, device=device), batch, logits_indices=indices)
+        scored = torch.tensor([i for i, token in enumerate(targets) if token >= 0], dtype=torch.int64, device=device)
+        following = torch.tensor([token for token in targets if token >= 0], dtype=torch.int64, device=device)
+        scores = iter(score_tokens(self.forward.logits, hidden[scored], following, max(each.n_top for each, _, _ in pieces)))
+        n_needed = 0
+        for each, first, n in pieces:
+            each.n_computed += n
+            n_targets = max(0, min(n, first + n - each.first_hidden))
+            n_needed += n_targets
+            if each.n_cached == len(each.request.prompt):
+                each.last_hidden = hidden[n_needed - 1 : n_needed]
+                n_targets -= 1
+            each.scores += [score.with_top(each.n_top) for score in itertools.islice(scores, n_targets)]
         self.next_chunk = next(self.chunks, None)
 
     @property
     def last_hidden(self) -> torch.Tensor:
         """Return the hidden state of the last token of each prompt, (B, dim)."""
-        return torch.cat(self.hidden)
-
-    @property
-    def logprobs(self) -> list[list[float]]:
-        """Return the log probability of each token of each prompt, 0.0 for the first; empty lists without `scored`."""
-        starts = itertools.accumulate(self.lengths, initial=0)
-        return [[0.0, *self.values[i + 1 : i + n]] if self.scored else [] for i, n in zip(starts, self.lengths, strict=False)]
+        return torch.cat([each.last_hidden for each in self.rows if each.last_hidden is not None])
 
 
-def score_tokens(logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, following: torch.Tensor) -> list[float]:
-    """Return the log probability of each token `following[i]`, given the hidden state `hidden[i]`. hidden: (N, dim)."""
-    logprobs: list[float] = []
+def score_tokens(
+    logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, following: torch.Tensor, n_top: int = 0
+) -> list[TokenScore]:
+    """Return the score of each token `following[i]`, given the hidden state `hidden[i]`. hidden: (N, dim)."""
+    scores: list[TokenScore] = []
     for i in range(0, len(hidden), tuning.LOGPROB_CHUNK):
         chunk = logits(hidden[i : i + tuning.LOGPROB_CHUNK])
-        logprobs += token_logprobs(chunk, following[i : i + len(chunk)]).tolist()
-    return logprobs
+        values = [each.tolist() for each in ranked_logprobs(chunk, following[i : i + len(chunk)], n_top)]
+        scores += [token_score(values, j, n_top) for j in range(len(chunk))]
+    return scores

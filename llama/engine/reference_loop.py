@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from ..model import Attention, Transformer
-from ..sampling import token_logprobs
+from ..sampling import bias_of_tokens, ranked_logprobs
 from .checks import check_logprobs, device_of, nonfinite_logits_error
 from .decode_state import DecodeState, SamplingOptions
-from .requests import GeneratedToken, GenerationCall, Request
+from .requests import GeneratedToken, GenerationCall, Request, TokenScore, token_score
 from .shared_state import CacheOwner, SharedState, ended_early
 
 
@@ -55,12 +55,13 @@ class ReferenceLoop:
         if self.call.scores_prompts:
             following = self.tokens[:, self.start + 1 : end + 1]
             logits = logits[:, : following.shape[1]]
-            logprobs = token_logprobs(logits.flatten(0, 1), following.flatten()).view(following.shape).tolist()
+            scores = self.scores(logits.flatten(0, 1), following.flatten())
             for row, (index, request) in enumerate(zip(self.batch, requests, strict=True)):
-                values = logprobs[row][: max(0, len(request.prompt) - self.start - 1)]
-                check_logprobs(self.model, values, request.label)
+                n_scored = min(max(0, len(request.prompt) - self.start - 1), following.shape[1])
+                of_prompt = scores[row * following.shape[1] :][:n_scored]
+                check_logprobs(self.model, [score.logprob for score in of_prompt], request.label)
                 prompt_tokens += [
-                    GeneratedToken(index, request.prompt[self.start + 1 + n], value) for n, value in enumerate(values)
+                    GeneratedToken(index, request.prompt[self.start + 1 + n], *score) for n, score in enumerate(of_prompt)
                 ]
         self.start, self.end = end, end + 1
         self.sampled = []
@@ -84,11 +85,24 @@ class ReferenceLoop:
         self.state = DecodeState(len(requests), 0, device)
         if self.options.seeded:
             self.state.seeds = torch.tensor([r.seed for r in requests], dtype=torch.int64, device=device)
-        scored = self.call.scores_prompts
-        return [GeneratedToken(index, self.requests[index].prompt[0], 0.0) for index in self.batch] if scored else []
+        if not self.call.scores_prompts:
+            return []
+        first = TokenScore(0.0, [] if self.call.top_logprobs else None)
+        return [GeneratedToken(index, self.requests[index].prompt[0], *first) for index in self.batch]
+
+    def scores(self, logits: torch.Tensor, tokens: torch.Tensor) -> list[TokenScore]:
+        """Return the scores of tokens (N,) under logits (N, vocab), or scores of None if the call asks for none."""
+        if not self.call.logprobs:
+            return [TokenScore()] * len(tokens)
+        n_top = self.call.top_logprobs or 0
+        values = [each.tolist() for each in ranked_logprobs(logits, tokens, n_top)]
+        return [token_score(values, i, n_top) for i in range(len(tokens))]
 
     def sample(self, requests: list[Request], end: int) -> None:
         """Sample a token at position `end` for each row. A row whose prompt has a token at `end` keeps the prompt token."""
+        if self.call.sampling.logit_bias and self.state.bias is None:
+            bias = bias_of_tokens(self.call.sampling.logit_bias, self.state.logits.shape[1])
+            self.state.bias = bias.to(self.state.logits.device).expand_as(self.state.logits)
         if self.call.sampling.repetition_penalty != 1:
             logits = self.state.logits
             self.state.seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
@@ -96,7 +110,7 @@ class ReferenceLoop:
                 self.state.seen[row, self.tokens[row, :end]] = True
                 self.state.seen[row, request.prompt] = True
         tokens, largest = self.state.sample(self.options)
-        logprobs = token_logprobs(self.state.logits, tokens).tolist() if self.call.logprobs else [None] * len(tokens)
+        scores = self.scores(self.state.logits, tokens)
         largest_logits, sampled = largest.tolist(), tokens.tolist()
         for row, (index, request) in enumerate(zip(self.batch, requests, strict=True)):
             if row not in self.running or len(request.prompt) > end or request.finish_reason:
@@ -108,14 +122,14 @@ class ReferenceLoop:
             self.tokens[row, end] = sampled[row]
             if sampled[row] == self.call.stop_token:
                 request.finish_reason = "stop"
-            else:
-                self.sampled.append(GeneratedToken(index, sampled[row], logprobs[row]))
+            if sampled[row] != self.call.stop_token or self.call.include_eos:
+                self.sampled.append(GeneratedToken(index, sampled[row], *scores[row]))
 
     def emit_tokens(self) -> Iterator[GeneratedToken]:
         """Yield the sampled tokens. A consumer sets the `finish_reason` of a request to end its answer."""
         for token in self.sampled:
             request = self.requests[token.prompt_index]
-            request.num_new_tokens += 1
+            request.num_new_tokens += token.token != self.call.stop_token
             yield token
             if request.num_new_tokens == request.max_new_tokens and not request.finish_reason:
                 request.finish_reason = "length"

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..chat import Dialog, check_dialog, encode_dialog, is_unsafe
 from ..errors import InputError, check_flag, describe, short_traceback
-from ..sampling import SamplingParams
+from ..sampling import SamplingParams, check_bias_tokens
 from ..tokenizer import Tokenizer, check_text
 from .checks import common_prefix_length
 from .incremental_text import check_stop
@@ -136,6 +136,8 @@ class RequestBuilder:
         logprobs: bool | None = False,
         echo: bool | None = False,
         stop_token: int | None = None,
+        top_logprobs: int | None = 0,
+        include_eos: bool | None = False,
     ) -> GenerationCall:
         """Build a `GenerationCall` from prompts given as tokens. stop_token: token that ends an answer, in place of EOS."""
         n_words = self.tokenizer.n_words
@@ -147,8 +149,12 @@ class RequestBuilder:
         prompt_list = to_list(prompts, "prompt_tokens", "a list of lists of tokens")
         prompt_labels = labels("prompt {}", prompt_list)
         rows = [to_list(prompt, label, "a list of tokens") for prompt, label in zip(prompt_list, prompt_labels, strict=True)]
+        check_bias_tokens(sampling.logit_bias, n_words)
         requests = self._requests(rows, prompt_labels, max_gen_len, normalize_seeds(seed, len(rows)))
-        return GenerationCall(requests, sampling, logprobs, echo, stop_token=None if stop_token is None else int(stop_token))
+        return GenerationCall(
+            requests, sampling, logprobs, echo, stop_token=None if stop_token is None else int(stop_token),
+            top_logprobs=top_logprobs, include_eos=include_eos,
+        )  # fmt: skip
 
     def from_texts(
         self,
@@ -159,15 +165,16 @@ class RequestBuilder:
         stop: str | Sequence[str] | None,
         logprobs: bool | None = False,
         echo: bool | None = False,
-        reuse: bool | None = False,
         details: bool | None = False,
+        top_logprobs: int | None = 0,
         label: str = "prompt {}",
     ) -> GenerationCall:
         """Build a `GenerationCall` from prompts given as texts."""
+        check_bias_tokens(sampling.logit_bias, self.tokenizer.n_words)
         texts, text_labels = check_texts(prompts, "prompts", label)
         encoded = [self._encode(text) for text in texts]
         requests = self._requests(encoded, text_labels, max_gen_len, normalize_seeds(seed, len(texts)))
-        return GenerationCall(requests, sampling, logprobs, echo, check_stop(stop), reuse, details)
+        return GenerationCall(requests, sampling, logprobs, echo, check_stop(stop), details, top_logprobs=top_logprobs)
 
     def from_dialogs(
         self,
@@ -177,14 +184,15 @@ class RequestBuilder:
         sampling: SamplingParams,
         stop: str | Sequence[str] | None,
         logprobs: bool | None = False,
-        reuse: bool | None = False,
         details: bool | None = False,
+        top_logprobs: int | None = 0,
         label: str = "dialog {}",
     ) -> GenerationCall:
         """Build a `GenerationCall` from dialogs.
 
         A dialog that contains special tags such as [INST] gets an empty request that is already finished.
         """
+        check_bias_tokens(sampling.logit_bias, self.tokenizer.n_words)
         dialogs = to_list(dialogs, "dialogs", "a list of dialogs, as in [dialog]")
         dialog_labels = labels(label, dialogs)
         for dialog_label, dialog in zip(dialog_labels, dialogs, strict=True):
@@ -195,7 +203,7 @@ class RequestBuilder:
         requests = [Request([], 0, finish_reason="stop") for _ in dialogs]
         for i, request in zip(safe, safe_requests, strict=True):
             requests[i] = request
-        return GenerationCall(requests, sampling, logprobs, False, check_stop(stop), reuse, details)
+        return GenerationCall(requests, sampling, logprobs, False, check_stop(stop), details, top_logprobs=top_logprobs)
 
     def for_infilling(
         self, prefixes: Iterable[str], suffixes: Iterable[str], suffix_first: bool | None

@@ -1,21 +1,55 @@
 """The requests that a call passes to the engine, and the tokens that the engine yields."""
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from ..errors import check_flag
+from ..errors import InputError, check_flag, describe
 from ..sampling import Sampler, SamplingParams, sample_top_p
 
 FinishReason = Literal["stop", "length"]
+TopTokens = list[tuple[int, float]]  # the likeliest tokens at a position with their log probabilities, likeliest first
+MAX_TOP_LOGPROBS = 20
 
 
-class GeneratedToken(NamedTuple):
-    """One token that the engine yields: generated for a prompt, or echoed from it."""
+class TokenScore(NamedTuple):
+    """The log probability of a token, and the likeliest tokens at its position; None for what a call does not ask for."""
 
+    logprob: float | None = None
+    top: TopTokens | None = None
+
+    def with_top(self, n: int) -> "TokenScore":
+        """Return the score with only the n likeliest tokens, or without any."""
+        return self._replace(top=self.top[:n] if n and self.top else None)
+
+
+def token_score(values: list[list[Any]], i: int, n_top: int) -> TokenScore:
+    """Return the score of token i. values: what `ranked_logprobs` has returned, as lists, for n_top tokens or more."""
+    logprobs, *top = values
+    return TokenScore(logprobs[i], [*zip(top[1][i][:n_top], top[0][i][:n_top], strict=True)] if n_top else None)
+
+
+class _GeneratedToken(NamedTuple):
     prompt_index: int
     token: int
     logprob: float | None  # None if the call does not ask for log probabilities
+
+
+class GeneratedToken(_GeneratedToken):
+    """One token that the engine yields: generated for a prompt, or echoed from it.
+
+    It is a tuple (prompt_index, token, logprob). `top_logprobs` is an attribute besides, so that the tuple has always three
+    items: the likeliest tokens at its position, or None if the call does not ask for them.
+    """
+
+    top_logprobs: TopTokens | None = None
+
+    def __new__(cls, prompt_index: int, token: int, logprob: float | None, top_logprobs: TopTokens | None = None) -> Any:
+        self = super().__new__(cls, prompt_index, token, logprob)
+        if top_logprobs is not None:
+            self.top_logprobs = top_logprobs
+        return self
 
 
 @dataclass
@@ -26,7 +60,8 @@ class Request:
     max_new_tokens: int
     seed: int | None = None
     label: str = "the prompt"  # name of the prompt in errors
-    num_reused_tokens: int = 0  # number of prompt tokens whose keys and values were in the cache already
+    score_from: int | None = None  # index of the first prompt token to score, if the call has `score_only`
+    num_cached_tokens: int = 0  # number of prompt tokens whose keys and values were in the cache already
     num_new_tokens: int = 0  # number of new tokens that the caller has taken, without EOS
     # None until the answer ends. The engine sets the finish reason; a consumer of tokens may set it to end the answer.
     finish_reason: FinishReason | None = None
@@ -41,19 +76,33 @@ class GenerationCall:
     logprobs: bool | None = False
     echo: bool | None = False
     stop: Sequence[str] | None = None  # stop strings; None if the call returns tokens, not text
-    reuse: bool | None = False
     details: bool | None = False
     stop_token: int | None = None  # token that ends an answer; None for EOS
     # Function that samples tokens, given probabilities (B, vocab) and top_p. Greedy sampling does not use this function.
     sampler: Sampler = field(default=sample_top_p, repr=False)
+    top_logprobs: int | None = 0  # how many of the likeliest tokens to return for each token
+    include_eos: bool | None = False  # also yield the token that ends an answer
     name: str = "call"  # the caller's name for it in errors, such as "text_completion"
     watched: bool = False  # True if code of the caller runs between two tokens, and so may change the model
+    score_only: bool = False  # True if the call generates nothing, and returns log probabilities of prompt tokens
 
     def __post_init__(self) -> None:
-        for name in ("logprobs", "echo", "reuse", "details"):
+        for name in ("logprobs", "echo", "details", "include_eos"):
             check_flag(getattr(self, name), name)
+        n_top = 0 if self.top_logprobs is None else self.top_logprobs
+        if isinstance(n_top, bool) or not isinstance(n_top, numbers.Integral) or not 0 <= int(n_top) <= MAX_TOP_LOGPROBS:
+            raise InputError(
+                f"top_logprobs is {describe(n_top)}; it must be a whole number, from 0 (off) to {MAX_TOP_LOGPROBS}"
+            )
+        if n_top and not self.logprobs:
+            raise InputError(f"top_logprobs={n_top} is for logprobs=True; give both, or leave top_logprobs out")
+        object.__setattr__(self, "top_logprobs", int(n_top))
 
     @property
     def scores_prompts(self) -> bool:
-        """Return True if the call returns log probabilities of prompt tokens: with `echo` and `logprobs`."""
-        return bool(self.echo and self.logprobs)
+        """Return True if the call returns log probabilities of prompt tokens."""
+        return self.score_only or bool(self.echo and self.logprobs)
+
+    def score_from(self, request: Request) -> int | None:
+        """Return the index of the first prompt token to score, 1 or more; None if no prompt token is scored."""
+        return request.score_from if self.score_only else 1 if self.scores_prompts else None

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from ..chat import Message
-from .requests import FinishReason, Request
+from .requests import FinishReason, Request, TopTokens
 
 
 class ResultDetails(TypedDict, total=False):
@@ -12,6 +12,8 @@ class ResultDetails(TypedDict, total=False):
 
     tokens: list[str]  # with logprobs=True: the text of each token, decoded separately
     logprobs: list[float]  # with logprobs=True: log probability of each token
+    # with top_logprobs=n: for each token, the n likeliest tokens at its position as (text, log probability), likeliest first
+    top_logprobs: list[list[tuple[str, float]]]
     # The following three entries are present with details=True.
     finish_reason: FinishReason | None
     prompt_tokens: int
@@ -56,6 +58,7 @@ class GenerationResult:
     request: Request
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TopTokens] = field(default_factory=list)
     text: str = ""
 
     def details(self) -> ResultDetails:

@@ -2,7 +2,8 @@
 
 Each request waits for a free row of the KV cache, is prefilled once, and then decodes together with the other rows. When a
 request ends, the next waiting request gets its row, and is prefilled before the next decode step. Requests of a call that
-begins while others run join the batch. Free rows between others are decoded too, and their results ignored.
+begins while others run join the batch. Free rows between others are decoded too, and their results ignored. Prompts that begin
+with the same tokens are prefilled with these tokens once: see `prefix_cache`.
 
     row 0   a a a a A A A A A | c c C C C      lower case: prompt tokens; requests that start together share a prefill
     row 1   b b B B B B B B B   B B B B B      upper case: new tokens, one per decode step; c begins when a has ended
@@ -11,42 +12,26 @@ begins while others run join the batch. Free rows between others are decoded too
 import collections
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
 from .. import compat, tuning
-from ..distributed.agreement import broadcast_from_rank0
+from ..distributed.agreement import broadcast_from_rank0, is_true_on_all_ranks
 from ..distributed.progress import progress
 from ..errors import LlamaError
 from ..model import Transformer
-from ..sampling import token_logprobs
+from ..sampling import ranked_logprobs
 from . import async_copy
 from .backend import Backend, DecodeFn
-from .checks import check_logprobs, common_prefix_length, nonfinite_logits_error
+from .checks import check_logprobs, nonfinite_logits_error
 from .decode_state import DecodeState, SamplingOptions
-from .events import Event, RunningCall, RunningCalls
+from .events import Event, RunningCall, RunningCalls, RunningRequest
 from .forward import EngineForward
-from .prefill import Prefill
-from .requests import GeneratedToken, GenerationCall, Request
+from .prefill import Prefill, PrefillRow, share_prefix
+from .requests import GeneratedToken, GenerationCall, Request, TokenScore, token_score
 from .shared_state import CacheOwner, SharedState
 
 MAX_DECODERS = 8  # decode functions of different numbers of rows that are kept, because each allocates memory
-
-
-@dataclass(eq=False)
-class RunningRequest:
-    """A request in a row of the KV cache."""
-
-    running_call: RunningCall
-    index: int
-    request: Request
-    num_generated: int = 0  # tokens generated so far; the caller may not have taken all of them
-
-    @property
-    def position(self) -> int:
-        """Return the position of the next token to decode."""
-        return len(self.request.prompt) + self.num_generated
 
 
 class Scheduler(RunningCalls):
@@ -59,6 +44,7 @@ class Scheduler(RunningCalls):
         super().__init__()
         self.model, self.forward, self.backend, self.shared = model, forward, backend, shared
         self.cache = forward.cache
+        self.prefixes = forward.cache.prefixes
         self.weights_version = forward.weights_version()
         self.hooks = [hooks for module in model.modules() for hooks in compat.forward_hooks(module)]
         shared.owner = self.owner = CacheOwner(name)
@@ -66,14 +52,12 @@ class Scheduler(RunningCalls):
         overrun_logits, self.cache.logits = self.cache.logits, None
         if overrun_logits is not None and not broadcast_from_rank0(overrun_logits.amax(-1).sum()).isfinite():
             self.cache.data.zero_()  # a step that the previous call launched ahead may have written NaN into the cache
-            self.cache.prefix_tokens = None
-        self.kept_tokens: list[int] = []  # tokens whose keys and values earlier calls have left in row 0
-        if self.cache.is_unchanged() and self.cache.weights_version == self.weights_version:
-            self.kept_tokens = self.cache.prefix_tokens or []
+            self.prefixes.clear()
+        is_unchanged = self.cache.is_unchanged() and self.cache.weights_version == self.weights_version
+        if not is_true_on_all_ranks(is_unchanged and forward.notices_edits(), forward.device):
+            self.prefixes.clear()  # on all ranks, so that all skip the same tokens
+        self.prefixes.multiple = forward.prefix_multiple()
         self.cache.weights_version = self.weights_version
-        # Create a new list, since this list object identifies the scheduler that owns the cache.
-        self.prefix_tokens: list[int] = []
-        self.cache.prefix_tokens = self.prefix_tokens
         self.cache.record_version()
         self.n_submitted = 0  # number of calls so far
         self.waiting: collections.deque[tuple[RunningCall, int]] = collections.deque()  # calls and indices of their requests
@@ -81,6 +65,7 @@ class Scheduler(RunningCalls):
         self.prefills: list[Prefill] = []  # unfinished; their rows are in `running`, but do not decode yet
         self.decoders: dict[int, DecodeFn] = {}  # maps a number of rows to its decode function
         self.n_rows = 0  # rows that a decode step computes
+        self.n_idle = 0  # steps for which free rows have waited for others to become free, summed over these rows
         self.state = DecodeState(0, forward.n_words, forward.device)
         self.tokens: list[int] = []  # the token that was sampled last for each row
         # None, or the arguments of the next decode step: tokens, positions, and positions on the host.
@@ -119,7 +104,7 @@ class Scheduler(RunningCalls):
         """
         if why := self.shared.why_not_owner(self.owner):
             return why
-        if self.cache.prefix_tokens is not self.prefix_tokens or not self.cache.is_unchanged():
+        if not self.cache.is_unchanged():
             return "the model's forward, or code of yours, has written into its KV cache since the call began"
         if (len(self.calls) > 1 or any(each.call.watched for each in self.calls)) and (
             any(self.hooks) or not self.cache.belongs_to(self.model) or self.forward.weights_version() != self.weights_version
@@ -140,13 +125,11 @@ class Scheduler(RunningCalls):
             return
         self.sync_streams()
         try:
-            if decoding := self.decoding:
+            if self.decoding:
                 self.run_pending_step()
-                if 0 in decoding and decoding[0].running_call.call.reuse:
-                    self.prefix_tokens.append(self.tokens[0])
             self.pending_step = None
             self.resize()
-            if self.waiting:
+            if self.waiting and not self.awaits_rows():
                 self.admit()
             while self.prefills:
                 self.run_prefill_chunk()
@@ -167,9 +150,10 @@ class Scheduler(RunningCalls):
     def release_ended(self) -> None:
         """Free the rows of requests that their callers have ended, and forget calls that have ended."""
         prefilling: set[int] = set()
-        if self.prefills:  # a prefill that has begun goes on, unless all of its requests have ended
-            self.prefills = [prefill for prefill in self.prefills if not all(map(self.is_ended, prefill.rows))]
-            prefilling = {row for prefill in self.prefills for row in prefill.rows}
+        if self.prefills:  # a prefill goes on, unless all of its requests have ended
+            for prefill in [each for each in self.prefills if all(self.is_ended(place.row) for place in each.rows)]:
+                self.drop_prefill(prefill)
+            prefilling = {place.row for prefill in self.prefills for place in prefill.rows}
         for row in [row for row in self.running if self.is_ended(row) and row not in prefilling]:
             self.release(row)
         if any(call.ended for call in self.calls):
@@ -206,82 +190,120 @@ class Scheduler(RunningCalls):
         if not self.is_alone and self.forward.device.type == "cuda":
             wanted = min(1 << (wanted - 1).bit_length(), max_rows)  # each number of rows is captured, or compiled, anew
         if wanted != self.n_rows:
-            self.n_rows = wanted
+            before, self.n_rows = self.n_rows, wanted
             self.state.resize(wanted)
+            self.park([row for row in range(before, wanted) if row not in self.running and self.prefixes.tokens[row]])
             if wanted not in self.decoders:
                 if len(self.decoders) >= MAX_DECODERS:
                     self.decoders.clear()
                 self.decoders[wanted] = self.backend.begin(self.forward, wanted)
 
+    def awaits_rows(self) -> bool:
+        """Return True if waiting requests should enter later, together with those for rows that are about to become free.
+
+        A prefill stops all rows for at least the time of a decode step, since both read all weights. So one prefill for several
+        rows is worth as much as one step of all rows, and free rows may wait for as many steps in total. Requests do not wait
+        if there are free rows for all of them.
+        """
+        n_free, decoding = self.n_rows - len(self.running), self.decoding.values()
+        n_steps = min((each.request.max_new_tokens - each.num_generated for each in decoding), default=0)
+        waits = 0 < n_free < len(self.waiting) and 0 < n_steps and self.n_idle + n_free * n_steps <= self.n_rows
+        self.n_idle = self.n_idle + n_free if waits and not self.is_alone else 0
+        return self.n_idle > 0
+
     def admit(self) -> None:
-        """Put waiting requests into free rows, and prepare their prefills: one for all requests that skip as many tokens."""
+        """Put waiting requests into free rows, and prepare their prefills.
+
+        Requests that share the beginning of a prompt with one that is yet to be prefilled come in a later prefill.
+        """
         free = [row for row in range(self.n_rows) if row not in self.running]
         is_beside_others = bool(self.decoding) and not self.is_alone  # before the rows below are added to `running`
-        groups: dict[tuple[bool, int], list[int]] = {}  # (scored, number of leading tokens to skip) -> rows
-        for row in free[: len(self.waiting)]:
+        if not (taken := free[: len(self.waiting)]):
+            return
+        spare = [row for row in range(len(self.prefixes.tokens)) if row not in self.running and row not in taken]
+        self.zero_nonfinite_rows(taken, self.state.logits[taken].amax(-1).tolist())
+        stages: dict[int, int] = {}  # maps a row to the index of its prefill among those prepared here
+        places: list[list[PrefillRow]] = []
+        for row in taken:
             running_call, index = self.waiting.popleft()
-            request = running_call.call.requests[index]
+            call, request = running_call.call, running_call.call.requests[index]
             self.running[row] = RunningRequest(running_call, index, request)
-            scored = running_call.call.scores_prompts
-            if not scored and request.finish_reason:
-                continue
-            start = 0
-            if row == 0:
-                # Leave out the last prompt token: the prefill must compute the logits of this token.
-                if running_call.call.reuse:
-                    start = request.num_reused_tokens = common_prefix_length(self.kept_tokens, request.prompt[:-1])
-                self.kept_tokens = []
-                self.prefix_tokens[:] = request.prompt[:start]
-            groups.setdefault((scored, start), []).append(row)
-        max_tokens = tuning.PREFILL_CHUNK_BESIDE_DECODING if is_beside_others else tuning.PREFILL_CHUNK
-        for (scored, start), rows in groups.items():
-            requests = [self.running[row].request for row in rows]
-            self.zero_nonfinite_rows(rows, self.state.logits[rows].amax(-1).tolist())
-            quiet = self.shows_progress  # one progress bar at a time
-            self.prefills.append(Prefill(self.forward, rows, requests, start, scored, max_tokens, quiet))
-        for row in free:
-            if (
-                row in self.running
-                and self.running[row].request.finish_reason
-                and not any(row in p.rows for p in self.prefills)
-            ):
+            if request.finish_reason and not call.scores_prompts:
                 self.release(row)
+                continue
+            place = PrefillRow(row, request, call.score_from(request), call.top_logprobs or 0)
+            others = [*self.prefilling.values(), *(each for prefill in places for each in prefill)]
+            saved = share_prefix(place, self.prefixes, others, spare)
+            if saved is not None and saved < self.n_rows:
+                self.park([saved])
+            stages[row] = 0 if place.source is None else stages.get(place.source, -1) + 1
+            places += [[] for _ in range(stages[row] + 1 - len(places))]
+            places[stages[row]].append(place)
+        max_tokens = tuning.PREFILL_CHUNK_BESIDE_DECODING if is_beside_others else tuning.PREFILL_CHUNK
+        quiet = self.shows_progress  # one progress bar at a time
+        self.prefills += [Prefill(self.forward, rows, max_tokens, quiet) for rows in places]
+        self.park([each.row for rows in places for each in rows])
+
+    @property
+    def prefilling(self) -> dict[int, PrefillRow]:
+        """Return the rows of unfinished prefills, by row."""
+        return {place.row: place for prefill in self.prefills for place in prefill.rows}
+
+    def drop_prefill(self, prefill: Prefill) -> None:
+        """Remove a prefill. Rows that have waited for tokens of its rows compute these tokens themselves."""
+        self.prefills.remove(prefill)
+        rows = [place.row for place in prefill.rows]
+        for place in self.prefilling.values():
+            if place.source in rows:
+                place.start, place.source = 0, None
+                place.request.num_cached_tokens = 0
 
     def run_prefill_chunk(self) -> None:
         """Run a chunk of the first prefill. After its last chunk, its requests begin to decode."""
         prefill = self.prefills[0]
+        rows = [place.row for place in prefill.rows]
         try:
             prefill.run_chunk()
         except Exception as e:
             if len(self.calls) == 1:
                 raise
-            del self.prefills[0]
-            for row in prefill.rows:
+            self.drop_prefill(prefill)
+            for row in rows:
                 self.fail_row(row, e)
                 self.release(row)
             return
         if not prefill.finished:
-            for row in prefill.rows:
-                self.state.set_position(row, self.unused_position(row))
+            self.park(rows)
             return
         del self.prefills[0]
-        admitted = [self.running[row] for row in prefill.rows]
-        requests = [each.request for each in admitted]
-        options = [each.running_call.options for each in admitted]
-        self.state.admit(prefill.rows, requests, options, self.forward.logits(prefill.last_hidden))
-        if prefill.rows[0] == 0 and admitted[0].running_call.call.reuse:
-            self.prefix_tokens[:] = requests[0].prompt
-        for row, each, values in zip(prefill.rows, admitted, prefill.logprobs, strict=True):
-            try:
-                check_logprobs(self.model, values, each.request.label)
-            except LlamaError as e:
-                self.fail_row(row, e)
-                continue
-            tokens = (GeneratedToken(each.index, *pair) for pair in zip(each.request.prompt, values, strict=False))
-            each.running_call.events += [Event(token, each.index, in_prompt=True) for token in tokens]
-        for row in prefill.rows:
-            if self.is_ended(row):
-                self.release(row)
+        for place in prefill.rows:
+            self.prefixes.hold(place.row, place.request.prompt)
+        for place in self.prefilling.values():
+            if place.source in rows:
+                self.prefixes.take(place.row, place.source, place.start, [])
+                place.source = None
+        admitted = [self.running[row] for row in rows]
+        requests, options = [each.request for each in admitted], [each.running_call.options for each in admitted]
+        self.state.admit(rows, requests, options, self.forward.logits(prefill.last_hidden))
+        for place, each in zip(prefill.rows, admitted, strict=True):
+            if place.score_from is not None:
+                self.report_prompt(place, each)
+            if self.is_ended(place.row):
+                self.release(place.row)
+
+    def report_prompt(self, place: PrefillRow, running: RunningRequest) -> None:
+        """Report the tokens of a prompt with their log probabilities. With `echo`, the first token has the value 0.0."""
+        call, scores, first = running.running_call.call, place.scores, place.score_from or 0
+        if call.echo:
+            scores, first = [TokenScore(0.0, [] if place.n_top else None), *scores], 0
+        try:
+            check_logprobs(self.model, [score.logprob for score in scores], place.request.label)
+        except LlamaError as e:
+            self.fail_row(place.row, e)
+            return
+        pairs = zip(place.request.prompt[first:], scores, strict=True)
+        tokens = (GeneratedToken(running.index, token, *score) for token, score in pairs)
+        running.running_call.events += [Event(token, running.index, in_prompt=True) for token in tokens]
 
     def sample(self) -> None:
         """Sample a token for each row, and report the tokens.
@@ -297,14 +319,16 @@ class Scheduler(RunningCalls):
         for rows, failure in state.failures:
             for row in rows:
                 self.fail_row(row, failure)
-        wants_logprobs = any(each.running_call.call.logprobs for each in decoding.values())
-        to_host = async_copy.async_to_host(tokens, largest, *([token_logprobs(state.logits, tokens)] if wants_logprobs else []))
+        calls = [each.running_call.call for each in decoding.values()]
+        n_top = max((call.top_logprobs or 0 for call in calls), default=0)
+        scored = ranked_logprobs(state.logits, tokens, n_top) if any(call.logprobs for call in calls) else []
+        to_host = async_copy.async_to_host(tokens, largest, *scored)
         self.pending_step = tokens, state.positions, positions_host
         goes_on = any(each.num_generated + 1 < each.request.max_new_tokens for each in decoding.values())
         if async_copy.supports_async(tokens.device) and goes_on:
             self.run_pending_step()
         state.advance()
-        self.tokens, largest_logits, *logprobs = to_host()
+        self.tokens, largest_logits, *values = to_host()
         free = [row for row in range(self.n_rows) if row not in self.running]
         self.zero_nonfinite_rows(free, [largest_logits[row] for row in free])
         for row, each in sorted(decoding.items()):
@@ -314,13 +338,14 @@ class Scheduler(RunningCalls):
             if each.running_call.ended:
                 continue
             call, events = each.running_call.call, each.running_call.events
-            if self.tokens[row] == call.stop_token:
-                events.append(Event(None, each.index, finish_reason="stop"))
+            score = token_score(values, row, call.top_logprobs or 0) if call.logprobs else TokenScore()
+            token = GeneratedToken(each.index, self.tokens[row], *score)
+            if token.token == call.stop_token:
+                events.append(Event(token if call.include_eos else None, each.index, finish_reason="stop"))
                 self.release(row)
                 continue
             each.num_generated += 1
-            logprob = logprobs[0][row] if call.logprobs else None
-            events.append(Event(GeneratedToken(each.index, self.tokens[row], logprob), each.index))
+            events.append(Event(token, each.index))
             if each.num_generated == each.request.max_new_tokens:
                 self.release(row)
 
@@ -328,13 +353,17 @@ class Scheduler(RunningCalls):
         """Return the position at which a decode step may write keys and values for a row that does not decode.
 
         A decode step computes all rows. The next chunk of a row's prefill overwrites what is written where the chunk begins. A
-        free row 0 may contain a prefix that another call will use.
+        free row holds a prompt that others may share.
         """
         last = self.cache.data.shape[4] - 1
-        prefill = next((prefill for prefill in self.prefills if row in prefill.n_cached), None)
-        if prefill is None and row == 0:
-            del self.prefix_tokens[last:]
-        return min(prefill.n_cached[row] if prefill else 0 if row else len(self.prefix_tokens), last)
+        place = self.prefilling.get(row) if self.prefills else None
+        if place is None:
+            self.prefixes.tokens[row] = self.prefixes.tokens[row][:last]
+        return min(place.n_cached if place else len(self.prefixes.tokens[row]), last)
+
+    def park(self, rows: list[int]) -> None:
+        """Let decode steps compute rows that do not decode at positions where this harms nothing."""
+        self.state.set_positions(rows, [self.unused_position(row) for row in rows])
 
     def run_pending_step(self) -> None:
         """Decode the sampled tokens to get the next logits, unless this decode step has already been launched."""
@@ -346,9 +375,7 @@ class Scheduler(RunningCalls):
         """End the call whose request is in a row, and zero the row, since NaN there would make later results NaN."""
         call = self.running[row].running_call
         call.error = call.error or error
-        self.cache.data[:, :, row].zero_()
-        if row == 0:
-            self.prefix_tokens.clear()
+        self.zero_row(row)
 
     def zero_nonfinite_rows(self, rows: list[int], largest: list[float]) -> None:
         """Zero the cache of rows whose largest logit is not finite.
@@ -358,4 +385,9 @@ class Scheduler(RunningCalls):
         """
         for row, logit in zip(rows, largest, strict=True):
             if not math.isfinite(logit):
-                self.cache.data[:, :, row].zero_()
+                self.zero_row(row)
+
+    def zero_row(self, row: int) -> None:
+        """Zero the cache of a row, and forget its tokens."""
+        self.cache.data[:, :, row].zero_()
+        self.prefixes.tokens[row] = []

@@ -37,9 +37,9 @@ class AnswerProgress:
         return len(self._request.prompt)
 
     @property
-    def reused_tokens(self) -> int:
-        """Return how many prompt tokens were in the KV cache already, because of `reuse`; 0 before the first chunk."""
-        return self._request.num_reused_tokens
+    def cached_tokens(self) -> int:
+        """Return how many prompt tokens were in the KV cache already and were not computed; 0 before the first chunk."""
+        return self._request.num_cached_tokens
 
     @property
     def new_tokens(self) -> int:

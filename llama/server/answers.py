@@ -25,12 +25,23 @@ class Model(Protocol):
     ) -> AsyncGenerator[GeneratedToken, None]: ...
 
 
-class TokenLogprob(NamedTuple):
-    """A token with its log probability, None for the first of a prompt. The bytes of all tokens, joined, are their text."""
+LEAST_LOGPROB = -9999.0  # what OpenAI's format has for a token without any probability; JSON has no infinity
+
+
+class TokenText(NamedTuple):
+    """The text of a token by itself. The bytes of all tokens of a choice, joined, are its text."""
 
     text: str
-    logprob: float | None
     bytes: bytes
+
+
+class TokenLogprob(NamedTuple):
+    """A token with its log probability, None for the first of a prompt, and the likeliest tokens at its position."""
+
+    text: str
+    bytes: bytes
+    logprob: float | None
+    top: list[tuple[TokenText, float]]  # likeliest first
     offset: int  # where it begins in the text of the choice, in characters
 
 
@@ -57,23 +68,30 @@ class TokenTexts:
         self.sp_model, self.detokenizer, self.offset = tokenizer.sp_model, make_detokenizer(tokenizer), 0
         self.started = bool(prompt and begin_text(self.detokenizer, prompt, tokenizer))
 
-    def push(self, token: int, logprob: float | None) -> TokenLogprob:
+    def push(self, token: GeneratedToken) -> TokenLogprob:
+        """Add a token to the row. Return it with its text, and the texts of the likeliest tokens in its place."""
+        top = [(self.text_of(other), max(logprob, LEAST_LOGPROB)) for other, logprob in token.top_logprobs or []]
+        text, value = self.text_of(token.token)
         before = self.offset
-        self.offset += len(self.detokenizer.push(token))
+        self.offset += len(self.detokenizer.push(token.token))
+        self.started = self.started or not self.sp_model.is_control(token.token)
+        offset = self.offset - len(text) if text.encode() == value else before  # one of several bytes of a character
+        logprob = None if token.logprob is None else max(token.logprob, LEAST_LOGPROB)
+        return TokenLogprob(text, value, logprob, top, offset)
+
+    def text_of(self, token: int) -> TokenText:
+        """Return the text of a token as the next one of the row. A control token, such as EOS, has none."""
         if self.sp_model.is_byte(token):
-            self.started = True
             value = bytes.fromhex(self.sp_model.id_to_piece(token)[3:-1])
-            if value.isascii():
-                return TokenLogprob(value.decode(), logprob, value, self.offset - 1)
-            return TokenLogprob(f"bytes:\\x{value.hex()}", logprob, value, before)  # one of several bytes of a character
+            return TokenText(value.decode() if value.isascii() else f"bytes:\\x{value.hex()}", value)
         text = ""
         if self.sp_model.is_unknown(token):
             text = self.sp_model.decode([token])
         elif not self.sp_model.is_control(token):
             text = self.sp_model.id_to_piece(token).replace("\u2581", " ")
-        if text and not self.started:
-            text, self.started = text.removeprefix(" "), True
-        return TokenLogprob(text, logprob, text.encode(), self.offset - len(text))
+        if not self.started:
+            text = text.removeprefix(" ")
+        return TokenText(text, text.encode())
 
 
 class Answer:
@@ -87,7 +105,9 @@ class Answer:
         self.finish_reason: FinishReason | None = None
         self.ended = False
         seed = None if job.seed is None else (job.seed + index + 2**63) % 2**64 - 2**63
-        options = {**vars(job.sampling), "seed": seed, "logprobs": job.logprobs, "echo": job.echo}
+        options = {**vars(job.sampling), "seed": seed, "logprobs": job.logprobs, "top_logprobs": job.top_logprobs}
+        if not job.is_chat:  # OpenAI's format has the end of a completion among the tokens of its log probabilities
+            options |= {"echo": job.echo, "include_eos": job.logprobs}
         self.tokens = llama.agenerate_stream([self.prompt], self.limit, **options) if self.prompt else None
         metrics.in_flight += 1  # last: an answer that could not be made is never ended
 
@@ -107,17 +127,22 @@ class Answer:
             async for token in self.tokens:
                 if self.job.echo and n_echoed < len(self.prompt):
                     n_echoed += 1
-                    prompt_logprobs.append(texts.push(token.token, token.logprob if n_echoed > 1 else None))
+                    if self.job.logprobs:
+                        scored = texts.push(token)
+                        prompt_logprobs.append(scored if n_echoed > 1 else scored._replace(logprob=None))
                     if n_echoed == len(self.prompt):
-                        yield Piece(prompt_text, prompt_logprobs if self.job.logprobs else [])
+                        yield Piece(prompt_text, prompt_logprobs)
                     continue
+                if token.token == self.tokenizer.eos_id:
+                    yield Piece("", [texts.push(token)])
+                    break
                 if not self.new_tokens:
                     first = time.monotonic()
                     self.metrics.begin_answer(len(self.prompt), first - began)
                 self.new_tokens += 1
                 self.metrics.completion_tokens += 1
                 chunk = text.push(token.token)
-                logprobs = [texts.push(token.token, token.logprob)] if self.job.logprobs else []
+                logprobs = [texts.push(token)] if self.job.logprobs else []
                 if chunk or logprobs:
                     yield Piece(chunk, logprobs)
                 if text.stopped:

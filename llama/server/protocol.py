@@ -10,28 +10,33 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import time
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from ..chat import Dialog, check_dialog, encode_dialog, is_unsafe
+from ..engine.requests import MAX_TOP_LOGPROBS
 from ..errors import InputError, describe, short_repr
-from ..sampling import SamplingParams
+from ..sampling import SamplingParams, check_bias_tokens
 from ..tokenizer import Tokenizer, check_text
 
 MAX_STOPS = 16  # stop strings of a request
 MAX_STOP_LENGTH = 1000  # letters of a stop string: the time to look for one in a text grows with the square of its length
+MAX_LEGACY_LOGPROBS = 5  # `logprobs` of /v1/completions
 OUR_OPTIONS = ("top_k", "min_p", "repetition_penalty")  # sampling options that OpenAI's format does not have
 
 # Fields of OpenAI's format that are not supported, each with the values that ask for nothing. null is always such a value.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "metadata": ({},), "store": (False,),
+    "frequency_penalty": (0,), "presence_penalty": (0,), "metadata": ({},), "store": (False,),
     "service_tier": ("auto", "default"),
 }  # fmt: skip
 UNSUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = UNSUPPORTED | {
     "tools": ([],), "tool_choice": ("none",), "parallel_tool_calls": (), "functions": ([],), "function_call": ("none",),
-    "response_format": ({"type": "text"},), "top_logprobs": (0,), "modalities": (["text"],), "audio": (), "prediction": (),
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (),
     "reasoning_effort": (), "verbosity": (), "web_search_options": (),
 }  # fmt: skip
 UNSUPPORTED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = UNSUPPORTED | {"suffix": ("",), "best_of": (1,)}
+
+
+T = TypeVar("T")
 
 
 class ApiError(Exception):
@@ -60,6 +65,7 @@ class Job:
     seed: int | None
     stop: tuple[str, ...]
     logprobs: bool
+    top_logprobs: int
     echo: bool
     stream: bool
     include_usage: bool
@@ -102,10 +108,9 @@ class Body:
     def take_flag(self, name: str) -> bool:
         return self.take(name, False, lambda value: isinstance(value, bool), "true or false")
 
-    def take_count(self, name: str, default: int | None, least: int) -> int | None:
-        return self.take(
-            name, default, lambda v: is_integer(v) and least <= v < 2**31, f"a whole number from {least} to {2**31 - 1}"
-        )
+    def take_count(self, name: str, default: T, least: int, most: int = 2**31 - 1) -> int | T:
+        expected = f"a whole number from {least} to {most}"
+        return self.take(name, default, lambda v: is_integer(v) and least <= v <= most, expected)
 
     def end(self, unsupported: dict[str, tuple[Any, ...]]) -> None:
         """Refuse the fields that are left, except unsupported ones whose value asks for nothing."""
@@ -158,9 +163,13 @@ def parse_chat(raw: bytes, served: ServedModel) -> Job:
     if len(given) == 2:
         refuse("max_tokens", "max_tokens and max_completion_tokens are the same limit, and differ; give one of them")
     logprobs = body.take_flag("logprobs")
+    top_logprobs = body.take_count("top_logprobs", 0, 0, MAX_TOP_LOGPROBS)
+    if top_logprobs and not logprobs:
+        refuse("top_logprobs", f"top_logprobs is {top_logprobs}, and logprobs is not true; give both, or remove top_logprobs")
     options = _take_options(body, served, [prompt], "messages")
     body.end(UNSUPPORTED_IN_CHAT)
-    return Job(True, max_tokens=min(given, default=served.max_seq_len), logprobs=logprobs, echo=False, **options)
+    max_tokens = min(given, default=served.max_seq_len)
+    return Job(True, max_tokens=max_tokens, logprobs=logprobs, top_logprobs=top_logprobs, echo=False, **options)
 
 
 def _parse_message(message: Any, name: str) -> dict[str, Any]:
@@ -191,18 +200,11 @@ def parse_completion(raw: bytes, served: ServedModel) -> Job:
     body = Body(raw)
     prompts = _parse_prompts(body.fields.pop("prompt", None), served.tokenizer)
     max_tokens = body.take_count("max_tokens", 16, 0)
-    assert max_tokens is not None
-    logprobs = body.take("logprobs", None, is_integer, "a whole number")
-    if logprobs not in (None, 0):
-        refuse(
-            "logprobs",
-            f"logprobs is {logprobs}; only 0 is supported: the chosen tokens, without others",
-            "unsupported_parameter",
-        )
+    logprobs = body.take_count("logprobs", None, 0, MAX_LEGACY_LOGPROBS)
     echo = body.take_flag("echo")
     options = _take_options(body, served, prompts, "prompt")
     body.end(UNSUPPORTED_IN_COMPLETIONS)
-    return Job(False, max_tokens=max_tokens, logprobs=logprobs is not None, echo=echo, **options)
+    return Job(False, max_tokens=max_tokens, logprobs=logprobs is not None, top_logprobs=logprobs or 0, echo=echo, **options)
 
 
 def _parse_prompts(prompt: Any, tokenizer: Tokenizer) -> list[list[int]]:
@@ -245,6 +247,7 @@ def _take_options(body: Body, served: ServedModel, prompts: list[list[int]], pro
     for name in (*sampling, *OUR_OPTIONS):
         sampling[name] = body.take(name, sampling.get(name), lambda v: isinstance(v, (int, float)), "a number")
         _check(lambda name=name: SamplingParams(**{name: sampling[name]}), name)
+    sampling["logit_bias"] = _take_logit_bias(body, served.tokenizer.n_words)
     stop = body.take("stop", [], lambda value: isinstance(value, (str, list)), "a text, or a list of texts")
     stops = [stop] if isinstance(stop, str) else stop
     if len(stops) > MAX_STOPS:
@@ -272,6 +275,20 @@ def _take_options(body: Body, served: ServedModel, prompts: list[list[int]], pro
         model=served.name, prompts=prompts, n=n, sampling=SamplingParams(**sampling), seed=seed, stop=tuple(stops),
         stream=stream, include_usage=bool(include_usage),
     )  # fmt: skip
+
+
+def _take_logit_bias(body: Body, n_words: int) -> dict[int, float]:
+    """Return the bias of each token. The keys of a JSON object are texts."""
+    given = body.take("logit_bias", {}, lambda value: isinstance(value, dict), "an object of tokens and numbers")
+    for token in given:
+        if not (token.isascii() and token.isdigit() and len(token) < 20):
+            refuse("logit_bias", f"logit_bias: {describe(token)} is no token; tokens are whole numbers from 0 to {n_words - 1}")
+    bias = {int(token): value for token, value in given.items()}
+    if len(bias) < len(given):
+        refuse("logit_bias", "logit_bias has a token twice")
+    _check(lambda: SamplingParams(logit_bias=bias), "logit_bias")
+    _check(check_bias_tokens, "logit_bias", bias, n_words)
+    return bias
 
 
 def _check(check: Callable[..., Any], param: str, *arguments: Any) -> None:

@@ -70,11 +70,29 @@ class Choice:
         if not self.job.logprobs or not logprobs:
             return None
         if self.job.is_chat:
-            tokens = [{"token": t.text, "logprob": t.logprob, "bytes": [*t.bytes], "top_logprobs": []} for t in logprobs]
-            return {"content": tokens, "refusal": None}
+            content = [
+                {"token": t.text, "logprob": t.logprob, "bytes": [*t.bytes], "top_logprobs": self._top_of_chat(t)}
+                for t in logprobs
+            ]
+            return {"content": content, "refusal": None}
         return {
             "tokens": [t.text for t in logprobs],
             "token_logprobs": [t.logprob for t in logprobs],
-            "top_logprobs": None,
+            "top_logprobs": [*map(self._top_of_completion, logprobs)] if self.job.top_logprobs else None,
             "text_offset": [t.offset for t in logprobs],
         }
+
+    def _top_of_chat(self, token: TokenLogprob) -> list[dict[str, Any]]:
+        return [{"token": text, "logprob": logprob, "bytes": [*value]} for (text, value), logprob in token.top]
+
+    def _top_of_completion(self, token: TokenLogprob) -> dict[str, float] | None:
+        """Return the log probabilities of the likeliest tokens by their texts, and that of the chosen one.
+
+        Of several tokens with one text, such as a letter and its byte, the likeliest counts.
+        """
+        if token.logprob is None:
+            return None
+        by_text = dict[str, float]()
+        for (text, _), logprob in (*token.top, (token[:2], token.logprob)):
+            by_text.setdefault(text, logprob)
+        return by_text
