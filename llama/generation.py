@@ -41,6 +41,7 @@ from .engine.checks import device_of
 from .engine.collect import collect_results, results_of_replaced_generate
 from .engine.engine import Engine
 from .engine.incremental_text import IncrementalText
+from .engine.leading import check_led, lead
 from .engine.request_builder import RequestBuilder, partition_by_length
 from .engine.requests import GeneratedToken, GenerationCall, TokenScore, check_top_logprobs
 from .engine.results import ChatPrediction, CompletionPrediction, GenerationResult, InfillingPrediction, ResultDetails, Score
@@ -87,11 +88,13 @@ class Llama:
     and the numbers of tokens in the prompt and in the answer, without EOS.
 
     A call may have any number of prompts. Up to max_batch_size prompts of all calls run at a time, and when one is finished,
-    the next one starts. Calls of a modified model, and calls on several ranks, run one at a time.
+    the next one starts. Calls of a modified model, and calls on several ranks without `lead`, run one at a time.
 
-    On several ranks, all ranks must make the same calls with the same input. They get the same results; if calls differ, all
-    ranks raise InputError. Replicas divide the prompts of a call among themselves, and rank 0 chooses the seeds if the call has
-    none. Each replica computes the whole of a stream. Logits that are not finite raise NonFiniteError.
+    On several ranks, rank 0 alone makes calls, in `lead`; or all ranks make the same calls with the same input and get the same
+    results. If calls differ, all ranks raise InputError. Replicas divide the prompts of a call among themselves, and rank 0
+    chooses the seeds if the call has none. Each replica computes the whole of a stream.
+
+    Logits that are not finite raise NonFiniteError.
     """
 
     @staticmethod
@@ -501,7 +504,7 @@ class Llama:
 
         Wrong input raises at the call. Cancelling the task that awaits frees the rows of the batch at the next step. Any number
         of event loops and threads may make calls. They share the batch, which a background thread of ours runs meanwhile.
-        Raises InputError on several ranks, and for a model that the batch cannot run, because it is modified.
+        Raises InputError on several ranks without `lead`, and for a model that the batch cannot run, because it is modified.
         """
         return _AsyncCaller(self).call(Llama.text_completion, *args, **options)
 
@@ -566,12 +569,28 @@ class Llama:
         scores = self.score(*zip(*windows, strict=True))
         return math.exp(-statistics.fmean(value for each in scores for value in cast("Score", each).logprobs))
 
+    @short_traceback
+    def lead(self, work: Callable[[], T]) -> T | None:
+        """Run `work` on rank 0, and let the other ranks follow its calls. Return its result; None on the other ranks.
+
+        Call it on all ranks. Until `work` returns, calls and streams of any thread and event loop of rank 0 share one batch,
+        as in one process, and the other ranks compute their part of each. They wait without using their CPU, and ignore SIGINT
+        and SIGTERM, which rank 0 may handle. With a single process, `work` is simply run.
+
+        Raises InputError for replicas and for a modified model, before `work` runs. If `work` raises, the other ranks raise
+        LlamaError with the cause; after sys.exit or Ctrl-C on rank 0 they exit with 0. If one of the other ranks fails or is
+        killed, calls on rank 0 raise LlamaError, and so does `lead`. Calls that still run in threads when `work` ends raise
+        InputError.
+        """
+        return lead(self.engine, work)
+
     @property
     def _requests(self) -> RequestBuilder:
         return RequestBuilder(self.tokenizer, self.model.params.max_seq_len)
 
     def _validate_on_all_ranks(self, name: str, make_call: Callable[[], GenerationCall]) -> GenerationCall:
         """Build a call, and check that it is the same on all ranks. If it has no seeds, rank 0 chooses seeds for replicas."""
+        check_led(self.engine)
         call = run_on_all_ranks(
             lambda: replace(make_call(), name=name), must_match=lambda call: (call, self.engine.why_reference_loop())
         )

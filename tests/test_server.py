@@ -24,6 +24,7 @@ import torch
 
 from llama import Llama
 from llama.chat import UNSAFE_ERROR
+from llama.distributed import control
 from llama.engine import scheduler
 from llama.engine.requests import GeneratedToken
 
@@ -633,7 +634,9 @@ def test_wrong_flags_are_refused_before_a_model_is_loaded(
         error = errors_of(flag, value)
         assert flag.removeprefix("--") in error and reason in error
     monkeypatch.setattr(serve_module, "world_size", lambda: 2)
-    assert "serve runs in one process, and this job has 2 ranks" in errors_of()
+    monkeypatch.setattr(serve_module, "initialize", lambda *_: None)
+    monkeypatch.setattr(control, "replica", lambda: (0, 2))
+    assert "2 replicas: leave --model_parallel_size out" in errors_of()
     monkeypatch.setattr(serve_module.importlib.util, "find_spec", lambda name: None)
     assert "serve needs uvicorn and starlette" in (error := errors_of()) and "'.[serve]'" in error
 

@@ -15,7 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..distributed.groups import world_size
+from ..distributed import groups
+from ..distributed.agreement import run_on_all_ranks
+from ..distributed.control import check_one_replica
+from ..distributed.groups import global_rank, world_size
+from ..distributed.setup import initialize
 from ..errors import InputError, check_count, describe
 from .model_options import build_model
 
@@ -53,19 +57,29 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run_serve(args: argparse.Namespace) -> None:
     """Check the flags and take the port before the model is loaded; then serve."""
     check_flags(args)
-    key = api_key(args)
-    with listening_socket(args.host, args.port) as sock:
-        on_loopback = ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback
-        if not on_loopback and not key:
-            if not args.allow_without_key:
-                raise InputError(
-                    f"host is {args.host!r}, which other machines reach, and there is no key; set {KEY_VARIABLE}, "
-                    "or give --allow_without_key if everyone there may ask"
-                )
-            print(f"llama: everyone who reaches {args.host} may ask: there is no key", file=sys.stderr)
+    if world_size() > 1:
+        initialize(args.device, args.model_parallel_size)
+        check_one_replica()
+    with contextlib.ExitStack() as stack:
+        opened = run_on_all_ranks(lambda: None if global_rank() else open_server(args, stack))
         llama = build_model(args, args.max_batch_size)
-        name = args.model_name or (Path(args.ckpt_dir).resolve().name if args.ckpt_dir else "llama-demo")
-        serve(llama, sock, settings(args, name, key, on_loopback), args.grace)
+        llama.lead(lambda: serve(llama, *opened, args.grace) if opened else None)
+
+
+def open_server(args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[socket.socket, Any]:
+    """Return a socket, which `stack` closes, and the server's settings. Raise InputError if it cannot or must not listen."""
+    key = api_key(args)
+    sock = stack.enter_context(listening_socket(args.host, args.port))
+    on_loopback = ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback
+    if not on_loopback and not key:
+        if not args.allow_without_key:
+            raise InputError(
+                f"host is {args.host!r}, which other machines reach, and there is no key; set {KEY_VARIABLE}, "
+                "or give --allow_without_key if everyone there may ask"
+            )
+        print(f"llama: everyone who reaches {args.host} may ask: there is no key", file=sys.stderr)
+    name = args.model_name or (Path(args.ckpt_dir).resolve().name if args.ckpt_dir else "llama-demo")
+    return sock, settings(args, name, key, on_loopback)
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -75,8 +89,6 @@ def check_flags(args: argparse.Namespace) -> None:
             f"serve needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}, or in a clone "
             "pip install -e '.[serve]'"
         )
-    if world_size() > 1:
-        raise InputError(f"serve runs in one process, and this job has {world_size()} ranks; start it without torchrun")
     if not 0 <= args.port < 2**16:
         raise InputError(f"port is {describe(args.port)}; it must be a whole number from 0 (a free one) to {2**16 - 1}")
     check_count(args.max_batch_size, "max_batch_size")
@@ -168,7 +180,7 @@ def server_config(llama: Any, settings: Any, grace: float) -> Any:
 
 
 def serve(llama: Any, sock: socket.socket, settings: Any, grace: float) -> None:
-    """Serve until SIGTERM or SIGINT. Then finish the responses that have begun, within the grace."""
+    """Serve until SIGTERM or SIGINT, or until a rank fails. Then finish the responses that have begun, within the grace."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -181,6 +193,9 @@ def serve(llama: Any, sock: socket.socket, settings: Any, grace: float) -> None:
             finally:
                 for number, handler in before.items():
                     signal.signal(number, handler)
+
+        async def on_tick(self, counter: int) -> bool:
+            return await super().on_tick(counter) or groups.ended_reason is not None
 
     host, port = sock.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

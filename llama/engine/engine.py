@@ -9,15 +9,16 @@ from typing import Any
 import torch
 
 from ..distributed.failures import defer_signals, propagate_failure
-from ..distributed.groups import global_rank, world_size
+from ..distributed.groups import calls_are_exclusive, global_rank
 from ..errors import DeviceError, InputError
 from ..kernels.host_memory import raise_malloc_threshold
 from ..model import Transformer
 from .backend import Backend
 from .checks import device_of
-from .events import Event, RunningCall, take_event
+from .events import Event, RunningCall, RunningCalls, take_event
 from .forward import EngineForward
 from .kv_cache import KVCache
+from .leading import check_led
 from .reference_loop import ReferenceLoop
 from .requests import GeneratedToken, GenerationCall
 from .scheduler import Scheduler
@@ -88,6 +89,7 @@ class Engine:
         if not self.needs_model(call):
             return
         self.check_sizes()
+        check_led(self)
         if why := self.why_reference_loop():
             with self.whole_calls_ended(), propagate_failure():
                 self.announce(why)
@@ -125,9 +127,10 @@ class Engine:
     def exclusive(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context that keeps other threads' calls out, if calls cannot share a batch; else one without effect.
 
-        They cannot on several ranks, which must run their calls in the same order, nor if the model's own `forward` runs.
+        They cannot on several ranks, which must run their calls in the same order unless rank 0 leads, nor if the model's own
+        `forward` runs.
         """
-        if world_size() > 1:
+        if calls_are_exclusive():
             return self.lock
         return self.whole_calls_ended() if self.why_reference_loop() else contextlib.nullcontext()
 
@@ -139,12 +142,12 @@ class Engine:
         """
         while True:
             scheduler = self.shared.scheduler()
-            if scheduler is not None and world_size() == 1 and scheduler.has_whole_calls:
+            if scheduler is not None and not calls_are_exclusive() and scheduler.has_whole_calls:
                 self.step_or_wait(scheduler)
                 continue
             with self.lock:
                 scheduler = self.shared.scheduler()  # a call may have come meanwhile
-                if scheduler is None or world_size() > 1 or not scheduler.has_whole_calls:
+                if scheduler is None or calls_are_exclusive() or not scheduler.has_whole_calls:
                     yield
                     return
 
@@ -157,7 +160,7 @@ class Engine:
         with self.lock, propagate_failure(), defer_signals(is_shared), self.without_autocast():
             yield
 
-    def submit(self, call: GenerationCall) -> tuple[Scheduler, RunningCall]:
+    def submit(self, call: GenerationCall) -> tuple[RunningCalls, RunningCall]:
         """Add a call to the running scheduler, or to a new one if none runs. Return the scheduler and the running call.
 
         If the running scheduler does not suit the call, run its calls to their end first.
@@ -168,22 +171,25 @@ class Engine:
                 return scheduler, running_call
             self.step_or_wait(scheduler)
 
-    def try_submit(self, call: GenerationCall) -> tuple[Scheduler, RunningCall | None]:
+    def try_submit(self, call: GenerationCall) -> tuple[RunningCalls, RunningCall | None]:
         """Add a call to the running scheduler, or to a new one if none runs.
 
         Return the scheduler, and None if it does not suit the call, because another `Llama` uses the same model differently.
-        On several ranks, a call gets a scheduler of its own, and calls that are still running end with an error.
+        On several ranks, unless rank 0 leads, a call gets a scheduler of its own, and calls that still run end with an error.
         """
         self.shared.turn.refuse_within_step()
         with self.lock, propagate_failure():
-            scheduler = self.shared.scheduler()
-            if scheduler is None or scheduler.idle or world_size() > 1 or scheduler.why_broken():
-                scheduler = Scheduler(self.model, self.forward(), self.backend, self.shared, call.name)
+            scheduler: RunningCalls | None = self.shared.scheduler()
+            if scheduler is None or scheduler.idle or calls_are_exclusive() or scheduler.why_broken():
+                if leader := self.shared.leader:
+                    scheduler = leader.new_scheduler(call.name)
+                else:
+                    scheduler = Scheduler(self.model, self.forward(), self.backend, self.shared, call.name)
                 self.shared.scheduler = weakref.ref(scheduler)  # a strong reference would keep the model alive
             suits = scheduler.suits(self.backend, self.n_words)
             return scheduler, scheduler.submit(call) if suits else None
 
-    def wait_for_events(self, scheduler: Scheduler, running_call: RunningCall) -> list[Event]:
+    def wait_for_events(self, scheduler: RunningCalls, running_call: RunningCall) -> list[Event]:
         """Return the events of a call since the last time; an empty list after its end. Raise its error.
 
         If there are none, run steps of the scheduler, unless another thread does. Nobody holds a lock while events are read.
@@ -199,14 +205,14 @@ class Engine:
                 return []
             self.step_or_wait(scheduler, running_call)
 
-    def step_or_wait(self, scheduler: Scheduler, running_call: RunningCall | None = None) -> None:
+    def step_or_wait(self, scheduler: RunningCalls, running_call: RunningCall | None = None) -> None:
         """Run a step of the scheduler; if another thread is running one, wait for its end instead.
 
         running_call: return at once if this call has events or has ended.
         """
         turn = self.shared.turn
         turn.refuse_within_step()
-        if world_size() > 1:  # a call has its own scheduler, and a thread in a whole call holds the lock already
+        if calls_are_exclusive():  # a call has its own scheduler, and a thread in a whole call holds the lock already
             with self.computing():
                 scheduler.step()
             return

@@ -12,7 +12,7 @@ from ..sampling import ranked_logprobs
 from .forward import EngineForward
 from .kv_cache import RaggedBatch, prefill_chunks
 from .prefix_cache import PrefixCache
-from .requests import Request, TokenScore, token_score
+from .requests import Request, ScoringRequest, TokenScore, token_score
 
 
 @dataclass(eq=False)
@@ -135,6 +135,19 @@ class Prefill:
     def last_hidden(self) -> torch.Tensor:
         """Return the hidden state of the last token of each prompt, (B, dim)."""
         return torch.cat([each.last_hidden for each in self.rows if each.last_hidden is not None])
+
+
+def score_sequences(forward: EngineForward, requests: list[ScoringRequest], n_top: int) -> list[list[TokenScore]]:
+    """Return the scores of the tokens of each request, computed side by side and without the KV cache."""
+    tokens = torch.tensor([token for request in requests for token in request.inputs], device=forward.device)
+    following = torch.tensor([token for request in requests for token in request.scored], device=forward.device)
+    ends = itertools.accumulate(len(request.inputs) for request in requests)
+    needed = [i for request, end in zip(requests, ends, strict=True) for i in range(end - len(request.scored), end)]
+    indices = torch.tensor(needed, dtype=torch.int64, device=forward.device)
+    batch = RaggedBatch.from_segments([(row, 0, len(request.inputs)) for row, request in enumerate(requests)], forward.device)
+    hidden = forward.hidden_states(tokens, batch, use_cache=False, logits_indices=indices)
+    scores = iter(score_tokens(forward.logits, hidden, following, n_top))
+    return [list(itertools.islice(scores, len(request.scored))) for request in requests]
 
 
 def score_tokens(

@@ -132,3 +132,7 @@ class ScoringRequest:
     def inputs(self) -> list[int]:
         """Return the tokens that the model computes: all but the last, which nothing follows."""
         return self.tokens[:-1]
+
+    @property
+    def scored(self) -> list[int]:
+        return self.tokens[self.start :]

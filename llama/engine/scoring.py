@@ -5,13 +5,12 @@ import itertools
 import torch
 
 from .. import tuning
-from ..distributed.failures import defer_signals
 from ..distributed.progress import progress
 from ..sampling import SamplingParams
 from .checks import check_logprobs, common_prefix_length, device_of
 from .engine import Engine
-from .kv_cache import RaggedBatch
-from .prefill import score_tokens
+from .leading import check_led
+from .prefill import score_sequences, score_tokens
 from .reference_loop import move_buffers
 from .requests import GenerationCall, Request, ScoringRequest, TokenScore
 from .shared_state import CacheOwner
@@ -25,12 +24,14 @@ def score(engine: Engine, requests: list[ScoringRequest], n_top: int = 0) -> lis
     model computes one sequence at a time.
     """
     engine.check_sizes()
+    check_led(engine)
     if why := engine.why_reference_loop():
         with engine.whole_calls_ended():
             engine.announce(why)
             move_buffers(engine.model)
             engine.shared.owner = CacheOwner("score")  # open streams cannot continue: the forward overwrites the cache
-        return [scores for request in requests for scores in score_side_by_side(engine, [request], n_top, modified=True)]
+        one_by_one = progress(requests, lambda request: len(request.inputs), "scoring", "tokens")
+        return [score_with_forward(engine, request, n_top) for request in one_by_one]
     if shares_prefixes([request.inputs for request in requests]):
         return score_in_rows(engine, requests, n_top)
     batches: list[list[ScoringRequest]] = []
@@ -44,29 +45,26 @@ def score(engine: Engine, requests: list[ScoringRequest], n_top: int = 0) -> lis
     return [scores for batch in bar for scores in score_side_by_side(engine, batch, n_top)]
 
 
-def score_side_by_side(
-    engine: Engine, requests: list[ScoringRequest], n_top: int, modified: bool = False
-) -> list[list[TokenScore]]:
-    """Score sequences in one forward, without the KV cache. modified: run the model's own forward, on a single sequence."""
-    device = device_of(engine.model)
-    tokens = torch.tensor([token for request in requests for token in request.inputs], device=device)
-    following = torch.tensor([token for request in requests for token in request.tokens[request.start :]], device=device)
-    ends = itertools.accumulate(len(request.inputs) for request in requests)
-    needed = [i for r, end in zip(requests, ends, strict=True) for i in range(end - len(r.tokens) + r.start, end)]
-    indices = torch.tensor(needed, dtype=torch.int64, device=device)
-    with torch.inference_mode(), engine.lock, defer_signals(), engine.without_autocast():
-        if modified:
-            logits = engine.model.forward(tokens[None], 0)[0, :, : engine.n_words].float()
-            scores = iter(score_tokens(lambda rows: rows, logits[indices], following, n_top))
-        else:
-            forward = engine.forward()
-            batch = RaggedBatch.from_segments([(row, 0, len(r.inputs)) for row, r in enumerate(requests)], device)
-            hidden = forward.hidden_states(tokens, batch, use_cache=False, logits_indices=indices)
-            scores = iter(score_tokens(forward.logits, hidden, following, n_top))
-    results = [list(itertools.islice(scores, len(request.tokens) - request.start)) for request in requests]
-    for request, each in zip(requests, results, strict=True):
-        check_logprobs(engine.model, [token_score.logprob for token_score in each], request.label)
+def score_side_by_side(engine: Engine, requests: list[ScoringRequest], n_top: int) -> list[list[TokenScore]]:
+    """Score sequences in one forward, without the KV cache."""
+    with torch.inference_mode(), engine.computing():
+        if leader := engine.shared.leader:
+            leader.announce_scores(requests, n_top)
+        results = score_sequences(engine.forward(), requests, n_top)
+    for request, scores in zip(requests, results, strict=True):
+        check_logprobs(engine.model, [each.logprob for each in scores], request.label)
     return results
+
+
+def score_with_forward(engine: Engine, request: ScoringRequest, n_top: int) -> list[TokenScore]:
+    """Score a sequence by the model's own forward."""
+    device = device_of(engine.model)
+    with torch.inference_mode(), engine.computing():
+        logits = engine.model.forward(torch.tensor([request.inputs], device=device), 0)[0, :, : engine.n_words].float()
+        following = torch.tensor(request.scored, device=device)
+        scores = score_tokens(lambda rows: rows, logits[-len(following) :], following, n_top)
+    check_logprobs(engine.model, [each.logprob for each in scores], request.label)
+    return scores
 
 
 def score_in_rows(engine: Engine, requests: list[ScoringRequest], n_top: int) -> list[list[TokenScore]]:

@@ -51,8 +51,8 @@ class Stream(AnswerProgress):
     """Iterate over the text of an answer in chunks, while it is generated. The joined chunks are the text of the whole answer.
 
     The stream keeps a row of the batch until it ends; `close`, or the end of a `with` block, ends it early. If the model is
-    changed, it raises InputError after the chunks that were already generated. On several ranks, and for a modified model,
-    another call ends it, too. If several ranks share a model, all of them must read the same number of chunks. One thread at a
+    changed, it raises InputError after the chunks that were already generated. On several ranks without `lead`, and for a
+    modified model, another call ends it, too. All ranks that make the call must read the same number of chunks. One thread at a
     time may read or close a stream.
     """
 

@@ -151,7 +151,7 @@ class LlamaMeta(TemplateLM):
         sampled = kwargs.pop("do_sample", kwargs.get("temperature", 0) > 0)
         lengths = [kwargs.pop(name) for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if name in kwargs]
         temperature = kwargs.pop("temperature", 1.0 if sampled else 0.0)
-        options = {
+        options: dict[str, Any] = {
             "stop": [until] if isinstance(until, str) else [text for text in until if text],
             "max_gen_len": int(lengths[0] if lengths else self.max_gen_toks),
             "temperature": temperature if sampled else 0.0,
