@@ -60,6 +60,7 @@ class Request:
     max_new_tokens: int
     seed: int | None = None
     label: str = "the prompt"  # name of the prompt in errors
+    continues_prompt: bool = False  # True if the answer's text keeps the space at its start, so that it continues the prompt's
     score_from: int | None = None  # index of the first prompt token to score, if the call has `score_only`
     num_cached_tokens: int = 0  # number of prompt tokens whose keys and values were in the cache already
     num_new_tokens: int = 0  # number of new tokens that the caller has taken, without EOS
