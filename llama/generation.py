@@ -30,23 +30,34 @@ from .chat import (
     Dialog,
     Message,
     Role,
+    check_dialog,
+    encode_dialog,
+    find_tag,
 )
 from .checkpoint import loading, packed_file, params, paths, shards, validate
 from .distributed.agreement import gather_from_replicas, run_on_all_ranks, run_on_rank0
 from .distributed.groups import global_rank, model_parallel, replica
 from .distributed.setup import initialize, set_environment
-from .engine.async_calls import AsyncStream, check_sharable, collect_results_async, run_async, text_chunks_async
+from .engine.async_calls import (
+    AsyncStream,
+    check_sharable,
+    collect_results_async,
+    run_async,
+    text_chunks_async,
+    tokens_until_stop_async,
+)
 from .engine.backend import Backend
 from .engine.checks import device_of
 from .engine.collect import collect_results, results_of_replaced_generate
 from .engine.engine import Engine
+from .engine.hidden_states import check_layers, hidden_states, number_of_layers
 from .engine.incremental_text import IncrementalText
 from .engine.leading import check_led, lead
 from .engine.request_builder import RequestBuilder, partition_by_length
 from .engine.requests import GeneratedToken, GenerationCall, TokenScore, check_top_logprobs
 from .engine.results import ChatPrediction, CompletionPrediction, GenerationResult, InfillingPrediction, ResultDetails, Score
 from .engine.scoring import score
-from .engine.stream import Stream, text_chunks
+from .engine.stream import Stream, text_chunks, tokens_until_stop
 from .errors import DeviceError, InputError, check_count, check_flag, describe, short_traceback
 from .kernels.packing import check_kernel
 from .model import ModelArgs, Transformer
@@ -80,10 +91,13 @@ class Llama:
     list contains one seed for each prompt, for example to get several answers to the same prompt. Without a seed, all prompts
     are sampled with torch's default generator.
     stop: one string or several. An answer's text ends just before the first stop string. Tokens and log probabilities include
-    the token that completed the stop string. Calls that take tokens have no stop strings.
+    the token that completed the stop string.
     top_logprobs: with logprobs=True, also return the top_logprobs likeliest tokens at each token's position, up to 20, with
     their log probabilities, likeliest first. A token that was chosen need not be among them. The first token of an echoed
     prompt has none.
+    keep_space: keep the space at the start of an answer's text, so that prompt + answer is the text of all tokens. Without it,
+    the answer is decoded alone, which drops the space.
+    continue_answer: if a dialog ends with a message by the assistant, continue that message. The result is what follows it.
     details: add to each result "finish_reason" ("stop": EOS or a stop string; "length": max_gen_len or the end of the context)
     and the numbers of tokens in the prompt and in the answer, without EOS.
 
@@ -235,6 +249,7 @@ class Llama:
         logit_bias: Mapping[int, float] | None = None,
         seed: int | Iterable[int] | None = None,
         stop_token: int | None = None,
+        stop: str | Sequence[str] | None = (),
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Generate tokens after each prompt; return them, and their log probabilities or None.
 
@@ -243,13 +258,15 @@ class Llama:
         temperature: 0 chooses the likeliest token; see `SamplingParams` for other values.
         logprobs: also return the log probability of each token, from the logits before any sampling parameter is applied.
         echo: return the prompt's tokens before the answer. The first token of a prompt has the log probability 0.0.
-        stop_token: the token that ends an answer, instead of EOS.
+        stop_token: the token that ends an answer, instead of EOS. stop: see `Llama`.
         Raises InputError, which names the prompt, before any computation.
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         results = self._results(
             "generate",
-            lambda: self._requests.from_tokens(prompt_tokens, max_gen_len, seed, params(), logprobs, echo, stop_token),
+            lambda: self._requests.from_tokens(
+                prompt_tokens, max_gen_len, seed, params(), logprobs, echo, stop_token, stop=stop
+            ),
             lambda r: r,
         )
         return [r.tokens for r in results], [r.logprobs for r in results] if logprobs else None
@@ -271,26 +288,27 @@ class Llama:
         seed: int | Iterable[int] | None = None,
         top_logprobs: int | None = 0,
         include_eos: bool | None = False,
+        stop: str | Sequence[str] | None = (),
     ) -> Iterator[GeneratedToken]:
         """Generate tokens like `generate`, but yield (prompt_index, token, logprob) as soon as a token is generated.
 
         The tokens of one prompt come in order; the tokens of different prompts are mixed.
         top_logprobs: see `Llama`. Each yielded tuple has the attribute `top_logprobs`, a list of (token, logprob).
-        include_eos: also yield the EOS that ends an answer.
+        include_eos: also yield the EOS that ends an answer. stop: see `Llama`.
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         call = self._validate_on_all_ranks(
             "generate_stream",
             lambda: self._requests.from_tokens(
-                prompt_tokens, max_gen_len, seed, params(), logprobs, echo, None, top_logprobs, include_eos
+                prompt_tokens, max_gen_len, seed, params(), logprobs, echo, None, top_logprobs, include_eos, stop
             ),
         )
-        return self._run(call, watched=True)
+        return self._tokens(call)
 
     @short_traceback
     def text_completion(
         self,
-        prompts: Iterable[str],
+        prompts: Iterable[str | Iterable[int]],
         temperature: float | None = 0.6,
         top_p: float | None = 0.9,
         max_gen_len: int | None = None,
@@ -305,8 +323,11 @@ class Llama:
         stop: str | Sequence[str] | None = (),
         details: bool | None = False,
         top_logprobs: int | None = 0,
+        keep_space: bool | None = False,
     ) -> list[CompletionPrediction]:
-        """Continue each text. max_gen_len defaults to the rest of the context. See `generate` and `Llama` for the options.
+        """Continue each text, given as a text or as tokens. max_gen_len defaults to the rest of the context.
+
+        See `generate` and `Llama` for the options.
 
         Each result is a dict with "generation". logprobs=True adds "tokens", as the text of each token, and "logprobs".
         top_logprobs=n adds "top_logprobs": for each token a list of (text, logprob), the n likeliest at its position.
@@ -316,7 +337,7 @@ class Llama:
         return self._results(
             "text_completion",
             lambda: self._requests.from_texts(
-                prompts, max_gen_len, seed, params(), stop, logprobs, echo, details=details, top_logprobs=top_logprobs
+                prompts, max_gen_len, seed, params(), stop, logprobs, echo, details, top_logprobs, keep_space=keep_space
             ),
             lambda r: {"generation": r.text, **self._details(r, logprobs, details, top_logprobs)},
         )
@@ -324,7 +345,7 @@ class Llama:
     @short_traceback
     def iter_text_completion(
         self,
-        prompts: Iterable[str],
+        prompts: Iterable[str | Iterable[int]],
         temperature: float | None = 0.6,
         top_p: float | None = 0.9,
         max_gen_len: int | None = None,
@@ -335,6 +356,7 @@ class Llama:
         logit_bias: Mapping[int, float] | None = None,
         seed: int | Iterable[int] | None = None,
         stop: str | Sequence[str] | None = (),
+        keep_space: bool | None = False,
     ) -> Iterator[CompletionPrediction]:
         """Continue each text, and yield the results in the order of the prompts, each as early as possible.
 
@@ -344,7 +366,7 @@ class Llama:
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         results = self._iter_results(
             "iter_text_completion",
-            lambda: self._requests.from_texts(prompts, max_gen_len, seed, params(), stop, details=True),
+            lambda: self._requests.from_texts(prompts, max_gen_len, seed, params(), stop, details=True, keep_space=keep_space),
         )
         return ({"generation": r.text, **self._details(r, False, True)} for r in results)
 
@@ -365,6 +387,7 @@ class Llama:
         stop: str | Sequence[str] | None = (),
         details: bool | None = False,
         top_logprobs: int | None = 0,
+        continue_answer: bool | None = False,
     ) -> list[ChatPrediction]:
         """Answer each dialog as the assistant. max_gen_len defaults to the rest of the context. See `Llama` for the options.
 
@@ -376,7 +399,7 @@ class Llama:
         return self._results(
             "chat_completion",
             lambda: self._requests.from_dialogs(
-                dialogs, max_gen_len, seed, params(), stop, logprobs, details=details, top_logprobs=top_logprobs
+                dialogs, max_gen_len, seed, params(), stop, logprobs, details, top_logprobs, continue_answer=continue_answer
             ),
             lambda r: {"generation": self._answer(r), **self._details(r, logprobs, details, top_logprobs)},
         )
@@ -395,12 +418,15 @@ class Llama:
         logit_bias: Mapping[int, float] | None = None,
         seed: int | Iterable[int] | None = None,
         stop: str | Sequence[str] | None = (),
+        continue_answer: bool | None = False,
     ) -> Iterator[ChatPrediction]:
         """Answer each dialog like `chat_completion`, and yield the results like `iter_text_completion`."""
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         results = self._iter_results(
             "iter_chat_completion",
-            lambda: self._requests.from_dialogs(dialogs, max_gen_len, seed, params(), stop, details=True),
+            lambda: self._requests.from_dialogs(
+                dialogs, max_gen_len, seed, params(), stop, details=True, continue_answer=continue_answer
+            ),
         )
         return ({"generation": self._answer(r), **self._details(r, False, True)} for r in results)
 
@@ -444,7 +470,7 @@ class Llama:
     @short_traceback
     def text_completion_stream(
         self,
-        prompt: str,
+        prompt: str | Iterable[int],
         temperature: float | None = 0.6,
         top_p: float | None = 0.9,
         max_gen_len: int | None = None,
@@ -455,15 +481,18 @@ class Llama:
         logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = (),
+        keep_space: bool | None = False,
     ) -> Stream:
-        """Continue one text. Return a `Stream`, which yields the continuation in chunks.
+        """Continue one text, given as a text or as tokens. Return a `Stream`, which yields the continuation in chunks.
 
         Raises InputError at the call, not at the first chunk.
         """
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         return self._stream(
             "text_completion_stream",
-            lambda: self._requests.from_texts([prompt], max_gen_len, seed, params(), stop, label="the prompt"),
+            lambda: self._requests.from_texts(
+                [prompt], max_gen_len, seed, params(), stop, label="the prompt", keep_space=keep_space
+            ),
         )
 
     @short_traceback
@@ -480,6 +509,7 @@ class Llama:
         logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = (),
+        continue_answer: bool | None = False,
     ) -> Stream:
         """Answer one dialog. Return a `Stream`, which yields the answer in chunks; see `text_completion_stream`.
 
@@ -488,7 +518,9 @@ class Llama:
         params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
         return self._stream(
             "chat_completion_stream",
-            lambda: self._requests.from_dialogs([dialog], max_gen_len, seed, params(), stop, label="the dialog"),
+            lambda: self._requests.from_dialogs(
+                [dialog], max_gen_len, seed, params(), stop, label="the dialog", continue_answer=continue_answer
+            ),
         )
 
     @_signature_of(generate_stream)
@@ -584,6 +616,66 @@ class Llama:
         """
         return lead(self.engine, work)
 
+    @short_traceback
+    def hidden_states(
+        self, texts: Iterable[str | Iterable[int]], layers: int | Iterable[int] | None = None
+    ) -> list[torch.Tensor]:
+        """Return the hidden states of each text, given as a text or as tokens: float32 on the CPU, (tokens, dim).
+
+        A text is encoded with BOS and without EOS. layers: 0 for the token embeddings; i for the output of layer i, counted
+        from 1; the number of layers, which is also the default, for that of the last layer after the final norm. This is how
+        transformers numbers `hidden_states`, and negative numbers count from the end, too. A list of numbers returns
+        (len(layers), tokens, dim) for each text.
+
+        Texts are computed side by side, in the dtype of the model, without the KV cache. The results have no gradient. A model
+        that a caller has modified runs its own `forward`. Raises InputError, which names the text, before any computation.
+        """
+        several = isinstance(layers, Iterable)
+        return self._hidden_states("hidden_states", texts, layers, lambda states: states if several else states[0])
+
+    @short_traceback
+    def embed(self, texts: Iterable[str | Iterable[int]], pooling: str = "mean") -> torch.Tensor:
+        """Return an embedding of each text: (texts, dim), float32 on the CPU, from the last of its `hidden_states`.
+
+        pooling: "mean" for the mean of all tokens, BOS among them; "last" for the last token. Embeddings are not normalized.
+        """
+        if pooling not in ("mean", "last"):
+            raise InputError(f"pooling is {describe(pooling)}; it must be 'mean' or 'last'")
+        pooled = self._hidden_states(
+            "embed", texts, None, lambda states: states[0].mean(0) if pooling == "mean" else states[0, -1]
+        )
+        return torch.stack(pooled) if pooled else torch.empty(0, self.model.params.dim, device="cpu")
+
+    def _hidden_states(
+        self,
+        name: str,
+        texts: Iterable[str | Iterable[int]],
+        layers: int | Iterable[int] | None,
+        reduce: Callable[[torch.Tensor], torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """Return `reduce` of the states (layers, tokens, dim) of each text. name: the public method that calls this one."""
+        with self.engine.exclusive():
+            rows, labels, chosen = run_on_all_ranks(
+                lambda: (*self._requests.for_hidden_states(texts), check_layers(layers, number_of_layers(self.model))),
+                must_match=lambda checked: (name, checked, self.engine.why_reference_loop()),
+            )
+            return self._shard_across_replicas(
+                [len(row) for row in rows],
+                lambda some: hidden_states(self.engine, [rows[i] for i in some], [labels[i] for i in some], chosen, reduce),
+            )
+
+    @short_traceback
+    def encode_dialog(self, dialog: Dialog, continue_answer: bool | None = False) -> list[int]:
+        """Return the tokens of a dialog, with which `chat_completion` begins to answer it; see `Llama` for continue_answer.
+
+        Raises InputError for a dialog with a special tag, such as "[INST]", which `chat_completion` does not encode.
+        """
+        check_flag(continue_answer, "continue_answer")
+        check_dialog(dialog, "the dialog", continue_answer)
+        if tag := find_tag(dialog):
+            raise InputError(f"the dialog contains {tag}, a special tag of the chat format; remove it from the messages")
+        return encode_dialog(self.tokenizer, dialog)
+
     @property
     def _requests(self) -> RequestBuilder:
         return RequestBuilder(self.tokenizer, self.model.params.max_seq_len)
@@ -656,6 +748,10 @@ class Llama:
     def _run(self, call: GenerationCall, watched: bool = False) -> Iterator[GeneratedToken]:
         return self.engine.run(self._resolve(call, watched))
 
+    def _tokens(self, call: GenerationCall) -> Iterator[GeneratedToken]:
+        tokens = self._run(call, watched=True)
+        return tokens_until_stop(call, tokens, self.tokenizer) if call.stop else tokens
+
     def _resolve(self, call: GenerationCall, watched: bool) -> GenerationCall:
         # Read eos_id and sample_top_p anew for each call, because a caller may have replaced them or the tokenizer.
         stop_token = self.tokenizer.eos_id if call.stop_token is None else call.stop_token
@@ -675,7 +771,7 @@ class Llama:
         (request,) = call.requests
         if not request.prompt:
             return Stream(request, (chunk for chunk in [UNSAFE_ERROR]))
-        text = IncrementalText(self.tokenizer, call.stop or ())
+        text = IncrementalText.of_answer(call, request, self.tokenizer)
         return Stream(request, text_chunks(request, self._run(call, watched=True), text))
 
     def _answer(self, result: GenerationResult) -> Message:
@@ -718,6 +814,10 @@ class _AsyncCaller:
     def _run(self, call: GenerationCall, watched: bool = True) -> AsyncGenerator[GeneratedToken, None]:
         return run_async(self.engine, self._resolve(call, watched))
 
+    def _tokens(self, call: GenerationCall) -> AsyncGenerator[GeneratedToken, None]:
+        tokens = self._run(call)
+        return tokens_until_stop_async(call, tokens, self.tokenizer) if call.stop else tokens
+
     def _results(
         self, name: str, make_call: Callable[[], GenerationCall], make_result: Callable[[GenerationResult], T]
     ) -> Coroutine[Any, Any, list[T]]:
@@ -733,7 +833,7 @@ class _AsyncCaller:
         self._refuse_replaced_generate("streams")
         call = self._validate_on_all_ranks(name, make_call)
         (request,) = call.requests
-        text = IncrementalText(self.tokenizer, call.stop or ())
+        text = IncrementalText.of_answer(call, request, self.tokenizer)
         refusal = "" if request.prompt else UNSAFE_ERROR
         return AsyncStream(request, text_chunks_async(request, self._run(call), text, refusal))
 

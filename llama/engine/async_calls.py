@@ -27,7 +27,7 @@ from .leading import check_led
 from .requests import GeneratedToken, GenerationCall, Request
 from .results import GenerationResult
 from .shared_state import SharedState
-from .stream import AnswerProgress, end_text, push_token
+from .stream import AnswerProgress, StopStrings, end_text, push_token
 
 EXIT_SECONDS = 10  # how long the interpreter waits at its exit for the step that a background thread is running
 
@@ -213,6 +213,16 @@ async def collect_results_async(
         async for token in tokens:
             collector.push(token)
     return collector.finish()
+
+
+async def tokens_until_stop_async(
+    call: GenerationCall, tokens: AsyncGenerator[GeneratedToken, None], tokenizer: Tokenizer
+) -> AsyncGenerator[GeneratedToken, None]:
+    """Yield the tokens of a call, as `tokens_until_stop` does."""
+    stops = StopStrings(call, tokenizer)
+    async with contextlib.aclosing(tokens):
+        async for token in tokens:
+            yield stops.check(token)
 
 
 class AsyncStream(AnswerProgress):

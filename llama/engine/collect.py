@@ -22,10 +22,11 @@ class ResultCollector:
     def __init__(self, call: GenerationCall, tokenizer: Tokenizer) -> None:
         self.call = call
         self.results = [GenerationResult(request) for request in call.requests]
-        self.texts = [IncrementalText(tokenizer, call.stop) for _ in self.results] if call.stop is not None else []
+        decoded = call.requests if call.stop is not None else []
+        self.texts = [IncrementalText.of_answer(call, request, tokenizer) for request in decoded]
         if call.echo:
             for result, text in zip(self.results, self.texts, strict=False):
-                result.text = text.begin(result.request.prompt)
+                result.text = text.prompt_text
         self.n_taken = 0
 
     def push(self, token: GeneratedToken) -> None:
@@ -103,6 +104,8 @@ def results_of_replaced_generate(
     results = []
     for request in call.requests:
         result, text = GenerationResult(request), IncrementalText(tokenizer, call.stop or ())
+        if request.continues_prompt and not call.echo:
+            text.begin(request.prompt)
         own_tokens, own_logprobs = returned.get(id(request), ([], []))
         result.tokens, result.logprobs = list(own_tokens), list(own_logprobs)
         for n, token in enumerate(result.tokens, 1):

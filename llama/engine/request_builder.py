@@ -4,7 +4,7 @@ import numbers
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
-from ..chat import Dialog, check_dialog, encode_dialog, is_unsafe
+from ..chat import Dialog, check_dialog, continues_answer, encode_dialog, is_unsafe
 from ..errors import InputError, check_flag, describe, short_traceback
 from ..sampling import SamplingParams, check_bias_tokens
 from ..tokenizer import Tokenizer, check_text
@@ -138,6 +138,7 @@ class RequestBuilder:
         stop_token: int | None = None,
         top_logprobs: int | None = 0,
         include_eos: bool | None = False,
+        stop: str | Sequence[str] | None = (),
     ) -> GenerationCall:
         """Build a `GenerationCall` from prompts given as tokens. stop_token: token that ends an answer, in place of EOS."""
         n_words = self.tokenizer.n_words
@@ -152,13 +153,13 @@ class RequestBuilder:
         check_bias_tokens(sampling.logit_bias, n_words)
         requests = self._requests(rows, prompt_labels, max_gen_len, normalize_seeds(seed, len(rows)))
         return GenerationCall(
-            requests, sampling, logprobs, echo, stop_token=None if stop_token is None else int(stop_token),
-            top_logprobs=top_logprobs, include_eos=include_eos,
+            requests, sampling, logprobs, echo, check_stop(stop) or None,
+            stop_token=None if stop_token is None else int(stop_token), top_logprobs=top_logprobs, include_eos=include_eos,
         )  # fmt: skip
 
     def from_texts(
         self,
-        prompts: Iterable[str],
+        prompts: Iterable[str | Iterable[int]],
         max_gen_len: int | None,
         seed: int | Iterable[int] | None,
         sampling: SamplingParams,
@@ -168,12 +169,15 @@ class RequestBuilder:
         details: bool | None = False,
         top_logprobs: int | None = 0,
         label: str = "prompt {}",
+        keep_space: bool | None = False,
     ) -> GenerationCall:
-        """Build a `GenerationCall` from prompts given as texts."""
+        """Build a `GenerationCall` from prompts given as texts or tokens. keep_space: see `Llama`."""
         check_bias_tokens(sampling.logit_bias, self.tokenizer.n_words)
-        texts, text_labels = check_texts(prompts, "prompts", label)
-        encoded = [self._encode(text) for text in texts]
-        requests = self._requests(encoded, text_labels, max_gen_len, normalize_seeds(seed, len(texts)))
+        check_flag(keep_space, "keep_space")
+        encoded, text_labels = self._encode_each(prompts, "prompts", label)
+        requests = self._requests(encoded, text_labels, max_gen_len, normalize_seeds(seed, len(encoded)))
+        for request in requests:
+            request.continues_prompt = bool(keep_space)
         return GenerationCall(requests, sampling, logprobs, echo, check_stop(stop), details, top_logprobs=top_logprobs)
 
     def from_dialogs(
@@ -187,22 +191,25 @@ class RequestBuilder:
         details: bool | None = False,
         top_logprobs: int | None = 0,
         label: str = "dialog {}",
+        continue_answer: bool | None = False,
     ) -> GenerationCall:
-        """Build a `GenerationCall` from dialogs.
+        """Build a `GenerationCall` from dialogs. continue_answer: see `Llama`.
 
         A dialog that contains special tags such as [INST] gets an empty request that is already finished.
         """
         check_bias_tokens(sampling.logit_bias, self.tokenizer.n_words)
+        check_flag(continue_answer, "continue_answer")
         dialogs = to_list(dialogs, "dialogs", "a list of dialogs, as in [dialog]")
         dialog_labels = labels(label, dialogs)
         for dialog_label, dialog in zip(dialog_labels, dialogs, strict=True):
-            check_dialog(dialog, dialog_label)
+            check_dialog(dialog, dialog_label, continue_answer)
         seeds, safe = normalize_seeds(seed, len(dialogs)), [i for i, dialog in enumerate(dialogs) if not is_unsafe(dialog)]
         encoded = [encode_dialog(self.tokenizer, dialogs[i]) for i in safe]
         safe_requests = self._requests(encoded, [dialog_labels[i] for i in safe], max_gen_len, [seeds[i] for i in safe])
         requests = [Request([], 0, finish_reason="stop") for _ in dialogs]
         for i, request in zip(safe, safe_requests, strict=True):
             requests[i] = request
+            request.continues_prompt = continues_answer(dialogs[i])
         return GenerationCall(requests, sampling, logprobs, False, check_stop(stop), details, top_logprobs=top_logprobs)
 
     def for_infilling(
@@ -303,6 +310,24 @@ class RequestBuilder:
         ends = [*range(min(length + 1, len(tokens)), len(tokens), int(step)), len(tokens)]
         begins = [1, *ends[:-1]]
         return [(tokens[max(0, end - length - 1) : begin], tokens[begin:end]) for begin, end in zip(begins, ends, strict=True)]
+
+    def for_hidden_states(self, texts: Iterable[str | Iterable[int]]) -> tuple[list[list[int]], list[str]]:
+        """Return the tokens of each text, and a label for each, for errors. A text may be given as tokens."""
+        rows, row_labels = self._encode_each(texts, "texts", "text {}")
+        check_prompts(rows, row_labels, self.tokenizer, self.max_seq_len)
+        return [[int(token) for token in row] for row in rows], row_labels
+
+    def _encode_each(self, texts: Iterable[str | Iterable[int]], name: str, label: str) -> tuple[list[list[int]], list[str]]:
+        """Return the tokens of texts, each given as a text, which BOS begins, or as tokens, and a label for each text."""
+        items = to_list(texts, name, "a list of texts, as in [text], or of lists of tokens")
+        item_labels = labels(label, items)
+        rows = []
+        for item, item_label in zip(items, item_labels, strict=True):
+            if isinstance(item, str):
+                check_text(item, item_label)
+                item = self._encode(item)
+            rows.append(to_list(item, item_label, "a string, or a list of tokens"))
+        return rows, item_labels
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, bos=True, eos=False)

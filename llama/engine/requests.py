@@ -74,6 +74,7 @@ class Request:
     max_new_tokens: int
     seed: int | None = None
     label: str = "the prompt"  # name of the prompt in errors
+    continues_prompt: bool = False  # True if the answer's text keeps the space at its start, so that it continues the prompt's
     # If the call has `score_only`: index of the first prompt token to score, and the token after the prompt, scored as well.
     score_from: int | None = None
     next_token: int | None = None

@@ -52,21 +52,13 @@ class Piece(NamedTuple):
     logprobs: list[TokenLogprob]
 
 
-def begin_text(detokenizer: Any, prompt: list[int], tokenizer: Tokenizer) -> str:
-    """Let the text of the next tokens continue a prompt's, which may end within the bytes of a character. Return that text."""
-    n = len(prompt)
-    while n and tokenizer.sp_model.is_byte(prompt[n - 1]):
-        n -= 1
-    return detokenizer.begin(prompt[:n]) + "".join(map(detokenizer.push, prompt[n:]))
-
-
 class TokenTexts:
     """Give the text of each token of a row by itself. The space before the first one is left out, as `decode` does."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
         """prompt: the tokens before the first one, whose text is not part of the choice."""
         self.sp_model, self.detokenizer, self.offset = tokenizer.sp_model, make_detokenizer(tokenizer), 0
-        self.started = bool(prompt and begin_text(self.detokenizer, prompt, tokenizer))
+        self.started = bool(prompt and self.detokenizer.begin(prompt))
 
     def push(self, token: GeneratedToken) -> TokenLogprob:
         """Add a token to the row. Return it with its text, and the texts of the likeliest tokens in its place."""
@@ -113,14 +105,14 @@ class Answer:
         metrics.in_flight += 1  # last: an answer that could not be made is never ended
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """Yield the answer in pieces. The answer of a chat is a text of its own; a completion continues its prompt."""
+        """Yield the answer in pieces. An answer of a chat that begins anew is a text of its own; others continue the prompt."""
         if self.tokens is None:
             self.finish_reason = "stop"
             yield Piece(UNSAFE_ERROR, [])
             return
         text = IncrementalText(self.tokenizer, self.job.stop)
-        prompt_text = "" if self.job.is_chat else begin_text(text.detokenizer, self.prompt, self.tokenizer)
-        texts = TokenTexts(self.tokenizer, [] if self.job.is_chat or self.job.echo else self.prompt)
+        prompt_text = text.begin(self.prompt) if self.job.continues_prompt else ""
+        texts = TokenTexts(self.tokenizer, self.prompt if self.job.continues_prompt and not self.job.echo else [])
         prompt_logprobs: list[TokenLogprob] = []
         first = last = 0.0  # times of the first and the last new token
         async with contextlib.aclosing(self.tokens):

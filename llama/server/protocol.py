@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from time import time
 from typing import Any, NoReturn, TypeVar
 
-from ..chat import Dialog, check_dialog, encode_dialog, is_unsafe
+from ..chat import Dialog, check_dialog, continues_answer, encode_dialog, is_unsafe
 from ..engine.requests import MAX_TOP_LOGPROBS
 from ..errors import InputError, describe, short_repr
 from ..sampling import SamplingParams, check_bias_tokens
@@ -73,6 +73,7 @@ class Job:
     echo: bool
     stream: bool
     include_usage: bool
+    continues_prompt: bool  # True if the text of an answer continues the prompt's: a completion, or an answer that has begun
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time()))
 
@@ -174,7 +175,10 @@ def parse_chat(raw: bytes, served: ServedModel) -> Job:
     options = _take_options(body, served, [prompt], "messages")
     body.end(UNSUPPORTED_IN_CHAT)
     max_tokens = min(given, default=served.max_seq_len)
-    return Job(True, max_tokens=max_tokens, logprobs=logprobs, top_logprobs=top_logprobs, echo=False, **options)
+    return Job(
+        True, max_tokens=max_tokens, logprobs=logprobs, top_logprobs=top_logprobs, echo=False,
+        continues_prompt=continues_answer(dialog), **options,
+    )  # fmt: skip
 
 
 def _parse_message(message: Any, name: str) -> dict[str, Any]:
@@ -196,7 +200,7 @@ def _parse_message(message: Any, name: str) -> dict[str, Any]:
 
 def _encode_dialog(dialog: Dialog, tokenizer: Tokenizer) -> list[int]:
     """Return the tokens of a dialog, none if it contains special tags."""
-    _check(check_dialog, "messages", dialog, "the dialog")
+    _check(check_dialog, "messages", dialog, "the dialog", True)
     return [] if is_unsafe(dialog) else encode_dialog(tokenizer, dialog)
 
 
@@ -209,7 +213,10 @@ def parse_completion(raw: bytes, served: ServedModel) -> Job:
     echo = body.take_flag("echo")
     options = _take_options(body, served, prompts, "prompt")
     body.end(UNSUPPORTED_IN_COMPLETIONS)
-    return Job(False, max_tokens=max_tokens, logprobs=logprobs is not None, top_logprobs=logprobs or 0, echo=echo, **options)
+    return Job(
+        False, max_tokens=max_tokens, logprobs=logprobs is not None, top_logprobs=logprobs or 0, echo=echo,
+        continues_prompt=True, **options,
+    )  # fmt: skip
 
 
 def _parse_prompts(prompt: Any, served: ServedModel) -> list[list[int]]:
