@@ -12,12 +12,12 @@ import json
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from llama import InputError, Llama, Score
-from llama.chat import encode_dialog
 
 NAME = "llama-meta"
 DEFAULT_ROWS = 8
@@ -51,7 +51,9 @@ class LlamaMeta(TemplateLM):
             rows = max_batch_size or (DEFAULT_ROWS if str(batch_size).startswith("auto") else int(batch_size))
             if ckpt_dir is None:
                 raise InputError(f"{NAME} needs a model; give ckpt_dir=FOLDER in --model_args")
-            llama = Llama.build(ckpt_dir, tokenizer_path, int(max_seq_len), rows, device=device, **options)
+            # The harness asks for cuda:0 by default, also where there is none.
+            where = None if str(device).startswith("cuda") and not torch.cuda.is_available() else device
+            llama = Llama.build(ckpt_dir, tokenizer_path, int(max_seq_len), rows, device=where, **options)
         self.llama, self.max_gen_toks = llama, int(max_gen_toks)
         self.max_length = llama.model.params.max_seq_len
 
@@ -84,9 +86,9 @@ class LlamaMeta(TemplateLM):
         """Return the tokens of a text, after BOS unless add_special_tokens is False. It may begin with a dialog."""
         tokenizer = self.llama.tokenizer
         if string.startswith(BEGIN_DIALOG):
-            dialog, _, rest = string[1:].partition(END_DIALOG)
-            tokens = encode_dialog(tokenizer, json.loads(dialog))
-            return tokens + (tokenizer.encode(rest, bos=False, eos=False) if rest else [])
+            dialog, _, answer = string[1:].partition(END_DIALOG)
+            messages = json.loads(dialog) + ([{"role": "assistant", "content": answer}] if answer.strip() else [])
+            return self.llama.encode_dialog(messages, continue_answer=bool(answer.strip()))
         return tokenizer.encode(string, bos=add_special_tokens is not False, eos=False)
 
     def _loglikelihood_tokens(
