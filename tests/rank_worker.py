@@ -41,7 +41,8 @@ if __name__ == "__main__":
         torch.manual_seed(3 + int(os.environ.get("RANK", 0)))  # ranks have different seeds, but must sample rank 0's tokens
         sampled, _ = llama.generate(PROMPTS, 10, temperature=1.0)
         grid = torch.arange(3, 63).view(3, 20)
-        answers[folder] = dict(tokens=tokens, logprobs=logprobs, sampled=sampled, logits=llama.model(grid, 0))
+        states = torch.cat(llama.hidden_states(PROMPTS, layers=[0, 1, 2]), dim=1)
+        answers[folder] = dict(tokens=tokens, logprobs=logprobs, sampled=sampled, logits=llama.model(grid, 0), states=states)
     answers["agreement"] = check_agreement(llama)
     print("only rank 0 is heard")
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
