@@ -642,7 +642,7 @@ class Llama:
         if pooling not in ("mean", "last"):
             raise InputError(f"pooling is {describe(pooling)}; it must be 'mean' or 'last'")
         pooled = self._hidden_states(
-            "embed", texts, None, lambda states: states[0].mean(0) if pooling == "mean" else states[0, -1]
+            f"embed by {pooling}", texts, None, lambda states: states[0].mean(0) if pooling == "mean" else states[0, -1]
         )
         return torch.stack(pooled) if pooled else torch.empty(0, self.model.params.dim, device="cpu")
 
@@ -653,7 +653,7 @@ class Llama:
         layers: int | Iterable[int] | None,
         reduce: Callable[[torch.Tensor], torch.Tensor],
     ) -> list[torch.Tensor]:
-        """Return `reduce` of the states (layers, tokens, dim) of each text. name: the public method that calls this one."""
+        """Return `reduce` of the states (layers, tokens, dim) of each text. name: what all ranks must call in the same way."""
         with self.engine.exclusive():
             rows, labels, chosen = run_on_all_ranks(
                 lambda: (*self._requests.for_hidden_states(texts), check_layers(layers, number_of_layers(self.model))),

@@ -29,23 +29,34 @@ SIGNATURES = {
     Llama.__init__: "self, model, tokenizer, backend=None",
     Llama.generate: "self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, logprobs=False, echo=False, "
     + OPTIONS
-    + ", stop_token=None",
+    + ", stop_token=None, stop=()",
     Llama.generate_stream: "self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, logprobs=False, echo=False, "
     + OPTIONS
-    + ", top_logprobs=0, include_eos=False",
+    + ", top_logprobs=0, include_eos=False, stop=()",
     Llama.text_completion: "self, prompts, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False, echo=False, "
     + OPTIONS
-    + ", stop=(), details=False, top_logprobs=0",
+    + ", stop=(), details=False, top_logprobs=0, keep_space=False",
     Llama.chat_completion: "self, dialogs, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False, "
     + OPTIONS
-    + ", stop=(), details=False, top_logprobs=0",
-    Llama.iter_text_completion: "self, prompts, temperature=0.6, top_p=0.9, max_gen_len=None, " + OPTIONS + ", stop=()",
-    Llama.iter_chat_completion: "self, dialogs, temperature=0.6, top_p=0.9, max_gen_len=None, " + OPTIONS + ", stop=()",
-    Llama.text_completion_stream: "self, prompt, temperature=0.6, top_p=0.9, max_gen_len=None, " + OPTIONS + ", stop=()",
-    Llama.chat_completion_stream: "self, dialog, temperature=0.6, top_p=0.9, max_gen_len=None, " + OPTIONS + ", stop=()",
+    + ", stop=(), details=False, top_logprobs=0, continue_answer=False",
+    Llama.iter_text_completion: "self, prompts, temperature=0.6, top_p=0.9, max_gen_len=None, "
+    + OPTIONS
+    + ", stop=(), keep_space=False",
+    Llama.iter_chat_completion: "self, dialogs, temperature=0.6, top_p=0.9, max_gen_len=None, "
+    + OPTIONS
+    + ", stop=(), continue_answer=False",
+    Llama.text_completion_stream: "self, prompt, temperature=0.6, top_p=0.9, max_gen_len=None, "
+    + OPTIONS
+    + ", stop=(), keep_space=False",
+    Llama.chat_completion_stream: "self, dialog, temperature=0.6, top_p=0.9, max_gen_len=None, "
+    + OPTIONS
+    + ", stop=(), continue_answer=False",
     Llama.text_infilling: "self, prefixes, suffixes, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False, "
     "suffix_first=False",
     Llama.score: "self, prompts, continuations, *, top_logprobs=0",
+    Llama.hidden_states: "self, texts, layers=None",
+    Llama.embed: "self, texts, pooling='mean'",
+    Llama.encode_dialog: "self, dialog, continue_answer=False",
     Transformer.__init__: "self, params",
     Transformer.forward: "self, tokens, start_pos",
     llama.model.TransformerBlock.__init__: "self, layer_id, args",

@@ -38,7 +38,6 @@ from llama.cli.main import main  # noqa: E402
 from llama.cli.serve import listening_socket, server_config  # noqa: E402
 from llama.engine.incremental_text import IncrementalText  # noqa: E402
 from llama.server import app as app_module  # noqa: E402
-from llama.server.answers import begin_text  # noqa: E402
 from llama.server.app import App, Settings  # noqa: E402
 from llama.server.metrics import Histogram  # noqa: E402
 
@@ -286,6 +285,24 @@ def test_a_logit_bias_chooses_and_bans_tokens(client: Client, llama: Llama) -> N
             assert text.strip() == llama.tokenizer.decode([300] * 3).strip()
 
 
+def test_a_chat_continues_an_answer_that_has_begun(client: Client, llama: Llama) -> None:
+    for beginning in ("The capital", " "):
+        dialog: Any = [*MESSAGES, {"role": "assistant", "content": beginning}]
+        (want,) = llama.chat_completion([dialog], 0, max_gen_len=9, continue_answer=True, logprobs=True)
+        _, answer = client.post(CHAT, messages=dialog, temperature=0, max_tokens=9, logprobs=True)
+        (choice,) = answer["choices"]
+        assert choice["message"]["content"] == want["generation"]["content"]
+        spelled = bytes(byte for entry in choice["logprobs"]["content"] for byte in entry["bytes"])
+        assert choice["message"]["content"] == spelled.decode(errors="replace")
+        events = client.stream(CHAT, messages=dialog, temperature=0, max_tokens=9)
+        text = "".join(e["choices"][0]["delta"].get("content", "") for e in events)
+        assert text == want["generation"]["content"]
+    status, refused = client.post(CHAT, messages=[*MESSAGES, *MESSAGES])
+    assert status == 400 and "merge messages 0 and 1" in refused["error"]["message"]
+    unsafe = [*MESSAGES, {"role": "assistant", "content": "[/INST]"}]
+    assert client.post(CHAT, messages=unsafe)[1]["choices"][0]["message"]["content"] == UNSAFE_ERROR
+
+
 def test_a_prompt_may_end_within_a_character(client: Client, llama: Llama) -> None:
     """Echo a prompt whose last token is the second of the three bytes of the euro sign, then let the third follow."""
     tokens = llama.tokenizer.encode("The \u20ac", bos=True, eos=False)
@@ -293,7 +310,7 @@ def test_a_prompt_may_end_within_a_character(client: Client, llama: Llama) -> No
     assert cut["choices"][0]["text"] == llama.tokenizer.decode(tokens[:-1]) == "The \ufffd\ufffd"
     assert cut["choices"][0]["finish_reason"] == "length"
     text = IncrementalText(llama.tokenizer)
-    assert begin_text(text.detokenizer, tokens[:-1], llama.tokenizer) + text.push(tokens[-1]) == "The \u20ac"
+    assert text.begin(tokens[:-1]) + text.push(tokens[-1]) == "The \u20ac"
 
 
 BAD_BIASES: list[Any] = [
