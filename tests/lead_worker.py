@@ -68,6 +68,10 @@ def answers(llama: Llama) -> list[Any]:
         each = [llama.score([text], [" jumps"])[0] for text in texts]
         return [round(score.total, 2) for score in (*each, *llama.score(texts, [" jumps"] * 4))]
 
+    def states() -> Any:
+        embeddings = [llama.embed([prompt, ALIKE[0]], pooling) for prompt in PROMPTS[:3] for pooling in ("mean", "last")]
+        return [round(value, 1) for value in torch.cat(embeddings).sum(1).tolist()]
+
     async def from_loop() -> Any:
         dialogs = [[{"role": "user", "content": text}] for text in ("hi", "[INST]", "sea")]
         left = llama.atext_completion_stream("He said", 1.0, max_gen_len=9, seed=1)
@@ -79,7 +83,7 @@ def answers(llama: Llama) -> list[Any]:
         return [first, *await asyncio.gather(*calls)]
 
     work: list[Callable[[], Any]] = [*(lambda i=i: stream(i) for i in range(24))]  # type: ignore[misc]
-    work[3:3] = [texts, scored, scores, lambda: asyncio.run(from_loop())]
+    work[3:3] = [texts, scored, scores, states, lambda: asyncio.run(from_loop())]
     with ThreadPoolExecutor(len(work)) as pool:
         return [*pool.map(lambda call: call(), work)]
 
@@ -110,6 +114,7 @@ def failures(llama: Llama, other: Llama, opened: Any) -> dict[str, str]:
     errors["hook"] = error_of(lambda: llama.generate([[1, 5]], 5))
     errors["async hook"] = error_of(lambda: llama.atext_completion(["a"]))
     errors["score hook"] = error_of(lambda: llama.score(["a"], [" b"]))
+    errors["embed hook"] = error_of(lambda: llama.embed(["a"]))
     errors["stream hook"] = error_of(lambda: list(running))
     handle.remove()
     rest, _ = llama.generate([PROMPTS[0] + got], 40 - len(got), temperature=0)

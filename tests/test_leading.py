@@ -52,6 +52,7 @@ def test_threads_and_event_loops_of_rank_0_get_the_answers_of_one_rank(small: Si
         "hook": ["InputError", "layers.0 has a hook", "make the call on all ranks"],
         "async hook": ["InputError", "layers.0 has a hook", "make the call on all ranks"],
         "score hook": ["InputError", "layers.0 has a hook", "make the call on all ranks"],
+        "embed hook": ["InputError", "layers.0 has a hook", "make the call on all ranks"],
         "stream hook": ["InputError", "the model has been changed"],
         "fewer rows": ["InputError", "params.max_batch_size has been changed"],
         "tokens": ["right"],

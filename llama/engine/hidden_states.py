@@ -5,20 +5,18 @@ the final norm. transformers numbers its `hidden_states` in the same way.
 """
 
 import contextlib
-import itertools
 import numbers
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
-from .. import tuning
 from ..distributed.progress import progress
 from ..errors import InputError, describe
 from .checks import device_of, nonfinite_states_error
 from .engine import Engine
-from .forward import EngineForward, EngineLayer, ForwardContext
-from .kv_cache import RaggedBatch
+from .leading import check_led
+from .prefill import side_by_side, states_of_layers
 from .reference_loop import move_buffers
 from .request_builder import to_list
 from .shared_state import CacheOwner
@@ -68,19 +66,24 @@ def hidden_states(
     model computes one sequence at a time. labels: name each sequence in errors.
     """
     engine.check_sizes()
+    check_led(engine)
     why = engine.why_reference_loop()
     if why:
         with engine.whole_calls_ended():
             engine.announce(why)
             move_buffers(engine.model)
             engine.shared.owner = CacheOwner("hidden_states")  # open streams cannot continue: the cache is overwritten
-    forward = None if why else engine.forward()
     results = []
-    batches = _batches([len(sequence) for sequence in sequences], 0 if why else tuning.PREFILL_CHUNK)
+    batches = [[i] for i in range(len(sequences))] if why else side_by_side([len(sequence) for sequence in sequences])
     for members in progress(batches, lambda members: sum(len(sequences[i]) for i in members), "hidden states", "tokens"):
+        some = [sequences[i] for i in members]
         with engine.computing():
-            some = [sequences[i] for i in members]
-            states = states_of_forward(forward, some, layers) if forward else states_of_modules(engine.model, some[0], layers)
+            if leader := engine.shared.leader:
+                leader.announce_states(some)
+            if why:
+                states = states_of_modules(engine.model, some[0], layers)
+            else:
+                states = torch.stack(states_of_layers(engine.forward(), some, layers))
         for i, each in zip(members, states.split([len(sequence) for sequence in some], dim=1), strict=True):
             if not each.isfinite().all():
                 layer = next(layer for layer, state in zip(layers, each, strict=True) if not state.isfinite().all())
@@ -89,39 +92,11 @@ def hidden_states(
     return results
 
 
-def _batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Divide sequences of these lengths, in order, into batches of at most max_tokens tokens, or of one sequence."""
-    batches: list[list[int]] = []
-    room = 0
-    for i, length in enumerate(lengths):
-        if length > room:
-            batches, room = [*batches, []], max_tokens
-        batches[-1].append(i)
-        room -= length
-    return batches
-
-
 def _normal_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Copy a tensor of inference mode to one on the CPU that a caller may use in training."""
     with torch.inference_mode(False):
         copy = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
     return copy.copy_(tensor)
-
-
-def states_of_forward(forward: EngineForward, sequences: list[list[int]], layers: list[int]) -> torch.Tensor:
-    """Return the states (len(layers), N, dim) of sequences with N tokens together, side by side."""
-    states: dict[int, torch.Tensor] = {}
-    numbers_of_layers = itertools.count()
-
-    def record_input(layer: EngineLayer, h: torch.Tensor, context: ForwardContext, cache: torch.Tensor | None) -> torch.Tensor:
-        if (i := next(numbers_of_layers)) in layers:
-            states[i] = h
-        return layer.forward(h, context, cache)
-
-    tokens = torch.tensor([token for sequence in sequences for token in sequence], device=forward.device)
-    batch = RaggedBatch.from_segments([(row, 0, len(each)) for row, each in enumerate(sequences)], forward.device)
-    states[len(forward.layers)] = forward.hidden_states(tokens, batch, use_cache=False, layer_fn=record_input)
-    return torch.stack([states[layer] for layer in layers])
 
 
 def states_of_modules(model: Any, sequence: list[int], layers: list[int]) -> torch.Tensor:

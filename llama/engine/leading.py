@@ -27,7 +27,7 @@ from ..sampling import Sampler, sample_top_p
 from .backend import Backend
 from .decode_state import SamplingOptions
 from .events import RunningCall, RunningCalls
-from .prefill import score_sequences
+from .prefill import score_sequences, states_of_layers
 from .requests import FinishReason, GenerationCall, ScoringRequest
 from .scheduler import Scheduler
 from .shared_state import CacheOwner
@@ -54,6 +54,12 @@ class ScoreBatch(NamedTuple):
 
     requests: list[ScoringRequest]
     n_top: int
+
+
+class StatesBatch(NamedTuple):
+    """What rank 0 sends before it computes hidden states of sequences side by side."""
+
+    sequences: list[list[int]]
 
 
 class End(NamedTuple):
@@ -229,9 +235,16 @@ class Leader:
 
     def announce_scores(self, requests: list[ScoringRequest], n_top: int) -> None:
         """Tell the other ranks to score sequences, as this rank does next."""
+        self._announce(ScoreBatch(requests, n_top))
+
+    def announce_states(self, sequences: list[list[int]]) -> None:
+        """Tell the other ranks to compute hidden states, as this rank does next."""
+        self._announce(StatesBatch(sequences))
+
+    def _announce(self, message: ScoreBatch | StatesBatch) -> None:
         if self.ended:
             raise InputError("`lead` has ended; make this call on all ranks")
-        self.sender.send(pickle.dumps(ScoreBatch(requests, n_top)))
+        self.sender.send(pickle.dumps(message))
 
     def why_not(self, engine: "Engine") -> str | None:
         """Return the reason why the other ranks cannot follow a call; None if they can. They have the model as it was."""
@@ -319,6 +332,9 @@ def _follow(engine: "Engine") -> None:
                 if isinstance(message, ScoreBatch):
                     score_sequences(engine.forward(), *message)
                     continue
+                if isinstance(message, StatesBatch):
+                    states_of_layers(engine.forward(), message.sequences, [])
+                    continue
                 mirror.step(message, {})
                 for call in mirror.calls.values():
                     call.events.clear()
@@ -328,6 +344,6 @@ def _follow(engine: "Engine") -> None:
         raise LlamaError(f"rank 0 failed, so every rank stops: {message.error}")
 
 
-def _receive() -> StepNews | ScoreBatch | End:
+def _receive() -> StepNews | ScoreBatch | StatesBatch | End:
     message = receive()
     return pickle.loads(message) if message else StepNews()

@@ -9,7 +9,7 @@ import torch
 from .. import tuning
 from ..distributed.progress import progress
 from ..sampling import ranked_logprobs
-from .forward import EngineForward
+from .forward import EngineForward, EngineLayer, ForwardContext
 from .kv_cache import RaggedBatch, prefill_chunks
 from .prefix_cache import PrefixCache
 from .requests import Request, ScoringRequest, TokenScore, token_score
@@ -135,6 +135,40 @@ class Prefill:
     def last_hidden(self) -> torch.Tensor:
         """Return the hidden state of the last token of each prompt, (B, dim)."""
         return torch.cat([each.last_hidden for each in self.rows if each.last_hidden is not None])
+
+
+def side_by_side(lengths: list[int]) -> list[list[int]]:
+    """Divide sequences of these lengths, in order, into batches of at most PREFILL_CHUNK tokens, or of one longer sequence.
+
+    Return the indices of each batch.
+    """
+    batches: list[list[int]] = []
+    room = 0
+    for i, length in enumerate(lengths):
+        if length > room:
+            batches, room = [*batches, []], tuning.PREFILL_CHUNK
+        batches[-1].append(i)
+        room -= length
+    return batches
+
+
+def states_of_layers(forward: EngineForward, sequences: list[list[int]], layers: list[int]) -> list[torch.Tensor]:
+    """Return hidden states (N, dim) of sequences with N tokens together, computed side by side and without the KV cache.
+
+    layers: numbers of the states, as in `hidden_states.py`.
+    """
+    states: dict[int, torch.Tensor] = {}
+    numbers = itertools.count()
+
+    def record_input(layer: EngineLayer, h: torch.Tensor, context: ForwardContext, cache: torch.Tensor | None) -> torch.Tensor:
+        if (i := next(numbers)) in layers:
+            states[i] = h
+        return layer.forward(h, context, cache)
+
+    tokens = torch.tensor([token for sequence in sequences for token in sequence], device=forward.device)
+    batch = RaggedBatch.from_segments([(row, 0, len(each)) for row, each in enumerate(sequences)], forward.device)
+    states[len(forward.layers)] = forward.hidden_states(tokens, batch, use_cache=False, layer_fn=record_input)
+    return [states[layer] for layer in layers]
 
 
 def score_sequences(forward: EngineForward, requests: list[ScoringRequest], n_top: int) -> list[list[TokenScore]]:

@@ -4,13 +4,12 @@ import itertools
 
 import torch
 
-from .. import tuning
 from ..distributed.progress import progress
 from ..sampling import SamplingParams
 from .checks import check_logprobs, common_prefix_length, device_of
 from .engine import Engine
 from .leading import check_led
-from .prefill import score_sequences, score_tokens
+from .prefill import score_sequences, score_tokens, side_by_side
 from .reference_loop import move_buffers
 from .requests import GenerationCall, Request, ScoringRequest, TokenScore
 from .shared_state import CacheOwner
@@ -34,13 +33,7 @@ def score(engine: Engine, requests: list[ScoringRequest], n_top: int = 0) -> lis
         return [score_with_forward(engine, request, n_top) for request in one_by_one]
     if shares_prefixes([request.inputs for request in requests]):
         return score_in_rows(engine, requests, n_top)
-    batches: list[list[ScoringRequest]] = []
-    room = 0
-    for request in requests:
-        if len(request.inputs) > room:
-            batches, room = [*batches, []], tuning.PREFILL_CHUNK
-        batches[-1].append(request)
-        room -= len(request.inputs)
+    batches = [[requests[i] for i in batch] for batch in side_by_side([len(request.inputs) for request in requests])]
     bar = progress(batches, lambda batch: sum(len(request.inputs) for request in batch), "scoring", "tokens")
     return [scores for batch in bar for scores in score_side_by_side(engine, batch, n_top)]
 
