@@ -130,7 +130,8 @@ INLINE void multiply_quantized(const LinearArgs *p, const uint8_t *w, const bf16
       UNROLL(r, n)
         UNROLL(i, vectors) sum[r][i] = _mm256_setzero_si256();
       for (int k = 0; k < ACTIVATION_GROUP; k += format == INT8 ? 4 : 8, w += 4 * BLOCK_OUTPUTS) {
-        prefetch_ahead(w);
+        /* Prefetch every cache line (64 bytes) that is read below: fewer leave a single row waiting for memory (Zen 5). */
+        UNROLL(i, vectors / 2) prefetch_ahead(w + 64 * i);
         if (format == INT8) {
           __m256i inputs[TILE];
           UNROLL(r, n) inputs[r] = broadcast_4_bytes(x.values + r * p->in + x_group * ACTIVATION_GROUP + k);
