@@ -234,9 +234,13 @@ class EngineForward:
         return all(map(compat.is_observed, [self.model.freqs_cis, *caches, *weights]))
 
     def prefix_multiple(self) -> int:
-        """Return a number: a prefill that begins at a multiple of it rounds its results as a prefill of the whole prompt."""
-        works_by_token = self.layers[0].hd % 64 == 0 and avx512.is_plain_bf16(self.norm.weight)
-        return 1 if works_by_token else tuning.ATTENTION_CHUNK
+        """Return a number: prompts share prefixes whose lengths are multiples of it.
+
+        Where results do not depend on the batch (AVX-512 and 16-bit weights), a prefill that begins there rounds its results as
+        a prefill of the whole prompt does: anywhere with the kernel for prompts, else where a chunk of attention begins.
+        """
+        is_invariant, has_kernel = avx512.is_plain_bf16(self.norm.weight), self.layers[0].hd % 64 == 0
+        return tuning.ATTENTION_CHUNK if is_invariant and not has_kernel else 1
 
     @property
     def device(self) -> torch.device:

@@ -5,8 +5,8 @@ same tokens copies them into its own row, and prefills only the rest. Rows that 
 to give up; the prompt that has not been used for the longest time is overwritten first.
 
 Only tokens of prompts are shared, not those of answers: a decode step rounds keys and values differently from a prefill, so
-logits would depend on what was computed before. For the same reason, attention kernels that work in blocks of query tokens
-share only whole blocks.
+logits would depend on what was computed before. For the same reason, some prompts share only whole blocks of tokens: see
+`EngineForward.prefix_multiple`.
 """
 
 from collections.abc import Collection
