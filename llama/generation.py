@@ -36,7 +36,7 @@ from .chat import (
 )
 from .checkpoint import loading, packed_file, params, paths, shards, validate
 from .distributed.agreement import gather_from_replicas, run_on_all_ranks, run_on_rank0
-from .distributed.groups import global_rank, model_parallel, replica
+from .distributed.groups import global_rank, model_parallel, replica, world_size
 from .distributed.setup import initialize, set_environment
 from .engine.async_calls import (
     AsyncStream,
@@ -226,7 +226,10 @@ class Llama:
         after edits of which PyTorch keeps no trace, such as those through `weight.detach().numpy()`.
         """
         with self.engine.lock:
-            self.engine.forward().cache.prefixes.clear()
+            cache = self.engine.forward().cache
+            cache.weights_version = None  # when no call runs, the next one clears the prefixes of all ranks
+            if world_size() == 1:
+                cache.prefixes.clear()
 
     @property
     def backend(self) -> str:

@@ -8,7 +8,7 @@ Read them as `tuning.NAME`, so that changing a value here takes effect everywher
 PREFILL_CHUNK = 2048  # maximum prompt tokens in one forward pass: enough to keep any machine busy
 PREFILL_CHUNK_BESIDE_DECODING = 256  # the same while other rows decode, whose next tokens wait for the chunk
 ATTENTION_CHUNK = 128  # query tokens whose attention scores are in memory at once; prompts are cut at multiples of this number
-MIN_SHARED_PREFIX = 16  # minimum number of tokens with which prompts must begin alike, to be copied from row to row
+MIN_SHARED_PREFIX = 8  # minimum number of tokens with which prompts must begin alike, to be copied from row to row
 MIN_AWAITED_PREFIX = 32  # the same to wait for another prompt's prefill: one more forward, which reads all weights
 MIN_SAVED_PREFIX = 64  # minimum number of tokens that are saved from a row of the cache that another prompt gets
 LOGPROB_CHUNK = 512  # positions whose logits are in memory at once, to compute log probabilities

@@ -316,6 +316,7 @@ def test_the_speed_counts_only_the_prompt_tokens_that_were_computed(
     conversation: GreedyConversation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "ATTENTION_CHUNK", 1)
+    conversation.llama.clear_prefix_cache()
     conversation.send("good morning")
     prompt = len(encode_dialog(conversation.llama.tokenizer, [message("user", "good morning")]))
     assert conversation.speed and conversation.speed.startswith(f"prompt: {prompt} tokens, 0 of them in the cache; first text")

@@ -127,7 +127,7 @@ def test_scores_of_many_choices_compute_head_and_questions_once(own: Llama) -> N
     prompts = [head + text for text in texts for _ in range(4)]
     choices = [" and slept", " and ran", " or swam", " all day"] * 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "shares_prefixes", lambda _: False)
+        patch.setattr(scoring, "shares_prefixes", lambda *_: False)
         want = own.score(prompts, choices)
     with count_forward_tokens() as counts:
         got = own.score(prompts, choices)
@@ -140,8 +140,9 @@ def test_scores_of_many_choices_compute_head_and_questions_once(own: Llama) -> N
 
 
 def test_sequences_without_a_common_beginning_are_scored_without_the_cache() -> None:
-    assert shares_prefixes([prompt((1, 20), (2, 3)), prompt((1, 20), (3, 3))])
-    assert not shares_prefixes([prompt((1, 20)), prompt((2, 20)), prompt((3, 20))])
+    assert shares_prefixes([prompt((1, 20), (2, 3)), prompt((1, 20), (3, 3))], 1)
+    assert not shares_prefixes([prompt((1, 20), (2, 3)), prompt((1, 20), (3, 3))], 128)
+    assert not shares_prefixes([prompt((1, 20)), prompt((2, 20)), prompt((3, 20))], 1)
 
 
 def test_scored_prompts_take_only_tokens_that_are_not_scored(own: Llama) -> None:

@@ -233,14 +233,20 @@ class EngineForward:
         weights = [weight for weight in self.model.parameters() if not isinstance(weight, PackedWeight)]
         return all(map(compat.is_observed, [self.model.freqs_cis, *caches, *weights]))
 
-    def prefix_multiple(self) -> int:
+    @property
+    def is_batch_invariant(self) -> bool:
+        """Return True if results do not depend on the batch: with AVX-512 kernels and bfloat16 activations."""
+        return avx512.is_plain_bf16(self.norm.weight)
+
+    def prefix_multiple(self, score_only: bool) -> int:
         """Return a number: prompts share prefixes whose lengths are multiples of it.
 
-        Where results do not depend on the batch (AVX-512 and 16-bit weights), a prefill that begins there rounds its results as
-        a prefill of the whole prompt does: anywhere with the kernel for prompts, else where a chunk of attention begins.
+        A prefill that begins there rounds its results as a prefill of the whole prompt does: anywhere with the AVX-512 kernel
+        for prompts, else where a chunk of attention begins. score_only: for a call that only scores sequences, this is only so
+        if results do not depend on the batch; elsewhere, to share more is worth different last digits.
         """
-        is_invariant, has_kernel = avx512.is_plain_bf16(self.norm.weight), self.layers[0].hd % 64 == 0
-        return tuning.ATTENTION_CHUNK if is_invariant and not has_kernel else 1
+        has_kernel = self.is_batch_invariant and self.layers[0].hd % 64 == 0
+        return 1 if has_kernel or (score_only and not self.is_batch_invariant) else tuning.ATTENTION_CHUNK
 
     @property
     def device(self) -> torch.device:

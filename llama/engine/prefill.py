@@ -11,7 +11,7 @@ from ..distributed.progress import progress
 from ..sampling import ranked_logprobs
 from .forward import EngineForward, EngineLayer, ForwardContext
 from .kv_cache import RaggedBatch, prefill_chunks
-from .prefix_cache import PrefixCache
+from .prefix_cache import PrefixCache, n_shared
 from .requests import Request, ScoringRequest, TokenScore, token_score
 
 
@@ -21,6 +21,7 @@ class PrefillRow:
 
     score_from: index of the first token whose log probability is wanted, 1 or more; None to score no token.
     n_top: how many of the likeliest tokens are wanted, too.
+    multiple: `start` is a multiple of this number.
     start: number of leading tokens that are not computed, because they are in the row already, or will be copied there.
     source: None, or the row from which they will be copied as soon as its own prefill has ended.
     """
@@ -29,6 +30,7 @@ class PrefillRow:
     request: Request
     score_from: int | None = None
     n_top: int = 0
+    multiple: int = 1
     start: int = 0
     source: int | None = None
     n_computed: int = 0
@@ -67,10 +69,10 @@ def share_prefix(place: PrefillRow, prefixes: PrefixCache, prefilling: list[Pref
     is saved in one of the rows `spare`. Return that row, or None.
     """
     prompt, limit = place.request.prompt, place.max_start
-    source, place.start = prefixes.find(prompt, limit, place.row)
+    source, place.start = prefixes.find(prompt, limit, place.multiple, place.row)
     saved = prefixes.take(place.row, source, place.start, spare)
     for other in prefilling:
-        n = prefixes.n_shared(other.request.prompt, prompt, limit)
+        n = n_shared(other.request.prompt, prompt, limit, place.multiple)
         if n - place.start >= tuning.MIN_AWAITED_PREFIX:
             place.start, place.source = n, other.row
     place.request.num_cached_tokens = place.start

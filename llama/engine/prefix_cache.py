@@ -25,7 +25,6 @@ class PrefixCache:
         self.tokens: list[list[int]] = [[] for _ in range(data.shape[2])]  # of each row: those at positions 0, 1, ...
         self.last_used = [0] * len(self.tokens)  # of each row: the value of n_uses at its last use
         self.n_uses = 0
-        self.multiple = 1  # tokens are shared in multiples of this number
 
     def clear(self) -> None:
         """Forget the tokens of all rows."""
@@ -37,17 +36,9 @@ class PrefixCache:
         self.n_uses += 1
         self.last_used[row] = self.n_uses
 
-    def n_shared(self, tokens: list[int], prompt: list[int], limit: int) -> int:
-        """Return how many leading tokens of a prompt, at most `limit`, can be taken from a row that holds `tokens`."""
-        least = min(tuning.MIN_SHARED_PREFIX, limit)
-        if not least or tokens[:least] != prompt[:least]:
-            return 0
-        n = min(common_prefix_length(tokens, prompt), limit)
-        return n - n % self.multiple
-
-    def find(self, prompt: list[int], limit: int, row: int) -> tuple[int, int]:
+    def find(self, prompt: list[int], limit: int, multiple: int, row: int) -> tuple[int, int]:
         """Return the row that shares the most leading tokens with a prompt, and their number. `row` itself wins a tie."""
-        shared = [self.n_shared(tokens, prompt, limit) for tokens in self.tokens]
+        shared = [n_shared(tokens, prompt, limit, multiple) for tokens in self.tokens]
         source = max(range(len(shared)), key=lambda each: (shared[each], each == row))
         return source, shared[source]
 
@@ -73,3 +64,15 @@ class PrefixCache:
             self.last_used[source] = self.n_uses
         self.hold(row, self.tokens[source][:n])
         return saved
+
+
+def n_shared(tokens: list[int], prompt: list[int], limit: int, multiple: int) -> int:
+    """Return how many leading tokens of a prompt, at most `limit`, can be taken from a row that holds `tokens`.
+
+    The number is a multiple of `multiple`, and 0 if there are too few to be worth a copy.
+    """
+    least = tuning.MIN_SHARED_PREFIX
+    if limit < least or tokens[:least] != prompt[:least]:
+        return 0
+    n = min(common_prefix_length(tokens, prompt), limit)
+    return n - n % multiple

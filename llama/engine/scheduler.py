@@ -56,7 +56,6 @@ class Scheduler(RunningCalls):
         is_unchanged = self.cache.is_unchanged() and self.cache.weights_version == self.weights_version
         if not is_true_on_all_ranks(is_unchanged and forward.notices_edits(), forward.device):
             self.prefixes.clear()  # on all ranks, so that all skip the same tokens
-        self.prefixes.multiple = forward.prefix_multiple()
         self.cache.weights_version = self.weights_version
         self.cache.record_version()
         self.n_submitted = 0  # number of calls so far
@@ -82,6 +81,8 @@ class Scheduler(RunningCalls):
             self.shows_progress = True
             self.bar = progress(call.requests, lambda _: 1, "answering", "prompts")
             next(self.bar, None)
+        if call.score_only and not self.forward.is_batch_invariant:
+            self.prefixes.clear()  # so that equal calls share the same tokens, and give the same last digits
         self.calls.append(running_call)
         self.n_submitted += 1
         self.waiting += ((running_call, index) for index in range(len(call.requests)))
@@ -231,7 +232,8 @@ class Scheduler(RunningCalls):
             if request.finish_reason and not call.scores_prompts:
                 self.release(row)
                 continue
-            place = PrefillRow(row, request, call.score_from(request), call.top_logprobs or 0)
+            multiple = self.forward.prefix_multiple(call.score_only)
+            place = PrefillRow(row, request, call.score_from(request), call.top_logprobs or 0, multiple)
             others = [*self.prefilling.values(), *(each for prefill in places for each in prefill)]
             saved = share_prefix(place, self.prefixes, others, spare)
             if saved is not None and saved < self.n_rows:

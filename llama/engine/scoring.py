@@ -6,10 +6,11 @@ import torch
 
 from ..distributed.progress import progress
 from ..sampling import SamplingParams
-from .checks import check_logprobs, common_prefix_length, device_of
+from .checks import check_logprobs, device_of
 from .engine import Engine
 from .leading import check_led
 from .prefill import score_sequences, score_tokens, side_by_side
+from .prefix_cache import n_shared
 from .reference_loop import move_buffers
 from .requests import GenerationCall, Request, ScoringRequest, TokenScore
 from .shared_state import CacheOwner
@@ -31,7 +32,8 @@ def score(engine: Engine, requests: list[ScoringRequest], n_top: int = 0) -> lis
             engine.shared.owner = CacheOwner("score")  # open streams cannot continue: the forward overwrites the cache
         one_by_one = progress(requests, lambda request: len(request.inputs), "scoring", "tokens")
         return [score_with_forward(engine, request, n_top) for request in one_by_one]
-    if shares_prefixes([request.inputs for request in requests]):
+    forward = engine.forward()
+    if shares_prefixes([request.inputs for request in requests], forward.prefix_multiple(score_only=True)):
         return score_in_rows(engine, requests, n_top)
     batches = [[requests[i] for i in batch] for batch in side_by_side([len(request.inputs) for request in requests])]
     bar = progress(batches, lambda batch: sum(len(request.inputs) for request in batch), "scoring", "tokens")
@@ -75,7 +77,10 @@ def score_in_rows(engine: Engine, requests: list[ScoringRequest], n_top: int) ->
     return results
 
 
-def shares_prefixes(sequences: list[list[int]]) -> bool:
-    """Return True if at least a third of all tokens are in prefixes that sequences share, so that a prefix cache saves them."""
-    shared = sum(common_prefix_length(a, b) for a, b in itertools.pairwise(sorted(sequences)))
+def shares_prefixes(sequences: list[list[int]], multiple: int) -> bool:
+    """Return True if at least a third of all tokens are in prefixes that sequences share, so that a prefix cache saves them.
+
+    multiple: prefixes are shared in multiples of this number.
+    """
+    shared = sum(n_shared(a, b, len(b) - 2, multiple) for a, b in itertools.pairwise(sorted(sequences)))
     return 3 * shared >= sum(map(len, sequences)) > 0
