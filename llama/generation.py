@@ -8,12 +8,12 @@ import inspect
 import numbers
 import os
 import sys
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from typing_extensions import Unpack
 
 from . import compat, sampling
 from .backends.registry import choose_backend, slowdown_warning
@@ -34,6 +34,7 @@ from .distributed.groups import global_rank, model_parallel, replica
 from .distributed.setup import initialize, set_environment
 from .engine.async_calls import AsyncStream, check_sharable, collect_results_async, run_async, text_chunks_async
 from .engine.backend import Backend
+from .engine.call_options import AnswerOptions, CallOptions, Integers, Numbers, StreamOptions, takes_options
 from .engine.checks import device_of
 from .engine.collect import collect_results, results_of_replaced_generate
 from .engine.engine import Engine
@@ -213,21 +214,18 @@ class Llama:
         return self._engine.backend.name
 
     @short_traceback
+    @takes_options(AnswerOptions)
     def generate(
         self,
         prompt_tokens: Iterable[Iterable[int]],
-        max_gen_len: int | None,
-        temperature: float | None = 0.6,
-        top_p: float | None = 0.9,
+        max_gen_len: Integers,
+        temperature: Numbers = 0.6,
+        top_p: Numbers = 0.9,
         logprobs: bool | None = False,
         echo: bool | None = False,
         *,
-        top_k: int | None = 0,
-        min_p: float | None = 0.0,
-        repetition_penalty: float | None = 1.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | Iterable[int] | None = None,
         stop_token: int | None = None,
+        **options: Unpack[AnswerOptions],
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Generate tokens after each prompt; return them, and their log probabilities or None.
 
@@ -239,31 +237,28 @@ class Llama:
         stop_token: the token that ends an answer, instead of EOS.
         Raises InputError, which names the prompt, before any computation.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
+        given = CallOptions(temperature, top_p, max_gen_len, **options)
         results = self._results(
             "generate",
-            lambda: self._requests.from_tokens(prompt_tokens, max_gen_len, seed, params(), logprobs, echo, stop_token),
+            lambda: self._requests.from_tokens(prompt_tokens, given, logprobs, echo, stop_token),
             lambda r: r,
         )
         return [r.tokens for r in results], [r.logprobs for r in results] if logprobs else None
 
     @short_traceback
+    @takes_options(AnswerOptions)
     def generate_stream(
         self,
         prompt_tokens: Iterable[Iterable[int]],
-        max_gen_len: int | None,
-        temperature: float | None = 0.6,
-        top_p: float | None = 0.9,
+        max_gen_len: Integers,
+        temperature: Numbers = 0.6,
+        top_p: Numbers = 0.9,
         logprobs: bool | None = False,
         echo: bool | None = False,
         *,
-        top_k: int | None = 0,
-        min_p: float | None = 0.0,
-        repetition_penalty: float | None = 1.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | Iterable[int] | None = None,
         top_logprobs: int | None = 0,
         include_eos: bool | None = False,
+        **options: Unpack[AnswerOptions],
     ) -> Iterator[GeneratedToken]:
         """Generate tokens like `generate`, but yield (prompt_index, token, logprob) as soon as a token is generated.
 
@@ -271,33 +266,28 @@ class Llama:
         top_logprobs: see `Llama`. Each yielded tuple has the attribute `top_logprobs`, a list of (token, logprob).
         include_eos: also yield the EOS that ends an answer.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
+        given = CallOptions(temperature, top_p, max_gen_len, **options)
         call = self._validate_on_all_ranks(
             "generate_stream",
-            lambda: self._requests.from_tokens(
-                prompt_tokens, max_gen_len, seed, params(), logprobs, echo, None, top_logprobs, include_eos
-            ),
+            lambda: self._requests.from_tokens(prompt_tokens, given, logprobs, echo, None, top_logprobs, include_eos),
         )
         return self._run(call, watched=True)
 
     @short_traceback
+    @takes_options(AnswerOptions)
     def text_completion(
         self,
         prompts: Iterable[str],
-        temperature: float | None = 0.6,
-        top_p: float | None = 0.9,
-        max_gen_len: int | None = None,
+        temperature: Numbers = 0.6,
+        top_p: Numbers = 0.9,
+        max_gen_len: Integers = None,
         logprobs: bool | None = False,
         echo: bool | None = False,
         *,
-        top_k: int | None = 0,
-        min_p: float | None = 0.0,
-        repetition_penalty: float | None = 1.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | Iterable[int] | None = None,
-        stop: str | Sequence[str] | None = (),
+        stop: str | Sequence[str] | Sequence[Sequence[str]] | None = (),
         details: bool | None = False,
         top_logprobs: int | None = 0,
+        **options: Unpack[AnswerOptions],
     ) -> list[CompletionPrediction]:
         """Continue each text. max_gen_len defaults to the rest of the context. See `generate` and `Llama` for the options.
 
@@ -305,59 +295,51 @@ class Llama:
         top_logprobs=n adds "top_logprobs": for each token a list of (text, logprob), the n likeliest at its position.
         details=True adds "finish_reason", "prompt_tokens" and "new_tokens".
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
+        given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         return self._results(
             "text_completion",
-            lambda: self._requests.from_texts(
-                prompts, max_gen_len, seed, params(), stop, logprobs, echo, details=details, top_logprobs=top_logprobs
-            ),
+            lambda: self._requests.from_texts(prompts, given, logprobs, echo, details=details, top_logprobs=top_logprobs),
             lambda r: {"generation": r.text, **self._details(r, logprobs, details, top_logprobs)},
         )
 
     @short_traceback
+    @takes_options(AnswerOptions)
     def iter_text_completion(
         self,
         prompts: Iterable[str],
-        temperature: float | None = 0.6,
-        top_p: float | None = 0.9,
-        max_gen_len: int | None = None,
+        temperature: Numbers = 0.6,
+        top_p: Numbers = 0.9,
+        max_gen_len: Integers = None,
         *,
-        top_k: int | None = 0,
-        min_p: float | None = 0.0,
-        repetition_penalty: float | None = 1.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | Iterable[int] | None = None,
-        stop: str | Sequence[str] | None = (),
+        stop: str | Sequence[str] | Sequence[Sequence[str]] | None = (),
+        **options: Unpack[AnswerOptions],
     ) -> Iterator[CompletionPrediction]:
         """Continue each text, and yield the results in the order of the prompts, each as early as possible.
 
         A result is yielded once it and all earlier results are finished. Each result has "generation", "finish_reason",
         "prompt_tokens" and "new_tokens". With replicas, all results come together at the end.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
+        given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         results = self._iter_results(
             "iter_text_completion",
-            lambda: self._requests.from_texts(prompts, max_gen_len, seed, params(), stop, details=True),
+            lambda: self._requests.from_texts(prompts, given, details=True),
         )
         return ({"generation": r.text, **self._details(r, False, True)} for r in results)
 
     @short_traceback
+    @takes_options(AnswerOptions)
     def chat_completion(
         self,
         dialogs: Iterable[Dialog],
-        temperature: float | None = 0.6,
-        top_p: float | None = 0.9,
-        max_gen_len: int | None = None,
+        temperature: Numbers = 0.6,
+        top_p: Numbers = 0.9,
+        max_gen_len: Integers = None,
         logprobs: bool | None = False,
         *,
-        top_k: int | None = 0,
-        min_p: float | None = 0.0,
-        repetition_penalty: float | None = 1.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | Iterable[int] | None = None,
-        stop: str | Sequence[str] | None = (),
+        stop: str | Sequence[str] | Sequence[Sequence[str]] | None = (),
         details: bool | None = False,
         top_logprobs: int | None = 0,
+        **options: Unpack[AnswerOptions],
     ) -> list[ChatPrediction]:
         """Answer each dialog as the assistant. max_gen_len defaults to the rest of the context. See `Llama` for the options.
 
@@ -365,35 +347,30 @@ class Llama:
         Each result is a dict with "generation", a message by the assistant. `logprobs`, `top_logprobs` and `details` add the
         same keys as in `text_completion`.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
+        given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         return self._results(
             "chat_completion",
-            lambda: self._requests.from_dialogs(
-                dialogs, max_gen_len, seed, params(), stop, logprobs, details=details, top_logprobs=top_logprobs
-            ),
+            lambda: self._requests.from_dialogs(dialogs, given, logprobs, details=details, top_logprobs=top_logprobs),
             lambda r: {"generation": self._answer(r), **self._details(r, logprobs, details, top_logprobs)},
         )
 
     @short_traceback
+    @takes_options(AnswerOptions)
     def iter_chat_completion(
         self,
         dialogs: Iterable[Dialog],
-        temperature: float | None = 0.6,
-        top_p: float | None = 0.9,
-        max_gen_len: int | None = None,
+        temperature: Numbers = 0.6,
+        top_p: Numbers = 0.9,
+        max_gen_len: Integers = None,
         *,
-        top_k: int | None = 0,
-        min_p: float | None = 0.0,
-        repetition_penalty: float | None = 1.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | Iterable[int] | None = None,
-        stop: str | Sequence[str] | None = (),
+        stop: str | Sequence[str] | Sequence[Sequence[str]] | None = (),
+        **options: Unpack[AnswerOptions],
     ) -> Iterator[ChatPrediction]:
         """Answer each dialog like `chat_completion`, and yield the results like `iter_text_completion`."""
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
+        given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         results = self._iter_results(
             "iter_chat_completion",
-            lambda: self._requests.from_dialogs(dialogs, max_gen_len, seed, params(), stop, details=True),
+            lambda: self._requests.from_dialogs(dialogs, given, details=True),
         )
         return ({"generation": self._answer(r), **self._details(r, False, True)} for r in results)
 
@@ -435,6 +412,7 @@ class Llama:
         return results
 
     @short_traceback
+    @takes_options(StreamOptions)
     def text_completion_stream(
         self,
         prompt: str,
@@ -442,24 +420,21 @@ class Llama:
         top_p: float | None = 0.9,
         max_gen_len: int | None = None,
         *,
-        top_k: int | None = 0,
-        min_p: float | None = 0.0,
-        repetition_penalty: float | None = 1.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | None = None,
         stop: str | Sequence[str] | None = (),
+        **options: Unpack[StreamOptions],
     ) -> Stream:
         """Continue one text. Return a `Stream`, which yields the continuation in chunks.
 
         Raises InputError at the call, not at the first chunk.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
+        given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         return self._stream(
             "text_completion_stream",
-            lambda: self._requests.from_texts([prompt], max_gen_len, seed, params(), stop, label="the prompt"),
+            lambda: self._requests.from_texts([prompt], given, label="the prompt"),
         )
 
     @short_traceback
+    @takes_options(StreamOptions)
     def chat_completion_stream(
         self,
         dialog: Dialog,
@@ -467,21 +442,17 @@ class Llama:
         top_p: float | None = 0.9,
         max_gen_len: int | None = None,
         *,
-        top_k: int | None = 0,
-        min_p: float | None = 0.0,
-        repetition_penalty: float | None = 1.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | None = None,
         stop: str | Sequence[str] | None = (),
+        **options: Unpack[StreamOptions],
     ) -> Stream:
         """Answer one dialog. Return a `Stream`, which yields the answer in chunks; see `text_completion_stream`.
 
         If the dialog contains a special tag, such as "[INST]", the stream yields UNSAFE_ERROR as its only chunk.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
+        given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         return self._stream(
             "chat_completion_stream",
-            lambda: self._requests.from_dialogs([dialog], max_gen_len, seed, params(), stop, label="the dialog"),
+            lambda: self._requests.from_dialogs([dialog], given, label="the dialog"),
         )
 
     @_signature_of(generate_stream)
@@ -546,11 +517,16 @@ class Llama:
     def _validate_on_all_ranks(self, name: str, make_call: Callable[[], GenerationCall]) -> GenerationCall:
         """Build a call, and check that it is the same on all ranks. If it has no seeds, rank 0 chooses seeds for replicas."""
         call = run_on_all_ranks(
-            lambda: replace(make_call(), name=name), must_match=lambda call: (call, self.engine.why_reference_loop())
+            lambda: replace(make_call(), name=name),
+            must_match=lambda call: (
+                *(call, self.engine.why_reference_loop()),
+                [request.logits_processor is not None for request in call.requests],
+            ),
         )
         if sample_top_p is not sampling.sample_top_p and any(request.seed is not None for request in call.requests):
             raise InputError("seed is for this library's sample_top_p, and another has been put in its place; leave seed out")
-        if replica()[1] > 1 and not call.sampling.greedy and all(r.seed is None for r in call.requests):
+        is_greedy = all(request.sampling.greedy for request in call.requests)
+        if replica()[1] > 1 and not is_greedy and all(r.seed is None for r in call.requests):
             n = len(call.requests)
             seeds = run_on_rank0(lambda: torch.randint(-(2**63), 2**63 - 1, (n,)).tolist())
             for request, seed in zip(call.requests, seeds, strict=True):
@@ -629,7 +605,7 @@ class Llama:
         (request,) = call.requests
         if not request.prompt:
             return Stream(request, (chunk for chunk in [UNSAFE_ERROR]))
-        text = IncrementalText(self.tokenizer, call.stop or ())
+        text = IncrementalText(self.tokenizer, request.stop)
         return Stream(request, text_chunks(request, self._run(call, watched=True), text))
 
     def _answer(self, result: GenerationResult) -> Message:
@@ -687,7 +663,7 @@ class _AsyncCaller:
         self._refuse_replaced_generate("streams")
         call = self._validate_on_all_ranks(name, make_call)
         (request,) = call.requests
-        text = IncrementalText(self.tokenizer, call.stop or ())
+        text = IncrementalText(self.tokenizer, request.stop)
         refusal = "" if request.prompt else UNSAFE_ERROR
         return AsyncStream(request, text_chunks_async(request, self._run(call), text, refusal))
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .decode_state import SamplingOptions
 from .requests import FinishReason, GeneratedToken, GenerationCall, Request
 
 
@@ -23,7 +22,6 @@ class RunningCall:
 
     call: GenerationCall
     n_unfinished: int  # number of requests that wait or run
-    options: SamplingOptions
     events: list[Event] = field(default_factory=list)
     error: BaseException | None = None
     cancelled: bool = False  # True if the caller takes no more events

@@ -3,10 +3,12 @@
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from ..errors import InputError, check_flag, describe
 from ..sampling import Sampler, SamplingParams, sample_top_p
+from .logits_processors import LogitsProcessor
 
 FinishReason = Literal["stop", "length"]
 TopTokens = list[tuple[int, float]]  # the likeliest tokens at a position with their log probabilities, likeliest first
@@ -61,6 +63,11 @@ class Request:
     seed: int | None = None
     label: str = "the prompt"  # name of the prompt in errors
     score_from: int | None = None  # index of the first prompt token to score, if the call has `score_only`
+    # Options that the requests of a call may have of their own. `GenerationCall` replaces None by those of the call.
+    sampling: SamplingParams = None  # type: ignore[assignment]
+    stop: Sequence[str] = None  # type: ignore[assignment]
+    min_new_tokens: int = 0  # before this number of new tokens, no token that ends an answer is sampled
+    logits_processor: LogitsProcessor | None = field(default=None, repr=False)  # its repr may differ between ranks
     num_cached_tokens: int = 0  # number of prompt tokens whose keys and values were in the cache already
     num_new_tokens: int = 0  # number of new tokens that the caller has taken, without EOS
     # None until the answer ends. The engine sets the finish reason; a consumer of tokens may set it to end the answer.
@@ -72,12 +79,15 @@ class GenerationCall:
     """The requests of one call, and the options that all of them share. The options are validated, and equal on all ranks."""
 
     requests: list[Request]
-    sampling: SamplingParams
+    sampling: SamplingParams = field(default_factory=SamplingParams)  # of requests that have none of their own
     logprobs: bool | None = False
     echo: bool | None = False
-    stop: Sequence[str] | None = None  # stop strings; None if the call returns tokens, not text
+    # Stop strings of requests that have none of their own; None if the call returns tokens, not text.
+    stop: Sequence[str] | None = None
     details: bool | None = False
     stop_token: int | None = None  # token that ends an answer; None for EOS
+    stop_token_ids: tuple[int, ...] = ()  # further tokens that end an answer
+    ignore_eos: bool = False  # True if only `stop_token_ids` end an answer
     # Function that samples tokens, given probabilities (B, vocab) and top_p. Greedy sampling does not use this function.
     sampler: Sampler = field(default=sample_top_p, repr=False)
     top_logprobs: int | None = 0  # how many of the likeliest tokens to return for each token
@@ -97,6 +107,15 @@ class GenerationCall:
         if n_top and not self.logprobs:
             raise InputError(f"top_logprobs={n_top} is for logprobs=True; give both, or leave top_logprobs out")
         object.__setattr__(self, "top_logprobs", int(n_top))
+        for request in self.requests:
+            request.sampling = request.sampling or self.sampling
+            request.stop = (self.stop or ()) if request.stop is None else request.stop
+
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """Return the tokens that end an answer."""
+        first = () if self.ignore_eos or self.stop_token is None else (self.stop_token,)
+        return frozenset((*first, *self.stop_token_ids))
 
     @property
     def scores_prompts(self) -> bool:
