@@ -218,9 +218,7 @@ def one_for_each(value: Any, name: str, n_prompts: int) -> list[Any]:
         return [value] * n_prompts
     values = to_list(value, name, "a value, or one for each prompt")
     if len(values) != n_prompts:
-        raise InputError(
-            f"{name} has {len(values)} values for {n_prompts} prompts; give one value, or one for each prompt"
-        )
+        raise InputError(f"{name} has {len(values)} values for {n_prompts} prompts; give one value, or one for each prompt")
     return values
 
 
