@@ -221,7 +221,7 @@ class DecodeState:
         for i, row in enumerate(rows):
             if row in self.processed:
                 try:
-                    processed[i] = self.processed[row].process(logits[i].clone())
+                    processed[i] = self.processed[row].process(processed[i])
                 except InputError as e:
                     self.failures.append(([row], e))
                 except Exception as e:
