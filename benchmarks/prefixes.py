@@ -22,7 +22,7 @@ from unittest import mock
 from common import make_checkpoint, make_tokenizer
 
 from llama import Llama, tuning
-from llama.engine import engine
+from llama.engine import scoring
 from llama.engine.forward import EngineForward
 
 SYSTEM, HEAD = 400, 800  # tokens that all dialogs, and all questions, share
@@ -64,14 +64,9 @@ def dialogs(llama: Llama, n: int) -> Callable[[], Any]:
 def choices(llama: Llama, n: int) -> Callable[[], Any]:
     rng = random.Random(1)
     head = [1, *random_tokens(rng, HEAD)]
-    sequences, starts = [], []
-    for _ in range(n):
-        question = head + random_tokens(rng, rng.randrange(30, 80))
-        for _ in range(4):
-            sequences.append(question + random_tokens(rng, rng.randrange(2, 12)))
-            starts.append(len(question))
-    labels = [f"sequence {i}" for i in range(len(sequences))]
-    return lambda: llama.engine.score(sequences, starts, labels)
+    questions = [head + random_tokens(rng, rng.randrange(30, 80)) for _ in range(n)]
+    answers = [[random_tokens(rng, rng.randrange(2, 12)) for _ in range(4)] for _ in questions]
+    return lambda: llama.score(questions, answers)
 
 
 def main() -> None:
@@ -90,7 +85,7 @@ def main() -> None:
         for name, n, make in (("dialogs", 64, dialogs), ("choices", 200, choices)):
             run = make(llama, max(1, round(n * a.scale)))
             shared, with_cache = measure(llama, run)
-            with without_prefix_cache(), mock.patch.object(engine, "shares_prefixes", lambda _: False):
+            with without_prefix_cache(), mock.patch.object(scoring, "shares_prefixes", lambda _: False):
                 whole, without = measure(llama, run)
             results[name] = {"with": with_cache, "without": without, "equal": shared == whole}
             for label, figures in (("with", with_cache), ("without", without)):

@@ -224,9 +224,9 @@ def agreement(answers: dict[str, list[list[int]]], peer: str) -> dict[str, float
     return {"first": first, "all": sum(n_same) / (len(n_same) * CHECK_NEW)}
 
 
-def library_versions() -> dict[str, str]:
+def library_versions(*packages: str) -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "llama-cpp-python", "openvino-genai", "ctranslate2"):
+    for package in packages or ("torch", "transformers", "llama-cpp-python", "openvino-genai", "ctranslate2"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions

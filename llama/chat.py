@@ -7,7 +7,9 @@
     user [/INST] answer </s><s>[INST] user [/INST]
 
 A dialog may begin with a `system` message, which becomes part of the first `user` message. After it, `user` and `assistant`
-messages alternate. The last message is by `user`.
+messages alternate. The last message is by `user`, or it is the beginning of an answer by `assistant`, which is to be continued:
+
+    <s>[INST] user [/INST] beginning
 """
 
 from collections.abc import Sequence
@@ -33,15 +35,21 @@ SPECIAL_TAGS = [B_INST, E_INST, "<<SYS>>", "<</SYS>>"]
 UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
 
+def find_tag(dialog: Dialog) -> str | None:
+    """Return the first of the format's own tags, such as "[INST]", that a message of the dialog contains, or None."""
+    return next((tag for message in dialog for tag in SPECIAL_TAGS if tag in message["content"]), None)
+
+
 def is_unsafe(dialog: Dialog) -> bool:
-    """Return True if a message of the dialog contains one of the format's own tags, such as "[INST]"."""
-    return any(tag in message["content"] for message in dialog for tag in SPECIAL_TAGS)
+    """Return True if a message of the dialog contains one of the format's own tags."""
+    return find_tag(dialog) is not None
 
 
-def check_dialog(dialog: Dialog, name: str) -> None:
+def check_dialog(dialog: Dialog, name: str, continue_answer: bool | None = False) -> None:
     """Raise InputError unless a dialog is a list of messages whose roles have the order of Llama 2's format.
 
     name: what the error calls the dialog. The error also gives the index of the wrong message.
+    continue_answer: accept a dialog whose last message is by the assistant.
     """
     if isinstance(dialog, (str, bytes, dict)) or not isinstance(dialog, Sequence):
         raise InputError(
@@ -69,22 +77,42 @@ def check_dialog(dialog: Dialog, name: str) -> None:
         expected = ("user", "assistant")[i % 2]
         if role != expected:
             raise InputError(
-                f"{name}, message {i + system} is by {role!r}, but must be by {expected!r}: "
-                "an optional 'system' first, then 'user' and 'assistant' in turn"
+                f"{name}, message {i + system} is by {role!r}, but must be by {expected!r}: an optional 'system' first, then "
+                f"'user' and 'assistant' in turn; {_way_out(turns, i + system)}"
             )
-    if turns[-1] != "user":
-        raise InputError(f"{name} ends with 'assistant'; the last message must be by 'user', to be answered")
+    if turns[-1] != "user" and not continue_answer:
+        raise InputError(
+            f"{name} ends with 'assistant'; the last message must be by 'user', to be answered, "
+            "unless continue_answer=True has this message continued"
+        )
+
+
+def _way_out(roles: Sequence[str], i: int) -> str:
+    """Return how to mend a dialog whose message i has the wrong role."""
+    if i and roles[i] == roles[i - 1]:
+        return f"merge messages {i - 1} and {i}: join their contents with a blank line"
+    if roles[i] == "system":
+        return "merge all system messages into one, and put it first"
+    return "begin with the user's question; what the assistant says before it may be part of the 'system' message"
 
 
 def encode_dialog(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
     """Return the tokens of a dialog that `check_dialog` has accepted.
 
-    Each exchange is encoded as BOS, question, answer, EOS, and the last question as BOS, question.
+    Each exchange is encoded as BOS, question, answer, EOS, and the last question as BOS, question. If the last message is the
+    beginning of an answer, it follows the last question, without EOS. White space at its end is kept.
     """
     texts = [m["content"] for m in dialog]
     if dialog[0]["role"] == "system":
         texts = [B_SYS + texts[0] + E_SYS + texts[1], *texts[2:]]
     tokens: list[int] = []
+    beginning = texts.pop().lstrip() if dialog[-1]["role"] == "assistant" else ""
     for user, answer in zip(texts[:-1:2], texts[1::2], strict=True):
         tokens += tokenizer.encode(f"{B_INST} {user.strip()} {E_INST} {answer.strip()} ", bos=True, eos=True)
-    return tokens + tokenizer.encode(f"{B_INST} {texts[-1].strip()} {E_INST}", bos=True, eos=False)
+    question = f"{B_INST} {texts[-1].strip()} {E_INST}"
+    return tokens + tokenizer.encode(f"{question} {beginning}" if beginning else question, bos=True, eos=False)
+
+
+def continues_answer(dialog: Dialog) -> bool:
+    """Return True if a dialog ends with the beginning of an answer. One without text leaves the answer to begin anew."""
+    return dialog[-1]["role"] == "assistant" and bool(dialog[-1]["content"].strip())

@@ -5,12 +5,15 @@ all calls, and yields each new token.
 """
 
 import inspect
+import itertools
+import math
 import numbers
 import os
+import statistics
 import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from typing_extensions import Unpack
@@ -27,22 +30,35 @@ from .chat import (
     Dialog,
     Message,
     Role,
+    check_dialog,
+    encode_dialog,
+    find_tag,
 )
 from .checkpoint import loading, packed_file, params, paths, shards, validate
 from .distributed.agreement import gather_from_replicas, run_on_all_ranks, run_on_rank0
 from .distributed.groups import global_rank, model_parallel, replica
 from .distributed.setup import initialize, set_environment
-from .engine.async_calls import AsyncStream, check_sharable, collect_results_async, run_async, text_chunks_async
+from .engine.async_calls import (
+    AsyncStream,
+    check_sharable,
+    collect_results_async,
+    run_async,
+    text_chunks_async,
+    tokens_until_stop_async,
+)
 from .engine.backend import Backend
 from .engine.call_options import AnswerOptions, CallOptions, Integers, Numbers, StreamOptions, takes_options
 from .engine.checks import device_of
 from .engine.collect import collect_results, results_of_replaced_generate
 from .engine.engine import Engine
+from .engine.hidden_states import check_layers, hidden_states, number_of_layers
 from .engine.incremental_text import IncrementalText
+from .engine.leading import check_led, lead
 from .engine.request_builder import RequestBuilder, partition_by_length
-from .engine.requests import GeneratedToken, GenerationCall
+from .engine.requests import GeneratedToken, GenerationCall, TokenScore, check_top_logprobs
 from .engine.results import ChatPrediction, CompletionPrediction, GenerationResult, InfillingPrediction, ResultDetails, Score
-from .engine.stream import Stream, text_chunks
+from .engine.scoring import score
+from .engine.stream import Stream, text_chunks, tokens_until_stop
 from .errors import DeviceError, InputError, check_count, check_flag, describe, short_traceback
 from .kernels.packing import check_kernel
 from .model import ModelArgs, Transformer
@@ -76,19 +92,24 @@ class Llama:
     list contains one seed for each prompt, for example to get several answers to the same prompt. Without a seed, all prompts
     are sampled with torch's default generator.
     stop: one string or several. An answer's text ends just before the first stop string. Tokens and log probabilities include
-    the token that completed the stop string. Calls that take tokens have no stop strings.
+    the token that completed the stop string.
     top_logprobs: with logprobs=True, also return the top_logprobs likeliest tokens at each token's position, up to 20, with
     their log probabilities, likeliest first. A token that was chosen need not be among them. The first token of an echoed
     prompt has none.
+    keep_space: keep the space at the start of an answer's text, so that prompt + answer is the text of all tokens. Without it,
+    the answer is decoded alone, which drops the space.
+    continue_answer: if a dialog ends with a message by the assistant, continue that message. The result is what follows it.
     details: add to each result "finish_reason" ("stop": EOS or a stop string; "length": max_gen_len or the end of the context)
     and the numbers of tokens in the prompt and in the answer, without EOS.
 
     A call may have any number of prompts. Up to max_batch_size prompts of all calls run at a time, and when one is finished,
-    the next one starts. Calls of a modified model, and calls on several ranks, run one at a time.
+    the next one starts. Calls of a modified model, and calls on several ranks without `lead`, run one at a time.
 
-    On several ranks, all ranks must make the same calls with the same input. They get the same results; if calls differ, all
-    ranks raise InputError. Replicas divide the prompts of a call among themselves, and rank 0 chooses the seeds if the call has
-    none. Each replica computes the whole of a stream. Logits that are not finite raise NonFiniteError.
+    On several ranks, rank 0 alone makes calls, in `lead`; or all ranks make the same calls with the same input and get the same
+    results. If calls differ, all ranks raise InputError. Replicas divide the prompts of a call among themselves, and rank 0
+    chooses the seeds if the call has none. Each replica computes the whole of a stream.
+
+    Logits that are not finite raise NonFiniteError.
     """
 
     @staticmethod
@@ -225,6 +246,7 @@ class Llama:
         echo: bool | None = False,
         *,
         stop_token: int | None = None,
+        stop: str | Sequence[str] | Sequence[Sequence[str]] | None = (),
         **options: Unpack[AnswerOptions],
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Generate tokens after each prompt; return them, and their log probabilities or None.
@@ -234,10 +256,10 @@ class Llama:
         temperature: 0 chooses the likeliest token; see `SamplingParams` for other values.
         logprobs: also return the log probability of each token, from the logits before any sampling parameter is applied.
         echo: return the prompt's tokens before the answer. The first token of a prompt has the log probability 0.0.
-        stop_token: the token that ends an answer, instead of EOS.
+        stop_token: the token that ends an answer, instead of EOS. stop: see `Llama`.
         Raises InputError, which names the prompt, before any computation.
         """
-        given = CallOptions(temperature, top_p, max_gen_len, **options)
+        given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         results = self._results(
             "generate",
             lambda: self._requests.from_tokens(prompt_tokens, given, logprobs, echo, stop_token),
@@ -258,26 +280,27 @@ class Llama:
         *,
         top_logprobs: int | None = 0,
         include_eos: bool | None = False,
+        stop: str | Sequence[str] | Sequence[Sequence[str]] | None = (),
         **options: Unpack[AnswerOptions],
     ) -> Iterator[GeneratedToken]:
         """Generate tokens like `generate`, but yield (prompt_index, token, logprob) as soon as a token is generated.
 
         The tokens of one prompt come in order; the tokens of different prompts are mixed.
         top_logprobs: see `Llama`. Each yielded tuple has the attribute `top_logprobs`, a list of (token, logprob).
-        include_eos: also yield the EOS that ends an answer.
+        include_eos: also yield the EOS that ends an answer. stop: see `Llama`.
         """
-        given = CallOptions(temperature, top_p, max_gen_len, **options)
+        given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         call = self._validate_on_all_ranks(
             "generate_stream",
             lambda: self._requests.from_tokens(prompt_tokens, given, logprobs, echo, None, top_logprobs, include_eos),
         )
-        return self._run(call, watched=True)
+        return self._tokens(call)
 
     @short_traceback
     @takes_options(AnswerOptions)
     def text_completion(
         self,
-        prompts: Iterable[str],
+        prompts: Iterable[str | Iterable[int]],
         temperature: Numbers = 0.6,
         top_p: Numbers = 0.9,
         max_gen_len: Integers = None,
@@ -287,9 +310,12 @@ class Llama:
         stop: str | Sequence[str] | Sequence[Sequence[str]] | None = (),
         details: bool | None = False,
         top_logprobs: int | None = 0,
+        keep_space: bool | None = False,
         **options: Unpack[AnswerOptions],
     ) -> list[CompletionPrediction]:
-        """Continue each text. max_gen_len defaults to the rest of the context. See `generate` and `Llama` for the options.
+        """Continue each text, given as a text or as tokens. max_gen_len defaults to the rest of the context.
+
+        See `generate` and `Llama` for the options.
 
         Each result is a dict with "generation". logprobs=True adds "tokens", as the text of each token, and "logprobs".
         top_logprobs=n adds "top_logprobs": for each token a list of (text, logprob), the n likeliest at its position.
@@ -298,7 +324,7 @@ class Llama:
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         return self._results(
             "text_completion",
-            lambda: self._requests.from_texts(prompts, given, logprobs, echo, details=details, top_logprobs=top_logprobs),
+            lambda: self._requests.from_texts(prompts, given, logprobs, echo, details, top_logprobs, keep_space=keep_space),
             lambda r: {"generation": r.text, **self._details(r, logprobs, details, top_logprobs)},
         )
 
@@ -306,12 +332,13 @@ class Llama:
     @takes_options(AnswerOptions)
     def iter_text_completion(
         self,
-        prompts: Iterable[str],
+        prompts: Iterable[str | Iterable[int]],
         temperature: Numbers = 0.6,
         top_p: Numbers = 0.9,
         max_gen_len: Integers = None,
         *,
         stop: str | Sequence[str] | Sequence[Sequence[str]] | None = (),
+        keep_space: bool | None = False,
         **options: Unpack[AnswerOptions],
     ) -> Iterator[CompletionPrediction]:
         """Continue each text, and yield the results in the order of the prompts, each as early as possible.
@@ -322,7 +349,7 @@ class Llama:
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         results = self._iter_results(
             "iter_text_completion",
-            lambda: self._requests.from_texts(prompts, given, details=True),
+            lambda: self._requests.from_texts(prompts, given, details=True, keep_space=keep_space),
         )
         return ({"generation": r.text, **self._details(r, False, True)} for r in results)
 
@@ -339,6 +366,7 @@ class Llama:
         stop: str | Sequence[str] | Sequence[Sequence[str]] | None = (),
         details: bool | None = False,
         top_logprobs: int | None = 0,
+        continue_answer: bool | None = False,
         **options: Unpack[AnswerOptions],
     ) -> list[ChatPrediction]:
         """Answer each dialog as the assistant. max_gen_len defaults to the rest of the context. See `Llama` for the options.
@@ -350,7 +378,9 @@ class Llama:
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         return self._results(
             "chat_completion",
-            lambda: self._requests.from_dialogs(dialogs, given, logprobs, details=details, top_logprobs=top_logprobs),
+            lambda: self._requests.from_dialogs(
+                dialogs, given, logprobs, details, top_logprobs, continue_answer=continue_answer
+            ),
             lambda r: {"generation": self._answer(r), **self._details(r, logprobs, details, top_logprobs)},
         )
 
@@ -364,13 +394,14 @@ class Llama:
         max_gen_len: Integers = None,
         *,
         stop: str | Sequence[str] | Sequence[Sequence[str]] | None = (),
+        continue_answer: bool | None = False,
         **options: Unpack[AnswerOptions],
     ) -> Iterator[ChatPrediction]:
         """Answer each dialog like `chat_completion`, and yield the results like `iter_text_completion`."""
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         results = self._iter_results(
             "iter_chat_completion",
-            lambda: self._requests.from_dialogs(dialogs, given, details=True),
+            lambda: self._requests.from_dialogs(dialogs, given, details=True, continue_answer=continue_answer),
         )
         return ({"generation": self._answer(r), **self._details(r, False, True)} for r in results)
 
@@ -415,22 +446,23 @@ class Llama:
     @takes_options(StreamOptions)
     def text_completion_stream(
         self,
-        prompt: str,
+        prompt: str | Iterable[int],
         temperature: float | None = 0.6,
         top_p: float | None = 0.9,
         max_gen_len: int | None = None,
         *,
         stop: str | Sequence[str] | None = (),
+        keep_space: bool | None = False,
         **options: Unpack[StreamOptions],
     ) -> Stream:
-        """Continue one text. Return a `Stream`, which yields the continuation in chunks.
+        """Continue one text, given as a text or as tokens. Return a `Stream`, which yields the continuation in chunks.
 
         Raises InputError at the call, not at the first chunk.
         """
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         return self._stream(
             "text_completion_stream",
-            lambda: self._requests.from_texts([prompt], given, label="the prompt"),
+            lambda: self._requests.from_texts([prompt], given, label="the prompt", keep_space=keep_space),
         )
 
     @short_traceback
@@ -443,6 +475,7 @@ class Llama:
         max_gen_len: int | None = None,
         *,
         stop: str | Sequence[str] | None = (),
+        continue_answer: bool | None = False,
         **options: Unpack[StreamOptions],
     ) -> Stream:
         """Answer one dialog. Return a `Stream`, which yields the answer in chunks; see `text_completion_stream`.
@@ -452,7 +485,7 @@ class Llama:
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         return self._stream(
             "chat_completion_stream",
-            lambda: self._requests.from_dialogs([dialog], given, label="the dialog"),
+            lambda: self._requests.from_dialogs([dialog], given, label="the dialog", continue_answer=continue_answer),
         )
 
     @_signature_of(generate_stream)
@@ -468,7 +501,7 @@ class Llama:
 
         Wrong input raises at the call. Cancelling the task that awaits frees the rows of the batch at the next step. Any number
         of event loops and threads may make calls. They share the batch, which a background thread of ours runs meanwhile.
-        Raises InputError on several ranks, and for a model that the batch cannot run, because it is modified.
+        Raises InputError on several ranks without `lead`, and for a model that the batch cannot run, because it is modified.
         """
         return _AsyncCaller(self).call(Llama.text_completion, *args, **options)
 
@@ -491,24 +524,122 @@ class Llama:
         return _AsyncCaller(self).call(Llama.chat_completion_stream, *args, **options)
 
     @short_traceback
-    def score(self, prompts: Iterable[str], continuations: Iterable[str]) -> list[Score]:
-        """Return the log probabilities of each continuation's tokens after its prompt, without generating anything.
+    def score(
+        self, prompts: Iterable[Any], continuations: Iterable[Any], *, top_logprobs: int | None = 0
+    ) -> list[Score] | list[list[Score]]:
+        """Return a `Score` for each prompt's continuation: the log probabilities of its tokens; nothing is generated.
 
-        Prompt and continuation are encoded together. The continuation starts at the first token that differs from the tokens of
-        the prompt alone. This token may contain the last letters of the prompt and the first letters of the continuation.
+        Prompts are texts or lists of tokens, and so are continuations. If a prompt has a list of continuations, the result has
+        a list of scores in its place. A text as prompt and a text as continuation are encoded together: the continuation starts
+        at the first token that differs from the tokens of the prompt alone. This token may contain the last letters of the
+        prompt and the first letters of the continuation. Together they have at most max_seq_len + 1 tokens.
+        top_logprobs: how many of the likeliest tokens to return at each position, 0 to 20.
         """
+        n_top = check_top_logprobs(top_logprobs)
 
-        def score_rows(rows: list[int]) -> list[list[float]]:
-            some = [requests[row] for row in rows]
-            return self.engine.score([r.tokens for r in some], [r.start for r in some], [r.label for r in some])
+        def score_rows(rows: list[int]) -> list[list[TokenScore]]:
+            return score(self.engine, [requests[row] for row in rows], n_top)
 
         with self.engine.exclusive():
-            requests = run_on_all_ranks(
+            requests, counts = run_on_all_ranks(
                 lambda: self._requests.for_scoring(prompts, continuations),
-                must_match=lambda checked: (checked, self.engine.why_reference_loop()),
+                must_match=lambda checked: (checked, n_top, self.engine.why_reference_loop()),
             )
-            logprobs = self._shard_across_replicas([len(r.tokens) for r in requests], score_rows)
-        return [Score(self._decode_each(r.tokens[r.start :]), values) for r, values in zip(requests, logprobs, strict=True)]
+            scores = self._shard_across_replicas([len(r.tokens) for r in requests], score_rows)
+        results = iter([self._score_result(r.tokens[r.start :], each) for r, each in zip(requests, scores, strict=True)])
+        return [next(results) if n is None else list(itertools.islice(results, n)) for n in counts]  # type: ignore[return-value]
+
+    def _score_result(self, tokens: list[int], scores: list[TokenScore]) -> Score:
+        top = [[(self._decode_each([t])[0], value) for t, value in each.top] for each in scores if each.top is not None]
+        logprobs, greedy = [each.logprob or 0.0 for each in scores], [bool(each.is_greedy) for each in scores]
+        return Score(self._decode_each(tokens), logprobs, greedy, top or None)
+
+    @short_traceback
+    def perplexity(self, text: str | Iterable[int], stride: int | None = None) -> float:
+        """Return the perplexity of a text, or of a list of tokens: exp of the mean negative log probability of its tokens.
+
+        Each token but the first (BOS, for a text) is scored once. A text that is longer than max_seq_len is scored in windows,
+        each `stride` tokens further than the last, so that a token has the max_seq_len - stride tokens before it as context, or
+        more. A smaller stride costs more. stride: 1 to max_seq_len; default: half of max_seq_len.
+        """
+        windows = run_on_all_ranks(lambda: self._requests.for_perplexity(text, stride))
+        scores = self.score(*zip(*windows, strict=True))
+        return math.exp(-statistics.fmean(value for each in scores for value in cast("Score", each).logprobs))
+
+    @short_traceback
+    def lead(self, work: Callable[[], T]) -> T | None:
+        """Run `work` on rank 0, and let the other ranks follow its calls. Return its result; None on the other ranks.
+
+        Call it on all ranks. Until `work` returns, calls and streams of any thread and event loop of rank 0 share one batch,
+        as in one process, and the other ranks compute their part of each. They wait without using their CPU, and ignore SIGINT
+        and SIGTERM, which rank 0 may handle. With a single process, `work` is simply run.
+
+        Raises InputError for replicas and for a modified model, before `work` runs. If `work` raises, the other ranks raise
+        LlamaError with the cause; after sys.exit or Ctrl-C on rank 0 they exit with 0. If one of the other ranks fails or is
+        killed, calls on rank 0 raise LlamaError, and so does `lead`. Calls that still run in threads when `work` ends raise
+        InputError.
+        """
+        return lead(self.engine, work)
+
+    @short_traceback
+    def hidden_states(
+        self, texts: Iterable[str | Iterable[int]], layers: int | Iterable[int] | None = None
+    ) -> list[torch.Tensor]:
+        """Return the hidden states of each text, given as a text or as tokens: float32 on the CPU, (tokens, dim).
+
+        A text is encoded with BOS and without EOS. layers: 0 for the token embeddings; i for the output of layer i, counted
+        from 1; the number of layers, which is also the default, for that of the last layer after the final norm. This is how
+        transformers numbers `hidden_states`, and negative numbers count from the end, too. A list of numbers returns
+        (len(layers), tokens, dim) for each text.
+
+        Texts are computed side by side, in the dtype of the model, without the KV cache. The results have no gradient. A model
+        that a caller has modified runs its own `forward`. Raises InputError, which names the text, before any computation.
+        """
+        several = isinstance(layers, Iterable)
+        return self._hidden_states("hidden_states", texts, layers, lambda states: states if several else states[0])
+
+    @short_traceback
+    def embed(self, texts: Iterable[str | Iterable[int]], pooling: str = "mean") -> torch.Tensor:
+        """Return an embedding of each text: (texts, dim), float32 on the CPU, from the last of its `hidden_states`.
+
+        pooling: "mean" for the mean of all tokens, BOS among them; "last" for the last token. Embeddings are not normalized.
+        """
+        if pooling not in ("mean", "last"):
+            raise InputError(f"pooling is {describe(pooling)}; it must be 'mean' or 'last'")
+        pooled = self._hidden_states(
+            f"embed by {pooling}", texts, None, lambda states: states[0].mean(0) if pooling == "mean" else states[0, -1]
+        )
+        return torch.stack(pooled) if pooled else torch.empty(0, self.model.params.dim, device="cpu")
+
+    def _hidden_states(
+        self,
+        name: str,
+        texts: Iterable[str | Iterable[int]],
+        layers: int | Iterable[int] | None,
+        reduce: Callable[[torch.Tensor], torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """Return `reduce` of the states (layers, tokens, dim) of each text. name: what all ranks must call in the same way."""
+        with self.engine.exclusive():
+            rows, labels, chosen = run_on_all_ranks(
+                lambda: (*self._requests.for_hidden_states(texts), check_layers(layers, number_of_layers(self.model))),
+                must_match=lambda checked: (name, checked, self.engine.why_reference_loop()),
+            )
+            return self._shard_across_replicas(
+                [len(row) for row in rows],
+                lambda some: hidden_states(self.engine, [rows[i] for i in some], [labels[i] for i in some], chosen, reduce),
+            )
+
+    @short_traceback
+    def encode_dialog(self, dialog: Dialog, continue_answer: bool | None = False) -> list[int]:
+        """Return the tokens of a dialog, with which `chat_completion` begins to answer it; see `Llama` for continue_answer.
+
+        Raises InputError for a dialog with a special tag, such as "[INST]", which `chat_completion` does not encode.
+        """
+        check_flag(continue_answer, "continue_answer")
+        check_dialog(dialog, "the dialog", continue_answer)
+        if tag := find_tag(dialog):
+            raise InputError(f"the dialog contains {tag}, a special tag of the chat format; remove it from the messages")
+        return encode_dialog(self.tokenizer, dialog)
 
     @property
     def _requests(self) -> RequestBuilder:
@@ -516,6 +647,7 @@ class Llama:
 
     def _validate_on_all_ranks(self, name: str, make_call: Callable[[], GenerationCall]) -> GenerationCall:
         """Build a call, and check that it is the same on all ranks. If it has no seeds, rank 0 chooses seeds for replicas."""
+        check_led(self.engine)
         call = run_on_all_ranks(
             lambda: replace(make_call(), name=name),
             must_match=lambda call: (
@@ -586,6 +718,10 @@ class Llama:
     def _run(self, call: GenerationCall, watched: bool = False) -> Iterator[GeneratedToken]:
         return self.engine.run(self._resolve(call, watched))
 
+    def _tokens(self, call: GenerationCall) -> Iterator[GeneratedToken]:
+        tokens = self._run(call, watched=True)
+        return tokens_until_stop(call, tokens, self.tokenizer) if call.has_stops else tokens
+
     def _resolve(self, call: GenerationCall, watched: bool) -> GenerationCall:
         # Read eos_id and sample_top_p anew for each call, because a caller may have replaced them or the tokenizer.
         stop_token = self.tokenizer.eos_id if call.stop_token is None else call.stop_token
@@ -605,7 +741,7 @@ class Llama:
         (request,) = call.requests
         if not request.prompt:
             return Stream(request, (chunk for chunk in [UNSAFE_ERROR]))
-        text = IncrementalText(self.tokenizer, request.stop)
+        text = IncrementalText.of_answer(call, request, self.tokenizer)
         return Stream(request, text_chunks(request, self._run(call, watched=True), text))
 
     def _answer(self, result: GenerationResult) -> Message:
@@ -648,6 +784,10 @@ class _AsyncCaller:
     def _run(self, call: GenerationCall, watched: bool = True) -> AsyncGenerator[GeneratedToken, None]:
         return run_async(self.engine, self._resolve(call, watched))
 
+    def _tokens(self, call: GenerationCall) -> AsyncGenerator[GeneratedToken, None]:
+        tokens = self._run(call)
+        return tokens_until_stop_async(call, tokens, self.tokenizer) if call.has_stops else tokens
+
     def _results(
         self, name: str, make_call: Callable[[], GenerationCall], make_result: Callable[[GenerationResult], T]
     ) -> Coroutine[Any, Any, list[T]]:
@@ -663,7 +803,7 @@ class _AsyncCaller:
         self._refuse_replaced_generate("streams")
         call = self._validate_on_all_ranks(name, make_call)
         (request,) = call.requests
-        text = IncrementalText(self.tokenizer, request.stop)
+        text = IncrementalText.of_answer(call, request, self.tokenizer)
         refusal = "" if request.prompt else UNSAFE_ERROR
         return AsyncStream(request, text_chunks_async(request, self._run(call), text, refusal))
 

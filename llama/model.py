@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .distributed import groups
 from .distributed.groups import model_parallel
 from .errors import InputError, describe
 from .layers.embedding import ParallelEmbedding
@@ -253,6 +254,10 @@ class Transformer(nn.Module):
 
     def _checked(self, tokens: torch.Tensor, start_pos: int) -> tuple[torch.Tensor, int]:
         args = self.params
+        if groups.rank0_leads:
+            raise InputError(
+                "the other ranks do not follow forward, only calls of `Llama`: end `lead`, and call it on all ranks"
+            )
         if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise InputError(f"tokens is {tuple(tokens.shape)} of {tokens.dtype}; it must be (B, S), of int64")
         B, S = tokens.shape

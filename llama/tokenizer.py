@@ -119,13 +119,16 @@ class Detokenizer:
     def begin(self, tokens: list[int]) -> str:
         """Start with the tokens before the answer, and return their text.
 
-        The tokens must not end in the middle of a character.
+        If they end in the middle of a character, its bytes wait for the rest.
         """
-        text = self.sp_model.decode(tokens)
-        self.context = list(tokens)
+        n = len(tokens)
+        while n and self.sp_model.is_byte(tokens[n - 1]):
+            n -= 1
+        text = self.sp_model.decode(tokens[:n])
+        self.context = list(tokens[:n])
         if text:
             self._use_short_context()
-        return text
+        return text + "".join(map(self.push, tokens[n:]))
 
     def push(self, token: int) -> str:
         """Add a token, and return the text that is now complete."""
@@ -182,8 +185,8 @@ class CustomDetokenizer:
         self.decode, self.tokens, self.sent = decode, list[int](), ""
 
     def begin(self, tokens: list[int]) -> str:
-        """Start with the tokens before the answer, and return their text."""
-        self.tokens, self.sent = list(tokens), self.decode(tokens)
+        """Start with the tokens before the answer, and return their text, without an incomplete character at its end."""
+        self.tokens, self.sent = list(tokens), self.decode(tokens).rstrip("\ufffd")
         return self.sent
 
     def push(self, token: int) -> str:

@@ -20,6 +20,9 @@ def check_agreement(llama: Llama) -> list:
     stops = ["e", llama.tokenizer.decode(seeded[0])[2:4]]
     stopped = llama.text_completion(["The"] * 6, max_gen_len=6, seed=range(6), stop=stops, details=True)
     stream = "".join(llama.chat_completion_stream([{"role": "user", "content": "a"}], max_gen_len=4, seed=1))
+    begun = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "The"}]
+    continued = llama.chat_completion([begun], 0, max_gen_len=6, continue_answer=True)
+    kept = llama.text_completion(PROMPTS, 0, max_gen_len=6, stop="e", details=True, keep_space=True)
     scores = [round(score.total, 2) for score in llama.score(["The fox", "sea"], [" jumps", " shells"])]
     llama.engine.backend = TorchCompileBackend(backend="eager")
     compiled, _ = llama.generate(PROMPTS, 6, temperature=0)
@@ -29,7 +32,7 @@ def check_agreement(llama: Llama) -> list:
         weight = llama.model.layers[0].feed_forward.w2.weight
         weight.data = weight.data.clone()
     assert llama.generate(PROMPTS, 6, temperature=0)[0] == compiled
-    return [seeded, stopped, stream, scores, compiled]
+    return [seeded, stopped, stream, continued, kept, scores, compiled]
 
 
 if __name__ == "__main__":
@@ -41,7 +44,8 @@ if __name__ == "__main__":
         torch.manual_seed(3 + int(os.environ.get("RANK", 0)))  # ranks have different seeds, but must sample rank 0's tokens
         sampled, _ = llama.generate(PROMPTS, 10, temperature=1.0)
         grid = torch.arange(3, 63).view(3, 20)
-        answers[folder] = dict(tokens=tokens, logprobs=logprobs, sampled=sampled, logits=llama.model(grid, 0))
+        states = torch.cat(llama.hidden_states(PROMPTS, layers=[0, 1, 2]), dim=1)
+        answers[folder] = dict(tokens=tokens, logprobs=logprobs, sampled=sampled, logits=llama.model(grid, 0), states=states)
     answers["agreement"] = check_agreement(llama)
     print("only rank 0 is heard")
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:

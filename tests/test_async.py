@@ -328,7 +328,7 @@ sys.exit(3)
 
 
 def test_several_ranks_are_refused_with_the_way_out(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(async_calls, "world_size", lambda: 2)
-    assert_raises(
-        lambda: llama.achat_completion_stream(DIALOG), InputError, "2 ranks", "use chat_completion_stream on all ranks"
-    )
+    for name, value in ("world_size", 2), ("calls_are_exclusive", True):
+        monkeypatch.setattr(async_calls, name, lambda value=value: value)
+    parts = "2 ranks", "use chat_completion_stream on all ranks", "`lead`"
+    assert_raises(lambda: llama.achat_completion_stream(DIALOG), InputError, *parts)

@@ -61,6 +61,18 @@ def test_two_replicas_are_compared_with_one_replica_and_with_two_ranks(tmp_path:
     assert set(results) == {"1 replica, half the threads", "1 replica", "1 model on 2 ranks", "2 replicas"}
 
 
+def test_servers_are_measured_and_those_that_are_absent_are_named(tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn", reason="the server needs the extra serve")
+    sizes = "--clients", "1,2", "--requests", 1, "--prompt", 8, "--new", 4, "--rows", 2, "--runs", 1
+    printed = run("serve.py", "--shape", "tiny", *sizes, "--json", tmp_path / "results.json")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [r["clients"] for r in results["runs"] if r["server"] == "ours"] == [1, 2]
+    assert all(r["tokens/s"] > 0 and min(r["first"]) > 0 for r in results["runs"])
+    assert {"ours"} <= set(results["agreement"]) and {"llama-server", "vllm"} <= {*results["agreement"], *results["absent"]}
+    assert all(f"{name}: left out" in printed for name in results["absent"])
+    assert all(label in printed for label in ("requests/s", "tokens/s", "first token, s", "95% of them within"))
+
+
 @pytest.mark.skipif(not (avx512.extension() or avx2.extension()), reason="nothing is compiled here")
 def test_compiled_kernels_are_compared_with_pytorch() -> None:
     """With the AVX-512 extension each line of a quantized model also has a result for the fused decode step."""

@@ -135,7 +135,7 @@ def test_no_forward_has_more_tokens_than_the_estimate_assumes(llama: Llama, monk
     """Scoring computes a sequence in one forward pass. Generation computes a prompt in chunks."""
     monkeypatch.setattr(tuning, "PREFILL_CHUNK", 16)
     with count_forward_tokens() as token_counts:
-        llama.engine.score([[1] * 10] * 3 + [[1] * 64, [1] * 4], [1] * 5, [""] * 5)
+        llama.score([[1, 2] * 5, [1, 3] * 5, [1, 4] * 5, [1, 5] * 32, [1, 6] * 2], [[7]] * 5)
     assert max(token_counts) == estimate.max_tokens_per_forward(llama.model.params) == llama.model.params.max_seq_len
     with count_forward_tokens() as token_counts:
         llama.generate([[1] * 60] * 3, 2)

@@ -128,14 +128,14 @@ def test_none_means_the_default_of_each_option(llama: Llama) -> None:
     sampling = dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias"))
     tokens, texts, dialogs = [[1, 5, 9]], ["once upon"], [[USER]]
     for call, argument, *names in (
-        (llama.generate, tokens, "logprobs", "echo", "stop_token"),
-        (llama.generate_stream, tokens, "logprobs", "echo", "top_logprobs", "include_eos"),
-        (llama.text_completion, texts, "logprobs", "echo", "stop", "details", "top_logprobs"),
-        (llama.chat_completion, dialogs, "logprobs", "stop", "details", "top_logprobs"),
-        (llama.iter_text_completion, texts, "stop"),
-        (llama.iter_chat_completion, dialogs, "stop"),
-        (llama.text_completion_stream, texts[0], "stop"),
-        (llama.chat_completion_stream, dialogs[0], "stop"),
+        (llama.generate, tokens, "logprobs", "echo", "stop_token", "stop"),
+        (llama.generate_stream, tokens, "logprobs", "echo", "top_logprobs", "include_eos", "stop"),
+        (llama.text_completion, texts, "logprobs", "echo", "stop", "details", "top_logprobs", "keep_space"),
+        (llama.chat_completion, dialogs, "logprobs", "stop", "details", "top_logprobs", "continue_answer"),
+        (llama.iter_text_completion, texts, "stop", "keep_space"),
+        (llama.iter_chat_completion, dialogs, "stop", "continue_answer"),
+        (llama.text_completion_stream, texts[0], "stop", "keep_space"),
+        (llama.chat_completion_stream, dialogs[0], "stop", "continue_answer"),
     ):
         nones = sampling | dict.fromkeys(names)
         default, with_none = (call(argument, max_gen_len=20, seed=4, **options) for options in ({}, nones))
@@ -171,9 +171,9 @@ def test_the_traceback_of_a_refused_call_contains_no_internal_frames(idle: Llama
 
 @pytest.mark.parametrize("value", ["yes", 2, [True], torch.tensor([1, 0]), {}], ids=str)
 def test_flags_must_be_true_or_false(idle: Llama, small: SimpleNamespace, value: Any) -> None:
-    for name in ("logprobs", "echo", "details"):
+    for name in ("logprobs", "echo", "details", "keep_space"):
         assert_raises(lambda name=name: idle.text_completion(["a"], **{name: value}), InputError, f"{name} is", "True or False")
-    for name in ("logprobs", "details"):
+    for name in ("logprobs", "details", "continue_answer"):
         assert_raises(
             lambda name=name: idle.chat_completion([[USER]], **{name: value}), InputError, f"{name} is", "True or False"
         )
@@ -218,7 +218,10 @@ TEXTS, SURROGATE = "a list of texts, as in [text]", ("a lone surrogate", r"'\ud8
     "prompts, parts",
     [
         *[(bad, (f"{bad!r:.10}", TEXTS)) for bad in (None, 5, "once", b"once", {"a": 1}, {"a"})],
-        *[(["a", bad], ("prompt 1", f"{bad!r:.10}", "must be a string")) for bad in (None, 5, b"a", ["a"], [1, 2])],
+        *[(["a", bad], ("prompt 1", f"{bad!r:.10}", "must be a string, or a list of tokens")) for bad in (None, 5, b"a")],
+        (["a", ["a"]], ("prompt 1: 'a' (str) is no token", "whole numbers from 0 to 383")),
+        (["a", [1, 384]], ("prompt 1: 384 (int) is no token", "whole numbers from 0 to 383")),
+        (["a", []], ("prompt 1 has no tokens", "begin it with BOS")),
         (["a", "ab\ud800"], ("prompt 1", *SURROGATE)),
         (["a", "b" * 100], ("prompt 1 has 101 tokens", "max_seq_len=64", "shorten it")),
     ],
@@ -246,12 +249,13 @@ ORDER = "then 'user' and 'assistant' in turn"
         ],
         ([], ("is empty", "must end with a 'user' message")),
         ([SYSTEM], ("only a system message", "must end with a 'user' message")),
-        ([ASSISTANT], ("message 0 is by 'assistant'", "must be by 'user'", ORDER)),
+        ([ASSISTANT], ("message 0 is by 'assistant'", "must be by 'user'", ORDER, "begin with the user's question")),
         ([SYSTEM, ASSISTANT, USER], ("message 1 is by 'assistant'", "must be by 'user'", ORDER)),
-        ([SYSTEM, SYSTEM, USER], ("message 1 is by 'system'", "must be by 'user'", ORDER)),
-        ([USER, USER], ("message 1 is by 'user'", "must be by 'assistant'", ORDER)),
-        ([USER, SYSTEM, USER], ("message 1 is by 'system'", "must be by 'assistant'", ORDER)),
-        ([USER, ASSISTANT], ("ends with 'assistant'", "must be by 'user'")),
+        ([SYSTEM, SYSTEM, USER], ("message 1 is by 'system'", "must be by 'user'", ORDER, "merge messages 0 and 1: join")),
+        ([USER, USER], ("message 1 is by 'user'", "must be by 'assistant'", ORDER, "merge messages 0 and 1: join")),
+        ([USER, ASSISTANT, ASSISTANT], ("message 2 is by 'assistant'", "must be by 'user'", "merge messages 1 and 2: join")),
+        ([USER, SYSTEM, USER], ("message 1 is by 'system'", "must be by 'assistant'", ORDER, "merge all system messages")),
+        ([USER, ASSISTANT], ("ends with 'assistant'", "must be by 'user'", "unless continue_answer=True")),
         *[
             ([message(bad)], ("message 0", f"{bad!r:.10}", "'system', 'user' and"))
             for bad in ("bot", "User", None, 5, [], {}, b"user")

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from llama import Llama, tuning
-from llama.engine import engine, prefill
-from llama.engine.engine import shares_prefixes
+from llama.engine import prefill, scoring
 from llama.engine.forward import EngineForward
+from llama.engine.scoring import shares_prefixes
 
 from .counting import count_forward_tokens
 from .support import Fault, fail_on_call, random_weights, write_shards
@@ -127,7 +127,7 @@ def test_scores_of_many_choices_compute_head_and_questions_once(own: Llama) -> N
     prompts = [head + text for text in texts for _ in range(4)]
     choices = [" and slept", " and ran", " or swam", " all day"] * 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "shares_prefixes", lambda _: False)
+        patch.setattr(scoring, "shares_prefixes", lambda _: False)
         want = own.score(prompts, choices)
     with count_forward_tokens() as counts:
         got = own.score(prompts, choices)

@@ -31,20 +31,27 @@ SIGNATURES = {
     "*, device=None, dtype=None, compile=False, quantize=None, backend='auto'",
     Llama.__init__: "self, model, tokenizer, backend=None",
     Llama.generate: "self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, logprobs=False, echo=False, "
-    f"*, stop_token=None, {SHARED}, n=1",
+    f"*, stop_token=None, stop=(), {SHARED}, n=1",
     Llama.generate_stream: "self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, logprobs=False, echo=False, "
-    f"*, top_logprobs=0, include_eos=False, {SHARED}, n=1",
+    f"*, top_logprobs=0, include_eos=False, stop=(), {SHARED}, n=1",
     Llama.text_completion: "self, prompts, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False, echo=False, "
-    f"*, stop=(), details=False, top_logprobs=0, {SHARED}, n=1",
+    f"*, stop=(), details=False, top_logprobs=0, keep_space=False, {SHARED}, n=1",
     Llama.chat_completion: "self, dialogs, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False, "
-    f"*, stop=(), details=False, top_logprobs=0, {SHARED}, n=1",
-    Llama.iter_text_completion: f"self, prompts, temperature=0.6, top_p=0.9, max_gen_len=None, *, stop=(), {SHARED}, n=1",
-    Llama.iter_chat_completion: f"self, dialogs, temperature=0.6, top_p=0.9, max_gen_len=None, *, stop=(), {SHARED}, n=1",
-    Llama.text_completion_stream: f"self, prompt, temperature=0.6, top_p=0.9, max_gen_len=None, *, stop=(), {SHARED}",
-    Llama.chat_completion_stream: f"self, dialog, temperature=0.6, top_p=0.9, max_gen_len=None, *, stop=(), {SHARED}",
+    f"*, stop=(), details=False, top_logprobs=0, continue_answer=False, {SHARED}, n=1",
+    Llama.iter_text_completion: "self, prompts, temperature=0.6, top_p=0.9, max_gen_len=None, "
+    f"*, stop=(), keep_space=False, {SHARED}, n=1",
+    Llama.iter_chat_completion: "self, dialogs, temperature=0.6, top_p=0.9, max_gen_len=None, "
+    f"*, stop=(), continue_answer=False, {SHARED}, n=1",
+    Llama.text_completion_stream: "self, prompt, temperature=0.6, top_p=0.9, max_gen_len=None, "
+    f"*, stop=(), keep_space=False, {SHARED}",
+    Llama.chat_completion_stream: "self, dialog, temperature=0.6, top_p=0.9, max_gen_len=None, "
+    f"*, stop=(), continue_answer=False, {SHARED}",
     Llama.text_infilling: "self, prefixes, suffixes, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False, "
     "suffix_first=False",
-    Llama.score: "self, prompts, continuations",
+    Llama.score: "self, prompts, continuations, *, top_logprobs=0",
+    Llama.hidden_states: "self, texts, layers=None",
+    Llama.embed: "self, texts, pooling='mean'",
+    Llama.encode_dialog: "self, dialog, continue_answer=False",
     Transformer.__init__: "self, params",
     Transformer.forward: "self, tokens, start_pos",
     llama.model.TransformerBlock.__init__: "self, layer_id, args",

@@ -37,7 +37,8 @@ def one_rank(folders: list[Path], tokenizer_path: Path) -> dict:
 
 def assert_same_answers(got: dict, want: dict) -> None:
     assert got["tokens"] == want["tokens"] and got["sampled"] == want["sampled"]
-    torch.testing.assert_close(got["logits"], want["logits"], atol=1e-4, rtol=0)
+    for name in ("logits", "states"):
+        torch.testing.assert_close(got[name], want[name], atol=1e-4, rtol=0)
     for logprobs, want_logprobs in zip(got["logprobs"], want["logprobs"], strict=True):
         assert logprobs == pytest.approx(want_logprobs, abs=1e-4)
 

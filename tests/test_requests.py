@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from llama import InputError, Llama, Tokenizer, Transformer, tuning
-from llama.engine import request_builder
+from llama import InputError, Llama, Score, Tokenizer, Transformer, tuning
+from llama.engine import request_builder, scoring
 from llama.engine.forward import EngineForward
 
 from .counting import count_forward_tokens
@@ -44,7 +44,70 @@ def test_scoring_runs_one_forward_over_all_tokens(llama: Llama) -> None:
     with count_forward_tokens() as forwards:
         llama.score(PROMPTS, CONTINUATIONS)
     encode = llama.tokenizer.encode
-    assert forwards == [sum(len(encode(p + c, bos=True, eos=False)) for p, c in zip(PROMPTS, CONTINUATIONS, strict=True))]
+    assert forwards == [sum(len(encode(p + c, bos=True, eos=False)) - 1 for p, c in zip(PROMPTS, CONTINUATIONS, strict=True))]
+
+
+def test_a_score_tells_whether_greedy_sampling_would_choose_each_token(llama: Llama) -> None:
+    prompt = [1, 5, 9, 30]
+    answer = llama.generate([prompt], 5, temperature=0)[0][0]
+    other = [*answer[:2], answer[2] + 1 if answer[2] < 300 else 3, *answer[3:]]
+    ((right, wrong),) = llama.score([prompt], [[answer, other]], top_logprobs=2)
+    assert right.is_greedy and right.greedy == [True] * len(answer)
+    assert not wrong.is_greedy and wrong.greedy[:3] == [True, True, False]
+    assert right.top_logprobs and right.logprobs == [top[0][1] for top in right.top_logprobs]
+    assert right.top_logprobs[1][0][0] == right.tokens[1] and len(right.top_logprobs[1]) == 2
+
+
+def test_prompts_and_continuations_are_texts_or_tokens_and_one_or_several(llama: Llama) -> None:
+    encode = llama.tokenizer.encode
+    prompt, choices = "Once upon a", [" time", " bear"]
+    want = llama.score([prompt] * 2, choices)
+    tokens = [encode(prompt + choice, True, False) for choice in choices]
+    n = len(encode(prompt, True, False))
+    got = llama.score([prompt, "a", tokens[0][:n]], [choices, " b", [each[n:] for each in tokens]])
+    for several in (got[0], got[2]):
+        assert [each.tokens for each in several] == [each.tokens for each in want]
+        for each, expected in zip(several, want, strict=True):
+            assert each.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+    assert isinstance(got[1], Score)
+    assert llama.score([""], [" time"])[0].logprobs == pytest.approx(
+        llama.score([[1]], [encode(" time", False, False)])[0].logprobs
+    )
+
+
+def test_the_last_scored_token_needs_no_place_in_the_context(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Score sequences of max_seq_len + 1 tokens, side by side and in rows of the cache, and compare with the reference."""
+    sequences = [[1, *range(5, 68), 70 + i] for i in range(3)]
+    table = llama.model.forward(torch.tensor([sequences[0][:64]]), 0)[0].log_softmax(-1)
+    want = [[table[62, 67].item(), table[63, 70 + i].item()] for i in range(3)]
+    for shares in (True, False):
+        monkeypatch.setattr(scoring, "shares_prefixes", lambda _, shares=shares: shares)
+        scores = llama.score([each[:63] for each in sequences], [each[63:] for each in sequences])
+        assert [each.logprobs for each in scores] == [pytest.approx(values, abs=1e-4) for values in want]
+
+
+@pytest.mark.parametrize("stride", [None, 1, 7, 64])
+def test_perplexity_scores_each_token_once_in_windows(llama: Llama, stride: int | None) -> None:
+    tokens = [1, *(3 + i * i % 300 for i in range(150))]
+    step, values = stride or 32, []
+    for i in range(1, len(tokens)):
+        end = 65 if i < 65 else min(len(tokens), 65 + -(-(i + 1 - 65) // step) * step)
+        begin = max(0, end - 65)
+        table = llama.model.forward(torch.tensor([tokens[begin:i]]), 0)[0, -1].log_softmax(-1)
+        values.append(table[tokens[i]].item())
+    assert llama.perplexity(tokens, stride) == pytest.approx(math.exp(-sum(values) / len(values)), rel=1e-4)
+
+
+def test_perplexity_refuses_what_it_cannot_score(idle: Llama) -> None:
+    for arguments, part in [
+        (("",), "the text has a single token, and nothing to score after it"),
+        (("a", 0), "stride is 0 (int); it must be a whole number from 1 to max_seq_len = 64"),
+        (("a", 65), "stride is 65 (int)"),
+        ((7,), "the text is 7 (int); it must be a text, or a list of tokens"),
+    ]:
+        with pytest.raises(InputError) as caught:
+            idle.perplexity(*arguments)
+        assert part in str(caught.value)
 
 
 def test_a_token_across_the_border_of_prompt_and_continuation_is_scored(llama: Llama, reference: Transformer) -> None:
@@ -72,12 +135,18 @@ def idle(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Llama:
     "prompts, continuations, part",
     [
         ("a", ["b"], "prompts is 'a' (str); it must be a list of texts"),
-        (["a"], "b", "continuations is 'b' (str); it must be a list of texts"),
-        (["a", 5], ["b", "c"], "prompt 1 is 5 (int); it must be a string"),
+        (["a"], "b", "continuations is 'b' (str); it must be a list with one entry for each prompt"),
+        (["a", 5], ["b", "c"], "prompt 1 is 5 (int); it must be a text, or a list of tokens"),
         (["a"], ["b\ud800"], "continuation 0 holds a lone surrogate"),
         (["a"], ["b", "c"], "1 prompts, but 2 continuations; give one continuation for each prompt"),
         (["a", "b"], ["c", ""], "continuation 1 is '' (str), which adds no token to its prompt"),
-        (["a", "b" * 40], ["c", "d" * 40], "prompt 1 with its continuation has 81 tokens, more than max_seq_len=64"),
+        (["a", "b" * 40], ["c", "d" * 40], "prompt 1 with its continuation has 81 tokens, more than max_seq_len + 1 = 65"),
+        (["a"], [["b", ""]], "continuation 0, choice 1 is '' (str), which adds no token to its prompt"),
+        (["a"], [[]], "continuation 0 is an empty list; give some text or tokens"),
+        ([[1, 5]], [" b"], "continuation 0 is a text, but prompt 0 is [1, 5] (list); give tokens for both, or two texts"),
+        ([[]], [[5]], "prompt 0 has no tokens; begin it with BOS (1)"),
+        ([[1]], [[[5], [384]]], "continuation 0, choice 1: 384 (int) is no token"),
+        (["a"], [7], "continuation 0 is 7 (int); it must be a text, or a list"),
     ],
 )
 def test_invalid_pairs_raise_before_the_model_runs(idle: Llama, prompts: Any, continuations: Any, part: str) -> None:

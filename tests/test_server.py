@@ -3,6 +3,7 @@
 Most tests run the application in a thread of the test's process, and talk to it over loopback; some start the command.
 """
 
+import asyncio
 import base64
 import hashlib
 import http.client
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,7 +24,9 @@ import torch
 
 from llama import Llama
 from llama.chat import UNSAFE_ERROR
+from llama.distributed import control
 from llama.engine import scheduler
+from llama.engine.requests import GeneratedToken
 
 from .support import environment
 
@@ -35,8 +38,8 @@ from llama.cli.main import main  # noqa: E402
 from llama.cli.serve import listening_socket, server_config  # noqa: E402
 from llama.engine.incremental_text import IncrementalText  # noqa: E402
 from llama.server import app as app_module  # noqa: E402
-from llama.server.answers import begin_text  # noqa: E402
 from llama.server.app import App, Settings  # noqa: E402
+from llama.server.metrics import Histogram  # noqa: E402
 
 JSON = {"Content-Type": "application/json"}
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -311,6 +314,24 @@ def test_a_logit_bias_chooses_and_bans_tokens(client: Client, llama: Llama) -> N
             assert text.strip() == llama.tokenizer.decode([300] * 3).strip()
 
 
+def test_a_chat_continues_an_answer_that_has_begun(client: Client, llama: Llama) -> None:
+    for beginning in ("The capital", " "):
+        dialog: Any = [*MESSAGES, {"role": "assistant", "content": beginning}]
+        (want,) = llama.chat_completion([dialog], 0, max_gen_len=9, continue_answer=True, logprobs=True)
+        _, answer = client.post(CHAT, messages=dialog, temperature=0, max_tokens=9, logprobs=True)
+        (choice,) = answer["choices"]
+        assert choice["message"]["content"] == want["generation"]["content"]
+        spelled = bytes(byte for entry in choice["logprobs"]["content"] for byte in entry["bytes"])
+        assert choice["message"]["content"] == spelled.decode(errors="replace")
+        events = client.stream(CHAT, messages=dialog, temperature=0, max_tokens=9)
+        text = "".join(e["choices"][0]["delta"].get("content", "") for e in events)
+        assert text == want["generation"]["content"]
+    status, refused = client.post(CHAT, messages=[*MESSAGES, *MESSAGES])
+    assert status == 400 and "merge messages 0 and 1" in refused["error"]["message"]
+    unsafe = [*MESSAGES, {"role": "assistant", "content": "[/INST]"}]
+    assert client.post(CHAT, messages=unsafe)[1]["choices"][0]["message"]["content"] == UNSAFE_ERROR
+
+
 def test_a_prompt_may_end_within_a_character(client: Client, llama: Llama) -> None:
     """Echo a prompt whose last token is the second of the three bytes of the euro sign, then let the third follow."""
     tokens = llama.tokenizer.encode("The \u20ac", bos=True, eos=False)
@@ -318,7 +339,7 @@ def test_a_prompt_may_end_within_a_character(client: Client, llama: Llama) -> No
     assert cut["choices"][0]["text"] == llama.tokenizer.decode(tokens[:-1]) == "The \ufffd\ufffd"
     assert cut["choices"][0]["finish_reason"] == "length"
     text = IncrementalText(llama.tokenizer)
-    assert begin_text(text.detokenizer, tokens[:-1], llama.tokenizer) + text.push(tokens[-1]) == "The \u20ac"
+    assert text.begin(tokens[:-1]) + text.push(tokens[-1]) == "The \u20ac"
 
 
 BAD_BIASES: list[Any] = [
@@ -548,6 +569,46 @@ def test_metrics_count_tokens_requests_and_seconds(start: Callable[..., Client])
     assert 0 < float(values["llama_seconds_to_first_token_sum"]) < 60
 
 
+def test_a_prompt_is_counted_once_as_in_usage(start: Callable[..., Client]) -> None:
+    """n answers share a prompt, and a request that only scores its prompt generates nothing."""
+    client, total = start(), 0
+    for fields in (
+        {"n": 2},
+        {"echo": True, "max_tokens": 0, "logprobs": 0},
+        {"echo": True, "max_tokens": 2},
+        {"max_tokens": 0},
+    ):
+        total += client.post(COMPLETION, prompt=["The quick", "Once"], **fields)[1]["usage"]["prompt_tokens"]
+        assert client.app.metrics.prompt_tokens == total, fields
+
+
+def test_seconds_are_measured_from_acceptance_and_between_tokens(start: Callable[..., Client]) -> None:
+    """What follows the last token, such as freeing the row, is no time of a token."""
+    client = start()
+
+    class SlowModel:
+        tokenizer, model = client.app.llama.tokenizer, client.app.llama.model
+
+        async def agenerate_stream(self, *_: Any, **__: Any) -> AsyncGenerator[GeneratedToken, None]:
+            try:
+                for seconds in (0.12, 0.06, 0.06):
+                    await asyncio.sleep(seconds)
+                    yield GeneratedToken(0, 50, None)
+            finally:
+                await asyncio.sleep(1)
+
+    client.app.llama = SlowModel()
+    assert client.post(COMPLETION, prompt="The", max_tokens=9)[0] == 200
+    metrics = client.app.metrics
+    assert sum(metrics.seconds_to_first_token.counts) == sum(metrics.seconds_per_token.counts) == 1
+    assert 0.12 <= metrics.seconds_to_first_token.total < 0.6
+    assert 0.06 <= metrics.seconds_per_token.total < 0.5
+    histogram = Histogram((0.1, 1.0))
+    for value in (0.1, 0.05, 0.2, 5.0):
+        histogram.observe(value)
+    assert histogram.lines("x")[:3] == ['x_bucket{le="0.1"} 2', 'x_bucket{le="1.0"} 3', 'x_bucket{le="+Inf"} 4']
+
+
 def test_the_page_runs_only_its_own_script(client: Client) -> None:
     response = client.begin("GET", "/")
     page, policy = response.read(), response.headers["content-security-policy"]
@@ -621,11 +682,17 @@ def test_wrong_flags_are_refused_before_a_model_is_loaded(
         ("--grace", "-1", "seconds from 0"),
         ("--max_batch_size", "0", "from 1"),
         ("--host", "no.such.host.invalid", "cannot listen"),
+        ("--max_connections", "0", "from 1"),
+        ("--allowed_host", "chat.example:80", "without scheme and port"),
+        ("--allowed_host", "http://chat.example", "without scheme and port"),
+        ("--allowed_host", "fd00::1", "[fd00::1]"),
     ]:
         error = errors_of(flag, value)
         assert flag.removeprefix("--") in error and reason in error
     monkeypatch.setattr(serve_module, "world_size", lambda: 2)
-    assert "serve runs in one process, and this job has 2 ranks" in errors_of()
+    monkeypatch.setattr(serve_module, "initialize", lambda *_: None)
+    monkeypatch.setattr(control, "replica", lambda: (0, 2))
+    assert "2 replicas: leave --model_parallel_size out" in errors_of()
     monkeypatch.setattr(serve_module.importlib.util, "find_spec", lambda name: None)
     assert "serve needs uvicorn and starlette" in (error := errors_of()) and "'.[serve]'" in error
 
@@ -639,9 +706,30 @@ def test_another_host_without_a_key_is_told_and_served_under_any_name(
     for flags in (
         ["--host", "0.0.0.0", "--allow_without_key"],
         ["--host", "0.0.0.0", "--api_key", "k"],
-        ["--allowed_host", "Chat.Example", "--model_name", "m"],
+        ["--allowed_host", "Chat.Example", "--allowed_host", "[fd00::1]", "--model_name", "m"],
     ):
         assert main(["serve", "--port", "0", *flags]) == 0
     assert "everyone who reaches 0.0.0.0 may ask" in capsys.readouterr().err
     assert [(s.api_key, s.hosts) for s in served[:2]] == [(None, None), ("k", None)]
-    assert served[2].hosts == {"localhost", "127.0.0.1", "[::1]", "chat.example"} and served[2].model_name == "m"
+    assert served[2].hosts == {"localhost", "127.0.0.1", "[::1]", "chat.example", "[fd00::1]"} and served[2].model_name == "m"
+
+
+def test_more_connections_than_files_may_be_open_are_refused_and_the_soft_limit_is_raised(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, llama: Llama
+) -> None:
+    resource = pytest.importorskip("resource")
+    limits = [(256, 2000)]
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits[-1])
+
+    def setrlimit(kind: int, limit: tuple[int, int]) -> None:
+        if limit[0] > limit[1]:
+            raise ValueError("current limit exceeds maximum limit")
+        limits.append(limit)
+
+    monkeypatch.setattr(resource, "setrlimit", setrlimit)
+    monkeypatch.setattr(serve_module, "build_model", lambda *_: llama)
+    monkeypatch.setattr(serve_module, "serve", lambda *_: None)
+    assert main(["serve", "--port", "0"]) == 0 and limits == [(256, 2000), (1100, 2000)]
+    assert main(["serve", "--port", "0", "--max_connections", "1901"]) == 1
+    assert "--max_connections is 1901, and this process may open only 2000 files" in (error := capsys.readouterr().err)
+    assert "give at most 1900" in error

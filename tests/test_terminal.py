@@ -505,6 +505,14 @@ def test_json_lines_with_messages_are_answered_like_dialogs(talker: tuple, llama
     assert (code, out) == (1, "") and err.startswith("llama: line 4: its dialog has ")
 
 
+def test_json_lines_continue_an_answer_that_has_begun(talker: tuple, llama: Llama, command: Callable) -> None:
+    dialog: Any = [{"role": "user", "content": "seven?"}, {"role": "assistant", "content": "one, two"}]
+    line = json.dumps({"messages": dialog})
+    code, out, err = command("complete", *talker, "--max_gen_len", "4", "--jsonl", stdin=line.encode())
+    (answer,) = llama.chat_completion([dialog], 0, max_gen_len=4, details=True, continue_answer=True)
+    assert (code, err, json.loads(out)) == (0, "", {"messages": dialog} | dict(answer))
+
+
 def test_stop_flags_take_escapes_because_shells_pass_them_as_typed() -> None:
     parsed = sampling_parser().parse_args([part for text in STOP_FLAGS for part in ("--stop", text)])
     assert parsed.stop == list(STOP_FLAGS.values())

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import sentencepiece
 import torch
 from common import print_figures
 
@@ -81,9 +82,10 @@ def write_hf(weights: Weights, args: ModelArgs, dtype: torch.dtype, folder: Path
     model.save_pretrained(folder, max_shard_size="2GB")
 
 
-def write_gguf(weights: Weights, args: ModelArgs, dtype: torch.dtype, path: Path) -> None:
+def write_gguf(weights: Weights, args: ModelArgs, dtype: torch.dtype, path: Path, tokenizer: str | None = None) -> None:
     """Write a GGUF file without a vocabulary, because the benchmarks give tokens to llama.cpp, not text.
 
+    llama-server needs a vocabulary: that of the SentencePiece model `tokenizer`.
     The rows of wq and wk keep their order, because llama.cpp rotates adjacent pairs of values, as Meta's code does.
     """
     import gguf
@@ -99,7 +101,18 @@ def write_gguf(weights: Weights, args: ModelArgs, dtype: torch.dtype, path: Path
     writer.add_rope_freq_base(args.rope_theta)
     writer.add_layer_norm_rms_eps(args.norm_eps)
     writer.add_vocab_size(args.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    if tokenizer:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=tokenizer)
+        tokens = range(pieces.vocab_size())
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([pieces.id_to_piece(token) for token in tokens])
+        writer.add_token_scores([pieces.get_score(token) for token in tokens])
+        kinds = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL, gguf.TokenType.BYTE
+        writer.add_token_types([kinds[pieces.is_control(token) + 2 * pieces.is_byte(token)] for token in tokens])
+        writer.add_bos_token_id(pieces.bos_id())
+        writer.add_eos_token_id(pieces.eos_id())
+    else:
+        writer.add_tokenizer_model("no_vocab")
     stored = {name: w.to(dtype if w.ndim == 2 else torch.float32).contiguous() for name, w in weights.items()}
     for name, w in stored.items():
         gguf_type = gguf.GGMLQuantizationType[GGUF_TYPES[str(w.dtype).removeprefix("torch.")]]

@@ -59,7 +59,8 @@ def run_complete(args: argparse.Namespace) -> None:
         part = records[i : i + size]
         results: Iterable[Any]
         if "messages" in part[0]:
-            results = llama.iter_chat_completion([record["messages"] for record in part], **options)
+            dialogs = [record["messages"] for record in part]
+            results = llama.iter_chat_completion(dialogs, continue_answer=True, **options)
         else:
             results = llama.iter_text_completion([record["prompt"] for record in part], **options)
         for record, result in zip(part, results, strict=True):
@@ -148,7 +149,7 @@ def parse_json_line(line: str, where: str, option_names: list[str]) -> Record:
     if "prompt" in record:
         check_text(record["prompt"], f"{where}: its prompt")
     elif isinstance(record["messages"], list):
-        check_dialog(record["messages"], f"{where}: its dialog")
+        check_dialog(record["messages"], f"{where}: its dialog", continue_answer=True)
     else:
         raise InputError(f"{where}: its messages are {describe(record['messages'])}; they must be a list")
     return record

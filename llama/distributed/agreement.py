@@ -12,6 +12,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fs
 
 from ..errors import InputError, LlamaError, NonFiniteError
+from . import groups
 from .failures import defer_signals, error_text, propagate_failure
 from .groups import all_ranks_group, global_rank, model_parallel, reachable_world_size, replica
 
@@ -25,8 +26,9 @@ def run_on_all_ranks(work: Callable[[], T], must_match: Callable[[T], object] | 
 
     So no rank waits in a later collective for a rank that has failed. `work` itself must not contain a collective.
     must_match: maps the result to a value whose repr must be equal on all ranks; otherwise every rank raises InputError.
+    While rank 0 leads, it runs `work` alone.
     """
-    if reachable_world_size() == 1:
+    if decides_alone():
         return work()
 
     def with_fingerprint() -> tuple[T, str]:
@@ -51,7 +53,7 @@ def run_on_all_ranks(work: Callable[[], T], must_match: Callable[[T], object] | 
 
 def run_on_rank0(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 only. On every rank, return its result or raise its failure. `work` may wait for a user's input."""
-    if reachable_world_size() == 1:
+    if decides_alone():
         return work()
     result, failure = _outcome(work) if global_rank() == 0 else (None, None)
     result_and_error: list[Any] = [result, error_text(failure)]
@@ -64,6 +66,8 @@ def run_on_rank0(work: Callable[[], T]) -> T:
 def gather_from_replicas(work: Callable[[], T]) -> list[T]:
     """Run `work` on every replica. On every rank, return the results of all replicas, in the order of the replicas."""
     index, count = replica()
+    if groups.rank0_leads:  # a failure of one call must not end the others
+        return [work()]
     with propagate_failure():
         if count == 1:
             return [work()]
@@ -84,6 +88,24 @@ def broadcast_from_rank0(tensor: torch.Tensor) -> torch.Tensor:
     if model_parallel()[1] > 1:
         dist.broadcast(tensor, fs.get_model_parallel_src_rank(), group=fs.get_model_parallel_group())
     return tensor
+
+
+def is_true_on_all_ranks(flag: bool, device: torch.device) -> bool:
+    """Return True if a flag is True on every rank of the model-parallel group."""
+    if model_parallel()[1] == 1:
+        return flag
+    least = torch.tensor([flag], dtype=torch.int32, device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=fs.get_model_parallel_group())
+    return bool(least)
+
+
+def decides_alone() -> bool:
+    """Return True if this rank need not agree with others: it is the only one, or it leads. Raise InputError if it follows."""
+    if reachable_world_size() == 1:
+        return True
+    if groups.rank0_leads and global_rank():
+        raise InputError(f"rank {global_rank()} follows the calls of rank 0 (`lead`), so it can make none: make them on rank 0")
+    return groups.rank0_leads
 
 
 def _all_gather(value: T) -> list[T]:

@@ -6,7 +6,8 @@
 Every rank makes the same calls with the same input. At the start of a call, the ranks exchange fingerprints of their input. If
 the fingerprints differ, all ranks raise an error (`run_on_all_ranks`). If a rank fails later, it writes the reason to the store
 of the process group and ends its groups (`propagate_failure`). The collectives of the other ranks then fail at once, and the
-other ranks read the reason from the store.
+other ranks read the reason from the store. While rank 0 leads (`Llama.lead`), it alone makes calls, and tells the other ranks
+before each step what is new (`control.py`).
 """
 
 import atexit
@@ -26,6 +27,7 @@ from ..errors import DeviceError, LlamaError, describe
 INTERACTIVE_TIMEOUT = timedelta(days=365)  # timeout of collectives in which ranks wait for a user or for a slower replica
 _gloo_group: tuple[Any, dist.ProcessGroup] | None = None  # the default process group, and a gloo group of the same ranks
 ended_reason: str | None = None  # why the process groups have ended; None if they have not
+rank0_leads = False  # True while rank 0 makes all calls, and the other ranks follow them (`Llama.lead`)
 
 
 def under_torchrun() -> bool:
@@ -41,6 +43,11 @@ def global_rank() -> int:
 def world_size() -> int:
     """Return the number of ranks; 1 for a single process."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
+
+
+def calls_are_exclusive() -> bool:
+    """Return True if all ranks must make the same calls in the same order: on several ranks, unless rank 0 leads them."""
+    return world_size() > 1 and not rank0_leads
 
 
 def local_rank_and_size() -> tuple[int | None, int | None]:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fs
 
-from ..errors import DeviceError, short_repr
+from ..errors import DeviceError, InputError, short_repr
 from . import agreement, groups, threads
 from .failures import propagate_failure
 
@@ -38,6 +38,8 @@ def initialize(device: str | torch.device | None = None, model_parallel_size: in
     Raises DeviceError for a device that does not exist, for more ranks than devices, and for a model_parallel_size that is not
     the size of existing groups or does not divide the number of ranks.
     """
+    if groups.rank0_leads:
+        raise InputError("a model on several ranks is built by all of them: build it before `lead`, which runs on rank 0 alone")
     set_environment()
     on_cpu = isinstance(device, (str, torch.device)) and str(device).startswith("cpu")
     gpus = torch.cuda.is_available() and not on_cpu

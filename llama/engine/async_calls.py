@@ -16,18 +16,18 @@ from typing import NamedTuple
 
 import torch
 
-from ..distributed.groups import world_size
+from ..distributed.groups import calls_are_exclusive, world_size
 from ..errors import InputError
 from ..tokenizer import Tokenizer
 from .collect import ResultCollector
 from .engine import Engine
-from .events import Event, RunningCall, take_event
+from .events import Event, RunningCall, RunningCalls, take_event
 from .incremental_text import IncrementalText
+from .leading import check_led
 from .requests import GeneratedToken, GenerationCall, Request
 from .results import GenerationResult
-from .scheduler import Scheduler
 from .shared_state import SharedState
-from .stream import AnswerProgress, end_text, push_token
+from .stream import AnswerProgress, StopStrings, end_text, push_token
 
 EXIT_SECONDS = 10  # how long the interpreter waits at its exit for the step that a background thread is running
 
@@ -38,7 +38,7 @@ class AsyncCall:
     def __init__(self, engine: Engine, call: GenerationCall) -> None:
         self.engine, self.call = engine, call
         self.loop = asyncio.get_running_loop()
-        self.scheduler: Scheduler | None = None  # None until the background thread has submitted the call
+        self.scheduler: RunningCalls | None = None  # None until the background thread has submitted the call
         self.running_call: RunningCall | None = None
         self.cancelled = False
         self.failure: BaseException | None = None  # why the call could not be submitted
@@ -169,13 +169,16 @@ def _end_threads() -> None:
 
 
 def check_sharable(engine: Engine, name: str) -> None:
-    """Raise InputError if an async call is impossible: on several ranks, or if the model's own `forward` must run."""
+    """Raise InputError if an async call is impossible: on several ranks without `lead`, or if the model's own
+    `forward` must run.
+    """
     sync_name = name.removeprefix("a")
-    if world_size() > 1:
+    if calls_are_exclusive():
         raise InputError(
             f"{name} is for one process, and this job has {world_size()} ranks, which must make the same calls in the same "
-            f"order: use {sync_name} on all ranks"
+            f"order: use {sync_name} on all ranks, or let rank 0 alone make calls, with `lead`"
         )
+    check_led(engine)
     if why := engine.why_reference_loop():
         raise InputError(
             f"{name} is for a model that several calls can share, but {why}: use {sync_name}, which runs one call at a time; "
@@ -210,6 +213,16 @@ async def collect_results_async(
         async for token in tokens:
             collector.push(token)
     return collector.finish()
+
+
+async def tokens_until_stop_async(
+    call: GenerationCall, tokens: AsyncGenerator[GeneratedToken, None], tokenizer: Tokenizer
+) -> AsyncGenerator[GeneratedToken, None]:
+    """Yield the tokens of a call, as `tokens_until_stop` does."""
+    stops = StopStrings(call, tokenizer)
+    async with contextlib.aclosing(tokens):
+        async for token in tokens:
+            yield stops.check(token)
 
 
 class AsyncStream(AnswerProgress):

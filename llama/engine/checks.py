@@ -26,6 +26,11 @@ def nonfinite_logits_error(model: nn.Module, request: Request, num_generated: in
     return _nonfinite_error(model, request.label, what)
 
 
+def nonfinite_states_error(model: nn.Module, label: str, layer: int) -> NonFiniteError:
+    """Return the error for a text whose hidden states are not finite. layer: number of the state, as in `hidden_states`."""
+    return _nonfinite_error(model, label, f"hidden states of layer {layer} are")
+
+
 def _nonfinite_error(model: nn.Module, label: str, what: str) -> NonFiniteError:
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     wider = {"float16": "'bfloat16' or 'float32'", "bfloat16": "'float32'"}.get(dtype)

@@ -22,10 +22,11 @@ class ResultCollector:
     def __init__(self, call: GenerationCall, tokenizer: Tokenizer) -> None:
         self.call = call
         self.results = [GenerationResult(request) for request in call.requests]
-        self.texts = [IncrementalText(tokenizer, r.stop) for r in call.requests] if call.stop is not None else []
+        decoded = call.requests if call.stop is not None else []
+        self.texts = [IncrementalText.of_answer(call, request, tokenizer) for request in decoded]
         if call.echo:
             for result, text in zip(self.results, self.texts, strict=False):
-                result.text = text.begin(result.request.prompt)
+                result.text = text.prompt_text
         self.n_taken = 0
 
     def push(self, token: GeneratedToken) -> None:
@@ -94,6 +95,8 @@ def results_of_replaced_generate(
     results = []
     for request in call.requests:
         result, text = GenerationResult(request), IncrementalText(tokenizer, request.stop)
+        if request.continues_prompt and not call.echo:
+            text.begin(request.prompt)
         own_tokens, own_logprobs = returned.get(id(request), ([], []))
         limit = request.max_new_tokens + (len(request.prompt) if call.echo else 0)
         result.tokens, result.logprobs = list(own_tokens)[:limit], list(own_logprobs)[:limit]

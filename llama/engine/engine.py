@@ -1,7 +1,6 @@
-"""The engine: generate tokens for requests, and score sequences. It works on tokens, not on text."""
+"""The engine: generate tokens for requests. It works on tokens, not on text."""
 
 import contextlib
-import itertools
 import sys
 import weakref
 from collections.abc import Iterator
@@ -9,24 +8,21 @@ from typing import Any
 
 import torch
 
-from .. import tuning
 from ..distributed.failures import defer_signals, propagate_failure
-from ..distributed.groups import global_rank, world_size
-from ..distributed.progress import progress
+from ..distributed.groups import calls_are_exclusive, global_rank
 from ..errors import DeviceError, InputError
 from ..kernels.host_memory import raise_malloc_threshold
 from ..model import Transformer
-from ..sampling import SamplingParams, token_logprobs
 from .backend import Backend
-from .checks import check_logprobs, common_prefix_length, device_of
-from .events import Event, RunningCall, take_event
+from .checks import device_of
+from .events import Event, RunningCall, RunningCalls, take_event
 from .forward import EngineForward
-from .kv_cache import KVCache, RaggedBatch
-from .prefill import score_tokens
-from .reference_loop import ReferenceLoop, move_buffers
-from .requests import GeneratedToken, GenerationCall, Request
+from .kv_cache import KVCache
+from .leading import check_led
+from .reference_loop import ReferenceLoop
+from .requests import GeneratedToken, GenerationCall
 from .scheduler import Scheduler
-from .shared_state import CacheOwner, shared_state_of
+from .shared_state import shared_state_of
 from .unmodified import why_modified
 
 
@@ -93,6 +89,7 @@ class Engine:
         if not self.needs_model(call):
             return
         self.check_sizes()
+        check_led(self)
         if why := self.why_reference_loop():
             with self.whole_calls_ended(), propagate_failure():
                 self.announce(why)
@@ -130,9 +127,10 @@ class Engine:
     def exclusive(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context that keeps other threads' calls out, if calls cannot share a batch; else one without effect.
 
-        They cannot on several ranks, which must run their calls in the same order, nor if the model's own `forward` runs.
+        They cannot on several ranks, which must run their calls in the same order unless rank 0 leads, nor if the model's own
+        `forward` runs.
         """
-        if world_size() > 1:
+        if calls_are_exclusive():
             return self.lock
         return self.whole_calls_ended() if self.why_reference_loop() else contextlib.nullcontext()
 
@@ -144,12 +142,12 @@ class Engine:
         """
         while True:
             scheduler = self.shared.scheduler()
-            if scheduler is not None and world_size() == 1 and scheduler.has_whole_calls:
+            if scheduler is not None and not calls_are_exclusive() and scheduler.has_whole_calls:
                 self.step_or_wait(scheduler)
                 continue
             with self.lock:
                 scheduler = self.shared.scheduler()  # a call may have come meanwhile
-                if scheduler is None or world_size() > 1 or not scheduler.has_whole_calls:
+                if scheduler is None or calls_are_exclusive() or not scheduler.has_whole_calls:
                     yield
                     return
 
@@ -162,7 +160,7 @@ class Engine:
         with self.lock, propagate_failure(), defer_signals(is_shared), self.without_autocast():
             yield
 
-    def submit(self, call: GenerationCall) -> tuple[Scheduler, RunningCall]:
+    def submit(self, call: GenerationCall) -> tuple[RunningCalls, RunningCall]:
         """Add a call to the running scheduler, or to a new one if none runs. Return the scheduler and the running call.
 
         If the running scheduler does not suit the call, run its calls to their end first.
@@ -173,22 +171,25 @@ class Engine:
                 return scheduler, running_call
             self.step_or_wait(scheduler)
 
-    def try_submit(self, call: GenerationCall) -> tuple[Scheduler, RunningCall | None]:
+    def try_submit(self, call: GenerationCall) -> tuple[RunningCalls, RunningCall | None]:
         """Add a call to the running scheduler, or to a new one if none runs.
 
         Return the scheduler, and None if it does not suit the call, because another `Llama` uses the same model differently.
-        On several ranks, a call gets a scheduler of its own, and calls that are still running end with an error.
+        On several ranks, unless rank 0 leads, a call gets a scheduler of its own, and calls that still run end with an error.
         """
         self.shared.turn.refuse_within_step()
         with self.lock, propagate_failure():
-            scheduler = self.shared.scheduler()
-            if scheduler is None or scheduler.idle or world_size() > 1 or scheduler.why_broken():
-                scheduler = Scheduler(self.model, self.forward(), self.backend, self.shared, call.name)
+            scheduler: RunningCalls | None = self.shared.scheduler()
+            if scheduler is None or scheduler.idle or calls_are_exclusive() or scheduler.why_broken():
+                if leader := self.shared.leader:
+                    scheduler = leader.new_scheduler(call.name)
+                else:
+                    scheduler = Scheduler(self.model, self.forward(), self.backend, self.shared, call.name)
                 self.shared.scheduler = weakref.ref(scheduler)  # a strong reference would keep the model alive
             suits = scheduler.suits(self.backend, self.n_words)
             return scheduler, scheduler.submit(call) if suits else None
 
-    def wait_for_events(self, scheduler: Scheduler, running_call: RunningCall) -> list[Event]:
+    def wait_for_events(self, scheduler: RunningCalls, running_call: RunningCall) -> list[Event]:
         """Return the events of a call since the last time; an empty list after its end. Raise its error.
 
         If there are none, run steps of the scheduler, unless another thread does. Nobody holds a lock while events are read.
@@ -204,14 +205,14 @@ class Engine:
                 return []
             self.step_or_wait(scheduler, running_call)
 
-    def step_or_wait(self, scheduler: Scheduler, running_call: RunningCall | None = None) -> None:
+    def step_or_wait(self, scheduler: RunningCalls, running_call: RunningCall | None = None) -> None:
         """Run a step of the scheduler; if another thread is running one, wait for its end instead.
 
         running_call: return at once if this call has events or has ended.
         """
         turn = self.shared.turn
         turn.refuse_within_step()
-        if world_size() > 1:  # a call has its own scheduler, and a thread in a whole call holds the lock already
+        if calls_are_exclusive():  # a call has its own scheduler, and a thread in a whole call holds the lock already
             with self.computing():
                 scheduler.step()
             return
@@ -226,68 +227,6 @@ class Engine:
                     raise
         finally:
             turn.release()
-
-    @torch.inference_mode()
-    def score(self, sequences: list[list[int]], starts: list[int], labels: list[str]) -> list[list[float]]:
-        """Return the log probabilities of the tokens of each sequence, from index `starts[i]` (1 or more) to its end.
-
-        Sequences are computed side by side, up to PREFILL_CHUNK tokens at a time; a longer sequence is computed alone. If they
-        begin alike, they are prefilled into rows of the KV cache instead, so that a shared beginning is computed once. A
-        modified model computes one sequence at a time.
-        """
-        self.check_sizes()
-        if not self.why_reference_loop() and shares_prefixes(sequences):
-            return self.score_in_rows(sequences, starts, labels)
-        if why := self.why_reference_loop():
-            with self.whole_calls_ended():
-                self.announce(why)
-                move_buffers(self.model)
-                self.shared.owner = CacheOwner("score")  # open streams cannot continue: the forward overwrites the cache
-        forward = None if why else self.forward()
-        batches: list[list[int]] = []
-        room = 0
-        for i, sequence in enumerate(sequences):
-            if why or len(sequence) > room:
-                batches, room = [*batches, []], tuning.PREFILL_CHUNK
-            batches[-1].append(i)
-            room -= len(sequence)
-        results: list[list[float]] = []
-        device = device_of(self.model)
-        for members in progress(batches, lambda members: sum(len(sequences[i]) for i in members), "scoring", "tokens"):
-            tokens = torch.tensor([token for i in members for token in sequences[i]], device=device)
-            offsets = itertools.accumulate((len(sequences[i]) for i in members), initial=0)
-            scored = [
-                [first + n for n in range(starts[i], len(sequences[i]))] for i, first in zip(members, offsets, strict=False)
-            ]
-            indices = torch.tensor([n for each in scored for n in each], dtype=torch.int64, device=device)
-            with self.lock, defer_signals(), self.without_autocast():
-                if forward is None:
-                    logits = self.model.forward(tokens[None], 0)[0, :, : self.n_words].float()
-                    logprobs = iter(token_logprobs(logits[indices - 1], tokens[indices]).tolist())
-                else:
-                    batch = RaggedBatch.from_segments([(row, 0, len(sequences[i])) for row, i in enumerate(members)], device)
-                    hidden = forward.hidden_states(tokens, batch, use_cache=False, logits_indices=indices - 1)
-                    logprobs = iter([score.logprob for score in score_tokens(forward.logits, hidden, tokens[indices])])
-            for i, each in zip(members, scored, strict=True):
-                results.append(list(itertools.islice(logprobs, len(each))))
-                check_logprobs(self.model, results[-1], labels[i])
-        return results
-
-    def score_in_rows(self, sequences: list[list[int]], starts: list[int], labels: list[str]) -> list[list[float]]:
-        """Compute `score` by a call in the scheduler. The sequences that share the most tokens follow each other."""
-        order = sorted(range(len(sequences)), key=lambda i: sequences[i])
-        requests = [Request(sequences[i], 0, label=labels[i], score_from=starts[i]) for i in order]
-        call = GenerationCall(requests, SamplingParams(), name="score", score_only=True)
-        results: list[list[float]] = [[] for _ in sequences]
-        for token in self.run(call):
-            results[order[token.prompt_index]].append(token.logprob or 0.0)
-        return results
-
-
-def shares_prefixes(sequences: list[list[int]]) -> bool:
-    """Return True if at least a third of all tokens are in prefixes that sequences share, so that a prefix cache saves them."""
-    shared = sum(common_prefix_length(a, b) for a, b in itertools.pairwise(sorted(sequences)))
-    return 3 * shared >= sum(map(len, sequences))
 
 
 def _restore_engine(model: Transformer, backend: Backend) -> Engine:

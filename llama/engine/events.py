@@ -1,10 +1,13 @@
 """Running calls and requests, what a scheduler reports about them, and how callers take it."""
 
+import abc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from .backend import Backend
 from .requests import FinishReason, GeneratedToken, GenerationCall, Request
+from .shared_state import ended_early
 
 
 class Event(NamedTuple):
@@ -60,6 +63,52 @@ class RunningRequest:
     def position(self) -> int:
         """Return the position of the next token to decode."""
         return len(self.request.prompt) + self.num_generated
+
+
+class RunningCalls(abc.ABC):
+    """The calls that run together, step by step."""
+
+    def __init__(self) -> None:
+        self.calls: list[RunningCall] = []
+
+    @abc.abstractmethod
+    def submit(self, call: GenerationCall) -> RunningCall:
+        """Add a call. Its requests wait for free rows."""
+
+    @abc.abstractmethod
+    def suits(self, backend: Backend, n_words: int | None) -> bool:
+        """Return True if calls of a `Llama` with this backend, and with a tokenizer of n_words tokens, can join the batch."""
+
+    @abc.abstractmethod
+    def why_broken(self) -> str | None:
+        """Return the reason why the calls cannot continue; None if they can."""
+
+    @abc.abstractmethod
+    def step(self) -> None:
+        """Run a step for all calls, and add events to them."""
+
+    @property
+    def idle(self) -> bool:
+        """Return True if no call waits for events that a step would produce."""
+        return all(call.ended for call in self.calls)
+
+    @property
+    def has_whole_calls(self) -> bool:
+        """Return True if a call runs that returns its answers at its end, unlike a stream."""
+        return any(not call.ended and not call.call.watched for call in self.calls)
+
+    def end_early(self, why: str) -> None:
+        """End all calls with an error that says why."""
+        for call in self.calls:
+            call.error = call.error or ended_early(call.call.name, why)
+
+    def fail(self, failure: BaseException) -> None:
+        """End all calls after a failed step. In the thread that ran the step, the failure itself is raised."""
+        for call in self.calls:
+            if not call.ended:
+                why = f"a step of the batch has failed ({type(failure).__name__}: {failure})"
+                call.error = ended_early(call.call.name, why)
+                call.error.__cause__ = failure
 
 
 def take_event(request: Request, event: Event) -> Iterator[GeneratedToken]:

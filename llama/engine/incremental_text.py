@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from ..errors import InputError, describe
 from ..tokenizer import Tokenizer, check_text, make_detokenizer
+from .requests import GenerationCall, Request
 
 
 def check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -30,11 +31,21 @@ class IncrementalText:
         self.detokenizer = make_detokenizer(tokenizer)
         self.stops = stops
         self.stopped = False
+        self.prompt_text = ""  # the text of the prompt that the answer continues
         self.pending = ""  # decoded text that may be the beginning of a stop string
+
+    @staticmethod
+    def of_answer(call: GenerationCall, request: Request, tokenizer: Tokenizer) -> "IncrementalText":
+        """Return the text of a request's answer before its first token."""
+        text = IncrementalText(tokenizer, request.stop)
+        if call.echo or request.continues_prompt:
+            text.begin(request.prompt)
+        return text
 
     def begin(self, tokens: list[int]) -> str:
         """Begin after a prompt, given as tokens. Return the text of the prompt, in which stop strings have no effect."""
-        return self.detokenizer.begin(tokens)
+        self.prompt_text = self.detokenizer.begin(tokens)
+        return self.prompt_text
 
     def push(self, token: int) -> str:
         """Add a token. Return the text that can be released now, or "" if all text is held back."""

@@ -38,3 +38,8 @@ class ProcessedRow:
         if not abs(largest) < torch.inf:
             raise InputError(f"{self.label}: its logits processor has returned {largest}; logits are finite, or -inf")
         return processed
+
+
+def on_rank0(tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
+    """Stand for a logits processor on ranks that follow rank 0, which alone calls it."""
+    raise AssertionError("a logits processor has been called on another rank than rank 0")

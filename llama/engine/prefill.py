@@ -9,10 +9,10 @@ import torch
 from .. import tuning
 from ..distributed.progress import progress
 from ..sampling import ranked_logprobs
-from .forward import EngineForward
+from .forward import EngineForward, EngineLayer, ForwardContext
 from .kv_cache import RaggedBatch, prefill_chunks
 from .prefix_cache import PrefixCache
-from .requests import Request, TokenScore, token_score
+from .requests import Request, ScoringRequest, TokenScore, token_score
 
 
 @dataclass(eq=False)
@@ -45,6 +45,11 @@ class PrefillRow:
         """Return the index of the first token whose hidden state is needed."""
         last = len(self.request.prompt) - 1
         return last if self.score_from is None else min(self.score_from - 1, last)
+
+    @property
+    def last_target(self) -> list[int]:
+        """Return the token after the prompt; -1 if it is not known, because it is to be generated."""
+        return [-1 if self.request.next_token is None else self.request.next_token]
 
     @property
     def max_start(self) -> int:
@@ -106,7 +111,7 @@ class Prefill:
         for each, first, n in pieces:
             prompt, skipped = each.request.prompt, max(0, each.first_hidden - first)
             needed += range(len(tokens) + skipped, len(tokens) + n)
-            targets += [*prompt, -1][first + skipped + 1 : first + n + 1]  # -1: nothing follows the last token
+            targets += [*prompt, *each.last_target][first + skipped + 1 : first + n + 1]
             tokens += prompt[first : first + n]
         device = self.forward.device
         batch = RaggedBatch.from_segments([(each.row, first, n) for each, first, n in pieces], device)
@@ -122,7 +127,7 @@ class Prefill:
             n_needed += n_targets
             if each.n_cached == len(each.request.prompt):
                 each.last_hidden = hidden[n_needed - 1 : n_needed]
-                n_targets -= 1
+                n_targets -= each.last_target == [-1]
             each.scores += [score.with_top(each.n_top) for score in itertools.islice(scores, n_targets)]
         self.next_chunk = next(self.chunks, None)
 
@@ -132,6 +137,53 @@ class Prefill:
         return torch.cat([each.last_hidden for each in self.rows if each.last_hidden is not None])
 
 
+def side_by_side(lengths: list[int]) -> list[list[int]]:
+    """Divide sequences of these lengths, in order, into batches of at most PREFILL_CHUNK tokens, or of one longer sequence.
+
+    Return the indices of each batch.
+    """
+    batches: list[list[int]] = []
+    room = 0
+    for i, length in enumerate(lengths):
+        if length > room:
+            batches, room = [*batches, []], tuning.PREFILL_CHUNK
+        batches[-1].append(i)
+        room -= length
+    return batches
+
+
+def states_of_layers(forward: EngineForward, sequences: list[list[int]], layers: list[int]) -> list[torch.Tensor]:
+    """Return hidden states (N, dim) of sequences with N tokens together, computed side by side and without the KV cache.
+
+    layers: numbers of the states, as in `hidden_states.py`.
+    """
+    states: dict[int, torch.Tensor] = {}
+    numbers = itertools.count()
+
+    def record_input(layer: EngineLayer, h: torch.Tensor, context: ForwardContext, cache: torch.Tensor | None) -> torch.Tensor:
+        if (i := next(numbers)) in layers:
+            states[i] = h
+        return layer.forward(h, context, cache)
+
+    tokens = torch.tensor([token for sequence in sequences for token in sequence], device=forward.device)
+    batch = RaggedBatch.from_segments([(row, 0, len(each)) for row, each in enumerate(sequences)], forward.device)
+    states[len(forward.layers)] = forward.hidden_states(tokens, batch, use_cache=False, layer_fn=record_input)
+    return [states[layer] for layer in layers]
+
+
+def score_sequences(forward: EngineForward, requests: list[ScoringRequest], n_top: int) -> list[list[TokenScore]]:
+    """Return the scores of the tokens of each request, computed side by side and without the KV cache."""
+    tokens = torch.tensor([token for request in requests for token in request.inputs], device=forward.device)
+    following = torch.tensor([token for request in requests for token in request.scored], device=forward.device)
+    ends = itertools.accumulate(len(request.inputs) for request in requests)
+    needed = [i for request, end in zip(requests, ends, strict=True) for i in range(end - len(request.scored), end)]
+    indices = torch.tensor(needed, dtype=torch.int64, device=forward.device)
+    batch = RaggedBatch.from_segments([(row, 0, len(request.inputs)) for row, request in enumerate(requests)], forward.device)
+    hidden = forward.hidden_states(tokens, batch, use_cache=False, logits_indices=indices)
+    scores = iter(score_tokens(forward.logits, hidden, following, n_top))
+    return [list(itertools.islice(scores, len(request.scored))) for request in requests]
+
+
 def score_tokens(
     logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, following: torch.Tensor, n_top: int = 0
 ) -> list[TokenScore]:
@@ -139,6 +191,8 @@ def score_tokens(
     scores: list[TokenScore] = []
     for i in range(0, len(hidden), tuning.LOGPROB_CHUNK):
         chunk = logits(hidden[i : i + tuning.LOGPROB_CHUNK])
-        values = [each.tolist() for each in ranked_logprobs(chunk, following[i : i + len(chunk)], n_top)]
-        scores += [token_score(values, j, n_top) for j in range(len(chunk))]
+        targets = following[i : i + len(chunk)]
+        values = [each.tolist() for each in ranked_logprobs(chunk, targets, n_top)]
+        is_greedy = (chunk.argmax(-1) == targets).tolist()
+        scores += [token_score(values, j, n_top)._replace(is_greedy=is_greedy[j]) for j in range(len(chunk))]
     return scores

@@ -2,15 +2,14 @@
 
 import numbers
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from ..chat import Dialog, check_dialog, encode_dialog, is_unsafe
+from ..chat import Dialog, check_dialog, continues_answer, encode_dialog, is_unsafe
 from ..errors import InputError, check_flag, describe
 from ..tokenizer import Tokenizer, check_text
 from .call_options import CallOptions, PromptOptions, to_list
 from .checks import common_prefix_length
-from .requests import GenerationCall, Request
+from .requests import GenerationCall, Request, ScoringRequest
 
 
 def partition_by_length(lengths: list[int], n_replicas: int) -> list[list[int]]:
@@ -40,12 +39,7 @@ def labels(template: str, items: Sequence[Any]) -> list[str]:
 def check_prompts(prompts: list[list[int]], prompt_labels: list[str], tokenizer: Tokenizer, max_seq_len: int) -> None:
     """Raise InputError unless each prompt has 1 to max_seq_len tokens, all of them valid for the tokenizer."""
     for label, prompt in zip(prompt_labels, prompts, strict=True):
-        if not prompt:
-            raise InputError(f"{label} has no tokens; begin it with BOS ({tokenizer.bos_id})")
-        for token in prompt:
-            if isinstance(token, bool) or not isinstance(token, numbers.Integral) or not 0 <= int(token) < tokenizer.n_words:
-                last = tokenizer.n_words - 1
-                raise InputError(f"{label}: {describe(token)} is no token; tokens are whole numbers from 0 to {last}")
+        check_tokens(prompt, label, tokenizer)
         if len(prompt) > max_seq_len:
             raise InputError(
                 f"{label} has {len(prompt)} tokens, more than max_seq_len={max_seq_len}; "
@@ -53,13 +47,19 @@ def check_prompts(prompts: list[list[int]], prompt_labels: list[str], tokenizer:
             )
 
 
-@dataclass(frozen=True)
-class ScoringRequest:
-    """The tokens of a prompt and its continuation. The tokens from index `start` on are to be scored."""
+def is_integer(value: Any) -> bool:
+    """Return True for a whole number of any type, but not for True and False."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
-    tokens: list[int]
-    start: int
-    label: str  # name of the prompt in errors
+
+def check_tokens(tokens: list[Any], label: str, tokenizer: Tokenizer) -> None:
+    """Raise InputError unless there is at least one token, and all are valid for the tokenizer."""
+    if not tokens:
+        raise InputError(f"{label} has no tokens; begin it with BOS ({tokenizer.bos_id})")
+    for token in tokens:
+        if not is_integer(token) or not 0 <= int(token) < tokenizer.n_words:
+            last = tokenizer.n_words - 1
+            raise InputError(f"{label}: {describe(token)} is no token; tokens are whole numbers from 0 to {last}")
 
 
 class RequestBuilder:
@@ -97,20 +97,23 @@ class RequestBuilder:
 
     def from_texts(
         self,
-        prompts: Iterable[str],
+        prompts: Iterable[str | Iterable[int]],
         options: CallOptions,
         logprobs: bool | None = False,
         echo: bool | None = False,
         details: bool | None = False,
         top_logprobs: int | None = 0,
         label: str = "prompt {}",
+        keep_space: bool | None = False,
     ) -> GenerationCall:
-        """Build a `GenerationCall` from prompts given as texts."""
-        texts, text_labels = check_texts(prompts, "prompts", label)
-        encoded = [self._encode(text) for text in texts]
+        """Build a `GenerationCall` from prompts given as texts or tokens. keep_space: see `Llama`."""
+        check_flag(keep_space, "keep_space")
+        encoded, text_labels = self._encode_each(prompts, "prompts", label)
+        continued = [bool(keep_space)] * len(encoded)
         return self._call(
-            encoded, text_labels, options, logprobs=logprobs, echo=echo, stop=(), details=details, top_logprobs=top_logprobs
-        )
+            encoded, text_labels, options, continued, logprobs=logprobs, echo=echo, stop=(), details=details,
+            top_logprobs=top_logprobs,
+        )  # fmt: skip
 
     def from_dialogs(
         self,
@@ -120,18 +123,21 @@ class RequestBuilder:
         details: bool | None = False,
         top_logprobs: int | None = 0,
         label: str = "dialog {}",
+        continue_answer: bool | None = False,
     ) -> GenerationCall:
-        """Build a `GenerationCall` from dialogs.
+        """Build a `GenerationCall` from dialogs. continue_answer: see `Llama`.
 
         A dialog that contains special tags such as [INST] gets empty requests that are already finished.
         """
+        check_flag(continue_answer, "continue_answer")
         dialogs = to_list(dialogs, "dialogs", "a list of dialogs, as in [dialog]")
         dialog_labels = labels(label, dialogs)
         for dialog_label, dialog in zip(dialog_labels, dialogs, strict=True):
-            check_dialog(dialog, dialog_label)
+            check_dialog(dialog, dialog_label, continue_answer)
         encoded = [None if is_unsafe(dialog) else encode_dialog(self.tokenizer, dialog) for dialog in dialogs]
+        continued = [continues_answer(dialog) for dialog in dialogs]
         return self._call(
-            encoded, dialog_labels, options, logprobs=logprobs, stop=(), details=details, top_logprobs=top_logprobs
+            encoded, dialog_labels, options, continued, logprobs=logprobs, stop=(), details=details, top_logprobs=top_logprobs
         )
 
     def for_infilling(
@@ -160,38 +166,112 @@ class RequestBuilder:
             prompts.append([tokenizer.bos_id, *prompt])
         return prefixes, suffixes, prompts
 
-    def for_scoring(self, prompts: Iterable[str], continuations: Iterable[str]) -> list[ScoringRequest]:
-        """Build a `ScoringRequest` for each prompt with its continuation.
+    def for_scoring(
+        self, prompts: Iterable[Any], continuations: Iterable[Any]
+    ) -> tuple[list[ScoringRequest], list[int | None]]:
+        """Build a `ScoringRequest` for each continuation. Also return, for each prompt, the number of its continuations.
 
-        Prompt and continuation are tokenized as one text. The continuation starts at the first token that differs from the
-        tokens of the prompt alone.
+        That number is None if the prompt has a single continuation, not in a list. Prompts are texts or lists of tokens, and
+        continuations texts, lists of tokens, or lists of these. Two texts are tokenized as one; the continuation starts at the
+        first token that differs from the tokens of the prompt alone.
         """
-        prompts, _ = check_texts(prompts, "prompts")
-        continuations, _ = check_texts(continuations, "continuations")
+        prompts = to_list(prompts, "prompts", "a list of texts, or of lists of tokens")
+        continuations = to_list(continuations, "continuations", "a list with one entry for each prompt")
         if len(prompts) != len(continuations):
             raise InputError(
                 f"{len(prompts)} prompts, but {len(continuations)} continuations; give one continuation for each prompt"
             )
-        requests = []
-        for i, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+        requests, counts = list[ScoringRequest](), list[int | None]()
+        for i, (prompt, given) in enumerate(zip(prompts, continuations, strict=True)):
+            several = None if isinstance(given, str) else to_list(given, f"continuation {i}", "a text, or a list")
+            is_list = several is not None and not all(map(is_integer, several))
+            if several == []:
+                raise InputError(f"continuation {i} is an empty list; give some text or tokens")
+            choices = several if is_list and several else [given if several is None else several]
+            counts.append(len(choices) if is_list else None)
+            for j, choice in enumerate(choices):
+                requests.append(self._scoring_request(prompt, choice, i, f"continuation {i}" + f", choice {j}" * is_list))
+        return requests, counts
+
+    def _scoring_request(self, prompt: Any, continuation: Any, i: int, name: str) -> ScoringRequest:
+        """Build the request of prompt i and a continuation, which errors call `name`."""
+        label = f"prompt {i} with its continuation"
+        if isinstance(prompt, str):
+            check_text(prompt, f"prompt {i}")
+        before = None if isinstance(prompt, str) else to_list(prompt, f"prompt {i}", "a text, or a list of tokens")
+        if isinstance(continuation, str):
+            if before is not None:
+                raise InputError(f"{name} is a text, but prompt {i} is {describe(prompt)}; give tokens for both, or two texts")
+            check_text(continuation, name)
             tokens = self._encode(prompt + continuation)
             start = common_prefix_length(tokens, self._encode(prompt))
-            requests.append(ScoringRequest(tokens, start, f"prompt {i} with its continuation"))
-        check_prompts([r.tokens for r in requests], [r.label for r in requests], self.tokenizer, self.max_seq_len)
-        for i, request in enumerate(requests):
-            if request.start == len(request.tokens):
-                raise InputError(
-                    f"continuation {i} is {describe(continuations[i])}, which adds no token to its prompt; give some text"
-                )
-        return requests
+        else:
+            before = self._encode(prompt) if before is None else before
+            tokens, start = before + to_list(continuation, name, "a text, or a list of tokens"), len(before)
+            check_tokens(before, f"prompt {i}", self.tokenizer)
+            check_tokens(tokens, name, self.tokenizer)
+        if start == len(tokens):
+            raise InputError(f"{name} is {describe(continuation)}, which adds no token to its prompt; give some text")
+        if len(tokens) > self.max_seq_len + 1:  # the last token is scored, and not computed
+            raise InputError(
+                f"{label} has {len(tokens)} tokens, more than max_seq_len + 1 = {self.max_seq_len + 1}; shorten it, "
+                "or build with a larger max_seq_len"
+            )
+        return ScoringRequest([int(token) for token in tokens], start, label)
+
+    def for_perplexity(self, text: str | Iterable[int], stride: int | None) -> list[tuple[list[int], list[int]]]:
+        """Divide the tokens of a text into windows. Return the tokens before those that a window scores, and the latter.
+
+        Each token but the first is scored once. The last token of a window is not computed, so windows have up to
+        max_seq_len + 1 tokens.
+        """
+        length = self.max_seq_len
+        step = max(1, length // 2) if stride is None else stride
+        if not is_integer(step) or not 1 <= int(step) <= length:
+            raise InputError(f"stride is {describe(step)}; it must be a whole number from 1 to max_seq_len = {length}")
+        if isinstance(text, str):
+            check_text(text, "the text")
+        tokens = self._encode(text) if isinstance(text, str) else to_list(text, "the text", "a text, or a list of tokens")
+        check_tokens(tokens, "the text", self.tokenizer)
+        if len(tokens) < 2:
+            raise InputError("the text has a single token, and nothing to score after it; give some text")
+        ends = [*range(min(length + 1, len(tokens)), len(tokens), int(step)), len(tokens)]
+        begins = [1, *ends[:-1]]
+        return [(tokens[max(0, end - length - 1) : begin], tokens[begin:end]) for begin, end in zip(begins, ends, strict=True)]
+
+    def for_hidden_states(self, texts: Iterable[str | Iterable[int]]) -> tuple[list[list[int]], list[str]]:
+        """Return the tokens of each text, and a label for each, for errors. A text may be given as tokens."""
+        rows, row_labels = self._encode_each(texts, "texts", "text {}")
+        check_prompts(rows, row_labels, self.tokenizer, self.max_seq_len)
+        return [[int(token) for token in row] for row in rows], row_labels
+
+    def _encode_each(self, texts: Iterable[str | Iterable[int]], name: str, label: str) -> tuple[list[list[int]], list[str]]:
+        """Return the tokens of texts, each given as a text, which BOS begins, or as tokens, and a label for each text."""
+        items = to_list(texts, name, "a list of texts, as in [text], or of lists of tokens")
+        item_labels = labels(label, items)
+        rows = []
+        for item, item_label in zip(items, item_labels, strict=True):
+            if isinstance(item, str):
+                check_text(item, item_label)
+                item = self._encode(item)
+            rows.append(to_list(item, item_label, "a string, or a list of tokens"))
+        return rows, item_labels
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, bos=True, eos=False)
 
     def _call(
-        self, prompts: Sequence[list[int] | None], prompt_labels: list[str], options: CallOptions, **call_options: Any
+        self,
+        prompts: Sequence[list[int] | None],
+        prompt_labels: list[str],
+        options: CallOptions,
+        continued: Sequence[bool] = (),
+        **call_options: Any,
     ) -> GenerationCall:
-        """Build a `GenerationCall`. prompts: the tokens of each; None for a dialog that is refused."""
+        """Build a `GenerationCall`. prompts: the tokens of each; None for a dialog that is refused.
+
+        continued: for each prompt, `Request.continues_prompt`; by default, no answer continues its prompt.
+        """
         safe = [(prompt, label) for prompt, label in zip(prompts, prompt_labels, strict=True) if prompt is not None]
         check_prompts([prompt for prompt, _ in safe], [label for _, label in safe], self.tokenizer, self.max_seq_len)
         n, n_words = options.n_answers(), self.tokenizer.n_words
@@ -199,6 +279,8 @@ class RequestBuilder:
         requests = []
         for prompt, label, own in zip(prompts, prompt_labels, options.of_prompts(len(prompts)), strict=True):
             requests += self._requests_of_prompt(prompt, label, own, n)
+        for request, continues in zip(requests, [each for each in continued for _ in range(n)], strict=False):
+            request.continues_prompt = continues
         call = GenerationCall(
             requests, stop_token_ids=options.stop_token_ids(), ignore_eos=options.ignores_eos(), **call_options
         )

@@ -15,11 +15,20 @@ TopTokens = list[tuple[int, float]]  # the likeliest tokens at a position with t
 MAX_TOP_LOGPROBS = 20
 
 
+def check_top_logprobs(value: int | None) -> int:
+    """Return how many of the likeliest tokens a call asks for; None means 0. Raise InputError for an invalid number."""
+    n_top = 0 if value is None else value
+    if isinstance(n_top, bool) or not isinstance(n_top, numbers.Integral) or not 0 <= int(n_top) <= MAX_TOP_LOGPROBS:
+        raise InputError(f"top_logprobs is {describe(n_top)}; it must be a whole number, from 0 (off) to {MAX_TOP_LOGPROBS}")
+    return int(n_top)
+
+
 class TokenScore(NamedTuple):
     """The log probability of a token, and the likeliest tokens at its position; None for what a call does not ask for."""
 
     logprob: float | None = None
     top: TopTokens | None = None
+    is_greedy: bool | None = None  # True if greedy sampling would choose the token; for tokens of prompts only
 
     def with_top(self, n: int) -> "TokenScore":
         """Return the score with only the n likeliest tokens, or without any."""
@@ -46,11 +55,16 @@ class GeneratedToken(_GeneratedToken):
     """
 
     top_logprobs: TopTokens | None = None
+    is_greedy: bool | None = None  # as in TokenScore
 
-    def __new__(cls, prompt_index: int, token: int, logprob: float | None, top_logprobs: TopTokens | None = None) -> Any:
+    def __new__(
+        cls, prompt_index: int, token: int, logprob: float | None, top: TopTokens | None = None, is_greedy: bool | None = None
+    ) -> Any:
         self = super().__new__(cls, prompt_index, token, logprob)
-        if top_logprobs is not None:
-            self.top_logprobs = top_logprobs
+        if top is not None:
+            self.top_logprobs = top
+        if is_greedy is not None:
+            self.is_greedy = is_greedy
         return self
 
 
@@ -62,12 +76,15 @@ class Request:
     max_new_tokens: int
     seed: int | None = None
     label: str = "the prompt"  # name of the prompt in errors
-    score_from: int | None = None  # index of the first prompt token to score, if the call has `score_only`
+    continues_prompt: bool = False  # True if the answer's text keeps the space at its start, so that it continues the prompt's
     # Options that the requests of a call may have of their own. `GenerationCall` replaces None by those of the call.
     sampling: SamplingParams = None  # type: ignore[assignment]
     stop: Sequence[str] = None  # type: ignore[assignment]
     min_new_tokens: int = 0  # before this number of new tokens, no token that ends an answer is sampled
     logits_processor: LogitsProcessor | None = field(default=None, repr=False)  # its repr may differ between ranks
+    # If the call has `score_only`: index of the first prompt token to score, and the token after the prompt, scored as well.
+    score_from: int | None = None
+    next_token: int | None = None
     num_cached_tokens: int = 0  # number of prompt tokens whose keys and values were in the cache already
     num_new_tokens: int = 0  # number of new tokens that the caller has taken, without EOS
     # None until the answer ends. The engine sets the finish reason; a consumer of tokens may set it to end the answer.
@@ -99,17 +116,18 @@ class GenerationCall:
     def __post_init__(self) -> None:
         for name in ("logprobs", "echo", "details", "include_eos"):
             check_flag(getattr(self, name), name)
-        n_top = 0 if self.top_logprobs is None else self.top_logprobs
-        if isinstance(n_top, bool) or not isinstance(n_top, numbers.Integral) or not 0 <= int(n_top) <= MAX_TOP_LOGPROBS:
-            raise InputError(
-                f"top_logprobs is {describe(n_top)}; it must be a whole number, from 0 (off) to {MAX_TOP_LOGPROBS}"
-            )
+        n_top = check_top_logprobs(self.top_logprobs)
         if n_top and not self.logprobs:
             raise InputError(f"top_logprobs={n_top} is for logprobs=True; give both, or leave top_logprobs out")
-        object.__setattr__(self, "top_logprobs", int(n_top))
+        object.__setattr__(self, "top_logprobs", n_top)
         for request in self.requests:
             request.sampling = request.sampling or self.sampling
             request.stop = (self.stop or ()) if request.stop is None else request.stop
+
+    @property
+    def has_stops(self) -> bool:
+        """Return True if a stop string may end an answer."""
+        return any(request.stop for request in self.requests)
 
     @cached_property
     def end_tokens(self) -> frozenset[int]:
@@ -125,3 +143,21 @@ class GenerationCall:
     def score_from(self, request: Request) -> int | None:
         """Return the index of the first prompt token to score, 1 or more; None if no prompt token is scored."""
         return request.score_from if self.score_only else 1 if self.scores_prompts else None
+
+
+@dataclass(frozen=True)
+class ScoringRequest:
+    """The tokens of a prompt and its continuation. The tokens from index `start` on, 1 or more, are to be scored."""
+
+    tokens: list[int]
+    start: int
+    label: str  # name of the prompt in errors
+
+    @property
+    def inputs(self) -> list[int]:
+        """Return the tokens that the model computes: all but the last, which nothing follows."""
+        return self.tokens[:-1]
+
+    @property
+    def scored(self) -> list[int]:
+        return self.tokens[self.start :]

@@ -35,10 +35,21 @@ class ChatPrediction(ResultDetails, total=False):
 
 @dataclass(frozen=True)
 class Score:
-    """The tokens of a continuation, each decoded to text separately, and their log probabilities."""
+    """The tokens of a continuation, each decoded to text separately, and their log probabilities.
+
+    greedy: for each token, True if greedy sampling would choose it. top_logprobs: for each token, the likeliest tokens at its
+    position with their log probabilities, if the call asks for them.
+    """
 
     tokens: list[str]
     logprobs: list[float]
+    greedy: list[bool]
+    top_logprobs: list[list[tuple[str, float]]] | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Return True if greedy sampling would generate the whole continuation."""
+        return all(self.greedy)
 
     @property
     def total(self) -> float:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 
 from .. import compat, tuning
-from ..distributed.agreement import broadcast_from_rank0
+from ..distributed.agreement import broadcast_from_rank0, is_true_on_all_ranks
 from ..distributed.progress import progress
 from ..errors import LlamaError
 from ..model import Transformer
@@ -25,22 +25,23 @@ from . import async_copy
 from .backend import Backend, DecodeFn
 from .checks import check_logprobs, nonfinite_logits_error
 from .decode_state import DecodeState, sampling_options
-from .events import Event, RunningCall, RunningRequest
+from .events import Event, RunningCall, RunningCalls, RunningRequest
 from .forward import EngineForward
 from .prefill import Prefill, PrefillRow, share_prefix
 from .requests import GeneratedToken, GenerationCall, Request, TokenScore, token_score
-from .shared_state import CacheOwner, SharedState, ended_early
+from .shared_state import CacheOwner, SharedState
 
 MAX_DECODERS = 8  # decode functions of different numbers of rows that are kept, because each allocates memory
 
 
-class Scheduler:
+class Scheduler(RunningCalls):
     """Run calls: admit waiting requests to free rows, decode all rows together, and free the rows of ended requests.
 
     A scheduler exists while calls run. The next call after that creates a new one.
     """
 
     def __init__(self, model: Transformer, forward: EngineForward, backend: Backend, shared: SharedState, name: str) -> None:
+        super().__init__()
         self.model, self.forward, self.backend, self.shared = model, forward, backend, shared
         self.cache = forward.cache
         self.prefixes = forward.cache.prefixes
@@ -53,12 +54,11 @@ class Scheduler:
             self.cache.data.zero_()  # a step that the previous call launched ahead may have written NaN into the cache
             self.prefixes.clear()
         is_unchanged = self.cache.is_unchanged() and self.cache.weights_version == self.weights_version
-        if not is_unchanged or not forward.notices_edits():
-            self.prefixes.clear()
+        if not is_true_on_all_ranks(is_unchanged and forward.notices_edits(), forward.device):
+            self.prefixes.clear()  # on all ranks, so that all skip the same tokens
         self.prefixes.multiple = forward.prefix_multiple()
         self.cache.weights_version = self.weights_version
         self.cache.record_version()
-        self.calls: list[RunningCall] = []
         self.n_submitted = 0  # number of calls so far
         self.waiting: collections.deque[tuple[RunningCall, int]] = collections.deque()  # calls and indices of their requests
         self.running: dict[int, RunningRequest] = {}  # maps a row to the request in it
@@ -74,7 +74,6 @@ class Scheduler:
         self.shows_progress = False
 
     def submit(self, call: GenerationCall) -> RunningCall:
-        """Add a call. Its requests wait for free rows."""
         running_call = RunningCall(call, len(call.requests))
         max_rows = self.model.params.max_batch_size
         if not self.calls and len(call.requests) > max_rows:
@@ -87,18 +86,7 @@ class Scheduler:
         return running_call
 
     def suits(self, backend: Backend, n_words: int | None) -> bool:
-        """Return True if calls of a `Llama` with this backend, and with a tokenizer of n_words tokens, can join the batch."""
         return backend.name == self.backend.name and (n_words or self.model.vocab_size) == self.forward.n_words
-
-    @property
-    def idle(self) -> bool:
-        """Return True if no call waits for events that a step would produce."""
-        return all(call.ended for call in self.calls)
-
-    @property
-    def has_whole_calls(self) -> bool:
-        """Return True if a call runs that returns its answers at its end, unlike a stream."""
-        return any(not call.ended and not call.call.watched for call in self.calls)
 
     def sync_streams(self) -> None:
         """Make the current CUDA stream wait for the stream used before, on which a step launched ahead may still be running."""
@@ -116,7 +104,7 @@ class Scheduler:
             return why
         if not self.cache.is_unchanged():
             return "the model's forward, or code of yours, has written into its KV cache since the call began"
-        if (len(self.calls) > 1 or self.calls[0].call.watched) and (
+        if (len(self.calls) > 1 or any(each.call.watched for each in self.calls)) and (
             any(self.hooks) or not self.cache.belongs_to(self.model) or self.forward.weights_version() != self.weights_version
         ):
             return "the model has been changed since the call began"
@@ -131,8 +119,7 @@ class Scheduler:
         if not self.running and not self.waiting:
             return
         if why := self.why_broken():
-            for call in self.calls:
-                call.error = call.error or ended_early(call.call.name, why)
+            self.end_early(why)
             return
         self.sync_streams()
         try:
@@ -157,14 +144,6 @@ class Scheduler:
         if not self.prefills:
             return self.running
         return {row: each for row, each in self.running.items() if row in self.state.options}
-
-    def fail(self, failure: BaseException) -> None:
-        """End all calls after a failed step. In the thread that ran the step, the failure itself is raised."""
-        for call in self.calls:
-            if not call.ended:
-                why = f"a step of the batch has failed ({type(failure).__name__}: {failure})"
-                call.error = ended_early(call.call.name, why)
-                call.error.__cause__ = failure
 
     def release_ended(self) -> None:
         """Free the rows of requests that their callers have ended, and forget calls that have ended."""
@@ -321,7 +300,7 @@ class Scheduler:
         except LlamaError as e:
             self.fail_row(place.row, e)
             return
-        pairs = zip(place.request.prompt[first:], scores, strict=True)
+        pairs = zip([*place.request.prompt, place.request.next_token or 0][first:], scores, strict=False)
         tokens = (GeneratedToken(running.index, token, *score) for token, score in pairs)
         running.running_call.events += [Event(token, running.index, in_prompt=True) for token in tokens]
 

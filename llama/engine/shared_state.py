@@ -34,7 +34,7 @@ class SharedState:
     lock: held while the model computes. cache: the KV cache; None until allocated. owner: what owns the cache.
     scheduler: a function that returns the scheduler that runs calls, or None. turn: which thread runs its steps.
     async_calls, async_thread: the async calls that have not ended, and the background thread that runs them, or None;
-    `async_lock` guards both.
+    `async_lock` guards both. leader: what leads the other ranks on rank 0 (`leading.Leader`), or None.
     """
 
     def __init__(self) -> None:
@@ -46,6 +46,7 @@ class SharedState:
         self.async_lock = threading.RLock()
         self.async_calls: list[Any] = []
         self.async_thread: threading.Thread | None = None
+        self.leader: Any = None
 
     def why_not_owner(self, owner: CacheOwner) -> str | None:
         """Return a text that says which call has taken the cache from `owner`; None if none has."""

@@ -6,8 +6,9 @@ from collections.abc import Generator, Iterator
 from types import TracebackType
 
 from ..errors import InputError, short_traceback
+from ..tokenizer import Tokenizer
 from .incremental_text import IncrementalText
-from .requests import FinishReason, GeneratedToken, Request
+from .requests import FinishReason, GeneratedToken, GenerationCall, Request
 
 
 @contextlib.contextmanager
@@ -51,8 +52,8 @@ class Stream(AnswerProgress):
     """Iterate over the text of an answer in chunks, while it is generated. The joined chunks are the text of the whole answer.
 
     The stream keeps a row of the batch until it ends; `close`, or the end of a `with` block, ends it early. If the model is
-    changed, it raises InputError after the chunks that were already generated. On several ranks, and for a modified model,
-    another call ends it, too. If several ranks share a model, all of them must read the same number of chunks. One thread at a
+    changed, it raises InputError after the chunks that were already generated. On several ranks without `lead`, and for a
+    modified model, another call ends it, too. All ranks that make the call must read the same number of chunks. One thread at a
     time may read or close a stream.
     """
 
@@ -93,6 +94,31 @@ def text_chunks(request: Request, tokens: Iterator[GeneratedToken], text: Increm
                 yield chunk
     if chunk := end_text(request, text):
         yield chunk
+
+
+class StopStrings:
+    """End each answer of a call with the token that completes a stop string, while a caller reads the tokens."""
+
+    def __init__(self, call: GenerationCall, tokenizer: Tokenizer) -> None:
+        self.requests = call.requests
+        self.texts = [IncrementalText.of_answer(call, request, tokenizer) for request in call.requests]
+
+    def check(self, token: GeneratedToken) -> GeneratedToken:
+        """Return a token that the engine has yielded, after ending its answer if it completes a stop string."""
+        request = self.requests[token.prompt_index]
+        if request.num_new_tokens:  # not for echoed tokens of the prompt
+            push_token(request, self.texts[token.prompt_index], token)
+        return token
+
+
+def tokens_until_stop(
+    call: GenerationCall, tokens: Iterator[GeneratedToken], tokenizer: Tokenizer
+) -> Generator[GeneratedToken, None, None]:
+    """Yield the tokens of a call. A stop string ends an answer."""
+    stops = StopStrings(call, tokenizer)
+    with contextlib.closing(tokens):  # type: ignore[type-var]
+        for token in tokens:
+            yield stops.check(token)
 
 
 def end_text(request: Request, text: IncrementalText) -> str:

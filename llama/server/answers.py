@@ -52,21 +52,13 @@ class Piece(NamedTuple):
     logprobs: list[TokenLogprob]
 
 
-def begin_text(detokenizer: Any, prompt: list[int], tokenizer: Tokenizer) -> str:
-    """Let the text of the next tokens continue a prompt's, which may end within the bytes of a character. Return that text."""
-    n = len(prompt)
-    while n and tokenizer.sp_model.is_byte(prompt[n - 1]):
-        n -= 1
-    return detokenizer.begin(prompt[:n]) + "".join(map(detokenizer.push, prompt[n:]))
-
-
 class TokenTexts:
     """Give the text of each token of a row by itself. The space before the first one is left out, as `decode` does."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
         """prompt: the tokens before the first one, whose text is not part of the choice."""
         self.sp_model, self.detokenizer, self.offset = tokenizer.sp_model, make_detokenizer(tokenizer), 0
-        self.started = bool(prompt and begin_text(self.detokenizer, prompt, tokenizer))
+        self.started = bool(prompt and self.detokenizer.begin(prompt))
 
     def push(self, token: GeneratedToken) -> TokenLogprob:
         """Add a token to the row. Return it with its text, and the texts of the likeliest tokens in its place."""
@@ -103,26 +95,28 @@ class Answer:
         self.limit = min(job.max_tokens, llama.model.params.max_seq_len - len(self.prompt))
         self.new_tokens = 0
         self.finish_reason: FinishReason | None = None
-        self.ended = False
+        self.ended = self.prompt_counted = False
+        self.created = time.monotonic()
         self.end_tokens = {*job.stop_token_ids} if job.ignore_eos else {self.tokenizer.eos_id, *job.stop_token_ids}
         options = job.options(index, self.limit)
         self.tokens = llama.agenerate_stream([self.prompt], self.limit, **options) if self.prompt else None
         metrics.in_flight += 1  # last: an answer that could not be made is never ended
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """Yield the answer in pieces. The answer of a chat is a text of its own; a completion continues its prompt."""
+        """Yield the answer in pieces. An answer of a chat that begins anew is a text of its own; others continue the prompt."""
         if self.tokens is None:
             self.finish_reason = "stop"
             yield Piece(UNSAFE_ERROR, [])
             return
         text = IncrementalText(self.tokenizer, self.job.stop)
-        prompt_text = "" if self.job.is_chat else begin_text(text.detokenizer, self.prompt, self.tokenizer)
-        texts = TokenTexts(self.tokenizer, [] if self.job.is_chat or self.job.echo else self.prompt)
+        prompt_text = text.begin(self.prompt) if self.job.continues_prompt else ""
+        texts = TokenTexts(self.tokenizer, self.prompt if self.job.continues_prompt and not self.job.echo else [])
         prompt_logprobs: list[TokenLogprob] = []
-        began, first = time.monotonic(), 0.0
+        first = last = 0.0  # times of the first and the last new token
         async with contextlib.aclosing(self.tokens):
             n_echoed = 0
             async for token in self.tokens:
+                self._count_prompt()
                 if self.job.echo and n_echoed < len(self.prompt):
                     n_echoed += 1
                     if self.job.logprobs:
@@ -136,8 +130,9 @@ class Answer:
                     break
                 if not self.new_tokens:
                     first = time.monotonic()
-                    self.metrics.begin_answer(len(self.prompt), first - began)
+                    self.metrics.begin_answer(first - self.created)
                 self.new_tokens += 1
+                last = time.monotonic()
                 self.metrics.completion_tokens += 1
                 chunk = text.push(token.token)
                 logprobs = [texts.push(token)] if self.job.logprobs else []
@@ -146,6 +141,7 @@ class Answer:
                 if text.stopped:
                     self.finish_reason = "stop"
                     break
+        self._count_prompt()
         if chunk := text.end():
             yield Piece(chunk, [])
         if text.stopped:
@@ -153,7 +149,13 @@ class Answer:
         if self.finish_reason is None:
             self.finish_reason = "length" if self.new_tokens == self.limit else "stop"
         if self.new_tokens > 1:
-            self.metrics.seconds_per_token.observe((time.monotonic() - first) / (self.new_tokens - 1))
+            self.metrics.seconds_per_token.observe((last - first) / (self.new_tokens - 1))
+
+    def _count_prompt(self) -> None:
+        """Count the tokens of the prompt once, with the first of its answers, as `usage` does."""
+        if not self.prompt_counted and self.index % self.job.n == 0:
+            self.metrics.prompt_tokens += len(self.prompt)
+        self.prompt_counted = True
 
     def end(self) -> None:
         """Count the answer as ended; a second time has no effect."""

@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -25,10 +27,10 @@ from ..errors import LlamaError, NonFiniteError
 from . import responses
 from .answers import Answer, Model, merged
 from .metrics import Metrics
-from .protocol import ApiError, Job, ServedModel, parse_chat, parse_completion
+from .protocol import ApiError, Job, ServedModel, parse_chat, parse_completion, server_ending
 
 MAX_BODY = 1 << 20  # bytes
-MAX_DISCARDED = 16 << 20  # bytes of a larger body that are read, since most clients read no error before they have sent it all
+MAX_DISCARDED = 128 << 20  # bytes of a refused request's body that are read, so that its client gets to reading the answer
 BODY_SECONDS = 30.0  # within which a client must have sent its request's body
 CLOSING_SECONDS = 5.0  # within which a client must take the error that ends a stream
 RETRY_SECONDS = 1  # after which a client may ask again if the queue is full
@@ -47,6 +49,7 @@ class Settings:
 
     model_name: the name that requests may give. api_key: the key that requests must have, or None. hosts: the names under which
     browsers may reach the server; None for any. max_queue: answers that may wait for a row. timeout: seconds for a response.
+    max_connections: connections that may be open.
     """
 
     model_name: str
@@ -54,6 +57,7 @@ class Settings:
     hosts: Collection[str] | None = None
     max_queue: int = 64
     timeout: float = 600.0
+    max_connections: int = 1000
 
 
 class JsonResponse(Response):
@@ -67,13 +71,44 @@ def error_response(error: ApiError) -> Response:
     return JsonResponse(error.body(), error.status, error.headers)
 
 
+class Body:
+    """The body of a request, as it arrives."""
+
+    def __init__(self, headers: Headers, receive: Receive) -> None:
+        self.source, self.ended, self.deadline = receive, False, time.monotonic() + BODY_SECONDS
+        length = headers.get("content-length", "")
+        self.declared = int(length) if length.isdigit() else 0
+        self.withheld = "expect" in headers  # the client sends the body when it is asked for it
+
+    async def receive(self) -> Message:
+        self.withheld = False
+        message = await self.source()
+        self.ended |= message["type"] == "http.disconnect" or not message.get("more_body", False)
+        return message
+
+    async def discard(self) -> bool:
+        """Read the rest, since most clients read no answer before they have sent it all. Return False if too much is left."""
+        if self.ended or self.withheld or self.declared > MAX_DISCARDED:
+            return self.ended
+
+        async def read() -> None:
+            size = 0
+            while not self.ended and size <= MAX_DISCARDED:
+                size += len((await self.receive()).get("body", b""))
+
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(read(), self.deadline - time.monotonic())
+        return self.ended
+
+
 class App:
     """The ASGI application: check host and key, then route."""
 
     def __init__(self, llama: Model, settings: Settings) -> None:
         self.llama, self.settings = llama, settings
         params = llama.model.params
-        self.served = ServedModel(settings.model_name, llama.tokenizer, params.max_seq_len)
+        max_answers = params.max_batch_size + settings.max_queue
+        self.served = ServedModel(settings.model_name, llama.tokenizer, params.max_seq_len, max_answers)
         self.metrics = Metrics(params.max_batch_size)
         page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
         self.page = page, {"Content-Security-Policy": content_security_policy(page), "X-Frame-Options": "DENY"}
@@ -97,26 +132,30 @@ class App:
             return
         path = scope["path"] if scope["path"] in PATHS else "other"
 
-        started = False
+        body, started = Body(Request(scope).headers, receive), False
 
         async def send_counted(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                headers = [(b"x-content-type-options", b"nosniff")]
+                if not await body.discard():
+                    headers.append((b"connection", b"close"))
                 self.metrics.requests[path, message["status"]] += 1
-                message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
+                message["headers"] = [*message["headers"], *headers]
             await send(message)
 
         try:
             self._check_sender(Request(scope), path)
         except ApiError as e:
-            await error_response(e)(scope, receive, send_counted)
+            await error_response(e)(scope, body.receive, send_counted)
             return
         try:
-            await self.routes(scope, receive, send_counted)
+            await self.routes(scope, body.receive, send_counted)
         except asyncio.CancelledError:  # uvicorn cancels what is left when the server's grace is over
+            body.deadline = 0.0
             if not started:
-                await error_response(_ending())(scope, receive, send_counted)
+                await error_response(server_ending())(scope, body.receive, send_counted)
 
     def _check_sender(self, request: Request, path: str) -> None:
         """Raise ApiError if the request has a wrong key, or comes from a page whose name was redirected to this server."""
@@ -179,9 +218,7 @@ class App:
 
     def _check_room(self, n_answers: int) -> None:
         """Raise ApiError unless so many more answers may run or wait."""
-        in_flight, room = self.metrics.in_flight, self.metrics.max_batch_size + self.settings.max_queue
-        if n_answers > room:
-            raise ApiError(400, f"the request asks for {n_answers} answers, and {room} is the limit; divide it", "n")
+        in_flight, room = self.metrics.in_flight, self.served.max_answers
         if in_flight + n_answers > room:
             message = f"{in_flight} answers are running or waiting, and {room} is the limit; ask again later"
             raise ApiError(429, message, code="queue_full", Retry_After=str(RETRY_SECONDS))
@@ -212,7 +249,7 @@ class EventStream(Response):
             except ClientDisconnect:
                 return
             except asyncio.CancelledError:
-                end = responses.event(_ending().body())
+                end = responses.event(server_ending().body())
             except Exception as e:
                 end = responses.event(_internal_error(e).body())
             with contextlib.suppress(asyncio.TimeoutError):  # a client that reads nothing; the connection is then closed
@@ -278,28 +315,22 @@ async def _read_body(request: Request) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"Content-Type is {kind[:60]!r}; it must be application/json")
-    too_large = ApiError(413, f"the body has more than {MAX_BODY} bytes; shorten it", code="body_too_large", Connection="close")
+    too_large = ApiError(413, f"the body has more than {MAX_BODY} bytes; shorten it", code="body_too_large")
     length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > (MAX_BODY if "expect" in request.headers else MAX_DISCARDED):
+    if length.isdigit() and int(length) > MAX_BODY:
         raise too_large
-    body, size = bytearray(), 0
+    body = bytearray()
 
     async def read() -> None:
-        nonlocal size
         async for part in request.stream():
-            size += len(part)
-            if size <= MAX_BODY:
-                body.extend(part)
-            if size > MAX_DISCARDED:
-                break
-        if size > MAX_BODY:
-            raise too_large
+            body.extend(part)
+            if len(body) > MAX_BODY:
+                raise too_large
 
     try:
         await asyncio.wait_for(read(), BODY_SECONDS)
     except asyncio.TimeoutError:
-        message = f"the body did not arrive within {BODY_SECONDS:g} seconds"
-        raise ApiError(408, message, Connection="close") from None
+        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} seconds") from None
     return bytes(body)
 
 
@@ -308,10 +339,6 @@ async def _respond_to_error(request: Request, e: Exception) -> Response:
         text = {404: "there is nothing here", 405: "this path takes another method"}.get(e.status_code, str(e.detail))
         e = ApiError(e.status_code, f"{text}; this server has {', '.join(PATHS)}", **dict(e.headers or {}))
     return error_response(e if isinstance(e, ApiError) else ApiError(500, INTERNAL))  # the server logs the traceback
-
-
-def _ending() -> ApiError:
-    return ApiError(503, "the server is ending, and the answer is not complete; ask again later", code="server_ending")
 
 
 def _internal_error(e: Exception) -> ApiError:

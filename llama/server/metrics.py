@@ -45,10 +45,9 @@ class Metrics:
         default_factory=lambda: Histogram((0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5))
     )
 
-    def begin_answer(self, prompt_tokens: int, seconds: float) -> None:
+    def begin_answer(self, seconds: float) -> None:
         """Count the first token of an answer, which came after these seconds."""
         self.running += 1
-        self.prompt_tokens += prompt_tokens
         self.seconds_to_first_token.observe(seconds)
 
     def text(self) -> str:
@@ -57,7 +56,7 @@ class Metrics:
             ("llama_rows", "gauge", "Rows of the batch: answers that can run at a time.", self.max_batch_size),
             ("llama_answers_running", "gauge", "Answers that have got their first token.", self.running),
             ("llama_answers_waiting", "gauge", "Answers that wait for their first token.", self.in_flight - self.running),
-            ("llama_prompt_tokens_total", "counter", "Tokens of prompts.", self.prompt_tokens),
+            ("llama_prompt_tokens_total", "counter", "Tokens of prompts, each prompt once.", self.prompt_tokens),
             ("llama_completion_tokens_total", "counter", "Tokens of answers.", self.completion_tokens),
             (
                 "llama_requests_total", "counter", "HTTP requests, by path and status.",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from time import time
 from typing import Any, NoReturn, TypeVar
 
-from ..chat import Dialog, check_dialog, encode_dialog, is_unsafe
+from ..chat import Dialog, check_dialog, continues_answer, encode_dialog, is_unsafe
 from ..engine.requests import MAX_TOP_LOGPROBS
 from ..errors import InputError, describe, short_repr
 from ..sampling import SamplingParams, check_bias_tokens
@@ -52,6 +52,10 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+def server_ending() -> ApiError:
+    return ApiError(503, "the server is ending, and the answer is not complete; ask again later", code="server_ending")
+
+
 @dataclass
 class Job:
     """A request that has been checked: `n` answers to each prompt. The answers to prompt i have the indices i * n and up."""
@@ -72,6 +76,7 @@ class Job:
     echo: bool
     stream: bool
     include_usage: bool
+    continues_prompt: bool  # True if the text of an answer continues the prompt's: a completion, or an answer that has begun
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time()))
 
@@ -98,6 +103,7 @@ class ServedModel:
     name: str
     tokenizer: Tokenizer
     max_seq_len: int
+    max_answers: int  # that may run or wait at a time
 
 
 def refuse(param: str, message: str, code: str | None = None) -> NoReturn:
@@ -184,7 +190,10 @@ def parse_chat(raw: bytes, served: ServedModel) -> Job:
     body.end(UNSUPPORTED_IN_CHAT)
     max_tokens = min(given, default=served.max_seq_len)
     _check_least(options["min_tokens"], max_tokens)
-    return Job(True, max_tokens=max_tokens, logprobs=logprobs, top_logprobs=top_logprobs, echo=False, **options)
+    return Job(
+        True, max_tokens=max_tokens, logprobs=logprobs, top_logprobs=top_logprobs, echo=False,
+        continues_prompt=continues_answer(dialog), **options,
+    )  # fmt: skip
 
 
 def _parse_message(message: Any, name: str) -> dict[str, Any]:
@@ -206,30 +215,35 @@ def _parse_message(message: Any, name: str) -> dict[str, Any]:
 
 def _encode_dialog(dialog: Dialog, tokenizer: Tokenizer) -> list[int]:
     """Return the tokens of a dialog, none if it contains special tags."""
-    _check(check_dialog, "messages", dialog, "the dialog")
+    _check(check_dialog, "messages", dialog, "the dialog", True)
     return [] if is_unsafe(dialog) else encode_dialog(tokenizer, dialog)
 
 
 def parse_completion(raw: bytes, served: ServedModel) -> Job:
     """Read a request for /v1/completions."""
     body = Body(raw)
-    prompts = _parse_prompts(body.fields.pop("prompt", None), served.tokenizer)
+    prompts = _parse_prompts(body.fields.pop("prompt", None), served)
     max_tokens = body.take_count("max_tokens", 16, 0)
     logprobs = body.take_count("logprobs", None, 0, MAX_LEGACY_LOGPROBS)
     echo = body.take_flag("echo")
     options = _take_options(body, served, prompts, "prompt")
     body.end(UNSUPPORTED_IN_COMPLETIONS)
     _check_least(options["min_tokens"], max_tokens)
-    return Job(False, max_tokens=max_tokens, logprobs=logprobs is not None, top_logprobs=logprobs or 0, echo=echo, **options)
+    return Job(
+        False, max_tokens=max_tokens, logprobs=logprobs is not None, top_logprobs=logprobs or 0, echo=echo,
+        continues_prompt=True, **options,
+    )  # fmt: skip
 
 
-def _parse_prompts(prompt: Any, tokenizer: Tokenizer) -> list[list[int]]:
+def _parse_prompts(prompt: Any, served: ServedModel) -> list[list[int]]:
     """Return the tokens of each prompt: a text, a list of texts, tokens, or a list of tokens each. Texts begin with BOS."""
     is_one = isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and is_integer(prompt[0]))
     prompts = [prompt] if is_one else prompt
     if not isinstance(prompts, list) or not prompts:
         refuse("prompt", f"prompt is {describe(prompt)}; it must be a text, tokens, or a list of either")
-    rows = []
+    if len(prompts) > served.max_answers:
+        refuse("prompt", f"there are {len(prompts)} prompts, and {served.max_answers} is the limit; divide them")
+    rows, tokenizer = [], served.tokenizer
     for i, each in enumerate(prompts):
         name = "prompt" if is_one else f"prompt[{i}]"
         if isinstance(each, list):
@@ -276,7 +290,9 @@ def _take_options(body: Body, served: ServedModel, prompts: list[list[int]], pro
             refuse("stop", f"stop string {i} is empty: every answer would end before it begins; leave it out")
     is_seed = f"a whole number from {-(2**63)} to {2**63 - 1}"
     seed = body.take("seed", None, lambda v: is_integer(v) and -(2**63) <= v < 2**63, is_seed)
-    n = body.take_count("n", 1, 1)
+    n = body.take_count("n", 1, 1) or 1
+    if n * len(prompts) > served.max_answers:
+        refuse("n", f"the request asks for {n * len(prompts)} answers, and {served.max_answers} is the limit; divide it")
     body.take("user", None, lambda value: isinstance(value, str), "a text")  # OpenAI's label of an end user; changes no answer
     stream = body.take_flag("stream")
     stream_options = body.take("stream_options", {}, lambda value: isinstance(value, dict), "an object")

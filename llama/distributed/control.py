@@ -1,0 +1,91 @@
+"""Messages of rank 0 to the other ranks, which say what to do next.
+
+A message travels over gloo, before the collectives of the work that it asks for. The other ranks wait for it without using
+their CPU, for as long as it takes. While nothing else is sent, rank 0 sends an empty beat now and then: so it notices within
+seconds that another rank has ended, and no connection is idle for long.
+"""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from ..errors import InputError
+from .failures import defer_signals, propagate_failure
+from .groups import all_ranks_group, model_parallel, replica
+
+BEAT_SECONDS = 3.0  # between two beats
+_BEAT = -1  # in place of the length of a message
+
+
+def check_one_replica() -> None:
+    """Raise InputError if the ranks are several replicas, of which rank 0 could lead only one."""
+    count = replica()[1]
+    if count > 1:
+        raise InputError(
+            f"rank 0 leads the ranks of one model, and this job has {count} replicas: leave model_parallel_size out, "
+            f"or start {count} jobs of {model_parallel()[1]} rank(s) each"
+        )
+
+
+class Sender:
+    """Rank 0's end. lock: held by whoever sends; beats are sent only while nobody else holds it."""
+
+    def __init__(self, lock: threading.RLock) -> None:  # type: ignore[valid-type]
+        self.lock, self.ended, self.last_sent = lock, threading.Event(), time.monotonic()
+        self.thread = threading.Thread(target=self._beat, name="llama-beat", daemon=True)
+        self.thread.start()
+
+    def send(self, message: bytes) -> None:
+        """Send a message, while holding the lock. A failure must end the process groups: see `propagate_failure`."""
+        self.last_sent = time.monotonic()
+        _broadcast(torch.tensor([len(message)], dtype=torch.int64, device="cpu"))
+        if message:
+            _broadcast(torch.frombuffer(bytearray(message), dtype=torch.uint8))
+
+    def end(self, message: bytes) -> None:
+        """Send the last message."""
+        self.ended.set()
+        with self.lock, propagate_failure(), defer_signals():
+            self.send(message)
+
+    def _beat(self) -> None:
+        with contextlib.suppress(Exception):  # a rank that has ended: whoever sends next gets the reason
+            while not self.ended.wait(self.last_sent + BEAT_SECONDS - time.monotonic()):
+                with self.lock, propagate_failure():
+                    if not self.ended.is_set() and time.monotonic() >= self.last_sent + BEAT_SECONDS:
+                        self.last_sent = time.monotonic()
+                        _broadcast(torch.tensor([_BEAT], dtype=torch.int64, device="cpu"))
+
+
+def receive() -> bytes:
+    """Wait for the next message of rank 0, and return it."""
+    length = torch.tensor([_BEAT], dtype=torch.int64, device="cpu")
+    while length == _BEAT:
+        _broadcast(length)
+    message = torch.empty(int(length), dtype=torch.uint8, device="cpu")
+    if len(message):
+        _broadcast(message)
+    return message.numpy().tobytes()
+
+
+@contextlib.contextmanager
+def signals_ignored() -> Iterator[None]:
+    """Ignore SIGINT and SIGTERM, since rank 0, which gets them too, decides when this rank ends. Only in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _broadcast(tensor: torch.Tensor) -> None:
+    dist.broadcast(tensor, 0, group=all_ranks_group())

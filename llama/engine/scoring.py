@@ -1,0 +1,81 @@
+"""Score sequences: compute the log probabilities of given tokens, without generating anything."""
+
+import itertools
+
+import torch
+
+from ..distributed.progress import progress
+from ..sampling import SamplingParams
+from .checks import check_logprobs, common_prefix_length, device_of
+from .engine import Engine
+from .leading import check_led
+from .prefill import score_sequences, score_tokens, side_by_side
+from .reference_loop import move_buffers
+from .requests import GenerationCall, Request, ScoringRequest, TokenScore
+from .shared_state import CacheOwner
+
+
+def score(engine: Engine, requests: list[ScoringRequest], n_top: int = 0) -> list[list[TokenScore]]:
+    """Return the scores of the tokens of each request, with the n_top likeliest tokens at each position.
+
+    Sequences are computed side by side, up to PREFILL_CHUNK tokens at a time; a longer sequence is computed alone. If they
+    begin alike, they are prefilled into rows of the KV cache instead, so that a shared beginning is computed once. A modified
+    model computes one sequence at a time.
+    """
+    engine.check_sizes()
+    check_led(engine)
+    if why := engine.why_reference_loop():
+        with engine.whole_calls_ended():
+            engine.announce(why)
+            move_buffers(engine.model)
+            engine.shared.owner = CacheOwner("score")  # open streams cannot continue: the forward overwrites the cache
+        one_by_one = progress(requests, lambda request: len(request.inputs), "scoring", "tokens")
+        return [score_with_forward(engine, request, n_top) for request in one_by_one]
+    if shares_prefixes([request.inputs for request in requests]):
+        return score_in_rows(engine, requests, n_top)
+    batches = [[requests[i] for i in batch] for batch in side_by_side([len(request.inputs) for request in requests])]
+    bar = progress(batches, lambda batch: sum(len(request.inputs) for request in batch), "scoring", "tokens")
+    return [scores for batch in bar for scores in score_side_by_side(engine, batch, n_top)]
+
+
+def score_side_by_side(engine: Engine, requests: list[ScoringRequest], n_top: int) -> list[list[TokenScore]]:
+    """Score sequences in one forward, without the KV cache."""
+    with torch.inference_mode(), engine.computing():
+        if leader := engine.shared.leader:
+            leader.announce_scores(requests, n_top)
+        results = score_sequences(engine.forward(), requests, n_top)
+    for request, scores in zip(requests, results, strict=True):
+        check_logprobs(engine.model, [each.logprob for each in scores], request.label)
+    return results
+
+
+def score_with_forward(engine: Engine, request: ScoringRequest, n_top: int) -> list[TokenScore]:
+    """Score a sequence by the model's own forward."""
+    device = device_of(engine.model)
+    with torch.inference_mode(), engine.computing():
+        logits = engine.model.forward(torch.tensor([request.inputs], device=device), 0)[0, :, : engine.n_words].float()
+        following = torch.tensor(request.scored, device=device)
+        scores = score_tokens(lambda rows: rows, logits[-len(following) :], following, n_top)
+    check_logprobs(engine.model, [each.logprob for each in scores], request.label)
+    return scores
+
+
+def score_in_rows(engine: Engine, requests: list[ScoringRequest], n_top: int) -> list[list[TokenScore]]:
+    """Score sequences by a call in the scheduler. Those that share the most tokens follow each other."""
+    order = sorted(range(len(requests)), key=lambda i: requests[i].tokens)
+    prompts = [
+        Request(r.inputs, 0, label=r.label, score_from=r.start, next_token=r.tokens[-1]) for r in (requests[i] for i in order)
+    ]
+    call = GenerationCall(
+        prompts, SamplingParams(), logprobs=True, top_logprobs=n_top, name="score", score_only=True
+    )  # fmt: skip
+    results: list[list[TokenScore]] = [[] for _ in requests]
+    for token in engine.run(call):
+        results[order[token.prompt_index]].append(TokenScore(token.logprob, token.top_logprobs, token.is_greedy))
+    return results
+
+
+def shares_prefixes(sequences: list[list[int]]) -> bool:
+    """Return True if at least a third of all tokens are in prefixes that sequences share, so that a prefix cache saves them."""
+    shared = sum(common_prefix_length(a, b) for a, b in itertools.pairwise(sorted(sequences)))
+    return 3 * shared >= sum(map(len, sequences)) > 0

@@ -1,0 +1,1 @@
+"""Adapters for other libraries. None of them is imported with `llama`."""
