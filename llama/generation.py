@@ -87,7 +87,8 @@ class Llama:
 
     Options that several calls share, each off by default. Passing None for an option means its default.
 
-    top_k, min_p, repetition_penalty, logit_bias: see `SamplingParams`. They change no log probabilities.
+    top_k, min_p, typical_p, repetition_penalty, frequency_penalty, presence_penalty, logit_bias: see `SamplingParams`. They change
+    no log probabilities.
     seed: makes each answer depend only on its prompt, the options and the seed, not on earlier calls or on the other prompts. A
     list contains one seed for each prompt, for example to get several answers to the same prompt. Without a seed, all prompts
     are sampled with torch's default generator.
@@ -98,6 +99,13 @@ class Llama:
     prompt has none.
     keep_space: keep the space at the start of an answer's text, so that prompt + answer is the text of all tokens. Without it,
     the answer is decoded alone, which drops the space.
+    n: the number of answers to each prompt. They follow each other: those to prompt i are results i * n to i * n + n - 1. Their
+    seeds are the prompt's seed, and those that follow.
+    stop_token_ids: tokens that end an answer as EOS does. ignore_eos: EOS does not end an answer. min_new_tokens: before this
+    number of new tokens, no token is chosen that would end the answer.
+    logits_processor: a function (tokens of prompt and answer so far, logits (vocab,)) -> logits, called before each token of an
+    answer is chosen, after penalties and before temperature. It may set logits to -inf. It must not call the model.
+    Numbers, `seed`, `stop` and `logits_processor` may be lists with one for each prompt.
     continue_answer: if a dialog ends with a message by the assistant, continue that message. The result is what follows it.
     details: add to each result "finish_reason" ("stop": EOS or a stop string; "length": max_gen_len or the end of the context)
     and the numbers of tokens in the prompt and in the answer, without EOS.
