@@ -87,8 +87,8 @@ class Llama:
 
     Options that several calls share, each off by default. Passing None for an option means its default.
 
-    top_k, min_p, typical_p, repetition_penalty, frequency_penalty, presence_penalty, logit_bias: see `SamplingParams`. They change
-    no log probabilities.
+    top_k, min_p, typical_p, repetition_penalty, frequency_penalty, presence_penalty, logit_bias: see `SamplingParams`. They
+    change no log probabilities.
     seed: makes each answer depend only on its prompt, the options and the seed, not on earlier calls or on the other prompts. A
     list contains one seed for each prompt, for example to get several answers to the same prompt. Without a seed, all prompts
     are sampled with torch's default generator.

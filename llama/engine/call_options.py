@@ -159,13 +159,16 @@ class CallOptions:
     def _seeds(self, n_prompts: int) -> list[int | None]:
         """Return the seed of each prompt, as a signed 64-bit integer; all are None without seeds."""
         seed = self.given.get("seed")
-        seeds = one_for_each(seed, "seed", n_prompts)
-        for value in seeds if seed is not None else ():
+        if seed is None:
+            return [None] * n_prompts
+        if is_list(seed):
+            seed = to_list(seed, "seed", "a whole number, or one for each prompt")
+        for value in seed if is_list(seed) else [seed]:
             if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not -(2**63) <= int(value) < 2**64:
                 raise InputError(
                     f"seed is {describe(value)}; it must be a whole number from -2**63 to 2**64 - 1, or one for each prompt"
                 )
-        return [None if value is None else (int(value) + 2**63) % 2**64 - 2**63 for value in seeds]
+        return [(int(value) + 2**63) % 2**64 - 2**63 for value in one_for_each(seed, "seed", n_prompts)]
 
     def _processors(self, n_prompts: int) -> list[LogitsProcessor | None]:
         given = self.given.get("logits_processor")
@@ -218,7 +221,8 @@ def one_for_each(value: Any, name: str, n_prompts: int) -> list[Any]:
         return [value] * n_prompts
     values = to_list(value, name, "a value, or one for each prompt")
     if len(values) != n_prompts:
-        raise InputError(f"{name} has {len(values)} values for {n_prompts} prompts; give one value, or one for each prompt")
+        prompts = f"{n_prompts} prompt{'s' * (n_prompts != 1)}"
+        raise InputError(f"{name} has {len(values)} values for {prompts}; give one value, or one for each prompt")
     return values
 
 
