@@ -260,6 +260,14 @@ def test_stop_token_ids_end_answers_and_ignore_eos_does_not(any_way: Llama, monk
     assert any_way.generate([[1, 5]], 9, 0, ignore_eos=True, stop_token_ids=[row[1]])[0] == [row[: row.index(row[1])]]
 
 
+def test_an_iterator_is_read_once_and_a_call_without_prompts_checks_its_options(llama: Llama) -> None:
+    (row,) = llama.generate([[1, 5]], 9, 0)[0]
+    assert llama.generate([[1, 5]], 9, 0, stop_token_ids=iter([row[0]]))[0] == [[]]
+    assert llama.generate([], [], [], seed=[], logits_processor=[]) == ([], None)
+    for name, bad in {"max_gen_len": -1, "min_new_tokens": 1.5, "logits_processor": 5, "seed": "x", "temperature": -1}.items():
+        assert_raises(lambda: llama.text_completion([], **{name: bad}), InputError, f"{name} is ")  # noqa: B023
+
+
 def test_min_new_tokens_bans_what_ends_an_answer(any_way: Llama) -> None:
     eos = any_way.tokenizer.eos_id
     bias: dict[str, Any] = dict(logit_bias={eos: 50, 7: 40}, stop_token_ids=[7])

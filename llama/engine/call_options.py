@@ -111,6 +111,7 @@ class CallOptions:
         check_flag(ignored := self.given.get("ignore_eos"), "ignore_eos")
         return bool(ignored)
 
+    @functools.cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
         """Return the tokens that end an answer besides EOS."""
         given = self.given.get("stop_token_ids")
@@ -124,12 +125,11 @@ class CallOptions:
         """Raise InputError if an option names a token that a tokenizer of n_words tokens does not have."""
         sampling = SamplingParams(logit_bias=self.given.get("logit_bias"))
         check_bias_tokens(sampling.logit_bias, n_words)
-        if (largest := max(self.stop_token_ids(), default=0)) >= n_words:
+        if (largest := max(self.stop_token_ids, default=0)) >= n_words:
             raise InputError(f"stop_token_ids: {largest} is no token; tokens are whole numbers from 0 to {n_words - 1}")
 
     def of_prompts(self, n_prompts: int) -> list[PromptOptions]:
         """Return the options of each prompt. Raise InputError for a wrong value, or a wrong number of values."""
-
         limits = _lengths(self.max_gen_len, "max_gen_len", n_prompts)
         least = [length or 0 for length in _lengths(self.given.get("min_new_tokens"), "min_new_tokens", n_prompts)]
         for limit, minimum in zip(limits, least, strict=True):
@@ -141,7 +141,7 @@ class CallOptions:
 
     def check(self) -> None:
         """Raise InputError for what is wrong with the options of a call with one prompt, without a tokenizer."""
-        self.n_answers(), self.ignores_eos(), self.stop_token_ids(), self.of_prompts(1)
+        self.n_answers(), self.ignores_eos(), self.stop_token_ids, self.of_prompts(1)
 
     def _sampling(self, n_prompts: int) -> list[SamplingParams]:
         given = {field.name: self.given[field.name] for field in fields(SamplingParams) if field.name in self.given}
@@ -173,7 +173,7 @@ class CallOptions:
     def _processors(self, n_prompts: int) -> list[LogitsProcessor | None]:
         given = self.given.get("logits_processor")
         processors = [given] * n_prompts if callable(given) else one_for_each(given, "logits_processor", n_prompts)
-        for processor in processors:
+        for processor in processors or [given] * (not is_list(given)):  # also without prompts
             if processor is not None and not callable(processor):
                 raise InputError(
                     f"logits_processor is {describe(processor)}; it must be a function (tokens, logits) -> logits, or a list "
@@ -229,7 +229,7 @@ def one_for_each(value: Any, name: str, n_prompts: int) -> list[Any]:
 def _lengths(value: Any, name: str, n_prompts: int) -> list[int | None]:
     """Return a number of tokens for each prompt, or None. Raise InputError unless each is a whole number, 0 or more."""
     lengths = one_for_each(value, name, n_prompts)
-    for length in lengths:
+    for length in lengths if is_list(value) else [value]:  # also without prompts
         is_integer = isinstance(length, numbers.Integral) and not isinstance(length, bool)
         if length is not None and not (is_integer and int(length) >= 0):
             raise InputError(f"{name} is {describe(length)}; it must be a whole number, 0 or more")

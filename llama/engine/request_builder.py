@@ -281,9 +281,7 @@ class RequestBuilder:
             requests += self._requests_of_prompt(prompt, label, own, n)
         for request, continues in zip(requests, [each for each in continued for _ in range(n)], strict=False):
             request.continues_prompt = continues
-        call = GenerationCall(
-            requests, stop_token_ids=options.stop_token_ids(), ignore_eos=options.ignores_eos(), **call_options
-        )
+        call = GenerationCall(requests, stop_token_ids=options.stop_token_ids, ignore_eos=options.ignores_eos(), **call_options)
         if len(call.end_tokens) >= n_words - 1 and any(request.min_new_tokens for request in requests):
             raise InputError("stop_token_ids has all tokens, and min_new_tokens lets none of them be chosen; leave one out")
         return call
