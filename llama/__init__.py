@@ -15,7 +15,7 @@ from .chat import Dialog
 from .checkpoint.packed_file import save_packed_file
 from .checkpoint.paths import resolve_model_paths
 from .engine.async_calls import AsyncStream
-from .engine.request_builder import validate_options
+from .engine.call_options import validate_options
 from .engine.results import Score
 from .engine.stream import Stream
 from .errors import CheckpointError, DeviceError, InputError, LlamaError, NonFiniteError

@@ -11,12 +11,12 @@ import numbers
 import os
 import statistics
 import sys
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
+from typing_extensions import Unpack
 
 from . import compat, sampling
 from .backends.registry import choose_backend, slowdown_warning
@@ -47,6 +47,7 @@ from .engine.async_calls import (
     tokens_until_stop_async,
 )
 from .engine.backend import Backend
+from .engine.call_options import AnswerOptions, CallOptions, Integers, Numbers, StreamOptions, takes_options
 from .engine.checks import device_of
 from .engine.collect import collect_results, results_of_replaced_generate
 from .engine.engine import Engine
@@ -86,7 +87,8 @@ class Llama:
 
     Options that several calls share, each off by default. Passing None for an option means its default.
 
-    top_k, min_p, repetition_penalty, logit_bias: see `SamplingParams`. They change no log probabilities.
+    top_k, min_p, typical_p, repetition_penalty, frequency_penalty, presence_penalty, logit_bias: see `SamplingParams`. They
+    change no log probabilities.
     seed: makes each answer depend only on its prompt, the options and the seed, not on earlier calls or on the other prompts. A
     list contains one seed for each prompt, for example to get several answers to the same prompt. Without a seed, all prompts
     are sampled with torch's default generator.
@@ -97,6 +99,13 @@ class Llama:
     prompt has none.
     keep_space: keep the space at the start of an answer's text, so that prompt + answer is the text of all tokens. Without it,
     the answer is decoded alone, which drops the space.
+    n: the number of answers to each prompt. They follow each other: those to prompt i are results i * n to i * n + n - 1. Their
+    seeds are the prompt's seed, and those that follow.
+    stop_token_ids: tokens that end an answer as EOS does. ignore_eos: EOS does not end an answer. min_new_tokens: before this
+    number of new tokens, no token is chosen that would end the answer.
+    logits_processor: a function (tokens of prompt and answer so far, logits (vocab,)) -> logits, called before each token of an
+    answer is chosen, after penalties and before temperature. It may set logits to -inf. It must not call the model.
+    Numbers, `seed`, `stop` and `logits_processor` may be lists with one for each prompt.
     continue_answer: if a dialog ends with a message by the assistant, continue that message. The result is what follows it.
     details: add to each result "finish_reason" ("stop": EOS or a stop string; "length": max_gen_len or the end of the context)
     and the numbers of tokens in the prompt and in the answer, without EOS.
@@ -237,22 +246,19 @@ class Llama:
         return self._engine.backend.name
 
     @short_traceback
+    @takes_options(AnswerOptions)
     def generate(
         self,
         prompt_tokens: Iterable[Iterable[int]],
-        max_gen_len: int | None,
-        temperature: float | None = 0.6,
-        top_p: float | None = 0.9,
+        max_gen_len: Integers,
+        temperature: Numbers = 0.6,
+        top_p: Numbers = 0.9,
         logprobs: bool | None = False,
         echo: bool | None = False,
         *,
-        top_k: int | None = 0,
-        min_p: float | None = 0.0,
-        repetition_penalty: float | None = 1.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | Iterable[int] | None = None,
         stop_token: int | None = None,
-        stop: str | Sequence[str] | None = (),
+        stop: str | Sequence[str] | Sequence[Sequence[str]] | None = (),
+        **options: Unpack[AnswerOptions],
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Generate tokens after each prompt; return them, and their log probabilities or None.
 
@@ -264,34 +270,29 @@ class Llama:
         stop_token: the token that ends an answer, instead of EOS. stop: see `Llama`.
         Raises InputError, which names the prompt, before any computation.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
+        given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         results = self._results(
             "generate",
-            lambda: self._requests.from_tokens(
-                prompt_tokens, max_gen_len, seed, params(), logprobs, echo, stop_token, stop=stop
-            ),
+            lambda: self._requests.from_tokens(prompt_tokens, given, logprobs, echo, stop_token),
             lambda r: r,
         )
         return [r.tokens for r in results], [r.logprobs for r in results] if logprobs else None
 
     @short_traceback
+    @takes_options(AnswerOptions)
     def generate_stream(
         self,
         prompt_tokens: Iterable[Iterable[int]],
-        max_gen_len: int | None,
-        temperature: float | None = 0.6,
-        top_p: float | None = 0.9,
+        max_gen_len: Integers,
+        temperature: Numbers = 0.6,
+        top_p: Numbers = 0.9,
         logprobs: bool | None = False,
         echo: bool | None = False,
         *,
-        top_k: int | None = 0,
-        min_p: float | None = 0.0,
-        repetition_penalty: float | None = 1.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | Iterable[int] | None = None,
         top_logprobs: int | None = 0,
         include_eos: bool | None = False,
-        stop: str | Sequence[str] | None = (),
+        stop: str | Sequence[str] | Sequence[Sequence[str]] | None = (),
+        **options: Unpack[AnswerOptions],
     ) -> Iterator[GeneratedToken]:
         """Generate tokens like `generate`, but yield (prompt_index, token, logprob) as soon as a token is generated.
 
@@ -299,34 +300,29 @@ class Llama:
         top_logprobs: see `Llama`. Each yielded tuple has the attribute `top_logprobs`, a list of (token, logprob).
         include_eos: also yield the EOS that ends an answer. stop: see `Llama`.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
+        given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         call = self._validate_on_all_ranks(
             "generate_stream",
-            lambda: self._requests.from_tokens(
-                prompt_tokens, max_gen_len, seed, params(), logprobs, echo, None, top_logprobs, include_eos, stop
-            ),
+            lambda: self._requests.from_tokens(prompt_tokens, given, logprobs, echo, None, top_logprobs, include_eos),
         )
         return self._tokens(call)
 
     @short_traceback
+    @takes_options(AnswerOptions)
     def text_completion(
         self,
         prompts: Iterable[str | Iterable[int]],
-        temperature: float | None = 0.6,
-        top_p: float | None = 0.9,
-        max_gen_len: int | None = None,
+        temperature: Numbers = 0.6,
+        top_p: Numbers = 0.9,
+        max_gen_len: Integers = None,
         logprobs: bool | None = False,
         echo: bool | None = False,
         *,
-        top_k: int | None = 0,
-        min_p: float | None = 0.0,
-        repetition_penalty: float | None = 1.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | Iterable[int] | None = None,
-        stop: str | Sequence[str] | None = (),
+        stop: str | Sequence[str] | Sequence[Sequence[str]] | None = (),
         details: bool | None = False,
         top_logprobs: int | None = 0,
         keep_space: bool | None = False,
+        **options: Unpack[AnswerOptions],
     ) -> list[CompletionPrediction]:
         """Continue each text, given as a text or as tokens. max_gen_len defaults to the rest of the context.
 
@@ -336,61 +332,53 @@ class Llama:
         top_logprobs=n adds "top_logprobs": for each token a list of (text, logprob), the n likeliest at its position.
         details=True adds "finish_reason", "prompt_tokens" and "new_tokens".
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
+        given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         return self._results(
             "text_completion",
-            lambda: self._requests.from_texts(
-                prompts, max_gen_len, seed, params(), stop, logprobs, echo, details, top_logprobs, keep_space=keep_space
-            ),
+            lambda: self._requests.from_texts(prompts, given, logprobs, echo, details, top_logprobs, keep_space=keep_space),
             lambda r: {"generation": r.text, **self._details(r, logprobs, details, top_logprobs)},
         )
 
     @short_traceback
+    @takes_options(AnswerOptions)
     def iter_text_completion(
         self,
         prompts: Iterable[str | Iterable[int]],
-        temperature: float | None = 0.6,
-        top_p: float | None = 0.9,
-        max_gen_len: int | None = None,
+        temperature: Numbers = 0.6,
+        top_p: Numbers = 0.9,
+        max_gen_len: Integers = None,
         *,
-        top_k: int | None = 0,
-        min_p: float | None = 0.0,
-        repetition_penalty: float | None = 1.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | Iterable[int] | None = None,
-        stop: str | Sequence[str] | None = (),
+        stop: str | Sequence[str] | Sequence[Sequence[str]] | None = (),
         keep_space: bool | None = False,
+        **options: Unpack[AnswerOptions],
     ) -> Iterator[CompletionPrediction]:
         """Continue each text, and yield the results in the order of the prompts, each as early as possible.
 
         A result is yielded once it and all earlier results are finished. Each result has "generation", "finish_reason",
         "prompt_tokens" and "new_tokens". With replicas, all results come together at the end.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
+        given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         results = self._iter_results(
             "iter_text_completion",
-            lambda: self._requests.from_texts(prompts, max_gen_len, seed, params(), stop, details=True, keep_space=keep_space),
+            lambda: self._requests.from_texts(prompts, given, details=True, keep_space=keep_space),
         )
         return ({"generation": r.text, **self._details(r, False, True)} for r in results)
 
     @short_traceback
+    @takes_options(AnswerOptions)
     def chat_completion(
         self,
         dialogs: Iterable[Dialog],
-        temperature: float | None = 0.6,
-        top_p: float | None = 0.9,
-        max_gen_len: int | None = None,
+        temperature: Numbers = 0.6,
+        top_p: Numbers = 0.9,
+        max_gen_len: Integers = None,
         logprobs: bool | None = False,
         *,
-        top_k: int | None = 0,
-        min_p: float | None = 0.0,
-        repetition_penalty: float | None = 1.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | Iterable[int] | None = None,
-        stop: str | Sequence[str] | None = (),
+        stop: str | Sequence[str] | Sequence[Sequence[str]] | None = (),
         details: bool | None = False,
         top_logprobs: int | None = 0,
         continue_answer: bool | None = False,
+        **options: Unpack[AnswerOptions],
     ) -> list[ChatPrediction]:
         """Answer each dialog as the assistant. max_gen_len defaults to the rest of the context. See `Llama` for the options.
 
@@ -398,38 +386,33 @@ class Llama:
         Each result is a dict with "generation", a message by the assistant. `logprobs`, `top_logprobs` and `details` add the
         same keys as in `text_completion`.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
+        given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         return self._results(
             "chat_completion",
             lambda: self._requests.from_dialogs(
-                dialogs, max_gen_len, seed, params(), stop, logprobs, details, top_logprobs, continue_answer=continue_answer
+                dialogs, given, logprobs, details, top_logprobs, continue_answer=continue_answer
             ),
             lambda r: {"generation": self._answer(r), **self._details(r, logprobs, details, top_logprobs)},
         )
 
     @short_traceback
+    @takes_options(AnswerOptions)
     def iter_chat_completion(
         self,
         dialogs: Iterable[Dialog],
-        temperature: float | None = 0.6,
-        top_p: float | None = 0.9,
-        max_gen_len: int | None = None,
+        temperature: Numbers = 0.6,
+        top_p: Numbers = 0.9,
+        max_gen_len: Integers = None,
         *,
-        top_k: int | None = 0,
-        min_p: float | None = 0.0,
-        repetition_penalty: float | None = 1.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | Iterable[int] | None = None,
-        stop: str | Sequence[str] | None = (),
+        stop: str | Sequence[str] | Sequence[Sequence[str]] | None = (),
         continue_answer: bool | None = False,
+        **options: Unpack[AnswerOptions],
     ) -> Iterator[ChatPrediction]:
         """Answer each dialog like `chat_completion`, and yield the results like `iter_text_completion`."""
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
+        given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         results = self._iter_results(
             "iter_chat_completion",
-            lambda: self._requests.from_dialogs(
-                dialogs, max_gen_len, seed, params(), stop, details=True, continue_answer=continue_answer
-            ),
+            lambda: self._requests.from_dialogs(dialogs, given, details=True, continue_answer=continue_answer),
         )
         return ({"generation": self._answer(r), **self._details(r, False, True)} for r in results)
 
@@ -471,6 +454,7 @@ class Llama:
         return results
 
     @short_traceback
+    @takes_options(StreamOptions)
     def text_completion_stream(
         self,
         prompt: str | Iterable[int],
@@ -478,27 +462,22 @@ class Llama:
         top_p: float | None = 0.9,
         max_gen_len: int | None = None,
         *,
-        top_k: int | None = 0,
-        min_p: float | None = 0.0,
-        repetition_penalty: float | None = 1.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | None = None,
         stop: str | Sequence[str] | None = (),
         keep_space: bool | None = False,
+        **options: Unpack[StreamOptions],
     ) -> Stream:
         """Continue one text, given as a text or as tokens. Return a `Stream`, which yields the continuation in chunks.
 
         Raises InputError at the call, not at the first chunk.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
+        given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         return self._stream(
             "text_completion_stream",
-            lambda: self._requests.from_texts(
-                [prompt], max_gen_len, seed, params(), stop, label="the prompt", keep_space=keep_space
-            ),
+            lambda: self._requests.from_texts([prompt], given, label="the prompt", keep_space=keep_space),
         )
 
     @short_traceback
+    @takes_options(StreamOptions)
     def chat_completion_stream(
         self,
         dialog: Dialog,
@@ -506,24 +485,18 @@ class Llama:
         top_p: float | None = 0.9,
         max_gen_len: int | None = None,
         *,
-        top_k: int | None = 0,
-        min_p: float | None = 0.0,
-        repetition_penalty: float | None = 1.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | None = None,
         stop: str | Sequence[str] | None = (),
         continue_answer: bool | None = False,
+        **options: Unpack[StreamOptions],
     ) -> Stream:
         """Answer one dialog. Return a `Stream`, which yields the answer in chunks; see `text_completion_stream`.
 
         If the dialog contains a special tag, such as "[INST]", the stream yields UNSAFE_ERROR as its only chunk.
         """
-        params = partial(SamplingParams, temperature, top_p, top_k, min_p, repetition_penalty, logit_bias)
+        given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         return self._stream(
             "chat_completion_stream",
-            lambda: self._requests.from_dialogs(
-                [dialog], max_gen_len, seed, params(), stop, label="the dialog", continue_answer=continue_answer
-            ),
+            lambda: self._requests.from_dialogs([dialog], given, label="the dialog", continue_answer=continue_answer),
         )
 
     @_signature_of(generate_stream)
@@ -687,11 +660,16 @@ class Llama:
         """Build a call, and check that it is the same on all ranks. If it has no seeds, rank 0 chooses seeds for replicas."""
         check_led(self.engine)
         call = run_on_all_ranks(
-            lambda: replace(make_call(), name=name), must_match=lambda call: (call, self.engine.why_reference_loop())
+            lambda: replace(make_call(), name=name),
+            must_match=lambda call: (
+                *(call, self.engine.why_reference_loop()),
+                [request.logits_processor is not None for request in call.requests],
+            ),
         )
         if sample_top_p is not sampling.sample_top_p and any(request.seed is not None for request in call.requests):
             raise InputError("seed is for this library's sample_top_p, and another has been put in its place; leave seed out")
-        if replica()[1] > 1 and not call.sampling.greedy and all(r.seed is None for r in call.requests):
+        is_greedy = all(request.sampling.greedy for request in call.requests)
+        if replica()[1] > 1 and not is_greedy and all(r.seed is None for r in call.requests):
             n = len(call.requests)
             seeds = run_on_rank0(lambda: torch.randint(-(2**63), 2**63 - 1, (n,)).tolist())
             for request, seed in zip(call.requests, seeds, strict=True):
@@ -753,7 +731,7 @@ class Llama:
 
     def _tokens(self, call: GenerationCall) -> Iterator[GeneratedToken]:
         tokens = self._run(call, watched=True)
-        return tokens_until_stop(call, tokens, self.tokenizer) if call.stop else tokens
+        return tokens_until_stop(call, tokens, self.tokenizer) if call.has_stops else tokens
 
     def _resolve(self, call: GenerationCall, watched: bool) -> GenerationCall:
         # Read eos_id and sample_top_p anew for each call, because a caller may have replaced them or the tokenizer.
@@ -819,7 +797,7 @@ class _AsyncCaller:
 
     def _tokens(self, call: GenerationCall) -> AsyncGenerator[GeneratedToken, None]:
         tokens = self._run(call)
-        return tokens_until_stop_async(call, tokens, self.tokenizer) if call.stop else tokens
+        return tokens_until_stop_async(call, tokens, self.tokenizer) if call.has_stops else tokens
 
     def _results(
         self, name: str, make_call: Callable[[], GenerationCall], make_result: Callable[[GenerationResult], T]

@@ -17,7 +17,10 @@ _LIMITS = {
     "temperature": (0.0, 1e30, "from 0 (the likeliest token) to 1e30"),
     "top_p": (0.0, 1.0, "from 0 to 1"),
     "min_p": (0.0, 1.0, "from 0 (off) to 1"),
+    "typical_p": (0.0, 1.0, "from 0 to 1 (off)"),
     "repetition_penalty": (0.01, 100.0, "from 0.01 to 100; 1 is off"),
+    "frequency_penalty": (-2.0, 2.0, "from -2 to 2; 0 is off"),
+    "presence_penalty": (-2.0, 2.0, "from -2 to 2; 0 is off"),
 }
 MAX_BIAS = 100.0
 
@@ -28,10 +31,14 @@ class SamplingParams:
 
     logit_bias: a mapping from tokens to numbers from -100 to 100, which are added to the logits.
     repetition_penalty: for tokens already in the prompt or the answer, divides positive logits and multiplies negative logits.
+    frequency_penalty, presence_penalty: subtracted from the logits of tokens already in the answer; the first as often as a
+    token occurs there, the second once.
     temperature: divides the logits. At 0 the token with the largest logit is chosen, and the parameters below have no effect.
     top_k: keeps the k likeliest tokens, and renormalizes their probabilities; 0 keeps all.
     top_p: keeps each token if the more likely tokens together have at most probability top_p.
     min_p: keeps each token with at least min_p times the probability of the likeliest token.
+    typical_p: keeps the most typical tokens, as many as have together at least probability typical_p; 1 keeps all. The closer
+    -log(probability) of a token is to its mean, the entropy, the more typical it is. See `keep_typical`.
     """
 
     temperature: float = 0.6
@@ -40,6 +47,9 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # a dict of our own, sorted by tokens
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    typical_p: float = 1.0
 
     def __init__(
         self,
@@ -49,8 +59,14 @@ class SamplingParams:
         min_p: float | None = min_p,
         repetition_penalty: float | None = repetition_penalty,
         logit_bias: Mapping[int, float] | None = None,
+        frequency_penalty: float | None = frequency_penalty,
+        presence_penalty: float | None = presence_penalty,
+        typical_p: float | None = typical_p,
     ) -> None:
-        given = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty)
+        given = dict(
+            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
+            frequency_penalty=frequency_penalty, presence_penalty=presence_penalty, typical_p=typical_p,
+        )  # fmt: skip
         for name, option in given.items():
             object.__setattr__(self, name, getattr(type(self), name) if option is None else option)
         for name, (low, high, limit) in _LIMITS.items():
@@ -96,8 +112,10 @@ def bias_of_tokens(logit_bias: Mapping[int, float], vocab: int) -> torch.Tensor:
     return bias
 
 
-def filter_probs(probs: torch.Tensor, top_p: float, top_k: int = 0, min_p: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply top_k, top_p and min_p to probs (B, vocab): return the new probabilities, likeliest first, and their tokens.
+def filter_probs(
+    probs: torch.Tensor, top_p: float, top_k: int = 0, min_p: float = 0.0, typical_p: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Apply the options to probs (B, vocab), in their order: return the new probabilities, likeliest first, and their tokens.
 
     Probabilities and tokens are (B, vocab), or (B, top_k) if top_k is not 0. The probability of a removed token is 0. The
     probabilities of each row sum to 1.
@@ -108,7 +126,23 @@ def filter_probs(probs: torch.Tensor, top_p: float, top_k: int = 0, min_p: float
         probs = probs / probs.sum(dim=-1, keepdim=True)
     more_likely = torch.cumsum(probs, dim=-1) - probs
     probs = probs.masked_fill((more_likely > top_p) | (probs < min_p * probs[:, :1]), 0.0)
-    return probs / probs.sum(dim=-1, keepdim=True), tokens
+    probs = probs / probs.sum(dim=-1, keepdim=True)
+    return (keep_typical(probs, typical_p) if typical_p < 1 else probs), tokens
+
+
+def keep_typical(probs: torch.Tensor, typical_p: float) -> torch.Tensor:
+    """Keep the most typical tokens of probs (B, n): return the new probabilities in the same order, 0 for a removed token.
+
+    Tokens are kept in the order of the distance of -log(probability) from the entropy, until they have together at least
+    probability typical_p; those that are as far as the last one are kept, too. See "Locally Typical Sampling", Meister et al.
+    """
+    entropy = torch.special.entr(probs).sum(dim=-1, keepdim=True)
+    distance = (-probs.log() - entropy).abs()  # inf for tokens of probability 0
+    nearest, order = distance.sort(dim=-1)
+    mass = probs.gather(-1, order).cumsum(dim=-1)
+    last = (mass < typical_p).sum(dim=-1, keepdim=True).clamp(max=probs.shape[-1] - 1)
+    probs = probs.masked_fill(distance > nearest.gather(-1, last), 0.0)
+    return probs / probs.sum(dim=-1, keepdim=True)
 
 
 def sample_exponential(probs: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
@@ -140,17 +174,18 @@ def sample(
     """Sample one token per row: logits (B, vocab) -> tokens (B,). Biases and penalties must have been applied before.
 
     noise: exponential noise (B, vocab); by default from torch's default generator, as in `sample_top_p`.
-    sampler: a caller's replacement for `sample_top_p`. Its arguments are the probabilities after top_k and min_p, and top_p.
+    sampler: a caller's replacement for `sample_top_p`. Its arguments are top_p, and the probabilities after the other options.
     """
     if sampling.greedy:
         return logits.argmax(dim=-1)
     probs = torch.softmax(logits / sampling.temperature, dim=-1)
+    others = sampling.top_k, sampling.min_p, sampling.typical_p
     if sampler is not sample_top_p:
-        if sampling.top_k or sampling.min_p:
-            filtered, tokens = filter_probs(probs, 1.0, sampling.top_k, sampling.min_p)
+        if others != (0, 0, 1):
+            filtered, tokens = filter_probs(probs, 1.0, *others)
             probs = torch.zeros_like(probs).scatter_(-1, tokens, filtered)
         return sampler(probs, sampling.top_p).reshape(len(probs))
-    return sample_exponential(*filter_probs(probs, sampling.top_p, sampling.top_k, sampling.min_p), noise).squeeze(-1)
+    return sample_exponential(*filter_probs(probs, sampling.top_p, *others), noise).squeeze(-1)
 
 
 def apply_repetition_penalty(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -159,6 +194,14 @@ def apply_repetition_penalty(logits: torch.Tensor, seen: torch.Tensor, penalty: 
     seen: (B, vocab), True for each token to penalize.
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def apply_count_penalties(logits: torch.Tensor, counts: torch.Tensor, frequency: float, presence: float) -> torch.Tensor:
+    """Return logits (B, vocab) after a frequency and a presence penalty, in OpenAI's meaning.
+
+    counts: (B, vocab) float32, how often each token is in the answer so far.
+    """
+    return logits - frequency * counts - presence * (counts > 0)
 
 
 _GOLDEN, _MIX1, _MIX2 = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))

@@ -19,6 +19,21 @@ PROMPTS = [[1, 5], [1, *range(20, 40)], [1, 9, 30], [1, *range(40, 60)], [1, 7]]
 TEXTS = ["The fox", "a", "sea shells", "He said", "no"]
 
 
+def even_only(tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
+    """Ban odd tokens. On several ranks that share a model, only the first one may call this."""
+    assert RANK % 2 == 0
+    logits[1::2] = -torch.inf
+    return logits
+
+
+def broken(tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
+    raise OSError("broken")
+
+
+def ban_all(tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
+    return logits.fill_(-torch.inf)
+
+
 def error_of(call: Callable[[], Any]) -> str:
     """Return the name and text of the LlamaError that the call raises."""
     try:
@@ -36,6 +51,14 @@ def answers(llama: Llama) -> dict[str, Any]:
     top = llama.text_completion(TEXTS, 0, max_gen_len=3, logprobs=True, echo=True, top_logprobs=2, logit_bias={300: 100, 9: -1})
     results["top"] = [[[(text, round(x, 3)) for text, x in each] for each in result["top_logprobs"]] for result in top]
     results["biased"] = [result["generation"] for result in top]
+    several: dict[str, Any] = dict(n=2, temperature=[0, 1, 1.0, 0.5, 2], max_gen_len=[3, 4, 5, 6, 7], seed=range(5))
+    ends: dict[str, Any] = dict(stop_token_ids=[*range(30, 90)], min_new_tokens=2, ignore_eos=True)
+    penalties: dict[str, Any] = dict(frequency_penalty=1.0, presence_penalty=[-1, 0, 1, 2, 0], typical_p=0.8)
+    results["several"] = llama.text_completion(TEXTS, stop=[["e"], ["o"], [], [], []], **several, **ends, **penalties)
+    results["processed"] = llama.generate(PROMPTS, 6, 1.0, seed=3, logits_processor=[even_only, None, even_only, None, None])[0]
+    results["unseeded"] = [x % 2 for row in llama.generate(PROMPTS, 6, 1.0, logits_processor=even_only)[0] for x in row]
+    with llama.text_completion_stream("The", 1.0, max_gen_len=6, seed=4, logits_processor=even_only) as stream:
+        results["processed stream"] = "".join(stream)
     tags = [[{"role": "user", "content": text}] for text in ("hi", "[INST]", "sea")]
     results["dialogs"] = llama.chat_completion(tags, 0, max_gen_len=4, details=True)
     results["score"] = [round(score.total, 2) for score in llama.score(TEXTS, [" jumps"] * 5)]
@@ -52,6 +75,13 @@ def results_on_several_ranks(llama: Llama, build: Callable[..., Llama], folder: 
     torch.manual_seed(RANK)  # seeds each rank differently: all ranks must return the tokens that rank 0 samples
     results: dict[str, Any] = {"sampled": llama.generate([[1, 5]] * 6, 8, temperature=1.0)[0]}
     results["sampled in a stream"] = [token.token for token in llama.generate_stream([[1, 5]], 8, temperature=1.0)]
+    failing = [
+        error_of(lambda: llama.generate(PROMPTS, 4, logits_processor=[None, broken, None, None, None])),
+        error_of(lambda: llama.generate(PROMPTS, 4, logits_processor=[None, ban_all, None, None, None])),
+    ]
+    results["failing"] = ["InputError: prompt 1: its logits processor has" in each for each in failing]
+    with llama.text_completion_stream("The", logits_processor=broken) as stream:
+        results["failing"].append("the prompt: its logits processor has failed" in error_of(lambda: next(stream)))
     results["errors"] = [
         error_of(lambda: llama.generate([[1, number]], 4)),
         error_of(lambda: llama.generate([[1, 5]], number)),
@@ -59,6 +89,9 @@ def results_on_several_ranks(llama: Llama, build: Callable[..., Llama], folder: 
         error_of(lambda: llama.text_completion(["a"], stop="x" * number)),
         error_of(lambda: llama.text_completion(["a"], logit_bias={number: 1})),
         error_of(lambda: llama.text_completion(["a"], logprobs=True, top_logprobs=number)),
+        error_of(lambda: llama.text_completion(["a"], n=number - 4)),
+        error_of(lambda: llama.text_completion(["a"], stop_token_ids=[number])),
+        error_of(lambda: llama.text_completion(["a"], logits_processor=even_only if number == 5 else None)),
         error_of(lambda: llama.score(["a"], ["b" * number])),
         error_of(lambda: llama.text_completion_stream("a", seed=number)),
         error_of(lambda: llama.generate([[1, 5]], 4) if RANK == LAST else llama.text_completion(["a"])),

@@ -9,6 +9,7 @@ import torch
 
 from llama import Llama, Tokenizer, Transformer
 from llama.backends.cuda_graphs import CapturedStep, CudaGraphsBackend
+from llama.backends.registry import choose_backend
 from llama.engine import async_copy
 
 from .fault_server import FILES, SHARD, Downloader, FaultServer, files_of
@@ -82,6 +83,16 @@ def as_on_cuda(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(llama.engine, "backend", CudaGraphsBackend())
     monkeypatch.setattr(async_copy, "supports_async", lambda device: True)
     yield
+
+
+@pytest.fixture(params=["cpu", "eager", "as_on_cuda"])
+def any_way(llama: Llama, reference: Transformer, request: pytest.FixtureRequest) -> Llama:
+    """Return a model for each way to generate: the engine, `Transformer.forward`, steps that start before tokens are read."""
+    if request.param == "eager":
+        return Llama(reference, llama.tokenizer, choose_backend("eager", torch.device("cpu"))())
+    if request.param == "as_on_cuda":
+        request.getfixturevalue("as_on_cuda")
+    return llama
 
 
 @pytest.fixture

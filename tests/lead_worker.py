@@ -59,6 +59,10 @@ def answers(llama: Llama) -> list[Any]:
     def texts() -> Any:
         return llama.text_completion(["The", "a", "sea"] * 4, 1.0, max_gen_len=9, seed=range(12), stop=["e", "t"], details=True)
 
+    def processed() -> Any:
+        lists: dict[str, Any] = dict(temperature=[0, 1.0, 1.5], max_gen_len=[4, 6, 8], seed=[1, 2, 3], min_new_tokens=2)
+        return llama.generate(PROMPTS[:3], n=3, logits_processor=[even_only, None, even_only], frequency_penalty=1, **lists)[0]
+
     def scored() -> Any:
         tokens, logprobs = llama.generate(PROMPTS, 3, temperature=0, logprobs=True, echo=True)
         return tokens, [[round(value, 3) for value in row] for row in logprobs or []]
@@ -83,7 +87,7 @@ def answers(llama: Llama) -> list[Any]:
         return [first, *await asyncio.gather(*calls)]
 
     work: list[Callable[[], Any]] = [*(lambda i=i: stream(i) for i in range(24))]  # type: ignore[misc]
-    work[3:3] = [texts, scored, scores, states, lambda: asyncio.run(from_loop())]
+    work[3:3] = [texts, processed, scored, scores, states, lambda: asyncio.run(from_loop())]
     with ThreadPoolExecutor(len(work)) as pool:
         return [*pool.map(lambda call: call(), work)]
 
@@ -106,6 +110,8 @@ def failures(llama: Llama, other: Llama, opened: Any) -> dict[str, str]:
     generation.sample_top_p = lambda probs, p: torch.full((len(probs), 1), 10**6)
     fails("sampled", lambda: llama.generate([[1, 5]], 5, temperature=1.0))
     generation.sample_top_p = sample_top_p
+    fails("processor", lambda: llama.generate([[1, 5]], 5, logits_processor=broken_processor))
+    fails("banned", lambda: llama.generate([[1, 5]], 5, logits_processor=lambda _, logits: logits.fill_(-torch.inf)))
     fails("nested", lambda: llama.lead(lambda: None))
     fails("build", lambda: Llama.build(*sys.argv[2:], 64, 3, device="cpu"))
     fails("forward", lambda: llama.model(torch.tensor([[1, 5]]), 0))
@@ -126,6 +132,16 @@ def failures(llama: Llama, other: Llama, opened: Any) -> dict[str, str]:
 
 
 def broken_sampler(probs: torch.Tensor, p: float) -> torch.Tensor:
+    raise ZeroDivisionError("planted")
+
+
+def even_only(tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
+    assert not dist.is_initialized() or dist.get_rank() == 0
+    logits[1::2] = -torch.inf
+    return logits
+
+
+def broken_processor(tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
     raise ZeroDivisionError("planted")
 
 

@@ -36,6 +36,7 @@ def test_all_ranks_return_the_answers_of_one_process_and_raise_the_same_errors(
     assert all(result == results[0] for result in results)
     assert {key: results[0][key] for key in one_rank} == one_rank
     assert results[0]["afterwards"] == one_rank["greedy"]
+    assert set(one_rank["unseeded"]) == {0} and all(results[0]["failing"])
     assert len({str(tokens) for tokens in results[0]["sampled"]}) > 3  # rows with the same prompt are sampled independently
 
     last = ranks - 1

@@ -291,6 +291,7 @@ def test_set_shows_and_changes_the_options_of_the_next_answers(conversation: Gre
     conversation.send("/set")
     assert [row.split(maxsplit=1) for row in conversation.messages[-1].split("\n")] == [
         ["temperature", "2"], ["top_p", "1.0"], ["top_k", "0"], ["min_p", "0.0"], ["repetition_penalty", "1.0"],
+        ["frequency_penalty", "0.0"], ["presence_penalty", "0.0"], ["typical_p", "1.0"],
         ["max_gen_len", "none"], ["seed", "6"], ["verbose", "on"], ["system", "Be short."],
     ]  # fmt: skip
     conversation.send("/set top_k")

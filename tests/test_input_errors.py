@@ -109,8 +109,8 @@ def test_generate_refuses_bad_prompts(idle: Llama, prompts: Any, parts: tuple) -
             ("temperature", bad, "from 0 (the likeliest token) to 1e30")
             for bad in (math.nan, math.inf, -0.1, -1, "0", True, 10**400)
         ],
-        *[("top_p", bad, "from 0 to 1") for bad in (math.nan, -0.1, 1.01, math.inf, "0.9", True, 1j, [])],
-        *[("max_gen_len", bad, "a whole number, 0 or more") for bad in (-1, 4.0, True, "4", math.nan, [])],
+        *[("top_p", bad, "from 0 to 1") for bad in (math.nan, -0.1, 1.01, math.inf, "0.9", True, 1j)],
+        *[("max_gen_len", bad, "a whole number, 0 or more") for bad in (-1, 4.0, True, "4", math.nan)],
     ],
     ids=lambda value: f"{value!r:.20}",
 )

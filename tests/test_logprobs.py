@@ -9,23 +9,11 @@ import pytest
 import torch
 
 from llama import InputError, Llama, SamplingParams, Transformer, generation, tuning
-from llama.backends.registry import choose_backend
 from llama.engine.forward import EngineForward
 from llama.engine.requests import GeneratedToken
 from llama.sampling import bias_of_tokens, sample
 
 PROMPTS = [[1, *range(7 * i + 5, 7 * i + 6 + i % 5)] for i in range(14)]  # each prompt has 2 to 6 tokens
-BACKENDS = ["cpu", "eager", "as_on_cuda"]
-
-
-@pytest.fixture(params=BACKENDS)
-def any_llama(llama: Llama, reference: Transformer, request: pytest.FixtureRequest) -> Llama:
-    """Return a model for each way to generate: the engine, `Transformer.forward`, steps that start before tokens are read."""
-    if request.param == "eager":
-        return Llama(reference, llama.tokenizer, choose_backend("eager", torch.device("cpu"))())
-    if request.param == "as_on_cuda":
-        request.getfixturevalue("as_on_cuda")
-    return llama
 
 
 def rows_of(stream: Any, n: int) -> list[list[GeneratedToken]]:
@@ -36,13 +24,13 @@ def rows_of(stream: Any, n: int) -> list[list[GeneratedToken]]:
 
 @pytest.mark.parametrize("chunk", [3, 2048])
 def test_top_logprobs_are_the_largest_of_a_full_forward(
-    any_llama: Llama, reference: Transformer, chunk: int, monkeypatch: pytest.MonkeyPatch
+    any_way: Llama, reference: Transformer, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Echo more prompts than rows, also with short chunks. The tokens are sampled, so most are not the likeliest."""
     monkeypatch.setattr(tuning, "PREFILL_CHUNK", chunk)
     monkeypatch.setattr(tuning, "LOGPROB_CHUNK", chunk)
     options: dict = dict(temperature=1.5, seed=7, logprobs=True)
-    rows = rows_of(any_llama.generate_stream(PROMPTS, 5, echo=True, top_logprobs=7, **options), len(PROMPTS))
+    rows = rows_of(any_way.generate_stream(PROMPTS, 5, echo=True, top_logprobs=7, **options), len(PROMPTS))
     for prompt, row in zip(PROMPTS, rows, strict=True):
         tokens = [token.token for token in row]
         assert tokens[: len(prompt)] == prompt and row[0].top_logprobs == [] and row[0].logprob == 0.0
@@ -52,7 +40,7 @@ def test_top_logprobs_are_the_largest_of_a_full_forward(
             assert [value for _, value in token.top_logprobs or []] == pytest.approx(values.tolist(), abs=1e-4)
             assert {each for each, _ in token.top_logprobs or []} == set(best.tolist())
             assert token.logprob == dict(token.top_logprobs or []).get(token.token, token.logprob)  # equal to the last digit
-    without = rows_of(any_llama.generate_stream(PROMPTS, 5, echo=True, **options), len(PROMPTS))
+    without = rows_of(any_way.generate_stream(PROMPTS, 5, echo=True, **options), len(PROMPTS))
     assert [[token[:2] for token in row] for row in without] == [[token[:2] for token in row] for row in rows]
     assert {token.top_logprobs for row in without for token in row} == {None}
 
@@ -98,15 +86,15 @@ def test_a_generated_token_stays_a_tuple_of_three() -> None:
     assert pickle.loads(pickle.dumps(token)).top_logprobs == [(5, -1.0)] and GeneratedToken(0, 5, None).top_logprobs is None
 
 
-def test_eos_is_yielded_on_request(any_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eos_is_yielded_on_request(any_way: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict = dict(temperature=0, logprobs=True, top_logprobs=1)
-    (row,) = rows_of(any_llama.generate_stream([[1, 5]], 9, **options), 1)
+    (row,) = rows_of(any_way.generate_stream([[1, 5]], 9, **options), 1)
     end = next(i for i, token in enumerate(row) if token.token not in [other.token for other in row[:i]] and i > 1)
-    monkeypatch.setattr(any_llama.tokenizer, "eos_id", row[end].token)
-    assert list(any_llama.generate_stream([[1, 5]], 9, **options)) == row[:end]
-    with_eos = list(any_llama.generate_stream([[1, 5]], 9, include_eos=True, **options))
+    monkeypatch.setattr(any_way.tokenizer, "eos_id", row[end].token)
+    assert list(any_way.generate_stream([[1, 5]], 9, **options)) == row[:end]
+    with_eos = list(any_way.generate_stream([[1, 5]], 9, include_eos=True, **options))
     assert with_eos == row[: end + 1] and with_eos[-1].top_logprobs == row[end].top_logprobs
-    assert len(list(any_llama.generate_stream([[1, 5]], end, include_eos=True, **options))) == end  # the limit came before
+    assert len(list(any_way.generate_stream([[1, 5]], end, include_eos=True, **options))) == end  # the limit came before
 
 
 @pytest.fixture
@@ -137,20 +125,20 @@ def test_top_logprobs_without_logprobs_or_with_a_replaced_generate_are_refused(i
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_a_logit_bias_chooses_and_bans_tokens_and_changes_no_logprob(
-    any_llama: Llama, reference: Transformer, temperature: float
+    any_way: Llama, reference: Transformer, temperature: float
 ) -> None:
     options: dict = dict(temperature=temperature, seed=3)
-    (plain,) = any_llama.generate([[1, 5]], 12, **options)[0]
+    (plain,) = any_way.generate([[1, 5]], 12, **options)[0]
     banned = {token: -100 for token in plain}
-    tokens, logprobs = any_llama.generate(PROMPTS, 12, logprobs=True, logit_bias=banned, **options)
+    tokens, logprobs = any_way.generate(PROMPTS, 12, logprobs=True, logit_bias=banned, **options)
     assert logprobs and not {token for row in tokens for token in row} & {*plain}
     for prompt, row, values in zip(PROMPTS, tokens, logprobs, strict=True):
         table = reference.forward(torch.tensor([prompt + row]), 0)[0].log_softmax(-1)
         want = [table[len(prompt) + i - 1, token].item() for i, token in enumerate(row)]
         assert values == pytest.approx(want, abs=1e-4)
-    assert any_llama.generate(PROMPTS[:3], 4, logit_bias={np.int64(77): np.float32(100)}, **options)[0] == [[77] * 4] * 3
-    assert any_llama.generate([[1, 5]], 12, logit_bias={}, **options)[0] == [plain]
-    assert any_llama.generate([[1, 5]], 12, logit_bias={plain[0]: 0.0}, **options)[0] == [plain]
+    assert any_way.generate(PROMPTS[:3], 4, logit_bias={np.int64(77): np.float32(100)}, **options)[0] == [[77] * 4] * 3
+    assert any_way.generate([[1, 5]], 12, logit_bias={}, **options)[0] == [plain]
+    assert any_way.generate([[1, 5]], 12, logit_bias={plain[0]: 0.0}, **options)[0] == [plain]
 
 
 def test_rows_of_a_shared_batch_have_their_own_biases(llama: Llama) -> None:

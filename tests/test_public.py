@@ -22,35 +22,30 @@ NAMES = {
     "FeedForward TransformerBlock Transformer",
     "llama.tokenizer": "Tokenizer",
 }
-OPTIONS = "*, top_k=0, min_p=0.0, repetition_penalty=1.0, logit_bias=None, seed=None"
+SHARED = (
+    "top_k=0, min_p=0.0, repetition_penalty=1.0, logit_bias=None, seed=None, typical_p=1.0, frequency_penalty=0.0, "
+    "presence_penalty=0.0, stop_token_ids=None, ignore_eos=False, min_new_tokens=0, logits_processor=None"
+)
 SIGNATURES = {
     Llama.build: "ckpt_dir, tokenizer_path=None, max_seq_len=512, max_batch_size=8, model_parallel_size=None, seed=1, "
     "*, device=None, dtype=None, compile=False, quantize=None, backend='auto'",
     Llama.__init__: "self, model, tokenizer, backend=None",
     Llama.generate: "self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, logprobs=False, echo=False, "
-    + OPTIONS
-    + ", stop_token=None, stop=()",
+    f"*, stop_token=None, stop=(), {SHARED}, n=1",
     Llama.generate_stream: "self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, logprobs=False, echo=False, "
-    + OPTIONS
-    + ", top_logprobs=0, include_eos=False, stop=()",
+    f"*, top_logprobs=0, include_eos=False, stop=(), {SHARED}, n=1",
     Llama.text_completion: "self, prompts, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False, echo=False, "
-    + OPTIONS
-    + ", stop=(), details=False, top_logprobs=0, keep_space=False",
+    f"*, stop=(), details=False, top_logprobs=0, keep_space=False, {SHARED}, n=1",
     Llama.chat_completion: "self, dialogs, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False, "
-    + OPTIONS
-    + ", stop=(), details=False, top_logprobs=0, continue_answer=False",
+    f"*, stop=(), details=False, top_logprobs=0, continue_answer=False, {SHARED}, n=1",
     Llama.iter_text_completion: "self, prompts, temperature=0.6, top_p=0.9, max_gen_len=None, "
-    + OPTIONS
-    + ", stop=(), keep_space=False",
+    f"*, stop=(), keep_space=False, {SHARED}, n=1",
     Llama.iter_chat_completion: "self, dialogs, temperature=0.6, top_p=0.9, max_gen_len=None, "
-    + OPTIONS
-    + ", stop=(), continue_answer=False",
+    f"*, stop=(), continue_answer=False, {SHARED}, n=1",
     Llama.text_completion_stream: "self, prompt, temperature=0.6, top_p=0.9, max_gen_len=None, "
-    + OPTIONS
-    + ", stop=(), keep_space=False",
+    f"*, stop=(), keep_space=False, {SHARED}",
     Llama.chat_completion_stream: "self, dialog, temperature=0.6, top_p=0.9, max_gen_len=None, "
-    + OPTIONS
-    + ", stop=(), continue_answer=False",
+    f"*, stop=(), continue_answer=False, {SHARED}",
     Llama.text_infilling: "self, prefixes, suffixes, temperature=0.6, top_p=0.9, max_gen_len=None, logprobs=False, "
     "suffix_first=False",
     Llama.score: "self, prompts, continuations, *, top_logprobs=0",

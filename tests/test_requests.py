@@ -1,5 +1,6 @@
 """Test scoring, and the options that all calls share: an invalid option raises InputError before the model runs."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -173,7 +174,7 @@ CALLS: list[Callable[..., Any]] = [
         *[("repetition_penalty", bad, "from 0.01 to 100; 1 is off") for bad in (0, -1, math.inf, math.nan, True, "1")],
         *[("seed", bad, "a whole number from -2**63 to 2**64 - 1") for bad in (1.0, True, "1", 2**64, -(2**63) - 1, math.nan)],
         *[("seed", bad, "a whole number from -2**63 to 2**64 - 1") for bad in ([1, None], [1, "2"], b"ab")],
-        *[("seed", bad, "give one seed, or one for each prompt") for bad in ([], [1, 2, 3])],
+        *[("seed", bad, "give one value, or one for each prompt") for bad in ([], [1, 2, 3])],
     ],
     ids=lambda value: f"{value!r:.20}",
 )
@@ -196,7 +197,7 @@ def test_each_dialog_keeps_its_own_seed_after_an_unsafe_dialog(llama: Llama) -> 
 
 def test_signatures_and_docstrings_show_every_option() -> None:
     for call in (Llama.generate, Llama.text_completion, Llama.chat_completion_stream):
-        assert {"top_k", "min_p", "repetition_penalty", "seed"} <= set(call.__annotations__)
+        assert {"top_k", "min_p", "repetition_penalty", "seed"} <= set(inspect.signature(call).parameters)
     for word in ("seed:", "stop:", "details:", "max_batch_size"):
         assert word in (Llama.__doc__ or "")
 

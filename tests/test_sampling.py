@@ -8,6 +8,7 @@ import torch
 
 from llama.sampling import (
     SamplingParams,
+    apply_count_penalties,
     apply_repetition_penalty,
     filter_probs,
     sample,
@@ -79,7 +80,16 @@ def distribution(logits: list[float], seen: set[int], s: SamplingParams) -> dict
     probs = normalize({i: weights[i] for i in ranked[: s.top_k or None]})
     order = list(probs)
     probs = normalize({order[n]: probs[order[n]] for n in nucleus([probs[i] for i in order], s.top_p)})
-    return normalize({i: p for i, p in probs.items() if p >= s.min_p * max(probs.values())})
+    probs = normalize({i: p for i, p in probs.items() if p >= s.min_p * max(probs.values())})
+    return normalize({i: probs[i] for i in typical(probs, s.typical_p)})
+
+
+def typical(probs: dict[int, float], mass: float) -> set[int]:
+    """Return the most typical tokens that have at least this mass: -log p is closest to the entropy."""
+    entropy = sum(-p * math.log(p) for p in probs.values())
+    order = sorted(probs, key=lambda i: abs(-math.log(probs[i]) - entropy))
+    n = next((n for n in range(1, len(order)) if sum(probs[i] for i in order[:n]) >= mass), len(order))
+    return set(order if mass == 1 else order[:n])
 
 
 @pytest.mark.parametrize("seeded", [False, True])
@@ -95,6 +105,10 @@ def distribution(logits: list[float], seen: set[int], s: SamplingParams) -> dict
         {"repetition_penalty": 1.8},
         {"repetition_penalty": 0.5},
         {"top_p": 0.6, "top_k": 5},
+        {"typical_p": 0.5},
+        {"typical_p": 0.0},
+        {"typical_p": 0.99, "top_k": 6},
+        {"temperature": 1.7, "typical_p": 0.6, "min_p": 0.05, "top_p": 0.95},
         {"temperature": 2.0, "top_p": 0.8, "top_k": 9, "min_p": 0.2, "repetition_penalty": 1.3},
     ],
     ids=str,
@@ -153,3 +167,22 @@ def test_top_p_applies_after_top_k_and_min_p_1_keeps_the_likeliest_token() -> No
     assert filter_probs(probs, 1.0, min_p=1.0)[0].tolist() == [[1.0, 0.0, 0.0, 0.0]]
     assert filter_probs(probs, 0.55, top_k=2)[0].tolist() == [[1.0, 0.0]]  # top_p applies to the top_k tokens alone
     assert SamplingParams(repetition_penalty=0.01).repetition_penalty == 0.01
+
+
+def test_the_penalties_are_openais() -> None:
+    """OpenAI: mu[j] -> mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence."""
+    logits, counts = torch.randn(2, 5), torch.tensor([[0.0, 1, 2, 0, 5], [0, 0, 0, 0, 0]])
+    for frequency, presence in ((1.5, 0.0), (0.0, 2.0), (-0.5, 0.25)):
+        want = [
+            [mu - c * frequency - float(c > 0) * presence for mu, c in zip(*row, strict=True)]
+            for row in zip(logits.tolist(), counts.tolist(), strict=True)
+        ]
+        got = apply_count_penalties(logits, counts, frequency, presence)
+        assert got.tolist() == [pytest.approx(row, abs=1e-6) for row in want]
+
+
+def test_typical_p_keeps_tokens_that_are_equally_typical_and_at_least_one() -> None:
+    probs = torch.full((1, 4), 0.25)
+    assert filter_probs(probs, 1.0, typical_p=0.1)[0].tolist() == probs.tolist()
+    one = torch.tensor([[0.0, 1.0, 0.0]])
+    assert filter_probs(one, 1.0, typical_p=0.5)[0].tolist() == [[1.0, 0.0, 0.0]]

@@ -142,6 +142,35 @@ def test_a_chat_gets_the_answer_of_chat_completion(client: Client, llama: Llama)
         assert len({(event["id"], event["created"], event["model"]) for event in events}) == 1
 
 
+def test_penalties_and_what_ends_an_answer_are_those_of_the_library(client: Client, llama: Llama) -> None:
+    options: dict[str, Any] = {
+        "temperature": 1.0,
+        "seed": 5,
+        "frequency_penalty": 1.5,
+        "presence_penalty": -0.5,
+        "typical_p": 0.7,
+    }
+    (plain,) = llama.chat_completion([MESSAGES], top_p=1.0, max_gen_len=12, logprobs=True, **options)  # type: ignore[list-item]
+    tokens = [t.token for t in llama.generate_stream([[1, 5]], 12, top_p=1.0, **options)]
+    _, answer = client.post(CHAT, messages=MESSAGES, max_tokens=12, **options)
+    assert answer["choices"][0]["message"]["content"] == plain["generation"]["content"]
+    ends = {"stop_token_ids": [tokens[2], tokens[4]]}
+    for least, n in ((0, 2), (3, None)):
+        (want,) = llama.generate([[1, 5]], 12, top_p=1.0, min_new_tokens=least, **ends, **options)[0]
+        assert n is None or want == tokens[:2]
+        _, answer = client.post(COMPLETION, prompt=[1, 5], max_tokens=12, min_tokens=least, logprobs=0, **ends, **options)
+        (choice,) = answer["choices"]
+        assert answer["usage"]["completion_tokens"] == len(want)
+        assert choice["finish_reason"] == ("stop" if len(want) < 12 else "length")
+        assert len(choice["logprobs"]["tokens"]) == len(want) + (len(want) < 12)  # with the token that ended it
+    bias = {"logit_bias": {str(llama.tokenizer.eos_id): 100}, "temperature": 0}
+    for ignored, (n, reason) in {False: (0, "stop"), True: (4, "length")}.items():
+        _, answer = client.post(COMPLETION, prompt=[1, 5], max_tokens=4, ignore_eos=ignored, logprobs=0, **bias)
+        assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (n, reason)
+    _, answer = client.post(CHAT, messages=[*MESSAGES], min_tokens=40, temperature=0)  # more than the rest of the context
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
 def test_content_in_parts_and_empty_fields_of_earlier_answers_are_accepted(client: Client) -> None:
     parts = [{"type": "text", "text": "What is the "}, {"type": "text", "text": "capital of France?"}]
     answer = {"role": "assistant", "content": "a", "refusal": None, "tool_calls": None, "annotations": []}
@@ -328,10 +357,20 @@ REFUSED: list[tuple[str, dict[str, Any], str, str | None]] = [
         for bad in (-1, 21, 1.0, True, "2")
     ],
     (CHAT, {"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs", None),
-    (CHAT, {"messages": MESSAGES, "frequency_penalty": 0.1}, "frequency_penalty", "unsupported_parameter"),
-    (CHAT, {"messages": MESSAGES, "frequency_penalty": False}, "frequency_penalty", "unsupported_parameter"),
+    *[
+        (CHAT, {"messages": MESSAGES, name: bad}, name, None)
+        for name in ("frequency_penalty", "presence_penalty")
+        for bad in (2.1, -3, False, "1", [1])
+    ],
+    (CHAT, {"messages": MESSAGES, "typical_p": 1.5}, "typical_p", None),
+    *[(CHAT, {"messages": MESSAGES, "min_tokens": bad}, "min_tokens", None) for bad in (-1, 1.5, True, 65)],
+    (COMPLETION, {"prompt": "x", "min_tokens": 17}, "min_tokens", None),
+    (CHAT, {"messages": MESSAGES, "ignore_eos": 1}, "ignore_eos", None),
+    *[
+        (CHAT, {"messages": MESSAGES, "stop_token_ids": bad}, "stop_token_ids", None)
+        for bad in (5, [-1], [384], [True], [5] * 17)
+    ],
     (CHAT, {"messages": MESSAGES, "stop": "x" * 1001}, "stop", None),
-    (CHAT, {"messages": MESSAGES, "presence_penalty": 1}, "presence_penalty", "unsupported_parameter"),
     (CHAT, {"messages": MESSAGES, "temprature": 1}, "temprature", "unknown_parameter"),
     (CHAT, {"messages": MESSAGES, "max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", None),
     (CHAT, {"messages": MESSAGES, "max_tokens": 0}, "max_tokens", None),

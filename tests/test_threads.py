@@ -15,6 +15,7 @@ import torch
 from llama import InputError, Llama, NonFiniteError, SamplingParams, tuning
 from llama.backends.eager import EagerBackend
 from llama.engine import events, scheduler
+from llama.engine.call_options import CallOptions
 from llama.engine.incremental_text import IncrementalText
 from llama.engine.requests import GenerationCall, Request
 
@@ -109,7 +110,7 @@ def test_a_step_that_ends_a_call_while_its_caller_looks_for_events_loses_no_toke
 
 
 def test_events_that_a_step_adds_while_they_are_taken_are_taken_next(llama: Llama) -> None:
-    call = events.RunningCall(llama._requests.from_tokens([[1, 5]], 4, None, SamplingParams()), 1, None)  # type: ignore[arg-type]
+    call = events.RunningCall(llama._requests.from_tokens([[1, 5]], CallOptions(max_gen_len=4)), 1)
     first, second, list_of_step = (*(events.Event(None, i) for i in range(2)), call.events)
     list_of_step.append(first)
     assert call.take_events() == [first]

@@ -45,6 +45,7 @@ class Conversation:
         self.stop = (*stop, *SPECIAL_TAGS)
         # The options that `set_option` changes. Without a seed, the generator that `Llama.build` has seeded is used.
         self.options: dict[str, Any] = {**asdict(SamplingParams(**sampling)), "max_gen_len": max_gen_len, "seed": None}
+        del self.options["logit_bias"]  # a mapping, which cannot be typed
 
     def dialog(self) -> list[Message]:
         """Return the conversation so far as a list of messages, in the form that `chat_completion` takes."""

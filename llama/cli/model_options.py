@@ -50,7 +50,12 @@ def sampling_parser() -> argparse.ArgumentParser:
     sampling.add_argument(
         "--min_p", type=float, default=0.0, metavar="X", help="least probability, relative to the likeliest token's; default: 0"
     )
+    sampling.add_argument(
+        "--typical_p", type=float, default=1.0, metavar="X", help="probability of the most typical tokens; default: 1, all"
+    )
     sampling.add_argument("--repetition_penalty", type=float, default=1.0, metavar="X", help="default: 1, none")
+    sampling.add_argument("--frequency_penalty", type=float, default=0.0, metavar="X", help="-2 to 2; default: 0, none")
+    sampling.add_argument("--presence_penalty", type=float, default=0.0, metavar="X", help="-2 to 2; default: 0, none")
     sampling.add_argument(
         "--stop",
         action="append",
@@ -81,7 +86,8 @@ def build_model(args: argparse.Namespace, max_batch_size: int) -> Llama:
 
 def call_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options for text generation from the flags. Invalid options raise now, before a model is loaded."""
-    options = {field.name: getattr(args, field.name) for field in fields(SamplingParams)}
+    names = [field.name for field in fields(SamplingParams) if field.name != "logit_bias"]  # tokens have no flags
+    options = {name: getattr(args, name) for name in names}
     options |= {"max_gen_len": args.max_gen_len, "stop": tuple(args.stop)}
     validate_options(**options)
     return options

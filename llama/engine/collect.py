@@ -8,7 +8,7 @@ from ..errors import InputError
 from ..sampling import SamplingParams
 from ..tokenizer import Tokenizer
 from .incremental_text import IncrementalText
-from .requests import GeneratedToken, GenerationCall
+from .requests import GeneratedToken, GenerationCall, Request
 from .results import GenerationResult
 from .stream import end_text, push_token
 
@@ -86,28 +86,20 @@ def results_of_replaced_generate(
     if call.top_logprobs:
         raise InputError("generate has been replaced, and returns no top_logprobs; leave top_logprobs out")
     asked = [request for request in call.requests if request.prompt]
-    defaults = SamplingParams()
-    options = {
-        name: value
-        for name, value in vars(call.sampling).items()
-        if name not in ("temperature", "top_p") and value != getattr(defaults, name)
-    }
-    if any(request.seed is not None for request in asked):
-        options["seed"] = [request.seed for request in asked]
     tokens, logprobs = generate(
         prompt_tokens=[request.prompt for request in asked],
         max_gen_len=max((request.max_new_tokens for request in asked), default=0),
-        temperature=call.sampling.temperature, top_p=call.sampling.top_p,
-        logprobs=call.logprobs, **({"echo": True} if call.echo else {}), **options,
+        logprobs=call.logprobs, **({"echo": True} if call.echo else {}), **_options_of(call, asked),
     )  # fmt: skip
     returned = dict(zip(map(id, asked), zip(tokens, logprobs or [[] for _ in tokens], strict=True), strict=True))
     results = []
     for request in call.requests:
-        result, text = GenerationResult(request), IncrementalText(tokenizer, call.stop or ())
+        result, text = GenerationResult(request), IncrementalText(tokenizer, request.stop)
         if request.continues_prompt and not call.echo:
             text.begin(request.prompt)
         own_tokens, own_logprobs = returned.get(id(request), ([], []))
-        result.tokens, result.logprobs = list(own_tokens), list(own_logprobs)
+        limit = request.max_new_tokens + (len(request.prompt) if call.echo else 0)
+        result.tokens, result.logprobs = list(own_tokens)[:limit], list(own_logprobs)[:limit]
         for n, token in enumerate(result.tokens, 1):
             result.text += text.push(token)
             if text.stopped:
@@ -120,3 +112,20 @@ def results_of_replaced_generate(
         )
         results.append(result)
     return results
+
+
+def _options_of(call: GenerationCall, asked: list[Request]) -> dict[str, Any]:
+    """Return the options for a replaced `generate`: one value if all requests have the same, otherwise one for each request."""
+    defaults: dict[str, Any] = {**vars(SamplingParams()), "min_new_tokens": 0, "logits_processor": None}
+    options: dict[str, Any] = {}
+    for name, default in defaults.items():
+        values = [getattr(request if hasattr(request, name) else request.sampling, name) for request in asked]
+        values = values or [default]
+        equal = values.count(values[0]) == len(values)
+        if not equal or values[0] != default or name in ("temperature", "top_p"):
+            options[name] = values[0] if equal else values
+    if any(request.seed is not None for request in asked):
+        options["seed"] = [request.seed for request in asked]
+    if call.stop_token_ids:
+        options["stop_token_ids"] = [*call.stop_token_ids]
+    return options | ({"ignore_eos": True} if call.ignore_eos else {})

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .backend import Backend
-from .decode_state import SamplingOptions
 from .requests import FinishReason, GeneratedToken, GenerationCall, Request
 from .shared_state import ended_early
 
@@ -26,7 +25,6 @@ class RunningCall:
 
     call: GenerationCall
     n_unfinished: int  # number of requests that wait or run
-    options: SamplingOptions
     events: list[Event] = field(default_factory=list)
     error: BaseException | None = None
     cancelled: bool = False  # True if the caller takes no more events

@@ -37,7 +37,7 @@ class IncrementalText:
     @staticmethod
     def of_answer(call: GenerationCall, request: Request, tokenizer: Tokenizer) -> "IncrementalText":
         """Return the text of a request's answer before its first token."""
-        text = IncrementalText(tokenizer, call.stop or ())
+        text = IncrementalText(tokenizer, request.stop)
         if call.echo or request.continues_prompt:
             text.begin(request.prompt)
         return text

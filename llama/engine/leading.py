@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -25,8 +25,8 @@ from ..distributed.failures import error_text, propagate_failure
 from ..errors import InputError, LlamaError, NonFiniteError
 from ..sampling import Sampler, sample_top_p
 from .backend import Backend
-from .decode_state import SamplingOptions
 from .events import RunningCall, RunningCalls
+from .logits_processors import on_rank0
 from .prefill import score_sequences, states_of_layers
 from .requests import FinishReason, GenerationCall, ScoringRequest
 from .scheduler import Scheduler
@@ -76,8 +76,11 @@ class MirroredScheduler(Scheduler):
         return None  # rank 0 decides, before it sends anything
 
     def fail_row(self, row: int, error: BaseException) -> None:
-        """End a call whose logits are not finite, as they are on all ranks. Raise any other error, as it is of this rank."""
-        if not isinstance(error, NonFiniteError):
+        """End a call whose logits are not finite, or whose logits processor has failed. Both are so on all ranks.
+
+        Raise any other error, as it is of this rank.
+        """
+        if not isinstance(error, (NonFiniteError, InputError)):
             raise error
         super().fail_row(row, error)
 
@@ -90,8 +93,8 @@ class Mirror:
         self.scheduler: MirroredScheduler | None = None
         self.calls: dict[int, RunningCall] = {}
 
-    def step(self, news: StepNews, samplers: Mapping[int, Sampler]) -> MirroredScheduler:
-        """Apply the news and run a step, as all ranks do. Return the scheduler. samplers: of new calls, by their numbers."""
+    def step(self, news: StepNews, led: Mapping[int, "LedCall"]) -> MirroredScheduler:
+        """Apply the news and run a step, as all ranks do. Return the scheduler. led: on rank 0, its calls by their numbers."""
         engine = self.engine
         if news.begins is not None or self.scheduler is None:
             self.calls = {}
@@ -101,7 +104,10 @@ class Mirror:
         for number in news.ended:
             self.calls.pop(number).cancelled = True
         for number, packed in news.calls:
-            call = GenerationCall(**pickle.loads(packed), sampler=samplers.get(number, sample_top_p))
+            sampler = led[number].guard if number in led else None
+            call = GenerationCall(**pickle.loads(packed), sampler=sampler or sample_top_p)
+            for request, original in zip(call.requests, led[number].call.requests if number in led else (), strict=False):
+                request.logits_processor = original.logits_processor
             self.calls[number] = self.scheduler.submit(call)
         for number, index, reason in news.finished:
             self.calls[number].call.requests[index].finish_reason = reason
@@ -146,10 +152,11 @@ class LeadingScheduler(RunningCalls):
         self.mirrored: MirroredScheduler | None = None  # None before the first step
 
     def submit(self, call: GenerationCall) -> LedCall:
-        packed = pickle.dumps({field.name: getattr(call, field.name) for field in fields(call) if field.name != "sampler"})
+        requests = [replace(each, logits_processor=each.logits_processor and on_rank0) for each in call.requests]
+        contents = {field.name: getattr(call, field.name) for field in fields(call) if field.name != "sampler"}
+        packed = pickle.dumps(contents | {"requests": requests})
         guard = None if call.sampler is sample_top_p else GuardedSampler(call.sampler)
-        number, options = next(self.leader.numbers), SamplingOptions(call.sampling)
-        led_call = LedCall(call, len(call.requests), options, number=number, packed=packed, guard=guard)
+        led_call = LedCall(call, len(call.requests), number=next(self.leader.numbers), packed=packed, guard=guard)
         self.calls.append(led_call)
         return led_call
 
@@ -170,9 +177,9 @@ class LeadingScheduler(RunningCalls):
         if self.idle:
             return
         news, calls = self._take_news()
-        samplers = {call.number: call.guard for call in calls if call.guard and call.mirrored is None}
+        new = {call.number: call for call in calls if call.mirrored is None}
         self.leader.sender.send(b"" if news == StepNews() else pickle.dumps(news))
-        self.mirrored = self.leader.mirror.step(news, samplers)
+        self.mirrored = self.leader.mirror.step(news, new)
         for call in calls:
             self._hand_over(call)
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from ..model import Attention, Transformer
-from ..sampling import bias_of_tokens, ranked_logprobs
+from ..sampling import ranked_logprobs
 from .checks import check_logprobs, device_of, nonfinite_logits_error
-from .decode_state import DecodeState, SamplingOptions
+from .decode_state import DecodeState, sampling_options
+from .logits_processors import ProcessedRow
 from .requests import GeneratedToken, GenerationCall, Request, TokenScore, token_score
 from .shared_state import CacheOwner, SharedState, ended_early
 
@@ -32,8 +33,6 @@ class ReferenceLoop:
         self.batch: list[int] = []  # for each row, the index of its request
         self.tokens = torch.zeros(0, 0, dtype=torch.int64, device="cpu")  # tokens of prompts and answers, one row each
         self.state = DecodeState(0, 0, device_of(model))
-        seeded = any(request.seed is not None for request in call.requests)
-        self.options = SamplingOptions(call.sampling, call.sampler, seeded)
         shared.owner = self.owner = CacheOwner(call.name)
         move_buffers(model)
 
@@ -51,7 +50,7 @@ class ReferenceLoop:
         prompt_tokens = [] if self.running else self.begin_batch()
         requests, end = [self.requests[index] for index in self.batch], self.end
         logits = self.model.forward(self.tokens[:, self.start : end], self.start)[..., : self.n_words].float()
-        self.state.logits, self.state.positions = logits[:, -1], torch.full_like(self.state.positions, end)
+        self.state.logits = logits[:, -1]
         if self.call.scores_prompts:
             following = self.tokens[:, self.start + 1 : end + 1]
             logits = logits[:, : following.shape[1]]
@@ -83,8 +82,6 @@ class ReferenceLoop:
         self.tokens = self.tokens.to(device)
         self.start, self.end = 0, min(len(r.prompt) for r in requests)
         self.state = DecodeState(len(requests), 0, device)
-        if self.options.seeded:
-            self.state.seeds = torch.tensor([r.seed for r in requests], dtype=torch.int64, device=device)
         if not self.call.scores_prompts:
             return []
         first = TokenScore(0.0, [] if self.call.top_logprobs else None)
@@ -100,16 +97,10 @@ class ReferenceLoop:
 
     def sample(self, requests: list[Request], end: int) -> None:
         """Sample a token at position `end` for each row. A row whose prompt has a token at `end` keeps the prompt token."""
-        if self.call.sampling.logit_bias and self.state.bias is None:
-            bias = bias_of_tokens(self.call.sampling.logit_bias, self.state.logits.shape[1])
-            self.state.bias = bias.to(self.state.logits.device).expand_as(self.state.logits)
-        if self.call.sampling.repetition_penalty != 1:
-            logits = self.state.logits
-            self.state.seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-            for row, request in enumerate(requests):
-                self.state.seen[row, self.tokens[row, :end]] = True
-                self.state.seen[row, request.prompt] = True
-        tokens, largest = self.state.sample(self.options)
+        self.update_state(requests, end)
+        tokens, largest = self.state.sample()
+        for _, failure in self.state.failures:
+            raise failure
         scores = self.scores(self.state.logits, tokens)
         largest_logits, sampled = largest.tolist(), tokens.tolist()
         for row, (index, request) in enumerate(zip(self.batch, requests, strict=True)):
@@ -120,16 +111,33 @@ class ReferenceLoop:
             if not math.isfinite(largest_logits[row]):
                 raise nonfinite_logits_error(self.model, request, request.num_new_tokens, end)
             self.tokens[row, end] = sampled[row]
-            if sampled[row] == self.call.stop_token:
+            if sampled[row] in self.call.end_tokens:
                 request.finish_reason = "stop"
-            if sampled[row] != self.call.stop_token or self.call.include_eos:
+            if sampled[row] not in self.call.end_tokens or self.call.include_eos:
                 self.sampled.append(GeneratedToken(index, sampled[row], *scores[row]))
+
+    def update_state(self, requests: list[Request], end: int) -> None:
+        """Let the state of the batch hold the tokens before position `end`, instead of those that it has sampled.
+
+        Rows keep the options of their requests until the batch ends, so that all are sampled each time, as in the reference.
+        """
+        state, n = self.state, len(requests)
+        if not state.options:
+            state.admit([*range(n)], requests, [sampling_options(self.call, r) for r in requests], state.logits)
+        state.positions = torch.full_like(state.positions, end)
+        for row, request in enumerate(requests):
+            state.set_answer(row, request.prompt, self.tokens[row, len(request.prompt) : end])
+        state.processed = {
+            row: ProcessedRow(request.logits_processor, request.label, self.tokens[row, :end].tolist())
+            for row, request in enumerate(requests)
+            if request.logits_processor and row in self.running and len(request.prompt) <= end and not request.finish_reason
+        }
 
     def emit_tokens(self) -> Iterator[GeneratedToken]:
         """Yield the sampled tokens. A consumer sets the `finish_reason` of a request to end its answer."""
         for token in self.sampled:
             request = self.requests[token.prompt_index]
-            request.num_new_tokens += token.token != self.call.stop_token
+            request.num_new_tokens += token.token not in self.call.end_tokens
             yield token
             if request.num_new_tokens == request.max_new_tokens and not request.finish_reason:
                 request.finish_reason = "length"

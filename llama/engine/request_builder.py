@@ -1,15 +1,14 @@
 """Check the arguments of a call, and build requests from tokens, texts or dialogs."""
 
 import numbers
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..chat import Dialog, check_dialog, continues_answer, encode_dialog, is_unsafe
-from ..errors import InputError, check_flag, describe, short_traceback
-from ..sampling import SamplingParams, check_bias_tokens
+from ..errors import InputError, check_flag, describe
 from ..tokenizer import Tokenizer, check_text
+from .call_options import CallOptions, PromptOptions, to_list
 from .checks import common_prefix_length
-from .incremental_text import check_stop
 from .requests import GenerationCall, Request, ScoringRequest
 
 
@@ -17,18 +16,6 @@ def partition_by_length(lengths: list[int], n_replicas: int) -> list[list[int]]:
     """Divide prompts of these lengths evenly among replicas. Return the sorted indices of each replica's prompts."""
     by_length = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [sorted(by_length[replica::n_replicas]) for replica in range(n_replicas)]
-
-
-def to_list(values: Iterable[Any], name: str, expected: str) -> list[Any]:
-    """Return the items of a list, tuple, generator, array or tensor. Raise InputError for anything else.
-
-    name: name of the argument in the error. expected: description of a valid value, also for the error.
-    """
-    if isinstance(values, Iterable) and not isinstance(values, (str, bytes, bytearray, Mapping, Set)):
-        items = values.tolist() if hasattr(values, "tolist") else list(values)
-        if isinstance(items, list):  # tolist() of a 0-dimensional array or tensor returns a single value
-            return items
-    raise InputError(f"{name} is {describe(values)}; it must be {expected}")
 
 
 def check_texts(texts: Iterable[str], name: str, label: str | None = None) -> tuple[list[str], list[str]]:
@@ -75,52 +62,6 @@ def check_tokens(tokens: list[Any], label: str, tokenizer: Tokenizer) -> None:
             raise InputError(f"{label}: {describe(token)} is no token; tokens are whole numbers from 0 to {last}")
 
 
-def check_max_gen_len(max_gen_len: int) -> None:
-    """Raise InputError unless max_gen_len is a whole number, 0 or more."""
-    if isinstance(max_gen_len, bool) or not isinstance(max_gen_len, numbers.Integral) or int(max_gen_len) < 0:
-        raise InputError(f"max_gen_len is {describe(max_gen_len)}; it must be a whole number, 0 or more")
-
-
-@short_traceback
-def validate_options(
-    max_gen_len: int | None = None,
-    stop: str | Sequence[str] | None = (),
-    seed: int | None = None,
-    **sampling: Any,
-) -> None:
-    """Check options without a model: raise InputError if a call would reject them. sampling: arguments of `SamplingParams`.
-
-    None means the default of each option.
-    """
-    SamplingParams(**sampling)
-    check_stop(stop)
-    normalize_seeds(seed, 1)
-    if max_gen_len is not None:
-        check_max_gen_len(max_gen_len)
-
-
-def normalize_seeds(seed: int | Iterable[int] | None, n_prompts: int) -> list[int] | list[None]:
-    """Return a seed for each prompt, as a signed 64-bit integer, or None for each prompt if `seed` is None.
-
-    seed: one seed for all prompts, or one for each prompt. Raise InputError for an invalid seed or a wrong number of seeds.
-    """
-    if seed is None:
-        return [None] * n_prompts
-    one_per_prompt = isinstance(seed, Iterable) and not isinstance(seed, (str, bytes))
-    seeds: list[Any] = [seed]
-    if one_per_prompt:
-        seeds = to_list(seed, "seed", "a whole number, or one for each prompt")  # type: ignore[arg-type]
-    for value in seeds:
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not -(2**63) <= int(value) < 2**64:
-            raise InputError(
-                f"seed is {describe(value)}; it must be a whole number from -2**63 to 2**64 - 1, or one for each prompt"
-            )
-    if one_per_prompt and len(seeds) != n_prompts:
-        raise InputError(f"{len(seeds)} seeds, but {n_prompts} prompts; give one seed, or one for each prompt")
-    signed = [(int(value) + 2**63) % 2**64 - 2**63 for value in seeds]
-    return signed if one_per_prompt else signed * n_prompts
-
-
 class RequestBuilder:
     """Check the arguments of calls, and build their requests. No model is needed."""
 
@@ -130,15 +71,12 @@ class RequestBuilder:
     def from_tokens(
         self,
         prompts: Iterable[Iterable[int]],
-        max_gen_len: int | None,
-        seed: int | Iterable[int] | None,
-        sampling: SamplingParams,
+        options: CallOptions,
         logprobs: bool | None = False,
         echo: bool | None = False,
         stop_token: int | None = None,
         top_logprobs: int | None = 0,
         include_eos: bool | None = False,
-        stop: str | Sequence[str] | None = (),
     ) -> GenerationCall:
         """Build a `GenerationCall` from prompts given as tokens. stop_token: token that ends an answer, in place of EOS."""
         n_words = self.tokenizer.n_words
@@ -147,23 +85,20 @@ class RequestBuilder:
             raise InputError(
                 f"stop_token is {describe(stop_token)}; it must be a token, from 0 to {n_words - 1}, or None for EOS"
             )
+        if stop_token is not None and options.ignores_eos():
+            raise InputError(f"stop_token={stop_token} stands in for EOS, which ignore_eos=True ignores; leave one of them out")
         prompt_list = to_list(prompts, "prompt_tokens", "a list of lists of tokens")
         prompt_labels = labels("prompt {}", prompt_list)
         rows = [to_list(prompt, label, "a list of tokens") for prompt, label in zip(prompt_list, prompt_labels, strict=True)]
-        check_bias_tokens(sampling.logit_bias, n_words)
-        requests = self._requests(rows, prompt_labels, max_gen_len, normalize_seeds(seed, len(rows)))
-        return GenerationCall(
-            requests, sampling, logprobs, echo, check_stop(stop) or None,
-            stop_token=None if stop_token is None else int(stop_token), top_logprobs=top_logprobs, include_eos=include_eos,
+        return self._call(
+            rows, prompt_labels, options, logprobs=logprobs, echo=echo, top_logprobs=top_logprobs, include_eos=include_eos,
+            stop_token=None if stop_token is None else int(stop_token),
         )  # fmt: skip
 
     def from_texts(
         self,
         prompts: Iterable[str | Iterable[int]],
-        max_gen_len: int | None,
-        seed: int | Iterable[int] | None,
-        sampling: SamplingParams,
-        stop: str | Sequence[str] | None,
+        options: CallOptions,
         logprobs: bool | None = False,
         echo: bool | None = False,
         details: bool | None = False,
@@ -172,21 +107,18 @@ class RequestBuilder:
         keep_space: bool | None = False,
     ) -> GenerationCall:
         """Build a `GenerationCall` from prompts given as texts or tokens. keep_space: see `Llama`."""
-        check_bias_tokens(sampling.logit_bias, self.tokenizer.n_words)
         check_flag(keep_space, "keep_space")
         encoded, text_labels = self._encode_each(prompts, "prompts", label)
-        requests = self._requests(encoded, text_labels, max_gen_len, normalize_seeds(seed, len(encoded)))
-        for request in requests:
-            request.continues_prompt = bool(keep_space)
-        return GenerationCall(requests, sampling, logprobs, echo, check_stop(stop), details, top_logprobs=top_logprobs)
+        continued = [bool(keep_space)] * len(encoded)
+        return self._call(
+            encoded, text_labels, options, continued, logprobs=logprobs, echo=echo, stop=(), details=details,
+            top_logprobs=top_logprobs,
+        )  # fmt: skip
 
     def from_dialogs(
         self,
         dialogs: Iterable[Dialog],
-        max_gen_len: int | None,
-        seed: int | Iterable[int] | None,
-        sampling: SamplingParams,
-        stop: str | Sequence[str] | None,
+        options: CallOptions,
         logprobs: bool | None = False,
         details: bool | None = False,
         top_logprobs: int | None = 0,
@@ -195,22 +127,18 @@ class RequestBuilder:
     ) -> GenerationCall:
         """Build a `GenerationCall` from dialogs. continue_answer: see `Llama`.
 
-        A dialog that contains special tags such as [INST] gets an empty request that is already finished.
+        A dialog that contains special tags such as [INST] gets empty requests that are already finished.
         """
-        check_bias_tokens(sampling.logit_bias, self.tokenizer.n_words)
         check_flag(continue_answer, "continue_answer")
         dialogs = to_list(dialogs, "dialogs", "a list of dialogs, as in [dialog]")
         dialog_labels = labels(label, dialogs)
         for dialog_label, dialog in zip(dialog_labels, dialogs, strict=True):
             check_dialog(dialog, dialog_label, continue_answer)
-        seeds, safe = normalize_seeds(seed, len(dialogs)), [i for i, dialog in enumerate(dialogs) if not is_unsafe(dialog)]
-        encoded = [encode_dialog(self.tokenizer, dialogs[i]) for i in safe]
-        safe_requests = self._requests(encoded, [dialog_labels[i] for i in safe], max_gen_len, [seeds[i] for i in safe])
-        requests = [Request([], 0, finish_reason="stop") for _ in dialogs]
-        for i, request in zip(safe, safe_requests, strict=True):
-            requests[i] = request
-            request.continues_prompt = continues_answer(dialogs[i])
-        return GenerationCall(requests, sampling, logprobs, False, check_stop(stop), details, top_logprobs=top_logprobs)
+        encoded = [None if is_unsafe(dialog) else encode_dialog(self.tokenizer, dialog) for dialog in dialogs]
+        continued = [continues_answer(dialog) for dialog in dialogs]
+        return self._call(
+            encoded, dialog_labels, options, continued, logprobs=logprobs, stop=(), details=details, top_logprobs=top_logprobs
+        )
 
     def for_infilling(
         self, prefixes: Iterable[str], suffixes: Iterable[str], suffix_first: bool | None
@@ -332,13 +260,42 @@ class RequestBuilder:
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, bos=True, eos=False)
 
-    def _requests(
-        self, prompts: list[list[int]], prompt_labels: list[str], max_gen_len: int | None, seeds: Sequence[int | None]
-    ) -> list[Request]:
-        check_prompts(prompts, prompt_labels, self.tokenizer, self.max_seq_len)
-        limit = self.max_seq_len if max_gen_len is None else max_gen_len
-        check_max_gen_len(limit)
-        return [  # int() converts NumPy integers to Python integers
-            Request([int(token) for token in prompt], min(int(limit), self.max_seq_len - len(prompt)), seed, label)
-            for prompt, label, seed in zip(prompts, prompt_labels, seeds, strict=True)
-        ]
+    def _call(
+        self,
+        prompts: Sequence[list[int] | None],
+        prompt_labels: list[str],
+        options: CallOptions,
+        continued: Sequence[bool] = (),
+        **call_options: Any,
+    ) -> GenerationCall:
+        """Build a `GenerationCall`. prompts: the tokens of each; None for a dialog that is refused.
+
+        continued: for each prompt, `Request.continues_prompt`; by default, no answer continues its prompt.
+        """
+        safe = [(prompt, label) for prompt, label in zip(prompts, prompt_labels, strict=True) if prompt is not None]
+        check_prompts([prompt for prompt, _ in safe], [label for _, label in safe], self.tokenizer, self.max_seq_len)
+        n, n_words = options.n_answers(), self.tokenizer.n_words
+        options.check_tokens(n_words)
+        requests = []
+        for prompt, label, own in zip(prompts, prompt_labels, options.of_prompts(len(prompts)), strict=True):
+            requests += self._requests_of_prompt(prompt, label, own, n)
+        for request, continues in zip(requests, [each for each in continued for _ in range(n)], strict=False):
+            request.continues_prompt = continues
+        call = GenerationCall(requests, stop_token_ids=options.stop_token_ids, ignore_eos=options.ignores_eos(), **call_options)
+        if len(call.end_tokens) >= n_words - 1 and any(request.min_new_tokens for request in requests):
+            raise InputError("stop_token_ids has all tokens, and min_new_tokens lets none of them be chosen; leave one out")
+        return call
+
+    def _requests_of_prompt(self, prompt: list[int] | None, label: str, options: PromptOptions, n: int) -> list[Request]:
+        """Return the requests for n answers to one prompt."""
+        if prompt is None:
+            return [Request([], 0, finish_reason="stop") for _ in range(n)]
+        tokens, room = [int(token) for token in prompt], self.max_seq_len - len(prompt)  # int() converts NumPy's integers
+        limit = room if options.max_gen_len is None else min(options.max_gen_len, room)
+        return [
+            Request(
+                tokens, limit, options.seed_of_answer(i), label, sampling=options.sampling, stop=options.stop,
+                min_new_tokens=options.min_new_tokens, logits_processor=options.logits_processor,
+            )
+            for i in range(n)
+        ]  # fmt: skip

@@ -3,10 +3,12 @@
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from ..errors import InputError, check_flag, describe
 from ..sampling import Sampler, SamplingParams, sample_top_p
+from .logits_processors import LogitsProcessor
 
 FinishReason = Literal["stop", "length"]
 TopTokens = list[tuple[int, float]]  # the likeliest tokens at a position with their log probabilities, likeliest first
@@ -75,6 +77,11 @@ class Request:
     seed: int | None = None
     label: str = "the prompt"  # name of the prompt in errors
     continues_prompt: bool = False  # True if the answer's text keeps the space at its start, so that it continues the prompt's
+    # Options that the requests of a call may have of their own. `GenerationCall` replaces None by those of the call.
+    sampling: SamplingParams = None  # type: ignore[assignment]
+    stop: Sequence[str] = None  # type: ignore[assignment]
+    min_new_tokens: int = 0  # before this number of new tokens, no token that ends an answer is sampled
+    logits_processor: LogitsProcessor | None = field(default=None, repr=False)  # its repr may differ between ranks
     # If the call has `score_only`: index of the first prompt token to score, and the token after the prompt, scored as well.
     score_from: int | None = None
     next_token: int | None = None
@@ -89,12 +96,15 @@ class GenerationCall:
     """The requests of one call, and the options that all of them share. The options are validated, and equal on all ranks."""
 
     requests: list[Request]
-    sampling: SamplingParams
+    sampling: SamplingParams = field(default_factory=SamplingParams)  # of requests that have none of their own
     logprobs: bool | None = False
     echo: bool | None = False
-    stop: Sequence[str] | None = None  # stop strings; None if the call returns tokens, not text
+    # Stop strings of requests that have none of their own; None if the call returns tokens, not text.
+    stop: Sequence[str] | None = None
     details: bool | None = False
     stop_token: int | None = None  # token that ends an answer; None for EOS
+    stop_token_ids: tuple[int, ...] = ()  # further tokens that end an answer
+    ignore_eos: bool = False  # True if only `stop_token_ids` end an answer
     # Function that samples tokens, given probabilities (B, vocab) and top_p. Greedy sampling does not use this function.
     sampler: Sampler = field(default=sample_top_p, repr=False)
     top_logprobs: int | None = 0  # how many of the likeliest tokens to return for each token
@@ -110,6 +120,20 @@ class GenerationCall:
         if n_top and not self.logprobs:
             raise InputError(f"top_logprobs={n_top} is for logprobs=True; give both, or leave top_logprobs out")
         object.__setattr__(self, "top_logprobs", n_top)
+        for request in self.requests:
+            request.sampling = request.sampling or self.sampling
+            request.stop = (self.stop or ()) if request.stop is None else request.stop
+
+    @property
+    def has_stops(self) -> bool:
+        """Return True if a stop string may end an answer."""
+        return any(request.stop for request in self.requests)
+
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """Return the tokens that end an answer."""
+        first = () if self.ignore_eos or self.stop_token is None else (self.stop_token,)
+        return frozenset((*first, *self.stop_token_ids))
 
     @property
     def scores_prompts(self) -> bool:

@@ -24,7 +24,7 @@ from ..sampling import ranked_logprobs
 from . import async_copy
 from .backend import Backend, DecodeFn
 from .checks import check_logprobs, nonfinite_logits_error
-from .decode_state import DecodeState, SamplingOptions
+from .decode_state import DecodeState, sampling_options
 from .events import Event, RunningCall, RunningCalls, RunningRequest
 from .forward import EngineForward
 from .prefill import Prefill, PrefillRow, share_prefix
@@ -73,9 +73,7 @@ class Scheduler(RunningCalls):
         self.shows_progress = False
 
     def submit(self, call: GenerationCall) -> RunningCall:
-        seeded = any(request.seed is not None for request in call.requests)
-        options = SamplingOptions(call.sampling, call.sampler, seeded)
-        running_call = RunningCall(call, len(call.requests), options)
+        running_call = RunningCall(call, len(call.requests))
         max_rows = self.model.params.max_batch_size
         if not self.calls and len(call.requests) > max_rows:
             self.shows_progress = True
@@ -285,7 +283,8 @@ class Scheduler(RunningCalls):
                 self.prefixes.take(place.row, place.source, place.start, [])
                 place.source = None
         admitted = [self.running[row] for row in rows]
-        requests, options = [each.request for each in admitted], [each.running_call.options for each in admitted]
+        requests = [each.request for each in admitted]
+        options = [sampling_options(each.running_call.call, each.request) for each in admitted]
         self.state.admit(rows, requests, options, self.forward.logits(prefill.last_hidden))
         for place, each in zip(prefill.rows, admitted, strict=True):
             if place.score_from is not None:
@@ -331,6 +330,7 @@ class Scheduler(RunningCalls):
             self.run_pending_step()
         state.advance()
         self.tokens, largest_logits, *values = to_host()
+        state.record(self.tokens)
         free = [row for row in range(self.n_rows) if row not in self.running]
         self.zero_nonfinite_rows(free, [largest_logits[row] for row in free])
         for row, each in sorted(decoding.items()):
@@ -342,7 +342,7 @@ class Scheduler(RunningCalls):
             call, events = each.running_call.call, each.running_call.events
             score = token_score(values, row, call.top_logprobs or 0) if call.logprobs else TokenScore()
             token = GeneratedToken(each.index, self.tokens[row], *score)
-            if token.token == call.stop_token:
+            if token.token in call.end_tokens:
                 events.append(Event(token if call.include_eos else None, each.index, finish_reason="stop"))
                 self.release(row)
                 continue

@@ -97,10 +97,8 @@ class Answer:
         self.finish_reason: FinishReason | None = None
         self.ended = self.prompt_counted = False
         self.created = time.monotonic()
-        seed = None if job.seed is None else (job.seed + index + 2**63) % 2**64 - 2**63
-        options = {**vars(job.sampling), "seed": seed, "logprobs": job.logprobs, "top_logprobs": job.top_logprobs}
-        if not job.is_chat:  # OpenAI's format has the end of a completion among the tokens of its log probabilities
-            options |= {"echo": job.echo, "include_eos": job.logprobs}
+        self.end_tokens = {*job.stop_token_ids} if job.ignore_eos else {self.tokenizer.eos_id, *job.stop_token_ids}
+        options = job.options(index, self.limit)
         self.tokens = llama.agenerate_stream([self.prompt], self.limit, **options) if self.prompt else None
         metrics.in_flight += 1  # last: an answer that could not be made is never ended
 
@@ -127,7 +125,7 @@ class Answer:
                     if n_echoed == len(self.prompt):
                         yield Piece(prompt_text, prompt_logprobs)
                     continue
-                if token.token == self.tokenizer.eos_id:
+                if token.token in self.end_tokens:
                     yield Piece("", [texts.push(token)])
                     break
                 if not self.new_tokens:

@@ -21,12 +21,12 @@ from ..tokenizer import Tokenizer, check_text
 MAX_STOPS = 16  # stop strings of a request
 MAX_STOP_LENGTH = 1000  # letters of a stop string: the time to look for one in a text grows with the square of its length
 MAX_LEGACY_LOGPROBS = 5  # `logprobs` of /v1/completions
-OUR_OPTIONS = ("top_k", "min_p", "repetition_penalty")  # sampling options that OpenAI's format does not have
+OPENAI_OPTIONS = {"temperature": 1.0, "top_p": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}  # with OpenAI's defaults
+OUR_OPTIONS = ("top_k", "min_p", "typical_p", "repetition_penalty")  # sampling options that OpenAI's format does not have
 
 # Fields of OpenAI's format that are not supported, each with the values that ask for nothing. null is always such a value.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,), "presence_penalty": (0,), "metadata": ({},), "store": (False,),
-    "service_tier": ("auto", "default"),
+    "metadata": ({},), "store": (False,), "service_tier": ("auto", "default"),
 }  # fmt: skip
 UNSUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = UNSUPPORTED | {
     "tools": ([],), "tool_choice": ("none",), "parallel_tool_calls": (), "functions": ([],), "function_call": ("none",),
@@ -68,6 +68,9 @@ class Job:
     sampling: SamplingParams
     seed: int | None
     stop: tuple[str, ...]
+    min_tokens: int
+    ignore_eos: bool
+    stop_token_ids: tuple[int, ...]
     logprobs: bool
     top_logprobs: int
     echo: bool
@@ -80,6 +83,17 @@ class Job:
     @property
     def n_answers(self) -> int:
         return self.n * len(self.prompts)
+
+    def options(self, index: int, limit: int) -> dict[str, Any]:
+        """Return the options of the answer with an index, which gets at most `limit` tokens, for `Llama.agenerate_stream`."""
+        options = {
+            **vars(self.sampling), "logprobs": self.logprobs, "top_logprobs": self.top_logprobs,
+            "seed": None if self.seed is None else (self.seed + index + 2**63) % 2**64 - 2**63,
+            "min_new_tokens": min(self.min_tokens, limit), "ignore_eos": self.ignore_eos, "stop_token_ids": self.stop_token_ids,
+        }  # fmt: skip
+        if not self.is_chat:  # OpenAI's format has the end of a completion among the tokens of its log probabilities
+            options |= {"echo": self.echo, "include_eos": self.logprobs}
+        return options
 
 
 @dataclass(frozen=True)
@@ -175,6 +189,7 @@ def parse_chat(raw: bytes, served: ServedModel) -> Job:
     options = _take_options(body, served, [prompt], "messages")
     body.end(UNSUPPORTED_IN_CHAT)
     max_tokens = min(given, default=served.max_seq_len)
+    _check_least(options["min_tokens"], max_tokens)
     return Job(
         True, max_tokens=max_tokens, logprobs=logprobs, top_logprobs=top_logprobs, echo=False,
         continues_prompt=continues_answer(dialog), **options,
@@ -213,6 +228,7 @@ def parse_completion(raw: bytes, served: ServedModel) -> Job:
     echo = body.take_flag("echo")
     options = _take_options(body, served, prompts, "prompt")
     body.end(UNSUPPORTED_IN_COMPLETIONS)
+    _check_least(options["min_tokens"], max_tokens)
     return Job(
         False, max_tokens=max_tokens, logprobs=logprobs is not None, top_logprobs=logprobs or 0, echo=echo,
         continues_prompt=True, **options,
@@ -257,7 +273,7 @@ def _take_options(body: Body, served: ServedModel, prompts: list[list[int]], pro
     if model != served.name:
         message = f"the model {short_repr(model)} is not here; this server has {served.name!r}"
         raise ApiError(404, message, "model", "model_not_found")
-    sampling: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0}
+    sampling: dict[str, Any] = dict(OPENAI_OPTIONS)
     for name in (*sampling, *OUR_OPTIONS):
         sampling[name] = body.take(name, sampling.get(name), lambda v: isinstance(v, (int, float)), "a number")
         _check(lambda name=name: SamplingParams(**{name: sampling[name]}), name)
@@ -289,8 +305,28 @@ def _take_options(body: Body, served: ServedModel, prompts: list[list[int]], pro
         refuse("stream_options", f"include_usage is {describe(include_usage)}; it must be true or false")
     return dict(
         model=served.name, prompts=prompts, n=n, sampling=SamplingParams(**sampling), seed=seed, stop=tuple(stops),
-        stream=stream, include_usage=bool(include_usage),
+        stream=stream, include_usage=bool(include_usage), **_take_end(body, served.tokenizer.n_words),
     )  # fmt: skip
+
+
+def _take_end(body: Body, n_words: int) -> dict[str, Any]:
+    """Return what ends an answer besides stop strings and its limit, by vLLM's names."""
+    stop_token_ids = tuple(body.take("stop_token_ids", (), lambda value: isinstance(value, list), "a list of tokens"))
+    for token in stop_token_ids:
+        if not is_integer(token) or not 0 <= token < n_words:
+            wrong = f"stop_token_ids: {describe(token)} is no token; tokens are whole numbers from 0 to {n_words - 1}"
+            refuse("stop_token_ids", wrong)
+    if len(stop_token_ids) > MAX_STOPS:
+        refuse("stop_token_ids", f"{len(stop_token_ids)} tokens in stop_token_ids; at most {MAX_STOPS} are supported")
+    return {
+        "min_tokens": body.take_count("min_tokens", 0, 0), "ignore_eos": body.take_flag("ignore_eos"),
+        "stop_token_ids": stop_token_ids,
+    }  # fmt: skip
+
+
+def _check_least(min_tokens: int, max_tokens: int) -> None:
+    if min_tokens > max_tokens:
+        refuse("min_tokens", f"min_tokens is {min_tokens}, more than max_tokens, {max_tokens}; change one of them")
 
 
 def _take_logit_bias(body: Body, n_words: int) -> dict[int, float]:
