@@ -148,33 +148,40 @@ class ObservedTensor(torch.Tensor):
     """A tensor that remembers whether a caller has taken its memory in a way whose edits `version_of` does not count."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # operations return plain tensors
-    memory_is_shared = False
+    aliases: "set[str]"  # names of the ways in which a caller has taken the memory; shared with what `detach` returns
+    is_alias = False  # True for what `detach` returns
+
+    def detach(self) -> Any:  # type: ignore[override]
+        """Return an alias of the same type, which `nn.Parameter(tensor)` needs; it is observed, too."""
+        alias = detach(self)
+        alias.__class__, alias.aliases, alias.is_alias = type(self), self.aliases, True  # type: ignore[attr-defined]
+        return alias
 
     @property
     def data(self) -> torch.Tensor:  # type: ignore[override]
-        self.memory_is_shared = True
+        self.aliases.add("data")
         return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
 
     @data.setter
     def data(self, values: torch.Tensor) -> None:
-        self.memory_is_shared = True
+        self.aliases.add("data")
         torch.Tensor.data.__set__(self, values)  # type: ignore[attr-defined]
 
     def numpy(self, **options: Any) -> Any:
-        self.memory_is_shared = True
+        self.aliases.add("numpy")
         return super().numpy(**options)
 
     def __array__(self, *args: Any, **options: Any) -> Any:
-        self.memory_is_shared = True
+        self.aliases.add("numpy")
         return super().__array__(*args, **options)
 
     def __dlpack__(self, *args: Any, **options: Any) -> Any:
-        self.memory_is_shared = True
+        self.aliases.add("dlpack")
         return super().__dlpack__(*args, **options)
 
     def plain(self) -> torch.Tensor:
-        """Return a plain tensor, or parameter, with the same memory. Copies, pickles and `repr` are those of it."""
-        return self.detach()
+        """Return a plain tensor with the same memory. Copies, pickles and `repr` are those of it."""
+        return detach(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         memo[id(self)] = copied = copy.deepcopy(self.plain(), memo)
@@ -188,22 +195,33 @@ class ObservedTensor(torch.Tensor):
 
 
 class ObservedParameter(ObservedTensor, nn.Parameter):
-    """An `ObservedTensor` that is a parameter."""
+    """An `ObservedTensor` that is a parameter, or an alias of one."""
 
     def plain(self) -> torch.Tensor:
-        return nn.Parameter(self.detach(), self.requires_grad)
+        is_parameter = not self.is_alias or "_is_param" in self.__dict__  # `nn.Parameter` sets _is_param
+        return nn.Parameter(detach(self), self.requires_grad) if is_parameter else detach(self)
+
+
+PLAIN_TYPES = (torch.Tensor, nn.Parameter, ObservedTensor, ObservedParameter)  # tensors whose memory C code may read
+
+
+def detach(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a plain alias of a plain or observed tensor, without a gradient."""
+    return torch.Tensor.detach(tensor)
 
 
 def observe(tensor: torch.Tensor) -> torch.Tensor:
     """Make a plain tensor or parameter an `ObservedTensor` from now on, and return it. Leave tensors of other types alone."""
     observed: dict[type, type] = {torch.Tensor: ObservedTensor, nn.Parameter: ObservedParameter}
-    tensor.__class__ = observed.get(type(tensor), type(tensor))
+    if type(tensor) in observed:
+        tensor.__class__ = observed[type(tensor)]
+        tensor.aliases = set()  # type: ignore[attr-defined]
     return tensor
 
 
 def is_observed(tensor: torch.Tensor) -> bool:
     """Return True if no edit of a tensor can have escaped `version_of` since it was observed."""
-    return isinstance(tensor, ObservedTensor) and not tensor.memory_is_shared
+    return isinstance(tensor, ObservedTensor) and not tensor.aliases
 
 
 # --- process groups ---------------------------------------------------------------------------------------------------------

@@ -235,10 +235,10 @@ class Llama:
         after edits of which PyTorch keeps no trace, such as those through `weight.detach().numpy()`.
         """
         with self.engine.lock:
-            cache = self.engine.forward().cache
-            cache.weights_version = None  # when no call runs, the next one clears the prefixes of all ranks
-            if world_size() == 1:
-                cache.prefixes.clear()
+            if (cache := self.engine.shared.cache) is not None:
+                cache.weights_version = None  # when no call runs, the next one clears the prefixes of all ranks
+                if world_size() == 1:
+                    cache.prefixes.clear()
 
     @property
     def backend(self) -> str:
@@ -575,7 +575,8 @@ class Llama:
         """
         windows = run_on_all_ranks(lambda: self._requests.for_perplexity(text, stride))
         scores = self.score(*zip(*windows, strict=True))
-        return math.exp(-statistics.fmean(value for each in scores for value in cast("Score", each).logprobs))
+        mean = statistics.fmean(value for each in scores for value in cast("Score", each).logprobs)
+        return math.exp(-mean) if mean > -700 else math.inf
 
     @short_traceback
     def lead(self, work: Callable[[], T]) -> T | None:

@@ -1,5 +1,6 @@
 """The prefix cache: tokens that prompts share are computed once, and no answer depends on it."""
 
+import copy
 import itertools
 import random
 import threading
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from llama import Llama, tuning
+from llama import InputError, Llama, SamplingParams, tuning
 from llama.engine import prefill, scoring
 from llama.engine.forward import EngineForward
+from llama.engine.prefix_cache import PrefixCache
+from llama.engine.requests import GenerationCall, Request
 from llama.engine.scoring import shares_prefixes
 
 from .counting import count_forward_tokens
@@ -325,3 +328,104 @@ def test_a_prompt_computes_what_it_has_waited_for_if_the_other_leaves(own: Llama
     list(decoding)
     want = without_cache(own, prompts[1:], 6, temperature=0)[0]
     assert results == want
+
+
+def test_a_prompt_without_new_tokens_leaves_a_row_that_others_may_share(fine: None, request: pytest.FixtureRequest) -> None:
+    """On CUDA, steps go on computing the row at a position that must not be one of the prompt's."""
+    request.getfixturevalue("as_on_cuda")
+    llama: Llama = request.getfixturevalue("llama")
+    shared = prompt((1, 24))[:24]
+    want = without_cache(llama, [[*shared, 7]], 4, **GREEDY)
+    llama.clear_prefix_cache()
+    stream = llama.generate_stream([prompt((9, 5))], 30, temperature=0)
+    next(stream)
+    llama.generate([shared], 0, logprobs=True, echo=True)
+    for _ in range(3):
+        next(stream)
+    assert_close(llama.generate([[*shared, 7]], 4, **GREEDY), want)
+    list(stream)
+
+
+def test_a_row_that_waits_in_vain_keeps_the_tokens_that_others_share(own: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B holds 12 shared tokens and waits for A, whose caller leaves. D shares the 12 tokens with B's row."""
+    monkeypatch.setattr(tuning, "PREFILL_CHUNK_BESIDE_DECODING", 8)
+    short, long = prompt((1, 11)), prompt((1, 11), (2, 24))
+    d = [*short, *prompt((5, 8))[1:]]
+    want = without_cache(own, [d], 4, **GREEDY)
+    own.clear_prefix_cache()
+    own.generate([short], 1, temperature=0)
+    decoding = own.generate_stream([prompt((9, 5))], 40, temperature=0)
+    next(decoding)
+    calls = [
+        own.engine.submit(GenerationCall([Request(each, 4)], SamplingParams(0)))
+        for each in (prompt((7, 30)), [*long, 3, 5, 7], [*long, 4, 6, 8])
+    ]
+    own.engine.step_or_wait(calls[0][0])
+    calls[1][1].cancelled = True
+    for _ in range(2):
+        own.engine.step_or_wait(calls[0][0])
+    assert_close(own.generate([d], 4, **GREEDY), want)
+    list(decoding)
+
+
+@pytest.mark.parametrize("interrupted", ["copy", "zero_row"])
+def test_an_interrupted_write_leaves_no_tokens_that_the_row_does_not_hold(
+    own: Llama, monkeypatch: pytest.MonkeyPatch, interrupted: str
+) -> None:
+    """Ctrl-C comes directly after a copy from row to row, or after a row has been zeroed."""
+    prompts = [prompt((1, 24), (i, 5)) for i in range(3)]
+    want = without_cache(own, prompts, 4, **GREEDY)
+    own.clear_prefix_cache()
+    own.generate(prompts[:1], 2, temperature=0)
+    cache = own.engine.forward().cache
+    if interrupted == "copy":
+        own.generate(prompts[1:2], 2, temperature=0)
+        with monkeypatch.context() as patch:
+            patch.setattr(PrefixCache, "copy", fail_on_call(PrefixCache.copy, 1))
+            with pytest.raises(Fault):
+                own.generate([prompt((8, 20))], 2, temperature=0)
+    else:
+        scheduler = own.engine.submit(GenerationCall([Request([1, 5], 1)], SamplingParams(0)))[0]
+        scheduler.zero_row(0)
+        assert cache.prefixes.tokens[0] == []
+    for each, expected in zip(prompts, range(3), strict=True):
+        assert own.generate([each], 4, temperature=0)[0][0] == want[0][expected]
+
+
+def test_edits_while_a_stream_is_open_are_noticed(own: Llama) -> None:
+    stream = own.generate_stream([prompt((9, 5))], 40, temperature=0)
+    next(stream)
+    each = prompt((1, 20), (2, 5))
+    own.generate([each], 4, temperature=0)
+    own.model.layers[0].attention_norm.weight.data.mul_(torch.linspace(0.1, 4, 64))
+    got = own.generate([each], 4, **GREEDY)
+    stream.close()
+    assert_close(got, without_cache(own, [each], 4, **GREEDY))
+
+
+def test_a_sampler_that_runs_the_model_ends_the_calls(own: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sampler(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+        own.model.forward(torch.tensor([[1, 9, 8, 7]]), 0)
+        return probs.argmax(-1, keepdim=True)
+
+    each = prompt((1, 20))
+    want = without_cache(own, [each], 4, **GREEDY)
+    monkeypatch.setattr("llama.generation.sample_top_p", sampler)
+    with pytest.raises(InputError, match="has run the model's forward, which has overwritten the KV cache"):
+        own.generate([each], 4, temperature=1.0)
+    monkeypatch.undo()
+    assert_close(own.generate([each], 4, **GREEDY), want)
+
+
+def test_observed_weights_and_caches_can_be_used_as_parameters_and_copied(own: Llama) -> None:
+    weight, cache = own.model.norm.weight, own.model.layers[0].attention.cache_k
+    for each in (torch.nn.Parameter(weight), torch.nn.Parameter(cache), weight.detach()):
+        assert torch.equal(each, weight if each.ndim == 1 else cache)
+    assert torch.nn.Embedding.from_pretrained(own.model.tok_embeddings.weight).weight.shape == (384, 64)
+    copied = copy.deepcopy(own)
+    copied.generate([prompt((1, 20))], 2, temperature=0)
+    with count_forward_tokens() as counts:
+        copied.generate([prompt((1, 20))], 2, temperature=0)
+    assert counts[0] < 21
+    weight.detach().numpy()
+    assert not own.engine.forward().notices_edits()

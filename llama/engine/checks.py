@@ -48,4 +48,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 def common_prefix_length(a: list[int], b: list[int]) -> int:
     """Return the number of leading tokens that two sequences share."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    low, high = 0, min(len(a), len(b))  # a[:low] and b[:low] are equal
+    while low < high:  # bisect, since slices are compared far faster than items one by one
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .. import compat
 from ..distributed.failures import defer_signals, propagate_failure
 from ..distributed.groups import calls_are_exclusive, global_rank
 from ..errors import DeviceError, InputError
@@ -233,4 +234,7 @@ def _restore_engine(model: Transformer, backend: Backend) -> Engine:
     """Return the engine of a copied or unpickled model. Raise DeviceError if this machine lacks what its backend needs."""
     if why := backend.unsupported(device_of(model)):
         raise DeviceError(f"backend={backend.name!r}: {why}")
+    if backend.name != "eager":
+        for tensor in (*model.parameters(), model.freqs_cis):
+            compat.observe(tensor)  # now, since nobody else has seen the copies yet
     return Engine(model, backend)

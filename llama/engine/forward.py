@@ -65,7 +65,7 @@ class EngineNorm:
     """Compute `RMSNorm` with the fastest kernel available."""
 
     def __init__(self, norm: RMSNorm) -> None:
-        self.weight, self.eps = norm.weight.detach(), norm.eps
+        self.weight, self.eps = compat.detach(norm.weight), norm.eps
         self.rounds_eps = compat.rms_norm_rounds_eps()  # code for torch.compile cannot call a cached function
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

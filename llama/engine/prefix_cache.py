@@ -43,7 +43,8 @@ class PrefixCache:
         return source, shared[source]
 
     def copy(self, source: int, row: int, n: int) -> None:
-        """Copy the keys and values of the first n tokens from one row into another."""
+        """Copy the keys and values of the first n tokens from one row into another, which holds nothing known meanwhile."""
+        self.tokens[row] = []  # first, since Ctrl-C may interrupt the copy
         self.data[:, :, row, :, :n] = self.data[:, :, source, :, :n]
 
     def take(self, row: int, source: int, n: int, spare: Collection[int]) -> int | None:
@@ -52,7 +53,7 @@ class PrefixCache:
         Return the row of the saved tokens. Return None if nothing was saved: because few tokens would have been lost, or
         because the other rows were used more recently.
         """
-        saved, held = None, self.tokens[row]
+        saved, held, taken = None, self.tokens[row], self.tokens[source][:n]
         candidates = [each for each in spare if each != source and self.last_used[each] < self.last_used[row]]
         if len(held) - (n if source == row else 0) >= tuning.MIN_SAVED_PREFIX and candidates:
             saved = min(candidates, key=lambda each: (bool(self.tokens[each]), self.last_used[each]))
@@ -60,9 +61,8 @@ class PrefixCache:
             self.tokens[saved], self.last_used[saved] = held, self.last_used[row]
         if n and source != row:
             self.copy(source, row, n)
-            self.n_uses += 1
-            self.last_used[source] = self.n_uses
-        self.hold(row, self.tokens[source][:n])
+            self.hold(source, self.tokens[source])
+        self.hold(row, taken)
         return saved
 
 

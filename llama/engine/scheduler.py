@@ -51,10 +51,10 @@ class Scheduler(RunningCalls):
         self.sync_streams()
         overrun_logits, self.cache.logits = self.cache.logits, None
         if overrun_logits is not None and not broadcast_from_rank0(overrun_logits.amax(-1).sum()).isfinite():
-            self.cache.data.zero_()  # a step that the previous call launched ahead may have written NaN into the cache
             self.prefixes.clear()
+            self.cache.data.zero_()  # a step that the previous call launched ahead may have written NaN into the cache
         is_unchanged = self.cache.is_unchanged() and self.cache.weights_version == self.weights_version
-        if not is_true_on_all_ranks(is_unchanged and forward.notices_edits(), forward.device):
+        if not is_true_on_all_ranks(is_unchanged, forward.device):
             self.prefixes.clear()  # on all ranks, so that all skip the same tokens
         self.cache.weights_version = self.weights_version
         self.cache.record_version()
@@ -79,8 +79,10 @@ class Scheduler(RunningCalls):
             self.shows_progress = True
             self.bar = progress(call.requests, lambda _: 1, "answering", "prompts")
             next(self.bar, None)
-        if call.score_only and not self.forward.is_batch_invariant:
-            self.prefixes.clear()  # so that equal calls share the same tokens, and give the same last digits
+        # Clear them for scores whose last digits depend on what is shared, so that equal calls give equal digits.
+        may_share = self.forward.notices_edits() and (self.forward.is_batch_invariant or not call.score_only)
+        if not is_true_on_all_ranks(may_share, self.forward.device):
+            self.prefixes.clear()
         self.calls.append(running_call)
         self.n_submitted += 1
         self.waiting += ((running_call, index) for index in range(len(call.requests)))
@@ -253,10 +255,13 @@ class Scheduler(RunningCalls):
         """Remove a prefill. Rows that have waited for tokens of its rows compute these tokens themselves."""
         self.prefills.remove(prefill)
         rows = [place.row for place in prefill.rows]
+        for place in prefill.rows:
+            if place.n_computed:
+                self.zero_row(place.row)  # it may hold NaN, which nobody has looked for yet
         for place in self.prefilling.values():
             if place.source in rows:
-                place.start, place.source = 0, None
-                place.request.num_cached_tokens = 0
+                place.start, place.source = len(self.prefixes.tokens[place.row]), None
+                place.request.num_cached_tokens = place.start
 
     def run_prefill_chunk(self) -> None:
         """Run a chunk of the first prefill. After its last chunk, its requests begin to decode."""
@@ -291,6 +296,7 @@ class Scheduler(RunningCalls):
                 self.report_prompt(place, each)
             if self.is_ended(place.row):
                 self.release(place.row)
+        self.park([row for row in rows if row not in self.running])
 
     def report_prompt(self, place: PrefillRow, running: RunningRequest) -> None:
         """Report the tokens of a prompt with their log probabilities. With `echo`, the first token has the value 0.0."""
@@ -316,7 +322,12 @@ class Scheduler(RunningCalls):
         positions_host = [
             decoding[row].position if row in decoding else self.unused_position(row) for row in range(self.n_rows)
         ]
+        self.cache.record_version()
         tokens, largest = state.sample(keep_failures=len(self.calls) > 1)
+        if not self.cache.is_unchanged():
+            self.prefixes.clear()
+            self.end_early("a sampler or logits processor has run the model's forward, which has overwritten the KV cache")
+            return
         for rows, failure in state.failures:
             for row in rows:
                 self.fail_row(row, failure)
@@ -390,6 +401,6 @@ class Scheduler(RunningCalls):
                 self.zero_row(row)
 
     def zero_row(self, row: int) -> None:
-        """Zero the cache of a row, and forget its tokens."""
+        """Forget the tokens of a row, and zero its cache."""
+        self.prefixes.tokens[row] = []  # first, since Ctrl-C may interrupt
         self.cache.data[:, :, row].zero_()
-        self.prefixes.tokens[row] = []

@@ -85,7 +85,7 @@ class LlamaMeta(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return the tokens of a text, after BOS unless add_special_tokens is False. It may begin with a dialog."""
         tokenizer = self.llama.tokenizer
-        if string.startswith(BEGIN_DIALOG):
+        if string.startswith(BEGIN_DIALOG) and END_DIALOG in string:
             dialog, _, answer = string[1:].partition(END_DIALOG)
             messages = json.loads(dialog) + ([{"role": "assistant", "content": answer}] if answer.strip() else [])
             return self.llama.encode_dialog(messages, continue_answer=bool(answer.strip()))
@@ -150,6 +150,7 @@ class LlamaMeta(TemplateLM):
         """Return options of `text_completion` for the generation_kwargs of a task. Raise InputError for an unknown one."""
         kwargs = dict(given)
         until = kwargs.pop("until", None) or []
+        kwargs = {name: value for name, value in kwargs.items() if value is not None and (name, value) != ("num_beams", 1)}
         sampled = kwargs.pop("do_sample", kwargs.get("temperature", 0) > 0)
         lengths = [kwargs.pop(name) for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if name in kwargs]
         temperature = kwargs.pop("temperature", 1.0 if sampled else 0.0)

@@ -122,7 +122,7 @@ def is_plain_tensor(*tensors: torch.Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and all(
-            type(t) in (torch.Tensor, torch.nn.Parameter)
+            type(t) in compat.PLAIN_TYPES
             and t.is_cpu
             and not (t.requires_grad and torch.is_grad_enabled())
             and not compat.is_transformed(t)

@@ -11,7 +11,7 @@ class OneDnnLinear(LinearKernel):
     """Multiply by a weight in oneDNN's own layout, which is faster than `F.linear` with an ordinary tensor."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self.packed = compat.onednn_pack(weight.detach())
+        self.packed = compat.onednn_pack(compat.detach(weight))
 
     def forward_2d(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.packed.dtype)  # autocast in the calling code may have changed the dtype of x

@@ -281,7 +281,7 @@ def merge_weights(weights: Sequence[torch.Tensor]) -> LinearKernel | torch.Tenso
         starts = [w.first if isinstance(w, PackedWeight) else -1 for w in weights]
         return first.shared.kernel if starts == ends[:-1] and ends[-1] == first.shared.shape[0] else None
     if len(weights) == 1:
-        return first.detach()
+        return compat.detach(first)
     address = first.data_ptr()
     for weight in weights:
         matches = (weight.dtype, weight.device, weight.shape[1:]) == (first.dtype, first.device, first.shape[1:])
@@ -291,4 +291,4 @@ def merge_weights(weights: Sequence[torch.Tensor]) -> LinearKernel | torch.Tenso
     rows, width = sum(map(len, weights)), first.shape[1]
     if first.untyped_storage().data_ptr() != weights[-1].untyped_storage().data_ptr():
         return None
-    return first.detach().as_strided((rows, width), (width, 1))
+    return compat.detach(first).as_strided((rows, width), (width, 1))

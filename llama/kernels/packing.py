@@ -23,7 +23,7 @@ from dataclasses import replace
 
 import torch
 
-from .. import tuning
+from .. import compat, tuning
 from ..errors import DeviceError
 from ..quantization.weight import QuantizedWeight, group_size
 from . import half_precision
@@ -88,7 +88,7 @@ def pack_weight(weight: torch.Tensor | QuantizedWeight) -> LinearKernel | None:
         return Int8DequantLinear(weight)
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or weight.nbytes < tuning.MIN_PACKED_BYTES:
         return None
-    blocked = pack_rows(None, [weight.detach()], weight.dtype, weight.shape[1], 0, weight.shape[1])
+    blocked = pack_rows(None, [compat.detach(weight)], weight.dtype, weight.shape[1], 0, weight.shape[1])
     return blocked or (OneDnnLinear(weight) if half_precision.is_native(weight.dtype) else None)
 
 
