@@ -335,37 +335,45 @@ def test_a_prompt_without_new_tokens_leaves_a_row_that_others_may_share(fine: No
     request.getfixturevalue("as_on_cuda")
     llama: Llama = request.getfixturevalue("llama")
     shared = prompt((1, 24))[:24]
-    want = without_cache(llama, [[*shared, 7]], 4, **GREEDY)
+    want = without_cache(llama, [[*shared, 7, 9]], 4, **GREEDY)
     llama.clear_prefix_cache()
     stream = llama.generate_stream([prompt((9, 5))], 30, temperature=0)
     next(stream)
     llama.generate([shared], 0, logprobs=True, echo=True)
     for _ in range(3):
         next(stream)
-    assert_close(llama.generate([[*shared, 7]], 4, **GREEDY), want)
+    assert_close(llama.generate([[*shared, 7, 9]], 4, **GREEDY), want)
     list(stream)
 
 
 def test_a_row_that_waits_in_vain_keeps_the_tokens_that_others_share(own: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """B holds 12 shared tokens and waits for A, whose caller leaves. D shares the 12 tokens with B's row."""
-    monkeypatch.setattr(tuning, "PREFILL_CHUNK_BESIDE_DECODING", 8)
-    short, long = prompt((1, 11)), prompt((1, 11), (2, 24))
-    d = [*short, *prompt((5, 8))[1:]]
+    """B's row holds 12 shared tokens, and B waits for more from A, whose caller leaves. D then shares the 12 tokens."""
+    monkeypatch.setattr(tuning, "PREFILL_CHUNK_BESIDE_DECODING", 4)
+    short = prompt((1, 11))
+    a, d = [*short, *prompt((2, 28))[1:]], [*short, *prompt((4, 10))[1:]]
     want = without_cache(own, [d], 4, **GREEDY)
     own.clear_prefix_cache()
-    own.generate([short], 1, temperature=0)
-    decoding = own.generate_stream([prompt((9, 5))], 40, temperature=0)
+    own.generate([[*short, 7, 8]], 2, temperature=0)
+    decoding = own.generate_stream([prompt((50, 10))], 50, temperature=0)
     next(decoding)
-    calls = [
-        own.engine.submit(GenerationCall([Request(each, 4)], SamplingParams(0)))
-        for each in (prompt((7, 30)), [*long, 3, 5, 7], [*long, 4, 6, 8])
-    ]
-    own.engine.step_or_wait(calls[0][0])
-    calls[1][1].cancelled = True
+    next(decoding)
+    running = []
+    for each in (a, prompt((9, 40)), [*a[:36], *prompt((3, 8))[1:]]):
+        running.append(own.engine.submit(GenerationCall([Request(each, 5)], SamplingParams(0)))[1])
+        next(decoding)
+    running[0].cancelled = True
     for _ in range(2):
-        own.engine.step_or_wait(calls[0][0])
-    assert_close(own.generate([d], 4, **GREEDY), want)
+        next(decoding)
+    scheduler = own.engine.shared.scheduler()
+    row = next(row for row, each in scheduler.running.items() if each.running_call is running[2])
+    held = len(scheduler.prefixes.tokens[row])
+    data = scheduler.cache.data[:, :, row, :, :held].clone()
     list(decoding)
+    assert held == 12
+    assert_close(own.generate([d], 4, **GREEDY), want)
+    own.clear_prefix_cache()
+    own.generate([short], 1, temperature=0)
+    assert torch.allclose(data, own.engine.forward().cache.data[:, :, 0, :, :held], atol=1e-4)
 
 
 @pytest.mark.parametrize("interrupted", ["copy", "zero_row"])
