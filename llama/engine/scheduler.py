@@ -402,5 +402,8 @@ class Scheduler(RunningCalls):
 
     def zero_row(self, row: int) -> None:
         """Forget the tokens of a row, and zero its cache."""
+        is_unchanged = self.cache.is_unchanged()
         self.prefixes.tokens[row] = []  # first, since Ctrl-C may interrupt
         self.cache.data[:, :, row].zero_()
+        if is_unchanged:
+            self.cache.record_version()
