@@ -39,10 +39,13 @@ class ModelArgs:
     max_seq_len: int = 2048
 
     rope_theta: float = 10000.0  # 1e6 in Code Llama
+    # Only models in Hugging Face's layout may have other values than these:
+    rope_scale: float = 1.0  # rotary angles are divided by this number, for longer contexts
+    attention_head_dim: int | None = None  # None: dim / n_heads
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.n_heads
+        return self.attention_head_dim or self.dim // self.n_heads
 
     @property
     def kv_heads(self) -> int:
@@ -68,9 +71,9 @@ class RMSNorm(nn.Module):
         return self._norm(x.float()).type_as(x) * self.weight
 
 
-def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> torch.Tensor:
-    """Return e^(i * position * theta^(-2j / dim)) for positions 0 to end - 1 and columns j: complex64 (end, dim / 2)."""
-    freqs = 1.0 / theta ** (torch.arange(0, dim, 2, device="cpu")[: dim // 2].float() / dim)
+def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0, scale: float = 1.0) -> torch.Tensor:
+    """Return e^(i * position * theta^(-2j / dim) / scale) for positions 0 to end - 1, columns j: complex64 (end, dim / 2)."""
+    freqs = 1.0 / theta ** (torch.arange(0, dim, 2, device="cpu")[: dim // 2].float() / dim) / scale
     angles = torch.outer(torch.arange(end, device="cpu").float(), freqs)
     return torch.polar(torch.ones_like(angles), angles)
 
@@ -227,7 +230,7 @@ class Transformer(nn.Module):
         if self._freqs_cis is None:
             args = self.params
             with torch.inference_mode(False):  # a tensor created in inference mode could not be used in training
-                self._freqs_cis = precompute_freqs_cis(args.head_dim, 2 * args.max_seq_len, args.rope_theta)
+                self._freqs_cis = precompute_freqs_cis(args.head_dim, 2 * args.max_seq_len, args.rope_theta, args.rope_scale)
         return self._freqs_cis
 
     @freqs_cis.setter
