@@ -91,7 +91,8 @@ def _fingerprint_parts(path: Path) -> Iterator[bytes]:
     except Exception as e:  # zipfile raises errors of many types for a damaged file
         if reason := explain_system_error(e):
             raise CheckpointError(f"{path}: {reason}") from e
-        raise CheckpointError(f"{path}: damaged, or no file of weights ({e}); fetch it again, or remove it") from e
+        kind = "safetensors file" if path.suffix == ".safetensors" else "PyTorch checkpoint"
+        raise CheckpointError(f"{path}: damaged, or no {kind} ({e}); fetch it again, or remove it") from e
 
 
 def file_layout(model: Transformer, stored_dtype: torch.dtype, format: str) -> FileLayout:
