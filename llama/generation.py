@@ -157,13 +157,16 @@ class Llama:
             chosen_dtype = params.parse_dtype(dtype)
             backend_class = choose_backend("torch_compile" if compile else backend, where)
             config = layouts.read_params(ckpt_dir)
-            layouts.context_note(ckpt_dir, int(max_seq_len))  # raises for a context that the model does not support
             tokenizer = Tokenizer(paths.find_tokenizer(ckpt_dir) if tokenizer_path is None else tokenizer_path)
+            layouts.notes(ckpt_dir, int(max_seq_len), tokenizer.eos_id)  # raises if the context is too long for the model
             fits = where.type == "cpu" and (quantize is not None or chosen_dtype in (None, torch.bfloat16))
             packed = packed_file.open_packed_file(ckpt_dir, quantize or "bfloat16", fits)
             files = packed or layouts.open_weights(ckpt_dir)
             if packed and quantize == "int8" and where.type != "cpu" and global_rank() == 0:
-                print(f"int8.safetensors is for CPUs, and slow on {where}: build from the .pth files instead", file=sys.stderr)
+                print(
+                    f"int8.safetensors is for CPUs, and slow on {where}: build from the weights themselves",
+                    file=sys.stderr,
+                )
             model = validate.build_on_meta(config, files, int(max_seq_len), int(max_batch_size), tokenizer.n_words)
             if packed:
                 packed_file.check_packed_file(model, files)
@@ -185,8 +188,8 @@ class Llama:
         backend_class = choose_backend("torch_compile" if compile else backend, where)
         if global_rank() == 0:
             warning = slowdown_warning(backend_class, where, model.params, weights_dtype, quantize)
-            note = layouts.context_note(ckpt_dir, int(max_seq_len))
-            for line in filter(None, (note, validate.describe_spare_rows(model.vocab_size, tokenizer.n_words), warning)):
+            notes = layouts.notes(ckpt_dir, int(max_seq_len), tokenizer.eos_id)
+            for line in filter(None, (*notes, validate.describe_spare_rows(model.vocab_size, tokenizer.n_words), warning)):
                 print(line, file=sys.stderr)
         packs = backend_class.packs_weights
         run_on_all_ranks(lambda: loading.load_weights(model, files, weights_dtype, where, quantize, packs))

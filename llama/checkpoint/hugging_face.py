@@ -125,10 +125,10 @@ def open_weights(folder: Path, values: bool = True) -> Shards:
         )
     args = ModelArgs(**params)
     _tie_output(folder, stored)
-    label = paths[0] if len(paths) == 1 else folder
-    _check_names(label, stored, args)
+    _check_names(paths[0] if len(paths) == 1 else folder, stored, args)
     tensors = {metas: stored[name] for name, (metas, _) in expected_tensors(args).items()}
-    return Shards({str(label): tensors}, identities, rotary_halves=args.head_dim)
+    label = paths[0].name if len(paths) == 1 else f"{paths[0].name} to {paths[-1].name}"
+    return Shards({label: tensors}, identities, rotary_halves=args.head_dim)
 
 
 def _open_file(path: Path, values: bool) -> dict[str, torch.Tensor]:

@@ -50,7 +50,11 @@ def stored_embedding(ckpt_dir: str | os.PathLike[str]) -> torch.Tensor | None:
     return open_weights(ckpt_dir, values=False).first.get("tok_embeddings.weight") if weight_paths(ckpt_dir) else None
 
 
-def context_note(ckpt_dir: str | os.PathLike[str], max_seq_len: int) -> str | None:
-    """Return a note that a context is longer than those of the model's training, if the folder tells; otherwise None."""
+def notes(ckpt_dir: str | os.PathLike[str], max_seq_len: int, eos_id: int) -> list[str]:
+    """Return a line about each setting of a folder that this library does not follow.
+
+    max_seq_len: the context length. eos_id: the token that ends answers. Raises CheckpointError if the model cannot be run with
+    this context length.
+    """
     folder = Path(ckpt_dir).expanduser()
-    return hugging_face_config.context_note(folder, max_seq_len) if uses_hugging_face(folder) else None
+    return hugging_face_config.notes(folder, max_seq_len, eos_id) if uses_hugging_face(folder) else []

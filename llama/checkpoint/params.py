@@ -102,7 +102,7 @@ def check_heads(path: Path, params: dict[str, Any]) -> None:
 
 def check_folder(ckpt_dir: str | os.PathLike[str]) -> Path:
     """Return ckpt_dir as a path. Raise CheckpointError unless it is an existing folder."""
-    what = "a model's folder, with consolidated.NN.pth and params.json"
+    what = "a model's folder, with consolidated.NN.pth and params.json, or in Hugging Face's layout"
     # The name of a repository has one slash, and its owner is not a folder here.
     match = re.fullmatch(r"([\w-]+)/[\w.-]+", ckpt_dir) if isinstance(ckpt_dir, str) else None
     if match and not os.path.exists(match[1]):

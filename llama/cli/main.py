@@ -89,7 +89,7 @@ def make_parser() -> "tuple[argparse.ArgumentParser, argparse._SubParsersAction[
         help="save packed weights beside a model, in 8 or 4 bit or as they are, for faster loading",
         description="Save a model's weights, packed for the CPU's kernels, in a file beside it, which is loaded from then on.",
     )
-    quantize.add_argument("--ckpt_dir", metavar="DIR", required=True, help="folder with consolidated.NN.pth and params.json")
+    quantize.add_argument("--ckpt_dir", metavar="DIR", required=True, help="folder with a model")
     quantize.add_argument("format", choices=("bfloat16", *QUANTIZE_FORMATS), metavar="FORMAT", help="int8, int4 or bfloat16")
     quantize.set_defaults(run=run_quantize)
 
@@ -101,7 +101,9 @@ def make_parser() -> "tuple[argparse.ArgumentParser, argparse._SubParsersAction[
     )
     which = planning.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", type=model_size, choices=MODELS, help="Meta's 7B, 13B or 70B; -chat is the same")
-    which.add_argument("--ckpt_dir", metavar="DIR", help="folder with params.json, and shards if they are there")
+    which.add_argument(
+        "--ckpt_dir", metavar="DIR", help="folder with params.json or config.json, and weights if they are there"
+    )
     planning.add_argument(
         "--ranks", type=int, nargs="+", default=[], metavar="N", help="numbers of ranks; default: all possible up to 16"
     )
