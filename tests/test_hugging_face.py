@@ -353,6 +353,17 @@ def test_a_dtype_that_is_not_supported_and_nan_are_refused(small: SimpleNamespac
     assert_raises(lambda: build(folder), CheckpointError, "layers.1.attention.wk.weight contains NaN")
 
 
+def test_adapters_are_refused(folder: Path, small: SimpleNamespace, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).touch()
+        (folder / name).touch()
+    for ckpt_dir in (adapter, folder):
+        build = lambda: Llama.build(ckpt_dir, small.tokenizer_path, device="cpu")  # noqa: B023, E731
+        assert_raises(build, CheckpointError, str(ckpt_dir), "adapter_config.json", "merge_and_unload()")
+
+
 def test_tokenizer_json_alone_is_explained(folder: Path) -> None:
     (folder.parent / "tokenizer.model").unlink()
     (folder / "tokenizer.json").write_text("{}")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, describe, read_file, short_repr
-from .params import LLAMA_3, LLAMA_3_VOCAB_SIZE, MAX_PARAMS_BYTES, check_heads, check_value, read_json
+from .params import ADAPTER, LLAMA_3, LLAMA_3_VOCAB_SIZE, MAX_PARAMS_BYTES, check_heads, check_value, read_json
 
 INSTEAD = "run such a model with transformers or vLLM"
 UNQUANTIZED = "take the model's folder in bfloat16 or float16, and give quantize='int8' or 'int4'"
@@ -37,6 +37,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     config = read_json(path, MAX_PARAMS_BYTES)
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(f"{folder}: {ADAPTER}")
     _check_architecture(path, config)
     params: dict[str, Any] = {}
     for key, (name, default) in _KEYS.items():

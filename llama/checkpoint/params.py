@@ -45,6 +45,10 @@ _PARAMS: dict[str, tuple[Any, Any, str]] = {
     "norm_eps": ((int, float), lambda v: 0 < v < 1, "a number between 0 and 1"),
     "rope_theta": ((int, float), lambda v: 1 <= v <= 1e18, "a number from 1 to 1e18"),
 }  # fmt: skip
+ADAPTER = (
+    "it contains an adapter (adapter_config.json), and adapters are not merged here: "
+    "merge it with PEFT's merge_and_unload(), save_pretrained() the result, and give its folder"
+)
 # Arguments of ModelArgs that only models in Hugging Face's layout have.
 _OTHER_PARAMS: dict[str, tuple[Any, Any, str]] = {
     "attention_head_dim": (int, lambda v: 2 <= v <= 1 << 16 and v % 2 == 0, "an even number from 2 to 65,536"),
@@ -131,6 +135,8 @@ def describe_folder(folder: Path) -> str:
     models = [n for n in names if os.path.isfile(folder / n / "params.json")]
     if models:
         return f"it contains model folders; give one of them as ckpt_dir: {', '.join(models[:8])}"
+    if "adapter_config.json" in names:
+        return ADAPTER
     if any(n.endswith(".safetensors") or n.startswith("pytorch_model") for n in names) and "config.json" not in names:
         return "it contains weights in Hugging Face's layout, but no config.json; fetch this file, too"
     if "config.json" in names:
