@@ -1,6 +1,8 @@
 """Test models in Hugging Face's layout: they compute what Meta's layout of the same weights computes, or raise one error."""
 
+import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -11,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from llama import CheckpointError, Llama, info, plan, save_packed_file
-from llama.checkpoint import layouts, safetensors_file
+from llama import CheckpointError, InputError, Llama, convert_checkpoint, info, plan, save_packed_file
+from llama.checkpoint import convert, layouts, safetensors_file
+from llama.cli.main import main
 from llama.kernels import pack
 from llama.model import ModelArgs, precompute_freqs_cis
 
@@ -562,3 +565,116 @@ def test_metas_layout_is_preferred_and_safetensors_to_pickles(small: SimpleNames
 def test_args_of_metas_models_have_their_defaults() -> None:
     args = ModelArgs(dim=128, n_heads=2)
     assert (args.head_dim, args.rope_scale, args.attention_head_dim) == (64, 1.0, None)
+
+
+# --- convert -----------------------------------------------------------------------------------------------------------
+
+
+def tensors_of(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the tensors of each file of a folder, by the file's name."""
+    files = {path.name: torch.load(path) for path in folder.glob("*.pth")}
+    return files | {path.name: safetensors_file.map_safetensors(path)[1] for path in folder.glob("*.safetensors")}
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    first, second = tensors_of(one), tensors_of(other)
+    assert first.keys() == second.keys() and first
+    for name, tensors in first.items():
+        assert tensors.keys() - {"rope.freqs"} == second[name].keys() - {"rope.freqs"}
+        for key, tensor in tensors.items():
+            same = key == "rope.freqs" or torch.equal(tensor, second[name][key])
+            assert same and (key == "rope.freqs" or tensor.dtype == second[name][key].dtype), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_converting_there_and_back_gives_the_same_bits(
+    small: SimpleNamespace, tmp_path: Path, dtype: torch.dtype, shards: int
+) -> None:
+    weights = {name: w.to(dtype) for name, w in small.weights.items()}
+    metas = write_shards(tmp_path / "meta", small.params, weights, shards)
+    shutil.copy(small.tokenizer_path, metas / "tokenizer.model")
+    theirs = convert_checkpoint(metas, tmp_path / "hf", "hf", shards)
+    names = {path.name for path in theirs.iterdir()}
+    expected = {MODEL} if shards == 1 else {INDEX, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    assert names == expected | {"config.json", "tokenizer.model", "tokenizer_config.json"}
+    back = convert_checkpoint(theirs, tmp_path / "back", "meta", shards)
+    assert_same_files(back, metas)
+    assert_same_files(convert_checkpoint(back, tmp_path / "again", "hf", shards), theirs)
+    stored = {key: w for tensors in tensors_of(theirs).values() for key, w in tensors.items()}
+    assert all(torch.equal(w, stored[key]) for key, w in hugging_face_weights(weights, HEAD_DIM).items())
+    for folder in (theirs, back):
+        assert torch.equal(logits(folder, folder / "tokenizer.model"), logits(metas, small.tokenizer_path))
+    checksums = dict(reversed(line.split()) for line in (back / "checklist.chk").read_text().splitlines())
+    for name in ("params.json", "consolidated.00.pth"):
+        assert checksums[name] == hashlib.md5((back / name).read_bytes()).hexdigest()
+
+
+def test_shards_are_converted_to_another_number_of_shards(small: SimpleNamespace, tmp_path: Path) -> None:
+    one, four = (write_shards(tmp_path / f"{n}", small.params, small.weights, n) for n in (1, 4))
+    assert_same_files(convert_checkpoint(one, tmp_path / "to four", "meta", 4), four)
+    assert_same_files(convert_checkpoint(four, tmp_path / "to one", "meta"), one)
+
+
+def test_a_folder_of_hugging_face_keeps_its_settings(folder: Path, small: SimpleNamespace, tmp_path: Path) -> None:
+    edit_config(folder, rope_scaling={"type": "linear", "factor": 2.0})
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+    new = convert_checkpoint(folder, tmp_path / "new", "hf", 2)
+    assert (new / "config.json").read_text() == (folder / "config.json").read_text()
+    assert (new / "generation_config.json").is_file()
+    assert torch.equal(logits(new, small.tokenizer_path), logits(folder, small.tokenizer_path))
+
+
+def test_convert_refuses_what_it_cannot_do_and_leaves_nothing(
+    folder: Path, small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, full = tmp_path / "new", tmp_path / "full"
+    full.mkdir()
+    (full / "file").touch()
+    before = sorted(tmp_path.iterdir())
+    for arguments, error, part in (
+        ((folder, full, "meta"), CheckpointError, "exists already"),
+        ((folder, folder, "meta"), CheckpointError, "exists already"),
+        ((folder, new, "gguf"), InputError, "layout is 'gguf'"),
+        ((folder, new, "meta", 0), InputError, "shards is 0"),
+        ((folder, new, "meta", 3), InputError, "can be cut into 1, 2, 4 shards"),
+        ((folder, new, "hf", 3), InputError, "the model has 2 layers"),
+        ((folder, 3, "hf"), CheckpointError, "target is 3 (int)"),
+        ((full, new, "hf"), CheckpointError, "no params.json"),
+    ):
+        assert_raises(lambda: convert_checkpoint(*arguments), error, part)  # type: ignore[arg-type] # noqa: B023
+    edit_config(folder, rope_scaling={"type": "linear", "factor": 2.0})
+    assert_raises(lambda: convert_checkpoint(folder, new, "meta"), CheckpointError, "rope_scaling by 2.0", "keep Hugging")
+    edit_config(folder, rope_scaling=None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    assert_raises(lambda: convert_checkpoint(folder, new, "meta"), CheckpointError, "make room")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("layout", ["meta", "hf"])
+def test_weights_that_are_not_finite_or_change_are_not_converted(
+    folder: Path, small: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    tensors = hugging_face_weights(small.weights, HEAD_DIM)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()
+    tensors["lm_head.weight"][3, 3] = float("inf")
+    write_safetensors(folder / "new", tensors)
+    (folder / "new").replace(folder / MODEL)
+    assert_raises(lambda: convert_checkpoint(folder, tmp_path / "n", layout), CheckpointError, "output.weight contains NaN or")
+    check_finite = convert.check_finite
+
+    def touch_and_check(*args: Any) -> None:
+        os.utime(folder / MODEL, ns=(0, 5))
+        check_finite(*args)
+
+    monkeypatch.setattr(convert, "check_finite", touch_and_check)
+    assert_raises(lambda: convert_checkpoint(folder, tmp_path / "n", layout), CheckpointError, "while it was being read")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("n")]
+
+
+def test_the_command_converts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(folder), str(tmp_path / "new"), "--to", "meta", "--shards", "2"]) == 0
+    assert str(tmp_path / "new") in capsys.readouterr().out
+    assert json.loads((tmp_path / "new" / "params.json").read_text())["n_kv_heads"] == 4
+    assert main(["convert", str(folder), str(tmp_path / "new"), "--to", "meta"]) == 1
+    assert "exists already" in capsys.readouterr().err

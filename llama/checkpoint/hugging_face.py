@@ -50,6 +50,16 @@ def expected_tensors(args: ModelArgs) -> dict[str, tuple[str, tuple[int, ...]]]:
     return tensors
 
 
+def in_hugging_faces_order(name: str, rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Return the rows of a whole weight in Hugging Face's order, from those in Meta's. `Shards.in_metas_order` is the inverse.
+
+    name: Meta's name of the weight.
+    """
+    if not name.endswith((".wq.weight", ".wk.weight")):
+        return rows
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
 def weight_paths(folder: Path) -> list[Path]:
     """Return the paths of a folder's files of weights, sorted by name; an empty list if there are none.
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, describe, read_file, short_repr
+from ..model import ffn_width
 from .params import ADAPTER, LLAMA_3, LLAMA_3_VOCAB_SIZE, MAX_PARAMS_BYTES, check_heads, check_value, read_json
 
 INSTEAD = "run such a model with transformers or vLLM"
@@ -107,7 +108,9 @@ def _rope_type(rope: dict[str, Any]) -> Any:
 def _set_width(params: dict[str, Any]) -> None:
     """Turn `multiple_of`, which holds the feed-forward's width, into keys of params.json from which this width is computed."""
     width, computed = params["multiple_of"], int(2 * 4 * params["dim"] / 3)
-    if width < computed:
+    if ffn_width(4 * params["dim"], 256, None) == width:
+        params["multiple_of"] = 256  # as in Meta's own files
+    elif width < computed:
         params["ffn_dim_multiplier"] = width / computed  # the product, rounded up to a multiple of the width, is the width
 
 

@@ -21,14 +21,11 @@ weight begins in the middle of a block.
 import contextlib
 import ctypes
 import hashlib
-import json
-import math
 import os
 import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -45,7 +42,7 @@ from ..quantization.weight import FORMATS, QuantizedWeight, format_of, group_siz
 from . import loading, resharding
 from .layouts import open_weights, read_params, weight_paths
 from .params import SUPPORTED_DTYPES
-from .safetensors_file import DTYPE_CODES, fingerprint_parts, map_safetensors
+from .safetensors_file import FileLayout, encode_header, fingerprint_parts, map_safetensors
 from .shards import Shards, file_identity, split_dim
 from .validate import build_on_meta, check_shards, expected_shapes
 
@@ -53,7 +50,6 @@ LAYOUT = "blocks of 64 outputs, 4 bytes each, version 2"
 FORMAT_KEY = "kind"  # the key in the header's metadata whose value is the format of the weights
 MAX_ZIP_RECORDS = 10_000  # limit for a shard: more than ten times the number of records in a shard of 70B
 PACKED_FORMATS = ["bfloat16", *FORMATS]
-FileLayout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name of a tensor -> (dtype, shape), in the order of the file
 REMAKE = "make it again with `python -m llama quantize`, or delete it"
 
 
@@ -199,7 +195,8 @@ def save_packed_file(ckpt_dir: str | os.PathLike[str], format: str) -> Path:
     if format == "bfloat16":
         _check_all_bfloat16(shards, model)
     layout = file_layout(model, shards.first["tok_embeddings.weight"].dtype, format)
-    header, spans = _encode_header(layout, format, shards_fingerprint(ckpt_dir))
+    metadata = {"layout": LAYOUT, FORMAT_KEY: format, "source": shards_fingerprint(ckpt_dir)}
+    header, spans = encode_header(layout, metadata)
     path = packed_file_path(ckpt_dir, format)
     temporary = path.with_suffix(f".{os.getpid()}.part")  # a unique name, because several processes may save at once
     try:
@@ -231,24 +228,6 @@ def _check_all_bfloat16(shards: Shards, model: Transformer) -> None:
         for tensors in shards.values():
             if (dtype := tensors[name].dtype) != torch.bfloat16:
                 raise InputError(f"{name} is stored as {dtype}, and saving it as bfloat16 loses precision; save int8 or int4")
-
-
-def _encode_header(layout: FileLayout, format: str, source: str | None) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """Return the header of a safetensors file as bytes, and the range of bytes of each tensor in the file.
-
-    source: the fingerprint of the shards.
-    """
-    header: dict[str, Any] = {"__metadata__": {"layout": LAYOUT, FORMAT_KEY: format, "source": source}}
-    offsets: dict[str, tuple[int, int]] = {}  # begin and end of each tensor, in bytes after the header
-    end = 0
-    for name, (dtype, shape) in layout.items():
-        begin, end = end, end + dtype.itemsize * math.prod(shape)
-        offsets[name] = begin, end
-        header[name] = {"dtype": DTYPE_CODES[dtype], "shape": shape, "data_offsets": (begin, end)}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % 64)  # pad the header, so that the tensors after it are aligned to 64 bytes
-    encoded = len(text).to_bytes(8, "little") + text
-    return encoded, {name: (len(encoded) + begin, len(encoded) + end) for name, (begin, end) in offsets.items()}
 
 
 def _write_packed_file(path: Path, header: bytes, groups: list[list[str]], shards: Shards, format: str) -> None:

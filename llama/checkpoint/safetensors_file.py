@@ -25,6 +25,8 @@ _NAMES = {
 DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in _NAMES.items()}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
+FileLayout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name of a tensor -> (dtype, shape), in the order of the file
+
 
 class Entry(NamedTuple):
     """A tensor's description in the header. Its values are the bytes `begin` to `end` - 1 after the header."""
@@ -77,6 +79,24 @@ def fingerprint_parts(path: Path) -> Iterator[bytes]:
         for entry in entries.values():
             f.seek(start + entry.begin)
             yield f.read(min(4096, entry.end - entry.begin))
+
+
+def encode_header(layout: FileLayout, metadata: dict[str, Any]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """Return the header of a file as bytes, and the range of bytes of each tensor in the file.
+
+    The first tensor is aligned to 64 bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offsets: dict[str, tuple[int, int]] = {}  # begin and end of each tensor, in bytes after the header
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        offsets[name] = begin, end
+        header[name] = {"dtype": DTYPE_CODES[dtype], "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    encoded = len(text).to_bytes(8, "little") + text
+    return encoded, {name: (len(encoded) + begin, len(encoded) + end) for name, (begin, end) in offsets.items()}
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
