@@ -97,7 +97,7 @@ def _check_target(target: str | os.PathLike[str]) -> Path:
 
 
 def _check_for_meta(args: ModelArgs, shards: int) -> None:
-    """Raise CheckpointError if Meta's layout cannot describe a model, and InputError if it cannot be cut into so many shards."""
+    """Raise CheckpointError if Meta's layout cannot describe a model, InputError if it cannot be cut into so many shards."""
     if args.rope_scale != 1 or args.head_dim != args.dim // args.n_heads:
         setting = f"rope_scaling by {args.rope_scale}" if args.rope_scale != 1 else f"head_dim={args.head_dim}"
         raise CheckpointError(f"the model has {setting}, which Meta's params.json cannot describe; keep Hugging Face's layout")
