@@ -114,13 +114,13 @@ def _load_group(
     packs: bool,
 ) -> None:
     """Read the weights of one group, and make each the parameter of its module."""
-    rows = _in_metas_order(names, views, shards)
     modules = [model.get_submodule(name.removesuffix(".weight")) for name in names]
     linears = [module for module in modules if isinstance(module, ColumnParallelLinear | RowParallelLinear)]
     weight: LinearKernel | QuantizedWeight | torch.Tensor | None = None
     if linears:
-        weight = _pack_rank_part(linears, names, rows, shards, format, dtype, device, packs)
+        weight = _pack_rank_part(linears, names, views, shards, format, dtype, device, packs)
     if weight is None:
+        rows = _in_metas_order(names, views, shards)
         if _can_stay_mapped(rows, dtype, device):
             weight = rows[0]
         else:
@@ -202,7 +202,12 @@ def _pack_rank_part(
         first, last = 0, width
         if split_by_inputs and weight_format:  # views contain all inputs of each row: select this rank's inputs
             first, last = width * rank // ranks, width * (rank + 1) // ranks
-        if kernel := pack_rows(weight_format, views, dtype, width, first, last):
+        order = None
+        if not all(map(shards.is_in_metas_order, names)):  # Hugging Face's files contain each weight as a whole
+            orders = [shards.metas_order(name, len(view)) for name, view in zip(names, views, strict=True)]
+            starts = itertools.accumulate(map(len, orders), initial=0)
+            order = torch.cat([rows + start for rows, start in zip(orders, starts, strict=False)])
+        if kernel := pack_rows(weight_format, views, dtype, width, first, last, order):
             for view in views:
                 check_finite(view, names, shards)
             return kernel

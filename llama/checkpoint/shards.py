@@ -56,16 +56,21 @@ class Shards(dict[str, dict[str, torch.Tensor]]):
         """Return True if the rows of a weight are stored in Meta's order."""
         return self.rotary_halves is None or not re.fullmatch(r"layers\.\d+\.attention\.w[qk]\.weight", name)
 
-    def in_metas_order(self, name: str, view: torch.Tensor) -> torch.Tensor:
-        """Return rows of a stored weight in Meta's order: the view itself if they are in this order, otherwise a copy.
+    def metas_order(self, name: str, n_rows: int) -> torch.Tensor:
+        """Return the numbers of a weight's stored rows in Meta's order: int64 (n_rows). The rows are those of whole heads.
 
         A rotary embedding rotates pairs of rows of wq and wk. In Meta's order the two rows of a pair are adjacent. In Hugging
-        Face's, the first rows of all pairs of a head come before all second rows. view: the rows of whole heads, (rows, in).
+        Face's, the first rows of all pairs of a head come before all second rows.
         """
+        rows = torch.arange(n_rows, device="cpu")
         if self.is_in_metas_order(name):
-            return view
+            return rows
         assert self.rotary_halves is not None
-        return view.unflatten(0, (-1, 2, self.rotary_halves // 2)).transpose(1, 2).flatten(0, 2)
+        return rows.view(-1, 2, self.rotary_halves // 2).transpose(1, 2).flatten()
+
+    def in_metas_order(self, name: str, view: torch.Tensor) -> torch.Tensor:
+        """Return rows (rows, in) of a stored weight in Meta's order: the view if they are in this order, otherwise a copy."""
+        return view if self.is_in_metas_order(name) else view[self.metas_order(name, len(view))]
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file has been changed, replaced or deleted since it was mapped.
