@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -559,7 +558,6 @@ def test_metas_layout_is_preferred_and_safetensors_to_pickles(small: SimpleNames
     (folder / MODEL).write_bytes(b"damaged")
     write_shards(folder, small.params, small.weights)
     build(folder)
-    assert re.search("params.json|config.json", " ".join(path.name for path in folder.iterdir()))
 
 
 def test_args_of_metas_models_have_their_defaults() -> None:
