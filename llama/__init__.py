@@ -12,6 +12,7 @@ if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_
 
 from .backends.report import info
 from .chat import Dialog
+from .checkpoint.convert import convert_checkpoint
 from .checkpoint.packed_file import save_packed_file
 from .checkpoint.paths import resolve_model_paths
 from .engine.async_calls import AsyncStream
@@ -27,8 +28,8 @@ from .tokenizer import Tokenizer
 
 __all__ = [
     "AsyncStream", "CheckpointError", "DeviceError", "Dialog", "InputError", "Llama", "LlamaError", "ModelArgs",
-    "NonFiniteError", "SamplingParams", "Score", "Stream", "Tokenizer", "Transformer", "info", "plan", "resolve_model_paths",
-    "save_packed_file", "validate_options",
+    "NonFiniteError", "SamplingParams", "Score", "Stream", "Tokenizer", "Transformer", "convert_checkpoint", "info", "plan",
+    "resolve_model_paths", "save_packed_file", "validate_options",
 ]  # fmt: skip
 
 

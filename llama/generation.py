@@ -34,7 +34,7 @@ from .chat import (
     encode_dialog,
     find_tag,
 )
-from .checkpoint import loading, packed_file, params, paths, shards, validate
+from .checkpoint import layouts, loading, packed_file, params, paths, shards, validate
 from .distributed.agreement import gather_from_replicas, run_on_all_ranks, run_on_rank0
 from .distributed.groups import global_rank, model_parallel, replica, world_size
 from .distributed.setup import initialize, set_environment
@@ -136,7 +136,9 @@ class Llama:
         quantize: str | None = None,
         backend: str = "auto",
     ) -> "Llama":
-        """Load a checkpoint in Meta's layout, with any number of shards, on any number of ranks that divides its heads.
+        """Load a checkpoint, with any number of shards, on any number of ranks that divides its heads.
+
+        ckpt_dir: a folder in Meta's layout, or in Hugging Face's (docs/hugging_face.md).
 
         tokenizer_path: by default tokenizer.model in ckpt_dir or, if there is none, in its parent folder.
         max_seq_len: context length in tokens, prompt and answer together. max_batch_size: rows of the batch. The two determine
@@ -163,13 +165,17 @@ class Llama:
             _check_build_arguments(max_seq_len, max_batch_size, seed, compile, quantize, backend, where)
             chosen_dtype = params.parse_dtype(dtype)
             backend_class = choose_backend("torch_compile" if compile else backend, where)
-            config = params.read_params(ckpt_dir)
+            config = layouts.read_params(ckpt_dir)
             tokenizer = Tokenizer(paths.find_tokenizer(ckpt_dir) if tokenizer_path is None else tokenizer_path)
+            layouts.notes(ckpt_dir, int(max_seq_len), tokenizer.eos_id)  # raises if the context is too long for the model
             fits = where.type == "cpu" and (quantize is not None or chosen_dtype in (None, torch.bfloat16))
             packed = packed_file.open_packed_file(ckpt_dir, quantize or "bfloat16", fits)
-            files = packed or shards.open_shards(ckpt_dir)
+            files = packed or layouts.open_weights(ckpt_dir)
             if packed and quantize == "int8" and where.type != "cpu" and global_rank() == 0:
-                print(f"int8.safetensors is for CPUs, and slow on {where}: build from the .pth files instead", file=sys.stderr)
+                print(
+                    f"int8.safetensors is for CPUs, and slow on {where}: build from the weights themselves",
+                    file=sys.stderr,
+                )
             model = validate.build_on_meta(config, files, int(max_seq_len), int(max_batch_size), tokenizer.n_words)
             if packed:
                 packed_file.check_packed_file(model, files)
@@ -191,7 +197,8 @@ class Llama:
         backend_class = choose_backend("torch_compile" if compile else backend, where)
         if global_rank() == 0:
             warning = slowdown_warning(backend_class, where, model.params, weights_dtype, quantize)
-            for line in filter(None, (validate.describe_spare_rows(model.vocab_size, tokenizer.n_words), warning)):
+            notes = layouts.notes(ckpt_dir, int(max_seq_len), tokenizer.eos_id)
+            for line in filter(None, (*notes, validate.describe_spare_rows(model.vocab_size, tokenizer.n_words), warning)):
                 print(line, file=sys.stderr)
         packs = backend_class.packs_weights
         run_on_all_ranks(lambda: loading.load_weights(model, files, weights_dtype, where, quantize, packs))

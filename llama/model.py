@@ -39,10 +39,13 @@ class ModelArgs:
     max_seq_len: int = 2048
 
     rope_theta: float = 10000.0  # 1e6 in Code Llama
+    # Only models in Hugging Face's layout may have other values than these:
+    rope_scale: float = 1.0  # rotary angles are divided by this number, for longer contexts
+    attention_head_dim: int | None = None  # None: dim / n_heads
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.n_heads
+        return self.attention_head_dim or self.dim // self.n_heads
 
     @property
     def kv_heads(self) -> int:
@@ -70,7 +73,16 @@ class RMSNorm(nn.Module):
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> torch.Tensor:
     """Return e^(i * position * theta^(-2j / dim)) for positions 0 to end - 1 and columns j: complex64 (end, dim / 2)."""
-    freqs = 1.0 / theta ** (torch.arange(0, dim, 2, device="cpu")[: dim // 2].float() / dim)
+    return _rotations(rotary_frequencies(dim, theta), end)
+
+
+def rotary_frequencies(dim: int, theta: float) -> torch.Tensor:
+    """Return theta^(-2j / dim) for j = 0 to dim / 2 - 1: the angles in radians between adjacent positions, (dim / 2)."""
+    return 1.0 / theta ** (torch.arange(0, dim, 2, device="cpu")[: dim // 2].float() / dim)
+
+
+def _rotations(freqs: torch.Tensor, end: int) -> torch.Tensor:
+    """Return e^(i * position * frequency) for positions 0 to end - 1: complex64 (end, len(freqs))."""
     angles = torch.outer(torch.arange(end, device="cpu").float(), freqs)
     return torch.polar(torch.ones_like(angles), angles)
 
@@ -227,7 +239,11 @@ class Transformer(nn.Module):
         if self._freqs_cis is None:
             args = self.params
             with torch.inference_mode(False):  # a tensor created in inference mode could not be used in training
-                self._freqs_cis = precompute_freqs_cis(args.head_dim, 2 * args.max_seq_len, args.rope_theta)
+                if args.rope_scale == 1:
+                    self._freqs_cis = precompute_freqs_cis(args.head_dim, 2 * args.max_seq_len, args.rope_theta)
+                else:
+                    freqs = rotary_frequencies(args.head_dim, args.rope_theta) / args.rope_scale
+                    self._freqs_cis = _rotations(freqs, 2 * args.max_seq_len)
         return self._freqs_cis
 
     @freqs_cis.setter

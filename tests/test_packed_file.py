@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from llama import CheckpointError, DeviceError, InputError, Llama, ModelArgs, Transformer
-from llama.checkpoint import loading, packed_file
+from llama.checkpoint import loading, packed_file, safetensors_file
 from llama.cli.main import main
 from llama.kernels import host_memory, pack, packing
 from llama.kernels.blocked_linear import BlockedLinear, extension_for
@@ -368,7 +368,7 @@ def test_errors_shorten_long_values_in_the_header_of_a_packed_file(small: Simple
     for change, part in (
         ({"__metadata__": header["__metadata__"] | {"layout": "9" * 1_000_000}}, "its layout is"),
         ({"x" * 1_000_000: {"dtype": "I8", "shape": [0], "data_offsets": [end, end]}}, "params.json makes none"),
-        ({"norm.weight": norm | {"shape": [1] * 300_000 + norm["shape"]}}, "norm.weight' is (torch."),
+        ({"norm.weight": norm | {"shape": [1] * 300_000 + norm["shape"]}}, "cut off, damaged"),
     ):
         text = json.dumps(header | change).encode()
         text += b" " * (-(8 + len(text)) % 64)
@@ -431,11 +431,11 @@ def test_a_packed_file_whose_tensors_are_in_another_order_is_copied(
     """Write the tensors in the order of earlier versions: the widest dtypes first, then by name."""
     path, tokens = int4_folder / "int4.safetensors", torch.arange(3, 33).view(1, 30)
     expected = build(int4_folder, small).model.forward(tokens, 0)
-    metadata, tensors = packed_file._map_tensors(path)
+    metadata, tensors = safetensors_file.map_safetensors(path)
     header, end, data = {"__metadata__": metadata}, 0, b""
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
         data += bytes(tensor.contiguous().view(torch.uint8).flatten().tolist())
-        dtype = packed_file._DTYPE_CODES[tensor.dtype]
+        dtype = safetensors_file.DTYPE_CODES[tensor.dtype]
         header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": (end, len(data))}
         end = len(data)
     text = json.dumps(header).encode()
@@ -487,7 +487,7 @@ def test_a_header_that_is_too_long_and_tensors_of_unsupported_dtypes_are_refused
     folder = shutil.copytree(small.folder, tmp_path / "m")
     path = packed_file.save_packed_file(folder, "int8")
     with monkeypatch.context() as patch:
-        patch.setattr(packed_file, "MAX_HEADER_BYTES", 64)
+        patch.setattr(safetensors_file, "MAX_HEADER_BYTES", 64)
         assert_raises(lambda: packed_file.open_packed_file(folder, "int8"), CheckpointError, "cut off, damaged")
     shards = packed_file.open_packed_file(folder, "int8")
     assert shards is not None

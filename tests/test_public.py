@@ -91,7 +91,7 @@ def test_model_args_have_the_references_fields_and_defaults() -> None:
     assert list(fields.items()) == [
         ("dim", 4096), ("n_layers", 32), ("n_heads", 32), ("n_kv_heads", None), ("vocab_size", -1), ("multiple_of", 256),
         ("ffn_dim_multiplier", None), ("norm_eps", 1e-5), ("max_batch_size", 32), ("max_seq_len", 2048),
-        ("rope_theta", 10000.0),
+        ("rope_theta", 10000.0), ("rope_scale", 1.0), ("attention_head_dim", None),  # these are not the reference's
     ]  # fmt: skip
 
 

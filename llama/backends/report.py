@@ -5,8 +5,7 @@ import platform
 
 import torch
 
-from ..checkpoint.params import read_params
-from ..checkpoint.shards import stored_dtype
+from ..checkpoint.layouts import read_params, stored_embedding
 from ..distributed import cgroups, groups, threads
 from ..distributed.setup import choose_device
 from ..kernels import avx2, avx512, pack
@@ -43,7 +42,8 @@ def info(ckpt_dir: str | os.PathLike[str] | None = None, device: str | torch.dev
     if ckpt_dir is not None:
         params = read_params(ckpt_dir)
         args = ModelArgs(**{**params, "vocab_size": max(params.get("vocab_size", 1), 1)})
-        stored = stored_dtype(ckpt_dir) or torch.bfloat16
+        embedding = stored_embedding(ckpt_dir)
+        stored = torch.bfloat16 if embedding is None else embedding.dtype
         lines.append(("checkpoint", f"dim {args.dim}, {args.n_layers} layers, feed-forward width {args.ffn_width}, {stored}"))
         if chosen.name == "cpu":
             why = cpu.why_shape_unsupported(args, stored, groups.world_size())

@@ -42,7 +42,7 @@ def bytes_staying_mapped(
     total = 0
     for names, views in _views_to_read(model, shards, format, packs):
         may_be_packed = _is_linear(names[0]) and (format or (packs and dtype == torch.bfloat16))
-        if not may_be_packed and _can_stay_mapped(views, dtype, device):
+        if not may_be_packed and shards.is_in_metas_order(names[0]) and _can_stay_mapped(views, dtype, device):
             total += views[0].nbytes
     return total
 
@@ -120,10 +120,11 @@ def _load_group(
     if linears:
         weight = _pack_rank_part(linears, names, views, shards, format, dtype, device, packs)
     if weight is None:
-        if _can_stay_mapped(views, dtype, device):
-            weight = views[0]
+        rows = _in_metas_order(names, views, shards)
+        if _can_stay_mapped(rows, dtype, device):
+            weight = rows[0]
         else:
-            weight = _join_views(views, split_dim(names[0]) or 0, dtype, device)
+            weight = _join_views(rows, views, split_dim(names[0]) or 0, dtype, device)
         check_finite(weight, names, shards)
     else:
         if not (isinstance(weight, BlockedLinear) and _share_storage(weight.blocks.weight, views[0])):
@@ -142,13 +143,32 @@ def _load_group(
         module.weight = parameter
 
 
+def _in_metas_order(names: list[str], views: list[torch.Tensor], shards: Shards) -> list[torch.Tensor]:
+    """Return a group's views with their rows in Meta's order: the views themselves, and copies of what is in another order.
+
+    `madvise` may be called only for the views, not for the copies: next to these, other values share their pages.
+    """
+    if shards.rotary_halves is None:
+        return views
+    ordered = []
+    for name, view in zip(names, views, strict=True):  # Hugging Face's files contain each weight as a whole
+        ordered.append(shards.in_metas_order(name, view))
+        if ordered[-1] is not view:
+            madvise(view, DONTNEED)
+    return ordered
+
+
 def quantize_rank_part(
     name: str, shards: Shards, format: str, dtype: torch.dtype, device: torch.device
 ) -> Iterator[QuantizedWeight]:
     """Quantize this rank's part of a stored weight, and yield it several rows at a time."""
     rank, ranks = model_parallel()
     split_by_inputs = split_dim(name) == 1
-    for views in [shard_parts(name, shards)] if split_by_inputs else [[view] for view in rank_views(name, shards)]:
+    for views in (
+        [shard_parts(name, shards)]
+        if split_by_inputs
+        else [[shards.in_metas_order(name, view)] for view in rank_views(name, shards)]
+    ):
         width = sum(view.shape[1] for view in views)
         step = max(1, tuning.QUANTIZE_SHARDS_AT_ONCE // width)
         for i in range(0, views[0].shape[0], step):
@@ -182,7 +202,12 @@ def _pack_rank_part(
         first, last = 0, width
         if split_by_inputs and weight_format:  # views contain all inputs of each row: select this rank's inputs
             first, last = width * rank // ranks, width * (rank + 1) // ranks
-        if kernel := pack_rows(weight_format, views, dtype, width, first, last):
+        order = None
+        if not all(map(shards.is_in_metas_order, names)):  # Hugging Face's files contain each weight as a whole
+            orders = [shards.metas_order(name, len(view)) for name, view in zip(names, views, strict=True)]
+            starts = itertools.accumulate(map(len, orders), initial=0)
+            order = torch.cat([rows + start for rows, start in zip(orders, starts, strict=False)])
+        if kernel := pack_rows(weight_format, views, dtype, width, first, last, order):
             for view in views:
                 check_finite(view, names, shards)
             return kernel
@@ -290,16 +315,18 @@ def _share_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def _join_views(views: list[torch.Tensor], dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Concatenate views of the mapped files along `dim` into a new tensor.
+def _join_views(
+    rows: list[torch.Tensor], views: list[torch.Tensor], dim: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Concatenate the rows along `dim` into a new tensor. views: the views of the mapped files from which the rows are.
 
-    The memory of each view's pages is released once the view is copied.
+    The memory of each view's pages is released once its rows are copied.
     """
-    shape = list(views[0].shape)
-    shape[dim] = sum(view.shape[dim] for view in views)
+    shape = list(rows[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in rows)
     joined, filled = torch.empty(shape, dtype=dtype, device=device), 0
-    for view in views:
-        joined.narrow(dim, filled, view.shape[dim]).copy_(view)
+    for part, view in zip(rows, views, strict=True):
+        joined.narrow(dim, filled, view.shape[dim]).copy_(part)
         filled += view.shape[dim]
         madvise(view, DONTNEED)
     return joined

@@ -21,14 +21,11 @@ weight begins in the middle of a block.
 import contextlib
 import ctypes
 import hashlib
-import json
-import math
 import os
 import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -43,19 +40,16 @@ from ..model import Transformer
 from ..quantization.quantize import quantize
 from ..quantization.weight import FORMATS, QuantizedWeight, format_of, group_size
 from . import loading, resharding
-from .mapping import map_file
-from .params import SUPPORTED_DTYPES, read_params
-from .shards import Shards, file_identity, open_shards, shard_paths, split_dim
+from .layouts import open_weights, read_params, weight_paths
+from .params import SUPPORTED_DTYPES
+from .safetensors_file import FileLayout, encode_header, fingerprint_parts, map_safetensors
+from .shards import Shards, file_identity, split_dim
 from .validate import build_on_meta, check_shards, expected_shapes
 
 LAYOUT = "blocks of 64 outputs, 4 bytes each, version 2"
 FORMAT_KEY = "kind"  # the key in the header's metadata whose value is the format of the weights
 MAX_ZIP_RECORDS = 10_000  # limit for a shard: more than ten times the number of records in a shard of 70B
-MAX_HEADER_BYTES = 1 << 22  # limit: ten times the header of 70B, as parsing a larger header could take much memory
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
-_DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 PACKED_FORMATS = ["bfloat16", *FORMATS]
-FileLayout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name of a tensor -> (dtype, shape), in the order of the file
 REMAKE = "make it again with `python -m llama quantize`, or delete it"
 
 
@@ -66,7 +60,7 @@ def packed_file_path(ckpt_dir: str | os.PathLike[str], format: str) -> Path:
 
 def shards_fingerprint(ckpt_dir: str | os.PathLike[str]) -> str | None:
     """Return a hash that identifies the contents of a folder's shards; None if the folder has no shards."""
-    digest, paths = hashlib.sha256(), shard_paths(Path(ckpt_dir).expanduser())
+    digest, paths = hashlib.sha256(), weight_paths(ckpt_dir)
     for path in paths:
         digest.update(path.name.encode())
         for part in _fingerprint_parts(path):
@@ -75,11 +69,14 @@ def shards_fingerprint(ckpt_dir: str | os.PathLike[str]) -> str | None:
 
 
 def _fingerprint_parts(path: Path) -> Iterator[bytes]:
-    """Yield bytes that identify a shard: the name, size, checksum and first 4 kB of each record.
+    """Yield bytes that identify a file of weights. For a zip: the name, size, checksum and first 4 kB of each record.
 
     The first 4 kB are needed because some programs write no checksums.
     """
     try:
+        if path.suffix == ".safetensors":
+            yield from fingerprint_parts(path)
+            return
         with path.open("rb") as f, zipfile.ZipFile(f) as archive:
             if len(archive.infolist()) > MAX_ZIP_RECORDS:
                 raise ValueError(f"more than {MAX_ZIP_RECORDS:,} records")
@@ -90,7 +87,8 @@ def _fingerprint_parts(path: Path) -> Iterator[bytes]:
     except Exception as e:  # zipfile raises errors of many types for a damaged file
         if reason := explain_system_error(e):
             raise CheckpointError(f"{path}: {reason}") from e
-        raise CheckpointError(f"{path}: damaged, or no PyTorch checkpoint ({e}); fetch it again, or remove it") from e
+        kind = "safetensors file" if path.suffix == ".safetensors" else "PyTorch checkpoint"
+        raise CheckpointError(f"{path}: damaged, or no {kind} ({e}); fetch it again, or remove it") from e
 
 
 def file_layout(model: Transformer, stored_dtype: torch.dtype, format: str) -> FileLayout:
@@ -148,8 +146,8 @@ def open_packed_file(ckpt_dir: str | os.PathLike[str], format: str, fits: bool =
         return None
     identity = file_identity(path)
     try:
-        metadata, tensors = _map_tensors(path)
-    except (OSError, MemoryError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as e:
+        metadata, tensors = map_safetensors(path, huge_pages=True)
+    except (OSError, MemoryError, RuntimeError, ValueError) as e:
         if reason := explain_system_error(e):
             raise CheckpointError(f"{path}: {reason}") from e
         raise CheckpointError(f"{path}: cut off, damaged, or not written by this library; {REMAKE}") from e
@@ -162,30 +160,6 @@ def open_packed_file(ckpt_dir: str | os.PathLike[str], format: str, fits: bool =
     if shards_beside not in (None, metadata.get("source")):
         raise CheckpointError(f"{path}: made from other weights than the shards beside it; {REMAKE}")
     return Shards({path.name: tensors}, {path: identity}, format)
-
-
-def _map_tensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Map a safetensors file; return its metadata and tensors. A damaged file raises errors of several types."""
-    size = path.stat().st_size
-    with path.open("rb") as f:
-        contents = map_file(path, f)(0, size)
-    file = torch.empty(0, dtype=torch.uint8, device="cpu").set_(contents)  # type: ignore[call-overload]
-    host_memory.read_as_huge_pages(file)
-    length = int.from_bytes(bytes(file[:8].tolist()), "little")
-    if length >= min(size, MAX_HEADER_BYTES):
-        raise ValueError("no header")
-    # Read the header from the mapping: `read` would make Linux read ahead, in small pages.
-    header: Any = json.loads(ctypes.string_at(file.data_ptr() + 8, length))
-    mapped = file[8 + length :]
-    metadata = dict(header.pop("__metadata__"))
-    spans = sorted(entry["data_offsets"] for entry in header.values())
-    if [0, *(end for _, end in spans)] != [*(begin for begin, _ in spans), len(mapped)]:
-        raise ValueError("holes or overlaps between tensors")
-    tensors = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        tensors[name] = mapped[begin:end].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
-    return metadata, tensors
 
 
 def check_packed_file(model: Transformer, shards: Shards) -> None:
@@ -221,7 +195,8 @@ def save_packed_file(ckpt_dir: str | os.PathLike[str], format: str) -> Path:
     if format == "bfloat16":
         _check_all_bfloat16(shards, model)
     layout = file_layout(model, shards.first["tok_embeddings.weight"].dtype, format)
-    header, spans = _encode_header(layout, format, shards_fingerprint(ckpt_dir))
+    metadata = {"layout": LAYOUT, FORMAT_KEY: format, "source": shards_fingerprint(ckpt_dir)}
+    header, spans = encode_header(layout, metadata)
     path = packed_file_path(ckpt_dir, format)
     temporary = path.with_suffix(f".{os.getpid()}.part")  # a unique name, because several processes may save at once
     try:
@@ -241,7 +216,7 @@ def save_packed_file(ckpt_dir: str | os.PathLike[str], format: str) -> Path:
 
 def _open_checkpoint(ckpt_dir: str | os.PathLike[str]) -> tuple[Shards, Transformer]:
     """Map and check a checkpoint; return its shards, and its model on the meta device."""
-    params, shards = read_params(ckpt_dir), open_shards(ckpt_dir)
+    params, shards = read_params(ckpt_dir), open_weights(ckpt_dir)
     model = build_on_meta(params, shards, 1, 1, None)
     check_shards(model, shards)
     return shards, model
@@ -253,24 +228,6 @@ def _check_all_bfloat16(shards: Shards, model: Transformer) -> None:
         for tensors in shards.values():
             if (dtype := tensors[name].dtype) != torch.bfloat16:
                 raise InputError(f"{name} is stored as {dtype}, and saving it as bfloat16 loses precision; save int8 or int4")
-
-
-def _encode_header(layout: FileLayout, format: str, source: str | None) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """Return the header of a safetensors file as bytes, and the range of bytes of each tensor in the file.
-
-    source: the fingerprint of the shards.
-    """
-    header: dict[str, Any] = {"__metadata__": {"layout": LAYOUT, FORMAT_KEY: format, "source": source}}
-    offsets: dict[str, tuple[int, int]] = {}  # begin and end of each tensor, in bytes after the header
-    end = 0
-    for name, (dtype, shape) in layout.items():
-        begin, end = end, end + dtype.itemsize * math.prod(shape)
-        offsets[name] = begin, end
-        header[name] = {"dtype": _DTYPE_CODES[dtype], "shape": shape, "data_offsets": (begin, end)}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % 64)  # pad the header, so that the tensors after it are aligned to 64 bytes
-    encoded = len(text).to_bytes(8, "little") + text
-    return encoded, {name: (len(encoded) + begin, len(encoded) + end) for name, (begin, end) in offsets.items()}
 
 
 def _write_packed_file(path: Path, header: bytes, groups: list[list[str]], shards: Shards, format: str) -> None:
@@ -312,7 +269,8 @@ def _tensors_to_write(name: str, shards: Shards, format: str) -> tuple[torch.Ten
 
     The embedding and the norms are unchanged.
     """
-    parts, weight_format, dim = resharding.shard_parts(name, shards), format_of(name, format), split_dim(name)
+    parts = [shards.in_metas_order(name, part) for part in resharding.shard_parts(name, shards)]
+    weight_format, dim = format_of(name, format), split_dim(name)
     for part in parts:
         loading.check_finite(part, [name], shards)
     if weight_format is None:

@@ -34,6 +34,7 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 LLAMA_3_VOCAB_SIZE = 128256
+LLAMA_3 = "is of Llama 3; supported are Llama 2, Code Llama and LLaMA 1: give the folder of one of these"
 # For each key of params.json: the type of its value, a test of the value, and the test in words.
 _COUNT = (int, lambda v: 1 <= v < 2**31, "a whole number from 1 to 2,147,483,647")
 _PARAMS: dict[str, tuple[Any, Any, str]] = {
@@ -44,45 +45,68 @@ _PARAMS: dict[str, tuple[Any, Any, str]] = {
     "norm_eps": ((int, float), lambda v: 0 < v < 1, "a number between 0 and 1"),
     "rope_theta": ((int, float), lambda v: 1 <= v <= 1e18, "a number from 1 to 1e18"),
 }  # fmt: skip
+ADAPTER = (
+    "it contains an adapter (adapter_config.json), and adapters are not merged here: "
+    "merge it with PEFT's merge_and_unload(), save_pretrained() the result, and give its folder"
+)
+# Arguments of ModelArgs that only models in Hugging Face's layout have.
+_OTHER_PARAMS: dict[str, tuple[Any, Any, str]] = {
+    "attention_head_dim": (int, lambda v: 2 <= v <= 1 << 16 and v % 2 == 0, "an even number from 2 to 65,536"),
+    "rope_scale": ((int, float), lambda v: 1 <= v <= 1e6, "a number from 1 to 1,000,000"),
+}
 _OPTIONAL_PARAMS = ("n_kv_heads", "ffn_dim_multiplier")  # for these keys, null means the same as a missing key
 
 
 def read_params(ckpt_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the contents of a folder's `params.json` as arguments of ModelArgs. Raise CheckpointError for any bad value."""
-    folder = _check_folder(ckpt_dir)
+    folder = check_folder(ckpt_dir)
     if "params.json" not in list_folder(folder):
         raise CheckpointError(f"{folder}: no params.json; {describe_folder(folder)}")
     path = folder / "params.json"
-    text = read_file(path, MAX_PARAMS_BYTES)
-    try:
-        params = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        reason = str(e) if text[:1] == b"{" else identify_format(text[:64])
-        raise CheckpointError(f"{path}: not JSON ({reason}); fetch it again") from e
-    if not isinstance(params, dict):
-        raise CheckpointError(f"{path}: contains {describe(params)}, not an object of names and values; fetch it again")
+    params = read_json(path, MAX_PARAMS_BYTES)
     if "use_scaled_rope" in params or params.get("vocab_size") == LLAMA_3_VOCAB_SIZE:
-        raise CheckpointError(
-            f"{path} is of Llama 3; supported are Llama 2, Code Llama and LLaMA 1: give the folder of one of these"
-        )
+        raise CheckpointError(f"{path} {LLAMA_3}")
     params = {k: v for k, v in params.items() if not (v is None and k in _OPTIONAL_PARAMS)}
     for key, value in params.items():
         if key not in _PARAMS:
             raise CheckpointError(f"{path}: unknown key {key!r:.80}; a Llama 2 model has {', '.join(_PARAMS)}")
-        types, is_valid, requirement = _PARAMS[key]
-        if isinstance(value, bool) or not isinstance(value, types) or not is_valid(value):
-            raise CheckpointError(f"{path}: {key} is {value!r:.80}; it must be {requirement}")
+        check_value(path, key, key, value)
+    check_heads(path, params)
+    return params
+
+
+def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
+    """Return the object that a JSON file contains. Raise CheckpointError if it is none, or larger than max_bytes."""
+    text = read_file(path, max_bytes)
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        reason = str(e) if text[:1] == b"{" else identify_format(text[:64])
+        raise CheckpointError(f"{path}: not JSON ({reason}); fetch it again") from e
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: contains {describe(values)}, not an object of names and values; fetch it again")
+    return values
+
+
+def check_value(path: Path, key: str, name: str, value: Any) -> None:
+    """Raise CheckpointError unless a value is allowed for a key. name: the key of params.json that has the same meaning."""
+    types, is_valid, requirement = _PARAMS.get(name) or _OTHER_PARAMS[name]
+    if isinstance(value, bool) or not isinstance(value, types) or not is_valid(value):
+        raise CheckpointError(f"{path}: {key} is {value!r:.80}; it must be {requirement}")
+
+
+def check_heads(path: Path, params: dict[str, Any]) -> None:
+    """Raise CheckpointError unless the model's width can be divided into its heads."""
     args = ModelArgs(**params)
     if args.dim % args.n_heads or args.head_dim % 2:
         raise CheckpointError(f"{path}: dim={args.dim} cannot be divided into n_heads={args.n_heads} heads of even width")
     if args.n_heads % args.kv_heads:
         raise CheckpointError(f"{path}: n_heads={args.n_heads} is no multiple of n_kv_heads={args.n_kv_heads}")
-    return params
 
 
-def _check_folder(ckpt_dir: str | os.PathLike[str]) -> Path:
+def check_folder(ckpt_dir: str | os.PathLike[str]) -> Path:
     """Return ckpt_dir as a path. Raise CheckpointError unless it is an existing folder."""
-    what = "a model's folder, with consolidated.NN.pth and params.json"
+    what = "a model's folder, with consolidated.NN.pth and params.json, or in Hugging Face's layout"
     # The name of a repository has one slash, and its owner is not a folder here.
     match = re.fullmatch(r"([\w-]+)/[\w.-]+", ckpt_dir) if isinstance(ckpt_dir, str) else None
     if match and not os.path.exists(match[1]):
@@ -111,9 +135,17 @@ def describe_folder(folder: Path) -> str:
     models = [n for n in names if os.path.isfile(folder / n / "params.json")]
     if models:
         return f"it contains model folders; give one of them as ckpt_dir: {', '.join(models[:8])}"
-    if any(n == "config.json" or n.endswith(".safetensors") or n.startswith("pytorch_model") for n in names):
+    if "adapter_config.json" in names:
+        return ADAPTER
+    if any(n.endswith(".safetensors") or n.startswith("pytorch_model") for n in names) and "config.json" not in names:
+        return "it contains weights in Hugging Face's layout, but no config.json; fetch this file, too"
+    if "config.json" in names:
         return (
-            "the folder is in Hugging Face layout; this library reads Meta's own files "
-            "(consolidated.NN.pth and params.json, as in Meta's repositories without -hf in the name)"
+            "it contains config.json, but no weights in Hugging Face's layout: no model.safetensors, no pytorch_model.bin, and "
+            f"none of their indexes; it contains {_list_names(names)}"
         )
-    return f"it contains {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}"
+    return f"it contains {_list_names(names)}"
+
+
+def _list_names(names: list[str]) -> str:
+    return f"{', '.join(names[:8])}{' and more' if len(names) > 8 else ''}"

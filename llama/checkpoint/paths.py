@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..distributed.groups import global_rank
 from ..errors import CheckpointError, InputError
-from .params import read_params
+from .layouts import read_params
 
 # The folder of the demo model in an installed package, and in a clone of the repository.
 DEMO_FOLDERS = (Path(__file__).parents[1] / "_demo", Path(__file__).parents[2] / "demo")
@@ -46,6 +46,8 @@ def find_tokenizer(ckpt_dir: str | os.PathLike[str]) -> Path:
     for place in (folder, folder.absolute().parent, folder.resolve().parent):  # ckpt_dir may be a link to the folder
         if (place / "tokenizer.model").is_file():
             return place / "tokenizer.model"
+    hint = "; tokenizer.json is not read, so fetch tokenizer.model, too" if (folder / "tokenizer.json").is_file() else ""
     raise CheckpointError(
-        f"ckpt_dir is {str(ckpt_dir)!r}: no tokenizer.model in it or in its parent folder; give its path as tokenizer_path"
+        f"ckpt_dir is {str(ckpt_dir)!r}: no tokenizer.model in it or in its parent folder; "
+        f"give its path as tokenizer_path{hint}"
     )

@@ -26,26 +26,51 @@ SPLIT_DIMS: dict[str, int | None] = {
 IGNORED_TENSORS = re.compile(
     r"(?:.*\.)?(?:rope\.(?:freqs|cache)|(?:rope_|rotary_emb\.)?(?:inv_freq|freqs_(?:cis|cos|sin))|rotary_emb\.(?:cos|sin)_cached)"
 )
-_EXPECTED = "Meta's shards contain tensors by name and nothing else"
+_EXPECTED = "the files of a model contain tensors by name and nothing else"
 
 
 class Shards(dict[str, dict[str, torch.Tensor]]):
     """The mapped tensors of a checkpoint: file name -> tensor name -> tensor.
 
     identities: the `file_identity` of each file, taken before the file was mapped.
-    packed_format: the format of the weights in a packed file (packed_file.py); None for Meta's shards.
+    packed_format: the format of the weights in a packed file (packed_file.py); None for shards.
+    rotary_halves: the width of a head if the rows of wq and wk are in Hugging Face's order; None if they are in Meta's.
     """
 
     def __init__(
-        self, tensors: dict[str, dict[str, torch.Tensor]], identities: dict[Path, Any], packed_format: str | None = None
+        self,
+        tensors: dict[str, dict[str, torch.Tensor]],
+        identities: dict[Path, Any],
+        packed_format: str | None = None,
+        rotary_halves: int | None = None,
     ) -> None:
         super().__init__(tensors)
-        self.identities, self.packed_format = identities, packed_format
+        self.identities, self.packed_format, self.rotary_halves = identities, packed_format, rotary_halves
 
     @property
     def first(self) -> dict[str, torch.Tensor]:
         """Return the tensors of the first file."""
         return next(iter(self.values()))
+
+    def is_in_metas_order(self, name: str) -> bool:
+        """Return True if the rows of a weight are stored in Meta's order."""
+        return self.rotary_halves is None or not re.fullmatch(r"layers\.\d+\.attention\.w[qk]\.weight", name)
+
+    def metas_order(self, name: str, n_rows: int) -> torch.Tensor:
+        """Return the numbers of a weight's stored rows in Meta's order: int64 (n_rows). The rows are those of whole heads.
+
+        A rotary embedding rotates pairs of rows of wq and wk. In Meta's order the two rows of a pair are adjacent. In Hugging
+        Face's, the first rows of all pairs of a head come before all second rows.
+        """
+        rows = torch.arange(n_rows, device="cpu")
+        if self.is_in_metas_order(name):
+            return rows
+        assert self.rotary_halves is not None
+        return rows.view(-1, 2, self.rotary_halves // 2).transpose(1, 2).flatten()
+
+    def in_metas_order(self, name: str, view: torch.Tensor) -> torch.Tensor:
+        """Return rows (rows, in) of a stored weight in Meta's order: the view if they are in this order, otherwise a copy."""
+        return view if self.is_in_metas_order(name) else view[self.metas_order(name, len(view))]
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file has been changed, replaced or deleted since it was mapped.
@@ -82,14 +107,6 @@ def shard_paths(folder: Path) -> list[Path]:
     return [folder / name for name in list_folder(folder) if name.endswith(".pth")]
 
 
-def stored_dtype(ckpt_dir: str | os.PathLike[str]) -> torch.dtype | None:
-    """Return the dtype of the embedding in a folder's shards; None if there are no shards."""
-    if not shard_paths(Path(ckpt_dir).expanduser()):
-        return None
-    embedding = open_shards(ckpt_dir, values=False).first.get("tok_embeddings.weight")
-    return None if embedding is None else embedding.dtype
-
-
 def open_shards(ckpt_dir: str | os.PathLike[str], values: bool = True) -> Shards:
     """Map all shards in a folder: all files named *.pth, in the order of their names, as the reference does.
 
@@ -102,7 +119,7 @@ def open_shards(ckpt_dir: str | os.PathLike[str], values: bool = True) -> Shards
         raise CheckpointError(f"{folder}: no consolidated.NN.pth, and no other .pth file; {describe_folder(folder)}")
     _check_names(folder, [path.name for path in paths])
     identities = {path: file_identity(path) for path in paths}
-    return Shards({path.name: _open_shard(path, values) for path in paths}, identities)
+    return Shards({path.name: open_shard(path, values) for path in paths}, identities)
 
 
 def _check_names(folder: Path, names: list[str]) -> None:
@@ -124,8 +141,8 @@ def _check_names(folder: Path, names: list[str]) -> None:
         numbers_before[kind] = name_numbers
 
 
-def _open_shard(path: Path, values: bool) -> dict[str, torch.Tensor]:
-    """Map one shard, and return its tensors by name. values: see `open_shards`.
+def open_shard(path: Path, values: bool) -> dict[str, torch.Tensor]:
+    """Map one file that torch.save wrote, and return its tensors by name. values: see `open_shards`.
 
     Raises CheckpointError if the file is damaged, contains anything but tensors, or cannot be read.
     """
@@ -147,7 +164,7 @@ def _open_shard(path: Path, values: bool) -> dict[str, torch.Tensor]:
         identity = file_identity(path)
         size = f"{identity[2]:,} bytes" if identity else "deleted by now"
         raise CheckpointError(
-            f"{path}: cut off, damaged or another kind of zip ({size}); compare with checklist.chk, fetch it again"
+            f"{path}: cut off, damaged or another kind of zip ({size}); compare its checksum (checklist.chk), fetch it again"
         ) from e
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{path}: contains a {type(tensors).__name__}; {_EXPECTED}")

@@ -5,6 +5,7 @@ python -m llama complete --ckpt_dir llama-2-7b --tokenizer_path tokenizer.model 
 python -m llama serve --ckpt_dir llama-2-7b-chat
 torchrun --nproc_per_node 2 -m llama chat --ckpt_dir llama-2-13b-chat --tokenizer_path tokenizer.model
 python -m llama quantize --ckpt_dir llama-2-7b int8
+python -m llama convert llama-2-7b-hf llama-2-7b --to meta
 python -m llama plan --model 70B --max_seq_len 4096
 python -m llama info
 """
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from .. import __version__, info, save_packed_file
+from .. import __version__, convert_checkpoint, info, save_packed_file
 from ..distributed.groups import global_rank, world_size
 from ..errors import InputError, format_bytes
 from ..planning import GPUS, MODELS, model_size, plan
@@ -34,7 +35,9 @@ def make_parser() -> "tuple[argparse.ArgumentParser, argparse._SubParsersAction[
     model, sampling = model_parser(), sampling_parser()
     parser = argparse.ArgumentParser("python -m llama", description="Llama 2 in the terminal.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"llama {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="chat | complete | serve | quantize | plan | info")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="chat | complete | serve | quantize | convert | plan | info"
+    )
     chat = commands.add_parser(
         "chat",
         parents=[model, sampling],
@@ -89,9 +92,21 @@ def make_parser() -> "tuple[argparse.ArgumentParser, argparse._SubParsersAction[
         help="save packed weights beside a model, in 8 or 4 bit or as they are, for faster loading",
         description="Save a model's weights, packed for the CPU's kernels, in a file beside it, which is loaded from then on.",
     )
-    quantize.add_argument("--ckpt_dir", metavar="DIR", required=True, help="folder with consolidated.NN.pth and params.json")
+    quantize.add_argument("--ckpt_dir", metavar="DIR", required=True, help="folder with a model")
     quantize.add_argument("format", choices=("bfloat16", *QUANTIZE_FORMATS), metavar="FORMAT", help="int8, int4 or bfloat16")
     quantize.set_defaults(run=run_quantize)
+
+    convert = commands.add_parser(
+        "convert",
+        allow_abbrev=False,
+        help="write a model in Meta's or Hugging Face's layout, or in another number of files",
+        description="Write a model into a new folder, in Meta's or Hugging Face's layout. The values are unchanged.",
+    )
+    convert.add_argument("source", metavar="SRC", help="folder with a model, in either layout")
+    convert.add_argument("target", metavar="DST", help="folder to write, which must not exist")
+    convert.add_argument("--to", choices=("meta", "hf"), required=True, help="the layout to write")
+    convert.add_argument("--shards", type=int, default=1, metavar="N", help="number of files of weights; default: 1")
+    convert.set_defaults(run=run_convert)
 
     planning = commands.add_parser(
         "plan",
@@ -101,7 +116,9 @@ def make_parser() -> "tuple[argparse.ArgumentParser, argparse._SubParsersAction[
     )
     which = planning.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", type=model_size, choices=MODELS, help="Meta's 7B, 13B or 70B; -chat is the same")
-    which.add_argument("--ckpt_dir", metavar="DIR", help="folder with params.json, and shards if they are there")
+    which.add_argument(
+        "--ckpt_dir", metavar="DIR", help="folder with params.json or config.json, and weights if they are there"
+    )
     planning.add_argument(
         "--ranks", type=int, nargs="+", default=[], metavar="N", help="numbers of ranks; default: all possible up to 16"
     )
@@ -129,6 +146,12 @@ def make_parser() -> "tuple[argparse.ArgumentParser, argparse._SubParsersAction[
 def run_quantize(args: argparse.Namespace) -> None:
     path = save_packed_file(args.ckpt_dir, args.format)
     Terminal().write(f"{path}: {format_bytes(path.stat().st_size)}\n")
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    path = convert_checkpoint(args.source, args.target, args.to, args.shards)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    Terminal().write(f"{path}: {format_bytes(size)}\n")
 
 
 def run_plan(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ def model_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--ckpt_dir", metavar="DIR", help="folder with consolidated.NN.pth and params.json; default: the demo model"
+        "--ckpt_dir", metavar="DIR", help="folder with a model, in Meta's or Hugging Face's layout; default: the demo model"
     )
     model.add_argument("--tokenizer_path", metavar="FILE", help="default: tokenizer.model in DIR or its parent folder")
     model.add_argument(

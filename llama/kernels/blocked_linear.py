@@ -78,9 +78,10 @@ class BlockedWeight:
         return BlockedWeight(format, weight, scales, in_features, out_features)
 
     @staticmethod
-    def from_rows(format: str, views: Sequence[torch.Tensor], group: int) -> "BlockedWeight":
+    def from_rows(format: str, views: Sequence[torch.Tensor], group: int, order: torch.Tensor | None = None) -> "BlockedWeight":
         """Pack the rows of the tensors `views`, each (rows, in), into one weight in the same order, with csrc/pack.c.
 
+        order: the numbers of these rows in another order, int64 (rows); each row must be there once.
         For int8 and int4, csrc/pack.c quantizes each row in groups of `group` inputs. Raises ValueError if the views differ in
         dtype or width, are not on the CPU, or are not bfloat16 although `format` is "bfloat16".
         """
@@ -94,6 +95,7 @@ class BlockedWeight:
         views = [v if v.stride(1) == 1 else v.contiguous() for v in views]
         blocked = BlockedWeight.allocate(format, sum(map(len, views)), views[0].shape[1], group)
         rows = torch.cat([v.data_ptr() + torch.arange(len(v), device="cpu") * (v.stride(0) * v.element_size()) for v in views])
+        rows = rows if order is None else rows[order]
         fields = {"format": FORMAT_CODES[format], "dtype": dtype_code, "rows": rows, "weight": blocked.weight}
         sizes = {"group": group, "in_": blocked.in_features, "width": blocked.width, "out": blocked.out_features}
         compiled.call("pack_weight", ctypes.byref(fill_struct(pack.PackArgs(), scales=blocked.scales, **fields, **sizes)))

@@ -43,13 +43,20 @@ def uses_blocks(format: str | None, weight: torch.Tensor | QuantizedWeight, in_f
 
 
 def pack_rows(
-    format: str | None, views: Sequence[torch.Tensor], dtype: torch.dtype, width: int, first: int, last: int
+    format: str | None,
+    views: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+    width: int,
+    first: int,
+    last: int,
+    order: torch.Tensor | None = None,
 ) -> LinearKernel | None:
     """Pack inputs `first` to `last` - 1 of a weight (out, width) into blocks; format None means bfloat16.
 
     views: the parts of the weight, in order. Either each part has some of the outputs and all inputs, or each has all outputs
         and some of the inputs.
-    dtype: the dtype of activations.
+    dtype: the dtype of activations. order: the numbers of the rows of all views in the order in which they are packed; None for
+        the order of the views.
 
     Groups start at the first input of the whole row, so that the quantized values do not depend on the number of ranks. Returns
     None if the weight cannot be packed into blocks on this machine, or is too small; `pack_weight` may choose another form.
@@ -68,7 +75,7 @@ def pack_rows(
         starts = itertools.accumulate((view.shape[1] for view in views), initial=0)
         columns = [v[:, max(begin - start, 0) : max(end - start, 0)] for v, start in zip(views, starts, strict=False)]
         rows = [torch.cat(columns, dim=1)]
-    blocks = BlockedWeight.from_rows(format or "bfloat16", rows, group)
+    blocks = BlockedWeight.from_rows(format or "bfloat16", rows, group, order)
     return BlockedLinear(replace(blocks, in_features=last - first, padding_before=first - begin), dtype)
 
 

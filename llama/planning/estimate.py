@@ -47,11 +47,12 @@ def weight_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype, format: str | 
 
 def matmul_bytes(args: ModelArgs, ranks: int, dtype: torch.dtype, format: str | None = None) -> int:
     """Return the bytes of one rank's weights without the embedding: the rank's part of each matrix, and all norms."""
-    kv_width = args.kv_heads * args.head_dim
-    # The number of inputs that share a scale depends on the number of inputs of the matrix: `ffn_width` in w2, `dim` in all
-    # other matrices.
-    dim_inputs = 2 * args.dim * args.dim + 2 * args.dim * kv_width + 2 * args.dim * args.ffn_width
+    queries, kv_width = args.n_heads * args.head_dim, args.kv_heads * args.head_dim
+    # The number of inputs that share a scale depends on the number of inputs of the matrix: `ffn_width` in w2, `queries` in wo,
+    # `dim` in all other matrices.
+    dim_inputs = args.dim * queries + 2 * args.dim * kv_width + 2 * args.dim * args.ffn_width
     matrices = args.n_layers * dim_inputs * bytes_per_weight(format, dtype, args.dim)
+    matrices += args.n_layers * args.dim * queries * bytes_per_weight(format, dtype, queries)
     matrices += args.n_layers * args.dim * args.ffn_width * bytes_per_weight(format, dtype, args.ffn_width)
     matrices += args.vocab_size * args.dim * bytes_per_weight(format and OUTPUT_FORMAT, dtype, args.dim)
     norms = (2 * args.n_layers + 1) * args.dim * dtype.itemsize

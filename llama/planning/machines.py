@@ -10,13 +10,12 @@ import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from ..checkpoint.params import parse_dtype, read_params
-from ..checkpoint.shards import open_shards, shard_paths
+from ..checkpoint.layouts import read_params, stored_embedding
+from ..checkpoint.params import parse_dtype
 from ..errors import InputError, check_count, describe, format_bytes, short_repr
 from ..kernels.packing import check_kernel
 from ..model import ModelArgs, check_ranks
@@ -154,10 +153,9 @@ def describe_checkpoint(ckpt_dir: str | os.PathLike[str]) -> tuple[ModelArgs, to
     2's.
     """
     params = read_params(ckpt_dir)
-    if shard_paths(Path(ckpt_dir).expanduser()):
-        embedding = open_shards(ckpt_dir, values=False).first.get("tok_embeddings.weight")
-        if embedding is not None and embedding.ndim == 2:
-            return ModelArgs(**{**params, "vocab_size": len(embedding)}), embedding.dtype
+    embedding = stored_embedding(ckpt_dir)
+    if embedding is not None and embedding.ndim == 2:
+        return ModelArgs(**{**params, "vocab_size": len(embedding)}), embedding.dtype
     declared = params.get("vocab_size", -1)
     return ModelArgs(**{**params, "vocab_size": VOCAB_SIZE if declared == -1 else declared}), torch.bfloat16
 
@@ -176,7 +174,7 @@ def plan(
 ) -> str:
     """Return a table of a model's memory on each rank, and of the tokens/s that memory bandwidth allows on some machines.
 
-    model: "7B", "13B" or "70B". ckpt_dir: a folder with params.json, instead of `model`.
+    model: "7B", "13B" or "70B". ckpt_dir: a folder with params.json or config.json, instead of `model`.
     ranks: the numbers of ranks, each a column of the table; by default all possible numbers up to 16.
     gpu: the name of a GPU; by default all known GPUs.
     memory (GB), bandwidth (GB/s): those of a machine to plan for instead of `gpu`.
