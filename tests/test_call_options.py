@@ -157,7 +157,7 @@ def test_n_gives_the_answers_of_the_seeds_from_the_prompts_seed_on(any_way: Llam
 
 
 def test_n_answers_without_a_seed_differ_and_use_one_prefill(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(EngineForward, "prefix_multiple", lambda _: 1)  # in float32, it is 128
+    monkeypatch.setattr(EngineForward, "prefix_multiple", lambda *_: 1)  # in float32, it is 128
     llama.clear_prefix_cache()
     with count_forward_tokens() as counted:
         answers, _ = llama.generate([[1, *range(300, 340)]], 1, 1.5, 1.0, n=5)

@@ -71,6 +71,7 @@ def test_each_turn_computes_only_the_last_answer_and_the_new_tokens(
     conversation: GreedyConversation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "ATTENTION_CHUNK", 1)
+    conversation.llama.clear_prefix_cache()
     with count_forward_tokens() as computed:
         conversation.send("one, two, three, four, five")
         first = computed[0]

@@ -62,7 +62,7 @@ def test_a_cache_tensor_that_the_caller_replaced_is_copied_into_a_new_kv_cache(l
     model.layers[1].attention.cache_v = replacement
     assert cache.is_unchanged() and not cache.belongs_to(model)
     adopted = llama.engine.forward().cache
-    assert adopted is not cache and adopted.belongs_to(model) and adopted.prefix_tokens is None
+    assert adopted is not cache and adopted.belongs_to(model) and not any(adopted.prefixes.tokens)
     assert torch.equal(adopted.data[1, 1], replacement.transpose(1, 2)) and torch.equal(adopted.data[0], cache.data[0])
     adopted.record_version()
     model.layers[1].attention.cache_v[0, 0] = 1
@@ -71,7 +71,8 @@ def test_a_cache_tensor_that_the_caller_replaced_is_copied_into_a_new_kv_cache(l
 
 def test_prefill_chunks_split_the_prompts_in_order() -> None:
     assert list(prefill_chunks([3, 5, 1], 4)) == [[(0, 0, 3), (1, 0, 1)], [(1, 1, 4)], [(2, 0, 1)]]
-    assert list(prefill_chunks([9], 4)) == [[(0, 0, 4)], [(0, 4, 4)], [(0, 8, 1)]]
+    assert list(prefill_chunks([10], 4)) == [[(0, 0, 4)], [(0, 4, 4)], [(0, 8, 2)]]
+    assert list(prefill_chunks([9], 4)) == [[(0, 0, 4)], [(0, 4, 3)], [(0, 7, 2)]]  # no single token at the end
     assert list(prefill_chunks([2, 2], 4)) == [[(0, 0, 2), (1, 0, 2)]]
 
 

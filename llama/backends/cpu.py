@@ -150,7 +150,7 @@ class FusedDecodeStep:
     def __call__(self, tokens: torch.Tensor, batch: RaggedBatch) -> torch.Tensor:
         forward = self.forward
         assert len(tokens) == len(self.h) and all(segment.kv_len <= forward.cache.data.shape[4] for segment in batch.segments)
-        self.h.copy_(forward.model.tok_embeddings(tokens))
+        self.h.copy_(forward.model.tok_embeddings.embed(tokens, forward.embedding))
         self.rotations.copy_(forward.freqs[batch.positions].view_as(self.rotations))
         self.rows_and_positions.copy_(torch.stack((batch.rows, batch.positions), 1))
         avx512.call("decode_layers", self.linears, self.attentions, len(self.attentions))

@@ -16,13 +16,13 @@ from .stream import end_text, push_token
 class ResultCollector:
     """Collect the tokens of a call into one result for each request.
 
-    If `call.stop` is None, tokens are not decoded to text. Otherwise each answer ends before the first stop string.
+    If `call.stop` is None and no request has stop strings, tokens are not decoded to text.
     """
 
     def __init__(self, call: GenerationCall, tokenizer: Tokenizer) -> None:
         self.call = call
         self.results = [GenerationResult(request) for request in call.requests]
-        decoded = call.requests if call.stop is not None else []
+        decoded = call.requests if call.stop is not None or call.has_stops else []
         self.texts = [IncrementalText.of_answer(call, request, tokenizer) for request in decoded]
         if call.echo:
             for result, text in zip(self.results, self.texts, strict=False):

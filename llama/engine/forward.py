@@ -203,6 +203,7 @@ class EngineForward:
         self.model, self.cache = model, cache
         self.n_words = min(n_words or model.vocab_size, model.vocab_size)
         self.layers = [EngineLayer(block) for block in cast("list[TransformerBlock]", list(model.layers))]
+        self.embedding = compat.detach(model.tok_embeddings.weight)
         self.norm, self.output = EngineNorm(model.norm), MergedLinear(model.output.weight)
         self.ranks = model.output.ranks
         model.freqs_cis = model.freqs_cis.to(self.device)
@@ -270,7 +271,7 @@ class EngineForward:
         logits_indices: indices (M,) of the tokens whose hidden states (M, dim) are needed; by default all are returned.
         """
         context = ForwardContext(batch, self.freqs[batch.positions], batch.masks(self.dtype))
-        h = self.model.tok_embeddings(tokens)
+        h = self.model.tok_embeddings.embed(tokens, self.embedding)
         *layers, last = self.layers
         for i, layer in enumerate(layers):
             h = layer_fn(layer, h, context, self.cache.layers[i] if use_cache else None)

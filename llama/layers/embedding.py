@@ -21,5 +21,9 @@ class ParallelEmbedding(fs_layers.ParallelEmbedding):
         self.weight = make_weight(num_embeddings, self.embedding_dim_per_partition, init_method)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        y = F.embedding(tokens, self.weight)
+        return self.embed(tokens, self.weight)
+
+    def embed(self, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Look up tokens in a weight, which is this module's or an alias of it."""
+        y = F.embedding(tokens, weight)
         return y if self.ranks == 1 else gather_from_model_parallel_region(y)
