@@ -542,10 +542,10 @@ class Llama:
     ) -> list[Score] | list[list[Score]]:
         """Return a `Score` for each prompt's continuation: the log probabilities of its tokens; nothing is generated.
 
-        Prompts are texts or lists of tokens, and so are continuations. A prompt may have a list of continuations; the result for
-        it is a list of scores. Two texts are encoded together: the continuation starts at the first token that differs from those of
-        the prompt alone. This token may contain the last letters of the prompt and the first letters of the continuation. A
-        prompt and a continuation have at most max_seq_len + 1 tokens together.
+        Prompts are texts or lists of tokens, and so are continuations. A prompt may have a list of continuations; its result is
+        then a list of scores. Two texts are encoded together: the continuation starts at the first token that differs from
+        those of the prompt alone. This token may contain the last letters of the prompt and the first letters of the
+        continuation. A prompt and a continuation have at most max_seq_len + 1 tokens together.
         top_logprobs: how many of the likeliest tokens to return at each position, 0 to 20.
         """
         n_top = check_top_logprobs(top_logprobs)
