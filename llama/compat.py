@@ -145,7 +145,7 @@ def version_of(tensor: torch.Tensor) -> int:
 
 
 class ObservedTensor(torch.Tensor):
-    """A tensor that remembers whether a caller has taken its memory in a way whose edits `version_of` does not count."""
+    """A tensor that records whether a caller has taken its memory in a way that lets edits escape `version_of`."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # operations return plain tensors
     aliases: "set[str]"  # names of the ways in which a caller has taken the memory; shared with what `detach` returns
@@ -180,7 +180,7 @@ class ObservedTensor(torch.Tensor):
         return super().__dlpack__(*args, **options)
 
     def plain(self) -> torch.Tensor:
-        """Return a plain tensor with the same memory. Copies, pickles and `repr` are those of it."""
+        """Return a plain tensor with the same memory. Copies, pickles and `repr` are those of the plain tensor."""
         return detach(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:

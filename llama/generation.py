@@ -99,16 +99,17 @@ class Llama:
     prompt has none.
     keep_space: keep the space at the start of an answer's text, so that prompt + answer is the text of all tokens. Without it,
     the answer is decoded alone, which drops the space.
-    n: the number of answers to each prompt. They follow each other: those to prompt i are results i * n to i * n + n - 1. Their
-    seeds are the prompt's seed, and those that follow.
-    stop_token_ids: tokens that end an answer as EOS does. ignore_eos: EOS does not end an answer. min_new_tokens: before this
-    number of new tokens, no token is chosen that would end the answer.
+    n: the number of answers to each prompt. Those to prompt i are results i * n to i * n + n - 1. If the prompt has the seed s,
+    their seeds are s, s + 1, ..., s + n - 1.
+    stop_token_ids: tokens that end an answer as EOS does. ignore_eos: EOS does not end an answer.
+    min_new_tokens: before this number of new tokens, neither EOS nor a token of stop_token_ids is chosen.
     logits_processor: a function (tokens of prompt and answer so far, logits (vocab,)) -> logits, called before each token of an
     answer is chosen, after penalties and before temperature. It may set logits to -inf. It must not call the model.
-    Numbers, `seed`, `stop` and `logits_processor` may be lists with one for each prompt.
+    `max_gen_len`, `min_new_tokens`, `seed`, `stop`, `logits_processor`, and sampling options that are numbers may be lists with
+    one value for each prompt.
     continue_answer: if a dialog ends with a message by the assistant, continue that message. The result is what follows it.
-    details: add to each result "finish_reason" ("stop": EOS or a stop string; "length": max_gen_len or the end of the context)
-    and the numbers of tokens in the prompt and in the answer, without EOS.
+    details: add to each result "finish_reason" ("stop": EOS, a token of stop_token_ids, or a stop string; "length": max_gen_len
+    or the end of the context) and the numbers of tokens in the prompt and in the answer, without the EOS or stop token.
 
     A call may have any number of prompts. Up to max_batch_size prompts of all calls run at a time, and when one is finished,
     the next one starts. Calls of a modified model, and calls on several ranks without `lead`, run one at a time.
@@ -238,8 +239,9 @@ class Llama:
     def clear_prefix_cache(self) -> None:
         """Forget which prompts the rows of the KV cache hold, so that the next prompts are computed whole.
 
-        Calls share the beginnings of prompts by themselves, and notice edits of the model. Call this to measure a prefill, or
-        after edits of which PyTorch keeps no trace, such as those through `weight.detach().numpy()`.
+        Calls share the beginnings of prompts without being told, and notice most edits of the model. Call this to measure a
+        prefill, or, on all ranks, after edits that nothing notices: those through the memory of a view, such as
+        `weight[:4].data`, or through a tensor's storage.
         """
         with self.engine.lock:
             if (cache := self.engine.shared.cache) is not None:
@@ -305,7 +307,7 @@ class Llama:
 
         The tokens of one prompt come in order; the tokens of different prompts are mixed.
         top_logprobs: see `Llama`. Each yielded tuple has the attribute `top_logprobs`, a list of (token, logprob).
-        include_eos: also yield the EOS that ends an answer. stop: see `Llama`.
+        include_eos: also yield the token that ends an answer: EOS, or one of stop_token_ids. stop: see `Llama`.
         """
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         call = self._validate_on_all_ranks(
@@ -547,10 +549,10 @@ class Llama:
     ) -> list[Score] | list[list[Score]]:
         """Return a `Score` for each prompt's continuation: the log probabilities of its tokens; nothing is generated.
 
-        Prompts are texts or lists of tokens, and so are continuations. If a prompt has a list of continuations, the result has
-        a list of scores in its place. A text as prompt and a text as continuation are encoded together: the continuation starts
-        at the first token that differs from the tokens of the prompt alone. This token may contain the last letters of the
-        prompt and the first letters of the continuation. Together they have at most max_seq_len + 1 tokens.
+        Prompts are texts or lists of tokens, and so are continuations. A prompt may have a list of continuations; its result is
+        then a list of scores. Two texts are encoded together: the continuation starts at the first token that differs from
+        those of the prompt alone. This token may contain the last letters of the prompt and the first letters of the
+        continuation. A prompt and a continuation have at most max_seq_len + 1 tokens together.
         top_logprobs: how many of the likeliest tokens to return at each position, 0 to 20.
         """
         n_top = check_top_logprobs(top_logprobs)
@@ -606,10 +608,11 @@ class Llama:
     ) -> list[torch.Tensor]:
         """Return the hidden states of each text, given as a text or as tokens: float32 on the CPU, (tokens, dim).
 
-        A text is encoded with BOS and without EOS. layers: 0 for the token embeddings; i for the output of layer i, counted
-        from 1; the number of layers, which is also the default, for that of the last layer after the final norm. This is how
-        transformers numbers `hidden_states`, and negative numbers count from the end, too. A list of numbers returns
-        (len(layers), tokens, dim) for each text.
+        A text is encoded with BOS and without EOS.
+        layers: 0 for the token embeddings; i for the output of layer i, counted from 1; the number of layers, which is the
+        default, for the output of the last layer after the final norm. Negative numbers count from the end. transformers
+        numbers its `hidden_states` in the same way. With a list of numbers, the result for each text is
+        (len(layers), tokens, dim).
 
         Texts are computed side by side, in the dtype of the model, without the KV cache. The results have no gradient. A model
         that a caller has modified runs its own `forward`. Raises InputError, which names the text, before any computation.

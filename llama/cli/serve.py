@@ -26,7 +26,7 @@ from .model_options import build_model
 KEY_VARIABLE = "LLAMA_API_KEY"
 EXTRA = "uvicorn", "starlette"
 HOST_NAME = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")  # as browsers send it, without the port
-OTHER_FILES = 100  # that a process has open besides its connections: those of PyTorch, of a GPU's driver, of the terminal
+OTHER_FILES = 100  # files that a process has open besides its connections: of PyTorch, of a GPU's driver, of the terminal
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -33,7 +33,10 @@ def check_one_replica() -> None:
 
 
 class Sender:
-    """Rank 0's end. lock: held by whoever sends; beats are sent only while nobody else holds it."""
+    """Send the messages of rank 0, and beats between them.
+
+    lock: held by whoever sends a message; a beat is sent only while nobody else holds it.
+    """
 
     def __init__(self, lock: threading.RLock) -> None:  # type: ignore[valid-type]
         self.lock, self.ended, self.last_sent = lock, threading.Event(), time.monotonic()
@@ -54,7 +57,7 @@ class Sender:
             self.send(message)
 
     def _beat(self) -> None:
-        with contextlib.suppress(Exception):  # a rank that has ended: whoever sends next gets the reason
+        with contextlib.suppress(Exception):  # if a rank has ended, the next message raises the reason
             while not self.ended.wait(self.last_sent + BEAT_SECONDS - time.monotonic()):
                 with self.lock, propagate_failure():
                     if not self.ended.is_set() and time.monotonic() >= self.last_sent + BEAT_SECONDS:

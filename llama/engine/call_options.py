@@ -51,7 +51,7 @@ DEFAULTS: dict[str, Any] = dict(
 def takes_options(options: type) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorate a method that takes `**options: Unpack[options]`, where `options` is a TypedDict of names in `DEFAULTS`.
 
-    Its signature shows each of them, and other names raise TypeError as in any function of Python.
+    The method's signature then shows each of these names. Other names raise TypeError, as in any function of Python.
     """
 
     def decorate(method: Callable[P, T]) -> Callable[P, T]:
@@ -93,7 +93,7 @@ class PromptOptions:
 
 
 class CallOptions:
-    """The options of a call as its caller gives them; they are checked when they are asked for. None means a default."""
+    """The options of a call as its caller gives them. The methods check those that they return. None means a default."""
 
     def __init__(self, temperature: Any = None, top_p: Any = None, max_gen_len: Any = None, stop: Any = (), **options: Any):
         """options: any of `AnswerOptions`."""

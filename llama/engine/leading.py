@@ -78,7 +78,7 @@ class MirroredScheduler(Scheduler):
     def fail_row(self, row: int, error: BaseException) -> None:
         """End a call whose logits are not finite, or whose logits processor has failed. Both are so on all ranks.
 
-        Raise any other error, as it is of this rank.
+        Raise any other error, which may be of this rank alone.
         """
         if not isinstance(error, (NonFiniteError, InputError)):
             raise error
@@ -116,7 +116,10 @@ class Mirror:
 
 
 class GuardedSampler:
-    """A sampler of rank 0's program. Its failure ends its own call at the next step, which all ranks run alike until then."""
+    """A sampler that rank 0's program has put in the place of `sample_top_p`.
+
+    If it fails, its call ends after the step. It returns the likeliest tokens until then, so that all ranks run the same steps.
+    """
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler, self.failure = sampler, None  # type: tuple[Sampler, Exception | None]

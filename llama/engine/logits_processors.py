@@ -22,7 +22,7 @@ class ProcessedRow:
     def process(self, logits: torch.Tensor) -> torch.Tensor:
         """Return logits (vocab,) as the processor changes them. The processor may change the tensor in place and return it.
 
-        Raises InputError if it returns something else than logits, or leaves no token to choose.
+        Raises InputError if it returns something else than logits, if one is NaN or +inf, or if no token is left to choose.
         """
         processed = self.processor([*self.tokens], logits)
         if not isinstance(processed, torch.Tensor) or processed.shape != logits.shape:

@@ -65,8 +65,8 @@ class PrefillRow:
 def share_prefix(place: PrefillRow, prefixes: PrefixCache, prefilling: list[PrefillRow], spare: list[int]) -> int | None:
     """Take the first tokens of a prompt from the row that shares the most with it.
 
-    If a row in `prefilling` shares considerably more, `place` waits for the end of its prefill. What the prompt's own row held
-    is saved in one of the rows `spare`. Return that row, or None.
+    If a row in `prefilling` shares considerably more, `place` waits for the end of that row's prefill. What the row of `place`
+    held before may be saved in one of the rows `spare`. Return the row in which it was saved, or None.
     """
     prompt, limit = place.request.prompt, place.max_start
     source, place.start = prefixes.find(prompt, limit, place.multiple, place.row)

@@ -37,21 +37,24 @@ class PrefixCache:
         self.last_used[row] = self.n_uses
 
     def find(self, prompt: list[int], limit: int, multiple: int, row: int) -> tuple[int, int]:
-        """Return the row that shares the most leading tokens with a prompt, and their number. `row` itself wins a tie."""
+        """Return the row that shares the most leading tokens with a prompt, and their number. `row` itself wins a tie.
+
+        limit, multiple: see `n_shared`.
+        """
         shared = [n_shared(tokens, prompt, limit, multiple) for tokens in self.tokens]
         source = max(range(len(shared)), key=lambda each: (shared[each], each == row))
         return source, shared[source]
 
     def copy(self, source: int, row: int, n: int) -> None:
-        """Copy the keys and values of the first n tokens from one row into another, which holds nothing known meanwhile."""
+        """Copy the keys and values of the first n tokens into another row, which is then recorded as holding no tokens."""
         self.tokens[row] = []  # first, since Ctrl-C may interrupt the copy
         self.data[:, :, row, :, :n] = self.data[:, :, source, :, :n]
 
     def take(self, row: int, source: int, n: int, spare: Collection[int]) -> int | None:
         """Make a row hold the first n tokens of the row `source`, and save what it held before in one of the rows `spare`.
 
-        Return the row of the saved tokens. Return None if nothing was saved: because few tokens would have been lost, or
-        because the other rows were used more recently.
+        Return the row of the saved tokens. Return None if nothing was saved, because `row` would have lost only few tokens, or
+        because all rows of `spare` were used more recently.
         """
         saved, held, taken = None, self.tokens[row], self.tokens[source][:n]
         candidates = [each for each in spare if each != source and self.last_used[each] < self.last_used[row]]

@@ -79,7 +79,7 @@ class Scheduler(RunningCalls):
             self.shows_progress = True
             self.bar = progress(call.requests, lambda _: 1, "answering", "prompts")
             next(self.bar, None)
-        # Clear them for scores whose last digits depend on what is shared, so that equal calls give equal digits.
+        # Clear the prefixes for scores, too, if their last digits depend on what is shared: equal calls then give equal digits.
         may_share = self.forward.notices_edits() and (self.forward.is_batch_invariant or not call.score_only)
         if not is_true_on_all_ranks(may_share, self.forward.device):
             self.prefixes.clear()
@@ -215,7 +215,7 @@ class Scheduler(RunningCalls):
     def admit(self) -> None:
         """Put waiting requests into free rows, and prepare their prefills.
 
-        Requests that share the beginning of a prompt with one that is yet to be prefilled come in a later prefill.
+        A prompt that shares its beginning with another prompt that is yet to be prefilled gets a later prefill than that.
         """
         free = [row for row in range(self.n_rows) if row not in self.running]
         is_beside_others = bool(self.decoding) and not self.is_alone  # before the rows below are added to `running`
@@ -365,8 +365,9 @@ class Scheduler(RunningCalls):
     def unused_position(self, row: int) -> int:
         """Return the position at which a decode step may write keys and values for a row that does not decode.
 
-        A decode step computes all rows. The next chunk of a row's prefill overwrites what is written where the chunk begins. A
-        free row holds a prompt that others may share.
+        A decode step computes all rows, and so writes into rows that do not decode. In a row that is being prefilled, it writes
+        where the next chunk begins, which overwrites it. In a free row, it writes after the tokens that the row holds, since
+        later prompts may share them. A free row that is full forgets its last token.
         """
         last = self.cache.data.shape[4] - 1
         place = self.prefilling.get(row) if self.prefills else None

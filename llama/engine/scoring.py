@@ -21,7 +21,7 @@ def score(engine: Engine, requests: list[ScoringRequest], n_top: int = 0) -> lis
 
     Sequences are computed side by side, up to PREFILL_CHUNK tokens at a time; a longer sequence is computed alone. If they
     begin alike, they are prefilled into rows of the KV cache instead, so that a shared beginning is computed once. A modified
-    model computes one sequence at a time.
+    model computes one sequence at a time. Raises NonFiniteError for log probabilities that are not finite.
     """
     engine.check_sizes()
     check_led(engine)
@@ -63,7 +63,7 @@ def score_with_forward(engine: Engine, request: ScoringRequest, n_top: int) -> l
 
 
 def score_in_rows(engine: Engine, requests: list[ScoringRequest], n_top: int) -> list[list[TokenScore]]:
-    """Score sequences by a call in the scheduler. Those that share the most tokens follow each other."""
+    """Score sequences as a call of the scheduler, in an order in which those that share the most tokens follow each other."""
     order = sorted(range(len(requests)), key=lambda i: requests[i].tokens)
     prompts = [
         Request(r.inputs, 0, label=r.label, score_from=r.start, next_token=r.tokens[-1]) for r in (requests[i] for i in order)

@@ -1,6 +1,6 @@
 """A model for lm-evaluation-harness (`pip install lm_eval`), by the name llama-meta.
 
-    python -m llama.integrations.lm_eval --model llama-meta --model_args ckpt_dir=FOLDER,max_seq_len=2048 --tasks TASKS
+    python -m llama.integrations.lm_eval run --model llama-meta --model_args ckpt_dir=FOLDER,max_seq_len=2048 --tasks TASKS
 
 The command is the harness's own, with this model registered. In Python, pass an instance of `LlamaMeta` to
 `lm_eval.simple_evaluate`. All requests of a task are computed in one call, so that few-shot examples and questions are computed
@@ -29,9 +29,10 @@ BEGIN_DIALOG, END_DIALOG = "\ue000", "\ue001"
 class LlamaMeta(TemplateLM):
     """Answer the harness's requests with a `Llama`.
 
-    ckpt_dir, tokenizer_path, max_seq_len and options: arguments of `Llama.build`; llama: a model that has been built, instead.
-    batch_size: rows of the KV cache, or "auto" for 8. max_gen_toks: limit of an answer for tasks that give none. BOS precedes
-    each text.
+    ckpt_dir, tokenizer_path, max_seq_len, device and options: arguments of `Llama.build`. llama: instead of these, a model that
+    has been built.
+    batch_size: rows of the KV cache, or "auto" for 8. max_batch_size: the same, and goes before batch_size.
+    max_gen_toks: largest number of new tokens in an answer, for tasks that give none. BOS precedes each text.
     """
 
     def __init__(

@@ -49,7 +49,10 @@ class Connection(H11Protocol):
                 timer.cancel()
 
     def _limit_headers(self) -> None:
-        """Let the time for a request's headers begin with the connection or with their first byte, and end with the last."""
+        """Start the timer for a request's headers, or stop it when they have arrived.
+
+        The time runs from the start of the connection, and for later requests from the first byte of the headers.
+        """
         awaited = self.conn.their_state is h11.IDLE and self.timeout_keep_alive_task is None
         if awaited and self.headers_timer is None:
             self.headers_timer = self.loop.call_later(HEADER_SECONDS, self._end_without_headers)
@@ -74,7 +77,8 @@ class Connection(H11Protocol):
     def _limit_taking(self, before: int | None = None) -> None:
         """End the connection if its client has taken nothing since `before` bytes were left for it; look again later.
 
-        uvicorn writes no more while writing is paused, or when the response is complete. At other times there is no limit.
+        Only then can this be told: while writing is paused, or after a complete response, when uvicorn adds no bytes to those
+        left. At other times there is no limit.
         """
         if self.taking_timer:
             self.taking_timer.cancel()
