@@ -15,7 +15,7 @@ import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeGuard, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -109,9 +109,14 @@ def check_flag(value: object, name: str) -> None:
         raise InputError(f"{name} is {describe(value)}; it must be True or False")
 
 
+def is_integer(value: object) -> TypeGuard[int]:
+    """Return True for a whole number of any type, such as NumPy's, but not for True and False."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_count(value: object, name: str) -> None:
     """Raise InputError unless a value is a whole number from 1 to 2**31 - 1. name: the name of the argument in the error."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 1 <= int(value) < 2**31:
+    if not is_integer(value) or not 1 <= int(value) < 2**31:
         raise InputError(f"{name} is {describe(value)}; it must be a whole number from 1 to {2**31 - 1:,}")
 
 

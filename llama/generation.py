@@ -7,7 +7,6 @@ all calls, and yields each new token.
 import inspect
 import itertools
 import math
-import numbers
 import os
 import statistics
 import sys
@@ -59,7 +58,7 @@ from .engine.requests import GeneratedToken, GenerationCall, TokenScore, check_t
 from .engine.results import ChatPrediction, CompletionPrediction, GenerationResult, InfillingPrediction, ResultDetails, Score
 from .engine.scoring import score
 from .engine.stream import Stream, text_chunks, tokens_until_stop
-from .errors import DeviceError, InputError, check_count, check_flag, describe, short_traceback
+from .errors import DeviceError, InputError, check_count, check_flag, describe, is_integer, short_traceback
 from .kernels.packing import check_kernel
 from .model import ModelArgs, Transformer
 from .planning import estimate, free_memory
@@ -842,7 +841,7 @@ def _check_build_arguments(
     """Check the arguments of `build` that need no file to be read. Raise InputError or DeviceError."""
     check_count(max_seq_len, "max_seq_len")
     check_count(max_batch_size, "max_batch_size")
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**64:
+    if not is_integer(seed) or not -(2**63) <= seed < 2**64:
         raise InputError(f"seed is {describe(seed)}; it must be a whole number from -2**63 to 2**64 - 1")
     check_quantize(quantize)
     check_flag(compile, "compile")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .errors import InputError, describe
+from .errors import InputError, describe, is_integer
 
 Sampler = Callable[[torch.Tensor, float], torch.Tensor]  # the signature of sample_top_p: (probabilities, top_p) -> tokens
 
@@ -74,7 +74,7 @@ class SamplingParams:
             if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high:  # type: ignore[operator]
                 raise InputError(f"{name} is {describe(value)}; it must be a number, {limit}")
             object.__setattr__(self, name, float(value))  # convert NumPy's numbers to float
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, numbers.Integral) or int(self.top_k) < 0:
+        if not is_integer(self.top_k) or int(self.top_k) < 0:
             raise InputError(f"top_k is {describe(self.top_k)}; it must be a whole number, 0 (all tokens) or more")
         object.__setattr__(self, "top_k", int(self.top_k))
         object.__setattr__(self, "logit_bias", _checked_bias({} if logit_bias is None else logit_bias))
@@ -91,7 +91,7 @@ def _checked_bias(logit_bias: Mapping[int, float]) -> dict[int, float]:
         raise InputError(f"logit_bias is {describe(logit_bias)}; it must map tokens to numbers, as in {{token: -100}}")
     checked = dict[int, float]()
     for token, bias in logit_bias.items():
-        if isinstance(token, bool) or not isinstance(token, numbers.Integral) or int(token) < 0:
+        if not is_integer(token) or int(token) < 0:
             raise InputError(f"logit_bias: {describe(token)} is no token; tokens are whole numbers, 0 or more")
         if isinstance(bias, bool) or not isinstance(bias, numbers.Real) or not -MAX_BIAS <= bias <= MAX_BIAS:
             raise InputError(f"logit_bias of token {token} is {describe(bias)}; it must be a number, from -100 to 100")

@@ -2,12 +2,11 @@
 
 import functools
 import inspect
-import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import Any, ParamSpec, TypedDict, TypeVar, get_type_hints
 
-from ..errors import InputError, check_count, check_flag, describe, short_traceback
+from ..errors import InputError, check_count, check_flag, describe, is_integer, short_traceback
 from ..sampling import SamplingParams, check_bias_tokens
 from .incremental_text import check_stop
 from .logits_processors import LogitsProcessor
@@ -117,7 +116,7 @@ class CallOptions:
         given = self.given.get("stop_token_ids")
         tokens = to_list(() if given is None else given, "stop_token_ids", "a list of tokens, as in [token]")
         for token in tokens:
-            if isinstance(token, bool) or not isinstance(token, numbers.Integral) or int(token) < 0:
+            if not is_integer(token) or int(token) < 0:
                 raise InputError(f"stop_token_ids: {describe(token)} is no token; tokens are whole numbers, 0 or more")
         return tuple(map(int, tokens))
 
@@ -164,7 +163,7 @@ class CallOptions:
         if is_list(seed):
             seed = to_list(seed, "seed", "a whole number, or one for each prompt")
         for value in seed if is_list(seed) else [seed]:
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not -(2**63) <= int(value) < 2**64:
+            if not is_integer(value) or not -(2**63) <= int(value) < 2**64:
                 raise InputError(
                     f"seed is {describe(value)}; it must be a whole number from -2**63 to 2**64 - 1, or one for each prompt"
                 )
@@ -230,7 +229,6 @@ def _lengths(value: Any, name: str, n_prompts: int) -> list[int | None]:
     """Return a number of tokens for each prompt, or None. Raise InputError unless each is a whole number, 0 or more."""
     lengths = one_for_each(value, name, n_prompts)
     for length in lengths if is_list(value) else [value]:  # also without prompts
-        is_integer = isinstance(length, numbers.Integral) and not isinstance(length, bool)
-        if length is not None and not (is_integer and int(length) >= 0):
+        if length is not None and not (is_integer(length) and int(length) >= 0):
             raise InputError(f"{name} is {describe(length)}; it must be a whole number, 0 or more")
     return [None if length is None else int(length) for length in lengths]

@@ -236,8 +236,11 @@ class EngineForward:
 
     @property
     def is_batch_invariant(self) -> bool:
-        """Return True if results do not depend on the batch: with AVX-512 kernels and bfloat16 activations."""
-        return avx512.is_plain_bf16(self.norm.weight)
+        """Return True if results do not depend on the batch: with AVX-512 kernels and bfloat16 activations, on one rank.
+
+        On several ranks it is False, since they must share prefixes alike, and their CPUs may differ.
+        """
+        return self.ranks == 1 and avx512.is_plain_bf16(self.norm.weight)
 
     def prefix_multiple(self, score_only: bool) -> int:
         """Return a number: prompts share prefixes whose lengths are multiples of it.

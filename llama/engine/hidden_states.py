@@ -5,14 +5,13 @@ the final norm. transformers numbers its `hidden_states` in the same way.
 """
 
 import contextlib
-import numbers
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
 from ..distributed.progress import progress
-from ..errors import InputError, describe
+from ..errors import InputError, describe, is_integer
 from .checks import device_of, nonfinite_states_error
 from .engine import Engine
 from .leading import check_led
@@ -35,8 +34,7 @@ def check_layers(layers: int | Iterable[int] | None, n_layers: int) -> list[int]
     if not chosen:
         raise InputError(f"layers is empty; it must be {expected}")
     for layer in chosen:
-        is_integer = isinstance(layer, numbers.Integral) and not isinstance(layer, bool)
-        if not (is_integer and -n_layers - 1 <= int(layer) <= n_layers):
+        if not (is_integer(layer) and -n_layers - 1 <= int(layer) <= n_layers):
             raise InputError(f"layers has {describe(layer)}; it must be {expected}: 0 is the embeddings")
     return [int(layer) % (n_layers + 1) for layer in chosen]
 

@@ -1,11 +1,10 @@
 """Check the arguments of a call, and build requests from tokens, texts or dialogs."""
 
-import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..chat import Dialog, check_dialog, continues_answer, encode_dialog, is_unsafe
-from ..errors import InputError, check_flag, describe
+from ..errors import InputError, check_flag, describe, is_integer
 from ..tokenizer import Tokenizer, check_text
 from .call_options import CallOptions, PromptOptions, to_list
 from .checks import common_prefix_length
@@ -47,11 +46,6 @@ def check_prompts(prompts: list[list[int]], prompt_labels: list[str], tokenizer:
             )
 
 
-def is_integer(value: Any) -> bool:
-    """Return True for a whole number of any type, but not for True and False."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def check_tokens(tokens: list[Any], label: str, tokenizer: Tokenizer) -> None:
     """Raise InputError unless there is at least one token, and all are valid for the tokenizer."""
     if not tokens:
@@ -80,8 +74,7 @@ class RequestBuilder:
     ) -> GenerationCall:
         """Build a `GenerationCall` from prompts given as tokens. stop_token: token that ends an answer, in place of EOS."""
         n_words = self.tokenizer.n_words
-        is_integer = isinstance(stop_token, numbers.Integral) and not isinstance(stop_token, bool)
-        if stop_token is not None and not (is_integer and 0 <= int(stop_token) < n_words):
+        if stop_token is not None and not (is_integer(stop_token) and 0 <= int(stop_token) < n_words):
             raise InputError(
                 f"stop_token is {describe(stop_token)}; it must be a token, from 0 to {n_words - 1}, or None for EOS"
             )

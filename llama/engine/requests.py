@@ -1,12 +1,11 @@
 """The requests that a call passes to the engine, and the tokens that the engine yields."""
 
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from ..errors import InputError, check_flag, describe
+from ..errors import InputError, check_flag, describe, is_integer
 from ..sampling import Sampler, SamplingParams, sample_top_p
 from .logits_processors import LogitsProcessor
 
@@ -18,7 +17,7 @@ MAX_TOP_LOGPROBS = 20
 def check_top_logprobs(value: int | None) -> int:
     """Return how many of the likeliest tokens a call asks for; None means 0. Raise InputError for an invalid number."""
     n_top = 0 if value is None else value
-    if isinstance(n_top, bool) or not isinstance(n_top, numbers.Integral) or not 0 <= int(n_top) <= MAX_TOP_LOGPROBS:
+    if not is_integer(n_top) or not 0 <= int(n_top) <= MAX_TOP_LOGPROBS:
         raise InputError(f"top_logprobs is {describe(n_top)}; it must be a whole number, from 0 (off) to {MAX_TOP_LOGPROBS}")
     return int(n_top)
 

@@ -9,6 +9,7 @@ once; `--batch_size` is the number of rows in the KV cache.
 
 import collections
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -54,6 +55,8 @@ class LlamaMeta(TemplateLM):
                 raise InputError(f"{NAME} needs a model; give ckpt_dir=FOLDER in --model_args")
             # The harness asks for cuda:0 by default, also where there is none.
             where = None if str(device).startswith("cuda") and not torch.cuda.is_available() else device
+            if device != where:
+                print(f"llama: this PyTorch sees no CUDA GPU, so {NAME} does not run on {device}", file=sys.stderr)
             llama = Llama.build(ckpt_dir, tokenizer_path, int(max_seq_len), rows, device=where, **options)
         self.llama, self.max_gen_toks = llama, int(max_gen_toks)
         self.max_length = llama.model.params.max_seq_len
