@@ -13,15 +13,16 @@ import sys
 
 import torch
 
-from ..engine.backend import DecodeFn
+from ..engine.backend import DecodeFn, DecodeRunsFn
 from ..engine.forward import EngineForward, MergedLinear
 from ..engine.kv_cache import RaggedBatch
 from ..kernels import avx2, avx512, c_extension
 from ..kernels.blocked_linear import BlockedLinear
 from ..kernels.c_extension import DTYPE_CODES, FP32, LinearArgs, fill_struct
 from ..model import ModelArgs
-from .layerwise import TorchBackend, decode_layerwise
+from .layerwise import TorchBackend, decode_layerwise, decode_runs_layerwise
 
+MAX_FUSED_STEPS = 16  # fused steps of different numbers of tokens that are kept, because each allocates memory
 DTYPES = torch.bfloat16, torch.float32  # a model that runs the compiled decode step has one of these dtypes
 
 
@@ -103,13 +104,14 @@ def _linear_args(product: MergedLinear, rows: int, in_features: int, out_feature
 
 
 class FusedDecodeStep:
-    """Compute what `EngineForward.hidden_states` computes for a decode step of `n_rows` rows, but in one call of C.
+    """Compute what `EngineForward.hidden_states` computes for a decode step of `n_tokens` tokens, but in one call of C.
 
-    An instance uses the weights and the KV cache that the model has when the instance is created.
+    Tokens of the same row must be adjacent and in order. An instance uses the weights and the KV cache that the model has when
+    the instance is created.
     """
 
-    def __init__(self, forward: EngineForward, n_rows: int) -> None:
-        args, B = forward.model.params, n_rows
+    def __init__(self, forward: EngineForward, n_tokens: int) -> None:
+        args, B = forward.model.params, n_tokens
         K, G, hd = args.kv_heads, args.n_heads // args.kv_heads, args.head_dim
         dim, inner, width = args.dim, G * K * hd, args.ffn_width
 
@@ -132,7 +134,7 @@ class FusedDecodeStep:
         self.buffers = scratch, qkv, attended, gated  # keeps the tensors alive: the C structs contain only their addresses
         self.linears = (LinearArgs * len(linears))(*linears)
         data = forward.cache.data
-        assert data.dtype == forward.dtype and data.is_contiguous() and data.shape[2] >= B
+        assert data.dtype == forward.dtype and data.is_contiguous()
         assert (len(data) * 4, data.shape[3], data.shape[5]) == (len(linears), K, hd)
         self.scores = torch.empty(B * K * G, data.shape[4], dtype=torch.float32, device="cpu")
         sizes = {"n": B, "K": K, "G": G, "hd": hd, "max_seq_len": data.shape[4], "dtype": DTYPE_CODES[data.dtype]}
@@ -149,7 +151,9 @@ class FusedDecodeStep:
 
     def __call__(self, tokens: torch.Tensor, batch: RaggedBatch) -> torch.Tensor:
         forward = self.forward
-        assert len(tokens) == len(self.h) and all(segment.kv_len <= forward.cache.data.shape[4] for segment in batch.segments)
+        n_rows, max_seq_len = forward.cache.data.shape[2], forward.cache.data.shape[4]
+        assert all(s.kv_len <= max_seq_len and s.row + s.n_rows <= n_rows for s in batch.segments)
+        assert len(tokens) == len(self.h)
         self.h.copy_(forward.model.tok_embeddings.embed(tokens, forward.embedding))
         self.rotations.copy_(forward.freqs[batch.positions].view_as(self.rotations))
         self.rows_and_positions.copy_(torch.stack((batch.rows, batch.positions), 1))
@@ -171,6 +175,12 @@ class CpuBackend(TorchBackend):
     def begin(self, forward: EngineForward, n_rows: int) -> DecodeFn:
         hidden = forward.hidden_states if why_unsupported(forward) else FusedDecodeStep(forward, n_rows)
         return functools.partial(decode_layerwise, forward, hidden)
+
+    def begin_runs(self, forward: EngineForward) -> DecodeRunsFn:
+        if why_unsupported(forward):
+            return super().begin_runs(forward)
+        steps = functools.lru_cache(MAX_FUSED_STEPS)(functools.partial(FusedDecodeStep, forward))
+        return functools.partial(decode_runs_layerwise, forward, steps)
 
 
 def why_no_compiled_kernels() -> str | None:

@@ -1,21 +1,22 @@
 """The cuda_graphs backend: capture a decode step as a CUDA graph once, then replay it with one launch.
 
-A captured step has static shapes: a number of rows, and a context length rounded up to a bucket. The inputs and the output of
-the step keep their addresses. The positions of the rows are values on the device, and a mask hides the part of the KV cache
-after each position. Each bucket is twice as long as the next smaller one, so that a step reads at most twice the positions it
-needs. The code that is captured, `CapturedStep.run`, also runs without capture on any device, for tests.
+A captured step has static shapes: a number of rows, a number of tokens per row (1, or with guesses 2, 4 or 8), and a context
+length rounded up to a bucket. The inputs and the output of the step keep their addresses. The positions of the tokens are
+values on the device, and a mask hides the part of the KV cache after each position. Each bucket is twice as long as the next
+smaller one, so that a step reads at most twice the positions it needs. The code that is captured, `CapturedStep.run`, also runs
+without capture on any device, for tests.
 """
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from .. import tuning
 from ..distributed.groups import global_rank
-from ..engine.backend import Backend, DecodeFn
+from ..engine.backend import Backend, DecodeFn, DecodeRunsFn, Run
 from ..engine.forward import EngineForward
 from ..engine.kv_cache import RaggedBatch
 
@@ -33,7 +34,8 @@ class CudaGraphsBackend(Backend):
 
     def __init__(self) -> None:
         self.captures = True  # becomes False when a capture fails; then no more steps are captured
-        self.steps: dict[tuple[int, int], CapturedStep] = {}  # key: (rows, context bucket); order: least recently used first
+        # Key: (rows, tokens per row, context bucket). Order: least recently used first.
+        self.steps: dict[tuple[int, int, int], CapturedStep] = {}
         self.forward: EngineForward | None = None
         self.dependencies: list[object] = []  # the kernels that the steps use, and the addresses of their tensors
         self.stream: torch.cuda.Stream | None = None
@@ -47,6 +49,13 @@ class CudaGraphsBackend(Backend):
         self._drop_stale_steps(forward)
         return self.decode
 
+    def begin_runs(self, forward: EngineForward) -> DecodeRunsFn:
+        self._drop_stale_steps(forward)
+        return self.decode_runs
+
+    def n_computed(self, lengths: list[int]) -> int:
+        return len(lengths) * run_bucket(max(lengths))
+
     def _drop_stale_steps(self, forward: EngineForward) -> None:
         """Drop the captured steps if a weight or the KV cache that they read has been replaced."""
         dependencies = forward.graph_dependencies()
@@ -55,8 +64,28 @@ class CudaGraphsBackend(Backend):
 
     def decode(self, tokens: torch.Tensor, positions: torch.Tensor, positions_host: list[int]) -> torch.Tensor:
         """Run one decode step, and capture it if its shape is new: tokens and positions (B,) -> logits (B, n_words)."""
+        return self._run_step(len(tokens), 1, max(positions_host) + 1, tokens, positions)
+
+    def decode_runs(self, runs: Sequence[Run]) -> torch.Tensor:
+        """Run one step with several tokens per row, and capture it if its shape is new: N tokens -> logits (N, n_words).
+
+        All rows compute the same number of tokens. Runs that are shorter are filled up with tokens at the positions after them,
+        which are overwritten before they are read. No run ends at the last position of the cache.
+        """
         assert self.forward is not None
-        key = len(tokens), context_bucket(max(positions_host) + 1, self.forward.cache.data.shape[4])
+        last, device = self.forward.cache.data.shape[4] - 1, self.forward.device
+        length = run_bucket(max(len(run.tokens) for run in runs))
+        tokens = [[*run.tokens, *[0] * (length - len(run.tokens))] for run in runs]
+        positions = [[min(run.start + i, last) for i in range(length)] for run in runs]
+        wanted = [row * length + i for row, run in enumerate(runs) for i in range(len(run.tokens))]
+        inputs = torch.tensor([tokens, positions], device=device).view(2, -1).unbind()
+        logits = self._run_step(len(runs), length, max(map(max, positions)) + 1, *inputs)
+        return logits[torch.tensor(wanted, device=device)]
+
+    def _run_step(self, n_rows: int, length: int, kv_len: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Run the captured step for n_rows rows with `length` tokens each: tokens and positions (N,) -> logits (N, n_words)."""
+        assert self.forward is not None
+        key = n_rows, length, context_bucket(kv_len, self.forward.cache.data.shape[4])
         step = self.steps.pop(key, None)
         if step:
             logits = step(tokens, positions)
@@ -68,14 +97,14 @@ class CudaGraphsBackend(Backend):
         return logits
 
     def _new_step(
-        self, n_rows: int, kv_len: int, tokens: torch.Tensor, positions: torch.Tensor
+        self, n_rows: int, length: int, kv_len: int, tokens: torch.Tensor, positions: torch.Tensor
     ) -> "tuple[CapturedStep, torch.Tensor]":
         """Return a new step and the logits of its first run.
 
         Capturing launches nothing. So a rank that captures a new step launches the same collectives as a rank that replays it.
         """
         assert self.forward is not None
-        step = CapturedStep(self.forward, self.compute_logits, n_rows, kv_len)
+        step = CapturedStep(self.forward, self.compute_logits, n_rows, kv_len, length)
         logits = self.run_first(step, tokens, positions)
         if self.captures and self.forward.device.type == "cuda":
             with torch.cuda.device(self.forward.device), CAPTURE_LOCK:
@@ -83,7 +112,7 @@ class CudaGraphsBackend(Backend):
         return step, logits
 
     def compute_logits(self, forward: EngineForward, tokens: torch.Tensor, batch: RaggedBatch) -> torch.Tensor:
-        """Compute the logits (B, n_words) of tokens (B,). A captured step contains this computation."""
+        """Compute the logits (N, n_words) of tokens (N,). A captured step contains this computation."""
         return forward.logits(forward.hidden_states(tokens, batch))
 
     def run_first(self, step: "CapturedStep", tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -108,17 +137,24 @@ def context_bucket(kv_len: int, max_seq_len: int) -> int:
     return min(max(tuning.MIN_GRAPH_CONTEXT, 1 << (kv_len - 1).bit_length()), max_seq_len)
 
 
+def run_bucket(length: int) -> int:
+    """Return the number of tokens per row rounded up to a power of two."""
+    return 1 << (length - 1).bit_length()
+
+
 class CapturedStep:
-    """A decode step of rows 0 to n_rows - 1, which attends to positions 0 to kv_len - 1 of the KV cache.
+    """A decode step of `length` tokens in each of the rows 0 to n_rows - 1, at positions 0 to kv_len - 1 of the KV cache.
 
     The inputs and the output of the step keep their addresses, as a CUDA graph requires.
     """
 
-    def __init__(self, forward: EngineForward, compute_logits: ComputeLogits, n_rows: int, kv_len: int) -> None:
+    def __init__(
+        self, forward: EngineForward, compute_logits: ComputeLogits, n_rows: int, kv_len: int, length: int = 1
+    ) -> None:
         self.forward, self.compute_logits = forward, compute_logits
-        self.tokens = torch.zeros(n_rows, dtype=torch.int64, device=forward.device)
+        self.tokens = torch.zeros(n_rows * length, dtype=torch.int64, device=forward.device)
         self.positions = torch.zeros_like(self.tokens)
-        self.batch = RaggedBatch.decode(self.positions, kv_len)
+        self.batch = RaggedBatch.decode(self.positions, kv_len, length)
         self.logits: torch.Tensor | None = None
         self.replay: Callable[[], None] = self.run
 
@@ -144,7 +180,7 @@ class CapturedStep:
         self.replay = graph.replay
 
     def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Run the step: tokens (B,) and positions (B,) -> logits (B, n_words). The next call overwrites the logits."""
+        """Run the step: tokens and positions (N,) -> logits (N, n_words). The next call overwrites the logits."""
         self.tokens.copy_(tokens)
         self.positions.copy_(positions)
         self.replay()

@@ -1,11 +1,11 @@
 """The torch backend: run decode steps layer by layer, on any device, with kernels launched one by one."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from ..engine.backend import Backend, DecodeFn
+from ..engine.backend import Backend, DecodeFn, DecodeRunsFn, Run
 from ..engine.forward import EngineForward
 from ..engine.kv_cache import RaggedBatch
 
@@ -18,6 +18,9 @@ class TorchBackend(Backend):
 
     def begin(self, forward: EngineForward, n_rows: int) -> DecodeFn:
         return functools.partial(decode_layerwise, forward, forward.hidden_states)
+
+    def begin_runs(self, forward: EngineForward) -> DecodeRunsFn:
+        return functools.partial(decode_runs_layerwise, forward, lambda n: forward.hidden_states)
 
 
 def decode_layerwise(
@@ -37,3 +40,19 @@ def decode_layerwise(
     else:
         batch = RaggedBatch.decode(positions, max(positions_host) + 1)
     return forward.logits(hidden_states(tokens, batch))
+
+
+def decode_runs_layerwise(
+    forward: EngineForward,
+    hidden_states: Callable[[int], Callable[[torch.Tensor, RaggedBatch], torch.Tensor]],
+    runs: Sequence[Run],
+) -> torch.Tensor:
+    """Decode a run of tokens per row: N tokens in total -> logits (N, n_words).
+
+    hidden_states: a function (N) -> the function that computes all layers of a step with N tokens.
+    Each token is a sequence of length 1 for attention, so that it is rounded as in a decode step of its own.
+    """
+    tokens = torch.tensor([token for run in runs for token in run.tokens], device=forward.device)
+    pieces = ((run.row, run.start + i, 1) for run in runs for i in range(len(run.tokens)))
+    batch = RaggedBatch.from_segments(pieces, forward.device)
+    return forward.logits(hidden_states(len(tokens))(tokens, batch))

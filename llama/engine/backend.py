@@ -1,7 +1,7 @@
 """The interface of backends. A backend computes the decode steps of a model."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,6 +11,19 @@ from .forward import EngineForward
 # host. It returns float32 logits (B, n_words), which are valid until the next call. For a free row, the list contains 0, and
 # the tensor contains an arbitrary position.
 DecodeFn = Callable[[torch.Tensor, torch.Tensor, list[int]], torch.Tensor]
+
+
+class Run(NamedTuple):
+    """Adjacent tokens of a row of the cache, of which the first is at position `start`."""
+
+    row: int
+    start: int
+    tokens: list[int]
+
+
+# A function that decodes one or more tokens per row, as one decode step after another would. It takes a run for each row from 0
+# to B - 1, N tokens in total, and returns float32 logits (N, n_words), which are valid until the next call.
+DecodeRunsFn = Callable[[Sequence[Run]], torch.Tensor]
 
 
 class Backend:
@@ -31,3 +44,11 @@ class Backend:
     def begin(self, forward: EngineForward, n_rows: int) -> DecodeFn:
         """Return the function that runs the decode steps of one call, for n_rows rows, with the model's current weights."""
         raise NotImplementedError
+
+    def begin_runs(self, forward: EngineForward) -> DecodeRunsFn:
+        """Return the function that decodes several tokens of a row at once, with the model's current weights."""
+        raise NotImplementedError
+
+    def n_computed(self, lengths: list[int]) -> int:
+        """Return how many tokens the step computes that decodes runs of these lengths."""
+        return sum(lengths)

@@ -16,7 +16,7 @@ from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_regi
 
 from .. import compat, tuning
 from ..kernels import avx512
-from ..kernels.attention import attention
+from ..kernels.attention import attention, masked_attention
 from ..kernels.base import LinearKernel
 from ..kernels.half_precision import linear
 from ..kernels.packed_weight import PackedWeight, SharedKernel, merge_weights
@@ -174,7 +174,11 @@ class EngineLayer:
             else:
                 assert cache is not None, "without the cache a sequence must be whole"
                 keys, values = kv_view(cache, segment)
-            outputs.append(attention(q[tokens].view(B, S, K, G, hd), keys, values, mask).reshape(B * S, -1))
+            queries = q[tokens].view(B, S, K, G, hd)
+            if segment.per_row_positions and S > 1 and mask is not None:
+                outputs.append(masked_attention(queries, keys, values, mask).reshape(B * S, -1))
+            else:
+                outputs.append(attention(queries, keys, values, mask).reshape(B * S, -1))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def swiglu(self, x: torch.Tensor) -> torch.Tensor:

@@ -72,10 +72,14 @@ class RaggedBatch:
         return RaggedBatch(both[0], both[1], tuple(segments))
 
     @staticmethod
-    def decode(positions: torch.Tensor, kv_len: int) -> "RaggedBatch":
-        """Return a batch of one token in each of B rows, at positions (B,) less than kv_len. Nothing is copied to the host."""
-        rows = torch.arange(len(positions), device=positions.device)
-        return RaggedBatch(rows, positions, (Segment(0, len(rows), 1, kv_len, per_row_positions=True),))
+    def decode(positions: torch.Tensor, kv_len: int, length: int = 1) -> "RaggedBatch":
+        """Return a batch of `length` tokens in each of B rows, at positions (B * length,) less than kv_len.
+
+        Nothing is copied to the host.
+        """
+        n_rows = len(positions) // length
+        rows = torch.arange(n_rows, device=positions.device).repeat_interleave(length, output_size=len(positions))
+        return RaggedBatch(rows, positions, (Segment(0, n_rows, length, kv_len, per_row_positions=True),))
 
     def masks(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
         """Return an attention mask (n_rows or 1, 1, length, kv_len) per segment, with -inf where a token must not attend.

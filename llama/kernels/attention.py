@@ -36,6 +36,16 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
     return y.view(B, K, G, S, hd).permute(0, 3, 1, 2, 4)
 
 
+def masked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return attention of a few query tokens per row, q (B, S, K, G, hd), over k and v (B, K, L, hd), with the shape of q.
+
+    mask: (B, 1, S, L), added to the scores. Unlike in `attention`, queries may be at any positions.
+    """
+    B, S, K, G, hd = q.shape
+    y = decode_attention(q.transpose(1, 2).reshape(B, K, S * G, hd), k, v, mask.repeat_interleave(G, dim=2))
+    return y.view(B, K, S, G, hd).transpose(1, 2)
+
+
 def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Return attention of one query token per row, q (B, K, G, hd), over k and v (B, K, L, hd), with the shape of q.
 

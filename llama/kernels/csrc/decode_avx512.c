@@ -38,9 +38,10 @@ void normalize_or_gate_rows(Parallel parallel, unsigned threads, const RowsArgs 
   parallel(rows_worker, &a, threads < a.n ? threads : a.n, 0);
 }
 
-/* ---- attention of one query per row ---- */
+/* ---- attention of one query per token ---- */
 
-/* n: rows of the batch; K: key/value heads; G: queries for each key/value head; hd: head_dim. Strides are counted in values. */
+/* n: tokens of the batch, those of a row of the cache adjacent and in order; K: key/value heads; G: queries for each key/value
+ * head; hd: head_dim. Strides are counted in values. */
 typedef struct AttentionArgs {
   void *q;                /* queries (n, K, G, hd); with rotations, each row also has its new key and value, (2, K, hd) */
   const float *rotations; /* cosines and sines (n, hd / 2, 2), or NULL if q is rotated and all keys and values are cached */
@@ -89,7 +90,7 @@ INLINE void weighted_sum(const int dtype, const float *weights, const void *valu
   UNROLL(i, n) store_values(dtype, y, i * LANES, sum[i]);
 }
 
-/* Compute attention for the G queries of one key/value head in one row of the batch, over positions 0 to kv_len - 1. */
+/* Compute attention for the G queries of one key/value head for one token of the batch, over positions 0 to kv_len - 1. */
 INLINE void attend_one_head(const AttentionArgs *a, const int dtype, const void *q, const void *keys, const void *values,
                             float *scores, void *y, long kv_len) {
   const __m512 scale = _mm512_set1_ps(1 / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss((float)a->hd))));
@@ -131,7 +132,7 @@ INLINE void attend_one_head(const AttentionArgs *a, const int dtype, const void 
   }
 }
 
-/* Rotate the queries and the new key of one key/value head of one row, store the new key and value, and compute attention. */
+/* Rotate the queries and the new key of one key/value head of one token, store the new key and value, and compute attention. */
 INLINE void decode_head(const AttentionArgs *a, const int dtype, long i) {
   const long r = i / a->K, head = i % a->K, group = a->G * a->hd, row = a->rows_and_positions[2 * r],
              position = a->rows_and_positions[2 * r + 1];
@@ -151,12 +152,22 @@ INLINE void decode_head(const AttentionArgs *a, const int dtype, long i) {
                   position + 1);
 }
 
-/* The function that each thread runs: compute attention for one key/value head of one row at a time. */
+/* Return 1 if token r of the batch is in the same row of the cache as the token before it. */
+INLINE int continues_row(const AttentionArgs *a, long r) {
+  return r > 0 && r < a->n && a->rows_and_positions[2 * r] == a->rows_and_positions[2 * r - 2];
+}
+
+/* The function that each thread runs: compute attention for one key/value head of one row at a time. Of several tokens of a
+ * row, each attends to the keys and values that those before it have stored. */
 static void decode_attention_worker(void *shared) {
   AttentionArgs *a = shared;
   for (long i; (i = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) < a->n * a->K;) {
-    if (a->dtype == FP32) decode_head(a, FP32, i);
-    else decode_head(a, BF16, i);
+    if (continues_row(a, i / a->K)) continue; /* the task of the row's first token computes it */
+    do {
+      if (a->dtype == FP32) decode_head(a, FP32, i);
+      else decode_head(a, BF16, i);
+      i += a->K;
+    } while (continues_row(a, i / a->K));
   }
 }
 
