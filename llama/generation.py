@@ -49,6 +49,7 @@ from .engine.backend import Backend
 from .engine.call_options import AnswerOptions, CallOptions, Integers, Numbers, StreamOptions, takes_options
 from .engine.checks import device_of
 from .engine.collect import collect_results, results_of_replaced_generate
+from .engine.draft import check_draft
 from .engine.engine import Engine
 from .engine.hidden_states import check_layers, hidden_states, number_of_layers
 from .engine.incremental_text import IncrementalText
@@ -106,9 +107,13 @@ class Llama:
     answer is chosen, after penalties and before temperature. It may set logits to -inf. It must not call the model.
     `max_gen_len`, `min_new_tokens`, `seed`, `stop`, `logits_processor`, and sampling options that are numbers may be lists with
     one value for each prompt.
+    speculate: guess the next tokens, and compute several in one step where that is faster. Guesses change no answer
+    (docs/speculation.md). "prompt" guesses what followed the same tokens earlier in the prompt and answer. "draft" guesses with
+    the model `draft`. False turns off what `build` was given.
     continue_answer: if a dialog ends with a message by the assistant, continue that message. The result is what follows it.
     details: add to each result "finish_reason" ("stop": EOS, a token of stop_token_ids, or a stop string; "length": max_gen_len
-    or the end of the context) and the numbers of tokens in the prompt and in the answer, without the EOS or stop token.
+    or the end of the context) and the numbers of tokens in the prompt and in the answer, without the EOS or stop token. If the
+    call speculates, also the numbers of guessed tokens and of those that were accepted.
 
     A call may have any number of prompts. Up to max_batch_size prompts of all calls run at a time, and when one is finished,
     the next one starts. Calls of a modified model, and calls on several ranks without `lead`, run one at a time.
@@ -135,6 +140,8 @@ class Llama:
         compile: bool = False,
         quantize: str | None = None,
         backend: str = "auto",
+        speculate: str | None = None,
+        draft: "Llama | None" = None,
     ) -> "Llama":
         """Load a checkpoint, with any number of shards, on any number of ranks that divides its heads.
 
@@ -152,6 +159,9 @@ class Llama:
         backend: "auto", or a name that `python -m llama info` lists. "eager" uses plain tensors only, so it dequantizes
         quantized weights, and it always runs `Transformer.forward`. The other backends run `Transformer.forward` only if a
         caller has modified the model.
+
+        speculate: what guesses tokens in all calls that are not given `speculate`; None for nothing. draft: a smaller model
+        with the same tokenizer, for speculate="draft", which it makes the default.
 
         On the CPU, the first call lowers PyTorch's number of threads to this process's CPU quota, unless you have set a number.
 
@@ -205,7 +215,14 @@ class Llama:
         for tensor in (*model.parameters(), model.freqs_cis) if backend_class.name != "eager" else ():
             compat.observe(tensor)  # now, since no caller has seen them yet
         torch.manual_seed(int(seed))
-        return run_on_all_ranks(lambda: Llama(model.eval(), tokenizer, backend_class()))
+
+        def make() -> Llama:
+            llama = Llama(model.eval(), tokenizer, backend_class())
+            llama.draft = draft
+            llama.speculate = speculate or ("draft" if draft else None)
+            return llama
+
+        return run_on_all_ranks(make)
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, backend: Backend | None = None) -> None:
         validate.check_vocabulary(model.vocab_size, tokenizer.n_words, f"the model has a vocabulary of {model.vocab_size}")
@@ -213,6 +230,7 @@ class Llama:
         self.model = model
         self.tokenizer = tokenizer
         self._engine = Engine(model, backend or choose_backend("auto", device_of(model))())
+        self._draft: Llama | None = None
 
     def __repr__(self) -> str:
         if not isinstance(self.model, Transformer):
@@ -231,7 +249,8 @@ class Llama:
     def engine(self) -> Engine:
         """Return the engine of `model`. If a caller has replaced `model`, create a new engine for it."""
         if self._engine.model is not self.model:
-            self._engine = Engine(self.model, self._engine.backend)
+            before, self._engine = self._engine, Engine(self.model, self._engine.backend)
+            self._engine.speculate = before.speculate if before.speculate != "draft" else ""
         self._engine.n_words = self.tokenizer.n_words  # a caller may have replaced the tokenizer, too
         return self._engine
 
@@ -247,6 +266,31 @@ class Llama:
                 cache.weights_version = None  # when no call runs, the next one clears the prefixes of all ranks
                 if world_size() == 1:
                     cache.prefixes.clear()
+
+    @property
+    def draft(self) -> "Llama | None":
+        """Return the model that guesses tokens in calls with speculate="draft". Set it to a `Llama`, or to None.
+
+        It must have the same tokenizer and be built with at least the same max_seq_len and max_batch_size. Raises InputError.
+        """
+        return self._draft
+
+    @draft.setter
+    def draft(self, draft: "Llama | None") -> None:
+        if draft is not None:
+            if not isinstance(draft, Llama):
+                raise InputError(f"draft is {describe(draft)}; it must be a Llama")
+            check_draft(draft.engine, self.engine, draft.tokenizer, self.tokenizer)
+        self._draft, self.engine.shared.draft = draft, draft and draft.engine
+
+    @property
+    def speculate(self) -> str:
+        """Return how calls speculate that are not given `speculate`: "prompt", "draft", or "" for not at all. It can be set."""
+        return self.engine.speculate
+
+    @speculate.setter
+    def speculate(self, value: str | bool | None) -> None:
+        self.engine.speculate = self.engine.what_guesses(CallOptions(speculate=value).speculate() or "")
 
     @property
     def backend(self) -> str:
@@ -664,7 +708,7 @@ class Llama:
 
     @property
     def _requests(self) -> RequestBuilder:
-        return RequestBuilder(self.tokenizer, self.model.params.max_seq_len)
+        return RequestBuilder(self.tokenizer, self.model.params.max_seq_len, self.engine.what_guesses)
 
     def _validate_on_all_ranks(self, name: str, make_call: Callable[[], GenerationCall]) -> GenerationCall:
         """Build a call, and check that it is the same on all ranks. If it has no seeds, rank 0 chooses seeds for replicas."""
@@ -713,7 +757,7 @@ class Llama:
         """
         if name != "generate" and self._generate_is_replaced():
             call = self._validate_on_all_ranks(name, make_call)
-            return [*map(make_result, results_of_replaced_generate(self.generate, call, self.tokenizer))]
+            return [*map(make_result, results_of_replaced_generate(self.generate, call, self.tokenizer, self.speculate))]
         with self.engine.exclusive():
             return [*map(make_result, self._run_on_replicas(self._validate_on_all_ranks(name, make_call)))]
 
@@ -722,7 +766,7 @@ class Llama:
         with self.engine.exclusive():
             call = self._validate_on_all_ranks(name, make_call)
             if self._generate_is_replaced():
-                return iter(results_of_replaced_generate(self.generate, call, self.tokenizer))
+                return iter(results_of_replaced_generate(self.generate, call, self.tokenizer, self.speculate))
             if replica()[1] > 1:
                 return iter(self._run_on_replicas(call))
             return collect_results(call, self._run(call, watched=True), self.tokenizer)

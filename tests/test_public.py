@@ -24,11 +24,11 @@ NAMES = {
 }
 SHARED = (
     "top_k=0, min_p=0.0, repetition_penalty=1.0, logit_bias=None, seed=None, typical_p=1.0, frequency_penalty=0.0, "
-    "presence_penalty=0.0, stop_token_ids=None, ignore_eos=False, min_new_tokens=0, logits_processor=None"
+    "presence_penalty=0.0, stop_token_ids=None, ignore_eos=False, min_new_tokens=0, logits_processor=None, speculate=None"
 )
 SIGNATURES = {
     Llama.build: "ckpt_dir, tokenizer_path=None, max_seq_len=512, max_batch_size=8, model_parallel_size=None, seed=1, "
-    "*, device=None, dtype=None, compile=False, quantize=None, backend='auto'",
+    "*, device=None, dtype=None, compile=False, quantize=None, backend='auto', speculate=None, draft=None",
     Llama.__init__: "self, model, tokenizer, backend=None",
     Llama.generate: "self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, logprobs=False, echo=False, "
     f"*, stop_token=None, stop=(), {SHARED}, n=1",

@@ -14,7 +14,7 @@ import torch
 
 from llama import InputError, Llama, NonFiniteError, SamplingParams, tuning
 from llama.backends.eager import EagerBackend
-from llama.engine import events, scheduler
+from llama.engine import decode_state, events
 from llama.engine.call_options import CallOptions
 from llama.engine.incremental_text import IncrementalText
 from llama.engine.requests import GenerationCall, Request
@@ -170,14 +170,14 @@ def test_numbers_that_are_not_finite_end_their_own_call_only(
     want = [llama.generate([prompt], 8, temperature=0)[0][0] for prompt in SINGLE[:3]]
     streams = [llama.generate_stream([prompt], 8, temperature=0) for prompt in SINGLE[:3]]
     got = [[next(stream).token] for stream in streams]
-    sample = scheduler.DecodeState.sample
+    sample = decode_state.DecodeState.sample
 
     def damage(state: Any, **options: Any) -> Any:
         state.logits[2:] = torch.nan
         return sample(state, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scheduler.DecodeState, "sample", damage)
+        patch.setattr(decode_state.DecodeState, "sample", damage)
         got[0] += [next(streams[0]).token for _ in range(4)]
     for i in (1, 0):
         got[i] += [token.token for token in streams[i]]
@@ -212,7 +212,7 @@ def test_a_failed_step_raises_in_the_thread_that_ran_it_and_ends_the_other_calls
         raise MemoryError("no memory left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(scheduler.DecodeState, "advance", fail)
+        patch.setattr(decode_state.DecodeState, "advance", fail)
         with pytest.raises(MemoryError):
             list(streams[0])
     assert_raises(lambda: list(streams[1]), InputError, "generate_stream ended before", "MemoryError: no memory left")

@@ -33,6 +33,7 @@ class StreamOptions(TypedDict, total=False):
     ignore_eos: bool | None
     min_new_tokens: Integers
     logits_processor: LogitsProcessor | Iterable[LogitsProcessor | None] | None
+    speculate: str | bool | None
 
 
 class AnswerOptions(StreamOptions, total=False):
@@ -44,6 +45,7 @@ class AnswerOptions(StreamOptions, total=False):
 DEFAULTS: dict[str, Any] = dict(
     top_k=0, min_p=0.0, repetition_penalty=1.0, logit_bias=None, seed=None, typical_p=1.0, frequency_penalty=0.0,
     presence_penalty=0.0, stop_token_ids=None, ignore_eos=False, min_new_tokens=0, logits_processor=None, n=1,
+    speculate=None,
 )  # fmt: skip
 
 
@@ -105,6 +107,13 @@ class CallOptions:
             check_count(n, "n")
         return 1 if n is None else int(n)
 
+    def speculate(self) -> str | None:
+        """Return what guesses tokens: "prompt" or "draft"; "" for nothing, None for the model's default."""
+        value = self.given.get("speculate")
+        if value is not None and value is not False and value not in ("prompt", "draft"):
+            raise InputError(f"speculate is {describe(value)}; it must be 'prompt', 'draft', or False")
+        return "" if value is False else value
+
     def ignores_eos(self) -> bool:
         """Return True if EOS does not end an answer."""
         check_flag(ignored := self.given.get("ignore_eos"), "ignore_eos")
@@ -140,7 +149,7 @@ class CallOptions:
 
     def check(self) -> None:
         """Raise InputError for what is wrong with the options of a call with one prompt, without a tokenizer."""
-        self.n_answers(), self.ignores_eos(), self.stop_token_ids, self.of_prompts(1)
+        self.n_answers(), self.ignores_eos(), self.speculate(), self.stop_token_ids, self.of_prompts(1)
 
     def _sampling(self, n_prompts: int) -> list[SamplingParams]:
         given = {field.name: self.given[field.name] for field in fields(SamplingParams) if field.name in self.given}

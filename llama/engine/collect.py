@@ -21,7 +21,7 @@ class ResultCollector:
 
     def __init__(self, call: GenerationCall, tokenizer: Tokenizer) -> None:
         self.call = call
-        self.results = [GenerationResult(request) for request in call.requests]
+        self.results = [GenerationResult(request, speculates=bool(call.speculate)) for request in call.requests]
         decoded = call.requests if call.stop is not None or call.has_stops else []
         self.texts = [IncrementalText.of_answer(call, request, tokenizer) for request in decoded]
         if call.echo:
@@ -76,12 +76,12 @@ def collect_results(call: GenerationCall, tokens: Iterator[GeneratedToken], toke
 
 
 def results_of_replaced_generate(
-    generate: Callable[..., Any], call: GenerationCall, tokenizer: Tokenizer
+    generate: Callable[..., Any], call: GenerationCall, tokenizer: Tokenizer, speculate: str
 ) -> list[GenerationResult]:
     """Return results from `generate`, a function with which a caller has replaced `Llama.generate`.
 
     `generate` receives the arguments that Meta's own `Llama.generate` has, and any other option only if its value is not the
-    default.
+    default. speculate: the default of that option.
     """
     if call.top_logprobs:
         raise InputError("generate has been replaced, and returns no top_logprobs; leave top_logprobs out")
@@ -89,7 +89,7 @@ def results_of_replaced_generate(
     tokens, logprobs = generate(
         prompt_tokens=[request.prompt for request in asked],
         max_gen_len=max((request.max_new_tokens for request in asked), default=0),
-        logprobs=call.logprobs, **({"echo": True} if call.echo else {}), **_options_of(call, asked),
+        logprobs=call.logprobs, **({"echo": True} if call.echo else {}), **_options_of(call, asked, speculate),
     )  # fmt: skip
     returned = dict(zip(map(id, asked), zip(tokens, logprobs or [[] for _ in tokens], strict=True), strict=True))
     results = []
@@ -114,7 +114,7 @@ def results_of_replaced_generate(
     return results
 
 
-def _options_of(call: GenerationCall, asked: list[Request]) -> dict[str, Any]:
+def _options_of(call: GenerationCall, asked: list[Request], speculate: str) -> dict[str, Any]:
     """Return the options for a replaced `generate`: one value if all requests have the same, otherwise one for each request."""
     defaults: dict[str, Any] = {**vars(SamplingParams()), "min_new_tokens": 0, "logits_processor": None}
     options: dict[str, Any] = {}
@@ -128,4 +128,6 @@ def _options_of(call: GenerationCall, asked: list[Request]) -> dict[str, Any]:
         options["seed"] = [request.seed for request in asked]
     if call.stop_token_ids:
         options["stop_token_ids"] = [*call.stop_token_ids]
+    if call.speculate != speculate:
+        options["speculate"] = call.speculate or False
     return options | ({"ignore_eos": True} if call.ignore_eos else {})

@@ -142,48 +142,56 @@ class DecodeState:
         self.processed.pop(row, None)
         self._groups = None
 
-    def sample(self, keep_failures: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample(self, keep_failures: bool = False, rows: list[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Sample the next token of each row. Return these tokens (B,), and the largest logit of each row (B,).
 
         If all rows in use have equal options, free rows are sampled with them, so that each step of a call uses the same number
         of random numbers from torch's default generator.
+        rows: sample only these, of those in use. The tokens of the other rows are arbitrary.
         keep_failures: collect the exceptions of callers' samplers in `failures`, with the rows that they concern, instead of
         raising them. Those of logits processors are always collected, on all ranks.
         All ranks return the values of rank 0. The largest logit of a row is not finite if the row contains NaN or +inf, or
         only -inf.
         """
-        largest, groups = self.logits.amax(-1), self._rows_by_options()
+        largest, groups = self.logits.amax(-1), self._rows_by_options(rows)
         self.failures = []
-        if len(groups) == 1 and not keep_failures:
+        if len(groups) == 1 and not keep_failures and (rows is None or len(rows) == len(self.logits)):
             tokens = self._sample_rows(groups[0][0], slice(None))
         else:
             tokens = torch.zeros_like(self.positions)
-            for each, rows in groups:
-                if (sampled := self._try_sample_rows(each, rows, keep_failures)) is not None:
-                    tokens = tokens.index_copy(0, rows, sampled)
+            for each, index in groups:
+                if (sampled := self._try_sample_rows(each, index, keep_failures)) is not None:
+                    tokens = tokens.index_copy(0, index, sampled)
         if model_parallel()[1] > 1:
             tokens = self._with_failures(tokens)
             of_rank0, largest = broadcast_from_rank0(torch.stack([tokens.double(), largest.double()])).unbind()
             tokens = self._without_failures(of_rank0.long())
+        sampled = torch.arange(len(tokens), device=tokens.device)
+        sampled = sampled if rows is None else sampled[rows]
         if "seen" in self.tables:
-            self.tables["seen"].scatter_(1, tokens.unsqueeze(1), True)
+            self.tables["seen"][sampled, tokens[sampled]] = True
         if "counts" in self.tables:
-            self.tables["counts"].scatter_add_(1, tokens.unsqueeze(1), torch.ones_like(self.logits[:, :1]))
+            self.tables["counts"][sampled, tokens[sampled]] += 1
         return tokens, largest
 
-    def record(self, tokens: list[int]) -> None:
-        """Note the sampled token of each row, for the logits processors, which see the tokens before theirs."""
+    def record(self, tokens: list[int], rows: list[int] | None = None) -> None:
+        """Note the sampled token of each row, for the logits processors, which see the tokens before theirs. rows: of these."""
         for row, processed in self.processed.items():
-            processed.tokens.append(tokens[row])
+            if rows is None or row in rows:
+                processed.tokens.append(tokens[row])
 
-    def _rows_by_options(self) -> list[tuple[SamplingOptions, torch.Tensor]]:
+    def _rows_by_options(self, rows: list[int] | None) -> list[tuple[SamplingOptions, torch.Tensor]]:
         """Return the different options of the rows, each with the indices of its rows."""
-        if self._groups is None:
+        if self._groups is None or rows is not None:
             by_options: dict[SamplingOptions, list[int]] = {}
             for row, options in sorted(self.options.items()):
-                by_options.setdefault(options, []).append(row)
+                if rows is None or row in rows:
+                    by_options.setdefault(options, []).append(row)
             device = self.logits.device
-            self._groups = [(options, torch.tensor(rows, device=device)) for options, rows in by_options.items()]
+            groups = [(options, torch.tensor(index, device=device)) for options, index in by_options.items()]
+            if rows is not None:
+                return groups
+            self._groups = groups
         return self._groups
 
     def _try_sample_rows(self, options: SamplingOptions, rows: torch.Tensor, keep_failures: bool) -> torch.Tensor | None:
@@ -240,6 +248,15 @@ class DecodeState:
             self.failures = [([row], InputError(f"{self.processed[row].label}: {_FAILED} on the first rank")) for row in failed]
         return tokens.clamp(min=0)
 
-    def advance(self) -> None:
-        """Increase the position of each row by 1, up to the last position that its request allows."""
-        self.positions = torch.minimum(self.positions + 1, self.last_positions)
+    def continue_with(self, logits: dict[int, torch.Tensor]) -> None:
+        """Set the logits (vocab,) of rows for their next tokens."""
+        index = torch.tensor([*logits], device=self.logits.device)
+        self.logits = self.logits.index_copy(0, index, torch.stack([*logits.values()]))
+
+    def advance(self, rows: list[int] | None = None) -> None:
+        """Increase the position of each row, or of these rows, by 1, up to the last position that its request allows."""
+        step: int | torch.Tensor = 1
+        if rows is not None:
+            step = torch.zeros_like(self.positions)
+            step[rows] = 1
+        self.positions = torch.minimum(self.positions + step, self.last_positions)

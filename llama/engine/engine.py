@@ -34,6 +34,7 @@ class Engine:
         self.model, self.backend = model, backend
         self.n_words: int | None = None  # number of tokens that may be generated, the first in the vocabulary; None for all
         self.announced: str | None = None  # None, or the last printed reason why generation is slower
+        self.speculate = ""  # what guesses tokens in calls that do not say it: "prompt", "draft", or "" for nothing
         self.shared = shared_state_of(model)
         self.lock = self.shared.lock
         if why_modified(model) is None:
@@ -43,7 +44,7 @@ class Engine:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy or pickle the engine without its lock, which cannot be copied or pickled."""
-        return _restore_engine, (self.model, self.backend)
+        return _restore_engine, (self.model, self.backend, self.speculate, self.shared.draft)
 
     def check_sizes(self) -> None:
         """Raise InputError if a caller has set max_batch_size or max_seq_len of `model.params` larger than the KV cache."""
@@ -64,11 +65,26 @@ class Engine:
             return "the backend is eager"
         return why_modified(self.model)
 
-    def announce(self, why: str) -> None:
+    def announce(self, why: str, speculates: bool = False) -> None:
         """Print on stderr why generation is slower, unless the same reason was printed last or the backend is eager."""
         if self.backend.name != "eager" and why != self.announced and global_rank() == 0:
-            print(f"llama: {why}: generating through the model's own forward, which is slower", file=sys.stderr)
+            slower = "slower and does not speculate" if speculates else "slower"
+            print(f"llama: {why}: generating through the model's own forward, which is {slower}", file=sys.stderr)
         self.announced = why
+
+    def what_guesses(self, speculate: str | None) -> str:
+        """Return what guesses tokens in a call: "prompt", "draft", or "" for nothing. Raise InputError if that is impossible.
+
+        speculate: what the call asks for; None for the default.
+        """
+        speculate = self.speculate if speculate is None else speculate
+        if not speculate:
+            return ""
+        if self.backend.name == "eager":
+            raise InputError(f"speculate={speculate!r} needs another backend than 'eager', which runs the model's own forward")
+        if speculate == "draft" and self.shared.draft is None:
+            raise InputError("speculate='draft', but the model has no draft; give build(draft=...) a smaller model, as a Llama")
+        return speculate
 
     def forward(self) -> EngineForward:
         """Return an `EngineForward` with the current weights of the model. Allocate a KV cache if none fits the model."""
@@ -93,7 +109,7 @@ class Engine:
         check_led(self)
         if why := self.why_reference_loop():
             with self.whole_calls_ended(), propagate_failure():
-                self.announce(why)
+                self.announce(why, speculates=bool(call.speculate))
                 loop = ReferenceLoop(self.model, self.shared, call, self.n_words)
             while not loop.finished:
                 with self.computing():
@@ -230,11 +246,13 @@ class Engine:
             turn.release()
 
 
-def _restore_engine(model: Transformer, backend: Backend) -> Engine:
+def _restore_engine(model: Transformer, backend: Backend, speculate: str, draft: Engine | None) -> Engine:
     """Return the engine of a copied or unpickled model. Raise DeviceError if this machine lacks what its backend needs."""
     if why := backend.unsupported(device_of(model)):
         raise DeviceError(f"backend={backend.name!r}: {why}")
     if backend.name != "eager":
         for tensor in (*model.parameters(), model.freqs_cis):
             compat.observe(tensor)  # now, since nobody else has seen the copies yet
-    return Engine(model, backend)
+    engine = Engine(model, backend)
+    engine.speculate, engine.shared.draft = speculate, draft
+    return engine

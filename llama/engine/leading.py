@@ -223,7 +223,7 @@ class LeadingScheduler(RunningCalls):
             call.error = call.guard.failure
             return
         for index in {event.prompt_index for event in events}:
-            call.call.requests[index].num_cached_tokens = mirrored.call.requests[index].num_cached_tokens
+            call.call.requests[index].take_counts(mirrored.call.requests[index])
         call.events += events  # before the end: callers look for the end first
         call.error = call.error or mirrored.error
         call.n_unfinished = mirrored.n_unfinished

@@ -1,6 +1,6 @@
 """Check the arguments of a call, and build requests from tokens, texts or dialogs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..chat import Dialog, check_dialog, continues_answer, encode_dialog, is_unsafe
@@ -57,10 +57,15 @@ def check_tokens(tokens: list[Any], label: str, tokenizer: Tokenizer) -> None:
 
 
 class RequestBuilder:
-    """Check the arguments of calls, and build their requests. No model is needed."""
+    """Check the arguments of calls, and build their requests. No model is needed.
 
-    def __init__(self, tokenizer: Tokenizer, max_seq_len: int) -> None:
-        self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
+    what_guesses: see `Engine`.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, max_seq_len: int, what_guesses: Callable[[str | None], str] = lambda _: ""
+    ) -> None:
+        self.tokenizer, self.max_seq_len, self.what_guesses = tokenizer, max_seq_len, what_guesses
 
     def from_tokens(
         self,
@@ -269,12 +274,16 @@ class RequestBuilder:
         check_prompts([prompt for prompt, _ in safe], [label for _, label in safe], self.tokenizer, self.max_seq_len)
         n, n_words = options.n_answers(), self.tokenizer.n_words
         options.check_tokens(n_words)
+        speculate = self.what_guesses(options.speculate())
         requests = []
         for prompt, label, own in zip(prompts, prompt_labels, options.of_prompts(len(prompts)), strict=True):
             requests += self._requests_of_prompt(prompt, label, own, n)
         for request, continues in zip(requests, [each for each in continued for _ in range(n)], strict=False):
             request.continues_prompt = continues
-        call = GenerationCall(requests, stop_token_ids=options.stop_token_ids, ignore_eos=options.ignores_eos(), **call_options)
+        call = GenerationCall(
+            requests, stop_token_ids=options.stop_token_ids, ignore_eos=options.ignores_eos(), speculate=speculate,
+            **call_options,
+        )  # fmt: skip
         if len(call.end_tokens) >= n_words - 1 and any(request.min_new_tokens for request in requests):
             raise InputError("stop_token_ids has all tokens, and min_new_tokens lets none of them be chosen; leave one out")
         return call

@@ -85,9 +85,16 @@ class Request:
     score_from: int | None = None
     next_token: int | None = None
     num_cached_tokens: int = 0  # number of prompt tokens whose keys and values were in the cache already
+    num_guessed_tokens: int = 0  # number of guesses that decode steps have computed
+    num_accepted_tokens: int = 0  # number of these guesses that were right
     num_new_tokens: int = 0  # number of new tokens that the caller has taken, without EOS
     # None until the answer ends. The engine sets the finish reason; a consumer of tokens may set it to end the answer.
     finish_reason: FinishReason | None = None
+
+    def take_counts(self, copy: "Request") -> None:
+        """Set what the scheduler counts to the values that a copy of this request has got."""
+        self.num_cached_tokens = copy.num_cached_tokens
+        self.num_guessed_tokens, self.num_accepted_tokens = copy.num_guessed_tokens, copy.num_accepted_tokens
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,7 @@ class GenerationCall:
     name: str = "call"  # the caller's name for it in errors, such as "text_completion"
     watched: bool = False  # True if code of the caller runs between two tokens, and so may change the model
     score_only: bool = False  # True if the call generates nothing, and returns log probabilities of prompt tokens
+    speculate: str = ""  # what guesses the next tokens: "prompt" or "draft"; "" for nothing
 
     def __post_init__(self) -> None:
         for name in ("logprobs", "echo", "details", "include_eos"):

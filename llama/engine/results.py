@@ -18,6 +18,9 @@ class ResultDetails(TypedDict, total=False):
     finish_reason: FinishReason | None
     prompt_tokens: int
     new_tokens: int
+    # The following two are present with details=True if the call speculates.
+    guessed_tokens: int
+    accepted_tokens: int
 
 
 class CompletionPrediction(ResultDetails, total=False):
@@ -71,10 +74,15 @@ class GenerationResult:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TopTokens] = field(default_factory=list)
     text: str = ""
+    speculates: bool = False  # True if tokens were guessed
 
     def details(self) -> ResultDetails:
         """Return the entries that `details=True` adds to a result."""
         request = self.request
-        return ResultDetails(
+        details = ResultDetails(
             finish_reason=request.finish_reason, prompt_tokens=len(request.prompt), new_tokens=request.num_new_tokens
         )
+        if self.speculates:
+            details["guessed_tokens"] = request.num_guessed_tokens
+            details["accepted_tokens"] = request.num_accepted_tokens
+        return details

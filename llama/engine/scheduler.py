@@ -10,8 +10,6 @@ with the same tokens are prefilled with these tokens once: see `prefix_cache`.
 """
 
 import collections
-import math
-from collections.abc import Iterator
 
 import torch
 
@@ -20,31 +18,28 @@ from ..distributed.agreement import broadcast_from_rank0, is_true_on_all_ranks
 from ..distributed.progress import progress
 from ..errors import LlamaError
 from ..model import Transformer
-from ..sampling import ranked_logprobs
-from . import async_copy
-from .backend import Backend, DecodeFn
-from .checks import check_logprobs, nonfinite_logits_error
-from .decode_state import DecodeState, sampling_options
-from .events import Event, RunningCall, RunningCalls, RunningRequest
+from .backend import Backend
+from .batch import Batch
+from .checks import check_logprobs
+from .decode_state import sampling_options
+from .events import Event, RunningCall, RunningRequest
 from .forward import EngineForward
 from .prefill import Prefill, PrefillRow, share_prefix
-from .requests import GeneratedToken, GenerationCall, Request, TokenScore, token_score
+from .requests import GeneratedToken, GenerationCall, Request, TokenScore
 from .shared_state import CacheOwner, SharedState
+from .speculation import Speculation
 
 MAX_DECODERS = 8  # decode functions of different numbers of rows that are kept, because each allocates memory
 
 
-class Scheduler(RunningCalls):
+class Scheduler(Batch):
     """Run calls: admit waiting requests to free rows, decode all rows together, and free the rows of ended requests.
 
     A scheduler exists while calls run. The next call after that creates a new one.
     """
 
     def __init__(self, model: Transformer, forward: EngineForward, backend: Backend, shared: SharedState, name: str) -> None:
-        super().__init__()
-        self.model, self.forward, self.backend, self.shared = model, forward, backend, shared
-        self.cache = forward.cache
-        self.prefixes = forward.cache.prefixes
+        super().__init__(model, forward, backend, shared)
         self.weights_version = forward.weights_version()
         self.hooks = [hooks for module in model.modules() for hooks in compat.forward_hooks(module)]
         shared.owner = self.owner = CacheOwner(name)
@@ -58,18 +53,8 @@ class Scheduler(RunningCalls):
             self.prefixes.clear()  # on all ranks, so that all skip the same tokens
         self.cache.weights_version = self.weights_version
         self.cache.record_version()
-        self.n_submitted = 0  # number of calls so far
         self.waiting: collections.deque[tuple[RunningCall, int]] = collections.deque()  # calls and indices of their requests
-        self.running: dict[int, RunningRequest] = {}  # maps a row to the request in it
-        self.prefills: list[Prefill] = []  # unfinished; their rows are in `running`, but do not decode yet
-        self.decoders: dict[int, DecodeFn] = {}  # maps a number of rows to its decode function
-        self.n_rows = 0  # rows that a decode step computes
         self.n_idle = 0  # steps for which free rows have waited for others to become free, summed over these rows
-        self.state = DecodeState(0, forward.n_words, forward.device)
-        self.tokens: list[int] = []  # the token that was sampled last for each row
-        # None, or the arguments of the next decode step: tokens, positions, and positions on the host.
-        self.pending_step: tuple[torch.Tensor, torch.Tensor, list[int]] | None = None
-        self.bar: Iterator[Request] = progress([], lambda _: 1, "answering", "prompts")
         self.shows_progress = False
 
     def submit(self, call: GenerationCall) -> RunningCall:
@@ -138,15 +123,10 @@ class Scheduler(RunningCalls):
                     break
             if self.decoding:
                 self.sample()
+            if self.speculation:
+                self.sample_accepted(self.speculation)
         finally:
             self.cache.record_version()
-
-    @property
-    def decoding(self) -> dict[int, RunningRequest]:
-        """Return the running requests whose prompts have been prefilled, by row."""
-        if not self.prefills:
-            return self.running
-        return {row: each for row, each in self.running.items() if row in self.state.options}
 
     def release_ended(self) -> None:
         """Free the rows of requests that their callers have ended, and forget calls that have ended."""
@@ -160,24 +140,6 @@ class Scheduler(RunningCalls):
         if any(call.ended for call in self.calls):
             self.calls = [call for call in self.calls if not call.ended]
             self.waiting = collections.deque(waiting for waiting in self.waiting if not waiting[0].ended)
-
-    def is_ended(self, row: int) -> bool:
-        """Return True if the request in a row needs no more tokens."""
-        running = self.running[row]
-        wants_prompt = running.running_call.call.scores_prompts and row not in self.state.options
-        return running.running_call.ended or bool(running.request.finish_reason and not wants_prompt)
-
-    def release(self, row: int) -> None:
-        """Free a row, because its request has ended."""
-        self.running.pop(row).running_call.n_unfinished -= 1
-        if row in self.state.options:
-            self.state.release(row)
-        next(self.bar, None)
-
-    @property
-    def is_alone(self) -> bool:
-        """Return True if no second call has ever joined. The call then uses the same random numbers as in static batches."""
-        return self.n_submitted == 1
 
     def resize(self) -> None:
         """Set the number of rows to what the running and waiting requests need.
@@ -246,11 +208,6 @@ class Scheduler(RunningCalls):
         self.prefills += [Prefill(self.forward, rows, max_tokens, quiet) for rows in places]
         self.park([each.row for rows in places for each in rows])
 
-    @property
-    def prefilling(self) -> dict[int, PrefillRow]:
-        """Return the rows of unfinished prefills, by row."""
-        return {place.row: place for prefill in self.prefills for place in prefill.rows}
-
     def drop_prefill(self, prefill: Prefill) -> None:
         """Remove a prefill. Rows that have waited for tokens of its rows compute these tokens themselves."""
         self.prefills.remove(prefill)
@@ -265,7 +222,7 @@ class Scheduler(RunningCalls):
 
     def run_prefill_chunk(self) -> None:
         """Run a chunk of the first prefill. After its last chunk, its requests begin to decode."""
-        prefill = self.prefills[0]
+        prefill, self.step_began = self.prefills[0], None
         rows = [place.row for place in prefill.rows]
         try:
             prefill.run_chunk()
@@ -292,6 +249,8 @@ class Scheduler(RunningCalls):
         options = [sampling_options(each.running_call.call, each.request) for each in admitted]
         self.state.admit(rows, requests, options, self.forward.logits(prefill.last_hidden))
         for place, each in zip(prefill.rows, admitted, strict=True):
+            if kind := each.running_call.call.speculate:
+                self.speculate(place.row, each.request, kind)
             if place.score_from is not None:
                 self.report_prompt(place, each)
             if self.is_ended(place.row):
@@ -312,99 +271,9 @@ class Scheduler(RunningCalls):
         tokens = (GeneratedToken(running.index, token, *score) for token, score in pairs)
         running.running_call.events += [Event(token, running.index, in_prompt=True) for token in tokens]
 
-    def sample(self) -> None:
-        """Sample a token for each row, and report the tokens.
-
-        On CUDA, launch the next decode step before the host reads the sampled tokens. When the host reads that an answer has
-        ended, its row is therefore already in the next step.
-        """
-        state, decoding = self.state, self.decoding
-        positions_host = [
-            decoding[row].position if row in decoding else self.unused_position(row) for row in range(self.n_rows)
-        ]
-        self.cache.record_version()
-        tokens, largest = state.sample(keep_failures=len(self.calls) > 1)
-        if not self.cache.is_unchanged():
-            self.prefixes.clear()
-            self.end_early("a sampler or logits processor has run the model's forward, which has overwritten the KV cache")
-            return
-        for rows, failure in state.failures:
-            for row in rows:
-                self.fail_row(row, failure)
-        calls = [each.running_call.call for each in decoding.values()]
-        n_top = max((call.top_logprobs or 0 for call in calls), default=0)
-        scored = ranked_logprobs(state.logits, tokens, n_top) if any(call.logprobs for call in calls) else []
-        to_host = async_copy.async_to_host(tokens, largest, *scored)
-        self.pending_step = tokens, state.positions, positions_host
-        goes_on = any(each.num_generated + 1 < each.request.max_new_tokens for each in decoding.values())
-        if async_copy.supports_async(tokens.device) and goes_on:
-            self.run_pending_step()
-        state.advance()
-        self.tokens, largest_logits, *values = to_host()
-        state.record(self.tokens)
-        free = [row for row in range(self.n_rows) if row not in self.running]
-        self.zero_nonfinite_rows(free, [largest_logits[row] for row in free])
-        for row, each in sorted(decoding.items()):
-            if not math.isfinite(largest_logits[row]):
-                self.fail_row(row, nonfinite_logits_error(self.model, each.request, each.num_generated, each.position))
-        for row, each in sorted(decoding.items()):
-            if each.running_call.ended:
-                continue
-            call, events = each.running_call.call, each.running_call.events
-            score = token_score(values, row, call.top_logprobs or 0) if call.logprobs else TokenScore()
-            token = GeneratedToken(each.index, self.tokens[row], *score)
-            if token.token in call.end_tokens:
-                events.append(Event(token if call.include_eos else None, each.index, finish_reason="stop"))
-                self.release(row)
-                continue
-            each.num_generated += 1
-            events.append(Event(token, each.index))
-            if each.num_generated == each.request.max_new_tokens:
-                self.release(row)
-
-    def unused_position(self, row: int) -> int:
-        """Return the position at which a decode step may write keys and values for a row that does not decode.
-
-        A decode step computes all rows, and so writes into rows that do not decode. In a row that is being prefilled, it writes
-        where the next chunk begins, which overwrites it. In a free row, it writes after the tokens that the row holds, since
-        later prompts may share them. A free row that is full forgets its last token.
-        """
-        last = self.cache.data.shape[4] - 1
-        place = self.prefilling.get(row) if self.prefills else None
-        if place is None:
-            self.prefixes.tokens[row] = self.prefixes.tokens[row][:last]
-        return min(place.n_cached if place else len(self.prefixes.tokens[row]), last)
-
-    def park(self, rows: list[int]) -> None:
-        """Let decode steps compute rows that do not decode at positions where this harms nothing."""
-        self.state.set_positions(rows, [self.unused_position(row) for row in rows])
-
-    def run_pending_step(self) -> None:
-        """Decode the sampled tokens to get the next logits, unless this decode step has already been launched."""
-        if self.pending_step is not None:
-            self.cache.logits = self.state.logits = self.decoders[self.n_rows](*self.pending_step)
-            self.pending_step = None
-
-    def fail_row(self, row: int, error: BaseException) -> None:
-        """End the call whose request is in a row, and zero the row, since NaN there would make later results NaN."""
-        call = self.running[row].running_call
-        call.error = call.error or error
-        self.zero_row(row)
-
-    def zero_nonfinite_rows(self, rows: list[int], largest: list[float]) -> None:
-        """Zero the cache of rows whose largest logit is not finite.
-
-        Attention with a mask, as used on GPUs, multiplies masked values by 0. If an ended request has left NaN in a row, the
-        product is NaN for the next request in this row.
-        """
-        for row, logit in zip(rows, largest, strict=True):
-            if not math.isfinite(logit):
-                self.zero_row(row)
-
-    def zero_row(self, row: int) -> None:
-        """Forget the tokens of a row, and zero its cache."""
-        is_unchanged = self.cache.is_unchanged()
-        self.prefixes.tokens[row] = []  # first, since Ctrl-C may interrupt
-        self.cache.data[:, :, row].zero_()
-        if is_unchanged:
-            self.cache.record_version()
+    def speculate(self, row: int, request: Request, kind: str) -> None:
+        """Begin to guess the answer to a request in a row. kind: "prompt" or "draft"."""
+        if self.speculation is None:
+            decode_runs = self.backend.begin_runs(self.forward)
+            self.speculation = Speculation(decode_runs, self.backend.n_computed, self.shared.step_costs, self.shared.draft)
+        self.speculation.admit(row, request, kind)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import InputError
 from .kv_cache import KVCache
+from .step_costs import StepCosts
 from .step_turn import StepTurn
 
 
@@ -34,7 +35,8 @@ class SharedState:
     lock: held while the model computes. cache: the KV cache; None until allocated. owner: what owns the cache.
     scheduler: a function that returns the scheduler that runs calls, or None. turn: which thread runs its steps.
     async_calls, async_thread: the async calls that have not ended, and the background thread that runs them, or None;
-    `async_lock` guards both. leader: what leads the other ranks on rank 0 (`leading.Leader`), or None.
+    `async_lock` guards both. leader: what leads the other ranks on rank 0 (`leading.Leader`), or None. step_costs: the times of
+    decode steps so far, of calls that speculate. draft: the engine of the draft model, or None.
     """
 
     def __init__(self) -> None:
@@ -47,6 +49,8 @@ class SharedState:
         self.async_calls: list[Any] = []
         self.async_thread: threading.Thread | None = None
         self.leader: Any = None
+        self.step_costs = StepCosts()
+        self.draft: Any = None
 
     def why_not_owner(self, owner: CacheOwner) -> str | None:
         """Return a text that says which call has taken the cache from `owner`; None if none has."""

@@ -1,0 +1,183 @@
+"""A draft model: a small model that guesses the next tokens of a large one with the same vocabulary."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import tuning
+from ..distributed.agreement import broadcast_from_rank0
+from ..distributed.groups import model_parallel
+from ..errors import InputError
+from ..sampling import sample, seeded_exponential
+from ..tokenizer import Tokenizer
+from .backend import Run
+from .checks import common_prefix_length
+from .kv_cache import RaggedBatch
+from .prompt_lookup import Chance
+from .requests import Request
+from .shared_state import CacheOwner
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+FIRST_CHANCE = 0.7  # how likely a guess is right before any has been compared
+TRY_AGAIN = 64  # after this number of steps without a guess, one more is tried: the text may have become easier
+MAX_RUN = 8  # more tokens than this are prefilled
+
+
+@dataclass
+class DraftRow:
+    """A row of the draft's cache, which has the same index as the row of the large model's cache.
+
+    tokens: those of the prompt and of the answer so far. fed: those whose keys and values are in the row, guesses included.
+    guesses: those of the last step that have not been compared yet with what was sampled.
+    """
+
+    request: Request
+    tokens: list[int]
+    fed: list[int] = field(default_factory=list)
+    guesses: list[int] = field(default_factory=list)
+    chance: Chance = field(default_factory=lambda: Chance(FIRST_CHANCE))
+    n_idle: int = 0  # steps since the last guess
+
+
+class DraftGuesser:
+    """Guess with a draft model. It has a KV cache of its own, in which rows are as long as those of the large model."""
+
+    def __init__(self, draft: "Engine") -> None:
+        self.draft, self.costs = draft, draft.shared.step_costs
+        self.owner = CacheOwner("a call for which this model drafts")
+        self.rows: dict[int, DraftRow] = {}
+        with draft.lock, draft.without_autocast():
+            self.forward = draft.forward()
+            self.decode_runs = draft.backend.begin_runs(self.forward)
+            self._take_cache()
+            for _ in range(0 if self.costs.known(self._n_computed(1)) else 3):
+                began = time.perf_counter()
+                self.decode_runs([Run(0, 0, [0])]).sum().item()  # which waits for the device
+                self.costs.record(self._n_computed(1), time.perf_counter() - began)
+            self.forward.cache.record_version()
+
+    def admit(self, row: int, request: Request) -> None:
+        self.rows[row] = DraftRow(request, [*request.prompt])
+
+    def release(self, row: int) -> None:
+        del self.rows[row]
+
+    def append(self, row: int, token: int) -> None:
+        each = self.rows[row]
+        if each.guesses:
+            is_right = each.guesses.pop(0) == token
+            each.chance.record(is_right)
+            each.guesses = each.guesses if is_right else []
+        each.tokens.append(token)
+
+    def expected(self, row: int, limit: int) -> list[float]:
+        each = self.rows[row]
+        each.n_idle += 1
+        if each.n_idle > TRY_AGAIN:
+            return [1.0] * min(limit, 1)
+        return [each.chance.value**n for n in range(1, limit + 1)]
+
+    def seconds(self, counts: Mapping[int, int]) -> float:
+        return max(counts.values()) * self.costs.seconds(self._n_computed(len(counts)))
+
+    def _n_computed(self, n_rows: int) -> int:
+        return self.draft.backend.n_computed([1] * n_rows)
+
+    def guess(self, counts: Mapping[int, int]) -> dict[int, list[int]]:
+        guesses: dict[int, list[int]] = {row: [] for row in counts}
+        with self.draft.lock, self.draft.without_autocast():
+            self._take_cache()
+            self._prefill([*counts])
+            runs = {row: Run(row, len(self.rows[row].fed), self.rows[row].tokens[len(self.rows[row].fed) :]) for row in counts}
+            while runs:
+                tokens = self._decode_and_choose(runs)
+                runs = {}
+                for row, token in tokens.items():
+                    guesses[row].append(token)
+                    if len(guesses[row]) < counts[row]:
+                        runs[row] = Run(row, len(self.rows[row].fed), [token])
+            self.forward.cache.record_version()
+        for row, guessed in guesses.items():
+            self.rows[row].guesses, self.rows[row].n_idle = [*guessed], 0
+        return guesses
+
+    def _take_cache(self) -> None:
+        """Own the draft's cache. If a call of the draft has used it meanwhile, nothing in it is of use any more."""
+        shared = self.draft.shared
+        if shared.owner is not self.owner or not self.forward.cache.is_unchanged():
+            shared.owner = self.owner
+            self.forward.cache.prefixes.clear()
+            self.forward.cache.record_version()
+            for each in self.rows.values():
+                each.fed = []
+
+    def _prefill(self, rows: list[int]) -> None:
+        """Bring the cache of rows up to date, but for their last tokens."""
+        for row in rows:
+            each = self.rows[row]
+            del each.fed[min(common_prefix_length(each.fed, each.tokens), len(each.tokens) - 1) :]
+            while len(each.tokens) - len(each.fed) > MAX_RUN:
+                start = len(each.fed)
+                chunk = each.tokens[start : min(start + tuning.PREFILL_CHUNK, len(each.tokens) - 1)]
+                batch = RaggedBatch.from_segments([(row, start, len(chunk))], self.forward.device)
+                inputs = torch.tensor(chunk, device=self.forward.device)
+                self.forward.hidden_states(inputs, batch, logits_indices=inputs[:0])
+                each.fed += chunk
+
+    def _decode_and_choose(self, runs: Mapping[int, Run]) -> dict[int, int]:
+        """Decode runs of some rows, and return the token that the draft chooses after each."""
+        began = time.perf_counter()
+        idle = [Run(row, len(self.rows[row].fed) if row in self.rows else 0, [0]) for row in range(max(runs) + 1)]
+        all_runs = [runs.get(run.row, run) for run in idle]
+        logits, n = self.decode_runs(all_runs), 0
+        chosen: list[int] = []
+        for run in all_runs:
+            n += len(run.tokens)
+            if run.row in runs:
+                self.rows[run.row].fed += run.tokens
+                chosen.append(self._choose(self.rows[run.row], run.start + len(run.tokens), logits[n - 1 : n]))
+        if model_parallel()[1] > 1:
+            chosen = broadcast_from_rank0(torch.tensor(chosen, device=self.forward.device)).tolist()
+        if n == len(all_runs):  # one token per row
+            self.costs.record(self._n_computed(n), time.perf_counter() - began)
+        return dict(zip(sorted(runs), chosen, strict=True))
+
+    def _choose(self, row: DraftRow, position: int, logits: torch.Tensor) -> int:
+        """Return the token that the draft would sample at a position, given logits (1, vocab).
+
+        A seeded answer is sampled with the same random numbers as the large model's, so that similar probabilities give the
+        same token. Without a seed, the likeliest token is most likely to be right.
+        """
+        params, seed = row.request.sampling, row.request.seed
+        if params.greedy or seed is None:
+            return int(logits.argmax())
+        where = torch.tensor([[seed], [position]], device=logits.device)
+        return int(sample(logits, params, seeded_exponential(where[0], where[1], logits.shape[1])))
+
+
+def check_draft(draft: "Engine", engine: "Engine", draft_tokenizer: Tokenizer, tokenizer: Tokenizer) -> None:
+    """Raise InputError if a model cannot guess the tokens of another one."""
+    if not have_same_tokens(draft_tokenizer, tokenizer):
+        raise InputError("the draft's tokenizer has other tokens; give a draft with the same tokenizer as its model")
+    for name in ("max_batch_size", "max_seq_len"):
+        has, needed = getattr(draft.model.params, name), getattr(engine.model.params, name)
+        if has < needed:
+            raise InputError(f"the draft is built with {name}={has}, less than {needed} of its model; build it with {needed}")
+    if why := draft.why_reference_loop():
+        raise InputError(f"the draft cannot guess: {why}; build it with another backend, unmodified")
+    if draft.model is engine.model:
+        raise InputError("a model cannot be its own draft; give a smaller one with the same vocabulary")
+    if draft.shared.draft is not None:
+        raise InputError("the draft has a draft itself; set its `draft` to None")
+
+
+def have_same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
+    """Return True if two tokenizers have the same tokens, BOS and EOS."""
+    if (a.n_words, a.bos_id, a.eos_id) != (b.n_words, b.bos_id, b.eos_id):
+        return False
+    return a is b or all(a.decode([token]) == b.decode([token]) for token in range(a.n_words))
