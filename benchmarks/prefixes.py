@@ -85,7 +85,7 @@ def main() -> None:
         for name, n, make in (("dialogs", 64, dialogs), ("choices", 200, choices)):
             run = make(llama, max(1, round(n * a.scale)))
             shared, with_cache = measure(llama, run)
-            with without_prefix_cache(), mock.patch.object(scoring, "shares_prefixes", lambda *_: False):
+            with without_prefix_cache(), mock.patch.object(scoring, "shares_long_prefixes", lambda *_: False):
                 whole, without = measure(llama, run)
             results[name] = {"with": with_cache, "without": without, "equal": shared == whole}
             for label, figures in (("with", with_cache), ("without", without)):

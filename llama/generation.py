@@ -39,6 +39,7 @@ from .distributed.groups import global_rank, model_parallel, replica, world_size
 from .distributed.setup import initialize, set_environment
 from .engine.async_calls import (
     AsyncStream,
+    AsyncTokens,
     check_sharable,
     collect_results_async,
     run_async,
@@ -553,8 +554,8 @@ class Llama:
 
     @_signature_of(generate_stream)
     @short_traceback
-    def agenerate_stream(self, *args: Any, **options: Any) -> AsyncGenerator[GeneratedToken, None]:
-        """Generate tokens like `generate_stream`, with its arguments, for `async for`; see `AsyncStream`."""
+    def agenerate_stream(self, *args: Any, **options: Any) -> AsyncTokens:
+        """Generate tokens like `generate_stream`, with its arguments, for `async for`; see `AsyncTokens`, `AsyncStream`."""
         return _AsyncCaller(self).call(Llama.generate_stream, *args, **options)
 
     @_signature_of(text_completion)
@@ -849,9 +850,9 @@ class _AsyncCaller:
     def _run(self, call: GenerationCall, watched: bool = True) -> AsyncGenerator[GeneratedToken, None]:
         return run_async(self.engine, self._resolve(call, watched))
 
-    def _tokens(self, call: GenerationCall) -> AsyncGenerator[GeneratedToken, None]:
+    def _tokens(self, call: GenerationCall) -> AsyncTokens:
         tokens = self._run(call)
-        return tokens_until_stop_async(call, tokens, self.tokenizer) if call.has_stops else tokens
+        return AsyncTokens(call.requests, tokens_until_stop_async(call, tokens, self.tokenizer) if call.has_stops else tokens)
 
     def _results(
         self, name: str, make_call: Callable[[], GenerationCall], make_result: Callable[[GenerationResult], T]

@@ -17,7 +17,7 @@ from llama.engine import prefill, scoring
 from llama.engine.forward import EngineForward
 from llama.engine.prefix_cache import PrefixCache
 from llama.engine.requests import GenerationCall, Request
-from llama.engine.scoring import shares_prefixes
+from llama.engine.scoring import shares_long_prefixes
 
 from .counting import count_forward_tokens
 from .support import Fault, fail_on_call, random_weights, write_shards
@@ -29,7 +29,7 @@ GREEDY = {"temperature": 0, "logprobs": True}
 @pytest.fixture
 def fine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Share prefixes in steps of 4 tokens, so that short prompts test it."""
-    for name in ("ATTENTION_CHUNK", "MIN_SHARED_PREFIX", "MIN_AWAITED_PREFIX", "MIN_SAVED_PREFIX"):
+    for name in ("ATTENTION_CHUNK", "MIN_SHARED_PREFIX", "MIN_CACHED_PREFIX", "MIN_AWAITED_PREFIX", "MIN_SAVED_PREFIX"):
         monkeypatch.setattr(tuning, name, 4)
 
 
@@ -129,11 +129,13 @@ def test_scores_of_many_choices_compute_head_and_questions_once(own: Llama) -> N
     head, texts = "Once upon a time there was a bear, ", ["who was big", "that ate honey"]
     prompts = [head + text for text in texts for _ in range(4)]
     choices = [" and slept", " and ran", " or swam", " all day"] * 2
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "shares_prefixes", lambda *_: False)
+    with pytest.MonkeyPatch.context() as patch, count_forward_tokens() as counts:
+        patch.setattr(scoring, "shares_long_prefixes", lambda *_: False)
         want = own.score(prompts, choices)
+        assert len(counts) == 1
     with count_forward_tokens() as counts:
         got = own.score(prompts, choices)
+    assert len(counts) > 1  # in rows of the cache
     assert [score.tokens for score in got] == [score.tokens for score in want]
     for score, expected in zip(got, want, strict=True):
         assert score.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
@@ -142,10 +144,11 @@ def test_scores_of_many_choices_compute_head_and_questions_once(own: Llama) -> N
     assert own.score(prompts[:1], choices[:1])[0].logprobs == pytest.approx(want[0].logprobs, abs=1e-4)
 
 
-def test_sequences_without_a_common_beginning_are_scored_without_the_cache() -> None:
-    assert shares_prefixes([prompt((1, 20), (2, 3)), prompt((1, 20), (3, 3))], 1)
-    assert not shares_prefixes([prompt((1, 20), (2, 3)), prompt((1, 20), (3, 3))], 128)
-    assert not shares_prefixes([prompt((1, 20)), prompt((2, 20)), prompt((3, 20))], 1)
+def test_sequences_without_a_long_common_beginning_are_scored_without_the_cache() -> None:
+    long = [prompt((1, 300), (2, 3)), prompt((1, 300), (3, 3))]
+    assert shares_long_prefixes(long, 256, 1) and shares_long_prefixes(long, 256, 128)
+    assert not shares_long_prefixes(long, 1024, 1) and not shares_long_prefixes(long, 256, 512)
+    assert not shares_long_prefixes([prompt((1, 300)), prompt((2, 300)), prompt((3, 300))], 256, 1)
 
 
 def test_scored_prompts_take_only_tokens_that_are_not_scored(own: Llama) -> None:

@@ -82,7 +82,7 @@ def test_the_last_scored_token_needs_no_place_in_the_context(llama: Llama, monke
     table = llama.model.forward(torch.tensor([sequences[0][:64]]), 0)[0].log_softmax(-1)
     want = [[table[62, 67].item(), table[63, 70 + i].item()] for i in range(3)]
     for shares in (True, False):
-        monkeypatch.setattr(scoring, "shares_prefixes", lambda *_, shares=shares: shares)
+        monkeypatch.setattr(scoring, "shares_long_prefixes", lambda *_, shares=shares: shares)
         scores = llama.score([each[:63] for each in sequences], [each[63:] for each in sequences])
         assert [each.logprobs for each in scores] == [pytest.approx(values, abs=1e-4) for values in want]
 

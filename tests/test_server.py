@@ -22,10 +22,11 @@ from typing import Any
 import pytest
 import torch
 
-from llama import Llama
+from llama import Llama, tuning
 from llama.chat import UNSAFE_ERROR
 from llama.distributed import control
 from llama.engine import scheduler
+from llama.engine.async_calls import AsyncTokens
 from llama.engine.requests import GeneratedToken
 
 from .support import environment
@@ -130,7 +131,8 @@ def test_a_chat_gets_the_answer_of_chat_completion(client: Client, llama: Llama)
         assert choice["message"] == {**want["generation"], "refusal": None}
         assert choice["finish_reason"] == want["finish_reason"] and choice["index"] == 0
         sizes = want["prompt_tokens"], want["new_tokens"]
-        assert tuple(answer["usage"].values()) == (*sizes, sum(sizes))
+        *counts, details = answer["usage"].values()
+        assert (*counts,) == (*sizes, sum(sizes)) and details.keys() == {"cached_tokens"}
         events = client.stream(
             CHAT, messages=MESSAGES, max_completion_tokens=12, stream_options={"include_usage": True}, **options
         )
@@ -138,7 +140,7 @@ def test_a_chat_gets_the_answer_of_chat_completion(client: Client, llama: Llama)
         assert deltas[0]["delta"]["role"] == "assistant" and events[0]["object"] == "chat.completion.chunk"
         assert "".join(c["delta"].get("content", "") for c in deltas) == want["generation"]["content"]
         assert [c["finish_reason"] for c in deltas] == [None] * (len(deltas) - 1) + [want["finish_reason"]]
-        assert events[-1]["choices"] == [] and events[-1]["usage"] == answer["usage"]
+        assert events[-1]["choices"] == [] and [*events[-1]["usage"].values()][:-1] == counts
         assert len({(event["id"], event["created"], event["model"]) for event in events}) == 1
 
 
@@ -184,7 +186,7 @@ def test_a_dialog_with_special_tags_gets_the_refusal_as_its_answer(client: Clien
     unsafe = [{"role": "user", "content": "[INST]"}]
     _, answer = client.post(CHAT, messages=unsafe)
     assert (answer["choices"][0]["message"]["content"], answer["choices"][0]["finish_reason"]) == (UNSAFE_ERROR, "stop")
-    assert sum(answer["usage"].values()) == 0
+    assert [*answer["usage"].values()] == [0, 0, 0, {"cached_tokens": 0}]
     assert "".join(e["choices"][0]["delta"].get("content", "") for e in client.stream(CHAT, messages=unsafe)) == UNSAFE_ERROR
 
 
@@ -213,6 +215,26 @@ def test_several_choices_have_seeds_that_follow_each_other(client: Client, llama
     prompts = ["The"] * 3 + ["Once"] * 3
     assert [p + c["text"] for p, c in zip(prompts, answer["choices"], strict=True)] == [r["generation"] for r in want]
     assert answer["usage"]["completion_tokens"] == sum(r["new_tokens"] for r in want)
+
+
+def test_usage_tells_how_many_tokens_of_the_prompt_were_cached(
+    client: Client, llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt with several answers counts as computed, unless it was in the cache before."""
+    for name in ("ATTENTION_CHUNK", "MIN_SHARED_PREFIX", "MIN_AWAITED_PREFIX"):
+        monkeypatch.setattr(tuning, name, 4)
+    fields: dict[str, Any] = {"prompt": [1, *range(20, 40)], "temperature": 0, "max_tokens": 2}
+    for n in (1, 3):
+        llama.clear_prefix_cache()
+        for want in (0, 16):
+            usage = client.post(COMPLETION, n=n, **fields)[1]["usage"]
+            assert usage["prompt_tokens_details"] == {"cached_tokens": want} and usage["prompt_tokens"] == 21
+    events = client.stream(COMPLETION, stream_options={"include_usage": True}, **fields)
+    assert events[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}
+    content = "".join(map(str, range(9)))
+    for want in (False, True):
+        usage = client.post(CHAT, messages=[{"role": "user", "content": content}], max_tokens=1)[1]["usage"]
+        assert (usage["prompt_tokens_details"]["cached_tokens"] > 0) == want
 
 
 def test_a_stop_string_ends_an_answer_and_frees_its_row(client: Client, llama: Llama) -> None:
@@ -589,7 +611,10 @@ def test_seconds_are_measured_from_acceptance_and_between_tokens(start: Callable
     class SlowModel:
         tokenizer, model = client.app.llama.tokenizer, client.app.llama.model
 
-        async def agenerate_stream(self, *_: Any, **__: Any) -> AsyncGenerator[GeneratedToken, None]:
+        def agenerate_stream(self, *_: Any, **__: Any) -> AsyncTokens:
+            return AsyncTokens([], self.slow_tokens())
+
+        async def slow_tokens(self) -> AsyncGenerator[GeneratedToken, None]:
             try:
                 for seconds in (0.12, 0.06, 0.06):
                     await asyncio.sleep(seconds)

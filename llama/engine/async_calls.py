@@ -10,9 +10,9 @@ import atexit
 import contextlib
 import threading
 import weakref
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -202,6 +202,27 @@ async def run_async(engine: Engine, call: GenerationCall) -> AsyncGenerator[Gene
                     yield token
     finally:
         async_call.cancel()
+
+
+class AsyncTokens(AsyncGenerator[GeneratedToken, None]):
+    """The tokens of a call, for `async for`. Closing it ends the call."""
+
+    def __init__(self, requests: Sequence[Request], tokens: AsyncGenerator[GeneratedToken, None]) -> None:
+        self._requests, self._tokens = requests, tokens
+
+    @property
+    def cached_tokens(self) -> list[int]:
+        """Return how many tokens of each prompt were in the KV cache already; 0 before the prompt's first token."""
+        return [request.num_cached_tokens for request in self._requests]
+
+    def asend(self, value: None) -> Coroutine[Any, Any, GeneratedToken]:
+        return self._tokens.asend(value)
+
+    def athrow(self, *error: Any) -> Coroutine[Any, Any, GeneratedToken]:
+        return self._tokens.athrow(*error)
+
+    def aclose(self) -> Coroutine[Any, Any, None]:
+        return self._tokens.aclose()
 
 
 async def collect_results_async(

@@ -171,6 +171,8 @@ class EngineLayer:
             tokens = slice(first, first := first + B * S)
             if segment.starts_at_zero and kv is not None:  # the new tokens attend only to each other
                 keys, values = kv[tokens].view(B, S, 2, K, hd).permute(2, 0, 3, 1, 4).unbind()
+            elif segment.kv_indices is not None and kv is not None:
+                keys, values = kv[segment.kv_indices].permute(2, 0, 3, 1, 4).unbind()
             else:
                 assert cache is not None, "without the cache a sequence must be whole"
                 keys, values = kv_view(cache, segment)
@@ -274,7 +276,8 @@ class EngineForward:
     ) -> torch.Tensor:
         """Return the hidden states (N, dim) of tokens (N,) after the last layer and norm. Keys and values go into the cache.
 
-        use_cache: False if the batch has whole sequences that are not continued; the cache is then neither read nor written.
+        use_cache: False if the batch has whole sequences that are not continued, whose segments start at position 0 or have
+        `kv_indices`; the cache is then neither read nor written.
         logits_indices: indices (M,) of the tokens whose hidden states (M, dim) are needed; by default all are returned.
         """
         context = ForwardContext(batch, self.freqs[batch.positions], batch.masks(self.dtype))

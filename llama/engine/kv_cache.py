@@ -36,6 +36,9 @@ class Segment(NamedTuple):
     length: int  # number of new tokens in each row
     kv_len: int  # the last new token of a row attends to positions 0 to kv_len - 1
     per_row_positions: bool = False  # True if new tokens of the rows may be at different positions
+    # None, or for a forward without the cache, the indices (n_rows, kv_len) of the new tokens that a row attends to. Some of
+    # them are new tokens of other segments.
+    kv_indices: torch.Tensor | None = None
 
     @property
     def starts_at_zero(self) -> bool:

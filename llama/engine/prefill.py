@@ -11,6 +11,7 @@ from ..distributed.progress import progress
 from ..sampling import ranked_logprobs
 from .forward import EngineForward, EngineLayer, ForwardContext
 from .kv_cache import RaggedBatch, prefill_chunks
+from .packed_sequences import pack_sequences
 from .prefix_cache import PrefixCache, n_shared
 from .requests import Request, ScoringRequest, TokenScore, token_score
 
@@ -174,14 +175,17 @@ def states_of_layers(forward: EngineForward, sequences: list[list[int]], layers:
 
 
 def score_sequences(forward: EngineForward, requests: list[ScoringRequest], n_top: int) -> list[list[TokenScore]]:
-    """Return the scores of the tokens of each request, computed side by side and without the KV cache."""
-    tokens = torch.tensor([token for request in requests for token in request.inputs], device=forward.device)
+    """Return the scores of the tokens of each request, computed side by side and without the KV cache.
+
+    requests: sorted by their tokens, so that those that begin alike follow each other.
+    """
+    sequences = [request.inputs for request in requests]
+    tokens, indices, batch = pack_sequences(sequences, forward.prefix_multiple(score_only=True), forward.device)
     following = torch.tensor([token for request in requests for token in request.scored], device=forward.device)
-    ends = itertools.accumulate(len(request.inputs) for request in requests)
-    needed = [i for request, end in zip(requests, ends, strict=True) for i in range(end - len(request.scored), end)]
-    indices = torch.tensor(needed, dtype=torch.int64, device=forward.device)
-    batch = RaggedBatch.from_segments([(row, 0, len(request.inputs)) for row, request in enumerate(requests)], forward.device)
-    hidden = forward.hidden_states(tokens, batch, use_cache=False, logits_indices=indices)
+    needed = [i for request, places in zip(requests, indices, strict=True) for i in places[-len(request.scored) :]]
+    logits_indices = torch.tensor(needed, dtype=torch.int64, device=forward.device)
+    inputs = torch.tensor(tokens, device=forward.device)
+    hidden = forward.hidden_states(inputs, batch, use_cache=False, logits_indices=logits_indices)
     scores = iter(score_tokens(forward.logits, hidden, following, n_top))
     return [list(itertools.islice(scores, len(request.scored))) for request in requests]
 

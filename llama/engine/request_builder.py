@@ -187,27 +187,35 @@ class RequestBuilder:
                 raise InputError(f"continuation {i} is an empty list; give some text or tokens")
             choices = several if is_list and several else [given if several is None else several]
             counts.append(len(choices) if is_list else None)
+            before = self._prompt_to_score(prompt, f"prompt {i}")
             for j, choice in enumerate(choices):
-                requests.append(self._scoring_request(prompt, choice, i, f"continuation {i}" + f", choice {j}" * is_list))
+                name = f"continuation {i}" + f", choice {j}" * is_list
+                requests.append(self._scoring_request(prompt, before, choice, i, name))
         return requests, counts
 
-    def _scoring_request(self, prompt: Any, continuation: Any, i: int, name: str) -> ScoringRequest:
-        """Build the request of prompt i and a continuation, which errors call `name`."""
-        label = f"prompt {i} with its continuation"
+    def _prompt_to_score(self, prompt: Any, label: str) -> list[int]:
+        """Return the tokens of a prompt that is given as a text or as tokens."""
         if isinstance(prompt, str):
-            check_text(prompt, f"prompt {i}")
-        before = None if isinstance(prompt, str) else to_list(prompt, f"prompt {i}", "a text, or a list of tokens")
+            check_text(prompt, label)
+            return self._encode(prompt)
+        tokens = to_list(prompt, label, "a text, or a list of tokens")
+        check_tokens(tokens, label, self.tokenizer)
+        return [int(token) for token in tokens]
+
+    def _scoring_request(self, prompt: Any, before: list[int], continuation: Any, i: int, name: str) -> ScoringRequest:
+        """Build the request of prompt i, with tokens `before`, and a continuation, which errors call `name`."""
+        label = f"prompt {i} with its continuation"
         if isinstance(continuation, str):
-            if before is not None:
+            if not isinstance(prompt, str):
                 raise InputError(f"{name} is a text, but prompt {i} is {describe(prompt)}; give tokens for both, or two texts")
             check_text(continuation, name)
             tokens = self._encode(prompt + continuation)
-            start = common_prefix_length(tokens, self._encode(prompt))
+            start = common_prefix_length(tokens, before)
         else:
-            before = self._encode(prompt) if before is None else before
-            tokens, start = before + to_list(continuation, name, "a text, or a list of tokens"), len(before)
-            check_tokens(before, f"prompt {i}", self.tokenizer)
-            check_tokens(tokens, name, self.tokenizer)
+            following = to_list(continuation, name, "a text, or a list of tokens")
+            if following:
+                check_tokens(following, name, self.tokenizer)
+            tokens, start = before + [int(token) for token in following], len(before)
         if start == len(tokens):
             raise InputError(f"{name} is {describe(continuation)}, which adds no token to its prompt; give some text")
         if len(tokens) > self.max_seq_len + 1:  # the last token is scored, and not computed
@@ -215,7 +223,7 @@ class RequestBuilder:
                 f"{label} has {len(tokens)} tokens, more than max_seq_len + 1 = {self.max_seq_len + 1}; shorten it, "
                 "or build with a larger max_seq_len"
             )
-        return ScoringRequest([int(token) for token in tokens], start, label)
+        return ScoringRequest(tokens, start, label)
 
     def for_perplexity(self, text: str | Iterable[int], stride: int | None) -> list[tuple[list[int], list[int]]]:
         """Divide the tokens of a text into windows. Return the tokens before those that a window scores, and the latter.

@@ -1,16 +1,15 @@
 """Score sequences: compute the log probabilities of given tokens, without generating anything."""
 
-import itertools
-
 import torch
 
+from .. import tuning
 from ..distributed.progress import progress
 from ..sampling import SamplingParams
 from .checks import check_logprobs, device_of
 from .engine import Engine
 from .leading import check_led
-from .prefill import score_sequences, score_tokens, side_by_side
-from .prefix_cache import n_shared
+from .packed_sequences import divide_sequences, shared_with_previous
+from .prefill import score_sequences, score_tokens
 from .reference_loop import move_buffers
 from .requests import GenerationCall, Request, ScoringRequest, TokenScore
 from .shared_state import CacheOwner
@@ -19,9 +18,10 @@ from .shared_state import CacheOwner
 def score(engine: Engine, requests: list[ScoringRequest], n_top: int = 0) -> list[list[TokenScore]]:
     """Return the scores of the tokens of each request, with the n_top likeliest tokens at each position.
 
-    Sequences are computed side by side, up to PREFILL_CHUNK tokens at a time; a longer sequence is computed alone. If they
-    begin alike, they are prefilled into rows of the KV cache instead, so that a shared beginning is computed once. A modified
-    model computes one sequence at a time. Raises NonFiniteError for log probabilities that are not finite.
+    Sequences are computed side by side, up to PREFILL_CHUNK tokens at a time; a longer sequence is computed alone. Tokens with
+    which sequences of a batch begin alike are computed once. If long prefixes are shared, the sequences are prefilled into rows
+    of the KV cache instead, so that a prefix is computed once for all batches, or for several calls. A modified model computes
+    one sequence at a time. Raises NonFiniteError for log probabilities that are not finite.
     """
     engine.check_sizes()
     check_led(engine)
@@ -33,15 +33,20 @@ def score(engine: Engine, requests: list[ScoringRequest], n_top: int = 0) -> lis
         one_by_one = progress(requests, lambda request: len(request.inputs), "scoring", "tokens")
         return [score_with_forward(engine, request, n_top) for request in one_by_one]
     forward = engine.forward()
-    if shares_prefixes([request.inputs for request in requests], forward.prefix_multiple(score_only=True)):
+    sequences, multiple = [request.inputs for request in requests], forward.prefix_multiple(score_only=True)
+    serves_later_calls = forward.is_batch_invariant and len(requests) <= forward.cache.data.shape[2]
+    shortest = tuning.MIN_KEPT_PREFIX if serves_later_calls else tuning.MIN_CACHED_PREFIX
+    if shares_long_prefixes(sequences, shortest, multiple):
         return score_in_rows(engine, requests, n_top)
-    batches = [[requests[i] for i in batch] for batch in side_by_side([len(request.inputs) for request in requests])]
-    bar = progress(batches, lambda batch: sum(len(request.inputs) for request in batch), "scoring", "tokens")
-    return [scores for batch in bar for scores in score_side_by_side(engine, batch, n_top)]
+    batches = divide_sequences(sequences, multiple)
+    results: dict[int, list[TokenScore]] = {}
+    for batch in progress(batches, lambda batch: sum(len(sequences[i]) for i in batch), "scoring", "tokens"):
+        results.update(zip(batch, score_side_by_side(engine, [requests[i] for i in batch], n_top), strict=True))
+    return [results[i] for i in range(len(requests))]
 
 
 def score_side_by_side(engine: Engine, requests: list[ScoringRequest], n_top: int) -> list[list[TokenScore]]:
-    """Score sequences in one forward, without the KV cache."""
+    """Score sequences, sorted by their tokens, in one forward without the KV cache."""
     with torch.inference_mode(), engine.computing():
         if leader := engine.shared.leader:
             leader.announce_scores(requests, n_top)
@@ -77,10 +82,11 @@ def score_in_rows(engine: Engine, requests: list[ScoringRequest], n_top: int) ->
     return results
 
 
-def shares_prefixes(sequences: list[list[int]], multiple: int) -> bool:
-    """Return True if at least a third of all tokens are in prefixes that sequences share, so that a prefix cache saves them.
+def shares_long_prefixes(sequences: list[list[int]], shortest: int, multiple: int) -> bool:
+    """Return True if at least a third of all tokens are in prefixes of `shortest` tokens or more that sequences share.
 
+    The prefix cache then saves more than batches of sequences side by side, each of which computes a shared prefix again.
     multiple: prefixes are shared in multiples of this number.
     """
-    shared = sum(n_shared(a, b, len(b) - 2, multiple) for a, b in itertools.pairwise(sorted(sequences)))
-    return 3 * shared >= sum(map(len, sequences)) > 0
+    shared = shared_with_previous(sorted(sequences), multiple)
+    return 3 * sum(n for n in shared if n >= shortest) >= sum(map(len, sequences)) > 0

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from typing import Any, NamedTuple, Protocol
 
 from ..chat import UNSAFE_ERROR
+from ..engine.async_calls import AsyncTokens
 from ..engine.incremental_text import IncrementalText
 from ..engine.requests import FinishReason, GeneratedToken
 from ..tokenizer import Tokenizer, make_detokenizer
@@ -20,9 +21,7 @@ class Model(Protocol):
     tokenizer: Any
     model: Any
 
-    def agenerate_stream(
-        self, prompt_tokens: Any, max_gen_len: int | None, *args: Any, **options: Any
-    ) -> AsyncGenerator[GeneratedToken, None]: ...
+    def agenerate_stream(self, prompt_tokens: Any, max_gen_len: int | None, *args: Any, **options: Any) -> AsyncTokens: ...
 
 
 LEAST_LOGPROB = -9999.0  # what OpenAI's format has for a token without any probability; JSON has no infinity
@@ -101,6 +100,11 @@ class Answer:
         options = job.options(index, self.limit)
         self.tokens = llama.agenerate_stream([self.prompt], self.limit, **options) if self.prompt else None
         metrics.in_flight += 1  # last: an answer that could not be made is never ended
+
+    @property
+    def cached_tokens(self) -> int:
+        """Return how many tokens of the prompt were in the KV cache already; 0 before the first token."""
+        return sum(self.tokens.cached_tokens) if self.tokens else 0
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Yield the answer in pieces. An answer of a chat that begins anew is a text of its own; others continue the prompt."""

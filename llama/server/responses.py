@@ -18,10 +18,16 @@ def head(job: Job, stream: bool) -> dict[str, Any]:
     }
 
 
-def usage(job: Job, answers: list[Answer]) -> dict[str, int]:
-    """Count tokens: each prompt once, and all its answers."""
+def usage(job: Job, answers: list[Answer]) -> dict[str, Any]:
+    """Count tokens: each prompt once, and all its answers. Cached tokens of a prompt are those that no answer has computed."""
     prompt, completion = sum(map(len, job.prompts)), sum(answer.new_tokens for answer in answers)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    cached = sum(min(each.cached_tokens for each in answers[i : i + job.n]) for i in range(0, len(answers), job.n))
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 def event(data: dict[str, Any]) -> bytes:
