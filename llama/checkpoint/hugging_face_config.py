@@ -5,7 +5,7 @@ from typing import Any
 
 from ..errors import CheckpointError, describe, read_file, short_repr
 from ..model import ffn_width
-from .params import ADAPTER, LLAMA_3, LLAMA_3_VOCAB_SIZE, MAX_PARAMS_BYTES, check_heads, check_value, read_json
+from .params import LLAMA_3, LLAMA_3_VOCAB_SIZE, MAX_PARAMS_BYTES, check_heads, check_value, read_json
 
 INSTEAD = "run such a model with transformers or vLLM"
 UNQUANTIZED = "take the model's folder in bfloat16 or float16, and give quantize='int8' or 'int4'"
@@ -39,7 +39,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     config = read_json(path, MAX_PARAMS_BYTES)
     if (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder}: {ADAPTER}")
+        raise CheckpointError(
+            f"{folder}: it contains a model (config.json) and an adapter (adapter_config.json): move the adapter into a folder "
+            "of its own and give that as adapter; if it is merged already, delete adapter_config.json"
+        )
     _check_architecture(path, config)
     params: dict[str, Any] = {}
     for key, (name, default) in _KEYS.items():

@@ -100,12 +100,15 @@ def make_parser() -> "tuple[argparse.ArgumentParser, argparse._SubParsersAction[
         "convert",
         allow_abbrev=False,
         help="write a model in Meta's or Hugging Face's layout, or in another number of files",
-        description="Write a model into a new folder, in Meta's or Hugging Face's layout. The values are unchanged.",
+        description="Write a model into a new folder, in Meta's or Hugging Face's layout. "
+        "Without --dtype and --adapter, the values are unchanged.",
     )
     convert.add_argument("source", metavar="SRC", help="folder with a model, in either layout")
     convert.add_argument("target", metavar="DST", help="folder to write, which must not exist")
     convert.add_argument("--to", choices=("meta", "hf"), required=True, help="the layout to write")
     convert.add_argument("--shards", type=int, default=1, metavar="N", help="number of files of weights; default: 1")
+    convert.add_argument("--dtype", help=f"{DTYPES}; default: the stored one")
+    convert.add_argument("--adapter", metavar="DIR", help="folder with a LoRA adapter, which is merged into the weights")
     convert.set_defaults(run=run_convert)
 
     planning = commands.add_parser(
@@ -149,7 +152,7 @@ def run_quantize(args: argparse.Namespace) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    path = convert_checkpoint(args.source, args.target, args.to, args.shards)
+    path = convert_checkpoint(args.source, args.target, args.to, args.shards, args.dtype, args.adapter)
     size = sum(file.stat().st_size for file in path.iterdir())
     Terminal().write(f"{path}: {format_bytes(size)}\n")
 
