@@ -7,6 +7,7 @@ torchrun --nproc_per_node 2 -m llama chat --ckpt_dir llama-2-13b-chat --tokenize
 python -m llama quantize --ckpt_dir llama-2-7b int8
 python -m llama convert llama-2-7b-hf llama-2-7b --to meta
 python -m llama plan --model 70B --max_seq_len 4096
+python -m llama info llama-2-7b
 python -m llama info
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 from .. import __version__, convert_checkpoint, info, save_packed_file
 from ..distributed.groups import global_rank, world_size
 from ..errors import InputError, format_bytes
-from ..planning import GPUS, MODELS, model_size, plan
+from ..planning import GPUS, MODELS, describe_folder, model_size, plan
 from .chat import run_chat
 from .complete import run_complete
 from .flags import normalize_flags
@@ -137,12 +138,14 @@ def make_parser() -> "tuple[argparse.ArgumentParser, argparse._SubParsersAction[
     about = commands.add_parser(
         "info",
         allow_abbrev=False,
-        help="show how this machine runs a model, and why not faster",
-        description="Print versions, device, compiled code and backends, each with the reason why it cannot be used.",
+        help="show how this machine runs a model, and why not faster, or what a folder contains",
+        description="Print versions, device, compiled code and backends, each with the reason why it cannot be used. With DIR, "
+        "print what this folder contains instead.",
     )
-    about.add_argument("--ckpt_dir", metavar="DIR", help="also show how decode steps of this checkpoint would run")
+    about.add_argument("folder", nargs="?", metavar="DIR", help="show what this folder contains: a model or an adapter")
+    about.add_argument("--ckpt_dir", metavar="DIR", help="show how decode steps of this model would run here")
     about.add_argument("--device", help="cpu, cuda or mps (untested); default: cuda if available, else cpu")
-    about.set_defaults(run=lambda args: Terminal().write(f"{info(args.ckpt_dir, args.device)}\n"))
+    about.set_defaults(run=run_info)
     return parser, commands
 
 
@@ -155,6 +158,12 @@ def run_convert(args: argparse.Namespace) -> None:
     path = convert_checkpoint(args.source, args.target, args.to, args.shards, args.dtype, args.adapter)
     size = sum(file.stat().st_size for file in path.iterdir())
     Terminal().write(f"{path}: {format_bytes(size)}\n")
+
+
+def run_info(args: argparse.Namespace) -> None:
+    if args.folder is not None and (args.ckpt_dir, args.device) != (None, None):
+        raise InputError(f"DIR is {args.folder!r}, so neither --ckpt_dir nor --device can be given; run info twice")
+    Terminal().write(f"{info(args.ckpt_dir, args.device) if args.folder is None else describe_folder(args.folder)}\n")
 
 
 def run_plan(args: argparse.Namespace) -> None:
