@@ -22,6 +22,7 @@ from .hugging_face import (
     edit_config,
     hugging_face_weights,
     logits,
+    write_header,
     write_hugging_face,
     write_safetensors,
     write_with_tokenizer,
@@ -159,13 +160,23 @@ def test_rotary_frequencies_in_the_files_are_ignored(small: SimpleNamespace, fol
     assert torch.equal(build(folder).model.norm.weight, small.weights["norm.weight"])
 
 
-def test_the_original_weights_of_one_rank_stay_in_the_mapped_file(small: SimpleNamespace, folder: Path) -> None:
-    """No weight but wq and wk is copied if its values are aligned. The estimate before loading knows this."""
-    write_safetensors(folder / MODEL, hugging_face_weights(small.weights, HEAD_DIM), align=64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("align", [8, 64])
+def test_the_original_weights_of_one_rank_stay_in_the_mapped_file(
+    small: SimpleNamespace, folder: Path, dtype: torch.dtype, align: int
+) -> None:
+    """No weight but wq and wk is copied if its values are aligned: to 64 bytes, in 16 bit to 8 bytes."""
+    tensors = hugging_face_weights({name: weight.to(dtype) for name, weight in small.weights.items()}, HEAD_DIM)
+    write_safetensors(folder / MODEL, tensors, align=64)
+    if align == 8:
+        contents = (folder / MODEL).read_bytes()
+        length = int.from_bytes(contents[:8], "little")
+        write_header(folder / MODEL, contents[8 : 8 + length] + b" " * 8, contents[8 + length :])
     files = layouts.open_weights(folder)
     model = build(folder, backend="eager").model
     mapped = {name for name, weight in model.state_dict().items() if f"{MODEL}" in _file_of(weight)}
-    assert mapped == {name for name in small.weights if not name.endswith(("wq.weight", "wk.weight"))}
+    stays = align == 64 or dtype != torch.float32
+    assert mapped == {name for name in small.weights if stays and not name.endswith(("wq.weight", "wk.weight"))}
     assert files.is_in_metas_order("layers.0.attention.wv.weight") and not files.is_in_metas_order(
         "layers.0.attention.wk.weight"
     )

@@ -130,11 +130,10 @@ def _load_group(
     if linears:
         weight = _pack_rank_part(linears, group, shards, format, dtype, device, packs)
     if weight is None:
-        rows = _in_metas_order(group, views, shards)
-        if _can_stay_mapped(rows, dtype, device):
-            weight = rows[0]
+        if shards.is_in_metas_order(names[0]) and _can_stay_mapped(_joined(group), dtype, device):
+            weight = _joined(group)[0]
         else:
-            weight = _join_views(rows, views, split_dim(names[0]) or 0, dtype, device)
+            weight = _join_views(group, views, shards, dtype, device)
         check_finite(weight, names, shards)
     else:
         if not (isinstance(weight, BlockedLinear) and _share_storage(weight.blocks.weight, views[0])):
@@ -151,20 +150,6 @@ def _load_group(
         madvise(views[0], DONTNEED)  # the weight has been packed, so its pages of the mapped file are no longer needed
     for module, parameter in zip(modules, parameters, strict=True):
         module.weight = parameter
-
-
-def _in_metas_order(group: Views, views: list[torch.Tensor], shards: Shards) -> list[torch.Tensor]:
-    """Return a group's tensors with their rows in Meta's order: the tensors themselves, and copies of what is in another order.
-
-    views: the views of the mapped files from which the group's tensors are.
-    """
-    ordered = []
-    for name, tensors in group.items():
-        for tensor in tensors:
-            ordered.append(shards.in_metas_order(name, tensor))
-            if ordered[-1] is not tensor:
-                madvise(views[len(ordered) - 1], DONTNEED)
-    return ordered
 
 
 def quantize_rank_part(
@@ -308,7 +293,9 @@ def check_finite(weight: torch.Tensor, names: list[str], shards: Shards) -> None
 def _can_stay_mapped(views: list[torch.Tensor], dtype: torch.dtype, device: torch.device) -> bool:
     """Return True if a view of the mapped file can be the weight itself, so that processes share its memory."""
     view = views[0]
-    is_aligned = view.data_ptr() % 64 == 0  # torch.save aligns tensors to 64 bytes; other programs may not
+    # torch.save aligns tensors to 64 bytes, safetensors to 8. The last digits of PyTorch's float32 product of one row depend on
+    # the alignment, and a copy is aligned to 64 bytes. Products in 16 bit do not depend on it.
+    is_aligned = view.data_ptr() % (64 if dtype == torch.float32 else 8) == 0
     return len(views) == 1 and view.is_contiguous() and is_aligned and view.dtype == dtype and device.type == "cpu"
 
 
@@ -317,17 +304,21 @@ def _share_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _join_views(
-    rows: list[torch.Tensor], views: list[torch.Tensor], dim: int, dtype: torch.dtype, device: torch.device
+    group: Views, views: list[torch.Tensor], shards: Shards, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Concatenate the rows along `dim` into a new tensor. views: the views of the mapped files from which the rows are.
+    """Concatenate the tensors of a group into a new tensor, with rows in Meta's order.
 
-    The memory of each view's pages is released once its rows are copied.
+    views: the views of the mapped files from which the tensors are. The memory of each is released once it is copied.
     """
-    shape = list(rows[0].shape)
-    shape[dim] = sum(part.shape[dim] for part in rows)
-    joined, filled = torch.empty(shape, dtype=dtype, device=device), 0
-    for part, view in zip(rows, views, strict=True):
-        joined.narrow(dim, filled, view.shape[dim]).copy_(part)
-        filled += view.shape[dim]
-        madvise(view, DONTNEED)
+    dim = split_dim(next(iter(group))) or 0
+    shape = list(views[0].shape)
+    shape[dim] = sum(view.shape[dim] for view in views)
+    joined, mapped = torch.empty(shape, dtype=dtype, device=device), iter(views)
+    filled = 0
+    for name, tensors in group.items():
+        for tensor in tensors:
+            part = joined.narrow(dim, filled, tensor.shape[dim])
+            shards.copy_in_metas_order(name, tensor, part)
+            filled += tensor.shape[dim]
+            madvise(next(mapped), DONTNEED)
     return joined

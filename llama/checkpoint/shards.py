@@ -76,6 +76,14 @@ class Shards(dict[str, dict[str, torch.Tensor]]):
         """Return rows (rows, in) of a stored weight in Meta's order: the view if they are in this order, otherwise a copy."""
         return view if self.is_in_metas_order(name) else view[self.metas_order(name, len(view))]
 
+    def copy_in_metas_order(self, name: str, view: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy rows (rows, in) of a stored weight into `target`, in Meta's order, without memory for another copy."""
+        if not self.is_in_metas_order(name):
+            assert self.rotary_halves is not None
+            half = self.rotary_halves // 2
+            view, target = view.unflatten(0, (-1, 2, half)).transpose(1, 2), target.unflatten(0, (-1, half, 2))
+        target.copy_(view)
+
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file has been changed, replaced or deleted since it was mapped.
 
