@@ -31,7 +31,7 @@ _PREFIX = "base_model.model."  # of each tensor's name, before Hugging Face's na
 # The ends of the names of tensors, after the name of a module. Those of an embedding are transposed.
 _PAIRS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"}
 _WHOLE = ("base_layer.weight", "weight")
-_VALUES_AT_ONCE = 1 << 22  # values of a merged weight computed at a time, in float32
+_VALUES_AT_ONCE = 1 << 19  # values of a merged weight computed at a time, in float32, which stay in the cache
 
 
 class Pair(NamedTuple):
@@ -88,7 +88,8 @@ class Adapter:
             merged = torch.empty(view.shape, dtype=dtype, device="cpu")
             step = max(1, _VALUES_AT_ONCE // view.shape[1])
             for i in range(0, len(view), step):
-                merged[i : i + step] = base[i : i + step].float() + left[i : i + step] @ right * pair.scale
+                product = left[i : i + step] @ right
+                merged[i : i + step] = product.mul_(pair.scale).add_(base[i : i + step])
         if not is_finite(merged):
             if not is_finite(view):
                 raise CheckpointError(f"{name} {NON_FINITE}")
