@@ -2,6 +2,7 @@
 
     python benchmarks/load.py [--shape 1.1B] [--runs 5] [--work FOLDER] [--json FILE]
     python benchmarks/load.py --quantize int8 --shape 13B --shards 2 [--work FOLDER] [--json FILE]
+    python benchmarks/load.py --layouts [--quantize int8] --shape 7B --runs 3 [--work FOLDER] [--json FILE]
 
 facebookresearch/llama (the reference) reads a whole file with torch.load and copies each tensor into an allocated model. In
 this benchmark the copies keep the dtype, which is the fastest case of the reference. The two libraries alternate, and each run
@@ -11,6 +12,9 @@ than the load itself.
 
 With --quantize, the script measures only this library, on one rank and once. It loads the shards and generates a short answer,
 writes the packed file, then loads the packed file and generates the same answer again.
+
+With --layouts, the script compares Meta's layout with Hugging Face's of the same weights, which alternate: seconds, seconds of
+CPU time and peak memory.
 """
 
 import argparse
@@ -23,7 +27,7 @@ from pathlib import Path
 import torch
 from common import make_checkpoint, make_tokenizer, peak_rss, print_figures, run_python
 
-from llama import Llama
+from llama import Llama, convert_checkpoint
 from llama.checkpoint import packed_file
 from llama.planning import estimate
 
@@ -51,6 +55,33 @@ def measure(loader: str, ckpt_dir: str, tokenizer_path: str) -> None:
     else:
         Llama.build(ckpt_dir, tokenizer_path, max_seq_len=512, max_batch_size=1, device="cpu")
     print_figures(seconds=time.perf_counter() - start, peak=peak_rss())
+
+
+def measure_layout(ckpt_dir: str, tokenizer_path: str, weight_format: str) -> None:
+    start, cpu = time.perf_counter(), time.process_time()
+    Llama.build(ckpt_dir, tokenizer_path, max_seq_len=512, max_batch_size=1, device="cpu", quantize=weight_format or None)
+    print_figures(seconds=time.perf_counter() - start, cpu=time.process_time() - cpu, peak=peak_rss())
+
+
+def compare_layouts(a: argparse.Namespace, metas: Path, tokenizer_path: Path) -> None:
+    """Load the same weights from Meta's and from Hugging Face's layout, alternately, and print medians and their ratios."""
+    theirs = metas.with_name(f"{metas.name}-hf")
+    if not theirs.exists():
+        convert_checkpoint(metas, theirs, "hf", a.shards)
+    runs: dict[str, list[dict]] = {"Meta's": [], "Hugging Face's": []}
+    for _ in range(a.runs):
+        for layout, folder in zip(runs, (metas, theirs), strict=True):
+            command = (Path(__file__), "--measure_layout", folder, tokenizer_path, a.quantize or "")
+            runs[layout] += run_python(*command)
+    print(f"{a.shape}, {a.quantize or 'bfloat16'}, one rank, CPU, torch {torch.__version__}, median of {a.runs}")
+    medians = {n: {k: statistics.median(r[k] for r in rs) for k in ("seconds", "cpu", "peak")} for n, rs in runs.items()}
+    for layout, m in medians.items():
+        print(f"{layout:15} {m['seconds']:7.1f} s, {m['cpu']:7.1f} s of CPU time, peak {m['peak'] / 1e9:6.2f} GB")
+    ratios = [medians["Hugging Face's"][key] / value for key, value in medians["Meta's"].items()]
+    print(f"{'ratio':15} {ratios[0]:7.2f} {ratios[1]:9.2f} {ratios[2]:21.2f}")
+    if a.json:
+        record = {"shape": a.shape, "kind": a.quantize, "torch": torch.__version__, "runs": runs}
+        a.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def measure_quantized(ckpt_dir: str, tokenizer_path: str, weight_format: str, action: str) -> None:
@@ -100,17 +131,23 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--quantize", choices=["int8", "int4"], help="measure this library alone, in 8 or 4 bit")
     parser.add_argument("--shards", type=int, default=1, help="number of shards, with --quantize; default: 1")
+    parser.add_argument("--layouts", action="store_true", help="compare Meta's layout with Hugging Face's")
+    parser.add_argument("--measure_layout", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--measure_quantized", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.measure:
         return measure(*a.measure)
+    if a.measure_layout:
+        return measure_layout(*a.measure_layout)
     if a.measure_quantized:
         return measure_quantized(*a.measure_quantized)
 
     with tempfile.TemporaryDirectory() as temporary:
         work = a.work or Path(temporary)
         folder, tokenizer_path = make_checkpoint(work, a.shape, a.shards), make_tokenizer(work)
+        if a.layouts:
+            return compare_layouts(a, folder, tokenizer_path)
         if a.quantize:
             return compare_quantized(a, folder, tokenizer_path)
         size = (folder / "consolidated.00.pth").stat().st_size

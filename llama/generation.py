@@ -34,6 +34,7 @@ from .chat import (
     find_tag,
 )
 from .checkpoint import layouts, loading, packed_file, params, paths, shards, validate
+from .checkpoint.adapter import open_adapter
 from .distributed.agreement import gather_from_replicas, run_on_all_ranks, run_on_rank0
 from .distributed.groups import global_rank, model_parallel, replica, world_size
 from .distributed.setup import initialize, set_environment
@@ -141,6 +142,7 @@ class Llama:
         compile: bool = False,
         quantize: str | None = None,
         backend: str = "auto",
+        adapter: str | os.PathLike[str] | None = None,
         speculate: str | None = None,
         draft: "Llama | None" = None,
     ) -> "Llama":
@@ -160,7 +162,8 @@ class Llama:
         backend: "auto", or a name that `python -m llama info` lists. "eager" uses plain tensors only, so it dequantizes
         quantized weights, and it always runs `Transformer.forward`. The other backends run `Transformer.forward` only if a
         caller has modified the model.
-
+        adapter: a folder with a LoRA adapter in PEFT's layout. It is merged into the weights while they are read, before
+        they are quantized.
         speculate: what guesses tokens in all calls that are not given `speculate`; None for nothing. draft: a smaller model
         with the same tokenizer, for speculate="draft", which it makes the default.
 
@@ -180,7 +183,10 @@ class Llama:
             tokenizer = Tokenizer(paths.find_tokenizer(ckpt_dir) if tokenizer_path is None else tokenizer_path)
             layouts.notes(ckpt_dir, int(max_seq_len), tokenizer.eos_id)  # raises if the context is too long for the model
             fits = where.type == "cpu" and (quantize is not None or chosen_dtype in (None, torch.bfloat16))
-            packed = packed_file.open_packed_file(ckpt_dir, quantize or "bfloat16", fits)
+            stored_format = quantize or "bfloat16"
+            packed = packed_file.open_packed_file(ckpt_dir, stored_format, fits) if adapter is None else None
+            if adapter is not None:
+                packed_file.describe_unused(ckpt_dir, stored_format)  # raises if there are packed weights only
             files = packed or layouts.open_weights(ckpt_dir)
             if packed and quantize == "int8" and where.type != "cpu" and global_rank() == 0:
                 print(
@@ -192,6 +198,8 @@ class Llama:
                 packed_file.check_packed_file(model, files)
             else:
                 validate.check_shards(model, files)
+            if adapter is not None:
+                files.adapter = open_adapter(adapter, model.params, files)
             weights_dtype = chosen_dtype or files.first["tok_embeddings.weight"].dtype
             held_as = quantize if backend_class.packs_weights else None
             sizes = model.params, model_parallel()[1], weights_dtype, where
@@ -209,6 +217,8 @@ class Llama:
         if global_rank() == 0:
             warning = slowdown_warning(backend_class, where, model.params, weights_dtype, quantize)
             notes = layouts.notes(ckpt_dir, int(max_seq_len), tokenizer.eos_id)
+            if adapter is not None and (unused := packed_file.describe_unused(ckpt_dir, quantize or "bfloat16")):
+                notes.append(unused)
             for line in filter(None, (*notes, validate.describe_spare_rows(model.vocab_size, tokenizer.n_words), warning)):
                 print(line, file=sys.stderr)
         packs = backend_class.packs_weights

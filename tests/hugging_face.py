@@ -1,14 +1,18 @@
 """Write models in Hugging Face's layout, and build them on any number of ranks.
 
-hugging_face.py OUT.pt TOKENIZER CKPT [CKPT ...]
+hugging_face.py OUT.pt TOKENIZER CKPT[::ADAPTER] [CKPT[::ADAPTER] ...]
 
-Run as a program, build each checkpoint as stored, in int8 and in int4, and write the logits of rank 0 to a file.
+Run as a program, build each checkpoint as stored, in int8 and in int4, with its adapter if one is given, and write the logits
+of rank 0 to a file.
 """
 
+import itertools
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +21,8 @@ from llama import Llama
 from llama.checkpoint.safetensors_file import DTYPE_CODES
 
 FORMATS = (None, "int8", "int4")
+MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEAD_DIM = 8  # of the small model in conftest.py
 NAMES = {
     "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head", "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
@@ -107,6 +113,21 @@ def write_hugging_face(
     return folder
 
 
+def write_with_tokenizer(small: SimpleNamespace, root: Path) -> Path:
+    """Write the fixture `small` into the folder root/hf, in one file, with its tokenizer in `root`; return the folder."""
+    shutil.copy(small.tokenizer_path, root / "tokenizer.model")
+    return write_hugging_face(root / "hf", small.params, small.weights)
+
+
+def build(folder: Path, **options: Any) -> Llama:
+    return Llama.build(folder, **{"max_seq_len": 32, "max_batch_size": 2, "device": "cpu"} | options)
+
+
+def edit_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 def logits(folder: str | Path, tokenizer_path: str | Path, **options: Any) -> torch.Tensor:
     """Build a model, and return its logits of some tokens after a prefill and a decode step of the engine, and of the model."""
     llama = Llama.build(folder, tokenizer_path, 32, 2, device="cpu", **options)
@@ -117,6 +138,9 @@ def logits(folder: str | Path, tokenizer_path: str | Path, **options: Any) -> to
 
 if __name__ == "__main__":
     out, tokenizer, *folders = sys.argv[1:]
-    results = {(folder, format): logits(folder, tokenizer, quantize=format) for folder in folders for format in FORMATS}
+    results = {}
+    for folder, format in itertools.product(folders, FORMATS):
+        ckpt_dir, _, adapter = folder.partition("::")
+        results[folder, format] = logits(ckpt_dir, tokenizer, quantize=format, adapter=adapter or None)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         torch.save(results, out)

@@ -45,6 +45,7 @@ def test_speed_measures_each_workload_with_each_peer(tmp_path: Path) -> None:
         ("turns.py", "--turns 2 --new 3 --runs 1", [" turn", "    1", "    2"]),
         ("load.py", "--runs 1", ["reference", "ours, 1 rank", "ours, 2 ranks"]),
         ("load.py", "--quantize int4", ["from the shards", "from the file"]),
+        ("load.py", "--layouts --runs 1", ["Meta's", "Hugging Face's", "ratio"]),
     ],
     ids=lambda value: value if isinstance(value, str) and value.endswith(".py") else "",
 )

@@ -28,7 +28,7 @@ SHARED = (
 )
 SIGNATURES = {
     Llama.build: "ckpt_dir, tokenizer_path=None, max_seq_len=512, max_batch_size=8, model_parallel_size=None, seed=1, "
-    "*, device=None, dtype=None, compile=False, quantize=None, backend='auto', speculate=None, draft=None",
+    "*, device=None, dtype=None, compile=False, quantize=None, backend='auto', adapter=None, speculate=None, draft=None",
     Llama.__init__: "self, model, tokenizer, backend=None",
     Llama.generate: "self, prompt_tokens, max_gen_len, temperature=0.6, top_p=0.9, logprobs=False, echo=False, "
     f"*, stop_token=None, stop=(), {SHARED}, n=1",

@@ -15,7 +15,7 @@ import torch
 
 from llama import DeviceError, InputError, Llama, ModelArgs, Transformer, compat, tuning
 from llama.checkpoint import loading, packed_file, resharding
-from llama.checkpoint.shards import open_shards
+from llama.checkpoint.shards import open_shards, split_dim
 from llama.kernels import blocked_linear, half_precision, int4, int8, packing
 from llama.kernels.blocked_linear import BlockedLinear
 from llama.kernels.packed_weight import PackedWeight, SharedKernel
@@ -241,7 +241,9 @@ def test_each_ranks_part_equals_that_part_of_the_weight_quantized_on_one_rank(
     def part(name: str, folder: Path, rank: int, ranks: int) -> torch.Tensor:
         for module in (loading, resharding):
             monkeypatch.setattr(module, "model_parallel", lambda: (rank, ranks))
-        weights = loading.quantize_rank_part(name, open_shards(folder), format, torch.float32, torch.device("cpu"))
+        shards = open_shards(folder)
+        read = resharding.shard_parts if split_dim(name) == 1 else resharding.rank_views
+        weights = loading.quantize_rank_part(name, read(name, shards), shards, format, torch.float32, torch.device("cpu"))
         kernel = packing.pack_weight(QuantizedWeight.cat(list(weights)))
         assert kernel
         return kernel.dequantize()

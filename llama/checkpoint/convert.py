@@ -1,13 +1,14 @@
 """Write a checkpoint in another layout, or in another number of files, tensor by tensor.
 
-The new folder appears once all its files are complete. The stored values and dtypes are unchanged: converting there and back
-gives the same bits. Memory is needed for one tensor.
+The new folder appears once all its files are complete. Unless another dtype is chosen, or an adapter merged, the stored values
+and dtypes are unchanged: converting there and back gives the same bits. Memory is needed for one tensor.
 """
 
 import contextlib
 import ctypes
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -23,10 +24,11 @@ from ..distributed.progress import progress
 from ..errors import CheckpointError, DeviceError, InputError, check_count, describe, explain_system_error, format_bytes
 from ..kernels.host_memory import DONTNEED, madvise
 from ..model import ModelArgs
+from .adapter import open_adapter
 from .hugging_face import expected_tensors, in_hugging_faces_order
 from .layouts import open_weights, read_params, uses_hugging_face
 from .loading import check_finite
-from .params import check_folder
+from .params import MAX_PARAMS_BYTES, check_folder, parse_dtype, read_json
 from .paths import find_tokenizer
 from .resharding import shard_parts
 from .safetensors_file import FileLayout, encode_header
@@ -45,16 +47,25 @@ _TOKENIZER_CONFIG = {
 Spans = dict[str, tuple[int, int]]  # name of a tensor -> the range of its bytes in the file
 
 
-def convert_checkpoint(ckpt_dir: str | os.PathLike[str], target: str | os.PathLike[str], layout: str, shards: int = 1) -> Path:
+def convert_checkpoint(
+    ckpt_dir: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    layout: str,
+    shards: int = 1,
+    dtype: str | torch.dtype | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+) -> Path:
     """Write a checkpoint into the new folder `target`, in Meta's layout ("meta") or Hugging Face's ("hf"); return its path.
 
-    ckpt_dir: a folder in either layout. shards: the number of files of weights. Raises InputError for wrong arguments,
-    CheckpointError for a damaged checkpoint, a target that exists, a full disk, and a model that Meta's layout cannot describe,
-    and DeviceError on several ranks.
+    ckpt_dir: a folder in either layout. shards: the number of files of weights. dtype: that of all written weights; by default
+    each keeps its own. adapter: a folder with a LoRA adapter, which is merged into the weights.
+    Raises InputError for wrong arguments, CheckpointError for a damaged checkpoint, values too large for `dtype`, a target that
+    exists, a full disk, and a model that Meta's layout cannot describe, and DeviceError on several ranks.
     """
     if layout not in LAYOUTS:
         raise InputError(f"layout is {describe(layout)}; it must be one of {', '.join(map(repr, LAYOUTS))}")
     check_count(shards, "shards")
+    chosen_dtype = parse_dtype(dtype)
     if world_size() > 1:
         raise DeviceError(f"converting takes one process, and this job has {world_size()}: run it without torchrun")
     source, new = check_folder(ckpt_dir).resolve(), _check_target(target)
@@ -62,17 +73,21 @@ def convert_checkpoint(ckpt_dir: str | os.PathLike[str], target: str | os.PathLi
     model = build_on_meta(params, weights, 1, 1, None)
     check_shards(model, weights)
     args = model.params
+    if adapter is not None:
+        weights.adapter = open_adapter(adapter, args, weights)
+    stored = {name: chosen_dtype or _dtype_of(name, weights) for name, _ in expected_tensors(args).values()}
     (_check_for_meta if layout == "meta" else _check_for_hugging_face)(args, shards)
-    size = sum(view.nbytes for tensors in weights.values() for view in tensors.values())
+    size = sum(math.prod(shape) * stored[name].itemsize for name, shape in expected_tensors(args).values())
     temporary = new.with_name(f"{new.name}.{os.getpid()}.part")
     try:
         temporary.mkdir(parents=True)
         if (free := shutil.disk_usage(temporary).free) < size:
             raise CheckpointError(f"{new} would take {format_bytes(size)}, but {format_bytes(free)} are free there; make room")
         if layout == "meta":
-            _write_meta(temporary, weights, args, shards)
+            _write_meta(temporary, weights, args, shards, stored)
         else:
-            _write_hugging_face(temporary, weights, args, shards, source)
+            _write_hugging_face(temporary, weights, args, shards, stored)
+            _write_settings(temporary, args, stored, source, chosen_dtype)
         with contextlib.suppress(CheckpointError):  # a folder without a tokenizer can be converted, too
             shutil.copyfile(find_tokenizer(source), temporary / "tokenizer.model")
         weights.check_unchanged()
@@ -115,18 +130,21 @@ def _check_for_hugging_face(args: ModelArgs, shards: int) -> None:
         raise InputError(f"shards is {shards}, and the model has {args.n_layers} layers; give at most one for each layer")
 
 
-def _whole_weights(weights: Shards, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield each weight as a whole, (out, in), with its rows in Meta's order, and show the progress.
+def _whole_weights(weights: Shards, dtypes: dict[str, torch.dtype]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield each weight as a whole, (out, in), in its dtype, with its rows in Meta's order, and show the progress.
 
-    Raises CheckpointError if a weight is not finite, or if a file has changed.
+    dtypes: the dtype of each weight to yield. Raises CheckpointError if a weight is not finite, or if a file has changed.
     """
-    sizes = {name: sum(part.nbytes for part in shard_parts(name, weights)) for name in names}
-    for name in progress(names, lambda name: sizes[name], "converting"):
+    sizes = {name: sum(part.nbytes for part in shard_parts(name, weights)) for name in dtypes}
+    for name in progress([*dtypes], lambda name: sizes[name], "converting"):
         weights.check_unchanged()
-        parts = shard_parts(name, weights)
-        for part in parts:
+        parts = values = shard_parts(name, weights)
+        if weights.adapter is not None:
+            values = weights.adapter.merge(name, parts, dtypes[name])
+        values = [part.to(dtypes[name]) for part in values]
+        for part in values:
             check_finite(part, [name], weights)
-        rows = [weights.in_metas_order(name, part) for part in parts]
+        rows = [weights.in_metas_order(name, part) for part in values]
         yield name, rows[0] if len(rows) == 1 else torch.cat(rows, dim=split_dim(name) or 0)
         for part in parts:
             madvise(part, DONTNEED)
@@ -146,8 +164,8 @@ def _write_values(f: BinaryIO, span: tuple[int, int], values: torch.Tensor) -> N
     f.write(memoryview((ctypes.c_char * values.nbytes).from_address(values.data_ptr())).cast("B"))
 
 
-def _write_meta(folder: Path, weights: Shards, args: ModelArgs, n: int) -> None:
-    """Write params.json, consolidated.NN.pth and checklist.chk."""
+def _write_meta(folder: Path, weights: Shards, args: ModelArgs, n: int, dtypes: dict[str, torch.dtype]) -> None:
+    """Write params.json, consolidated.NN.pth and checklist.chk. dtypes: the dtype of each weight."""
     params: dict[str, Any] = {
         "dim": args.dim, "multiple_of": args.multiple_of, "n_heads": args.n_heads, "n_layers": args.n_layers,
         "norm_eps": args.norm_eps, "vocab_size": args.vocab_size,
@@ -156,23 +174,22 @@ def _write_meta(folder: Path, weights: Shards, args: ModelArgs, n: int) -> None:
         if (value := getattr(args, name)) != default:
             params[name] = value
     (folder / "params.json").write_text(json.dumps(params))
-    names = [name for name, _ in expected_tensors(args).values()]
     paths = [folder / f"consolidated.{i:02d}.pth" for i in range(n)]
     shapes = {name: shape for name, shape in expected_tensors(args).values()}
     layout: FileLayout = {}
-    for name in names:
+    for name, dtype in dtypes.items():
         shape, dim = list(shapes[name]), split_dim(name)
         if dim is not None:
             shape[dim] //= n
-        layout[name] = _dtype_of(name, weights), tuple(shape)
+        layout[name] = dtype, tuple(shape)
     spans = [_write_empty_shard(path, layout) for path in paths]
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(path.open("r+b")) for path in paths]
-        for name, whole in _whole_weights(weights, names):
+        for name, whole in _whole_weights(weights, dtypes):
             dim = split_dim(name)
             parts = [whole] * n if dim is None else whole.chunk(n, dim)
             for f, span, part in zip(files, spans, parts, strict=True):
-                _write_values(f, span[name], part.to(layout[name][0]))
+                _write_values(f, span[name], part)
         for f in files:
             f.flush()
             os.fsync(f.fileno())
@@ -200,35 +217,49 @@ def _md5(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_hugging_face(folder: Path, weights: Shards, args: ModelArgs, n: int, source: Path) -> None:
-    """Write config.json, the weights, and with several files their index."""
-    if uses_hugging_face(source):
-        for name in os.listdir(source):
-            if _COPIED.fullmatch(name) and (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-    else:
-        dtype = str(_dtype_of("tok_embeddings.weight", weights)).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(_config(args, dtype), indent=1))
-        (folder / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG, indent=1))
+def _write_hugging_face(folder: Path, weights: Shards, args: ModelArgs, n: int, dtypes: dict[str, torch.dtype]) -> None:
+    """Write the weights, and with several files their index. dtypes: the dtype of each weight."""
     theirs = {metas: (name, shape) for name, (metas, shape) in expected_tensors(args).items()}
     index: dict[str, str] = {}
+    size = 0
     for i in range(n):
         name = f"model-{i + 1:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors"
-        metas = [m for m in theirs if _file_number(m, args.n_layers, n) == i]
-        layout: FileLayout = {theirs[m][0]: (_dtype_of(m, weights), theirs[m][1]) for m in metas}
+        here = {metas: dtype for metas, dtype in dtypes.items() if _file_number(metas, args.n_layers, n) == i}
+        layout: FileLayout = {theirs[metas][0]: (dtype, theirs[metas][1]) for metas, dtype in here.items()}
         header, spans = encode_header(layout, {"format": "pt"})
         with (folder / name).open("wb") as f:
             f.write(header)
-            for m, whole in _whole_weights(weights, metas):
-                rows = in_hugging_faces_order(m, whole, args.head_dim)
-                _write_values(f, spans[theirs[m][0]], rows.to(_dtype_of(m, weights)))
+            for metas, whole in _whole_weights(weights, here):
+                _write_values(f, spans[theirs[metas][0]], in_hugging_faces_order(metas, whole, args.head_dim))
             f.flush()
             os.fsync(f.fileno())
         index |= dict.fromkeys(layout, name)
+        size += sum(end - begin for begin, end in spans.values())
     if n > 1:
-        size = sum(part.nbytes for tensors in weights.values() for part in tensors.values())
         text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=1)
         (folder / "model.safetensors.index.json").write_text(text)
+
+
+def _write_settings(
+    folder: Path, args: ModelArgs, dtypes: dict[str, torch.dtype], source: Path, dtype: torch.dtype | None
+) -> None:
+    """Write config.json and tokenizer_config.json, or copy all settings if the source is in Hugging Face's layout.
+
+    dtypes: the dtype of each weight. dtype: that of all weights, if the caller has chosen it.
+    """
+    if not uses_hugging_face(source):
+        name = str(dtypes["tok_embeddings.weight"]).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(_config(args, name), indent=1))
+        (folder / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG, indent=1))
+        return
+    for file in os.listdir(source):
+        if _COPIED.fullmatch(file) and (source / file).is_file():
+            shutil.copyfile(source / file, folder / file)
+    if dtype is not None:
+        config = read_json(source / "config.json", MAX_PARAMS_BYTES)
+        key = "dtype" if "dtype" in config else "torch_dtype"  # the names since and before transformers 5
+        config[key] = str(dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
 def _file_number(name: str, n_layers: int, n: int) -> int:

@@ -17,7 +17,7 @@ from ..model import ModelArgs
 from .hugging_face_config import INSTEAD, UNQUANTIZED, read_config
 from .params import MAX_PARAMS_BYTES, describe_folder, list_folder, read_json
 from .safetensors_file import map_safetensors, unique_keys
-from .shards import IGNORED_TENSORS, Shards, file_identity, open_shard
+from .shards import IGNORED_TENSORS, Shards, file_identity, is_rotated, open_shard
 
 MAX_INDEX_BYTES = 1 << 22  # limit of an index; that of 70B has 67 kB
 WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -55,7 +55,7 @@ def in_hugging_faces_order(name: str, rows: torch.Tensor, head_dim: int) -> torc
 
     name: Meta's name of the weight.
     """
-    if not name.endswith((".wq.weight", ".wk.weight")):
+    if not is_rotated(name):
         return rows
     return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
@@ -75,7 +75,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     if found is None:
         return {}
     if found in WHOLE_FILES:
-        _check_inside(folder, found, "the folder")
+        check_inside(folder, found, "the folder")
         return {"": found}
     path = folder / found
     try:
@@ -91,13 +91,13 @@ def _read_index(folder: Path) -> dict[str, str]:
             raise CheckpointError(f"{path} names {short_repr(name)}, which is no name of a {suffix} file in the folder itself")
     files = set(weight_map.values())
     if missing := sorted(files - {*names}):
-        raise CheckpointError(f"{folder}: {_join(missing)} missing, and {found} lists {len(files)} files; fetch them, too")
+        raise CheckpointError(f"{folder}: {join_names(missing)} missing, and {found} lists {len(files)} files; fetch them, too")
     for name in files:
-        _check_inside(folder, name, found)
+        check_inside(folder, name, found)
     return weight_map
 
 
-def _check_inside(folder: Path, name: str, listed_by: str) -> None:
+def check_inside(folder: Path, name: str, listed_by: str) -> None:
     """Raise CheckpointError if a file is a link to outside of the folder, except into Hugging Face's own cache."""
     target = (folder / name).resolve()
     cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
@@ -123,7 +123,7 @@ def open_weights(folder: Path, values: bool = True) -> Shards:
     stored: dict[str, torch.Tensor] = {}
     file_of: dict[str, Path] = {}
     for path in paths:
-        for name, tensor in _open_file(path, values).items():
+        for name, tensor in open_file(path, values).items():
             if name in stored:
                 raise CheckpointError(f"{short_repr(name)} is in {file_of[name].name} and in {path}: fetch both again")
             stored[name], file_of[name] = tensor, path
@@ -141,8 +141,8 @@ def open_weights(folder: Path, values: bool = True) -> Shards:
     return Shards({label: tensors}, identities, rotary_halves=args.head_dim)
 
 
-def _open_file(path: Path, values: bool) -> dict[str, torch.Tensor]:
-    """Map one file, and return its tensors by name."""
+def open_file(path: Path, values: bool) -> dict[str, torch.Tensor]:
+    """Map one file of tensors, .safetensors or .bin, and return them by name. Raise CheckpointError if it is damaged."""
     if path.suffix == ".bin":
         return open_shard(path, values)
     head = read_file(path, 64)
@@ -179,11 +179,11 @@ def _check_names(label: Path, stored: dict[str, torch.Tensor], args: ModelArgs) 
             unknown, what = [quantized], f"weights in a quantized format (GPTQ, AWQ, bitsandbytes) are not read; {UNQUANTIZED}"
         elif biased := next((n for n in unknown if n.endswith(".bias")), None):
             unknown, what = [biased], f"the layers of Llama have no biases: {INSTEAD}"
-        raise CheckpointError(f"{label} contains unknown {_join(unknown)}: {what}")
+        raise CheckpointError(f"{label} contains unknown {join_names(unknown)}: {what}")
     if missing := [name for name in expected if name not in stored]:
         hint = "; if the model uses its embedding as output layer, set tie_word_embeddings to true in config.json"
         raise CheckpointError(
-            f"{label} lacks {_join(missing)}: not all of the model that config.json describes; fetch all files again"
+            f"{label} lacks {join_names(missing)}: not all of the model that config.json describes; fetch all files again"
             f"{hint if missing == [_OUTPUT] else ''}"
         )
     for name, (_, shape) in expected.items():
@@ -194,7 +194,7 @@ def _check_names(label: Path, stored: dict[str, torch.Tensor], args: ModelArgs) 
             )
 
 
-def _join(names: list[str]) -> str:
+def join_names(names: list[str]) -> str:
     """Return the first three names as text, with the number of the others."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(short_repr(name).strip("'") for name in names[:3]) + more

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..errors import CheckpointError, describe, read_file, short_repr
 from ..model import ffn_width
-from .params import ADAPTER, LLAMA_3, LLAMA_3_VOCAB_SIZE, MAX_PARAMS_BYTES, check_heads, check_value, read_json
+from .params import LLAMA_3, LLAMA_3_VOCAB_SIZE, MAX_PARAMS_BYTES, check_heads, check_value, read_json
 
 INSTEAD = "run such a model with transformers or vLLM"
 UNQUANTIZED = "take the model's folder in bfloat16 or float16, and give quantize='int8' or 'int4'"
@@ -39,7 +39,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     config = read_json(path, MAX_PARAMS_BYTES)
     if (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder}: {ADAPTER}")
+        raise CheckpointError(
+            f"{folder}: it contains a model (config.json) and an adapter (adapter_config.json): move the adapter into a folder "
+            "of its own and give that as adapter; if it is merged already, delete adapter_config.json"
+        )
     _check_architecture(path, config)
     params: dict[str, Any] = {}
     for key, (name, default) in _KEYS.items():
@@ -125,12 +128,10 @@ def notes(folder: Path, max_seq_len: int, eos_id: int) -> list[str]:
 
 def _context_note(folder: Path, max_seq_len: int) -> str | None:
     """Return a note that a context is longer than those of the model's training; None if it is not."""
-    path = folder / "config.json"
-    config = read_json(path, MAX_PARAMS_BYTES)
-    trained = config.get("max_position_embeddings", 2048)
-    check_value(path, "max_position_embeddings", "dim", trained)
+    path, trained = folder / "config.json", trained_context(folder)
     if max_seq_len <= trained:
         return None
+    config = read_json(path, MAX_PARAMS_BYTES)
     if _rope_type(_rope(path, config)) == "dynamic":
         raise CheckpointError(
             f"{path}: the rotary embedding is 'dynamic', which rotates all positions anew when the context grows beyond "
@@ -138,6 +139,24 @@ def _context_note(folder: Path, max_seq_len: int) -> str | None:
             "for longer contexts, use transformers"
         )
     return f"max_seq_len is {max_seq_len:,}, but max_position_embeddings {trained:,}: answers may become poor beyond it"
+
+
+def trained_context(folder: Path) -> int:
+    """Return the number of tokens in the contexts of a model's training."""
+    path = folder / "config.json"
+    trained = read_json(path, MAX_PARAMS_BYTES).get("max_position_embeddings", 2048)
+    check_value(path, "max_position_embeddings", "dim", trained)
+    return int(trained)
+
+
+def describe_rope(folder: Path) -> str:
+    """Return text about a model's rotary embedding, as in "theta 10000, linear scaling by 2"."""
+    path = folder / "config.json"
+    config = read_json(path, MAX_PARAMS_BYTES)
+    rope, theta = _rope(path, config), read_config(folder)["rope_theta"]
+    if (kind := _rope_type(rope)) == "default":
+        return f"theta {theta:g}"
+    return f"theta {theta:g}, {kind} scaling by {short_repr(rope.get('factor'))}"
 
 
 def _eos_note(folder: Path, eos_id: int) -> str | None:
@@ -152,13 +171,19 @@ def _eos_note(folder: Path, eos_id: int) -> str | None:
     return None
 
 
-def _template_note(folder: Path) -> str | None:
-    """Return a note that the model's chat template is not that of Llama 2; None if it is, or if there is none."""
+def chat_template(folder: Path) -> str | None:
+    """Return the text of a model's chat template; None if the folder has none."""
     template: Any = None
     if (folder / "chat_template.jinja").is_file():
         template = read_file(folder / "chat_template.jinja", MAX_PARAMS_BYTES).decode(errors="replace")
     elif (folder / "tokenizer_config.json").is_file():
         template = read_json(folder / "tokenizer_config.json", MAX_TOKENIZER_CONFIG_BYTES).get("chat_template")
-    if not template or ("[INST]" in str(template) and "<<SYS>>" in str(template)):
+    return str(template) if template else None
+
+
+def _template_note(folder: Path) -> str | None:
+    """Return a note that the model's chat template is not that of Llama 2; None if it is, or if there is none."""
+    template = chat_template(folder)
+    if template is None or ("[INST]" in template and "<<SYS>>" in template):
         return None
     return "the model's chat template is not Llama 2's, but dialogs are encoded in Llama 2's chat format"

@@ -29,7 +29,9 @@ from ..quantization.quantize import quantize
 from ..quantization.weight import QuantizedWeight, format_of
 from .resharding import rank_views, shard_parts, weight_groups
 from .shards import Shards, split_dim
-from .validate import NON_FINITE
+from .validate import NON_FINITE, is_finite
+
+Views = dict[str, list[torch.Tensor]]  # name of a weight -> tensors that, joined along its `split_dim`, are the weight
 
 
 def bytes_staying_mapped(
@@ -40,9 +42,11 @@ def bytes_staying_mapped(
     The arguments are those of `load_weights`.
     """
     total = 0
-    for names, views in _views_to_read(model, shards, format, packs):
-        may_be_packed = _is_linear(names[0]) and (format or (packs and dtype == torch.bfloat16))
-        if not may_be_packed and shards.is_in_metas_order(names[0]) and _can_stay_mapped(views, dtype, device):
+    for group in _views_to_read(model, shards, format, packs):
+        name, views = next(iter(group.items()))
+        may_be_packed = _is_linear(name) and (format or (packs and dtype == torch.bfloat16))
+        is_as_stored = shards.is_in_metas_order(name) and not (shards.adapter and name in shards.adapter)
+        if not may_be_packed and is_as_stored and len(group) == 1 and _can_stay_mapped(views, dtype, device):
             total += views[0].nbytes
     return total
 
@@ -65,22 +69,25 @@ def load_weights(
     """
     groups = _views_to_read(model, shards, format, packs)
     next_groups = itertools.islice(groups, 1, None)
-    for names, views in progress(groups, lambda group: sum(view.nbytes for view in group[1]), "loading"):
+    for views in progress(groups, lambda group: sum(view.nbytes for view in _joined(group)), "loading"):
         shards.check_unchanged()
-        for view in next(next_groups, ([], []))[1] if not shards.packed_format else []:
+        for view in _joined(next(next_groups, {})) if not shards.packed_format else []:
             madvise(view, WILLNEED)  # let the disk read the next group of weights while this one is packed
-        _load_group(model, names, views, shards, dtype, device, format, packs)
+        _load_group(model, views, shards, dtype, device, format, packs)
     shards.check_unchanged()
 
 
-def _views_to_read(
-    model: Transformer, shards: Shards, format: str | None, packs: bool
-) -> list[tuple[list[str], list[torch.Tensor]]]:
+def _joined(group: Views) -> list[torch.Tensor]:
+    """Return the tensors of all weights of a group, in order."""
+    return [view for views in group.values() for view in views]
+
+
+def _views_to_read(model: Transformer, shards: Shards, format: str | None, packs: bool) -> list[Views]:
     """Return the groups of weights to load, the largest group first.
 
-    A group is (names of its weights, views of the mapped files from which these weights are read).
+    A group is a dict from the names of its weights to views of the mapped files from which these weights are read.
     """
-    groups: list[tuple[list[str], list[torch.Tensor]]] = []
+    groups: list[Views] = []
     for names in weight_groups(model, joint=packs):
         is_linear = _is_linear(names[0])
         # Quantize whole rows, so that the scales do not depend on the number of ranks. A matrix that is split by its inputs is
@@ -89,12 +96,13 @@ def _views_to_read(
         # Weights in a packed file are read by name. Their views are used only to sort and to prefetch groups.
         from_packed_file = shards.packed_format and is_linear
         reads_whole = from_packed_file or quantizes_whole_rows
-        views = [view for name in names for view in (shard_parts(name, shards) if reads_whole else rank_views(name, shards))]
+        views = {name: [*(shard_parts if reads_whole else rank_views)(name, shards)] for name in names}
         if from_packed_file:
-            views += [shards.first[f"{name}.scale"] for name in names if f"{name}.scale" in shards.first]
-        groups.append((names, views))
+            for name in names:
+                views[name] += [shards.first[f"{name}.scale"]] if f"{name}.scale" in shards.first else []
+        groups.append(views)
     # Load the largest weights first: their temporary copies are the largest, and little else is in memory at the start.
-    groups.sort(key=lambda group: -sum(view.numel() for view in group[1]))
+    groups.sort(key=lambda group: -sum(view.numel() for view in _joined(group)))
     return groups
 
 
@@ -105,8 +113,7 @@ def _is_linear(name: str) -> bool:
 
 def _load_group(
     model: Transformer,
-    names: list[str],
-    views: list[torch.Tensor],
+    group: Views,
     shards: Shards,
     dtype: torch.dtype,
     device: torch.device,
@@ -114,17 +121,19 @@ def _load_group(
     packs: bool,
 ) -> None:
     """Read the weights of one group, and make each the parameter of its module."""
+    names, views = list(group), _joined(group)  # `madvise` may be called only for these views, not for copies of their values
+    if shards.adapter is not None:
+        group = {name: shards.adapter.merge(name, parts, dtype) for name, parts in group.items()}
     modules = [model.get_submodule(name.removesuffix(".weight")) for name in names]
     linears = [module for module in modules if isinstance(module, ColumnParallelLinear | RowParallelLinear)]
     weight: LinearKernel | QuantizedWeight | torch.Tensor | None = None
     if linears:
-        weight = _pack_rank_part(linears, names, views, shards, format, dtype, device, packs)
+        weight = _pack_rank_part(linears, group, shards, format, dtype, device, packs)
     if weight is None:
-        rows = _in_metas_order(names, views, shards)
-        if _can_stay_mapped(rows, dtype, device):
-            weight = rows[0]
+        if shards.is_in_metas_order(names[0]) and _can_stay_mapped(_joined(group), dtype, device):
+            weight = _joined(group)[0]
         else:
-            weight = _join_views(rows, views, split_dim(names[0]) or 0, dtype, device)
+            weight = _join_views(group, views, shards, dtype, device)
         check_finite(weight, names, shards)
     else:
         if not (isinstance(weight, BlockedLinear) and _share_storage(weight.blocks.weight, views[0])):
@@ -143,32 +152,16 @@ def _load_group(
         module.weight = parameter
 
 
-def _in_metas_order(names: list[str], views: list[torch.Tensor], shards: Shards) -> list[torch.Tensor]:
-    """Return a group's views with their rows in Meta's order: the views themselves, and copies of what is in another order.
-
-    `madvise` may be called only for the views, not for the copies: next to these, other values share their pages.
-    """
-    if shards.rotary_halves is None:
-        return views
-    ordered = []
-    for name, view in zip(names, views, strict=True):  # Hugging Face's files contain each weight as a whole
-        ordered.append(shards.in_metas_order(name, view))
-        if ordered[-1] is not view:
-            madvise(view, DONTNEED)
-    return ordered
-
-
 def quantize_rank_part(
-    name: str, shards: Shards, format: str, dtype: torch.dtype, device: torch.device
+    name: str, parts: list[torch.Tensor], shards: Shards, format: str, dtype: torch.dtype, device: torch.device
 ) -> Iterator[QuantizedWeight]:
-    """Quantize this rank's part of a stored weight, and yield it several rows at a time."""
+    """Quantize this rank's part of a stored weight, and yield it several rows at a time.
+
+    parts: the whole weight's parts if the weight is divided by its inputs, otherwise those of this rank.
+    """
     rank, ranks = model_parallel()
     split_by_inputs = split_dim(name) == 1
-    for views in (
-        [shard_parts(name, shards)]
-        if split_by_inputs
-        else [[shards.in_metas_order(name, view)] for view in rank_views(name, shards)]
-    ):
+    for views in [parts] if split_by_inputs else [[shards.in_metas_order(name, part)] for part in parts]:
         width = sum(view.shape[1] for view in views)
         step = max(1, tuning.QUANTIZE_SHARDS_AT_ONCE // width)
         for i in range(0, views[0].shape[0], step):
@@ -183,8 +176,7 @@ def quantize_rank_part(
 
 def _pack_rank_part(
     linears: list[ColumnParallelLinear | RowParallelLinear],
-    names: list[str],
-    views: list[torch.Tensor],
+    group: Views,
     shards: Shards,
     format: str | None,
     dtype: torch.dtype,
@@ -192,6 +184,7 @@ def _pack_rank_part(
     packs: bool,
 ) -> LinearKernel | QuantizedWeight | torch.Tensor | None:
     """Pack or quantize this rank's part of a group of linear weights, and return it; return None if neither is needed."""
+    names, views = list(group), _joined(group)
     weight_format = format and format_of(names[0], format)
     if shards.packed_format:
         stored_format = format_of(names[0], shards.packed_format) or ""
@@ -213,7 +206,7 @@ def _pack_rank_part(
             return kernel
     if weight_format is None:
         return None
-    parts = [part for name in names for part in quantize_rank_part(name, shards, weight_format, dtype, device)]
+    parts = [part for name in names for part in quantize_rank_part(name, group[name], shards, weight_format, dtype, device)]
     weight = QuantizedWeight.cat(parts)
     return weight if packs else weight.dequantize()
 
@@ -271,12 +264,12 @@ def _check_packed_weight(name: str, tensors: dict[str, torch.Tensor], format: st
     scales = tensors.get(f"{name}.scale")
     if scales is not None:
         positive = scales if format == "int8" else scales[..., 0]
-        if not (_is_finite(scales) and positive.min() > 0):
+        if not (is_finite(scales) and positive.min() > 0):
             raise CheckpointError(
                 f"{name}.scale: not all scales are finite and above 0: the file is damaged; "
                 "make it again with `python -m llama quantize`, or delete it"
             )
-    if format == "bfloat16" and not _is_finite(tensors[name].view(torch.bfloat16)):
+    if format == "bfloat16" and not is_finite(tensors[name].view(torch.bfloat16)):
         raise CheckpointError(f"{name} {NON_FINITE}")
 
 
@@ -286,7 +279,7 @@ def check_finite(weight: torch.Tensor, names: list[str], shards: Shards) -> None
     names: the stored tensors from which the weight was read. If all stored values are finite, the error says that they are too
     large for the weight's dtype.
     """
-    if _is_finite(weight):
+    if is_finite(weight):
         return
     for name in names:
         if not all(view.isfinite().all() for view in shard_parts(name, shards)):
@@ -297,17 +290,12 @@ def check_finite(weight: torch.Tensor, names: list[str], shards: Shards) -> None
     )
 
 
-def _is_finite(weight: torch.Tensor) -> bool:
-    """Return True if all values of a weight are finite."""
-    # A finite sum proves in one pass that all values are finite. The sum of finite values may overflow, so test each value if
-    # the sum is not finite.
-    return bool(weight.sum().isfinite() or weight.isfinite().all())
-
-
 def _can_stay_mapped(views: list[torch.Tensor], dtype: torch.dtype, device: torch.device) -> bool:
     """Return True if a view of the mapped file can be the weight itself, so that processes share its memory."""
     view = views[0]
-    is_aligned = view.data_ptr() % 64 == 0  # torch.save aligns tensors to 64 bytes; other programs may not
+    # torch.save aligns tensors to 64 bytes, safetensors to 8. The last digits of PyTorch's float32 product of one row depend on
+    # the alignment, and a copy is aligned to 64 bytes. Products in 16 bit do not depend on it.
+    is_aligned = view.data_ptr() % (64 if dtype == torch.float32 else 8) == 0
     return len(views) == 1 and view.is_contiguous() and is_aligned and view.dtype == dtype and device.type == "cpu"
 
 
@@ -316,17 +304,21 @@ def _share_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _join_views(
-    rows: list[torch.Tensor], views: list[torch.Tensor], dim: int, dtype: torch.dtype, device: torch.device
+    group: Views, views: list[torch.Tensor], shards: Shards, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Concatenate the rows along `dim` into a new tensor. views: the views of the mapped files from which the rows are.
+    """Concatenate the tensors of a group into a new tensor, with rows in Meta's order.
 
-    The memory of each view's pages is released once its rows are copied.
+    views: the views of the mapped files from which the tensors are. The memory of each is released once it is copied.
     """
-    shape = list(rows[0].shape)
-    shape[dim] = sum(part.shape[dim] for part in rows)
-    joined, filled = torch.empty(shape, dtype=dtype, device=device), 0
-    for part, view in zip(rows, views, strict=True):
-        joined.narrow(dim, filled, view.shape[dim]).copy_(part)
-        filled += view.shape[dim]
-        madvise(view, DONTNEED)
+    dim = split_dim(next(iter(group))) or 0
+    shape = list(views[0].shape)
+    shape[dim] = sum(view.shape[dim] for view in views)
+    joined, mapped = torch.empty(shape, dtype=dtype, device=device), iter(views)
+    filled = 0
+    for name, tensors in group.items():
+        for tensor in tensors:
+            part = joined.narrow(dim, filled, tensor.shape[dim])
+            shards.copy_in_metas_order(name, tensor, part)
+            filled += tensor.shape[dim]
+            madvise(next(mapped), DONTNEED)
     return joined

@@ -162,6 +162,20 @@ def open_packed_file(ckpt_dir: str | os.PathLike[str], format: str, fits: bool =
     return Shards({path.name: tensors}, {path: identity}, format)
 
 
+def describe_unused(ckpt_dir: str | os.PathLike[str], format: str) -> str | None:
+    """Return a note that a packed file is not used when an adapter is merged; None if there is no such file.
+
+    Raises CheckpointError if the folder contains no other weights.
+    """
+    path = packed_file_path(ckpt_dir, format)
+    if not weight_paths(ckpt_dir) and any(packed_file_path(ckpt_dir, f).is_file() for f in PACKED_FORMATS):
+        raise CheckpointError(
+            f"{path.parent}: it contains packed weights only, into which no adapter can be merged: "
+            "give the folder of the model's own weights"
+        )
+    return f"llama: {path.name} is not used, because it contains the weights without the adapter" if path.is_file() else None
+
+
 def check_packed_file(model: Transformer, shards: Shards) -> None:
     """Raise CheckpointError unless an opened packed file contains exactly the tensors of the model."""
     ((file, tensors),) = shards.items()

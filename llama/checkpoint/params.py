@@ -46,9 +46,10 @@ _PARAMS: dict[str, tuple[Any, Any, str]] = {
     "rope_theta": ((int, float), lambda v: 1 <= v <= 1e18, "a number from 1 to 1e18"),
 }  # fmt: skip
 ADAPTER = (
-    "it contains an adapter (adapter_config.json), and adapters are not merged here: "
-    "merge it with PEFT's merge_and_unload(), save_pretrained() the result, and give its folder"
+    "it contains an adapter (adapter_config.json), not a model: give the folder of the model that was adapted as ckpt_dir, and "
+    "this folder as adapter"
 )
+MERGE_WITH_PEFT = "merge the adapter with PEFT's merge_and_unload(), save_pretrained() the result, and give its folder"
 # Arguments of ModelArgs that only models in Hugging Face's layout have.
 _OTHER_PARAMS: dict[str, tuple[Any, Any, str]] = {
     "attention_head_dim": (int, lambda v: 2 <= v <= 1 << 16 and v % 2 == 0, "an even number from 2 to 65,536"),

@@ -4,13 +4,16 @@ import os
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import CheckpointError, explain_system_error, identify_format, read_file
 from . import torch_file
 from .params import describe_folder, list_folder
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
 
 # The dimension along which each weight is divided among shards and ranks; None if every shard contains the whole weight.
 SPLIT_DIMS: dict[str, int | None] = {
@@ -35,6 +38,7 @@ class Shards(dict[str, dict[str, torch.Tensor]]):
     identities: the `file_identity` of each file, taken before the file was mapped.
     packed_format: the format of the weights in a packed file (packed_file.py); None for shards.
     rotary_halves: the width of a head if the rows of wq and wk are in Hugging Face's order; None if they are in Meta's.
+    adapter: what is merged into the weights while they are read (adapter.py); None for nothing.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Shards(dict[str, dict[str, torch.Tensor]]):
     ) -> None:
         super().__init__(tensors)
         self.identities, self.packed_format, self.rotary_halves = identities, packed_format, rotary_halves
+        self.adapter: Adapter | None = None
 
     @property
     def first(self) -> dict[str, torch.Tensor]:
@@ -54,7 +59,7 @@ class Shards(dict[str, dict[str, torch.Tensor]]):
 
     def is_in_metas_order(self, name: str) -> bool:
         """Return True if the rows of a weight are stored in Meta's order."""
-        return self.rotary_halves is None or not re.fullmatch(r"layers\.\d+\.attention\.w[qk]\.weight", name)
+        return self.rotary_halves is None or not is_rotated(name)
 
     def metas_order(self, name: str, n_rows: int) -> torch.Tensor:
         """Return the numbers of a weight's stored rows in Meta's order: int64 (n_rows). The rows are those of whole heads.
@@ -62,15 +67,22 @@ class Shards(dict[str, dict[str, torch.Tensor]]):
         A rotary embedding rotates pairs of rows of wq and wk. In Meta's order the two rows of a pair are adjacent. In Hugging
         Face's, the first rows of all pairs of a head come before all second rows.
         """
-        rows = torch.arange(n_rows, device="cpu")
         if self.is_in_metas_order(name):
-            return rows
+            return torch.arange(n_rows, device="cpu")
         assert self.rotary_halves is not None
-        return rows.view(-1, 2, self.rotary_halves // 2).transpose(1, 2).flatten()
+        return metas_order(n_rows, self.rotary_halves)
 
     def in_metas_order(self, name: str, view: torch.Tensor) -> torch.Tensor:
         """Return rows (rows, in) of a stored weight in Meta's order: the view if they are in this order, otherwise a copy."""
         return view if self.is_in_metas_order(name) else view[self.metas_order(name, len(view))]
+
+    def copy_in_metas_order(self, name: str, view: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy rows (rows, in) of a stored weight into `target`, in Meta's order, without memory for another copy."""
+        if not self.is_in_metas_order(name):
+            assert self.rotary_halves is not None
+            half = self.rotary_halves // 2
+            view, target = view.unflatten(0, (-1, 2, half)).transpose(1, 2), target.unflatten(0, (-1, half, 2))
+        target.copy_(view)
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file has been changed, replaced or deleted since it was mapped.
@@ -83,6 +95,16 @@ class Shards(dict[str, dict[str, torch.Tensor]]):
             if now != before:
                 change = "was changed or replaced" if now else "was deleted"
                 raise CheckpointError(f"{path} {change} while it was being read; wait until all files are there, and try again")
+
+
+def is_rotated(name: str) -> bool:
+    """Return True for wq and wk, whose rows a rotary embedding rotates in pairs. name: Meta's name of the weight."""
+    return name.endswith((".wq.weight", ".wk.weight"))
+
+
+def metas_order(n_rows: int, head_dim: int) -> torch.Tensor:
+    """Return the numbers of rows of wq or wk that are in Hugging Face's order, in Meta's order: int64 (n_rows)."""
+    return torch.arange(n_rows, device="cpu").view(-1, 2, head_dim // 2).transpose(1, 2).flatten()
 
 
 def file_identity(path: Path) -> tuple[int, ...] | None:

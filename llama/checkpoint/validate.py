@@ -22,6 +22,13 @@ _OTHER_MODEL = "params.json and the shards are not of one model; fetch them agai
 _PARAMS_BY_WEIGHT = {"wk": "n_heads, n_kv_heads", "w1": "multiple_of, ffn_dim_multiplier", "norm": "dim"}
 
 
+def is_finite(weight: torch.Tensor) -> bool:
+    """Return True if all values of a weight are finite."""
+    # A finite sum proves in one pass that all values are finite. The sum of finite values may overflow, so test each value if
+    # the sum is not finite.
+    return bool(weight.sum().isfinite() or weight.isfinite().all())
+
+
 def build_on_meta(
     params: dict[str, Any],
     shards: Shards,
@@ -181,4 +188,5 @@ def build_fingerprint(tokenizer: Tokenizer, shards: Shards, model: Transformer, 
     Paths are not among the values, because machines may store the same files in different folders.
     """
     norms = [tensors["norm.weight"].tolist() for tensors in shards.values()]
-    return tokenizer.n_words, {file: len(tensors) for file, tensors in shards.items()}, norms, model.params, dtype
+    adapter = shards.adapter.fingerprint() if shards.adapter else None
+    return tokenizer.n_words, {file: len(tensors) for file, tensors in shards.items()}, norms, model.params, dtype, adapter

@@ -7,6 +7,7 @@ torchrun --nproc_per_node 2 -m llama chat --ckpt_dir llama-2-13b-chat --tokenize
 python -m llama quantize --ckpt_dir llama-2-7b int8
 python -m llama convert llama-2-7b-hf llama-2-7b --to meta
 python -m llama plan --model 70B --max_seq_len 4096
+python -m llama info llama-2-7b
 python -m llama info
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 from .. import __version__, convert_checkpoint, info, save_packed_file
 from ..distributed.groups import global_rank, world_size
 from ..errors import InputError, format_bytes
-from ..planning import GPUS, MODELS, model_size, plan
+from ..planning import GPUS, MODELS, describe_folder, model_size, plan
 from .chat import run_chat
 from .complete import run_complete
 from .flags import normalize_flags
@@ -100,12 +101,15 @@ def make_parser() -> "tuple[argparse.ArgumentParser, argparse._SubParsersAction[
         "convert",
         allow_abbrev=False,
         help="write a model in Meta's or Hugging Face's layout, or in another number of files",
-        description="Write a model into a new folder, in Meta's or Hugging Face's layout. The values are unchanged.",
+        description="Write a model into a new folder, in Meta's or Hugging Face's layout. "
+        "Without --dtype and --adapter, the values are unchanged.",
     )
     convert.add_argument("source", metavar="SRC", help="folder with a model, in either layout")
     convert.add_argument("target", metavar="DST", help="folder to write, which must not exist")
     convert.add_argument("--to", choices=("meta", "hf"), required=True, help="the layout to write")
     convert.add_argument("--shards", type=int, default=1, metavar="N", help="number of files of weights; default: 1")
+    convert.add_argument("--dtype", help=f"{DTYPES}; default: the stored one")
+    convert.add_argument("--adapter", metavar="DIR", help="folder with a LoRA adapter, which is merged into the weights")
     convert.set_defaults(run=run_convert)
 
     planning = commands.add_parser(
@@ -134,12 +138,14 @@ def make_parser() -> "tuple[argparse.ArgumentParser, argparse._SubParsersAction[
     about = commands.add_parser(
         "info",
         allow_abbrev=False,
-        help="show how this machine runs a model, and why not faster",
-        description="Print versions, device, compiled code and backends, each with the reason why it cannot be used.",
+        help="show how this machine runs a model, and why not faster, or what a folder contains",
+        description="Print versions, device, compiled code and backends, each with the reason why it cannot be used. With DIR, "
+        "print what this folder contains instead.",
     )
-    about.add_argument("--ckpt_dir", metavar="DIR", help="also show how decode steps of this checkpoint would run")
+    about.add_argument("folder", nargs="?", metavar="DIR", help="show what this folder contains: a model or an adapter")
+    about.add_argument("--ckpt_dir", metavar="DIR", help="show how decode steps of this model would run here")
     about.add_argument("--device", help="cpu, cuda or mps (untested); default: cuda if available, else cpu")
-    about.set_defaults(run=lambda args: Terminal().write(f"{info(args.ckpt_dir, args.device)}\n"))
+    about.set_defaults(run=run_info)
     return parser, commands
 
 
@@ -149,9 +155,15 @@ def run_quantize(args: argparse.Namespace) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    path = convert_checkpoint(args.source, args.target, args.to, args.shards)
+    path = convert_checkpoint(args.source, args.target, args.to, args.shards, args.dtype, args.adapter)
     size = sum(file.stat().st_size for file in path.iterdir())
     Terminal().write(f"{path}: {format_bytes(size)}\n")
+
+
+def run_info(args: argparse.Namespace) -> None:
+    if args.folder is not None and (args.ckpt_dir, args.device) != (None, None):
+        raise InputError(f"DIR is {args.folder!r}, so neither --ckpt_dir nor --device can be given; run info twice")
+    Terminal().write(f"{info(args.ckpt_dir, args.device) if args.folder is None else describe_folder(args.folder)}\n")
 
 
 def run_plan(args: argparse.Namespace) -> None:

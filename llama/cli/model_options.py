@@ -30,6 +30,7 @@ def model_parser() -> argparse.ArgumentParser:
     model.add_argument("--device", help="cpu, cuda or mps (untested); default: cuda if available, else cpu")
     model.add_argument("--dtype", help=f"{DTYPES}; default: the stored one")
     model.add_argument("--quantize", choices=QUANTIZE_FORMATS, help="store the weight matrices in 8 or 4 bit")
+    model.add_argument("--adapter", metavar="DIR", help="folder with a LoRA adapter, which is merged into the weights")
     model.add_argument("--compile", action="store_true", help="use torch.compile (CUDA): faster decoding after a slower start")
     model.add_argument("--model_parallel_size", type=int, metavar="N", help="ranks that share one model; default: all")
     model.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the random numbers; default: 1")
@@ -80,7 +81,7 @@ def build_model(args: argparse.Namespace, max_batch_size: int) -> Llama:
     return Llama.build(
         ckpt_dir, tokenizer_path, args.max_seq_len, max_batch_size,
         seed=args.seed, device=args.device, dtype=args.dtype, compile=args.compile,
-        quantize=args.quantize, model_parallel_size=args.model_parallel_size,
+        quantize=args.quantize, model_parallel_size=args.model_parallel_size, adapter=args.adapter,
     )  # fmt: skip
 
 
