@@ -74,7 +74,8 @@ def convert_checkpoint(ckpt_dir: str | os.PathLike[str], target: str | os.PathLi
         else:
             _write_hugging_face(temporary, weights, args, shards, source)
         with contextlib.suppress(CheckpointError):  # a folder without a tokenizer can be converted, too
-            shutil.copyfile(find_tokenizer(source), temporary / "tokenizer.model")
+            tokenizer = find_tokenizer(source)
+            shutil.copyfile(tokenizer, temporary / tokenizer.name)
         weights.check_unchanged()
         os.replace(temporary, new)
     except (OSError, RuntimeError) as e:
