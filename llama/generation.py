@@ -397,7 +397,8 @@ class Llama:
     ) -> list[ChatPrediction]:
         """Answer each dialog as the assistant. max_gen_len defaults to the rest of the context. See `Llama` for the options.
 
-        The answer to a dialog that contains a special tag, such as "[INST]", is UNSAFE_ERROR, without computation.
+        A model's own chat template is used, if it is not Llama 2's (docs/hugging_face.md). In Llama 2's format, the answer to a
+        dialog that contains a special tag, such as "[INST]", is UNSAFE_ERROR, without computation.
         Each result is a dict with "generation", a message by the assistant. `logprobs`, `top_logprobs` and `details` add the
         same keys as in `text_completion`.
         """
@@ -506,7 +507,8 @@ class Llama:
     ) -> Stream:
         """Answer one dialog. Return a `Stream`, which yields the answer in chunks; see `text_completion_stream`.
 
-        If the dialog contains a special tag, such as "[INST]", the stream yields UNSAFE_ERROR as its only chunk.
+        If the dialog contains a special tag of Llama 2's format, such as "[INST]", the stream yields UNSAFE_ERROR as its only
+        chunk.
         """
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         return self._stream(
