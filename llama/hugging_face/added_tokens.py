@@ -26,26 +26,28 @@ class AddedTokenFinder:
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
         self.tokens = sorted(tokens, key=lambda token: -len(token.text))
-        # One group for each token, so that a match tells which one it is.
-        self.pattern = re.compile("|".join(f"({_pattern(token)})" for token in self.tokens)) if self.tokens else None
+        self.by_text = {token.text: token for token in self.tokens}
+        words = [rf"(?<!\w){re.escape(t.text)}(?!\w)" if t.single_word else re.escape(t.text) for t in self.tokens]
+        self.pattern = re.compile("|".join(words)) if words else None
+        texts = "|".join(re.escape(token.text) for token in self.tokens)
+        self.start = re.compile(f"(?={texts})") if texts else None
 
     def split(self, text: str) -> Iterator[str | AddedToken]:
         """Yield the parts of a text: the added tokens, and the texts before, between and after them, if not empty."""
         end = 0
-        for match in self.pattern.finditer(text) if self.pattern else ():
-            if match.start() > end:
-                yield text[end : match.start()]
-            yield self.tokens[match.lastindex - 1]  # type: ignore[operator]  # a match has a group
-            end = match.end()
+        while match := self.pattern.search(text, end) if self.pattern else None:
+            token = self.by_text[match[0]]
+            before = text[end : match.start()].rstrip() if token.lstrip else text[end : match.start()]
+            if before:
+                yield before
+            yield token
+            end = _WHITE_SPACE.match(text, match.end()).end() if token.rstrip else match.end()  # type: ignore[union-attr]
         if end < len(text):
             yield text[end:]
 
     def starts(self, text: str) -> list[int]:
         """Return the places in a text where the text of a token begins; one token may begin within another."""
-        texts = "|".join(re.escape(token.text) for token in self.tokens)
-        return [match.start() for match in re.finditer(f"(?={texts})", text)] if self.tokens else []
+        return [match.start() for match in self.start.finditer(text)] if self.start else []
 
 
-def _pattern(token: AddedToken) -> str:
-    word = rf"(?<!\w){re.escape(token.text)}(?!\w)" if token.single_word else re.escape(token.text)
-    return r"\s*" * token.lstrip + word + r"\s*" * token.rstrip
+_WHITE_SPACE = re.compile(r"\s*")
