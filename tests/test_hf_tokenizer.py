@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llama import CheckpointError, InputError, Llama, Tokenizer
+from llama import CheckpointError, InputError, Llama, Tokenizer, convert_checkpoint
 from llama.engine.incremental_text import IncrementalText
 from llama.engine.requests import GeneratedToken
 from llama.hugging_face.load import load_text
@@ -109,6 +109,14 @@ def test_a_model_answers_as_with_tokenizer_model(write_folder: Writer, small: Si
             llama.score(["The"], [" quick"]), llama.perplexity("The quick brown"),
         ]  # fmt: skip
     assert ours.results == theirs.results  # type: ignore[attr-defined]
+
+
+def test_a_folder_that_is_converted_to_metas_layout_keeps_its_tokenizer(write_folder: Writer, tmp_path: Path) -> None:
+    folder = write_folder(tokenizer=byte_level_json(), tokenizer_config=CHAT_ML | {"chat_template": "{{ bos_token }}x"})
+    back = convert_checkpoint(folder, tmp_path / "meta", "meta")
+    dialog: Any = [{"role": "user", "content": "a"}]
+    tokens = build(folder).encode_dialog(dialog)
+    assert tokens[0] == 1 and build(back).encode_dialog(dialog) == tokens
 
 
 # --- added and special tokens ------------------------------------------------------------------------------------------
