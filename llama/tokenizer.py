@@ -4,6 +4,7 @@ import codecs
 import os
 from collections.abc import Callable, Iterable
 from operator import index
+from typing import Protocol
 
 from sentencepiece import SentencePieceProcessor
 
@@ -22,7 +23,13 @@ MAX_FILE_BYTES = 1 << 24  # limit for a tokenizer's file; tokenizers of other mo
 
 
 class Tokenizer:
-    """A SentencePiece model. Llama 2's model has 32,000 tokens, BOS 1, EOS 2 and no padding token (`pad_id` is -1)."""
+    """A SentencePiece model. Llama 2's model has 32,000 tokens, BOS 1, EOS 2 and no padding token (`pad_id` is -1).
+
+    more_eos_ids: tokens that end answers besides EOS. begins_with_bos: True if the model's texts begin with BOS.
+    """
+
+    more_eos_ids: tuple[int, ...] = ()
+    begins_with_bos = True
 
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
         path = check_path(model_path, "tokenizer_path", "Meta's tokenizer.model, which is stored beside the model folders")
@@ -96,6 +103,35 @@ class Tokenizer:
         """Return the text of tokens that continue another text. A space at its beginning is kept; `decode` would remove it."""
         return self.decode([*self.sp_model.encode(_ANCHOR), *tokens]).removeprefix(_ANCHOR)
 
+    def is_control(self, token: int) -> bool:
+        """Return True for a token that has no text, such as EOS."""
+        return self.sp_model.is_control(token)
+
+    def token_bytes(self, token: int, first: bool = False) -> bytes:
+        """Return the text of a token by itself, in UTF-8: with its space, unless it is the first of a text.
+
+        A token of a single byte may be a part of a character.
+        """
+        if self.sp_model.is_byte(token):
+            # The piece of a byte contains its value in hexadecimal, for example <0xF0> for byte 240.
+            return bytes.fromhex(self.sp_model.id_to_piece(token)[3:-1])
+        if self.sp_model.is_control(token):
+            return b""
+        is_unknown = self.sp_model.is_unknown(token)
+        text = self.sp_model.decode([token]) if is_unknown else self.sp_model.id_to_piece(token).replace("\u2581", " ")
+        return (text.removeprefix(" ") if first else text).encode()
+
+    def make_detokenizer(self) -> "RowDetokenizer":
+        """Return a detokenizer for one row; a `CustomDetokenizer` if a caller has replaced `decode`."""
+        is_original = getattr(self.decode, "__func__", None) is _DECODE
+        return Detokenizer(self) if is_original else CustomDetokenizer(self.decode)
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the tokens of a text that a model is to continue, after BOS if the model's texts begin with it."""
+    begins_with_bos = getattr(tokenizer, "begins_with_bos", True)  # a caller's own tokenizer need not have it
+    return tokenizer.encode(text, bos=begins_with_bos or not text, eos=False)
+
 
 _ANCHOR = "\u263a"  # a character that SentencePiece never merges with another character
 
@@ -109,7 +145,7 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.sp_model = tokenizer.sp_model
+        self.sp_model, self.token_bytes = tokenizer.sp_model, tokenizer.token_bytes
         # SentencePiece removes the leading space of a token that is decoded alone, so each token is decoded after a context.
         # Until some token has produced text, the context is all tokens so far. After that, it is the unknown token alone.
         self.context: list[int] = []
@@ -133,8 +169,7 @@ class Detokenizer:
     def push(self, token: int) -> str:
         """Add a token, and return the text that is now complete."""
         if self.sp_model.is_byte(token):
-            # The piece of a byte contains its value in hexadecimal, for example <0xF0> for byte 240.
-            self.pending_bytes += bytes.fromhex(self.sp_model.id_to_piece(token)[3:-1])
+            self.pending_bytes += self.token_bytes(token)
             return self._decode_bytes(final=False)
         text_of_bytes = self._decode_bytes(final=True)
         if self.sp_model.is_control(token):
@@ -160,16 +195,25 @@ class Detokenizer:
 
     def _decode_bytes(self, final: bool) -> str:
         """Return the text of the complete characters among the bytes held back. final: decode incomplete characters as well."""
-        text, n = "", 1
-        while self.pending_bytes and n:
-            try:
-                chars, n = codecs.utf_8_decode(self.pending_bytes, "strict", final)
-            except UnicodeDecodeError as e:
-                chars, n = self.pending_bytes[: e.start].decode() + "\ufffd", e.start + 1
-            text, self.pending_bytes = text + chars, self.pending_bytes[n:]
+        text, self.pending_bytes = decode_characters(self.pending_bytes, final)
         if text:
             self._use_short_context()
         return text
+
+
+def decode_characters(data: bytes, final: bool) -> tuple[str, bytes]:
+    """Return the text of the complete characters at the beginning of `data`, and the bytes that remain.
+
+    As in SentencePiece, each invalid byte becomes one replacement character. final: nothing remains.
+    """
+    text, n = "", 1
+    while data and n:
+        try:
+            chars, n = codecs.utf_8_decode(data, "strict", final)
+        except UnicodeDecodeError as e:
+            chars, n = data[: e.start].decode() + "\ufffd", e.start + 1
+        text, data = text + chars, data[n:]
+    return text, data
 
 
 _DECODE = Tokenizer.decode
@@ -213,10 +257,18 @@ class CustomDetokenizer:
         return new
 
 
-def make_detokenizer(tokenizer: Tokenizer) -> Detokenizer | CustomDetokenizer:
-    """Return a detokenizer for one row; a `CustomDetokenizer` if a caller has replaced the tokenizer's `decode`."""
-    is_original = getattr(tokenizer.decode, "__func__", None) is _DECODE
-    return Detokenizer(tokenizer) if is_original else CustomDetokenizer(tokenizer.decode)
+class RowDetokenizer(Protocol):
+    """What decodes the tokens of one row one by one."""
+
+    def begin(self, tokens: list[int]) -> str: ...
+    def push(self, token: int) -> str: ...
+    def end(self) -> str: ...
+
+
+def make_detokenizer(tokenizer: Tokenizer) -> RowDetokenizer:
+    """Return a detokenizer for one row: the tokenizer's own, or a `CustomDetokenizer` for a caller's tokenizer."""
+    make = getattr(type(tokenizer), "make_detokenizer", None)  # not that of a tokenizer that a caller's own wraps
+    return make(tokenizer) if make else CustomDetokenizer(tokenizer.decode)
 
 
 def check_text(text: str, name: str) -> None:

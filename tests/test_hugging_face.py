@@ -1,6 +1,5 @@
 """Test models in Hugging Face's layout: they compute what Meta's layout of the same weights computes."""
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -219,21 +218,6 @@ def test_a_context_longer_than_that_of_the_training_is_noted(folder: Path, capsy
     assert "max_position_embeddings" not in capsys.readouterr().err
     build(folder)
     assert "max_seq_len is 32, but max_position_embeddings" in capsys.readouterr().err
-
-
-def test_ends_of_answers_and_chat_templates_that_are_not_followed_are_noted(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    edit_config(folder, eos_token_id=2)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ '[INST] <<SYS>>' }}"}))
-    build(folder)
-    assert capsys.readouterr().err == ""
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 300]}))
-    (folder / "chat_template.jinja").write_text("<|im_start|>")
-    build(folder)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and "generation_config.json ends answers at the tokens [300]" in lines[0]
-    assert "chat template is not Llama 2's" in lines[1]
 
 
 # --- other commands ----------------------------------------------------------------------------------------------------

@@ -127,10 +127,10 @@ def test_a_folder_with_a_model_and_an_adapter_is_refused(folder: Path) -> None:
     assert_raises(lambda: build(folder), CheckpointError, *parts)
 
 
-def test_tokenizer_json_alone_is_explained(folder: Path) -> None:
+def test_a_wrong_tokenizer_json_is_refused(folder: Path) -> None:
     (folder.parent / "tokenizer.model").unlink()
     (folder / "tokenizer.json").write_text("{}")
-    assert_raises(lambda: build(folder), CheckpointError, "tokenizer.json is not read", "fetch tokenizer.model")
+    assert_raises(lambda: build(folder), CheckpointError, "no tokenizer.json of `tokenizers`", "fetch it again")
 
 
 # --- hostile files -----------------------------------------------------------------------------------------------------

@@ -39,6 +39,10 @@ from .validate import build_on_meta, check_shards
 LAYOUTS = ("meta", "hf")
 # Small files that are copied from one folder in Hugging Face's layout to another.
 _COPIED = re.compile(r"(?!.*\.index\.json$).*\.json|chat_template\.jinja")
+# The settings that a tokenizer.json needs beside it, also in Meta's layout.
+_WITH_TOKENIZER_JSON = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template.jinja",
+)  # fmt: skip
 # With this file, transformers reads tokenizer.model as Llama's tokenizer.
 _TOKENIZER_CONFIG = {
     "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True,
@@ -89,7 +93,11 @@ def convert_checkpoint(
             _write_hugging_face(temporary, weights, args, shards, stored)
             _write_settings(temporary, args, stored, source, chosen_dtype)
         with contextlib.suppress(CheckpointError):  # a folder without a tokenizer can be converted, too
-            shutil.copyfile(find_tokenizer(source), temporary / "tokenizer.model")
+            tokenizer = find_tokenizer(source)
+            shutil.copyfile(tokenizer, temporary / tokenizer.name)
+            for name in _WITH_TOKENIZER_JSON if tokenizer.suffix == ".json" else ():
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, temporary / name)
         weights.check_unchanged()
         os.replace(temporary, new)
     except (OSError, RuntimeError) as e:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, describe, read_file, short_repr
+from ..errors import CheckpointError, describe, short_repr
 from ..model import ffn_width
 from .params import LLAMA_3, LLAMA_3_VOCAB_SIZE, MAX_PARAMS_BYTES, check_heads, check_value, read_json
 
@@ -27,7 +27,6 @@ _LLAMA_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "partial_rotary_factor": ((1,), "only a part of each head is rotated"),
     "auto_map": (({},), "the model has code of its own, which is never run"),
 }
-MAX_TOKENIZER_CONFIG_BYTES = 1 << 24  # limit of tokenizer_config.json, which describes added tokens one by one
 _ROPE_TYPES = ("default", "linear", "dynamic")
 
 
@@ -117,12 +116,12 @@ def _set_width(params: dict[str, Any]) -> None:
         params["ffn_dim_multiplier"] = width / computed  # the product, rounded up to a multiple of the width, is the width
 
 
-def notes(folder: Path, max_seq_len: int, eos_id: int) -> list[str]:
+def notes(folder: Path, max_seq_len: int) -> list[str]:
     """Return a line about each setting in a folder that this library does not follow.
 
     Raises CheckpointError if the model's rotary embedding depends on the length of contexts as long as max_seq_len ("dynamic").
     """
-    lines = [_context_note(folder, max_seq_len), _eos_note(folder, eos_id), _template_note(folder)]
+    lines = [_context_note(folder, max_seq_len)]
     return [f"llama: {line}" for line in lines if line]
 
 
@@ -157,33 +156,3 @@ def describe_rope(folder: Path) -> str:
     if (kind := _rope_type(rope)) == "default":
         return f"theta {theta:g}"
     return f"theta {theta:g}, {kind} scaling by {short_repr(rope.get('factor'))}"
-
-
-def _eos_note(folder: Path, eos_id: int) -> str | None:
-    """Return a note that the model has other tokens that end answers than the tokenizer's EOS; None if it has not."""
-    for name in ("generation_config.json", "config.json"):
-        if not (folder / name).is_file():
-            continue
-        ids = read_json(folder / name, MAX_PARAMS_BYTES).get("eos_token_id")
-        others = [token for token in (ids if isinstance(ids, list) else [ids]) if token not in (None, eos_id)]
-        if others:
-            return f"{name} ends answers at the tokens {short_repr(others)}, too; here only EOS, {eos_id}, ends them"
-    return None
-
-
-def chat_template(folder: Path) -> str | None:
-    """Return the text of a model's chat template; None if the folder has none."""
-    template: Any = None
-    if (folder / "chat_template.jinja").is_file():
-        template = read_file(folder / "chat_template.jinja", MAX_PARAMS_BYTES).decode(errors="replace")
-    elif (folder / "tokenizer_config.json").is_file():
-        template = read_json(folder / "tokenizer_config.json", MAX_TOKENIZER_CONFIG_BYTES).get("chat_template")
-    return str(template) if template else None
-
-
-def _template_note(folder: Path) -> str | None:
-    """Return a note that the model's chat template is not that of Llama 2; None if it is, or if there is none."""
-    template = chat_template(folder)
-    if template is None or ("[INST]" in template and "<<SYS>>" in template):
-        return None
-    return "the model's chat template is not Llama 2's, but dialogs are encoded in Llama 2's chat format"

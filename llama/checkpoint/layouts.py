@@ -50,11 +50,10 @@ def stored_embedding(ckpt_dir: str | os.PathLike[str]) -> torch.Tensor | None:
     return open_weights(ckpt_dir, values=False).first.get("tok_embeddings.weight") if weight_paths(ckpt_dir) else None
 
 
-def notes(ckpt_dir: str | os.PathLike[str], max_seq_len: int, eos_id: int) -> list[str]:
+def notes(ckpt_dir: str | os.PathLike[str], max_seq_len: int) -> list[str]:
     """Return a line about each setting of a folder that this library does not follow.
 
-    max_seq_len: the context length. eos_id: the token that ends answers. Raises CheckpointError if the model cannot be run with
-    this context length.
+    max_seq_len: the context length. Raises CheckpointError if the model cannot be run with it.
     """
     folder = Path(ckpt_dir).expanduser()
-    return hugging_face_config.notes(folder, max_seq_len, eos_id) if uses_hugging_face(folder) else []
+    return hugging_face_config.notes(folder, max_seq_len) if uses_hugging_face(folder) else []

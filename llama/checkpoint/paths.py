@@ -38,16 +38,16 @@ def resolve_model_paths(
 
 
 def find_tokenizer(ckpt_dir: str | os.PathLike[str]) -> Path:
-    """Return the path of tokenizer.model in a checkpoint's folder or, if there is none, in the parent folder.
+    """Return the path of a model's tokenizer: tokenizer.model or tokenizer.json in its folder, or tokenizer.model above it.
 
-    Raises CheckpointError if neither folder contains tokenizer.model.
+    Raises CheckpointError if there is none.
     """
     folder = Path(ckpt_dir).expanduser()
     for place in (folder, folder.absolute().parent, folder.resolve().parent):  # ckpt_dir may be a link to the folder
-        if (place / "tokenizer.model").is_file():
-            return place / "tokenizer.model"
-    hint = "; tokenizer.json is not read, so fetch tokenizer.model, too" if (folder / "tokenizer.json").is_file() else ""
+        for name in ("tokenizer.model", *["tokenizer.json"] * (place == folder)):
+            if (place / name).is_file():
+                return place / name
     raise CheckpointError(
-        f"ckpt_dir is {str(ckpt_dir)!r}: no tokenizer.model in it or in its parent folder; "
-        f"give its path as tokenizer_path{hint}"
+        f"ckpt_dir is {str(ckpt_dir)!r}: no tokenizer.model in it or in its parent folder; give its path as tokenizer_path, "
+        "or put the model's tokenizer.json into the folder"
     )

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Generator
 from pathlib import Path
 
+from ..chat import ChatFormat
 from ..distributed.agreement import run_on_rank0
 from ..distributed.setup import initialize
 from ..errors import InputError
+from ..hugging_face.load import find_chat_format
 from .commands import complete, respond
 from .conversation import Conversation, check_message
 from .model_options import build_model, call_options
@@ -20,11 +22,12 @@ BASE_MODEL = re.compile(r"llama-2-\d+b|code-?llama-\d+b(-python)?", re.IGNORECAS
 
 def run_chat(args: argparse.Namespace) -> None:
     """Answer one question that is given, or talk: read messages and answer them, until /exit or the end of the input."""
+    chat_format = find_chat_format(args.ckpt_dir)
     if args.system is not None:
-        check_message("system", args.system)
+        check_message("system", args.system, chat_format)
     options = call_options(args)
     initialize(args.device, args.model_parallel_size)
-    question = run_on_rank0(lambda: given_question(args))
+    question = run_on_rank0(lambda: given_question(args, chat_format))
     llama = build_model(args, max_batch_size=1)
     terminal = Terminal(question is None, complete, args.history)
     conversation = Conversation(llama, terminal.print_status, args.system, verbose=args.verbose, **options)
@@ -50,7 +53,7 @@ def run_chat(args: argparse.Namespace) -> None:
             raise InputError(f"{n_refused} line(s) were refused, for the reasons above; correct these lines")
 
 
-def given_question(args: argparse.Namespace) -> str | None:
+def given_question(args: argparse.Namespace, chat_format: ChatFormat) -> str | None:
     """Return the one question to answer: standard input, then the arguments; None if messages are typed or given as lines."""
     piped = ""
     if not sys.stdin.isatty():
@@ -61,7 +64,7 @@ def given_question(args: argparse.Namespace) -> str | None:
         raise InputError(f"--lines reads the questions from standard input; leave out --lines, or {given!r:.60}")
     if args.lines or (sys.stdin.isatty() and not args.question):
         return None
-    question = check_message("user", "\n\n".join(text for text in (piped, given) if text))
+    question = check_message("user", "\n\n".join(text for text in (piped, given) if text), chat_format)
     if not question.strip():
         raise InputError("the question is empty; give it as an argument or on standard input, or start chat in a terminal")
     return question

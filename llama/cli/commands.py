@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..chat import check_dialog
+from ..chat import ChatFormat, check_dialog
 from ..distributed.agreement import run_on_rank0
 from ..errors import InputError, describe
 from .conversation import Conversation, check_message
@@ -103,7 +103,7 @@ def help_text() -> str:
 def _system(conversation: Conversation, text: str) -> None:
     """Set the system text to `text`, or remove it if `text` is "-"; change nothing if `text` is empty. Print the status."""
     if text:
-        conversation.system = None if text == "-" else check_message("system", text)
+        conversation.system = None if text == "-" else check_message("system", text, conversation.chat_format)
     system = conversation.system
     status = "there is no system text" if system is None else f"the system text is: {system}"
     hint = "; the conversation continues, /clear clears it" if text and conversation.exchanges else ""
@@ -165,7 +165,7 @@ def _save(conversation: Conversation, name: str) -> None:
 def _load(conversation: Conversation, name: str) -> None:
     """Replace the conversation by one that /save has written."""
     path = _file_name(name, "/load talk.json")
-    dialog = _on_rank0(lambda: _parse_dialog(_read_text(path), path), f"{path} cannot be read")
+    dialog = _on_rank0(lambda: _parse_dialog(_read_text(path), path, conversation.chat_format), f"{path} cannot be read")
     has_system = dialog[0]["role"] == "system"
     texts = [message["content"] for message in dialog[has_system:]]
     conversation.system = dialog[0]["content"] if has_system else None
@@ -174,7 +174,7 @@ def _load(conversation: Conversation, name: str) -> None:
     conversation.print_status(f"loaded from {path}: {count}, {'and a' if has_system else 'without a'} system text")
 
 
-def _parse_dialog(text: str, name: str) -> list[dict[str, str]]:
+def _parse_dialog(text: str, name: str, chat_format: ChatFormat) -> list[dict[str, str]]:
     """Return the messages that a file holds as JSON. Raises InputError unless they are exchanges, as /save writes them."""
     try:
         dialog = json.loads(text)
@@ -187,7 +187,7 @@ def _parse_dialog(text: str, name: str) -> list[dict[str, str]]:
         raise InputError(f"{name} ends with a {last['role']!r} message; it must end with an answer, as /save writes it")
     check_dialog([*dialog, {"role": "user", "content": ""}], name)
     for message in dialog:
-        check_message(message["role"], message["content"])
+        check_message(message["role"], message["content"], chat_format)
     return dialog
 
 

@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..chat import check_dialog, encode_dialog, is_unsafe
+from ..chat import LLAMA_2, ChatFormat, is_unsafe
 from ..distributed.agreement import run_on_rank0
 from ..distributed.groups import replica
 from ..distributed.setup import initialize
 from ..errors import InputError, describe
 from ..generation import Llama
-from ..tokenizer import check_text
+from ..hugging_face.load import find_chat_format
+from ..tokenizer import check_text, encode_prompt
 from .model_options import build_model, call_options
 from .terminal import Terminal, configure_stream
 
@@ -31,7 +32,11 @@ def run_complete(args: argparse.Namespace) -> None:
     terminal = Terminal()
     configure_stream(sys.stdout, errors="replace", **({"encoding": "utf-8"} if args.jsonl else {}))
     records, labels = run_on_rank0(
-        lambda: read_json_lines(args.prompts or ["-"], [*options, "seed"]) if args.jsonl else read_texts(args.prompts)
+        lambda: (
+            read_json_lines(args.prompts or ["-"], [*options, "seed"], find_chat_format(args.ckpt_dir))
+            if args.jsonl
+            else read_texts(args.prompts)
+        )
     )
     llama = build_model(args, min(max(len(records), 1), args.max_batch_size))
     if len(records) == 1 and not args.jsonl:
@@ -73,8 +78,9 @@ def run_complete(args: argparse.Namespace) -> None:
 def count_tokens(llama: Llama, record: Record) -> int:
     """Return the number of tokens of a prompt or dialog. A dialog with special tags has none: it is refused, not computed."""
     if "prompt" in record:
-        return len(llama.tokenizer.encode(record["prompt"], bos=True, eos=False))
-    return 0 if is_unsafe(record["messages"]) else len(encode_dialog(llama.tokenizer, record["messages"]))
+        return len(encode_prompt(llama.tokenizer, record["prompt"]))
+    dialog, chat_format = record["messages"], llama.chat_format
+    return 0 if is_unsafe(dialog, chat_format.tags) else len(chat_format.encode(llama.tokenizer, dialog))
 
 
 def read_texts(prompts: list[str]) -> tuple[list[Record], list[str]]:
@@ -90,11 +96,13 @@ def read_texts(prompts: list[str]) -> tuple[list[Record], list[str]]:
     return [{"prompt": prompt} for prompt in prompts], labels
 
 
-def read_json_lines(names: list[str], option_names: list[str]) -> tuple[list[Record], list[str]]:
+def read_json_lines(
+    names: list[str], option_names: list[str], chat_format: ChatFormat = LLAMA_2
+) -> tuple[list[Record], list[str]]:
     """Read files of JSON lines; "-" is standard input. Return the object of each line, and a label for each, for errors.
 
     Each line is an object with a "prompt" or with "messages". All lines have the same of the two. option_names: keys that are
-    refused, because options apply to all lines.
+    refused, because options apply to all lines. chat_format: checks dialogs.
     """
     records: list[Record] = []
     labels: list[str] = []
@@ -106,7 +114,7 @@ def read_json_lines(names: list[str], option_names: list[str]) -> tuple[list[Rec
             if not line.strip():
                 continue
             where = f"line {number}" if name == "-" else f"{name}, line {number}"
-            record = parse_json_line(line, where, option_names)
+            record = parse_json_line(line, where, option_names, chat_format)
             kind = "prompt" if "prompt" in record else "messages"
             kinds.setdefault(kind, where)
             if len(kinds) > 1:
@@ -125,7 +133,7 @@ def check_utf8(line: str) -> None:
         raise InputError(f"byte {byte:#x} is not UTF-8; convert the file to UTF-8")
 
 
-def parse_json_line(line: str, where: str, option_names: list[str]) -> Record:
+def parse_json_line(line: str, where: str, option_names: list[str], chat_format: ChatFormat = LLAMA_2) -> Record:
     """Return the object of a JSON line. Raise InputError, which names the line, for anything that cannot be answered."""
     try:
         record = json.loads(
@@ -149,7 +157,7 @@ def parse_json_line(line: str, where: str, option_names: list[str]) -> Record:
     if "prompt" in record:
         check_text(record["prompt"], f"{where}: its prompt")
     elif isinstance(record["messages"], list):
-        check_dialog(record["messages"], f"{where}: its dialog", continue_answer=True)
+        chat_format.check(record["messages"], f"{where}: its dialog", continue_answer=True)
     else:
         raise InputError(f"{where}: its messages are {describe(record['messages'])}; they must be a list")
     return record

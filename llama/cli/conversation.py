@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from .. import SamplingParams, Stream, validate_options
-from ..chat import SPECIAL_TAGS, UNSAFE_ERROR, Message, encode_dialog, is_unsafe
+from ..chat import LLAMA_2, UNSAFE_ERROR, ChatFormat, Message, is_unsafe
 from ..errors import InputError
 from ..generation import Llama
 from ..tokenizer import check_text
@@ -34,7 +34,8 @@ class Conversation:
         **sampling: Any,
     ) -> None:
         self.llama, self.print_status = llama, print_status
-        self.system = check_message("system", system) if system else None
+        self.chat_format = llama.chat_format
+        self.system = check_message("system", system, self.chat_format) if system else None
         self.exchanges: list[tuple[str, str]] = []  # pairs of question and answer, oldest first
         self.done = False  # True after the command /exit
         self.cut_off: str | None = None  # why the last answer was cut off; None if it was not
@@ -42,7 +43,7 @@ class Conversation:
         self.context_length = llama.model.params.max_seq_len
         self.verbose = verbose  # True to print the speed of each answer
         # Special tags end an answer, because the next call would refuse a dialog that contains a special tag.
-        self.stop = (*stop, *SPECIAL_TAGS)
+        self.stop = (*stop, *self.chat_format.tags)
         # The options that `set_option` changes. Without a seed, the generator that `Llama.build` has seeded is used.
         self.options: dict[str, Any] = {**asdict(SamplingParams(**sampling)), "max_gen_len": max_gen_len, "seed": None}
         del self.options["logit_bias"]  # a mapping, which cannot be typed
@@ -63,7 +64,7 @@ class Conversation:
 
         Raises InputError for a question that cannot be answered. The conversation then stays unchanged.
         """
-        return self._answer(self._truncate_to_context(check_message("user", question), self.exchanges))
+        return self._answer(self._truncate_to_context(check_message("user", question, self.chat_format), self.exchanges))
 
     def retry(self) -> Generator[str, None, None]:
         """Return a new answer to the last question, as a generator of text chunks. It replaces the answer before."""
@@ -108,7 +109,7 @@ class Conversation:
         reserved = self.context_length // 4 if max_gen_len is None else min(self.context_length // 4, max_gen_len)
         for dropped in range(len(earlier) + 1):
             dialog = self._dialog(earlier[dropped:], question)
-            n_tokens = len(encode_dialog(self.llama.tokenizer, dialog))
+            n_tokens = len(self.chat_format.encode(self.llama.tokenizer, dialog))
             if n_tokens + reserved <= self.context_length:
                 break
         else:
@@ -123,10 +124,10 @@ class Conversation:
         return dialog
 
 
-def check_message(role: str, text: str) -> str:
-    """Return the text of a message. Raise InputError if it contains a special tag, or if UTF-8 cannot encode it."""
+def check_message(role: str, text: str, chat_format: ChatFormat = LLAMA_2) -> str:
+    """Return the text of a message. Raise InputError if it contains a tag of the format, or if UTF-8 cannot encode it."""
     check_text(text, f"the {role} text")
-    if is_unsafe([{"role": "user", "content": text}]):
+    if is_unsafe([{"role": "user", "content": text}], chat_format.tags):
         raise InputError(UNSAFE_ERROR)
     return text
 

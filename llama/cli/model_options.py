@@ -19,7 +19,7 @@ def model_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--ckpt_dir", metavar="DIR", help="folder with a model, in Meta's or Hugging Face's layout; default: the demo model"
     )
-    model.add_argument("--tokenizer_path", metavar="FILE", help="default: tokenizer.model in DIR or its parent folder")
+    model.add_argument("--tokenizer_path", metavar="FILE", help="default: tokenizer.model or .json in DIR, or .model above")
     model.add_argument(
         "--max_seq_len",
         type=int,

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ..chat import Dialog, check_dialog, continues_answer, encode_dialog, is_unsafe
+from ..chat import LLAMA_2, ChatFormat, Dialog, continues_answer, is_unsafe
 from ..errors import InputError, check_flag, describe, is_integer
-from ..tokenizer import Tokenizer, check_text
+from ..tokenizer import Tokenizer, check_text, encode_prompt
 from .call_options import CallOptions, PromptOptions, to_list
 from .checks import common_prefix_length
 from .requests import GenerationCall, Request, ScoringRequest
@@ -63,9 +63,14 @@ class RequestBuilder:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, max_seq_len: int, what_guesses: Callable[[str | None], str] = lambda _: ""
+        self,
+        tokenizer: Tokenizer,
+        max_seq_len: int,
+        chat_format: ChatFormat = LLAMA_2,
+        what_guesses: Callable[[str | None], str] = lambda _: "",
     ) -> None:
-        self.tokenizer, self.max_seq_len, self.what_guesses = tokenizer, max_seq_len, what_guesses
+        self.tokenizer, self.max_seq_len, self.chat_format = tokenizer, max_seq_len, chat_format
+        self.what_guesses = what_guesses
 
     def from_tokens(
         self,
@@ -131,8 +136,11 @@ class RequestBuilder:
         dialogs = to_list(dialogs, "dialogs", "a list of dialogs, as in [dialog]")
         dialog_labels = labels(label, dialogs)
         for dialog_label, dialog in zip(dialog_labels, dialogs, strict=True):
-            check_dialog(dialog, dialog_label, continue_answer)
-        encoded = [None if is_unsafe(dialog) else encode_dialog(self.tokenizer, dialog) for dialog in dialogs]
+            self.chat_format.check(dialog, dialog_label, continue_answer)
+        encoded = [
+            None if is_unsafe(dialog, self.chat_format.tags) else self.chat_format.encode(self.tokenizer, dialog, dialog_label)
+            for dialog, dialog_label in zip(dialogs, dialog_labels, strict=True)
+        ]
         continued = [continues_answer(dialog) for dialog in dialogs]
         return self._call(
             encoded, dialog_labels, options, continued, logprobs=logprobs, stop=(), details=details, top_logprobs=top_logprobs
@@ -264,7 +272,7 @@ class RequestBuilder:
         return rows, item_labels
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, bos=True, eos=False)
+        return encode_prompt(self.tokenizer, text)
 
     def _call(
         self,

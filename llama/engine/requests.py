@@ -109,6 +109,7 @@ class GenerationCall:
     stop: Sequence[str] | None = None
     details: bool | None = False
     stop_token: int | None = None  # token that ends an answer; None for EOS
+    more_eos_ids: tuple[int, ...] = ()  # tokens that end an answer besides EOS, by the model's own settings
     stop_token_ids: tuple[int, ...] = ()  # further tokens that end an answer
     ignore_eos: bool = False  # True if only `stop_token_ids` end an answer
     # Function that samples tokens, given probabilities (B, vocab) and top_p. Greedy sampling does not use this function.
@@ -139,8 +140,9 @@ class GenerationCall:
     @cached_property
     def end_tokens(self) -> frozenset[int]:
         """Return the tokens that end an answer."""
-        first = () if self.ignore_eos or self.stop_token is None else (self.stop_token,)
-        return frozenset((*first, *self.stop_token_ids))
+        first = () if self.stop_token is None else (self.stop_token,)
+        of_model = () if self.ignore_eos else (*first, *self.more_eos_ids)
+        return frozenset((*of_model, *self.stop_token_ids))
 
     @property
     def scores_prompts(self) -> bool:

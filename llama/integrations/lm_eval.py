@@ -19,6 +19,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from llama import InputError, Llama, Score
+from llama.tokenizer import encode_prompt
 
 NAME = "llama-meta"
 DEFAULT_ROWS = 8
@@ -33,7 +34,8 @@ class LlamaMeta(TemplateLM):
     ckpt_dir, tokenizer_path, max_seq_len, device and options: arguments of `Llama.build`. llama: instead of these, a model that
     has been built.
     batch_size: rows of the KV cache, or "auto" for 8. max_batch_size: the same, and goes before batch_size.
-    max_gen_toks: largest number of new tokens in an answer, for tasks that give none. BOS precedes each text.
+    max_gen_toks: largest number of new tokens in an answer, for tasks that give none. BOS precedes each text, if the model's
+    texts begin with it.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class LlamaMeta(TemplateLM):
         return f"{NAME}-{self.llama.tokenizer.n_words}"
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        return "Llama 2" if chat_template else ""
+        return self.llama.chat_format.name if chat_template else ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return a dialog as a text that `tok_encode` understands.
@@ -93,7 +95,9 @@ class LlamaMeta(TemplateLM):
             dialog, _, answer = string[1:].partition(END_DIALOG)
             messages = json.loads(dialog) + ([{"role": "assistant", "content": answer}] if answer.strip() else [])
             return self.llama.encode_dialog(messages, continue_answer=bool(answer.strip()))
-        return tokenizer.encode(string, bos=add_special_tokens is not False, eos=False)
+        if add_special_tokens is False:
+            return tokenizer.encode(string, bos=False, eos=False)
+        return encode_prompt(tokenizer, string)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **kwargs: Any

@@ -11,6 +11,7 @@ import torch
 from ..checkpoint import hugging_face_config, layouts, packed_file
 from ..checkpoint.adapter_config import CONFIG, read_adapter_config
 from ..checkpoint.hugging_face import expected_tensors
+from ..checkpoint.hugging_face_settings import read_settings
 from ..checkpoint.params import check_folder, list_folder
 from ..checkpoint.paths import find_tokenizer
 from ..errors import CheckpointError, format_bytes, short_repr
@@ -84,12 +85,12 @@ def _describe_tokenizer(folder: Path) -> str:
         path = find_tokenizer(folder)
         where = "" if path.parent == folder else ", in the parent folder"
         return f"{path.name} ({'SentencePiece' if path.suffix == '.model' else 'tokenizers'}){where}"
-    return "tokenizer.json alone" if (folder / "tokenizer.json").is_file() else "none: give tokenizer_path"
+    return "none: give tokenizer_path"
 
 
 def _describe_template(folder: Path) -> str:
-    template = hugging_face_config.chat_template(folder) if layouts.uses_hugging_face(folder) else None
-    if template is None:
+    template = read_settings(folder).template if layouts.uses_hugging_face(folder) else None
+    if not template:
         return "none stored"
     return next((name for text, name in _TEMPLATES.items() if text in template), "another one")
 

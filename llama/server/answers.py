@@ -19,6 +19,7 @@ class Model(Protocol):
     """What the server needs of a `Llama`."""
 
     tokenizer: Any
+    chat_format: Any
     model: Any
 
     def agenerate_stream(self, prompt_tokens: Any, max_gen_len: int | None, *args: Any, **options: Any) -> AsyncTokens: ...
@@ -56,7 +57,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
         """prompt: the tokens before the first one, whose text is not part of the choice."""
-        self.sp_model, self.detokenizer, self.offset = tokenizer.sp_model, make_detokenizer(tokenizer), 0
+        self.tokenizer, self.detokenizer, self.offset = tokenizer, make_detokenizer(tokenizer), 0
         self.started = bool(prompt and self.detokenizer.begin(prompt))
 
     def push(self, token: GeneratedToken) -> TokenLogprob:
@@ -65,24 +66,18 @@ class TokenTexts:
         text, value = self.text_of(token.token)
         before = self.offset
         self.offset += len(self.detokenizer.push(token.token))
-        self.started = self.started or not self.sp_model.is_control(token.token)
+        self.started = self.started or not self.tokenizer.is_control(token.token)
         offset = self.offset - len(text) if text.encode() == value else before  # one of several bytes of a character
         logprob = None if token.logprob is None else max(token.logprob, LEAST_LOGPROB)
         return TokenLogprob(text, value, logprob, top, offset)
 
     def text_of(self, token: int) -> TokenText:
         """Return the text of a token as the next one of the row. A control token, such as EOS, has none."""
-        if self.sp_model.is_byte(token):
-            value = bytes.fromhex(self.sp_model.id_to_piece(token)[3:-1])
-            return TokenText(value.decode() if value.isascii() else f"bytes:\\x{value.hex()}", value)
-        text = ""
-        if self.sp_model.is_unknown(token):
-            text = self.sp_model.decode([token])
-        elif not self.sp_model.is_control(token):
-            text = self.sp_model.id_to_piece(token).replace("\u2581", " ")
-        if not self.started:
-            text = text.removeprefix(" ")
-        return TokenText(text, text.encode())
+        value = self.tokenizer.token_bytes(token, first=not self.started)
+        try:
+            return TokenText(value.decode(), value)
+        except UnicodeDecodeError:
+            return TokenText("bytes:" + "".join(f"\\x{byte:02x}" for byte in value), value)
 
 
 class Answer:
@@ -96,7 +91,8 @@ class Answer:
         self.finish_reason: FinishReason | None = None
         self.ended = self.prompt_counted = False
         self.created = time.monotonic()
-        self.end_tokens = {*job.stop_token_ids} if job.ignore_eos else {self.tokenizer.eos_id, *job.stop_token_ids}
+        eos_ids = () if job.ignore_eos else (self.tokenizer.eos_id, *self.tokenizer.more_eos_ids)
+        self.end_tokens = {*eos_ids, *job.stop_token_ids}
         options = job.options(index, self.limit)
         self.tokens = llama.agenerate_stream([self.prompt], self.limit, **options) if self.prompt else None
         metrics.in_flight += 1  # last: an answer that could not be made is never ended

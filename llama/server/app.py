@@ -108,7 +108,7 @@ class App:
         self.llama, self.settings = llama, settings
         params = llama.model.params
         max_answers = params.max_batch_size + settings.max_queue
-        self.served = ServedModel(settings.model_name, llama.tokenizer, params.max_seq_len, max_answers)
+        self.served = ServedModel(settings.model_name, llama.tokenizer, llama.chat_format, params.max_seq_len, max_answers)
         self.metrics = Metrics(params.max_batch_size)
         page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
         self.page = page, {"Content-Security-Policy": content_security_policy(page), "X-Frame-Options": "DENY"}

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from time import time
 from typing import Any, NoReturn, TypeVar
 
-from ..chat import Dialog, check_dialog, continues_answer, encode_dialog, is_unsafe
+from ..chat import ChatFormat, Dialog, continues_answer, is_unsafe
 from ..engine.requests import MAX_TOP_LOGPROBS
 from ..errors import InputError, describe, short_repr
 from ..sampling import SamplingParams, check_bias_tokens
-from ..tokenizer import Tokenizer, check_text
+from ..tokenizer import Tokenizer, check_text, encode_prompt
 
 MAX_STOPS = 16  # stop strings of a request
 MAX_STOP_LENGTH = 1000  # letters of a stop string: the time to look for one in a text grows with the square of its length
@@ -102,6 +102,7 @@ class ServedModel:
 
     name: str
     tokenizer: Tokenizer
+    chat_format: ChatFormat
     max_seq_len: int
     max_answers: int  # that may run or wait at a time
 
@@ -177,7 +178,7 @@ def parse_chat(raw: bytes, served: ServedModel) -> Job:
     if messages is None:
         refuse("messages", "messages is missing; it must be a list of messages")
     dialog: Any = [_parse_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    prompt = _encode_dialog(dialog, served.tokenizer)
+    prompt = _encode_dialog(dialog, served)
     limits = [body.take_count(name, None, 1) for name in ("max_completion_tokens", "max_tokens")]
     given = {limit for limit in limits if limit is not None}
     if len(given) == 2:
@@ -213,10 +214,11 @@ def _parse_message(message: Any, name: str) -> dict[str, Any]:
     return parsed
 
 
-def _encode_dialog(dialog: Dialog, tokenizer: Tokenizer) -> list[int]:
+def _encode_dialog(dialog: Dialog, served: ServedModel) -> list[int]:
     """Return the tokens of a dialog, none if it contains special tags."""
-    _check(check_dialog, "messages", dialog, "the dialog", True)
-    return [] if is_unsafe(dialog) else encode_dialog(tokenizer, dialog)
+    chat_format = served.chat_format
+    _check(chat_format.check, "messages", dialog, "the dialog", True)
+    return [] if is_unsafe(dialog, chat_format.tags) else _check(chat_format.encode, "messages", served.tokenizer, dialog)
 
 
 def parse_completion(raw: bytes, served: ServedModel) -> Job:
@@ -256,7 +258,7 @@ def _parse_prompts(prompt: Any, served: ServedModel) -> list[list[int]]:
             rows.append(each)
         else:
             _check(check_text, "prompt", each, name)
-            rows.append(tokenizer.encode(each, bos=True, eos=False))
+            rows.append(encode_prompt(tokenizer, each))
     return rows
 
 
@@ -343,9 +345,9 @@ def _take_logit_bias(body: Body, n_words: int) -> dict[int, float]:
     return bias
 
 
-def _check(check: Callable[..., Any], param: str, *arguments: Any) -> None:
-    """Run a check of the library. Its InputError becomes an ApiError about `param`."""
+def _check(check: Callable[..., T], param: str, *arguments: Any) -> T:
+    """Run a check of the library, and return its result. Its InputError becomes an ApiError about `param`."""
     try:
-        check(*arguments)
+        return check(*arguments)
     except InputError as e:
         refuse(param, str(e))

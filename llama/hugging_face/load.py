@@ -1,0 +1,196 @@
+"""Load the tokenizer and the chat format of a model: Llama 2's own, or those of a folder in Hugging Face's layout."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from sentencepiece import SentencePieceProcessor
+
+from ..chat import LLAMA_2, ChatFormat
+from ..checkpoint.hugging_face_settings import AddedToken, TextSettings, read_settings
+from ..checkpoint.layouts import uses_hugging_face
+from ..checkpoint.paths import find_tokenizer
+from ..errors import CheckpointError, check_path, short_repr
+from ..tokenizer import Tokenizer
+from .byte_pairs import make_byte_pairs, n_tokens, read_added_tokens, read_tokenizer_json
+from .chat_template import TemplateFormat
+from .tokenizer import HuggingFaceTokenizer, Vocabulary
+
+MAX_ADDED = 100_000  # numbers that may be free between the tokens of a vocabulary
+
+
+class LoadedText(NamedTuple):
+    """What turns texts and dialogs into tokens. notes: lines for stderr."""
+
+    tokenizer: Tokenizer
+    chat_format: ChatFormat
+    notes: list[str]
+
+
+def load_text(ckpt_dir: str | os.PathLike[str], tokenizer_path: str | os.PathLike[str] | None, vocab_size: int) -> LoadedText:
+    """Return the tokenizer of a model, its chat format, and a line about each setting of its folder that is not followed.
+
+    vocab_size: of the model; -1 if it is not known. tokenizer_path: a tokenizer.model or tokenizer.json; by default the one of
+    the folder. Raises CheckpointError for a missing, damaged or unsupported file.
+    """
+    path = Path(find_tokenizer(ckpt_dir)) if tokenizer_path is None else tokenizer_path
+    folder = _settings_folder(Path(ckpt_dir).expanduser(), path)
+    if folder is None:
+        return LoadedText(Tokenizer(path), LLAMA_2, [])
+    settings = read_settings(folder)
+    chat_format = _chat_format(settings)
+    path = check_path(path, "tokenizer_path", "tokenizer.model or tokenizer.json, which is in the model's folder")
+    tokenizer: Tokenizer = (
+        _from_json(path, settings, vocab_size)
+        if path.suffix == ".json"
+        else _from_model(path, folder, settings, vocab_size, chat_format is LLAMA_2)
+    )
+    _set_ends(tokenizer, settings)
+    return LoadedText(tokenizer, chat_format, _notes(folder, tokenizer, settings, vocab_size))
+
+
+def find_chat_format(ckpt_dir: str | os.PathLike[str] | None) -> ChatFormat:
+    """Return the chat format of a folder; Llama 2's if it has none, or if it is no folder in Hugging Face's layout."""
+    folder = Path(ckpt_dir).expanduser() if ckpt_dir else None
+    if folder is None or not folder.is_dir() or not uses_hugging_face(folder):
+        return LLAMA_2
+    return _chat_format(read_settings(folder))
+
+
+def _settings_folder(ckpt_dir: Path, tokenizer_path: str | os.PathLike[str]) -> Path | None:
+    """Return the folder whose small files describe texts; None for Meta's layout with a tokenizer.model."""
+    if ckpt_dir.is_dir() and uses_hugging_face(ckpt_dir):
+        return ckpt_dir
+    return Path(tokenizer_path).expanduser().parent if str(tokenizer_path).endswith(".json") else None
+
+
+def _chat_format(settings: TextSettings) -> ChatFormat:
+    template = settings.template
+    if template is None or settings.template_path is None or ("[INST]" in template and "<<SYS>>" in template):
+        return LLAMA_2
+    return TemplateFormat(template, settings.template_path, settings.roles)
+
+
+def _from_json(path: Path, settings: TextSettings, vocab_size: int) -> HuggingFaceTokenizer:
+    values = read_tokenizer_json(path)
+    read_added_tokens(values, path, settings)
+    pairs = make_byte_pairs(values, path)
+    added = _added_tokens(path, settings, values["model"]["vocab"], vocab_size)
+    token_bytes = _with_added(path, pairs.token_bytes, added)
+    control = frozenset(token.id for token in added if token.special)
+    unknown = values["model"]["vocab"].get(pairs.unknown or settings.roles.get("unk_token"))
+    roles = {role: next((t.id for t in added if t.text == text), None) for role, text in settings.roles.items()}
+    if unknown is not None and not pairs.is_byte_level and unknown not in (roles.get("bos_token"), roles.get("eos_token")):
+        token_bytes[unknown], control = " \u2047 ".encode(), control - {unknown}  # as SentencePiece has it
+    settings.begins_with_bos = pairs.begins_with_bos if settings.begins_with_bos is None else settings.begins_with_bos
+    vocabulary = Vocabulary(
+        token_bytes, control, pairs.spaces.at_start, pairs.single_bytes | {unknown}, pairs.spaces.before_each_part,
+        pairs.is_byte_level,
+    )  # fmt: skip
+    bos, eos = _bos_and_eos(path, roles, settings)
+    pad = roles.get("pad_token")
+    return HuggingFaceTokenizer(pairs.encoder, vocabulary, added, bos, eos, -1 if pad is None else pad)
+
+
+class SentencePieceEncoder:
+    """Encode texts with a SentencePiece model."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def encode(self, text: str, at_start: bool) -> list[int]:
+        return self.tokenizer.sp_model.encode(text) if at_start else self.tokenizer.encode_infilling(text)
+
+
+def _from_model(path: Path, folder: Path, settings: TextSettings, vocab_size: int, is_llama_2: bool) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.model, with the added tokens of the folder's other files."""
+    pieces = Tokenizer(path)
+    model: SentencePieceProcessor = pieces.sp_model
+    json_path = folder / "tokenizer.json"
+    if vocab_size > max([pieces.n_words, *(id_ + 1 for id_ in settings.added)]) and json_path.is_file():
+        values = read_tokenizer_json(json_path)
+        if n_tokens(values) > pieces.n_words:
+            return _from_json(json_path, settings, vocab_size)
+        read_added_tokens(values, json_path, settings)
+    ids = {model.id_to_piece(id_): id_ for id_ in range(pieces.n_words)}
+    for id_ in range(pieces.n_words):
+        if model.is_control(id_) or model.is_unknown(id_):
+            settings.added[id_] = AddedToken(id_, model.id_to_piece(id_), special=True)
+    added = _added_tokens(path, settings, ids, vocab_size)
+    if is_llama_2 and all(token.special and token.id < pieces.n_words for token in added):
+        return pieces
+    unknown = model.unk_id()
+    vocabulary = Vocabulary(
+        _with_added(path, {id_: pieces.token_bytes(id_) for id_ in range(pieces.n_words)}, added, keep=unknown),
+        frozenset(token.id for token in added if token.special and token.id != unknown),
+        drops_space=pieces.sp_model.encode_as_pieces("a")[0].startswith("\u2581"),
+        keep_space=frozenset(id_ for id_ in range(pieces.n_words) if model.is_byte(id_) or id_ == unknown),
+        space_before_each_part=settings.legacy,
+    )  # fmt: skip
+    roles = {role: ids_of[text] for role, text in settings.roles.items() if text in (ids_of := {t.text: t.id for t in added})}
+    bos, eos = roles.get("bos_token", pieces.bos_id), roles.get("eos_token", pieces.eos_id)
+    tokenizer = HuggingFaceTokenizer(SentencePieceEncoder(pieces), vocabulary, added, bos, eos, pieces.pad_id)
+    tokenizer.sp_model = model
+    return tokenizer
+
+
+def _added_tokens(path: Path, settings: TextSettings, ids: dict[str, int], vocab_size: int) -> list[AddedToken]:
+    """Return the added tokens: those of the files, and the special tokens that are in the vocabulary, sorted by number.
+
+    ids: the number of each token of the vocabulary. Special are also added tokens that end answers. Tokens beyond the model's
+    vocabulary are left out.
+    """
+    added = dict(settings.added)
+    known = {token.text for token in added.values()}
+    added |= {ids[text]: AddedToken(ids[text], text) for text in settings.special - known if text in ids}
+    for id_, token in added.items():
+        if token.text in settings.special or id_ in settings.eos_ids:
+            added[id_] = replace(token, special=True)
+    numbers: dict[str, int] = {}
+    for token in added.values():
+        if numbers.setdefault(token.text, token.id) != token.id:
+            raise CheckpointError(
+                f"{path}: the added token {short_repr(token.text)} has the numbers {numbers[token.text]} and {token.id} in the "
+                "files of this folder; fetch them again"
+            )
+    return sorted((t for t in added.values() if vocab_size < 0 or t.id < vocab_size), key=lambda token: token.id)
+
+
+def _with_added(path: Path, token_bytes: dict[int, bytes], added: list[AddedToken], keep: int = -1) -> list[bytes]:
+    """Return the text of each token in UTF-8, with the added tokens, but for the token `keep`; free numbers have no text."""
+    n_words = max([*token_bytes, *(token.id for token in added)]) + 1
+    if n_words > len(token_bytes) + len(added) + MAX_ADDED:
+        raise CheckpointError(f"{path}: the tokens have numbers up to {n_words - 1:,}, and most are missing; fetch it again")
+    texts = [token_bytes.get(id_, b"") for id_ in range(n_words)]
+    for token in added:
+        if token.id != keep:
+            texts[token.id] = token.text.encode()
+    return texts
+
+
+def _bos_and_eos(path: Path, roles: dict[str, int | None], settings: TextSettings) -> tuple[int, int]:
+    """Return BOS and EOS of a tokenizer.json: by the names of its tokens, or by the numbers in the model's settings."""
+    eos, bos = roles.get("eos_token"), roles.get("bos_token")
+    eos = next(iter(settings.eos_ids), None) if eos is None else eos
+    bos = settings.bos_id if bos is None else bos
+    if eos is None:
+        raise CheckpointError(
+            f"{path}: no EOS: neither eos_token in tokenizer_config.json nor eos_token_id in config.json names a token that "
+            "ends answers; add one of them"
+        )
+    return (eos if bos is None else bos), eos  # transformers begins an empty text with EOS if a model has no BOS
+
+
+def _set_ends(tokenizer: Tokenizer, settings: TextSettings) -> None:
+    """Set the tokens that end answers besides EOS, and whether texts begin with BOS."""
+    tokenizer.more_eos_ids = tuple(id_ for id_ in settings.eos_ids if 0 <= id_ < tokenizer.n_words and id_ != tokenizer.eos_id)
+    tokenizer.begins_with_bos = settings.begins_with_bos is not False
+
+
+def _notes(folder: Path, tokenizer: Tokenizer, settings: TextSettings, vocab_size: int) -> list[str]:
+    lines = []
+    left_out = [token.text for token in settings.added.values() if 0 <= vocab_size <= token.id]
+    if left_out:
+        lines.append(f"added tokens beyond the model's vocabulary of {vocab_size:,} are left out: {short_repr(left_out)}")
+    return [f"llama: {line}" for line in lines]

@@ -1,0 +1,59 @@
+"""Write the small files of a folder in Hugging Face's layout: tokenizers, added tokens, settings."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+SPACE = "\u2581"
+# Texts that divide tokenizers: spaces, control pieces, line ends, several characters seen as one, characters of several bytes.
+ATOMS = (
+    "<s>", "</s>", "<unk>", "<0x0A>", SPACE, " ", "  ", "\n", "\r\n", "\t", "\x00", "\u00e9", "e\u0301", "\u200d", "\U0001f600",
+    "\U0001f469\u200d\U0001f467", "\u65e5\u672c", "\u05e2\u05d1", "\u00a0", "\u3000", "[INST]", "The", " quick", "fox's", "123",
+    "a" * 20, "<|im_end|>", "s>", "\ufffd", "\U0010ffff",
+)  # fmt: skip
+
+
+def write(folder: Path, **files: Any) -> Path:
+    """Write values as JSON files. Their names are the keywords."""
+    for name, values in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(values))
+    return folder
+
+
+def added(id_: int, content: str, special: bool = False, **flags: bool) -> dict[str, Any]:
+    """Return an added token as tokenizer.json describes it."""
+    defaults = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    return {"id": id_, "content": content, "special": special} | defaults | flags
+
+
+def llama_json(model_path: Path, legacy: bool = True, more: tuple[dict[str, Any], ...] = ()) -> dict[str, Any]:
+    """Return the tokenizer.json of a SentencePiece model, as transformers converts it. legacy: the older of its two forms.
+
+    more: added tokens besides the control tokens.
+    """
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_path))
+    vocab = {pieces.id_to_piece(id_): id_ for id_ in range(pieces.vocab_size())}
+    merges = []
+    for piece, id_ in sorted(vocab.items(), key=lambda item: -pieces.get_score(item[1])):
+        if not (pieces.is_control(id_) or pieces.is_unknown(id_) or pieces.is_byte(id_)):
+            halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+            merges += [pair for pair in halves if pair[0] in vocab and pair[1] in vocab]
+    replaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prepends = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, replaces]}
+    metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
+    begins = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    return {
+        "version": "1.0", "normalizer": prepends if legacy else None, "pre_tokenizer": None if legacy else metaspace,
+        "added_tokens": [*(added(id_, pieces.id_to_piece(id_), special=True) for id_ in range(3)), *more],
+        "post_processor": {
+            "type": "TemplateProcessing", "single": [begins, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {
+            "type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "vocab": vocab, "merges": merges,
+        },
+    }  # fmt: skip
