@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from llama.distributed import control
 from llama.engine import scheduler
 from llama.engine.async_calls import AsyncTokens
 from llama.engine.requests import GeneratedToken
+from llama.engine.step_costs import StepCosts
 
 from .support import environment
 
@@ -602,6 +604,25 @@ def test_a_prompt_is_counted_once_as_in_usage(start: Callable[..., Client]) -> N
     ):
         total += client.post(COMPLETION, prompt=["The quick", "Once"], **fields)[1]["usage"]["prompt_tokens"]
         assert client.app.metrics.prompt_tokens == total, fields
+
+
+def test_metrics_count_guesses(small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepCosts, "known", lambda self, n: True)
+    monkeypatch.setattr(StepCosts, "seconds", lambda self, n: 1.0)
+    llama = Llama.build(small.folder, small.tokenizer_path, 64, 2, device="cpu", speculate="prompt")
+    options = {"temperature": 0, "repetition_penalty": 0.2, "ignore_eos": True}  # lets the answer repeat the prompt
+    prompt = [1, 5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 7]
+    (want,) = llama.text_completion([prompt], details=True, max_gen_len=40, **options)  # type: ignore[arg-type]
+    client = Client(llama)
+    try:
+        assert client.post(COMPLETION, prompt=prompt, max_tokens=40, **options)[0] == 200
+        wait_until(lambda: client.app.metrics.in_flight == 0)
+        lines = client.get("/metrics")[1].splitlines()
+    finally:
+        client.stop()
+    assert 0 < want["accepted_tokens"] <= want["guessed_tokens"]
+    assert f"llama_guessed_tokens_total {want['guessed_tokens']}" in lines
+    assert f"llama_accepted_tokens_total {want['accepted_tokens']}" in lines
 
 
 def test_seconds_are_measured_from_acceptance_and_between_tokens(start: Callable[..., Client]) -> None:

@@ -144,6 +144,9 @@ def test_streams_and_async_calls_speculate(always: None, speculating: Llama, kin
     want = speculating.text_completion(["The quick brown fox"], 0.0, max_gen_len=30)[0]["generation"]
     stream = speculating.text_completion_stream("The quick brown fox", 0.0, max_gen_len=30, speculate=kind)
     assert "".join(stream) == want
+    (result,) = speculating.text_completion(["The quick brown fox"], 0.0, max_gen_len=30, speculate=kind, details=True)
+    assert 0 < stream.guessed_tokens == result["guessed_tokens"]
+    assert stream.accepted_tokens == result["accepted_tokens"]
     got = asyncio.run(speculating.atext_completion(["The quick brown fox"], 0.0, max_gen_len=30, speculate=kind))
     assert got[0]["generation"] == want
 

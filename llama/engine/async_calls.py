@@ -215,6 +215,16 @@ class AsyncTokens(AsyncGenerator[GeneratedToken, None]):
         """Return how many tokens of each prompt were in the KV cache already; 0 before the prompt's first token."""
         return [request.num_cached_tokens for request in self._requests]
 
+    @property
+    def guessed_tokens(self) -> list[int]:
+        """Return how many guesses of each answer's tokens have been computed so far; 0 without `speculate`."""
+        return [request.num_guessed_tokens for request in self._requests]
+
+    @property
+    def accepted_tokens(self) -> list[int]:
+        """Return how many of the guesses of each answer were right."""
+        return [request.num_accepted_tokens for request in self._requests]
+
     def asend(self, value: None) -> Coroutine[Any, Any, GeneratedToken]:
         return self._tokens.asend(value)
 

@@ -43,6 +43,16 @@ class AnswerProgress:
         return self._request.num_cached_tokens
 
     @property
+    def guessed_tokens(self) -> int:
+        """Return how many guesses of the answer's tokens have been computed so far; 0 without `speculate`."""
+        return self._request.num_guessed_tokens
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Return how many of the guesses were right."""
+        return self._request.num_accepted_tokens
+
+    @property
     def new_tokens(self) -> int:
         """Return the number of tokens whose text has been read so far, without EOS."""
         return self._request.num_new_tokens

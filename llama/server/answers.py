@@ -163,6 +163,9 @@ class Answer:
             self.ended = True
             self.metrics.in_flight -= 1
             self.metrics.running -= self.new_tokens > 0
+            if self.tokens:
+                self.metrics.guessed_tokens += sum(self.tokens.guessed_tokens)
+                self.metrics.accepted_tokens += sum(self.tokens.accepted_tokens)
 
 
 async def merged(answers: list[Answer]) -> AsyncGenerator[tuple[Answer, Piece | None], None]:

@@ -37,6 +37,8 @@ class Metrics:
     running: int = 0  # those of them that have got their first token
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
     requests: Counter[tuple[str, int]] = field(default_factory=Counter)  # by path and status
     seconds_to_first_token: Histogram = field(
         default_factory=lambda: Histogram((0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0))
@@ -58,6 +60,8 @@ class Metrics:
             ("llama_answers_waiting", "gauge", "Answers that wait for their first token.", self.in_flight - self.running),
             ("llama_prompt_tokens_total", "counter", "Tokens of prompts, each prompt once.", self.prompt_tokens),
             ("llama_completion_tokens_total", "counter", "Tokens of answers.", self.completion_tokens),
+            ("llama_guessed_tokens_total", "counter", "Guesses of tokens of ended answers.", self.guessed_tokens),
+            ("llama_accepted_tokens_total", "counter", "Guesses that were right.", self.accepted_tokens),
             (
                 "llama_requests_total", "counter", "HTTP requests, by path and status.",
                 [
