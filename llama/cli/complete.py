@@ -33,7 +33,7 @@ def run_complete(args: argparse.Namespace) -> None:
     configure_stream(sys.stdout, errors="replace", **({"encoding": "utf-8"} if args.jsonl else {}))
     records, labels = run_on_rank0(
         lambda: (
-            read_json_lines(args.prompts or ["-"], [*options, "seed"], find_chat_format(args.ckpt_dir))
+            read_json_lines(args.prompts or ["-"], [*options, "seed", "speculate"], find_chat_format(args.ckpt_dir))
             if args.jsonl
             else read_texts(args.prompts)
         )

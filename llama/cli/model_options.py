@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from .. import Llama, SamplingParams, resolve_model_paths, validate_options
+from ..errors import InputError, LlamaError
 
 # Repeated here, because the command line imports neither `quantization` nor `checkpoint`; `build` checks these values again.
 QUANTIZE_FORMATS = ("int8", "int4")
@@ -31,6 +32,10 @@ def model_parser() -> argparse.ArgumentParser:
     model.add_argument("--dtype", help=f"{DTYPES}; default: the stored one")
     model.add_argument("--quantize", choices=QUANTIZE_FORMATS, help="store the weight matrices in 8 or 4 bit")
     model.add_argument("--adapter", metavar="DIR", help="folder with a LoRA adapter, which is merged into the weights")
+    model.add_argument("--speculate", choices=("prompt",), help="guess tokens from those before, for faster decoding")
+    model.add_argument(
+        "--draft_dir", metavar="DIR", help="folder with a smaller model of the same tokenizer, which guesses tokens"
+    )
     model.add_argument("--compile", action="store_true", help="use torch.compile (CUDA): faster decoding after a slower start")
     model.add_argument("--model_parallel_size", type=int, metavar="N", help="ranks that share one model; default: all")
     model.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the random numbers; default: 1")
@@ -74,15 +79,30 @@ def unescape(text: str) -> str:
 
 
 def build_model(args: argparse.Namespace, max_batch_size: int) -> Llama:
-    """Load the model that the flags specify."""
+    """Load the model that the flags specify, after its draft if there is one."""
+    if args.speculate is not None and args.draft_dir is not None:
+        raise InputError(f"speculate={args.speculate!r} and draft_dir are two ways to guess tokens; give one of them")
     ckpt_dir, tokenizer_path = resolve_model_paths(args.ckpt_dir, args.tokenizer_path)
     if args.max_seq_len is None:
         args.max_seq_len = 4096 if args.ckpt_dir else 512  # the context lengths of Llama 2 (4096) and of the demo model (512)
+    sizes = args.max_seq_len, max_batch_size
+    names = "seed", "device", "dtype", "compile", "quantize", "model_parallel_size"
+    options = {name: getattr(args, name) for name in names}
+    draft = None if args.draft_dir is None else build_draft(args.draft_dir, args.tokenizer_path, *sizes, **options)
     return Llama.build(
-        ckpt_dir, tokenizer_path, args.max_seq_len, max_batch_size,
-        seed=args.seed, device=args.device, dtype=args.dtype, compile=args.compile,
-        quantize=args.quantize, model_parallel_size=args.model_parallel_size, adapter=args.adapter,
+        ckpt_dir, tokenizer_path, *sizes, adapter=args.adapter, speculate=args.speculate, draft=draft, **options
     )  # fmt: skip
+
+
+def build_draft(draft_dir: str, tokenizer_path: str | None, *sizes: int, **options: Any) -> Llama:
+    """Load a draft. Errors call its folder draft_dir. sizes, options: the arguments of `Llama.build` for the large model."""
+    try:
+        return Llama.build(*resolve_model_paths(draft_dir, tokenizer_path), *sizes, **options)
+    except LlamaError as e:
+        quoted_or_name = r"'[^']*'|\bckpt_dir\b"
+        message = re.sub(quoted_or_name, lambda match: "draft_dir" if match[0] == "ckpt_dir" else match[0], str(e))
+        is_clear = "draft_dir" in message or isinstance(e, InputError)  # other arguments are those of the large model, too
+        raise type(e)(message if is_clear else f"the draft in draft_dir: {message}") from None
 
 
 def call_options(args: argparse.Namespace) -> dict[str, Any]:
