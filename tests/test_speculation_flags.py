@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -71,6 +72,16 @@ def test_the_draft_is_built_like_its_model(
     assert draft_options["quantize"] == "int8" and draft_options["dtype"] == "float32"
     for name, size in (("max_seq_len", 64), ("max_batch_size", 2)):
         assert getattr(draft.model.params, name) == getattr(llama.model.params, name) == size
+
+
+def test_json_lines_get_the_numbers_of_guesses(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["complete", *flags, "--speculate", "prompt", "--max_gen_len", "5", "--jsonl", str(tmp_path / "prompts")]
+    (tmp_path / "prompts").write_text(json.dumps({"prompt": PROMPT}))
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out).keys() >= {"generation", "guessed_tokens", "accepted_tokens"}
+    for key, error in (("guessed_tokens", "a key that the answer adds"), ("speculate", "give --speculate, or rename the key")):
+        (tmp_path / "prompts").write_text(json.dumps({"prompt": PROMPT, key: 1}))
+        assert main(command) == 1 and error in capsys.readouterr().err
 
 
 def test_a_draft_guesses_for_chats(flags: list[str], draft_dir: Path, built: list, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,8 @@ from .model_options import build_model, call_options
 from .terminal import Terminal, configure_stream
 
 CHUNK_BATCHES = 16  # batches per call, if the prompts are divided among several calls
-RESULT_KEYS = ("generation", "finish_reason", "prompt_tokens", "new_tokens")  # the keys that an answer adds to a JSON object
+# The keys that an answer adds to a JSON object; the last two if tokens are guessed.
+RESULT_KEYS = ("generation", "finish_reason", "prompt_tokens", "new_tokens", "guessed_tokens", "accepted_tokens")
 
 Record = dict[str, Any]  # {"prompt": TEXT} or {"messages": DIALOG}; from a JSON line, with any other keys of the line
 
