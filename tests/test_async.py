@@ -15,7 +15,7 @@ import torch
 import llama.engine.async_calls as async_calls
 from llama import InputError, Llama, NonFiniteError
 from llama.chat import UNSAFE_ERROR
-from llama.engine import scheduler
+from llama.engine.decode_state import DecodeState
 
 from .support import assert_raises, run
 
@@ -200,7 +200,7 @@ def test_wrong_input_raises_at_the_call_before_any_await(llama: Llama) -> None:
 
 
 def test_numbers_that_are_not_finite_end_their_own_call_only(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = scheduler.DecodeState.sample
+    sample = DecodeState.sample
 
     def damage(state: Any, **options: Any) -> Any:
         state.logits[1:] = torch.nan
@@ -211,7 +211,7 @@ def test_numbers_that_are_not_finite_end_their_own_call_only(llama: Llama, monke
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scheduler.DecodeState, "sample", damage)
+        patch.setattr(DecodeState, "sample", damage)
         first, second = asyncio.run(two())
     assert first == llama.text_completion(TEXTS[:1], **GREEDY)
     assert isinstance(second, NonFiniteError)
@@ -225,7 +225,7 @@ def test_a_failed_step_ends_the_calls_with_its_cause_and_later_calls_work(
 
     for name in ("advance", "resize"):
         with monkeypatch.context() as patch:
-            patch.setattr(scheduler.DecodeState, name, fail)
+            patch.setattr(DecodeState, name, fail)
             assert_raises(
                 lambda: asyncio.run(llama.atext_completion(TEXTS[:1], **GREEDY)), InputError, "MemoryError: no memory left"
             )

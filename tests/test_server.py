@@ -26,8 +26,8 @@ import torch
 from llama import Llama, tuning
 from llama.chat import UNSAFE_ERROR
 from llama.distributed import control
-from llama.engine import scheduler
 from llama.engine.async_calls import AsyncTokens
+from llama.engine.decode_state import DecodeState
 from llama.engine.requests import GeneratedToken
 from llama.engine.step_costs import StepCosts
 
@@ -106,13 +106,13 @@ def start(llama: Llama) -> Iterator[Callable[..., Client]]:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Return an event that each step of the batch waits for."""
-    gate, sample = threading.Event(), scheduler.DecodeState.sample
+    gate, sample = threading.Event(), DecodeState.sample
 
     def wait_and_sample(state: Any, **options: Any) -> Any:
         assert gate.wait(30)
         return sample(state, **options)
 
-    monkeypatch.setattr(scheduler.DecodeState, "sample", wait_and_sample)
+    monkeypatch.setattr(DecodeState, "sample", wait_and_sample)
     yield gate
     gate.set()
 
@@ -555,14 +555,14 @@ def test_a_client_that_leaves_frees_its_row(
 
 
 def test_a_failure_is_told_and_the_next_request_works(start: Callable[..., Client], monkeypatch: pytest.MonkeyPatch) -> None:
-    client, sample = start(), scheduler.DecodeState.sample
+    client, sample = start(), DecodeState.sample
 
     def damage(state: Any, **options: Any) -> Any:
         state.logits.fill_(torch.nan)
         return sample(state, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scheduler.DecodeState, "sample", damage)
+        patch.setattr(DecodeState, "sample", damage)
         status, answer = client.post(COMPLETION, prompt="The")
         assert status == 500 and answer["error"]["type"] == "server_error" and "not finite" in answer["error"]["message"]
         events = client.begin("POST", COMPLETION, {"prompt": "The", "stream": True}).read().decode().split("\n\n")
