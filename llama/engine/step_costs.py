@@ -2,7 +2,8 @@
 
 import statistics
 
-FIRST_SLOPE = 0.05  # what one more token is taken to add to the time of a step of one token, before it has been measured
+FIRST_SLOPE = 0.1  # what one more token is taken to add to the time of a step of one token, before it has been measured
+MAX_FIRST = 1.5  # limit of the first time of each size, as a multiple of its estimate
 KEPT = 7  # times that are kept for each number of tokens; their median counts
 
 
@@ -10,36 +11,45 @@ class StepCosts:
     """The times of decode steps, by the number of tokens in a step."""
 
     def __init__(self) -> None:
-        self.begun: set[int] = set()
         self.times: dict[int, list[float]] = {}
+        self.repeated: set[int] = set()  # numbers of tokens of which more than one step has been recorded
 
     def record(self, n_tokens: int, seconds: float) -> None:
-        """Record the time of a step. The first one of each size does not count, since it allocates memory or compiles code."""
-        if n_tokens not in self.begun:
-            self.begun.add(n_tokens)
-            return
-        times = self.times.setdefault(n_tokens, [])
-        times.append(seconds)
-        del times[:-KEPT]
+        """Record the time of a step. The first one of each size counts only until the second: it may have compiled code."""
+        if n_tokens not in self.times:
+            self.times[n_tokens] = [min(seconds, MAX_FIRST * self.seconds(n_tokens)) if self.times else seconds]
+        elif n_tokens not in self.repeated:
+            self.repeated.add(n_tokens)
+            self.times[n_tokens] = [seconds]
+        else:
+            self.times[n_tokens] = [*self.times[n_tokens], seconds][-KEPT:]
 
     def known(self, n_tokens: int) -> bool:
-        """Return True if enough steps of this size have been recorded, three or more, to rely on `seconds`."""
+        """Return True if at least three steps of this size have been recorded, so that `seconds` can be relied on."""
         return len(self.times.get(n_tokens, [])) >= 2
 
     def seconds(self, n_tokens: int) -> float:
-        """Return how long a step takes; estimated from the next smaller and larger ones, if its size has not been measured.
+        """Return how long a step takes, estimated from steps of the next smaller and larger sizes if it has not been measured.
 
         Before any step has been measured, the time of a step of one token is 1.
         """
         if n_tokens in self.times:
             return statistics.median(self.times[n_tokens])
-        smaller = max((n for n in self.times if n < n_tokens), default=None)
-        larger = min((n for n in self.times if n > n_tokens), default=None)
-        if smaller is None and larger is None:
+        if not self.times:
             return 1 + FIRST_SLOPE * (n_tokens - 1)
-        if smaller is not None and larger is not None:
-            low, high = self.seconds(smaller), self.seconds(larger)
-            return low + (high - low) * (n_tokens - smaller) / (larger - smaller)
-        nearest = smaller if smaller is not None else larger
-        assert nearest is not None
-        return self.seconds(nearest) * (1 + FIRST_SLOPE * (n_tokens - 1)) / (1 + FIRST_SLOPE * (nearest - 1))
+        sizes = sorted(self.times)
+        if not sizes[0] < n_tokens:
+            return self._scaled(sizes[0], n_tokens)
+        smaller = max(size for size in sizes if size < n_tokens)
+        low = self.seconds(smaller)
+        if smaller != sizes[-1]:
+            larger = sizes[sizes.index(smaller) + 1]
+            return low + (self.seconds(larger) - low) * (n_tokens - smaller) / (larger - smaller)
+        if len(sizes) == 1:
+            return self._scaled(smaller, n_tokens)
+        slope = (low - self.seconds(sizes[0])) / (smaller - sizes[0])
+        return low + max(0.0, slope) * (n_tokens - smaller)
+
+    def _scaled(self, known: int, n_tokens: int) -> float:
+        """Estimate the time of a step from that of another size, by FIRST_SLOPE."""
+        return self.seconds(known) * (1 + FIRST_SLOPE * (n_tokens - 1)) / (1 + FIRST_SLOPE * (known - 1))
