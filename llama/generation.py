@@ -182,6 +182,7 @@ class Llama:
             backend_class = choose_backend("torch_compile" if compile else backend, where)
             config = layouts.read_params(ckpt_dir)
             text = load_text(ckpt_dir, tokenizer_path, config.get("vocab_size", -1))
+            _check_speculation(speculate, draft, backend_class.name, text.tokenizer, int(max_batch_size), int(max_seq_len))
             layouts.notes(ckpt_dir, int(max_seq_len))  # raises if the context is too long for the model
             fits = where.type == "cpu" and (quantize is not None or chosen_dtype in (None, torch.bfloat16))
             stored_format = quantize or "bfloat16"
@@ -213,7 +214,8 @@ class Llama:
         text, files, model, weights_dtype = run_on_all_ranks(
             check,
             must_match=lambda checked: (
-                *validate.build_fingerprint(checked[0].tokenizer, *checked[1:]), quantize, compile, backend, int(seed)
+                *validate.build_fingerprint(checked[0].tokenizer, *checked[1:]), quantize, compile, backend, int(seed),
+                adapter is None, speculate, draft is None,
             ),
         )  # fmt: skip
         backend_class = choose_backend("torch_compile" if compile else backend, where)
@@ -285,7 +287,7 @@ class Llama:
 
     @property
     def draft(self) -> "Llama | None":
-        """Return the model that guesses tokens in calls with speculate="draft". Set it to a `Llama`, or to None.
+        """Return the model that guesses tokens in calls with speculate="draft". Set it to a `Llama`, or to None for none.
 
         It must have the same tokenizer and be built with at least the same max_seq_len and max_batch_size. Raises InputError.
         """
@@ -294,9 +296,12 @@ class Llama:
     @draft.setter
     def draft(self, draft: "Llama | None") -> None:
         if draft is not None:
-            if not isinstance(draft, Llama):
-                raise InputError(f"draft is {describe(draft)}; it must be a Llama")
-            check_draft(draft.engine, self.engine, draft.tokenizer, self.tokenizer)
+            if getattr(draft, "model", None) is self.model:
+                raise InputError("a model cannot be its own draft; give a smaller one with the same tokenizer")
+            sizes = self.model.params.max_batch_size, self.model.params.max_seq_len
+            _check_speculation(None, draft, self.backend, self.tokenizer, *sizes)
+        elif self.speculate == "draft":
+            self.speculate = False
         self._draft, self.engine.shared.draft = draft, draft and draft.engine
 
     @property
@@ -891,6 +896,26 @@ class _AsyncCaller:
         text = IncrementalText.of_answer(call, request, self.tokenizer)
         refusal = "" if request.prompt else UNSAFE_ERROR
         return AsyncStream(request, text_chunks_async(request, self._run(call), text, refusal))
+
+
+def _check_speculation(
+    speculate: str | None,
+    draft: Llama | None,
+    backend: str,
+    tokenizer: Tokenizer,
+    max_batch_size: int,
+    max_seq_len: int,
+) -> None:
+    """Check how a model is to speculate. backend: its name. Raise InputError."""
+    kind = CallOptions(speculate=speculate).speculate()
+    if (kind or draft is not None) and backend == "eager":
+        raise InputError("speculation needs another backend than 'eager', which runs the model's own forward")
+    if kind == "draft" and draft is None:
+        raise InputError("speculate='draft', but there is no draft; give draft=... a smaller model, as a Llama")
+    if draft is not None:
+        if not isinstance(draft, Llama):
+            raise InputError(f"draft is {describe(draft)}; it must be a Llama")
+        check_draft(draft.engine, draft.tokenizer, tokenizer, max_batch_size, max_seq_len)
 
 
 def _check_build_arguments(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from llama import InputError, Llama, tuning
 from llama.backends.cuda_graphs import CudaGraphsBackend
+from llama.checkpoint import loading
 from llama.engine.backend import Run
 from llama.engine.draft import DraftGuesser
 from llama.engine.prompt_lookup import PromptLookup
@@ -199,9 +200,13 @@ def test_the_default_is_set_at_build_or_later_and_calls_may_turn_it_off(
         assert ("guessed_tokens" in result) == bool(kind)
     assert "guessed_tokens" not in llama.text_completion([REPEATING], 0.0, details=True, speculate=False)[0]
     assert copy.deepcopy(llama).speculate == "draft"
+    llama.draft = None
+    assert llama.speculate == "" and "guessed_tokens" not in llama.text_completion([REPEATING], 0.0, details=True)[0]
 
 
-def test_what_cannot_speculate_is_refused(small: SimpleNamespace, speculating: Llama, draft: Llama, tmp_path: Path) -> None:
+def test_what_cannot_speculate_is_refused(
+    small: SimpleNamespace, speculating: Llama, draft: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def build(**options: Any) -> Llama:
         return Llama.build(small.folder, small.tokenizer_path, MAX_SEQ_LEN, **{"max_batch_size": 8, "device": "cpu", **options})
 
@@ -209,8 +214,14 @@ def test_what_cannot_speculate_is_refused(small: SimpleNamespace, speculating: L
         speculating.generate([[1, 5]], 3, speculate="fast")
     with pytest.raises(InputError, match=r"the model has no draft; give build\(draft=...\) a smaller model"):
         build().generate([[1, 5]], 3, speculate="draft")
-    with pytest.raises(InputError, match=r"speculate='prompt' needs another backend than 'eager'"):
+    with pytest.raises(InputError, match="speculation needs another backend than 'eager'"):
         build(backend="eager", speculate="prompt")
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "load_weights", lambda *_: pytest.fail("weights were read"))
+        with pytest.raises(InputError, match="the draft is built with max_seq_len=64, less than 65 of its model"):
+            Llama.build(small.folder, small.tokenizer_path, 65, 8, device="cpu", draft=draft)
+        with pytest.raises(InputError, match="speculate='draft', but there is no draft"):
+            build(speculate="draft")
     for other, message in (
         (build(max_batch_size=2), "the draft is built with max_batch_size=2, less than 8 of its model; build it with 8"),
         (build(backend="eager"), "the draft cannot guess: the backend is eager"),

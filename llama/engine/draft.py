@@ -160,18 +160,17 @@ class DraftGuesser:
         return int(sample(logits, params, seeded_exponential(where[0], where[1], logits.shape[1])))
 
 
-def check_draft(draft: "Engine", engine: "Engine", draft_tokenizer: Tokenizer, tokenizer: Tokenizer) -> None:
-    """Raise InputError if a model cannot guess the tokens of another one."""
+def check_draft(
+    draft: "Engine", draft_tokenizer: Tokenizer, tokenizer: Tokenizer, max_batch_size: int, max_seq_len: int
+) -> None:
+    """Raise InputError if a draft cannot guess the tokens of a model with this tokenizer and these sizes."""
     if not have_same_tokens(draft_tokenizer, tokenizer):
         raise InputError("the draft's tokenizer has other tokens; give a draft with the same tokenizer as its model")
-    for name in ("max_batch_size", "max_seq_len"):
-        has, needed = getattr(draft.model.params, name), getattr(engine.model.params, name)
-        if has < needed:
+    for name, needed in (("max_batch_size", max_batch_size), ("max_seq_len", max_seq_len)):
+        if (has := getattr(draft.model.params, name)) < needed:
             raise InputError(f"the draft is built with {name}={has}, less than {needed} of its model; build it with {needed}")
     if why := draft.why_reference_loop():
         raise InputError(f"the draft cannot guess: {why}; build it with another backend, unmodified")
-    if draft.model is engine.model:
-        raise InputError("a model cannot be its own draft; give a smaller one with the same vocabulary")
     if draft.shared.draft is not None:
         raise InputError("the draft has a draft itself; set its `draft` to None")
 

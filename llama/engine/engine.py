@@ -81,7 +81,7 @@ class Engine:
         if not speculate:
             return ""
         if self.backend.name == "eager":
-            raise InputError(f"speculate={speculate!r} needs another backend than 'eager', which runs the model's own forward")
+            raise InputError("speculation needs another backend than 'eager', which runs the model's own forward")
         if speculate == "draft" and self.shared.draft is None:
             raise InputError("speculate='draft', but the model has no draft; give build(draft=...) a smaller model, as a Llama")
         return speculate
