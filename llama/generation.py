@@ -300,14 +300,21 @@ class Llama:
                 raise InputError("a model cannot be its own draft; give a smaller one with the same tokenizer")
             sizes = self.model.params.max_batch_size, self.model.params.max_seq_len
             _check_speculation(None, draft, self.backend, self.tokenizer, *sizes)
+            if self.engine.shared.n_targets:
+                raise InputError("this model is the draft of another one; a draft has no draft itself")
         elif self.speculate == "draft":
             self.speculate = False
-        self._draft, self.engine.shared.draft = draft, draft and draft.engine
+        shared = self.engine.shared
+        if shared.draft is not None:
+            shared.draft.shared.n_targets -= 1
+        self._draft, shared.draft = draft, draft and draft.engine
+        if shared.draft is not None:
+            shared.draft.shared.n_targets += 1
 
     @property
-    def speculate(self) -> str:
-        """Return how calls speculate that are not given `speculate`: "prompt", "draft", or "" for not at all. It can be set."""
-        return self.engine.speculate
+    def speculate(self) -> str | None:
+        """Return how calls speculate that are not given `speculate`: "prompt", "draft", or None for not at all. It can be set."""
+        return self.engine.speculate or None
 
     @speculate.setter
     def speculate(self, value: str | bool | None) -> None:
@@ -780,7 +787,7 @@ class Llama:
         """
         if name != "generate" and self._generate_is_replaced():
             call = self._validate_on_all_ranks(name, make_call)
-            return [*map(make_result, results_of_replaced_generate(self.generate, call, self.tokenizer, self.speculate))]
+            return [*map(make_result, results_of_replaced_generate(self.generate, call, self.tokenizer, self.engine.speculate))]
         with self.engine.exclusive():
             return [*map(make_result, self._run_on_replicas(self._validate_on_all_ranks(name, make_call)))]
 
@@ -789,7 +796,7 @@ class Llama:
         with self.engine.exclusive():
             call = self._validate_on_all_ranks(name, make_call)
             if self._generate_is_replaced():
-                return iter(results_of_replaced_generate(self.generate, call, self.tokenizer, self.speculate))
+                return iter(results_of_replaced_generate(self.generate, call, self.tokenizer, self.engine.speculate))
             if replica()[1] > 1:
                 return iter(self._run_on_replicas(call))
             return collect_results(call, self._run(call, watched=True), self.tokenizer)
@@ -909,9 +916,9 @@ def _check_speculation(
     """Check how a model is to speculate. backend: its name. Raise InputError."""
     kind = CallOptions(speculate=speculate).speculate()
     if (kind or draft is not None) and backend == "eager":
-        raise InputError("speculation needs another backend than 'eager', which runs the model's own forward")
+        raise InputError("speculate= and draft= need another backend than 'eager'; leave backend out")
     if kind == "draft" and draft is None:
-        raise InputError("speculate='draft', but there is no draft; give draft=... a smaller model, as a Llama")
+        raise InputError("speculate='draft', but the model has no draft; give build(draft=...) a smaller model, as a Llama")
     if draft is not None:
         if not isinstance(draft, Llama):
             raise InputError(f"draft is {describe(draft)}; it must be a Llama")

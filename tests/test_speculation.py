@@ -195,13 +195,13 @@ def test_the_default_is_set_at_build_or_later_and_calls_may_turn_it_off(
     assert (llama.speculate, llama.draft) == ("draft", draft)
     for value, kind in (("prompt", "prompt"), (False, ""), ("draft", "draft")):
         llama.speculate = value
-        assert llama.speculate == kind
+        assert (llama.speculate or "") == kind
         (result,) = llama.text_completion([REPEATING], 0.0, details=True)
         assert ("guessed_tokens" in result) == bool(kind)
     assert "guessed_tokens" not in llama.text_completion([REPEATING], 0.0, details=True, speculate=False)[0]
     assert copy.deepcopy(llama).speculate == "draft"
     llama.draft = None
-    assert llama.speculate == "" and "guessed_tokens" not in llama.text_completion([REPEATING], 0.0, details=True)[0]
+    assert llama.speculate is None and "guessed_tokens" not in llama.text_completion([REPEATING], 0.0, details=True)[0]
 
 
 def test_what_cannot_speculate_is_refused(
@@ -214,13 +214,13 @@ def test_what_cannot_speculate_is_refused(
         speculating.generate([[1, 5]], 3, speculate="fast")
     with pytest.raises(InputError, match=r"the model has no draft; give build\(draft=...\) a smaller model"):
         build().generate([[1, 5]], 3, speculate="draft")
-    with pytest.raises(InputError, match="speculation needs another backend than 'eager'"):
+    with pytest.raises(InputError, match="speculate= and draft= need another backend than 'eager'"):
         build(backend="eager", speculate="prompt")
     with monkeypatch.context() as patch:
         patch.setattr(loading, "load_weights", lambda *_: pytest.fail("weights were read"))
         with pytest.raises(InputError, match="the draft is built with max_seq_len=64, less than 65 of its model"):
             Llama.build(small.folder, small.tokenizer_path, 65, 8, device="cpu", draft=draft)
-        with pytest.raises(InputError, match="speculate='draft', but there is no draft"):
+        with pytest.raises(InputError, match="speculate='draft', but the model has no draft"):
             build(speculate="draft")
     for other, message in (
         (build(max_batch_size=2), "the draft is built with max_batch_size=2, less than 8 of its model; build it with 8"),
@@ -237,9 +237,30 @@ def test_what_cannot_speculate_is_refused(
     assert speculating.draft is draft
 
 
+def test_a_draft_that_is_modified_or_has_a_draft_is_refused(small: SimpleNamespace) -> None:
+    def build(**options: Any) -> Llama:
+        return Llama.build(small.folder, small.tokenizer_path, MAX_SEQ_LEN, 2, device="cpu", **options)
+
+    draft = build()
+    llama = build(draft=draft)
+    with pytest.raises(InputError, match="this model is the draft of another one; a draft has no draft itself"):
+        draft.draft = build()
+    handle = draft.model.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(InputError, match="the draft cannot guess: layers.0 has a hook"):
+        llama.generate([[1, 5]], 3)
+    handle.remove()
+    llama.draft = None
+    draft.draft = llama
+    with pytest.raises(InputError, match="the draft has a draft itself"):
+        build(draft=draft)
+
+
 def test_a_modified_model_says_that_it_does_not_speculate(small: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     llama = Llama.build(small.folder, small.tokenizer_path, MAX_SEQ_LEN, 2, device="cpu", speculate="prompt")
     llama.model.layers[0].register_forward_hook(lambda *_: None)
+    llama.generate([REPEATING], 5, temperature=0.0)
+    assert "which is slower and does not speculate" in capsys.readouterr().err
+    llama.generate([REPEATING], 5, temperature=0.0, speculate=False)
     llama.generate([REPEATING], 5, temperature=0.0)
     assert "which is slower and does not speculate" in capsys.readouterr().err
 

@@ -50,5 +50,5 @@ class Backend:
         raise NotImplementedError
 
     def n_computed(self, lengths: list[int]) -> int:
-        """Return how many tokens the step computes that decodes runs of these lengths."""
+        """Return how many tokens a step computes for runs of these lengths, padding included."""
         return sum(lengths)

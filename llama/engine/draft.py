@@ -171,7 +171,7 @@ def check_draft(
             raise InputError(f"the draft is built with {name}={has}, less than {needed} of its model; build it with {needed}")
     if why := draft.why_reference_loop():
         raise InputError(f"the draft cannot guess: {why}; build it with another backend, unmodified")
-    if draft.shared.draft is not None:
+    if draft.shared.draft is not None:  # two models that guess for each other could wait for each other
         raise InputError("the draft has a draft itself; set its `draft` to None")
 
 

@@ -33,7 +33,9 @@ class Engine:
     def __init__(self, model: Transformer, backend: Backend) -> None:
         self.model, self.backend = model, backend
         self.n_words: int | None = None  # number of tokens that may be generated, the first in the vocabulary; None for all
-        self.announced: str | None = None  # None, or the last printed reason why generation is slower
+        self.announced: tuple[str, bool] | None = (
+            None  # the last printed reason why generation is slower, and does not speculate
+        )
         self.speculate = ""  # what guesses tokens in calls that do not say it: "prompt", "draft", or "" for nothing
         self.shared = shared_state_of(model)
         self.lock = self.shared.lock
@@ -67,10 +69,10 @@ class Engine:
 
     def announce(self, why: str, speculates: bool = False) -> None:
         """Print on stderr why generation is slower, unless the same reason was printed last or the backend is eager."""
-        if self.backend.name != "eager" and why != self.announced and global_rank() == 0:
+        if self.backend.name != "eager" and (why, speculates) != self.announced and global_rank() == 0:
             slower = "slower and does not speculate" if speculates else "slower"
             print(f"llama: {why}: generating through the model's own forward, which is {slower}", file=sys.stderr)
-        self.announced = why
+        self.announced = why, speculates
 
     def what_guesses(self, speculate: str | None) -> str:
         """Return what guesses tokens in a call: "prompt", "draft", or "" for nothing. Raise InputError if that is impossible.
@@ -81,9 +83,15 @@ class Engine:
         if not speculate:
             return ""
         if self.backend.name == "eager":
-            raise InputError("speculation needs another backend than 'eager', which runs the model's own forward")
-        if speculate == "draft" and self.shared.draft is None:
-            raise InputError("speculate='draft', but the model has no draft; give build(draft=...) a smaller model, as a Llama")
+            raise InputError("speculate= and draft= need another backend than 'eager'; leave backend out")
+        if speculate == "draft":
+            draft: Engine | None = self.shared.draft
+            if draft is None:
+                raise InputError(
+                    "speculate='draft', but the model has no draft; give build(draft=...) a smaller model, as a Llama"
+                )
+            if why := draft.why_reference_loop():
+                raise InputError(f"the draft cannot guess: {why}; undo that, or leave speculate='draft' out")
         return speculate
 
     def forward(self) -> EngineForward:

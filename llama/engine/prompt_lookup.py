@@ -11,7 +11,7 @@ MAX_MATCH = 5  # the longest match that is looked for, in tokens
 # How likely a guess is right at first, after a match of 1, 2, ... tokens, and how many observations that is worth.
 FIRST_CHANCES = (0.1, 0.3, 0.45, 0.55, 0.65)
 FIRST_WEIGHT = 4.0
-MEMORY = 0.95  # what an observation counts for, compared with the next one
+DECAY = 0.95  # what an observation counts for, compared with the next one
 
 
 class Chance:
@@ -21,7 +21,7 @@ class Chance:
         self.hits, self.trials = first * weight, weight
 
     def record(self, is_right: bool) -> None:
-        self.hits, self.trials = self.hits * MEMORY + is_right, self.trials * MEMORY + 1
+        self.hits, self.trials = self.hits * DECAY + is_right, self.trials * DECAY + 1
 
     @property
     def value(self) -> float:

@@ -36,7 +36,8 @@ class SharedState:
     scheduler: a function that returns the scheduler that runs calls, or None. turn: which thread runs its steps.
     async_calls, async_thread: the async calls that have not ended, and the background thread that runs them, or None;
     `async_lock` guards both. leader: what leads the other ranks on rank 0 (`leading.Leader`), or None. step_costs: the times of
-    decode steps so far, of calls that speculate. draft: the engine of the draft model, or None.
+    decode steps so far, of calls that speculate. draft: the engine of the draft model, or None. n_targets: number of models
+    for which this one is the draft.
     """
 
     def __init__(self) -> None:
@@ -51,6 +52,7 @@ class SharedState:
         self.leader: Any = None
         self.step_costs = StepCosts()
         self.draft: Any = None
+        self.n_targets = 0
 
     def why_not_owner(self, owner: CacheOwner) -> str | None:
         """Return a text that says which call has taken the cache from `owner`; None if none has."""

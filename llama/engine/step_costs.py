@@ -26,7 +26,7 @@ class StepCosts:
 
     def known(self, n_tokens: int) -> bool:
         """Return True if at least three steps of this size have been recorded, so that `seconds` can be relied on."""
-        return len(self.times.get(n_tokens, [])) >= 2
+        return len(self.times.get(n_tokens, [])) >= 2  # the first time is not kept
 
     def seconds(self, n_tokens: int) -> float:
         """Return how long a step takes, estimated from steps of the next smaller and larger sizes if it has not been measured.
