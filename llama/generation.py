@@ -52,7 +52,7 @@ from .engine.call_options import AnswerOptions, CallOptions, Integers, Numbers, 
 from .engine.checks import device_of
 from .engine.collect import collect_results, results_of_replaced_generate
 from .engine.draft import check_draft
-from .engine.engine import Engine
+from .engine.engine import NO_DRAFT, NO_EAGER, Engine
 from .engine.hidden_states import check_layers, hidden_states, number_of_layers
 from .engine.incremental_text import IncrementalText
 from .engine.leading import check_led, lead
@@ -313,7 +313,7 @@ class Llama:
 
     @property
     def speculate(self) -> str | None:
-        """Return how calls speculate that are not given `speculate`: "prompt", "draft", or None for not at all. It can be set."""
+        """Return how calls speculate that are not given `speculate`: "prompt", "draft", or None for not at all. Can be set."""
         return self.engine.speculate or None
 
     @speculate.setter
@@ -916,9 +916,9 @@ def _check_speculation(
     """Check how a model is to speculate. backend: its name. Raise InputError."""
     kind = CallOptions(speculate=speculate).speculate()
     if (kind or draft is not None) and backend == "eager":
-        raise InputError("speculate= and draft= need another backend than 'eager'; leave backend out")
+        raise InputError(NO_EAGER)
     if kind == "draft" and draft is None:
-        raise InputError("speculate='draft', but the model has no draft; give build(draft=...) a smaller model, as a Llama")
+        raise InputError(NO_DRAFT)
     if draft is not None:
         if not isinstance(draft, Llama):
             raise InputError(f"draft is {describe(draft)}; it must be a Llama")

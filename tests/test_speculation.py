@@ -246,7 +246,7 @@ def test_a_draft_that_is_modified_or_has_a_draft_is_refused(small: SimpleNamespa
     with pytest.raises(InputError, match="this model is the draft of another one; a draft has no draft itself"):
         draft.draft = build()
     handle = draft.model.layers[0].register_forward_hook(lambda *_: None)
-    with pytest.raises(InputError, match="the draft cannot guess: layers.0 has a hook"):
+    with pytest.raises(InputError, match=r"the draft cannot guess: layers\.0 has a hook"):
         llama.generate([[1, 5]], 3)
     handle.remove()
     llama.draft = None

@@ -26,6 +26,9 @@ from .scheduler import Scheduler
 from .shared_state import shared_state_of
 from .unmodified import why_modified
 
+NO_DRAFT = "speculate='draft', but the model has no draft; give build(draft=...) a smaller model, as a Llama"
+NO_EAGER = "speculate= and draft= need another backend than 'eager'; leave backend out"
+
 
 class Engine:
     """Run calls on a model with a backend. Calls of several threads share a batch, and one thread at a time runs the model."""
@@ -83,13 +86,11 @@ class Engine:
         if not speculate:
             return ""
         if self.backend.name == "eager":
-            raise InputError("speculate= and draft= need another backend than 'eager'; leave backend out")
+            raise InputError(NO_EAGER)
         if speculate == "draft":
             draft: Engine | None = self.shared.draft
             if draft is None:
-                raise InputError(
-                    "speculate='draft', but the model has no draft; give build(draft=...) a smaller model, as a Llama"
-                )
+                raise InputError(NO_DRAFT)
             if why := draft.why_reference_loop():
                 raise InputError(f"the draft cannot guess: {why}; undo that, or leave speculate='draft' out")
         return speculate
@@ -263,4 +264,6 @@ def _restore_engine(model: Transformer, backend: Backend, speculate: str, draft:
             compat.observe(tensor)  # now, since nobody else has seen the copies yet
     engine = Engine(model, backend)
     engine.speculate, engine.shared.draft = speculate, draft
+    if draft is not None:
+        draft.shared.n_targets += 1
     return engine
