@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,8 @@ from llama.engine.prompt_lookup import PromptLookup
 from llama.engine.speculation import choose_counts
 from llama.engine.step_costs import StepCosts
 
-from .support import random_weights, train_tokenizer, write_shards
+from . import speculation_worker
+from .support import random_weights, torchrun, train_tokenizer, write_shards
 
 REPEATING = [1, 5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 7]
 PROMPTS = [REPEATING, [1, 40, 41, 40, 41, 40, 41], [1, 7], [1, 9, 8, 7, 6, 5, 4, 3], [1, *range(50, 80), *range(50, 60)]]
@@ -235,6 +237,17 @@ def test_what_cannot_speculate_is_refused(
     with pytest.raises(InputError, match="the draft's tokenizer has other tokens"):
         speculating.draft = Llama.build(tmp_path / "model", other_tokens, MAX_SEQ_LEN, 8, device="cpu")
     assert speculating.draft is draft
+
+
+def test_two_ranks_guess_alike_and_give_the_answers_of_one(small: SimpleNamespace, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    done = torchrun(2, speculation_worker.__file__, out, small.folder, small.tokenizer_path)
+    assert done.returncode == 0, done.stderr
+    llama = Llama.build(small.folder, small.tokenizer_path, MAX_SEQ_LEN, 4, device="cpu")
+    _, *want = json.loads(json.dumps(speculation_worker.answers(llama)))
+    for by_kind in json.loads(out.read_text()).values():
+        for kind, (n_accepted, *got) in by_kind.items():
+            assert n_accepted > 0 and got == want, kind
 
 
 def test_a_draft_that_is_modified_or_has_a_draft_is_refused(small: SimpleNamespace) -> None:
