@@ -35,6 +35,7 @@ from .chat import (
 )
 from .checkpoint import layouts, loading, packed_file, params, shards, validate
 from .checkpoint.adapter import open_adapter
+from .distributed import groups
 from .distributed.agreement import gather_from_replicas, run_on_all_ranks, run_on_rank0
 from .distributed.groups import global_rank, model_parallel, replica, world_size
 from .distributed.setup import initialize, set_environment
@@ -248,7 +249,6 @@ class Llama:
         self.tokenizer = tokenizer
         self.chat_format: ChatFormat = LLAMA_2  # `build` replaces it by that of the model's folder
         self._engine = Engine(model, backend or choose_backend("auto", device_of(model))())
-        self._draft: Llama | None = None
 
     def __repr__(self) -> str:
         if not isinstance(self.model, Transformer):
@@ -291,25 +291,27 @@ class Llama:
 
         It must have the same tokenizer and be built with at least the same max_seq_len and max_batch_size. Raises InputError.
         """
-        return self._draft
+        return self.engine.shared.draft
 
     @draft.setter
     def draft(self, draft: "Llama | None") -> None:
+        if groups.rank0_leads:
+            raise InputError("the draft cannot be set in `lead`, which the other ranks follow; set it on all ranks before")
         if draft is not None:
             if getattr(draft, "model", None) is self.model:
                 raise InputError("a model cannot be its own draft; give a smaller one with the same tokenizer")
             sizes = self.model.params.max_batch_size, self.model.params.max_seq_len
             _check_speculation(None, draft, self.backend, self.tokenizer, *sizes)
-            if self.engine.shared.n_targets:
+            if self.engine.shared.targets:
                 raise InputError("this model is the draft of another one; a draft has no draft itself")
         elif self.speculate == "draft":
             self.speculate = False
         shared = self.engine.shared
         if shared.draft is not None:
-            shared.draft.shared.n_targets -= 1
-        self._draft, shared.draft = draft, draft and draft.engine
-        if shared.draft is not None:
-            shared.draft.shared.n_targets += 1
+            shared.draft.engine.shared.targets.discard(self.model)
+        shared.draft = draft
+        if draft is not None:
+            draft.engine.shared.targets.add(self.model)
 
     @property
     def speculate(self) -> str | None:

@@ -14,7 +14,7 @@ from llama.engine.draft import DraftGuesser
 from llama.engine.step_costs import StepCosts
 
 PROMPTS = [[1, 5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 7], [1, 40, 41, 40, 41, 40, 41], [1, 7], [1, 9, 8, 7, 6]]
-WAYS: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.0, "frequency_penalty": -2.0}]
+WAYS: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 1.0, "seed": 3},
     {"temperature": 0.0, "repetition_penalty": 0.2},
@@ -38,7 +38,7 @@ def main() -> None:
     # By the times of rank 0 any guess pays, by those of the other ranks none. Rank 0 decides.
     StepCosts.known = lambda self, n: True  # type: ignore[method-assign]
     StepCosts.seconds = lambda self, n: float(n) if global_rank() else 1.0  # type: ignore[method-assign]
-    DraftGuesser.seconds = lambda self, counts: 0.0  # type: ignore[method-assign]
+    DraftGuesser.seconds = lambda self, n: 0.0  # type: ignore[method-assign]
     together = {kind: answers(llama, speculate=kind) for kind in ("prompt", "draft")}
     led = llama.lead(lambda: {kind: answers(llama, speculate=kind) for kind in ("prompt", "draft")})
     if global_rank() == 0:

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let all steps seem to take the same time, and guesses none, so that as much as possible is guessed."""
     monkeypatch.setattr(StepCosts, "known", lambda self, n: True)
     monkeypatch.setattr(StepCosts, "seconds", lambda self, n: 1.0)
-    monkeypatch.setattr(DraftGuesser, "seconds", lambda self, counts: 0.0)
+    monkeypatch.setattr(DraftGuesser, "seconds", lambda self, n: 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +183,48 @@ def test_a_draft_that_answers_calls_of_its_own_goes_on_guessing(always: None, sp
     assert got == want
 
 
+def test_a_draft_answers_calls_of_other_threads_while_it_guesses(always: None, speculating: Llama, draft: Llama) -> None:
+    want = draft.generate([[1, 7, 7]], 20, temperature=0.0), speculating.generate([REPEATING], 20, temperature=0.0)
+    with ThreadPoolExecutor() as threads:
+        own = [threads.submit(draft.generate, [[1, 7, 7]], 20, temperature=0.0) for _ in range(8)]
+        guessed = [threads.submit(speculating.generate, [REPEATING], 20, 0.0, speculate="draft") for _ in range(8)]
+        assert [each.result() for each in own] == [want[0]] * 8
+        assert [each.result() for each in guessed] == [want[1]] * 8
+
+
+def test_a_draft_that_fails_or_is_taken_away_ends_no_answer(
+    always: None, small: SimpleNamespace, draft: Llama, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama = Llama.build(small.folder, small.tokenizer_path, MAX_SEQ_LEN, 4, device="cpu", draft=draft)
+    want = llama.generate([REPEATING], 20, temperature=0.0, speculate=False)[0][0]
+
+    def fail(*_: Any) -> Any:
+        raise MemoryError("planted")
+
+    beside = llama.generate_stream([REPEATING], 20, temperature=0.0, speculate="prompt")
+    first = next(beside).token
+    with monkeypatch.context() as patch:
+        patch.setattr(DraftGuesser, "_guess", fail)
+        assert llama.generate([REPEATING], 20, temperature=0.0)[0] == [want]
+    assert [first, *(token.token for token in beside)] == want
+    assert "the draft model has failed (MemoryError: planted): its answers go on" in capsys.readouterr().err
+    stream = llama.generate_stream([REPEATING], 20, temperature=0.0)
+    llama.draft = None
+    assert [token.token for token in stream] == want
+
+
+def test_a_call_from_a_processor_of_the_draft_does_not_wait_for_ever(always: None, speculating: Llama, draft: Llama) -> None:
+    def ask(tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
+        speculating.score(["a"], [" b"])
+        return logits
+
+    with ThreadPoolExecutor() as threads:
+        calls = [threads.submit(draft.generate, [[1, 7]], 6, logits_processor=ask)]
+        calls += [threads.submit(speculating.generate, [REPEATING], 30, 0.0, speculate="draft") for _ in range(4)]
+        for call in calls:
+            assert call.result(timeout=60)
+
+
 def test_speculation_that_does_not_pay_is_left_out(speculating: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a token more costs as much as a step, no guess is worth it."""
     monkeypatch.setattr(StepCosts, "known", lambda self, n: True)
@@ -322,12 +365,13 @@ def test_prompt_lookup_learns_how_often_it_is_right() -> None:
 
 
 def test_as_many_guesses_are_chosen_as_pay() -> None:
-    def seconds(counts: dict[int, int]) -> float:
-        return 1 + 0.1 * sum(counts.values())
+    def seconds(n_guesses: int, longest: int) -> float:
+        return 1 + 0.1 * n_guesses
 
-    assert choose_counts({0: [0.9, 0.8, 0.05]}, 1, seconds) == {0: 2}  # type: ignore[arg-type]
-    assert choose_counts({0: [0.01]}, 1, seconds) == {}  # type: ignore[arg-type]
-    assert choose_counts({0: [0.9, 0.8], 3: [0.05], 5: [0.7]}, 4, seconds) == {0: 2, 5: 1}  # type: ignore[arg-type]
+    assert choose_counts({0: [0.9, 0.8, 0.05]}, 1, seconds) == {0: 2}
+    assert choose_counts({0: [0.01]}, 1, seconds) == {}
+    assert choose_counts({0: [0.9, 0.8], 3: [0.05], 5: [0.7]}, 4, seconds) == {0: 2, 5: 1}
+    assert choose_counts({0: [0.9, 0.8]}, 1, seconds, lambda row, n: 1.0) == {}  # guessing takes too long
 
 
 def test_the_time_of_a_step_is_learned_and_estimated() -> None:
@@ -337,6 +381,12 @@ def test_the_time_of_a_step_is_learned_and_estimated() -> None:
         costs.record(1, seconds)
     assert costs.known(1) and costs.seconds(1) == 2
     assert 2 < costs.seconds(4) < 3
-    for _ in range(3):
+    for _ in range(6):
         costs.record(5, 6.0)
     assert costs.seconds(3) == 4
+    for _ in range(4):
+        costs.record(5, 500.0)  # something has held these steps up
+    assert costs.seconds(5) < 50
+    for _ in range(300):
+        costs.record(1, 2.0)
+    assert costs.seconds(5) < 4  # forgotten, so that it is tried again

@@ -53,8 +53,8 @@ class CudaGraphsBackend(Backend):
         self._drop_stale_steps(forward)
         return self.decode_runs
 
-    def n_computed(self, lengths: list[int]) -> int:
-        return len(lengths) * run_bucket(max(lengths))
+    def n_computed(self, n_rows: int, n_guesses: int, longest: int) -> int:
+        return n_rows * run_bucket(1 + longest)
 
     def _drop_stale_steps(self, forward: EngineForward) -> None:
         """Drop the captured steps if a weight or the KV cache that they read has been replaced."""
@@ -69,17 +69,21 @@ class CudaGraphsBackend(Backend):
     def decode_runs(self, runs: Sequence[Run]) -> torch.Tensor:
         """Run one step with several tokens per row, and capture it if its shape is new: N tokens -> logits (N, n_words).
 
-        All rows compute the same number of tokens. Runs that are shorter are filled up with tokens at the positions after them,
-        which are overwritten before they are read. No run ends at the last position of the cache.
+        All rows up to the last one compute the same number of tokens. Shorter runs are filled up with their last token, at the
+        positions after it, which are overwritten before they are read. No run ends at the last position of the cache, where
+        rows without a run are computed.
         """
         assert self.forward is not None
         last, device = self.forward.cache.data.shape[4] - 1, self.forward.device
         length = run_bucket(max(len(run.tokens) for run in runs))
-        tokens = [[*run.tokens, *[0] * (length - len(run.tokens))] for run in runs]
-        positions = [[min(run.start + i, last) for i in range(length)] for run in runs]
-        wanted = [row * length + i for row, run in enumerate(runs) for i in range(len(run.tokens))]
+        n_rows = runs[-1].row + 1
+        tokens, positions = [[0] * length for _ in range(n_rows)], [[last] * length for _ in range(n_rows)]
+        for run in runs:
+            tokens[run.row] = run.tokens + run.tokens[-1:] * (length - len(run.tokens))
+            positions[run.row] = [min(run.start + i, last) for i in range(length)]
+        wanted = [run.row * length + i for run in runs for i in range(len(run.tokens))]
         inputs = torch.tensor([tokens, positions], device=device).view(2, -1).unbind()
-        logits = self._run_step(len(runs), length, max(map(max, positions)) + 1, *inputs)
+        logits = self._run_step(n_rows, length, max(map(max, positions)) + 1, *inputs)
         return logits[torch.tensor(wanted, device=device)]
 
     def _run_step(self, n_rows: int, length: int, kv_len: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

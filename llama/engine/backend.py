@@ -21,8 +21,8 @@ class Run(NamedTuple):
     tokens: list[int]
 
 
-# A function that decodes one or more tokens per row, as one decode step after another would. It takes a run for each row from 0
-# to B - 1, N tokens in total, and returns float32 logits (N, n_words), which are valid until the next call.
+# A function that decodes one or more tokens per row, as one decode step after another would. It takes runs of different rows,
+# in order, N tokens in total, and returns float32 logits (N, n_words), which are valid until the next call.
 DecodeRunsFn = Callable[[Sequence[Run]], torch.Tensor]
 
 
@@ -49,6 +49,9 @@ class Backend:
         """Return the function that decodes several tokens of a row at once, with the model's current weights."""
         raise NotImplementedError
 
-    def n_computed(self, lengths: list[int]) -> int:
-        """Return how many tokens a step computes for runs of these lengths, padding included."""
-        return sum(lengths)
+    def n_computed(self, n_rows: int, n_guesses: int, longest: int) -> int:
+        """Return how many tokens a step computes for n_rows rows, padding included.
+
+        n_guesses: number of guesses in all rows. longest: the largest number of guesses in a row.
+        """
+        return n_rows + n_guesses

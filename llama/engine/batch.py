@@ -66,19 +66,27 @@ class Batch(RunningCalls):
         """
         if self.pending_step is None:
             return
-        if not (self.speculation and self.decode_guesses(self.speculation, self.pending_step[2])):
+        if not (self.speculates and self.decode_guesses(self.pending_step[2])):
             self.cache.logits = self.state.logits = self.decoders[self.n_rows](*self.pending_step)
         self.pending_step = None
 
-    def decode_guesses(self, speculation: Speculation, positions: list[int]) -> bool:
+    @property
+    def speculates(self) -> bool:
+        """Return True if a row speculates."""
+        return self.speculation is not None and bool(self.speculation.rows)
+
+    def decode_guesses(self, positions: list[int]) -> bool:
         """Decode the sampled tokens of all rows and the guesses after them. Return False without a guess."""
         decoding = self.decoding
         limits = {row: each.request.max_new_tokens - each.num_generated - 1 for row, each in decoding.items()}
-        guesses = speculation.guess({row: limits.get(row, 0) for row in range(self.n_rows)}, self.forward.device)
+        assert self.speculation is not None
+        guesses = self.speculation.guess({row: limits.get(row, 0) for row in range(self.n_rows)}, self.forward.device)
         runs = [Run(row, positions[row], [self.tokens[row], *guesses.get(row, ())]) for row in range(self.n_rows)]
-        self.step_began = self.backend.n_computed([len(run.tokens) for run in runs]), time.perf_counter()
+        longest = max(len(run.tokens) for run in runs) - 1
+        n_computed = self.backend.n_computed(len(runs), sum(len(run.tokens) - 1 for run in runs), longest)
+        self.step_began = n_computed, time.perf_counter()
         if guesses:
-            self.cache.logits = self.state.logits = speculation.decode(runs)
+            self.cache.logits = self.state.logits = self.speculation.decode(runs)
         return bool(guesses)
 
     def record_step_time(self) -> None:
@@ -111,7 +119,7 @@ class Batch(RunningCalls):
         decoded_at = [decoding[row].position if row in decoding else self.unused_position(row) for row in range(self.n_rows)]
         self.pending_step = tokens, state.positions, decoded_at
         goes_on = any(each.num_generated + 1 < each.request.max_new_tokens for each in decoding.values())
-        if async_copy.supports_async(tokens.device) and goes_on and self.speculation is None:
+        if async_copy.supports_async(tokens.device) and goes_on and not self.speculates:
             self.run_pending_step()
         state.advance(rows)
         sampled, largest_logits, *values = to_host()
@@ -140,9 +148,10 @@ class Batch(RunningCalls):
             elif self.speculation:
                 self.speculation.append(row, token.token)
 
-    def sample_accepted(self, speculation: Speculation) -> None:
+    def sample_accepted(self) -> None:
         """Sample tokens after those that were guessed right, whose logits the last decode step has computed."""
-        while accepted := speculation.accept(self.tokens):
+        assert self.speculation is not None
+        while accepted := self.speculation.accept(self.tokens):
             self.state.continue_with(accepted)
             self.sample([*accepted])
         # Rows may have sampled different numbers of tokens. The last one of each is decoded next.

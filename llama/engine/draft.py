@@ -1,14 +1,14 @@
 """A draft model: a small model that guesses the next tokens of a large one with the same vocabulary."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from .. import tuning
-from ..distributed.agreement import broadcast_from_rank0
+from ..distributed.agreement import broadcast_from_rank0, is_true_on_all_ranks
 from ..distributed.groups import model_parallel
 from ..errors import InputError
 from ..sampling import sample, seeded_exponential
@@ -23,9 +23,12 @@ from .shared_state import CacheOwner
 if TYPE_CHECKING:
     from .engine import Engine
 
-FIRST_CHANCE = 0.7  # how likely a guess is right before any has been compared
+T = TypeVar("T")
+
 TRY_AGAIN = 64  # after this number of steps without a guess, one more is tried: the text may have become easier
 MAX_RUN = 8  # more tokens than this are prefilled
+PREFILL_SPEED = 8  # how many tokens are taken to be prefilled in the time of a step
+PREFILL_SHARE = 64  # number of answer tokens that are taken to gain by the prefill of a prompt
 
 
 @dataclass
@@ -33,36 +36,29 @@ class DraftRow:
     """A row of the draft's cache, which has the same index as the row of the large model's cache.
 
     tokens: those of the prompt and of the answer so far. fed: those whose keys and values are in the row, guesses included.
-    guesses: those of the last step that have not been compared yet with what was sampled.
+    guesses: those of the last step that have not been compared yet with what was sampled. chance: how likely guesses are right.
     """
 
     request: Request
     tokens: list[int]
+    chance: Chance
     fed: list[int] = field(default_factory=list)
     guesses: list[int] = field(default_factory=list)
-    chance: Chance = field(default_factory=lambda: Chance(FIRST_CHANCE))
     n_idle: int = 0  # steps since the last guess
 
 
 class DraftGuesser:
-    """Guess with a draft model. It has a KV cache of its own, in which rows are as long as those of the large model."""
+    """Guess with a draft model, in its own KV cache. While the draft answers calls of its own, it does not guess."""
 
     def __init__(self, draft: "Engine") -> None:
         self.draft, self.costs = draft, draft.shared.step_costs
         self.owner = CacheOwner("a call for which this model drafts")
         self.rows: dict[int, DraftRow] = {}
-        with draft.lock, draft.without_autocast():
-            self.forward = draft.forward()
-            self.decode_runs = draft.backend.begin_runs(self.forward)
-            self._take_cache()
-            for _ in range(0 if self.costs.known(self._n_computed(1)) else 3):
-                began = time.perf_counter()
-                self.decode_runs([Run(0, 0, [0])]).sum().item()  # which waits for the device
-                self.costs.record(self._n_computed(1), time.perf_counter() - began)
-            self.forward.cache.record_version()
+        self.forward = draft.forward()
+        self.decode_runs = draft.backend.begin_runs(self.forward)
 
     def admit(self, row: int, request: Request) -> None:
-        self.rows[row] = DraftRow(request, [*request.prompt])
+        self.rows[row] = DraftRow(request, [*request.prompt], Chance(self.draft.shared.draft_chance))
 
     def release(self, row: int) -> None:
         del self.rows[row]
@@ -73,7 +69,16 @@ class DraftGuesser:
             is_right = each.guesses.pop(0) == token
             each.chance.record(is_right)
             each.guesses = each.guesses if is_right else []
+            self.draft.shared.draft_chance = each.chance.value
         each.tokens.append(token)
+
+    def is_ready(self) -> bool:
+        status = self._locked(self._cache_status) or 0
+        is_free = is_true_on_all_ranks(status > 0, self.forward.device)
+        is_untouched = is_true_on_all_ranks(status > 1, self.forward.device)
+        if is_free and not is_untouched:
+            self._locked(self._take_cache)
+        return is_free
 
     def expected(self, row: int, limit: int) -> list[float]:
         each = self.rows[row]
@@ -82,39 +87,68 @@ class DraftGuesser:
             return [1.0] * min(limit, 1)
         return [each.chance.value**n for n in range(1, limit + 1)]
 
-    def seconds(self, counts: Mapping[int, int]) -> float:
-        return max(counts.values()) * self.costs.seconds(self._n_computed(len(counts)))
+    def seconds(self, n: int) -> float:
+        return n * self.costs.seconds(self._n_computed(len(self.rows)))
+
+    def first_seconds(self, row: int) -> float:
+        each = self.rows[row]
+        n_new = len(each.tokens) - common_prefix_length(each.fed, each.tokens) - 1
+        n_left = each.request.max_new_tokens - (len(each.tokens) - len(each.request.prompt))
+        return n_new * self.seconds(1) / PREFILL_SPEED / max(1, min(n_left, PREFILL_SHARE))
 
     def _n_computed(self, n_rows: int) -> int:
-        return self.draft.backend.n_computed([1] * n_rows)
+        return self.draft.backend.n_computed(n_rows, 0, 0)
 
     def guess(self, counts: Mapping[int, int]) -> dict[int, list[int]]:
-        guesses: dict[int, list[int]] = {row: [] for row in counts}
-        with self.draft.lock, self.draft.without_autocast():
-            self._take_cache()
-            self._prefill([*counts])
-            runs = {row: Run(row, len(self.rows[row].fed), self.rows[row].tokens[len(self.rows[row].fed) :]) for row in counts}
-            while runs:
-                tokens = self._decode_and_choose(runs)
-                runs = {}
-                for row, token in tokens.items():
-                    guesses[row].append(token)
-                    if len(guesses[row]) < counts[row]:
-                        runs[row] = Run(row, len(self.rows[row].fed), [token])
-            self.forward.cache.record_version()
+        guesses = self._locked(lambda: self._guess(counts)) or {}
         for row, guessed in guesses.items():
             self.rows[row].guesses, self.rows[row].n_idle = [*guessed], 0
         return guesses
 
+    def _locked(self, work: Callable[[], T]) -> T | None:
+        """Do something with the draft. Return None if another thread is using it, which may be waiting for this one."""
+        if not self.draft.lock.acquire(blocking=False):
+            return None
+        try:
+            with self.draft.without_autocast():
+                return work()
+        finally:
+            self.draft.lock.release()
+
+    def _guess(self, counts: Mapping[int, int]) -> dict[int, list[int]]:
+        guesses: dict[int, list[int]] = {row: [] for row in counts}
+        self._prefill([*counts])
+        runs = {row: Run(row, len(self.rows[row].fed), self.rows[row].tokens[len(self.rows[row].fed) :]) for row in counts}
+        while runs:
+            tokens = self._decode_and_choose(runs)
+            runs = {}
+            for row, token in tokens.items():
+                guesses[row].append(token)
+                if len(guesses[row]) < counts[row]:
+                    runs[row] = Run(row, len(self.rows[row].fed), [token])
+        self.forward.cache.record_version()
+        return guesses
+
+    def _cache_status(self) -> int:
+        """Return 2 if the draft's cache is as it was left, 1 if it must be taken, and 0 if a call of the draft is using it."""
+        shared, cache = self.draft.shared, self.forward.cache
+        scheduler = shared.scheduler()
+        if (scheduler is not None and not scheduler.idle) or shared.cache is not cache:
+            return 0
+        return 2 if shared.owner is self.owner and cache.is_unchanged() else 1
+
     def _take_cache(self) -> None:
-        """Own the draft's cache. If a call of the draft has used it meanwhile, nothing in it is of use any more."""
-        shared = self.draft.shared
-        if shared.owner is not self.owner or not self.forward.cache.is_unchanged():
-            shared.owner = self.owner
-            self.forward.cache.prefixes.clear()
-            self.forward.cache.record_version()
-            for each in self.rows.values():
-                each.fed = []
+        """Own the draft's cache. Calls of the draft, or other code, have used it, so nothing in it is of use any more."""
+        shared, cache = self.draft.shared, self.forward.cache
+        shared.owner = self.owner
+        cache.prefixes.clear()
+        for _ in range(0 if self.costs.known(self._n_computed(1)) else 3):
+            began = time.perf_counter()
+            self.decode_runs([Run(0, 0, [0])]).sum().item()  # which waits for the device
+            self.costs.record(self._n_computed(1), time.perf_counter() - began)
+        for each in self.rows.values():
+            each.fed = []
+        cache.record_version()
 
     def _prefill(self, rows: list[int]) -> None:
         """Bring the cache of rows up to date, but for their last tokens."""
@@ -132,18 +166,16 @@ class DraftGuesser:
     def _decode_and_choose(self, runs: Mapping[int, Run]) -> dict[int, int]:
         """Decode runs of some rows, and return the token that the draft chooses after each."""
         began = time.perf_counter()
-        idle = [Run(row, len(self.rows[row].fed) if row in self.rows else 0, [0]) for row in range(max(runs) + 1)]
-        all_runs = [runs.get(run.row, run) for run in idle]
-        logits, n = self.decode_runs(all_runs), 0
+        ordered = [runs[row] for row in sorted(runs)]
+        logits, n = self.decode_runs(ordered), 0
         chosen: list[int] = []
-        for run in all_runs:
+        for run in ordered:
             n += len(run.tokens)
-            if run.row in runs:
-                self.rows[run.row].fed += run.tokens
-                chosen.append(self._choose(self.rows[run.row], run.start + len(run.tokens), logits[n - 1 : n]))
+            self.rows[run.row].fed += run.tokens
+            chosen.append(self._choose(self.rows[run.row], run.start + len(run.tokens), logits[n - 1 : n]))
         if model_parallel()[1] > 1:
             chosen = broadcast_from_rank0(torch.tensor(chosen, device=self.forward.device)).tolist()
-        if n == len(all_runs):  # one token per row
+        if n == len(ordered):  # one token per row
             self.costs.record(self._n_computed(n), time.perf_counter() - began)
         return dict(zip(sorted(runs), chosen, strict=True))
 

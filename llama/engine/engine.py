@@ -88,10 +88,9 @@ class Engine:
         if self.backend.name == "eager":
             raise InputError(NO_EAGER)
         if speculate == "draft":
-            draft: Engine | None = self.shared.draft
-            if draft is None:
+            if self.shared.draft is None:
                 raise InputError(NO_DRAFT)
-            if why := draft.why_reference_loop():
+            if why := self.shared.draft.engine.why_reference_loop():
                 raise InputError(f"the draft cannot guess: {why}; undo that, or leave speculate='draft' out")
         return speculate
 
@@ -255,7 +254,7 @@ class Engine:
             turn.release()
 
 
-def _restore_engine(model: Transformer, backend: Backend, speculate: str, draft: Engine | None) -> Engine:
+def _restore_engine(model: Transformer, backend: Backend, speculate: str, draft: Any) -> Engine:
     """Return the engine of a copied or unpickled model. Raise DeviceError if this machine lacks what its backend needs."""
     if why := backend.unsupported(device_of(model)):
         raise DeviceError(f"backend={backend.name!r}: {why}")
@@ -265,5 +264,5 @@ def _restore_engine(model: Transformer, backend: Backend, speculate: str, draft:
     engine = Engine(model, backend)
     engine.speculate, engine.shared.draft = speculate, draft
     if draft is not None:
-        draft.shared.n_targets += 1
+        draft.engine.shared.targets.add(model)
     return engine

@@ -11,6 +11,7 @@ MAX_MATCH = 5  # the longest match that is looked for, in tokens
 # How likely a guess is right at first, after a match of 1, 2, ... tokens, and how many observations that is worth.
 FIRST_CHANCES = (0.1, 0.3, 0.45, 0.55, 0.65)
 FIRST_WEIGHT = 4.0
+FIRST_CHANCE = 0.7  # the same for the guesses of a draft model
 DECAY = 0.95  # what an observation counts for, compared with the next one
 
 

@@ -123,8 +123,8 @@ class Scheduler(Batch):
                     break
             if self.decoding:
                 self.sample()
-            if self.speculation:
-                self.sample_accepted(self.speculation)
+            if self.speculates:
+                self.sample_accepted()
         finally:
             self.cache.record_version()
 
@@ -275,5 +275,5 @@ class Scheduler(Batch):
         """Begin to guess the answer to a request in a row. kind: "prompt" or "draft"."""
         if self.speculation is None:
             decode_runs = self.backend.begin_runs(self.forward)
-            self.speculation = Speculation(decode_runs, self.backend.n_computed, self.shared.step_costs, self.shared.draft)
-        self.speculation.admit(row, request, kind)
+            self.speculation = Speculation(decode_runs, self.backend.n_computed, self.shared.step_costs)
+        self.speculation.admit(row, request, self.shared.draft if kind == "draft" else None)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import InputError
 from .kv_cache import KVCache
+from .prompt_lookup import FIRST_CHANCE
 from .step_costs import StepCosts
 from .step_turn import StepTurn
 
@@ -36,8 +37,8 @@ class SharedState:
     scheduler: a function that returns the scheduler that runs calls, or None. turn: which thread runs its steps.
     async_calls, async_thread: the async calls that have not ended, and the background thread that runs them, or None;
     `async_lock` guards both. leader: what leads the other ranks on rank 0 (`leading.Leader`), or None. step_costs: the times of
-    decode steps so far, of calls that speculate. draft: the engine of the draft model, or None. n_targets: number of models
-    for which this one is the draft.
+    decode steps so far, of calls that speculate. draft: the draft model, a `Llama`, or None. targets: the models for which this
+    one is the draft. draft_chance: how often its guesses have been right.
     """
 
     def __init__(self) -> None:
@@ -52,7 +53,8 @@ class SharedState:
         self.leader: Any = None
         self.step_costs = StepCosts()
         self.draft: Any = None
-        self.n_targets = 0
+        self.targets: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.draft_chance = FIRST_CHANCE
 
     def why_not_owner(self, owner: CacheOwner) -> str | None:
         """Return a text that says which call has taken the cache from `owner`; None if none has."""

@@ -12,23 +12,22 @@ rest of the guesses is dropped. So guesses change how fast tokens come, but not 
 """
 
 import operator
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from ..distributed.agreement import broadcast_from_rank0
-from ..distributed.groups import model_parallel
+from ..distributed.groups import model_parallel, world_size
 from .backend import DecodeRunsFn, Run
 from .draft import DraftGuesser
 from .prompt_lookup import PromptLookup
 from .requests import Request
 from .step_costs import StepCosts
 
-if TYPE_CHECKING:
-    from .engine import Engine
-
 MAX_GUESSES = 7  # of a row in one step
+MIN_CHANCE = 0.05  # guesses that are less likely right are not considered
 MIN_GAIN = 1.03  # guesses are used if they are expected to multiply the speed by this, since expectations are not exact
 
 
@@ -42,14 +41,20 @@ class Guesser(Protocol):
     def append(self, row: int, token: int) -> None:
         """Add the token that has been sampled for a row."""
 
+    def is_ready(self) -> bool:
+        """Return True if guesses can be made now; the same on all ranks."""
+
     def expected(self, row: int, limit: int) -> list[float]:
         """Return for each of the next guesses, at most `limit`, the chance that it and all guesses before it are right."""
 
-    def seconds(self, counts: Mapping[int, int]) -> float:
-        """Return how long it takes to guess. counts: the number of guesses of each row."""
+    def seconds(self, n: int) -> float:
+        """Return how long it takes to make up to n guesses for each row."""
+
+    def first_seconds(self, row: int) -> float:
+        """Return how long it takes to prepare the first guess of a row, as a share of what later guesses gain by it."""
 
     def guess(self, counts: Mapping[int, int]) -> dict[int, list[int]]:
-        """Return guesses, as many as `counts` says, or fewer."""
+        """Return guesses, as many as `counts` says for each row, or fewer."""
 
 
 class LookupGuesser:
@@ -67,10 +72,16 @@ class LookupGuesser:
     def append(self, row: int, token: int) -> None:
         self.lookups[row].append(token)
 
+    def is_ready(self) -> bool:
+        return True
+
     def expected(self, row: int, limit: int) -> list[float]:
         return self.lookups[row].expected(limit)
 
-    def seconds(self, counts: Mapping[int, int]) -> float:
+    def seconds(self, n: int) -> float:
+        return 0.0
+
+    def first_seconds(self, row: int) -> float:
         return 0.0
 
     def guess(self, counts: Mapping[int, int]) -> dict[int, list[int]]:
@@ -78,7 +89,7 @@ class LookupGuesser:
 
 
 class CheckedRow:
-    """A row whose guesses have been computed: the guesses that are left, and the logits after each of them (n, vocab)."""
+    """A row whose guesses have been computed: the guesses, and the logits after each of them (n, vocab)."""
 
     def __init__(self, guesses: list[int], logits: torch.Tensor) -> None:
         self.guesses, self.logits, self.n_right = guesses, logits, 0
@@ -92,52 +103,52 @@ class CheckedRow:
 
 
 def choose_counts(
-    expected: Mapping[int, Sequence[float]], n_rows: int, seconds: Callable[[Mapping[int, int]], float]
+    expected: Mapping[int, Sequence[float]],
+    n_rows: int,
+    step_seconds: Callable[[int, int], float],
+    guess_seconds: Callable[[int, int], float] = lambda row, n: 0.0,
 ) -> dict[int, int]:
     """Return how many guesses of each row to compute, so that most tokens per second can be expected. Leave out rows with none.
 
     expected: for each row, the chances that the first guess is right, the first two, and so on. n_rows: number of all rows that
-    decode, those without guesses included. seconds: how long it takes to compute a step with these numbers of guesses.
+    decode, those without guesses included. step_seconds: how long a step takes, given the number of all guesses, and the
+    largest number in a row. guess_seconds: how much longer guessing takes for the nth guess of a row; called in order.
     """
-    counts, n_tokens = dict.fromkeys(expected, 0), float(n_rows)
-    best, best_rate = dict[int, int](), MIN_GAIN * n_rows / seconds(counts)
-    chances = [(chance, row) for row, each in expected.items() for chance in each]
+    counts, n_tokens, longest, guessing = dict[int, int](), float(n_rows), 0, 0.0
+    best, best_rate = 0, MIN_GAIN * n_rows / step_seconds(0, 0)
+    chances = [(chance, row) for row, each in expected.items() for chance in each if chance > MIN_CHANCE]
     # The sort is stable, and the chances of a row only fall: so its guesses stay in order.
-    for chance, row in sorted(chances, key=operator.itemgetter(0), reverse=True):
-        counts[row] += 1
-        n_tokens += chance
-        if (rate := n_tokens / seconds(counts)) > best_rate:
-            best, best_rate = {row: n for row, n in counts.items() if n}, rate
-    return best
+    chances.sort(key=operator.itemgetter(0), reverse=True)
+    for n_guesses, (chance, row) in enumerate(chances, 1):
+        counts[row] = n = counts.get(row, 0) + 1
+        n_tokens, longest = n_tokens + chance, max(longest, n)
+        guessing += guess_seconds(row, n)
+        if (rate := n_tokens / (step_seconds(n_guesses, longest) + guessing)) > best_rate:
+            best, best_rate = n_guesses, rate
+    counts = {}
+    for _, row in chances[:best]:
+        counts[row] = counts.get(row, 0) + 1
+    return counts
 
 
 class Speculation:
     """The guesses for the rows of a batch.
 
-    decode_runs: decodes several tokens of a row. n_computed: the number of tokens that a step computes, given those of each
-    row. costs: learned from all steps of the model.
+    decode_runs: decodes several tokens of a row. n_computed: see `Backend`. costs: learned from all steps of the model.
     """
 
-    def __init__(
-        self,
-        decode_runs: DecodeRunsFn,
-        n_computed: Callable[[list[int]], int],
-        costs: StepCosts,
-        draft: "Engine | None" = None,
-    ) -> None:
-        self.decode_runs, self.n_computed, self.costs, self.draft = decode_runs, n_computed, costs, draft
-        self.guessers: dict[str, Guesser] = {"prompt": LookupGuesser()}
+    def __init__(self, decode_runs: DecodeRunsFn, n_computed: Callable[[int, int, int], int], costs: StepCosts) -> None:
+        self.decode_runs, self.n_computed, self.costs = decode_runs, n_computed, costs
+        self.guessers: dict[Any, Guesser] = {}  # by draft model; None for prompt lookup
         self.rows: dict[int, tuple[Guesser, Request]] = {}  # those that speculate
         self.checked: dict[int, CheckedRow] = {}  # those whose guesses have been computed, and not been used up
 
-    def admit(self, row: int, request: Request, kind: str) -> None:
-        """Begin to guess the answer to a request. kind: "prompt" or "draft"."""
-        if kind == "draft" and "draft" not in self.guessers:
-            assert self.draft is not None
-            self.guessers["draft"] = DraftGuesser(self.draft)
-        guesser = self.guessers[kind]
-        guesser.admit(row, request)
-        self.rows[row] = guesser, request
+    def admit(self, row: int, request: Request, draft: Any) -> None:
+        """Begin to guess the answer to a request, with a draft model, or by prompt lookup if `draft` is None."""
+        if draft not in self.guessers:
+            self.guessers[draft] = LookupGuesser() if draft is None else DraftGuesser(draft.engine)
+        self.guessers[draft].admit(row, request)
+        self.rows[row] = self.guessers[draft], request
 
     def release(self, row: int) -> None:
         """Stop guessing in a row."""
@@ -155,28 +166,54 @@ class Speculation:
 
         All ranks return the same guesses.
         """
-        expected = {row: self.rows[row][0].expected(row, min(n, MAX_GUESSES)) for row, n in limits.items() if row in self.rows}
-        plain, counts = [1] * len(limits), dict[int, int]()
-        if any(expected.values()) and self.costs.known(self.n_computed(plain)):
-
-            def seconds(counts: Mapping[int, int]) -> float:
-                lengths = [1 + n for n in counts.values()] + plain[len(counts) :]
-                guessing = sum(each.seconds(n) for each, n in self._by_guesser(counts))
-                return guessing + self.costs.seconds(self.n_computed(lengths))
-
-            counts = choose_counts(expected, len(limits), seconds)
+        counts = self._counts(limits)
         if model_parallel()[1] > 1:  # ranks measure different times
             asked = torch.tensor([counts.get(row, 0) for row in limits], device=device)
             counts = {row: n for row, n in zip(limits, broadcast_from_rank0(asked).tolist(), strict=True) if n}
         guesses = dict[int, list[int]]()
-        for guesser, own in self._by_guesser(counts):
-            guesses |= guesser.guess(own)
+        for guesser in {id(self.rows[row][0]): self.rows[row][0] for row in counts}.values():
+            guesses |= self._try_guess(guesser, {row: n for row, n in counts.items() if self.rows[row][0] is guesser})
         return {row: each for row, each in guesses.items() if each}
 
-    def _by_guesser(self, counts: Mapping[int, int]) -> list[tuple[Guesser, dict[int, int]]]:
-        """Divide numbers of guesses by what guesses them."""
-        own = {name: {row: n for row, n in counts.items() if self.rows[row][0] is each} for name, each in self.guessers.items()}
-        return [(self.guessers[name], counts) for name, counts in own.items() if any(counts.values())]
+    def _try_guess(self, guesser: Guesser, counts: Mapping[int, int]) -> dict[int, list[int]]:
+        """Return guesses. Go on without a draft model that fails, since answers do not need its guesses."""
+        try:
+            return guesser.guess(counts)
+        except Exception as e:
+            if world_size() > 1:
+                raise
+            why = f"{type(e).__name__}: {e}"
+            print(f"llama: the draft model has failed ({why}): its answers go on without guesses", file=sys.stderr)
+        for row in [row for row, (each, _) in self.rows.items() if each is guesser]:
+            self.release(row)
+        return {}
+
+    def _counts(self, limits: Mapping[int, int]) -> dict[int, int]:
+        ready = [guesser for guesser in self.guessers.values() if guesser.is_ready()]
+        expected = {
+            row: guesser.expected(row, min(limits[row], MAX_GUESSES))
+            for row, (guesser, _) in self.rows.items()
+            if guesser in ready and row in limits
+        }
+        n_rows = len(limits)
+        if not any(expected.values()) or not self.costs.known(self.n_computed(n_rows, 0, 0)):
+            return {}
+        longest = dict.fromkeys(map(id, ready), 0)  # the largest number of guesses in a row, by guesser
+
+        def guess_seconds(row: int, n: int) -> float:
+            guesser = self.rows[row][0]
+            first = guesser.first_seconds(row) if n == 1 else 0.0
+            if n <= longest[id(guesser)]:
+                return first
+            longest[id(guesser)] = n
+            return first + guesser.seconds(n) - guesser.seconds(n - 1)
+
+        return choose_counts(
+            expected,
+            n_rows,
+            lambda n_guesses, longest: self.costs.seconds(self.n_computed(n_rows, n_guesses, longest)),
+            guess_seconds,
+        )
 
     def decode(self, runs: Sequence[Run]) -> torch.Tensor:
         """Decode the last token of each row and its guesses. Return the logits (len(runs), vocab) after the last tokens."""

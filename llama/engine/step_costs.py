@@ -3,8 +3,10 @@
 import statistics
 
 FIRST_SLOPE = 0.1  # what one more token is taken to add to the time of a step of one token, before it has been measured
-MAX_FIRST = 1.5  # limit of the first time of each size, as a multiple of its estimate
+MAX_FIRST = 1.5  # limit of the first two times of each size, as a multiple of the estimate
+MAX_LATER = 4.0  # the same for later times: something else may have held a step up
 KEPT = 7  # times that are kept for each number of tokens; their median counts
+MAX_AGE = 250  # steps after which a size that has not been used since is forgotten, and so is tried again if it may pay
 
 
 class StepCosts:
@@ -13,16 +15,24 @@ class StepCosts:
     def __init__(self) -> None:
         self.times: dict[int, list[float]] = {}
         self.repeated: set[int] = set()  # numbers of tokens of which more than one step has been recorded
+        self.last_used: dict[int, int] = {}  # for each number of tokens, the value of n_records at its last step
+        self.n_records = 0
 
     def record(self, n_tokens: int, seconds: float) -> None:
         """Record the time of a step. The first one of each size counts only until the second: it may have compiled code."""
-        if n_tokens not in self.times:
-            self.times[n_tokens] = [min(seconds, MAX_FIRST * self.seconds(n_tokens)) if self.times else seconds]
-        elif n_tokens not in self.repeated:
-            self.repeated.add(n_tokens)
-            self.times[n_tokens] = [seconds]
-        else:
+        self.n_records += 1
+        self.last_used[n_tokens] = self.n_records
+        for size in [size for size, used in self.last_used.items() if used < self.n_records - MAX_AGE]:
+            self.repeated.discard(size)
+            del self.times[size], self.last_used[size]
+        if n_tokens in self.repeated:
+            seconds = min(seconds, MAX_LATER * self.seconds(n_tokens))
             self.times[n_tokens] = [*self.times[n_tokens], seconds][-KEPT:]
+            return
+        if n_tokens in self.times:
+            self.repeated.add(n_tokens)
+            del self.times[n_tokens]
+        self.times[n_tokens] = [min(seconds, MAX_FIRST * self.seconds(n_tokens)) if self.times else seconds]
 
     def known(self, n_tokens: int) -> bool:
         """Return True if at least three steps of this size have been recorded, so that `seconds` can be relied on."""
