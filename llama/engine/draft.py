@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TRY_AGAIN = 64  # after this number of steps without a guess, one more is tried: the text may have become easier
+# After this number of steps without a guess, one more is tried: the text may have become easier. Each time, the number doubles.
+TRY_AGAIN = 64
 MAX_RUN = 8  # more tokens than this are prefilled
 PREFILL_SPEED = 8  # how many tokens are taken to be prefilled in the time of a step
 PREFILL_SHARE = 64  # number of answer tokens that are taken to gain by the prefill of a prompt
@@ -45,6 +46,7 @@ class DraftRow:
     fed: list[int] = field(default_factory=list)
     guesses: list[int] = field(default_factory=list)
     n_idle: int = 0  # steps since the last guess
+    try_again: int = TRY_AGAIN
 
 
 class DraftGuesser:
@@ -83,7 +85,7 @@ class DraftGuesser:
     def expected(self, row: int, limit: int) -> list[float]:
         each = self.rows[row]
         each.n_idle += 1
-        if each.n_idle > TRY_AGAIN:
+        if each.n_idle > each.try_again:
             return [1.0] * min(limit, 1)
         return [each.chance.value**n for n in range(1, limit + 1)]
 
@@ -102,7 +104,9 @@ class DraftGuesser:
     def guess(self, counts: Mapping[int, int]) -> dict[int, list[int]]:
         guesses = self._locked(lambda: self._guess(counts)) or {}
         for row, guessed in guesses.items():
-            self.rows[row].guesses, self.rows[row].n_idle = [*guessed], 0
+            each = self.rows[row]
+            each.try_again *= 2 if each.n_idle > each.try_again else 1
+            each.guesses, each.n_idle = [*guessed], 0
         return guesses
 
     def _locked(self, work: Callable[[], T]) -> T | None:
