@@ -247,7 +247,7 @@ def peers(folder: Path, work: Path, prompt: list[int]) -> dict[str, Any]:
             for _ in range(2):
                 began = time.perf_counter()
                 inputs = torch.tensor([prompt])
-                options |= {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+                options |= {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": -2}
                 got = model.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
                 speeds[name] = (got.shape[1] - len(prompt)) / (time.perf_counter() - began)
         figures["transformers"] = {**speeds, "ratio": speeds["lookup"] / speeds["plain"]}
