@@ -56,7 +56,7 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: An
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     data = b""
     for name, tensor in tensors.items():
-        values = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        values = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         offsets = [len(data), len(data) + len(values)]
         header[name] = {"dtype": DTYPE_CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         data += values

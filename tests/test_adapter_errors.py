@@ -94,6 +94,9 @@ def test_adapters_of_other_kinds_and_wrong_settings_are_refused(
     [
         (lambda t: t.pop(f"{Q}.lora_A.weight"), ("q_proj has no lora_A",)),
         (lambda t: t.pop(f"{V}.lora_B.weight"), ("v_proj has no lora_B",)),
+        (lambda t: t.pop(f"{Q}.lora_B.weight"), ("q_proj has no lora_B",)),
+        (lambda t: t.update({f"{Q}.lora_B.weight": torch.ones(60, 4)}), ("are (4, 64) and (60, 4)", "(64, 4)")),
+        (lambda t: t.update({f"{Q}.lora_B.weight": torch.tensor(1.0)}), ("are (4, 64) and ()", "(64, 4)")),
         (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 65)}), ("are (4, 65) and (64, 4)", "(4, 64)")),
         (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(256)}), ("are (256,) and",)),
         (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 64).double()}), ("is torch.float64",)),
