@@ -204,6 +204,18 @@ def test_whole_weights_replace_the_models_and_an_embedding_has_a_pair(bases: Sim
         assert all(torch.allclose(found[name], weight, rtol=0, atol=1e-6) for name, weight in want.items())
 
 
+def test_whole_embeddings_that_peft_saves_unnamed_are_merged(bases: SimpleNamespace, tmp_path: Path) -> None:
+    """PEFT saves the embedding and the output layer beside the pairs if it finds one of them among the targets."""
+    tensors = random_pairs(["model.embed_tokens"], bases.weights)
+    base = torch.rand_like(bases.weights["model.embed_tokens.weight"])
+    saved = {f"base_model.model.{name}": base for name in ("model.embed_tokens.base_layer.weight", "lm_head.weight")}
+    folder = write_adapter(tmp_path / "adapter", tensors | saved, target_modules=["embed_tokens"])
+    found = weights_of(bases.meta, bases.tokenizer, adapter=folder)
+    a, b = (tensors[f"base_model.model.model.embed_tokens.lora_embedding_{n}"] for n in "AB")
+    assert torch.equal(found["lm_head.weight"], base)
+    assert torch.allclose(found["model.embed_tokens.weight"], base + (b @ a).T * 1.5, rtol=0, atol=1e-6)
+
+
 def test_memory_of_adapted_weights_is_not_counted_as_mapped(bases: SimpleNamespace, small: SimpleNamespace) -> None:
     files = layouts.open_weights(small.folder)
     model = Llama.build(small.folder, small.tokenizer_path, 32, 2, device="cpu", backend="eager").model

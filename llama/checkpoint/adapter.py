@@ -20,7 +20,7 @@ from ..distributed.groups import model_parallel
 from ..errors import CheckpointError, short_repr
 from ..kernels.host_memory import DONTNEED, madvise
 from ..model import ModelArgs
-from .adapter_config import CONFIG, check_adapter_folder, rank_and_scale, read_adapter_config, targets
+from .adapter_config import CONFIG, check_adapter_folder, check_patterns, rank_and_scale, read_adapter_config, targets
 from .hugging_face import check_inside, expected_tensors, join_names, open_file
 from .params import MERGE_WITH_PEFT, SUPPORTED_DTYPES, list_folder
 from .shards import Shards, file_identity, is_rotated, metas_order, split_dim
@@ -31,6 +31,7 @@ _PREFIX = "base_model.model."  # of each tensor's name, before Hugging Face's na
 # The ends of the names of tensors, after the name of a module. Those of an embedding are transposed.
 _PAIRS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"}
 _WHOLE = ("base_layer.weight", "weight")
+_SAVED_BY_PEFT = {"model.embed_tokens", "lm_head"}  # whole weights that PEFT may save without naming them in modules_to_save
 _VALUES_AT_ONCE = 1 << 19  # values of a merged weight computed at a time, in float32, so that they fit the CPU's cache
 
 
@@ -122,6 +123,9 @@ def open_adapter(adapter: str | os.PathLike[str], args: ModelArgs, weights: Shar
     weights.identities |= {file: file_identity(file) for file in (path, folder / CONFIG)}
     modules = {name.removesuffix(".weight"): metas for name, metas in expected_tensors(args).items()}
     halves, whole = _sort_tensors(path, open_file(path, values=True), modules)
+    if not halves and not whole:
+        raise CheckpointError(f"{path} contains no tensors; fetch it again")
+    check_patterns(config, modules, folder / CONFIG)
     _check_targets(folder / CONFIG, path, config, [m for m, (_, shape) in modules.items() if len(shape) == 2], halves, whole)
     pairs = {modules[m][0]: _make_pair(path, config, m, modules[m][1], tensors) for m, tensors in halves.items()}
     replaced = {modules[m][0]: tensor for m, tensor in whole.items()}
@@ -160,6 +164,8 @@ def _sort_tensors(
             raise CheckpointError(f"{path} contains {shown}: {what}; give the model that was adapted, or {MERGE_WITH_PEFT}")
         if tensor.dtype not in SUPPORTED_DTYPES:
             raise CheckpointError(f"{path}: {shown} is {tensor.dtype}; supported are bfloat16, float16 and float32: convert it")
+        if module in whole if end in _WHOLE else _PAIRS[end] in halves.get(module, {}):
+            raise CheckpointError(f"{path} contains {shown} and the same under another name: damaged; fetch it again")
         if end in _PAIRS:
             halves.setdefault(module, {})[_PAIRS[end]] = tensor
             continue
@@ -191,9 +197,14 @@ def _check_targets(
     for name in config.get("modules_to_save", []):
         if not any(module.endswith(name) for module in whole):
             raise CheckpointError(f"{path} lacks {short_repr(name)}, which modules_to_save names; fetch it again")
+    saved = {module for module in whole if any(module.endswith(name) for name in config.get("modules_to_save", []))}
+    if unnamed := sorted({*whole} - saved - _SAVED_BY_PEFT):
+        raise CheckpointError(
+            f"{path} contains whole weights of {join_names(unnamed)}, which modules_to_save of {config_path.name} does not "
+            "name: not of one adapter; fetch both"
+        )
     if expected is None:
         return
-    saved = {module for module in whole if any(module.endswith(name) for name in config.get("modules_to_save", []))}
     if missing := sorted(expected - {*halves} - saved):
         raise CheckpointError(f"{path} lacks {join_names(missing)}, which target_modules names; fetch it again")
     if others := sorted({*halves} - expected):
