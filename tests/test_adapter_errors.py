@@ -14,9 +14,16 @@ from llama import CheckpointError, Llama
 from llama.checkpoint import loading
 
 from .conftest import SMALL
-from .hugging_face import HEAD_DIM, hugging_face_weights, write_hugging_face, write_safetensors
+from .hugging_face import (
+    HEAD_DIM,
+    Tensors,
+    hugging_face_weights,
+    random_pairs,
+    write_adapter,
+    write_hugging_face,
+    write_safetensors,
+)
 from .support import assert_raises, write_shards
-from .test_adapter import Tensors, random_pairs, write_adapter
 
 Q, V = "base_model.model.model.layers.0.self_attn.q_proj", "base_model.model.model.layers.1.self_attn.v_proj"
 NORM, EMBEDDING = "base_model.model.model.norm.weight", "base_model.model.model.embed_tokens"
