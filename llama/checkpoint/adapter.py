@@ -32,7 +32,7 @@ _PREFIX = "base_model.model."  # of each tensor's name, before Hugging Face's na
 _PAIRS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"}
 _WHOLE = ("base_layer.weight", "weight")
 _SAVED_BY_PEFT = {"model.embed_tokens", "lm_head"}  # whole weights that PEFT may save without naming them in modules_to_save
-_VALUES_AT_ONCE = 1 << 19  # values of a merged weight computed at a time, in float32, so that they fit the CPU's cache
+_VALUES_AT_ONCE = 1 << 17  # values of a merged weight computed at a time, in float32, so that they fit the CPU's cache
 
 
 class Pair(NamedTuple):
@@ -88,8 +88,10 @@ class Adapter:
             left, right = pair.left[rows].float(), pair.right[:, columns].float()
             merged = torch.empty(view.shape, dtype=dtype, device="cpu")
             step = max(1, _VALUES_AT_ONCE // view.shape[1])
+            products = torch.empty(min(step, len(view)), view.shape[1], device="cpu")  # once, as the system clears new memory
             for i in range(0, len(view), step):
-                product = left[i : i + step] @ right
+                rows_at_once = left[i : i + step]
+                product = torch.mm(rows_at_once, right, out=products[: len(rows_at_once)])
                 merged[i : i + step] = product.mul_(pair.scale).add_(base[i : i + step])
         if not is_finite(merged):
             if not is_finite(view):
