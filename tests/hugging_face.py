@@ -22,6 +22,7 @@ from llama.checkpoint.safetensors_file import DTYPE_CODES
 
 FORMATS = (None, "int8", "int4")
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
+Tensors = dict[str, torch.Tensor]
 HEAD_DIM = 8  # of the small model in conftest.py
 NAMES = {
     "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head", "attention.wq": "self_attn.q_proj",
@@ -56,7 +57,7 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: An
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     data = b""
     for name, tensor in tensors.items():
-        values = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        values = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         offsets = [len(data), len(data) + len(values)]
         header[name] = {"dtype": DTYPE_CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         data += values
@@ -110,6 +111,40 @@ def write_hugging_face(
     if n_files > 1:
         index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
         (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def random_pairs(modules: list[str], weights: Tensors, rank: int | dict[str, int] = 4) -> Tensors:
+    """Return the tensors of an adapter for these modules, by PEFT's names. weights: the model's, by Hugging Face's names."""
+    tensors, g = {}, torch.Generator().manual_seed(3)
+    for module in modules:
+        out, inputs = weights[f"{module}.weight"].shape
+        r = rank if isinstance(rank, int) else rank[module]
+        for name, shape in (("A", (r, inputs)), ("B", (out, r))):
+            if module == "model.embed_tokens":
+                tensors[f"base_model.model.{module}.lora_embedding_{name}"] = torch.randn(*shape[::-1], generator=g) * 0.1
+            else:
+                tensors[f"base_model.model.{module}.lora_{name}.weight"] = torch.randn(shape, generator=g) * 0.1
+    if "base_model.model.model.embed_tokens.lora_embedding_A" in tensors:  # its matrices are those of the transposed weight
+        halves = [tensors[f"base_model.model.model.embed_tokens.lora_embedding_{name}"] for name in "BA"]
+        tensors |= {f"base_model.model.model.embed_tokens.lora_embedding_{n}": t for n, t in zip("AB", halves, strict=True)}
+    return tensors
+
+
+def write_adapter(folder: Path, tensors: Tensors, suffix: str = "safetensors", **config: Any) -> Path:
+    """Write an adapter in PEFT's layout."""
+    folder.mkdir(exist_ok=True)
+    defaults = {
+        "peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": sorted({n.split(".")[-3] for n in tensors}),
+        "bias": "none", "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True, "rank_pattern": {},
+        "alpha_pattern": {}, "modules_to_save": None, "megatron_core": "megatron.core", "qalora_group_size": 16,
+        "base_model_name_or_path": "someone/model", "task_type": "CAUSAL_LM", "inference_mode": True,
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(defaults | config))
+    if suffix == "safetensors":
+        write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    else:
+        torch.save(tensors, folder / "adapter_model.bin")
     return folder
 
 

@@ -1,6 +1,5 @@
 """Test LoRA adapters: a model built with one computes what the merged weights compute, and every other adapter is refused."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,48 +15,23 @@ from llama.checkpoint import layouts, loading
 from llama.cli.main import main
 
 from .conftest import SMALL, SMALL_HIDDEN, VOCAB
-from .hugging_face import FORMATS, HEAD_DIM, hugging_face_weights, logits, write_hugging_face, write_safetensors
+from .hugging_face import (
+    FORMATS,
+    HEAD_DIM,
+    Tensors,
+    hugging_face_weights,
+    logits,
+    random_pairs,
+    write_adapter,
+    write_hugging_face,
+    write_safetensors,
+)
 from .support import assert_raises, random_weights, torchrun, write_shards
 
 WORKER = Path(__file__).with_name("hugging_face.py")
 MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
             "mlp.down_proj")  # fmt: skip
 ALL = [f"model.layers.{layer}.{matrix}" for layer in (0, 1) for matrix in MATRICES]
-Tensors = dict[str, torch.Tensor]
-
-
-def random_pairs(modules: list[str], weights: Tensors, rank: int | dict[str, int] = 4) -> Tensors:
-    """Return the tensors of an adapter for these modules, by PEFT's names. weights: the model's, by Hugging Face's names."""
-    tensors, g = {}, torch.Generator().manual_seed(3)
-    for module in modules:
-        out, inputs = weights[f"{module}.weight"].shape
-        r = rank if isinstance(rank, int) else rank[module]
-        for name, shape in (("A", (r, inputs)), ("B", (out, r))):
-            if module == "model.embed_tokens":
-                tensors[f"base_model.model.{module}.lora_embedding_{name}"] = torch.randn(*shape[::-1], generator=g) * 0.1
-            else:
-                tensors[f"base_model.model.{module}.lora_{name}.weight"] = torch.randn(shape, generator=g) * 0.1
-    if "base_model.model.model.embed_tokens.lora_embedding_A" in tensors:  # its matrices are those of the transposed weight
-        halves = [tensors[f"base_model.model.model.embed_tokens.lora_embedding_{name}"] for name in "BA"]
-        tensors |= {f"base_model.model.model.embed_tokens.lora_embedding_{n}": t for n, t in zip("AB", halves, strict=True)}
-    return tensors
-
-
-def write_adapter(folder: Path, tensors: Tensors, suffix: str = "safetensors", **config: Any) -> Path:
-    """Write an adapter in PEFT's layout."""
-    folder.mkdir(exist_ok=True)
-    defaults = {
-        "peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": sorted({n.split(".")[-3] for n in tensors}),
-        "bias": "none", "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True, "rank_pattern": {},
-        "alpha_pattern": {}, "modules_to_save": None, "megatron_core": "megatron.core", "qalora_group_size": 16,
-        "base_model_name_or_path": "someone/model", "task_type": "CAUSAL_LM", "inference_mode": True,
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(defaults | config))
-    if suffix == "safetensors":
-        write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-    else:
-        torch.save(tensors, folder / "adapter_model.bin")
-    return folder
 
 
 def merge(weights: Tensors, tensors: Tensors, scale: float | Callable[[str], float], dtype: torch.dtype) -> Tensors:
@@ -202,6 +176,18 @@ def test_whole_weights_replace_the_models_and_an_embedding_has_a_pair(bases: Sim
     for base in (bases.hf, bases.meta):
         found = weights_of(base, bases.tokenizer, adapter=folder)
         assert all(torch.allclose(found[name], weight, rtol=0, atol=1e-6) for name, weight in want.items())
+
+
+def test_whole_embeddings_that_peft_saves_unnamed_are_merged(bases: SimpleNamespace, tmp_path: Path) -> None:
+    """PEFT saves the embedding and the output layer beside the pairs if it finds one of them among the targets."""
+    tensors = random_pairs(["model.embed_tokens"], bases.weights)
+    base = torch.rand_like(bases.weights["model.embed_tokens.weight"])
+    saved = {f"base_model.model.{name}": base for name in ("model.embed_tokens.base_layer.weight", "lm_head.weight")}
+    folder = write_adapter(tmp_path / "adapter", tensors | saved, target_modules=["embed_tokens"])
+    found = weights_of(bases.meta, bases.tokenizer, adapter=folder)
+    a, b = (tensors[f"base_model.model.model.embed_tokens.lora_embedding_{n}"] for n in "AB")
+    assert torch.equal(found["lm_head.weight"], base)
+    assert torch.allclose(found["model.embed_tokens.weight"], base + (b @ a).T * 1.5, rtol=0, atol=1e-6)
 
 
 def test_memory_of_adapted_weights_is_not_counted_as_mapped(bases: SimpleNamespace, small: SimpleNamespace) -> None:

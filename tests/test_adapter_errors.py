@@ -14,11 +14,19 @@ from llama import CheckpointError, Llama
 from llama.checkpoint import loading
 
 from .conftest import SMALL
-from .hugging_face import HEAD_DIM, hugging_face_weights, write_hugging_face, write_safetensors
+from .hugging_face import (
+    HEAD_DIM,
+    Tensors,
+    hugging_face_weights,
+    random_pairs,
+    write_adapter,
+    write_hugging_face,
+    write_safetensors,
+)
 from .support import assert_raises, write_shards
-from .test_adapter import Tensors, random_pairs, write_adapter
 
 Q, V = "base_model.model.model.layers.0.self_attn.q_proj", "base_model.model.model.layers.1.self_attn.v_proj"
+NORM, EMBEDDING = "base_model.model.model.norm.weight", "base_model.model.model.embed_tokens"
 FILE = "adapter_model.safetensors"
 MODULES = [f"model.layers.{layer}.self_attn.{matrix}" for layer in (0, 1) for matrix in ("q_proj", "v_proj")]
 
@@ -47,13 +55,17 @@ def build(small: SimpleNamespace, adapter: Any, **options: Any) -> Llama:
         ({"use_dora": True}, ("use_dora is True", "DoRA")),
         ({"bias": "all"}, ("bias is 'all'", "biases")),
         ({"lora_bias": True}, ("lora_bias is True", "biases")),
+        ({"use_dora": 1}, ("use_dora is 1", "DoRA")),
         ({"fan_in_fan_out": True}, ("fan_in_fan_out is True", "transposed")),
+        ({"fan_in_fan_out": 1}, ("fan_in_fan_out is 1", "transposed")),
         ({"init_lora_weights": "pissa"}, ("init_lora_weights is 'pissa'", "changed weights of the base")),
         ({"layer_replication": [[0, 2], [1, 2]]}, ("layer_replication", "used several times")),
         ({"alora_invocation_tokens": [5]}, ("alora_invocation_tokens",)),
         ({"trainable_token_indices": [5]}, ("trainable_token_indices", "single rows")),
         ({"target_parameters": ["experts.w"]}, ("target_parameters",)),
         ({"use_new_thing": True}, ("use_new_thing is True", "not known here")),
+        ({"some_new_scale": 3.5}, ("some_new_scale is 3.5", "not known here")),
+        ({"some_new_scale": 0}, ("some_new_scale is 0", "not known here")),
         ({"r": 0}, ("r is 0", "a whole number from 1")),
         ({"r": True}, ("r is True",)),
         ({"r": 8}, ("are (4, 64) and (64, 4)", "(8, 64) and (64, 8)")),
@@ -78,6 +90,8 @@ def build(small: SimpleNamespace, adapter: Any, **options: Any) -> Llama:
         ({"rank_pattern": {"q_proj": 0}}, ("rank_pattern is {'q_proj': 0}",)),
         ({"rank_pattern": {"q_proj": 2}}, ("are (4, 64) and (64, 4)", "(2, 64) and (64, 2)")),
         ({"alpha_pattern": {"(q+)+_proj": 2}}, ("alpha_pattern is {'(q+)+_proj': 2}",)),
+        ({"alpha_pattern": {"q_proj": 3, "c_attn": 2}}, ("alpha_pattern names 'c_attn', which the model lacks",)),
+        ({"rank_pattern": {"^layers.0.self_attn.q_proj": 4}}, ("rank_pattern names '^layers.0.self_attn.q_proj', which",)),
     ],
 )  # fmt: skip
 def test_adapters_of_other_kinds_and_wrong_settings_are_refused(
@@ -94,6 +108,9 @@ def test_adapters_of_other_kinds_and_wrong_settings_are_refused(
     [
         (lambda t: t.pop(f"{Q}.lora_A.weight"), ("q_proj has no lora_A",)),
         (lambda t: t.pop(f"{V}.lora_B.weight"), ("v_proj has no lora_B",)),
+        (lambda t: t.pop(f"{Q}.lora_B.weight"), ("q_proj has no lora_B",)),
+        (lambda t: t.update({f"{Q}.lora_B.weight": torch.ones(60, 4)}), ("are (4, 64) and (60, 4)", "(64, 4)")),
+        (lambda t: t.update({f"{Q}.lora_B.weight": torch.tensor(1.0)}), ("are (4, 64) and ()", "(64, 4)")),
         (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 65)}), ("are (4, 65) and (64, 4)", "(4, 64)")),
         (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(256)}), ("are (256,) and",)),
         (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 64).double()}), ("is torch.float64",)),
@@ -104,6 +121,16 @@ def test_adapters_of_other_kinds_and_wrong_settings_are_refused(
         (lambda t: t.update({Q.replace(".0.", ".2.") + ".lora_A.weight": torch.ones(4, 64)}), ("the model lacks",)),
         (lambda t: t.update({f"{Q}.lora_embedding_A": torch.ones(4, 64)}), ("lora_embedding_A",)),
         (lambda t: t.update({"base_model.model.score.weight": torch.ones(2, 64)}), ("the model lacks 'score'",)),
+        (lambda t: t.update({f"{Q}.base_layer.weight": torch.ones(64, 64)}), ("q_proj, which modules_to_save",)),
+        (lambda t: t.update({NORM: torch.ones(64)}), ("whole weights of model.norm, which modules_to_save",)),
+        (
+            lambda t: t.update({f"{Q}.{end}": torch.ones(64, 64) for end in ("weight", "base_layer.weight")}),
+            ("q_proj.base_layer.weight' and the same under another name",),
+        ),
+        (
+            lambda t: t.update({f"{EMBEDDING}.{end}": torch.ones(4, 384) for end in ("lora_A.weight", "lora_embedding_A")}),
+            ("embed_tokens.lora_embedding_A' and the same under another name",),
+        ),
         (
             lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(400, 64)}),
             ("lm_head.weight' is (400, 64), where the model has (384, 64)", "vocabulary was resized"),
@@ -116,6 +143,16 @@ def test_tensors_that_do_not_fit_are_refused(
     change(tensors)
     write_safetensors(adapter / FILE, tensors)
     assert_raises(lambda: build(small, adapter), CheckpointError, str(adapter / FILE), *parts)
+
+
+def test_an_adapter_without_tensors_is_refused(small: SimpleNamespace, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "a", {}, target_modules=".*q_proj")
+    assert_raises(lambda: build(small, adapter), CheckpointError, str(adapter / FILE), "contains no tensors")
+
+
+def test_settings_that_change_nothing_are_taken(small: SimpleNamespace, tensors: Tensors, tmp_path: Path) -> None:
+    unset = {"use_dora": 0, "some_new_scale": None, "some_new_switch": False, "some_new_list": [], "some_new_config": {}}
+    build(small, write_adapter(tmp_path / "a", tensors, **unset))
 
 
 def test_values_too_large_for_the_dtype_are_refused(small: SimpleNamespace, adapter: Path, tensors: Tensors) -> None:

@@ -102,7 +102,7 @@ def test_convert_refuses_what_it_cannot_do_and_leaves_nothing(
         ((folder, folder, "meta"), CheckpointError, "exists already"),
         ((folder, new, "gguf"), InputError, "layout is 'gguf'"),
         ((folder, new, "meta", 0), InputError, "shards is 0"),
-        ((folder, new, "meta", 1, "int8"), InputError, "dtype is 'int8'"),
+        ((folder, new, "meta", 1, "int8"), InputError, "for packed weights, run python -m llama quantize on the result"),
         ((folder, new, "meta", 3), InputError, "can be cut into 1, 2, 4 shards"),
         ((folder, new, "hf", 3), InputError, "the model has 2 layers"),
         ((folder, 3, "hf"), CheckpointError, "target is 3 (int)"),

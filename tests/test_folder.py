@@ -10,9 +10,17 @@ from llama import CheckpointError, save_packed_file
 from llama.cli.main import main
 from llama.planning import describe_folder
 
-from .hugging_face import HEAD_DIM, MODEL, edit_config, hugging_face_weights, write_hugging_face, write_with_tokenizer
+from .hugging_face import (
+    HEAD_DIM,
+    MODEL,
+    edit_config,
+    hugging_face_weights,
+    random_pairs,
+    write_adapter,
+    write_hugging_face,
+    write_with_tokenizer,
+)
 from .support import assert_raises, random_weights, write_shards
-from .test_adapter import random_pairs, write_adapter
 
 
 def lines_of(folder: Path) -> dict[str, str]:
@@ -89,3 +97,32 @@ def test_the_command_and_what_it_refuses(small: SimpleNamespace, tmp_path: Path,
     assert "it is empty" in capsys.readouterr().err
     assert main(["info", str(tmp_path)]) == 1
     assert "no params.json" in capsys.readouterr().err
+
+
+def test_errors_call_the_folder_dir(small: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shards(tmp_path / "ckpt_dir" / "model", small.params, small.weights)
+    inner = tmp_path / "ckpt_dir" / "model"
+    for given, error in (
+        ("nope", "llama: DIR is 'nope': No such file or directory; it must be the path of a model's folder"),
+        (inner.parent, f"llama: {inner.parent}: no params.json; it contains a model's folder; give {inner} as DIR\n"),
+    ):
+        assert main(["info", str(given)]) == 1
+        assert capsys.readouterr().err.startswith(error)
+
+
+def test_commands_tell_what_to_give_instead_of_an_adapter(
+    small: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(write_adapter(tmp_path / "a", {}))
+    model = "give the folder of the model that was adapted"
+    merge = "merge it into its model with python -m llama convert --adapter, and give the result"
+    for command, advice in (
+        (["complete", "--ckpt_dir", folder, "hi"], f"{model} as --ckpt_dir, and this folder as --adapter"),
+        (["convert", folder, str(tmp_path / "new"), "--to", "hf"], f"{model} as SRC, and this folder as --adapter"),
+        (["plan", "--ckpt_dir", folder], f"{model}; merged, an adapter takes no further memory"),
+        (["info", "--ckpt_dir", folder], f"{model}; python -m llama info, with the folder alone, describes it"),
+        (["quantize", "--ckpt_dir", folder, "int8"], merge),
+    ):
+        assert main(command) == 1
+        error = f"llama: {folder}: it contains an adapter (adapter_config.json), not a model: {advice}\n"
+        assert capsys.readouterr().err == error

@@ -34,7 +34,7 @@ def write(folder: Path, **files: str) -> Path:
         ("meta-llama/Llama-2-7b-chat", "if this is a repository on Hugging Face, download its files, and give their folder"),
         ("hugging face", "model_type is None; supported is 'llama'"),
         ("llama 3", "is of Llama 3; supported are Llama 2"),
-        ("llama 3.1 below", "give one of them as ckpt_dir: original"),
+        ("llama 3.1 below", "it contains a model's folder; give llama 3.1 below/original as ckpt_dir"),
         ("no tokenizer", "no tokenizer.model in it or in its parent folder; give its path as tokenizer_path"),
     ],
 )

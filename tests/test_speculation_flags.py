@@ -14,6 +14,7 @@ import pytest
 from llama import Llama
 from llama.cli.main import main
 
+from .hugging_face import write_adapter
 from .support import torchrun
 
 PROMPT = "The quick brown fox"
@@ -106,7 +107,7 @@ def test_wrong_flags_are_named_with_the_way_out(
         (["--draft_dir", str(missing)], f"--draft_dir is '{missing}': No such file or directory"),
         (
             ["--draft_dir", str(draft_dir.parent)],
-            f"{draft_dir.parent}: no params.json; it contains model folders; give one of them as --draft_dir: draft",
+            f"{draft_dir.parent}: no params.json; it contains a model's folder; give {draft_dir} as --draft_dir",
         ),
         (["--draft_dir", str(draft_dir), "--dtype", "int3"], "--dtype is 'int3'"),
     ):
@@ -115,6 +116,14 @@ def test_wrong_flags_are_named_with_the_way_out(
     with pytest.raises(SystemExit) as caught:
         main([command, *flags, "--speculate", "fast", *question])
     assert caught.value.code == 2 and "--speculate: invalid choice: 'fast'" in capsys.readouterr().err
+
+
+def test_an_adapter_is_no_draft(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_adapter(tmp_path / "a", {})
+    assert main(["complete", *flags, "--draft_dir", str(tmp_path / "a"), PROMPT]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"llama: --draft_dir is '{tmp_path / 'a'}': it contains an adapter, not a model: merge it into")
+    assert error.endswith("with python -m llama convert --adapter, and give the result as --draft_dir\n")
 
 
 def test_a_wrong_file_of_the_draft_is_told(flags: list[str], draft_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

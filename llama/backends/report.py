@@ -40,7 +40,9 @@ def info(ckpt_dir: str | os.PathLike[str] | None = None, device: str | torch.dev
         default = " (chosen by default)" if backend is chosen else ""
         lines.append((f"backend: {name}", f"not available: {why}" if why else f"available{default}"))
     if ckpt_dir is not None:
-        params = read_params(ckpt_dir)
+        params = read_params(
+            ckpt_dir, "give the folder of the model that was adapted; python -m llama info, with the folder alone, describes it"
+        )
         args = ModelArgs(**{**params, "vocab_size": max(params.get("vocab_size", 1), 1)})
         embedding = stored_embedding(ckpt_dir)
         stored = torch.bfloat16 if embedding is None else embedding.dtype

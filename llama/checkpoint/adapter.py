@@ -20,7 +20,7 @@ from ..distributed.groups import model_parallel
 from ..errors import CheckpointError, short_repr
 from ..kernels.host_memory import DONTNEED, madvise
 from ..model import ModelArgs
-from .adapter_config import CONFIG, check_adapter_folder, rank_and_scale, read_adapter_config, targets
+from .adapter_config import CONFIG, check_adapter_folder, check_patterns, rank_and_scale, read_adapter_config, targets
 from .hugging_face import check_inside, expected_tensors, join_names, open_file
 from .params import MERGE_WITH_PEFT, SUPPORTED_DTYPES, list_folder
 from .shards import Shards, file_identity, is_rotated, metas_order, split_dim
@@ -31,7 +31,8 @@ _PREFIX = "base_model.model."  # of each tensor's name, before Hugging Face's na
 # The ends of the names of tensors, after the name of a module. Those of an embedding are transposed.
 _PAIRS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"}
 _WHOLE = ("base_layer.weight", "weight")
-_VALUES_AT_ONCE = 1 << 19  # values of a merged weight computed at a time, in float32, which stay in the cache
+_SAVED_BY_PEFT = {"model.embed_tokens", "lm_head"}  # whole weights that PEFT may save without naming them in modules_to_save
+_VALUES_AT_ONCE = 1 << 17  # values of a merged weight computed at a time, in float32, so that they fit the CPU's cache
 
 
 class Pair(NamedTuple):
@@ -45,16 +46,16 @@ class Pair(NamedTuple):
 class Adapter:
     """The parts of an adapter by Meta's names of the weights that they change. Rows are in the order of the stored weights.
 
-    pairs: the pairs of matrices. whole: weights that replace the model's. shapes: the shape of each whole weight.
+    pairs: the pairs of matrices. replaced: weights that replace the model's. shapes: the shape of each whole weight.
     """
 
     def __init__(
-        self, path: Path, pairs: dict[str, Pair], whole: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]
+        self, path: Path, pairs: dict[str, Pair], replaced: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]
     ) -> None:
-        self.path, self.pairs, self.whole, self.shapes = path, pairs, whole, shapes
+        self.path, self.pairs, self.replaced, self.shapes = path, pairs, replaced, shapes
 
     def __contains__(self, name: object) -> bool:
-        return name in self.pairs or name in self.whole
+        return name in self.pairs or name in self.replaced
 
     def merge(self, name: str, views: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
         """Return the merged values of views of a stored weight, in `dtype`; the views themselves if the weight is not adapted.
@@ -79,16 +80,18 @@ class Adapter:
     def _merge_part(self, name: str, view: torch.Tensor, rows: slice, columns: slice, dtype: torch.dtype) -> torch.Tensor:
         """Return the merged values of one view, which holds these rows and columns of a stored weight."""
         base, pair = view, self.pairs.get(name)
-        if name in self.whole:
-            base = self.whole[name][rows] if view.ndim == 1 else self.whole[name][rows, columns]
+        if name in self.replaced:
+            base = self.replaced[name][rows] if view.ndim == 1 else self.replaced[name][rows, columns]
         if pair is None:
             merged = base.to(dtype)
         else:
             left, right = pair.left[rows].float(), pair.right[:, columns].float()
             merged = torch.empty(view.shape, dtype=dtype, device="cpu")
             step = max(1, _VALUES_AT_ONCE // view.shape[1])
+            products = torch.empty(min(step, len(view)), view.shape[1], device="cpu")  # once, as the system clears new memory
             for i in range(0, len(view), step):
-                product = left[i : i + step] @ right
+                rows_at_once = left[i : i + step]
+                product = torch.mm(rows_at_once, right, out=products[: len(rows_at_once)])
                 merged[i : i + step] = product.mul_(pair.scale).add_(base[i : i + step])
         if not is_finite(merged):
             if not is_finite(view):
@@ -103,7 +106,7 @@ class Adapter:
     def fingerprint(self) -> list[Any]:
         """Return values that are equal on all ranks if all ranks have the same adapter."""
         pairs = [(name, pair.scale, pair.left[0].tolist(), pair.right[0].tolist()) for name, pair in self.pairs.items()]
-        return [*pairs, *((name, whole[0].tolist()) for name, whole in self.whole.items())]
+        return [*pairs, *((name, whole[0].tolist()) for name, whole in self.replaced.items())]
 
 
 def open_adapter(adapter: str | os.PathLike[str], args: ModelArgs, weights: Shards) -> Adapter:
@@ -122,20 +125,28 @@ def open_adapter(adapter: str | os.PathLike[str], args: ModelArgs, weights: Shar
     weights.identities |= {file: file_identity(file) for file in (path, folder / CONFIG)}
     modules = {name.removesuffix(".weight"): metas for name, metas in expected_tensors(args).items()}
     halves, whole = _sort_tensors(path, open_file(path, values=True), modules)
-    if weights.rotary_halves is None:  # the rows of the model's wq and wk are in Meta's order
-        reordered = {module for module in {*halves, *whole} if is_rotated(modules[module][0])}
-        for tensors, key in [*((halves[m], "B") for m in reordered & {*halves}), *((whole, m) for m in reordered & {*whole})]:
-            tensors[key] = tensors[key][metas_order(len(tensors[key]), args.head_dim)]
+    if not halves and not whole:
+        raise CheckpointError(f"{path} contains no tensors; fetch it again")
+    check_patterns(config, modules, folder / CONFIG)
     _check_targets(folder / CONFIG, path, config, [m for m, (_, shape) in modules.items() if len(shape) == 2], halves, whole)
     pairs = {modules[m][0]: _make_pair(path, config, m, modules[m][1], tensors) for m, tensors in halves.items()}
+    replaced = {modules[m][0]: tensor for m, tensor in whole.items()}
+    if weights.rotary_halves is None:  # the rows of the model's wq and wk are in Meta's order
+        for name in filter(is_rotated, pairs):
+            pairs[name] = pairs[name]._replace(left=_in_metas_order(pairs[name].left, args.head_dim))
+        for name in filter(is_rotated, replaced):
+            replaced[name] = _in_metas_order(replaced[name], args.head_dim)
     tied = weights.first["output.weight"].data_ptr() == weights.first["tok_embeddings.weight"].data_ptr()
     if tied and (both := {"lm_head", "model.embed_tokens"} & {*halves, *whole}):
         raise CheckpointError(
             f"{path} changes {join_names(sorted(both))}, but the model's output layer is its embedding (tie_word_embeddings): "
             f"{MERGE_WITH_PEFT}"
         )
-    replaced = {modules[module][0]: tensor for module, tensor in whole.items()}
     return Adapter(path, pairs, replaced, dict(modules.values()))
+
+
+def _in_metas_order(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    return rows[metas_order(len(rows), head_dim)]
 
 
 def _sort_tensors(
@@ -155,6 +166,8 @@ def _sort_tensors(
             raise CheckpointError(f"{path} contains {shown}: {what}; give the model that was adapted, or {MERGE_WITH_PEFT}")
         if tensor.dtype not in SUPPORTED_DTYPES:
             raise CheckpointError(f"{path}: {shown} is {tensor.dtype}; supported are bfloat16, float16 and float32: convert it")
+        if module in whole if end in _WHOLE else _PAIRS[end] in halves.get(module, {}):
+            raise CheckpointError(f"{path} contains {shown} and the same under another name: damaged; fetch it again")
         if end in _PAIRS:
             halves.setdefault(module, {})[_PAIRS[end]] = tensor
             continue
@@ -186,9 +199,14 @@ def _check_targets(
     for name in config.get("modules_to_save", []):
         if not any(module.endswith(name) for module in whole):
             raise CheckpointError(f"{path} lacks {short_repr(name)}, which modules_to_save names; fetch it again")
+    saved = {module for module in whole if any(module.endswith(name) for name in config.get("modules_to_save", []))}
+    if unnamed := sorted({*whole} - saved - _SAVED_BY_PEFT):
+        raise CheckpointError(
+            f"{path} contains whole weights of {join_names(unnamed)}, which modules_to_save of {config_path.name} does not "
+            "name: not of one adapter; fetch both"
+        )
     if expected is None:
         return
-    saved = {module for module in whole if any(module.endswith(name) for name in config.get("modules_to_save", []))}
     if missing := sorted(expected - {*halves} - saved):
         raise CheckpointError(f"{path} lacks {join_names(missing)}, which target_modules names; fetch it again")
     if others := sorted({*halves} - expected):

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from ..errors import CheckpointError, check_path, short_repr
 from .params import MAX_PARAMS_BYTES, MERGE_WITH_PEFT, list_folder, read_json
 
 CONFIG = "adapter_config.json"
-# What other kinds of adapters set, the values with which an adapter is merged here, and what the key means.
+# For each setting of another kind of adapter: the values that change nothing here, and what it means.
 _LORA_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_dora": ((), "DoRA scales the columns of the merged weights"),
     "bias": (("none",), "the adapter trains biases, and the layers of Llama have none"),
@@ -30,6 +31,7 @@ _KNOWN = {
     "modules_to_save",
     "layers_to_transform", "layers_pattern", "lora_dropout", "task_type", "base_model_name_or_path", "revision",
     "inference_mode", "auto_mapping", "peft_version", "megatron_core", "runtime_config", "eva_config", "ensure_weight_tying",
+    "qalora_group_size",  # without use_qalora, which is refused, it changes nothing
 }  # fmt: skip
 MAX_RANK = 1 << 16
 
@@ -57,8 +59,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         ("r", _is_rank, f"a whole number from 1 to {MAX_RANK:,}"),
         ("lora_alpha", _is_number, "a number"),
         ("use_rslora", lambda v: isinstance(v, bool), "true or false"),
-        ("target_modules", _is_names_or_text, "a list of modules, or text"),
-        ("exclude_modules", _is_names_or_text, "a list of modules, or text"),
+        ("target_modules", _is_names_or_text, "a list of modules, or a regular expression"),
+        ("exclude_modules", _is_names_or_text, "a list of modules, or a regular expression"),
         ("modules_to_save", _is_names, "a list of modules"),
         ("layers_to_transform", lambda v: all(map(_is_layer, v if isinstance(v, list) else [v])), "a list of layers"),
         ("layers_pattern", lambda v: v in ("layers", ["layers"], "", []), '"layers"'),
@@ -78,9 +80,8 @@ def _check_kind(path: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(f"{path}: peft_type is {kind}; only 'LORA' is merged here: {MERGE_WITH_PEFT}")
     for key, value in config.items():
         allowed, meaning = _LORA_ONLY.get(key, ((), "this setting is not known here"))
-        # A number alone changes nothing: it is the size of something that another setting switches on.
-        is_set = isinstance(value, bool | str | list | dict) and bool(value)
-        if is_set and key not in _KNOWN and value not in allowed:
+        is_unset = value is False or value in ("", [], {}) or (key in _LORA_ONLY and value == 0)
+        if not is_unset and key not in _KNOWN and value not in allowed:
             raise CheckpointError(f"{path}: {key} is {short_repr(value)}: {meaning}; {MERGE_WITH_PEFT}")
 
 
@@ -116,15 +117,28 @@ def ends_with_name(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
+def _matches(module: str, pattern: str) -> bool:
+    """Return True if a key of rank_pattern or alpha_pattern names a module."""
+    name = pattern.replace("\\.", ".")
+    return module == name[1:] if name.startswith("^") else ends_with_name(module, name)
+
+
+def check_patterns(config: dict[str, Any], modules: Iterable[str], path: Path) -> None:
+    """Raise CheckpointError if a key of rank_pattern or alpha_pattern names none of a model's modules."""
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for pattern in config.get(setting, {}):
+            if not any(_matches(module, pattern) for module in modules):
+                raise CheckpointError(
+                    f"{path}: {setting} names {short_repr(pattern)}, which the model lacks: "
+                    "the adapter belongs to another model; give that model's folder"
+                )
+
+
 def rank_and_scale(config: dict[str, Any], module: str) -> tuple[int, float]:
     """Return the rank of a module's pair of matrices, and the factor of their product. module: Hugging Face's name."""
 
     def of_pattern(key: str, default: Any) -> Any:
-        for pattern, value in config.get(key, {}).items():
-            name = pattern.replace("\\.", ".")
-            if module == name[1:] if name.startswith("^") else ends_with_name(module, name):
-                return value
-        return default
+        return next((value for pattern, value in config.get(key, {}).items() if _matches(module, pattern)), default)
 
     rank, alpha = of_pattern("rank_pattern", config["r"]), of_pattern("alpha_pattern", config["lora_alpha"])
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -69,7 +69,7 @@ def convert_checkpoint(
     if layout not in LAYOUTS:
         raise InputError(f"layout is {describe(layout)}; it must be one of {', '.join(map(repr, LAYOUTS))}")
     check_count(shards, "shards")
-    chosen_dtype = parse_dtype(dtype)
+    chosen_dtype = parse_dtype(dtype, "for packed weights, run python -m llama quantize on the result")
     if world_size() > 1:
         raise DeviceError(f"converting takes one process, and this job has {world_size()}: run it without torchrun")
     source, new = check_folder(ckpt_dir).resolve(), _check_target(target)

@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 
+from ..errors import CheckpointError
 from ..quantization.weight import FORMATS
 from . import hugging_face, hugging_face_config, params, shards
+from .adapter_config import CONFIG
 from .shards import Shards
+
+_FOR_ADAPTER = "give the folder of the model that was adapted as ckpt_dir, and this folder as adapter"
 
 
 def uses_hugging_face(folder: Path) -> bool:
@@ -22,9 +26,20 @@ def uses_hugging_face(folder: Path) -> bool:
     return "params.json" not in names and "config.json" in names and bool(names & (packed | {*hugging_face.FILES}))
 
 
-def read_params(ckpt_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the contents of params.json or config.json as arguments of ModelArgs. Raise CheckpointError for any bad value."""
+def is_adapter(folder: Path) -> bool:
+    """Return True if a folder contains an adapter and no model."""
+    names = params.list_folder(folder)
+    return CONFIG in names and "params.json" not in names and not uses_hugging_face(folder)
+
+
+def read_params(ckpt_dir: str | os.PathLike[str], for_adapter: str = _FOR_ADAPTER) -> dict[str, Any]:
+    """Return the contents of params.json or config.json as arguments of ModelArgs. Raise CheckpointError for any bad value.
+
+    for_adapter: what the error for a folder with an adapter advises.
+    """
     folder = params.check_folder(ckpt_dir)
+    if is_adapter(folder):
+        raise CheckpointError(f"{folder}: it contains an adapter ({CONFIG}), not a model: {for_adapter}")
     return hugging_face_config.read_config(folder) if uses_hugging_face(folder) else params.read_params(folder)
 
 

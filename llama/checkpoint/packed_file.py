@@ -230,7 +230,8 @@ def save_packed_file(ckpt_dir: str | os.PathLike[str], format: str) -> Path:
 
 def _open_checkpoint(ckpt_dir: str | os.PathLike[str]) -> tuple[Shards, Transformer]:
     """Map and check a checkpoint; return its shards, and its model on the meta device."""
-    params, shards = read_params(ckpt_dir), open_weights(ckpt_dir)
+    params = read_params(ckpt_dir, "merge it into its model with python -m llama convert --adapter, and give the result")
+    shards = open_weights(ckpt_dir)
     model = build_on_meta(params, shards, 1, 1, None)
     check_shards(model, shards)
     return shards, model

@@ -17,16 +17,19 @@ _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 MAX_PARAMS_BYTES = 1 << 20  # size limit of params.json; Meta's files have about 100 bytes
 
 
-def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def parse_dtype(
+    dtype: str | torch.dtype | None, way_out: str = "for quantized weights, use quantize={!r}"
+) -> torch.dtype | None:
     """Return the torch.dtype for a dtype or its name; None for None. Raise InputError for an unsupported dtype.
 
-    The name may be bfloat16, float16 or float32, or its short form, bf16, fp16 or fp32.
+    The name may be bfloat16, float16 or float32, or its short form, bf16, fp16 or fp32. way_out: what the error for int8 and
+    int4 advises; {!r} is replaced by the given name.
     """
     if dtype is None:
         return None
     parsed = getattr(torch, _DTYPE_ALIASES.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
     if not isinstance(parsed, torch.dtype) or parsed not in SUPPORTED_DTYPES:
-        hint = f"; for quantized weights, use quantize={dtype!r}" if dtype in FORMATS else ""
+        hint = f"; {way_out.format(dtype)}" if dtype in FORMATS else ""
         raise InputError(
             f"dtype is {describe(dtype)}; use 'bfloat16', 'float16' or 'float32', or leave it out for the stored one{hint}"
         )
@@ -45,10 +48,6 @@ _PARAMS: dict[str, tuple[Any, Any, str]] = {
     "norm_eps": ((int, float), lambda v: 0 < v < 1, "a number between 0 and 1"),
     "rope_theta": ((int, float), lambda v: 1 <= v <= 1e18, "a number from 1 to 1e18"),
 }  # fmt: skip
-ADAPTER = (
-    "it contains an adapter (adapter_config.json), not a model: give the folder of the model that was adapted as ckpt_dir, and "
-    "this folder as adapter"
-)
 MERGE_WITH_PEFT = "merge the adapter with PEFT's merge_and_unload(), save_pretrained() the result, and give its folder"
 # Arguments of ModelArgs that only models in Hugging Face's layout have.
 _OTHER_PARAMS: dict[str, tuple[Any, Any, str]] = {
@@ -135,9 +134,9 @@ def describe_folder(folder: Path) -> str:
         return "it contains packed weights in bfloat16: build without quantize"
     models = [n for n in names if os.path.isfile(folder / n / "params.json")]
     if models:
-        return f"it contains model folders; give one of them as ckpt_dir: {', '.join(models[:8])}"
-    if "adapter_config.json" in names:
-        return ADAPTER
+        if len(models) == 1:
+            return f"it contains a model's folder; give {folder / models[0]} as ckpt_dir"
+        return f"it contains model folders; give one of them as ckpt_dir: {', '.join(str(folder / n) for n in models[:8])}"
     if any(n.endswith(".safetensors") or n.startswith("pytorch_model") for n in names) and "config.json" not in names:
         return "it contains weights in Hugging Face's layout, but no config.json; fetch this file, too"
     if "config.json" in names:

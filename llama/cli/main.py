@@ -26,7 +26,7 @@ from .chat import run_chat
 from .complete import run_complete
 from .flags import normalize_flags
 from .model_options import DTYPES, QUANTIZE_FORMATS, model_parser, sampling_parser
-from .process import exit_code, open_missing_streams, silence_other_ranks
+from .process import call_ckpt_dir, exit_code, open_missing_streams, silence_other_ranks
 from .serve import add_flags, run_serve
 from .terminal import Terminal
 
@@ -155,7 +155,8 @@ def run_quantize(args: argparse.Namespace) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    path = convert_checkpoint(args.source, args.target, args.to, args.shards, args.dtype, args.adapter)
+    with call_ckpt_dir("SRC"):
+        path = convert_checkpoint(args.source, args.target, args.to, args.shards, args.dtype, args.adapter)
     size = sum(file.stat().st_size for file in path.iterdir())
     Terminal().write(f"{path}: {format_bytes(size)}\n")
 
@@ -163,7 +164,12 @@ def run_convert(args: argparse.Namespace) -> None:
 def run_info(args: argparse.Namespace) -> None:
     if args.folder is not None and (args.ckpt_dir, args.device) != (None, None):
         raise InputError(f"DIR is {args.folder!r}, so neither --ckpt_dir nor --device can be given; run info twice")
-    Terminal().write(f"{info(args.ckpt_dir, args.device) if args.folder is None else describe_folder(args.folder)}\n")
+    if args.folder is None:
+        report = info(args.ckpt_dir, args.device)
+    else:
+        with call_ckpt_dir("DIR"):
+            report = describe_folder(args.folder)
+    Terminal().write(f"{report}\n")
 
 
 def run_plan(args: argparse.Namespace) -> None:

@@ -1,12 +1,16 @@
 """Flags that several commands share: which model to load (chat, complete, serve), and how to sample (chat, complete)."""
 
 import argparse
+import os
 import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from .. import Llama, SamplingParams, resolve_model_paths, validate_options
-from ..errors import InputError, LlamaError
+from ..errors import CheckpointError, InputError, LlamaError
+from ..planning import is_adapter
+from .process import call_ckpt_dir
 
 # Repeated here, because the command line imports neither `quantization` nor `checkpoint`; `build` checks these values again.
 QUANTIZE_FORMATS = ("int8", "int4")
@@ -20,7 +24,11 @@ def model_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--ckpt_dir", metavar="DIR", help="folder with a model, in Meta's or Hugging Face's layout; default: the demo model"
     )
-    model.add_argument("--tokenizer_path", metavar="FILE", help="default: tokenizer.model or .json in DIR, or .model above")
+    model.add_argument(
+        "--tokenizer_path",
+        metavar="FILE",
+        help="default: tokenizer.model or tokenizer.json in DIR, or tokenizer.model in its parent folder",
+    )
     model.add_argument(
         "--max_seq_len",
         type=int,
@@ -96,13 +104,17 @@ def build_model(args: argparse.Namespace, max_batch_size: int) -> Llama:
 
 def build_draft(draft_dir: str, tokenizer_path: str | None, *sizes: int, **options: Any) -> Llama:
     """Load a draft. Errors call its folder draft_dir. sizes, options: the arguments of `Llama.build` for the large model."""
+    if os.path.isdir(draft_dir) and is_adapter(Path(draft_dir)):
+        raise CheckpointError(
+            f"draft_dir is {draft_dir!r}: it contains an adapter, not a model: merge it into its model with "
+            "python -m llama convert --adapter, and give the result as draft_dir"
+        )
     try:
-        return Llama.build(*resolve_model_paths(draft_dir, tokenizer_path), *sizes, **options)
+        with call_ckpt_dir("draft_dir"):
+            return Llama.build(*resolve_model_paths(draft_dir, tokenizer_path), *sizes, **options)
     except LlamaError as e:
-        quoted_or_name = r"'[^']*'|\bckpt_dir\b"
-        message = re.sub(quoted_or_name, lambda match: "draft_dir" if match[0] == "ckpt_dir" else match[0], str(e))
-        is_clear = "draft_dir" in message or isinstance(e, InputError)  # other arguments are those of the large model, too
-        raise type(e)(message if is_clear else f"the draft in draft_dir: {message}") from None
+        is_clear = "draft_dir" in str(e) or isinstance(e, InputError)  # other arguments are those of the large model, too
+        raise type(e)(str(e) if is_clear else f"the draft in draft_dir: {e}") from None
 
 
 def call_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -60,18 +60,30 @@ def exit_code(work: Callable[[], None], flags: Collection[str] = ()) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def call_ckpt_dir(name: str) -> Iterator[None]:
+    """In errors about the argument ckpt_dir, call it by the name that it has in a command."""
+    try:
+        yield
+    except LlamaError as e:
+        quoted_or_name = r"'[^']*'|(?<![\w/.-])ckpt_dir(?![\w/]|\.\w)"
+        message = re.sub(quoted_or_name, lambda match: name if match[0] == "ckpt_dir" else match[0], str(e))
+        raise type(e)(message) from None
+
+
 def name_flags(message: str, flags: Collection[str]) -> str:
     """Return an error message of the library in the words of the command line, with flags in place of arguments.
 
     Replace name='value' by --name value, and a name by --name if it contains an underscore or begins the message as in "dtype
-    is x". Elsewhere such a name may be a plain word. Texts in quotes are not changed.
+    is x" or ends it as in "give it as dtype". Elsewhere such a name may be a plain word. Texts in quotes are not changed.
     """
 
     def replace(match: re.Match[str]) -> str:
         name, text, number = match.groups()
         if value := text or number:
             return f"--{name} {value}"
-        is_flag = name and ("_" in name or (match.start() == 0 and message.startswith(f"{name} is ")))
+        begins, ends = match.start() == 0 and message.startswith(f"{name} is "), message[match.start() - 4 :] == f" as {name}"
+        is_flag = name and ("_" in name or begins or ends)
         return f"--{name}" if is_flag else match[0]
 
     names = "|".join(map(re.escape, flags)) or "(?!)"

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import hugging_face_config, layouts, packed_file
-from ..checkpoint.adapter_config import CONFIG, read_adapter_config
+from ..checkpoint.adapter_config import read_adapter_config
 from ..checkpoint.hugging_face import expected_tensors
 from ..checkpoint.hugging_face_settings import read_settings
+from ..checkpoint.layouts import is_adapter
 from ..checkpoint.params import check_folder, list_folder
 from ..checkpoint.paths import find_tokenizer
 from ..errors import CheckpointError, format_bytes, short_repr
@@ -30,12 +31,6 @@ def describe_folder(ckpt_dir: str | os.PathLike[str]) -> str:
     folder = check_folder(ckpt_dir)
     lines = _describe_adapter(folder) if is_adapter(folder) else _describe_model(folder)
     return "\n".join(f"{label:<24}{text}" for label, text in lines)
-
-
-def is_adapter(folder: Path) -> bool:
-    """Return True if a folder contains an adapter and no model."""
-    names = list_folder(folder)
-    return CONFIG in names and "params.json" not in names and not layouts.uses_hugging_face(folder)
 
 
 def _describe_adapter(folder: Path) -> list[tuple[str, str]]:

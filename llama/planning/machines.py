@@ -152,7 +152,7 @@ def describe_checkpoint(ckpt_dir: str | os.PathLike[str]) -> tuple[ModelArgs, to
     Without shards, the dtype is assumed to be bfloat16. If params.json has no vocabulary size either, it is assumed to be Llama
     2's.
     """
-    params = read_params(ckpt_dir)
+    params = read_params(ckpt_dir, "give the folder of the model that was adapted; merged, an adapter takes no further memory")
     embedding = stored_embedding(ckpt_dir)
     if embedding is not None and embedding.ndim == 2:
         return ModelArgs(**{**params, "vocab_size": len(embedding)}), embedding.dtype
