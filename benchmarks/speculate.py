@@ -55,7 +55,13 @@ class Oracle:
     def expected(self, row: int, limit: int) -> list[float]:
         return [1.0] * min(self.n, limit)
 
-    def seconds(self, counts: Mapping[int, int]) -> float:
+    def is_ready(self) -> bool:
+        return True
+
+    def seconds(self, n: int) -> float:
+        return 0.0
+
+    def first_seconds(self, row: int) -> float:
         return 0.0
 
     def guess(self, counts: Mapping[int, int]) -> dict[int, list[int]]:
