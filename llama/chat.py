@@ -35,6 +35,7 @@ Dialog = Sequence[Message]
 B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
 SPECIAL_TAGS = [B_INST, E_INST, "<<SYS>>", "<</SYS>>"]
+_ROLES = "roles are 'system', 'user' and 'assistant'"
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
@@ -55,10 +56,10 @@ def check_dialog(dialog: Dialog, name: str, continue_answer: bool | None = False
     name: what the error calls the dialog. The error also gives the index of the wrong message.
     continue_answer: accept a dialog whose last message is by the assistant.
     """
-    check_messages(dialog, name)
+    check_messages(dialog, name, _ROLES)
     for i, message in enumerate(dialog):
         if (role := message["role"]) not in ("system", "user", "assistant"):
-            raise InputError(f"{name}, message {i}: its role is {describe(role)}; roles are 'system', 'user' and 'assistant'")
+            raise InputError(f"{name}, message {i}: its role is {describe(role)}; {_ROLES}")
     turns = [m["role"] for m in dialog]
     system = turns[:1] == ["system"]
     if not turns[system:]:
@@ -77,10 +78,10 @@ def check_dialog(dialog: Dialog, name: str, continue_answer: bool | None = False
         )
 
 
-def check_messages(dialog: Dialog, name: str) -> None:
+def check_messages(dialog: Dialog, name: str, expected: str = "it must be a name, such as 'user'") -> None:
     """Raise InputError unless a dialog is a list of messages whose roles are names and whose contents are texts.
 
-    name: what the error calls the dialog.
+    name: what the error calls the dialog. expected: what the error says about a role that is no name.
     """
     if isinstance(dialog, (str, bytes, dict)) or not isinstance(dialog, Sequence):
         raise InputError(
@@ -97,7 +98,7 @@ def check_messages(dialog: Dialog, name: str) -> None:
                 raise InputError(f"{name}, message {i} has no {key!r}; it has {short_repr([*message])}")
         check_text(message["content"], f"{name}, message {i}: its content")
         if not isinstance(role := message["role"], str) or not _ROLE.fullmatch(role):
-            raise InputError(f"{name}, message {i}: its role is {describe(role)}; roles are 'system', 'user' and 'assistant'")
+            raise InputError(f"{name}, message {i}: its role is {describe(role)}; {expected}")
 
 
 def _way_out(roles: Sequence[str], i: int) -> str:

@@ -14,6 +14,16 @@ ATOMS = (
     "a" * 20, "<|im_end|>", "s>", "\ufffd", "\U0010ffff",
 )  # fmt: skip
 
+# A template that makes the texts of Llama 2's format.
+LLAMA_2_TEMPLATE = """\
+{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}
+{%- else %}{% set rest = messages %}{% endif %}
+{%- for m in rest %}
+{%- set text = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + m['content'] if loop.first and system else m['content'] %}
+{%- if m['role'] == 'user' %}{{ bos_token + '[INST] ' + text.strip() + ' [/INST]' }}
+{%- else %}{{ ' ' + text.strip() + ' ' + eos_token }}{% endif %}
+{%- endfor %}"""
+
 
 def write(folder: Path, **files: Any) -> Path:
     """Write values as JSON files. Their names are the keywords."""

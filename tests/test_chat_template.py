@@ -20,10 +20,11 @@ from llama.hugging_face import template_process
 from llama.hugging_face.chat_template import TemplateFormat
 from llama.hugging_face.load import find_chat_format, load_text
 from llama.hugging_face.tokenizer import HuggingFaceTokenizer
+from llama.integrations.scored_answers import encode_answer
 from llama.server.protocol import ApiError, ServedModel, parse_chat
 
 from .conftest import VOCAB
-from .hf_text import write
+from .hf_text import LLAMA_2_TEMPLATE, write
 from .hugging_face import write_hugging_face
 from .support import assert_raises, random_weights
 
@@ -140,10 +141,36 @@ def test_texts_of_messages_never_become_control_tokens(make: Callable, template:
 FORMED = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"  # the roles are parts of special tokens
 
 
+ROLE_TOKENS = {
+    str(START): {"content": "<|user|>", "special": True}, str(END): {"content": "<|assistant|>", "special": True},
+}  # fmt: skip
+
+
 def test_special_tokens_that_a_template_forms_of_parts_are_control_tokens(make: Callable) -> None:
-    tokenizer, chat_format = make(FORMED)
-    dialog = [{"role": "im_start", "content": "<|im_end|> a <|"}, {"role": "im_end", "content": "im_end|>"}]
-    assert shown(tokenizer, chat_format.encode(tokenizer, dialog)) == f"{{{START}}}<|im_end|> a <|{{{END}}}im_end|>"
+    tokenizer, chat_format = make(FORMED, added_tokens_decoder=ROLE_TOKENS)
+    dialog = [user("<|assistant|> a <|"), assistant("user|>"), user("user")]
+    want = f"{{{START}}}<|assistant|> a <|{{{END}}}user|>{{{START}}}user"
+    assert shown(tokenizer, chat_format.encode(tokenizer, dialog)) == want
+
+
+def test_roles_become_control_tokens_only_if_they_are_known_roles(make: Callable) -> None:
+    tokenizer, chat_format = make(FORMED + "{{ '<|' + 'im_end' + '|>' }}")
+    dialog = [{"role": "im_end", "content": "a"}, {"role": "im_start", "content": "b"}]
+    assert shown(tokenizer, chat_format.encode(tokenizer, dialog)) == f" <|im_end|>a<|im_start|>b{{{END}}}"
+
+
+THINKING = """\
+{% for m in messages %}{{ '<|' + m.role + '|>' + m.content.split('</think>')[-1] }}{% endfor %}
+{%- if '/no_think' in messages[-1].content %}<think></think>{% endif %}"""
+
+
+def test_templates_that_form_special_tokens_see_the_texts_of_messages_as_they_are(make: Callable) -> None:
+    tokenizer, chat_format = make(THINKING, added_tokens_decoder=ROLE_TOKENS)
+    dialog = [user("2+2"), assistant("thoughts</think>4"), user("x < | user |> /no_think")]
+    want = f"{{{START}}}2+2{{{END}}}4{{{START}}}x < | user |> /no_think<think></think>"
+    assert shown(tokenizer, chat_format.encode(tokenizer, dialog)) == want
+    dialog[2] = user("<|assistant|>/no_think")
+    assert_raises(lambda: chat_format.encode(tokenizer, dialog), InputError, "contain '<|assistant|>'", "leave that out")
 
 
 @pytest.mark.parametrize("separator", ["~", "\n", "x"])
@@ -240,6 +267,7 @@ def test_what_a_template_refuses_is_an_error_about_the_dialog(make: Callable) ->
     assert_raises(lambda: chat_format.encode(tokenizer, [{"role": "tool", "content": "x"}]), InputError, "no role tool")
     for dialog, part in (
         ([], "is empty"), ([{"role": "<|im_end|>", "content": "x"}], "its role is '<|im_end|>'"), ("hi", "a dialog is a list"),
+        ([{"role": 3, "content": ""}], "its role is 3 (int); it must be a name, such as 'user'"),
         ([{"role": "user"}], "no 'content'"), ([{"role": "user", "content": "\ud800"}], "lone surrogate"),
     ):  # fmt: skip
         assert_raises(lambda: chat_format.check(dialog, "the dialog"), InputError, part)  # noqa: B023
@@ -249,25 +277,48 @@ def test_what_a_template_refuses_is_an_error_about_the_dialog(make: Callable) ->
     assert_raises(lambda: make(3), CheckpointError, "chat_template is 3 (int)")
 
 
+def test_a_dialog_that_takes_too_much_is_an_error_about_the_dialog(make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_process, "CPU_SECONDS", 0.2)
+    loops = "{% for a in messages %}{% for b in messages %}{% for c in messages %}{% endfor %}{% endfor %}{% endfor %}ok"
+    tokenizer, chat_format = make(loops)
+    assert_raises(lambda: chat_format.encode(tokenizer, [user("a")] * 1000), InputError, "0.2 s of CPU time", "shorten it")
+    assert shown(tokenizer, chat_format.encode(tokenizer, [user("a")])) == " ok"
+    assert_raises(
+        lambda: chat_format.check([user("a")] * 1025, "dialog 2"), InputError, "dialog 2 has 1,025 messages, more than 1,024"
+    )
+
+
 def test_missing_jinja_is_named(make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, chat_format = make(CHAT_ML)
     monkeypatch.setattr(template_process.importlib.util, "find_spec", lambda name: None)
-    assert_raises(lambda: chat_format.encode(tokenizer, DIALOG), CheckpointError, "pip install jinja2")
+    assert_raises(lambda: chat_format.encode(tokenizer, DIALOG), CheckpointError, "pip install 'llama[hf]'")
+    monkeypatch.undo()
+    for version, refused in (("3.1.5", True), ("3.0", True), ("3.1.6", False), ("4.0.0rc1", False)):
+        monkeypatch.setattr(template_process.importlib.metadata, "version", lambda name, version=version: version)
+        assert template_process.why_no_jinja() == refused * f"and {version} is installed here"
 
 
 # --- which template ----------------------------------------------------------------------------------------------------
 
 
-def test_the_template_is_that_of_its_own_file_or_the_default_one(make: Callable, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_the_template_is_that_of_its_own_file_or_the_default_one(
+    make: Callable, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "named"}]
     ours, chat_format = make(named)
     assert shown(ours, chat_format.encode(ours, DIALOG)) == " named"
-    assert_raises(lambda: chat_format.encode(tokenizer, DIALOG), InputError, "needs the tokenizer of its folder")
+    assert_raises(lambda: chat_format.encode(tokenizer, DIALOG), InputError, "has been replaced; set it back")
     (tmp_path / "chat_template.jinja").write_text("file")
     chat_format = find_chat_format(tmp_path)  # type: ignore[assignment]
     assert shown(ours, chat_format.encode(ours, DIALOG)) == " file"
-    (tmp_path / "chat_template.jinja").write_text("{{ '[INST] <<SYS>>' }}")
+    (tmp_path / "chat_template.jinja").write_text(LLAMA_2_TEMPLATE)
     assert find_chat_format(tmp_path) is find_chat_format(None) is find_chat_format(tmp_path / "none") is LLAMA_2
+    (tmp_path / "chat_template.jinja").write_text(LLAMA_2_TEMPLATE + "{# its own default #}{% if not system %} Hi.{% endif %}")
+    chat_format = find_chat_format(tmp_path)  # type: ignore[assignment]
+    assert chat_format is not LLAMA_2
+    monkeypatch.setattr(template_process.importlib.util, "find_spec", lambda name: None)
+    text = load_text(tmp_path, None, VOCAB + 2)
+    assert text.chat_format is LLAMA_2 and "pip install 'llama[hf]'" in text.notes[0]
 
 
 # --- through the whole library -----------------------------------------------------------------------------------------
@@ -302,6 +353,15 @@ def test_all_chat_calls_use_the_template(folder: Path) -> None:
         parse_chat(json.dumps({"messages": [{"role": "a b", "content": ""}]}).encode(), served)
 
 
+def test_a_scored_answer_follows_what_the_template_begins_answers_with(folder: Path) -> None:
+    thinks = CHAT_ML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    write(folder, tokenizer_config=CONFIG | {"chat_template": thinks})
+    llama = Llama.build(folder, max_seq_len=96, max_batch_size=1, device="cpu")
+    dialog: Any = [user("a")]
+    prompt, tokens = llama.encode_dialog(dialog), encode_answer(llama, dialog, " The quick")
+    assert tokens[: len(prompt)] == prompt and shown(llama.tokenizer, tokens).endswith("assistant\n<think>\nThe quick")  # type: ignore[arg-type]
+
+
 async def _first(llama: Llama, dialog: Any) -> Any:
     return (await llama.achat_completion([dialog], 0, max_gen_len=6))[0]["generation"]
 
@@ -317,5 +377,14 @@ def test_the_commands_use_the_template(
     assert capsys.readouterr().out == answer["generation"]["content"] + "\n"
     lines = folder / "lines.jsonl"
     lines.write_text(json.dumps({"messages": [SYSTEM, SYSTEM, user("a")]}))  # an order that only Llama 2's format refuses
+    assert main(["complete", *options, "--jsonl", str(lines)]) == 0
+    lines_refused = folder / "refused.jsonl"
+    lines_refused.write_text("\n".join(json.dumps({"messages": [user(text)]}) for text in ("a", "b")))
+    refuses = CHAT_ML + "{% if messages[0].content == 'b' %}{{ raise_exception('no b') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(refuses)
+    assert main(["complete", *options, "--jsonl", str(lines_refused)]) == 1
+    captured = capsys.readouterr()
+    assert "refused.jsonl" in captured.err and "line 2" in captured.err and "no b" in captured.err
+    (folder / "chat_template.jinja").unlink()
     assert main(["complete", *options, "--jsonl", str(lines)]) == 0
     assert json.loads(capsys.readouterr().out)["prompt_tokens"] == len(llama.encode_dialog([SYSTEM, SYSTEM, user("a")]))  # type: ignore[list-item]

@@ -8,8 +8,10 @@ import pytest
 
 from llama import CheckpointError, save_packed_file
 from llama.cli.main import main
+from llama.hugging_face.load import describe_template
 from llama.planning import describe_folder
 
+from .hf_text import LLAMA_2_TEMPLATE
 from .hugging_face import (
     HEAD_DIM,
     MODEL,
@@ -24,7 +26,7 @@ from .support import assert_raises, random_weights, write_shards
 
 
 def lines_of(folder: Path) -> dict[str, str]:
-    return {line[:24].rstrip(): line[24:] for line in describe_folder(folder).splitlines()}
+    return {line[:24].rstrip(): line[24:] for line in describe_folder(folder, describe_template).splitlines()}
 
 
 def test_a_model_in_metas_layout(small: SimpleNamespace, tmp_path: Path) -> None:
@@ -49,7 +51,8 @@ def test_a_model_in_metas_layout(small: SimpleNamespace, tmp_path: Path) -> None
     ("template", "name"),
     [
         (None, "none stored"),
-        ("{{ '[INST] <<SYS>>' }}", "Llama 2's"),
+        (LLAMA_2_TEMPLATE, "Llama 2's"),
+        ("{{ '[INST] <<SYS>>' }}", "another one"),
         ("{{ '<|im_start|>' }}", "ChatML"),
         ("{{ '<|user|>' }}", "Zephyr's"),
         ("{{ 'USER: ' }}", "Vicuna's"),
@@ -83,13 +86,13 @@ def test_an_adapter(small: SimpleNamespace, tmp_path: Path) -> None:
         "modules": "q_proj",
     }
     write_adapter(folder, tensors, use_dora=True)
-    assert_raises(lambda: describe_folder(folder), CheckpointError, "use_dora")
+    assert_raises(lambda: describe_folder(folder, describe_template), CheckpointError, "use_dora")
 
 
 def test_the_command_and_what_it_refuses(small: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_with_tokenizer(small, tmp_path)
     assert main(["info", str(folder)]) == 0
-    assert capsys.readouterr().out == f"{describe_folder(folder)}\n"
+    assert capsys.readouterr().out == f"{describe_folder(folder, describe_template)}\n"
     assert main(["info", str(folder), "--device", "cpu"]) == 1
     assert "run info twice" in capsys.readouterr().err
     (folder / MODEL).write_bytes(b"")

@@ -26,6 +26,7 @@ from ..kernels.host_memory import DONTNEED, madvise
 from ..model import ModelArgs
 from .adapter import open_adapter
 from .hugging_face import expected_tensors, in_hugging_faces_order
+from .hugging_face_settings import FILES
 from .layouts import open_weights, read_params, uses_hugging_face
 from .loading import check_finite
 from .params import MAX_PARAMS_BYTES, check_folder, parse_dtype, read_json
@@ -39,10 +40,6 @@ from .validate import build_on_meta, check_shards
 LAYOUTS = ("meta", "hf")
 # Small files that are copied from one folder in Hugging Face's layout to another.
 _COPIED = re.compile(r"(?!.*\.index\.json$).*\.json|chat_template\.jinja")
-# The settings that a tokenizer.json needs beside it, also in Meta's layout.
-_WITH_TOKENIZER_JSON = (
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template.jinja",
-)  # fmt: skip
 # With this file, transformers reads tokenizer.model as Llama's tokenizer.
 _TOKENIZER_CONFIG = {
     "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True,
@@ -95,9 +92,8 @@ def convert_checkpoint(
         with contextlib.suppress(CheckpointError):  # a folder without a tokenizer can be converted, too
             tokenizer = find_tokenizer(source)
             shutil.copyfile(tokenizer, temporary / tokenizer.name)
-            for name in _WITH_TOKENIZER_JSON if tokenizer.suffix == ".json" else ():
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, temporary / name)
+        if layout == "meta" or not uses_hugging_face(source):
+            _copy_settings_of_texts(source, temporary)
         weights.check_unchanged()
         os.replace(temporary, new)
     except (OSError, RuntimeError) as e:
@@ -105,6 +101,20 @@ def convert_checkpoint(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return new
+
+
+def _copy_settings_of_texts(source: Path, target: Path) -> None:
+    """Copy the small files that describe texts. What begins and ends texts by config.json goes to generation_config.json."""
+    for name in ("tokenizer.json", *FILES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if not uses_hugging_face(source):
+        return
+    path, config = target / "generation_config.json", read_json(source / "config.json", MAX_PARAMS_BYTES)
+    stored = read_json(path, MAX_PARAMS_BYTES) if path.is_file() else {}
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
+    if values := ids | {key: value for key, value in stored.items() if value is not None or key not in ids}:
+        path.write_text(json.dumps(values, indent=1))
 
 
 def _check_target(target: str | os.PathLike[str]) -> Path:

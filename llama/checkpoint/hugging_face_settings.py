@@ -7,6 +7,10 @@ from typing import Any
 from ..errors import CheckpointError, describe, is_integer, read_file, short_repr
 from .params import MAX_PARAMS_BYTES, read_json
 
+# The small files that describe texts; all are optional. config.json is another one, which Meta's layout has not.
+FILES = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template.jinja",
+)  # fmt: skip
 MAX_TOKENIZER_CONFIG_BYTES = 1 << 24  # limit of tokenizer_config.json, which describes added tokens one by one
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _FLAGS = ("special", "lstrip", "rstrip", "single_word")
@@ -94,6 +98,8 @@ def add_token(settings: TextSettings, path: Path, id_: Any, values: Any) -> None
 
 def _read_special_tokens(settings: TextSettings, path: Path, values: dict[str, Any]) -> None:
     more = [values.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
+    if wrong := [each for each in more if not isinstance(each, (list, dict))]:
+        raise CheckpointError(f"{path}: its additional special tokens are {describe(wrong[0])}; they must be a list of texts")
     listed = [each for given in more for each in (given.values() if isinstance(given, dict) else given)]
     for role, token in [*((role, values.get(role)) for role in _ROLES), *((None, token) for token in listed)]:
         text = token.get("content") if isinstance(token, dict) else token

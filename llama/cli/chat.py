@@ -22,7 +22,7 @@ BASE_MODEL = re.compile(r"llama-2-\d+b|code-?llama-\d+b(-python)?", re.IGNORECAS
 
 def run_chat(args: argparse.Namespace) -> None:
     """Answer one question that is given, or talk: read messages and answer them, until /exit or the end of the input."""
-    chat_format = find_chat_format(args.ckpt_dir)
+    chat_format = find_chat_format(args.ckpt_dir, args.tokenizer_path)
     if args.system is not None:
         check_message("system", args.system, chat_format)
     options = call_options(args)

@@ -34,7 +34,9 @@ def run_complete(args: argparse.Namespace) -> None:
     configure_stream(sys.stdout, errors="replace", **({"encoding": "utf-8"} if args.jsonl else {}))
     records, labels = run_on_rank0(
         lambda: (
-            read_json_lines(args.prompts or ["-"], [*options, "seed", "speculate"], find_chat_format(args.ckpt_dir))
+            read_json_lines(
+                args.prompts or ["-"], [*options, "seed", "speculate"], find_chat_format(args.ckpt_dir, args.tokenizer_path)
+            )
             if args.jsonl
             else read_texts(args.prompts)
         )
@@ -51,7 +53,7 @@ def run_complete(args: argparse.Namespace) -> None:
         terminal.write("\n")
         return
     for record, label in zip(records, labels, strict=True):  # check the length of each before the first is answered
-        n_tokens = count_tokens(llama, record)
+        n_tokens = count_tokens(llama, record, label)
         if n_tokens > args.max_seq_len:
             raise InputError(
                 f"{label} has {n_tokens} tokens, more than max_seq_len={args.max_seq_len}; "
@@ -76,12 +78,15 @@ def run_complete(args: argparse.Namespace) -> None:
                 terminal.write(f"{record['prompt']}\n> {result['generation']}\n\n")
 
 
-def count_tokens(llama: Llama, record: Record) -> int:
-    """Return the number of tokens of a prompt or dialog. A dialog with special tags has none: it is refused, not computed."""
+def count_tokens(llama: Llama, record: Record, label: str) -> int:
+    """Return the number of tokens of a prompt or dialog. label: what an error calls it.
+
+    A dialog with special tags has none: it is refused, not computed.
+    """
     if "prompt" in record:
         return len(encode_prompt(llama.tokenizer, record["prompt"]))
     dialog, chat_format = record["messages"], llama.chat_format
-    return 0 if is_unsafe(dialog, chat_format.tags) else len(chat_format.encode(llama.tokenizer, dialog))
+    return 0 if is_unsafe(dialog, chat_format.tags) else len(chat_format.encode(llama.tokenizer, dialog, label))
 
 
 def read_texts(prompts: list[str]) -> tuple[list[Record], list[str]]:

@@ -21,6 +21,7 @@ from typing import Any
 from .. import __version__, convert_checkpoint, info, save_packed_file
 from ..distributed.groups import global_rank, world_size
 from ..errors import InputError, format_bytes
+from ..hugging_face.load import describe_template
 from ..planning import GPUS, MODELS, describe_folder, model_size, plan
 from .chat import run_chat
 from .complete import run_complete
@@ -168,7 +169,7 @@ def run_info(args: argparse.Namespace) -> None:
         report = info(args.ckpt_dir, args.device)
     else:
         with call_ckpt_dir("DIR"):
-            report = describe_folder(args.folder)
+            report = describe_folder(args.folder, describe_template)
     Terminal().write(f"{report}\n")
 
 

@@ -1,8 +1,11 @@
 """Run chat templates in a process of their own, with bounded time, memory and output."""
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -20,17 +23,23 @@ CPU_SECONDS = 2.0  # for one rendering
 WALL_SECONDS = 60.0  # within which a busy machine must have given it these seconds
 MEMORY_BYTES = 1 << 30
 MAX_LETTERS = 1 << 22  # of a rendered dialog, besides those of its messages
+MIN_JINJA = (3, 1, 6)  # a template can leave the sandbox of older versions
 NEEDS_JINJA = (
-    "the chat template is rendered with jinja2, not installed here: pip install jinja2, or in a clone pip install -e '.[hf]'"
+    "the chat template is rendered with jinja2 3.1.6 or later, {}: pip install 'llama[hf]' (in a clone: pip install -e "
+    "'.[hf]'), or pip install 'jinja2>=3.1.6'"
 )
+
+
+_ALL: "weakref.WeakSet[TemplateProcess]" = weakref.WeakSet()
 
 
 class TemplateProcess:
     """A process that renders templates, started at the first one. Threads take turns."""
 
     def __init__(self) -> None:
-        self.lock, self.owner = threading.Lock(), 0  # owner: the process that has started the worker
+        self.lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
+        _ALL.add(self)
 
     def render(self, template: str, marks: list[list[str]], variables: dict[str, Any], path: Path) -> str:
         """Return a template's text. path: the template's file, for errors.
@@ -42,17 +51,27 @@ class TemplateProcess:
         request = {"template": template, "marks": marks, "variables": variables, "limit": limit}
         with self.lock:
             answer = self._ask(json.dumps(request).encode() + b"\n", path)
+            if answer.get("error") in ("time", "memory", "length"):  # because of the template, or of the dialog?
+                short = request | {"variables": variables | {"messages": [{"role": "user", "content": "a"}]}}
+                short_answer = self._ask(json.dumps(short).encode() + b"\n", path)
+                fits = "text" in short_answer or short_answer["error"] == "refused"
+                answer |= {"error": "too much"} if fits else {}
         if "text" in answer:
             return answer["text"]
         error, message = answer["error"], answer.get("message", "")
         if error == "refused":
             raise InputError(f"the model's chat template refuses the dialog: {message}")
+        if error == "too much":
+            raise InputError(
+                f"the dialog needs more than {CPU_SECONDS:g} s of CPU time, {MEMORY_BYTES >> 20} MiB of memory or {limit:,} "
+                f"characters with the model's chat template ({path}); shorten it"
+            )
         if error == "dialog":
             raise InputError(f"the model's chat template ({path}) fails on the dialog: {message}")
         reason = {
             "template": f"it is not valid, or not allowed: {message}",
             "memory": f"it needs more than {MEMORY_BYTES >> 20} MiB of memory",
-            "length": f"it makes a text of more than {limit:,} letters",
+            "length": f"it makes a text of more than {limit:,} characters",
             "time": f"it has not ended after {CPU_SECONDS:g} s",
             "ended": f"its process has ended ({message})",
         }[error]
@@ -78,18 +97,16 @@ class TemplateProcess:
         return {"error": "time"} if timed_out else {"error": "ended", "message": f"status {process.returncode}"}
 
     def _start(self, path: Path) -> "subprocess.Popen[bytes]":
-        if self.process is not None and self.owner == os.getpid() and self.process.poll() is None:
+        if self.process is not None and self.process.poll() is None:
             return self.process
-        jinja = importlib.util.find_spec("jinja2")
-        if jinja is None or jinja.origin is None:
-            raise CheckpointError(f"{path}: {NEEDS_JINJA}")
+        if missing := why_no_jinja():
+            raise CheckpointError(f"{path}: {NEEDS_JINJA.format(missing)}")
         # Isolated (-I), so that no file of the working folder is imported; a session of its own, so that Ctrl-C spares it.
         self.process = subprocess.Popen(
             [sys.executable, "-I", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
-        self.owner = os.getpid()
-        weakref.finalize(self, _close, self.process)
+        weakref.finalize(self, _close, self.process, os.getpid())
         setup = {"path": sys.path, "memory": MEMORY_BYTES, "seconds": CPU_SECONDS}
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(setup).encode() + b"\n")
@@ -113,9 +130,32 @@ class TemplateProcess:
         self.process = None
 
 
-def _close(process: "subprocess.Popen[bytes]") -> None:
-    """End a worker that waits for requests, by closing its input."""
+def why_no_jinja() -> str:
+    """Return why templates cannot be rendered; an empty string if a jinja2 that is new enough is installed."""
+    jinja = importlib.util.find_spec("jinja2")
+    if jinja is None or jinja.origin is None:
+        return "not installed here"
+    version = importlib.metadata.version("jinja2")
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    return "" if numbers >= MIN_JINJA else f"and {version} is installed here"
+
+
+def _close(process: "subprocess.Popen[bytes]", owner: int) -> None:
+    """End a worker. In a process that was forked from its owner, do nothing: the worker is not a child of that process."""
+    if os.getpid() != owner:
+        return
+    process.kill()  # closing its input does not end it while a forked process has that open, too
+    process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            pipe.close()
-    process.wait()
+            with contextlib.suppress(OSError):  # what could not be written any more
+                pipe.close()
+
+
+def _renew_after_fork() -> None:
+    """Give each TemplateProcess of a forked process a lock that nobody holds, and let it start a worker of its own."""
+    for each in list(_ALL):
+        each.lock, each.process = threading.Lock(), None
+
+
+os.register_at_fork(after_in_child=_renew_after_fork)

@@ -85,22 +85,22 @@ class HuggingFaceTokenizer(Tokenizer):
         tokens = self.encoder.encode(text, at_start)
         if self.vocabulary.control.isdisjoint(tokens):
             return tokens
-        # The vocabulary itself finds a special token in the text: divide the text after the first letter of each.
-        cuts = [0, *(start + 1 for start in self.special_finder.starts(text)), len(text)]
-        parts = [text[a:b] for a, b in itertools.pairwise(cuts) if a < b]
-        tokens = [token for i, part in enumerate(parts) for token in self.encoder.encode(part, at_start and not i)]
-        if found := sorted(self.vocabulary.control.intersection(tokens)):
-            raise InputError(f"the text contains a letter that the tokenizer has as its special token {found[0]}; remove it")
-        return tokens
+        # The vocabulary itself finds a special token in the text: divide the text after the first character of each; or, for a
+        # token that begins with a space that the text does not have, after each character.
+        found: list[int] = []
+        for starts in (self.special_finder.starts(text), range(len(text))):
+            cuts = sorted({0, *(start + 1 for start in starts), len(text)})
+            parts = [text[a:b] for a, b in itertools.pairwise(cuts)]
+            tokens = [token for i, part in enumerate(parts) for token in self.encoder.encode(part, at_start and not i)]
+            if not (found := sorted(self.vocabulary.control.intersection(tokens))):
+                return tokens
+        character = next(c for c in text if found[0] in self.encoder.encode(c, False) + self.encoder.encode(c, at_start))
+        raise InputError(
+            f"the text contains the character U+{ord(character):04X}, which is special token {found[0]}; remove it"
+        )
 
     def decode(self, ids: Iterable[int] | int) -> str:
-        try:
-            ids = [index(i) for i in ids] if isinstance(ids, Iterable) else [index(ids)]
-        except TypeError as e:
-            raise InputError(f"the tokens to decode are {describe(ids)}; they must be a list of whole numbers") from e
-        for i in ids:
-            if not 0 <= i < self.n_words:
-                raise InputError(f"token {describe(i)} is out of range: this tokenizer has the tokens 0 to {self.n_words - 1}")
+        ids = self._check_ids(ids)
         detokenizer = ByteDetokenizer(self)
         return detokenizer.begin(ids) + detokenizer.end()
 
@@ -111,7 +111,17 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode_infilling(self, tokens: Iterable[int]) -> str:
         detokenizer = ByteDetokenizer(self)
         detokenizer.started = True
-        return detokenizer.begin([*tokens]) + detokenizer.end()
+        return detokenizer.begin(self._check_ids(tokens)) + detokenizer.end()
+
+    def _check_ids(self, ids: Iterable[int] | int) -> list[int]:
+        try:
+            checked = [index(i) for i in ids] if isinstance(ids, Iterable) else [index(ids)]
+        except TypeError as e:
+            raise InputError(f"the tokens to decode are {describe(ids)}; they must be a list of whole numbers") from e
+        for i in checked:
+            if not 0 <= i < self.n_words:
+                raise InputError(f"token {describe(i)} is out of range: this tokenizer has the tokens 0 to {self.n_words - 1}")
+        return checked
 
     def is_control(self, token: int) -> bool:
         return token in self.vocabulary.control

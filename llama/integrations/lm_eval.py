@@ -19,6 +19,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from llama import InputError, Llama, Score
+from llama.integrations.scored_answers import encode_answer
 from llama.tokenizer import encode_prompt
 
 NAME = "llama-meta"
@@ -93,8 +94,8 @@ class LlamaMeta(TemplateLM):
         tokenizer = self.llama.tokenizer
         if string.startswith(BEGIN_DIALOG) and END_DIALOG in string:
             dialog, _, answer = string[1:].partition(END_DIALOG)
-            messages = json.loads(dialog) + ([{"role": "assistant", "content": answer}] if answer.strip() else [])
-            return self.llama.encode_dialog(messages, continue_answer=bool(answer.strip()))
+            messages = json.loads(dialog)
+            return encode_answer(self.llama, messages, answer) if answer.strip() else self.llama.encode_dialog(messages)
         if add_special_tokens is False:
             return tokenizer.encode(string, bos=False, eos=False)
         return encode_prompt(tokenizer, string)

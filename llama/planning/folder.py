@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import torch
 from ..checkpoint import hugging_face_config, layouts, packed_file
 from ..checkpoint.adapter_config import read_adapter_config
 from ..checkpoint.hugging_face import expected_tensors
-from ..checkpoint.hugging_face_settings import read_settings
 from ..checkpoint.layouts import is_adapter
 from ..checkpoint.params import check_folder, list_folder
 from ..checkpoint.paths import find_tokenizer
@@ -22,14 +22,15 @@ from .estimate import memory_required
 from .machines import describe_checkpoint
 
 LONGEST_CONTEXT = 4096  # tokens of context for which memory is estimated; fewer if the training had fewer
-# Words for well-known chat templates, by a text that each contains.
-_TEMPLATES = {"<<SYS>>": "Llama 2's", "<|im_start|>": "ChatML", "<|user|>": "Zephyr's", "USER:": "Vicuna's"}
 
 
-def describe_folder(ckpt_dir: str | os.PathLike[str]) -> str:
-    """Return a report of what a folder contains. Raises CheckpointError if it contains neither a model nor an adapter."""
+def describe_folder(ckpt_dir: str | os.PathLike[str], describe_template: Callable[[Path], str]) -> str:
+    """Return a report of what a folder contains. Raises CheckpointError if it contains neither a model nor an adapter.
+
+    describe_template: a function from the folder to a few words about its chat template, such as `hugging_face.load` has.
+    """
     folder = check_folder(ckpt_dir)
-    lines = _describe_adapter(folder) if is_adapter(folder) else _describe_model(folder)
+    lines = _describe_adapter(folder) if is_adapter(folder) else _describe_model(folder, describe_template)
     return "\n".join(f"{label:<24}{text}" for label, text in lines)
 
 
@@ -45,7 +46,7 @@ def _describe_adapter(folder: Path) -> list[tuple[str, str]]:
     ]
 
 
-def _describe_model(folder: Path) -> list[tuple[str, str]]:
+def _describe_model(folder: Path, describe_template: Callable[[Path], str]) -> list[tuple[str, str]]:
     args, paths = describe_checkpoint(folder)[0], layouts.weight_paths(folder)
     packed = [format for format in packed_file.PACKED_FORMATS if f"{format}.safetensors" in list_folder(folder)]
     if not paths and packed and (tensors := packed_file.open_packed_file(folder, packed[0])):
@@ -70,7 +71,7 @@ def _describe_model(folder: Path) -> list[tuple[str, str]]:
         ("context", f"{context:,} tokens" if context else "4,096 tokens in Llama 2; Meta's files do not say"),
         ("rotary embedding", rope),
         ("tokenizer", _describe_tokenizer(folder)),
-        ("chat template", _describe_template(folder)),
+        ("chat template", describe_template(folder)),
         ("memory, one rank", _describe_memory(args, min(context or LONGEST_CONTEXT, LONGEST_CONTEXT))),
     ]
 
@@ -81,13 +82,6 @@ def _describe_tokenizer(folder: Path) -> str:
         where = "" if path.parent == folder else ", in the parent folder"
         return f"{path.name} ({'SentencePiece' if path.suffix == '.model' else 'tokenizers'}){where}"
     return "none: give tokenizer_path"
-
-
-def _describe_template(folder: Path) -> str:
-    template = read_settings(folder).template if layouts.uses_hugging_face(folder) else None
-    if not template:
-        return "none stored"
-    return next((name for text, name in _TEMPLATES.items() if text in template), "another one")
 
 
 def _describe_memory(args: ModelArgs, context: int) -> str:
