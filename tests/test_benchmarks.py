@@ -42,6 +42,7 @@ def test_speed_measures_each_workload_with_each_peer(tmp_path: Path) -> None:
         ("batching.py", "--prompts 4 --rows 2 --runs 1 --shortest 2", ["static", "continuous"]),
         ("callers.py", "--callers 4 --rows 2 --new 2 --runs 1 --long 300", ["throughput", "first token", "longest gap"]),
         ("prefixes.py", "--scale 0.02", ["dialogs", "choices"]),
+        ("speculate.py", "costs --runs 1", ["  plain", "  7 right guesses", "  wrong guesses", "  7 guesses: a step"]),
         ("turns.py", "--turns 2 --new 3 --runs 1", [" turn", "    1", "    2"]),
         ("load.py", "--runs 1", ["reference", "ours, 1 rank", "ours, 2 ranks"]),
         ("load.py", "--quantize int4", ["from the shards", "from the file"]),
