@@ -106,7 +106,7 @@ def test_an_invalid_path_raises(
         (["config.json", "model-00001-of-00002.safetensors"], ("no weights in Hugging Face's layout", "index")),
         (["config.json", "pytorch_model.bin"], ("config.json: not JSON", "it is empty")),
         (["model.safetensors"], ("Hugging Face's layout, but no config.json",)),
-        (["7b/params.json", "13b/params.json", "tokenizer.model"], ("model folders", "as ckpt_dir", "13b, 7b")),
+        (["7b/params.json", "13b/params.json", "tokenizer.model"], ("model folders", "as ckpt_dir", "model/13b, ", "model/7b")),
         (["notes.txt"], ("no params.json", "it contains notes.txt")),
         ([f"{i}.txt" for i in range(99)], ("no params.json", "and more")),
     ],
