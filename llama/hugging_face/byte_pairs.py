@@ -168,7 +168,7 @@ def _begins_with_bos(processor: Any) -> bool:
 
 
 def _byte_values() -> dict[str, int]:
-    """Return the letter that stands for each byte in a byte-level vocabulary: itself if it can be seen, or one above 255."""
+    """Return the character that stands for each byte in a byte-level vocabulary: itself if it can be seen, or one above 255."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [value for value in range(256) if value not in visible]
     return {chr(value): value for value in visible} | {chr(256 + i): value for i, value in enumerate(hidden)}
@@ -183,6 +183,6 @@ def _llama_bytes(text: str) -> bytes:
 
 def _byte_level_bytes(text: str) -> bytes:
     try:
-        return bytes(_BYTE_VALUES[letter] for letter in text)
+        return bytes(_BYTE_VALUES[character] for character in text)
     except KeyError:  # the text of an added token, which the vocabulary has, too
         return text.encode(errors="replace")

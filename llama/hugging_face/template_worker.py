@@ -79,7 +79,7 @@ def limit_memory(size: int) -> None:
 
 
 def render(template: Any, variables: dict[str, Any], limit: int) -> dict[str, str]:
-    """Return the rendered text, or an error if it has more letters than the limit."""
+    """Return the rendered text, or an error if it has more characters than the limit."""
     pieces, length = [], 0
     for piece in template.generate(**variables):
         pieces.append(piece)
