@@ -29,6 +29,7 @@ ONEDNN_MIN_ROWS = 4  # for fewer rows, oneDNN is slower by a third (Zen 4); a si
 INT4_CPU_MAX_ROWS = 96  # up to this number of rows, PyTorch's int4 kernel is faster than unpacking the weight once
 AVX2_MAX_ROWS_16BIT = 96  # up to this number of rows, csrc/linear_avx2.c is faster than converting a 16-bit weight to float32
 AVX2_MAX_ROWS_FP32 = 16  # up to this number of rows, csrc/linear_avx2.c is faster than MKL for float32 weights
+AVX2_MIN_WIDTH_FP32 = 128  # with fewer inputs, products take microseconds, and MKL adds in the order of Meta's implementation
 MAX_SINGLE_ROWS = 4  # up to this number of rows, F.linear row by row is faster than converting a 16-bit weight to float32
 PIECE_BYTES = 1 << 21  # bytes of weights that a thread converts at a time; they stay in its cache until they are multiplied
 MAX_COPY_BYTES = 1 << 26  # maximum bytes for copies of an input; each thread multiplies a separate copy

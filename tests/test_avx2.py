@@ -22,6 +22,20 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
+@pytest.fixture(autouse=True)
+def any_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiply float32 weights of all widths."""
+    monkeypatch.setattr(tuning, "AVX2_MIN_WIDTH_FP32", 0)
+
+
+@compiled
+def test_narrow_float32_weights_are_multiplied_as_in_metas_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    x, weight = random(3, 96), random(300, 96)
+    assert not avx2.supports(x, weight) and avx2.supports(x.bfloat16(), weight.bfloat16())
+    assert torch.equal(half_precision.linear(x, weight), torch.nn.functional.linear(x, weight))
+
+
 @compiled
 @pytest.mark.parametrize("dtype", ROUNDING_ERROR, ids=str)
 @pytest.mark.parametrize(("out", "width"), [(64, 64), (37, 1088), (100, 32), (16, 2752)])

@@ -28,6 +28,8 @@ def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return True if `linear` can multiply x (n, in) by a weight (out, in) and is faster than PyTorch."""
     if extension() is None or x.ndim != 2 or x.dtype not in DTYPE_CODES or weight.dtype != x.dtype:
         return False
+    if x.dtype == torch.float32 and x.shape[1] < tuning.AVX2_MIN_WIDTH_FP32:
+        return False
     max_rows = tuning.AVX2_MAX_ROWS_FP32 if x.dtype == torch.float32 else tuning.AVX2_MAX_ROWS_16BIT
     shapes_fit = 0 < len(x) <= max_rows and x.shape[1] == weight.shape[1] and x.shape[1] % 32 == 0
     return shapes_fit and x.is_contiguous() and weight.is_contiguous() and is_plain_tensor(x, weight)
