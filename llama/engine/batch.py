@@ -123,7 +123,6 @@ class Batch(RunningCalls):
             self.run_pending_step()
         state.advance(rows)
         sampled, largest_logits, *values = to_host()
-        self.record_step_time()
         self.tokens = sampled if rows is None else [sampled[i] if i in rows else old for i, old in enumerate(self.tokens)]
         state.record(self.tokens, rows)
         free = [row for row in range(self.n_rows) if row not in self.running]

@@ -125,6 +125,7 @@ class Scheduler(Batch):
                 self.sample()
             if self.speculates:
                 self.sample_accepted()
+            self.record_step_time()  # with the sampling of accepted tokens, which takes longer than the step of a tiny model
         finally:
             self.cache.record_version()
 
