@@ -216,7 +216,7 @@ class Llama:
             check,
             must_match=lambda checked: (
                 *validate.build_fingerprint(checked[0].tokenizer, *checked[1:]), quantize, compile, backend, int(seed),
-                adapter is None, speculate, draft is None,
+                speculate, draft is None,
             ),
         )  # fmt: skip
         backend_class = choose_backend("torch_compile" if compile else backend, where)

@@ -62,7 +62,7 @@ class Tokenizer:
             raise CheckpointError(f"{path}: damaged: the text of a piece is not UTF-8; fetch tokenizer.model again") from e
         if len(unknown) > 100:
             raise CheckpointError(
-                f"{path}: damaged: the text of the unknown piece has {len(unknown):,} letters; fetch tokenizer.model again"
+                f"{path}: damaged: the text of the unknown piece has {len(unknown):,} characters; fetch tokenizer.model again"
             )
 
         # Code Llama's tokens for infilling; -1 in a tokenizer without them
@@ -84,14 +84,18 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int] | int) -> str:
         """Return the text of one or more tokens; BOS and EOS have no text. Raises InputError for values that are not tokens."""
+        return self.sp_model.decode(self._check_ids(ids))
+
+    def _check_ids(self, ids: Iterable[int] | int) -> list[int]:
+        """Return tokens as a list. Raise InputError for values that are not tokens."""
         try:
-            ids = [index(i) for i in ids] if isinstance(ids, Iterable) else [index(ids)]
+            checked = [index(i) for i in ids] if isinstance(ids, Iterable) else [index(ids)]
         except TypeError as e:
             raise InputError(f"the tokens to decode are {describe(ids)}; they must be a list of whole numbers") from e
-        for i in ids:
+        for i in checked:
             if not 0 <= i < self.n_words:
                 raise InputError(f"token {describe(i)} is out of range: this tokenizer has the tokens 0 to {self.n_words - 1}")
-        return self.sp_model.decode(ids)
+        return checked
 
     def encode_infilling(self, s: str) -> list[int]:
         """Return the tokens of a text that continues another text. Unlike `encode`, this adds no space before the text."""

@@ -1,9 +1,11 @@
 """Chat templates of folders in Hugging Face's layout: texts as transformers renders them, control tokens of templates only."""
 
 import asyncio
+import copy
 import gc
 import json
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Callable
@@ -243,6 +245,13 @@ def test_hostile_templates_are_refused_in_bounded_time(
 def test_templates_cannot_read_files(make: Callable, template: str) -> None:
     tokenizer, chat_format = make(template)
     assert_raises(lambda: chat_format.encode(tokenizer, DIALOG), InputError, "fails on the dialog")
+
+
+def test_a_chat_format_can_be_copied(make: Callable) -> None:
+    tokenizer, chat_format = make("{{ messages[0].content }}")
+    tokens = chat_format.encode(tokenizer, [user("Once")])
+    assert copy.deepcopy(chat_format).encode(tokenizer, [user("Once")]) == tokens
+    assert pickle.loads(pickle.dumps(chat_format)).encode(tokenizer, [user("Once")]) == tokens
 
 
 def test_a_worker_that_was_ended_is_replaced_and_leaves_with_its_format(make: Callable) -> None:

@@ -162,11 +162,16 @@ def test_added_tokens_beside_a_tokenizer_model(write_folder: Writer, tokenizer: 
 
 
 def test_added_tokens_beyond_the_models_vocabulary_are_left_out(
-    write_folder: Writer, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+    write_folder: Writer, small: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    llama = build(write_folder(model=True, added_tokens={"[PAD]": VOCAB}))
-    assert type(llama.tokenizer) is Tokenizer and llama.tokenizer.n_words == VOCAB
-    assert "added tokens beyond the model's vocabulary of 384 are left out: ['[PAD]']" in capsys.readouterr().err
+    in_metas_layout = tmp_path / "meta"
+    shutil.copytree(small.folder, in_metas_layout)
+    shutil.copy(small.tokenizer_path, in_metas_layout / "tokenizer.model")
+    (in_metas_layout / "added_tokens.json").write_text(json.dumps({"[PAD]": VOCAB}))
+    for folder in (write_folder(model=True, added_tokens={"[PAD]": VOCAB}), in_metas_layout):
+        llama = build(folder)
+        assert type(llama.tokenizer) is Tokenizer and llama.tokenizer.n_words == VOCAB
+        assert "added tokens beyond the model's vocabulary of 384 are left out: ['[PAD]']" in capsys.readouterr().err
 
 
 def test_tokenizer_json_goes_before_a_smaller_tokenizer_model(write_folder: Writer, small: SimpleNamespace) -> None:
@@ -242,11 +247,11 @@ def test_an_answer_ends_at_each_token_that_generation_config_names(
     ("change", "parts"),
     [
         ({"model": {"type": "Unigram", "vocab": []}}, ["its model is 'Unigram'", "supported is 'BPE'"]),
-        ({"model": {"type": "BPE", "vocab": {"a": 1.5}, "merges": []}}, ["no whole number"]),
+        ({"model": {"type": "BPE", "vocab": {"a": 1.5}, "merges": []}}, ["not an integer from 0"]),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "x"]]}}, ["cannot read it"]),
         ({"pre_tokenizer": {"type": "BertPreTokenizer"}}, ["its pre_tokenizer is BertPreTokenizer"]),
-        ({"added_tokens": [{"id": "x", "content": "y"}]}, ["the added token 'x'", "must have a number"]),
-        ({"added_tokens": [added(2, "</s>"), added(5, "</s>")]}, ["'</s>' has the numbers 2 and 5"]),
+        ({"added_tokens": [{"id": "x", "content": "y"}]}, ["the added token 'x'", "must have an id, an integer"]),
+        ({"added_tokens": [added(2, "</s>"), added(5, "</s>")]}, ["'</s>' has the ids 2 and 5"]),
         ({"added_tokens": [added(9_000_000, "</s>")]}, ["most are missing"]),
     ],
 )

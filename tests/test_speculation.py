@@ -192,6 +192,16 @@ def test_a_draft_answers_calls_of_other_threads_while_it_guesses(always: None, s
         assert [each.result() for each in guessed] == [want[1]] * 8
 
 
+def test_a_draft_without_rows_keeps_the_cache_of_its_own_calls(always: None, speculating: Llama, draft: Llama) -> None:
+    beside = speculating.generate_stream([REPEATING], 40, temperature=0.0, speculate="prompt")
+    next(beside)
+    speculating.generate([REPEATING], 4, temperature=0.0, speculate="draft")  # in the same batch
+    draft.generate([[1, 7, 7]], 2, temperature=0.0)
+    assert len([*beside]) > 20
+    owner = draft.engine.shared.owner
+    assert owner is not None and owner.name == "generate"
+
+
 def test_a_draft_that_fails_or_is_taken_away_ends_no_answer(
     always: None, small: SimpleNamespace, draft: Llama, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,15 @@ from ..distributed.groups import model_parallel
 from ..errors import CheckpointError, short_repr
 from ..kernels.host_memory import DONTNEED, madvise
 from ..model import ModelArgs
-from .adapter_config import CONFIG, check_adapter_folder, check_patterns, rank_and_scale, read_adapter_config, targets
+from .adapter_config import (
+    CONFIG,
+    check_adapter_folder,
+    check_patterns,
+    ends_with_name,
+    rank_and_scale,
+    read_adapter_config,
+    targets,
+)
 from .hugging_face import check_inside, expected_tensors, join_names, open_file
 from .params import MERGE_WITH_PEFT, SUPPORTED_DTYPES, list_folder
 from .shards import Shards, file_identity, is_rotated, metas_order, split_dim
@@ -197,9 +205,9 @@ def _check_targets(
     """
     expected = targets(config, modules, config_path)
     for name in config.get("modules_to_save", []):
-        if not any(module.endswith(name) for module in whole):
+        if not any(ends_with_name(module, name) for module in whole):
             raise CheckpointError(f"{path} lacks {short_repr(name)}, which modules_to_save names; fetch it again")
-    saved = {module for module in whole if any(module.endswith(name) for name in config.get("modules_to_save", []))}
+    saved = {module for module in whole if any(ends_with_name(module, name) for name in config.get("modules_to_save", []))}
     if unnamed := sorted({*whole} - saved - _SAVED_BY_PEFT):
         raise CheckpointError(
             f"{path} contains whole weights of {join_names(unnamed)}, which modules_to_save of {config_path.name} does not "

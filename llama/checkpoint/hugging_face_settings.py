@@ -87,7 +87,8 @@ def add_token(settings: TextSettings, path: Path, id_: Any, values: Any) -> None
     text = values.get("content") if isinstance(values, dict) else None
     if not is_integer(id_) or not 0 <= id_ < 2**31 or not isinstance(text, str) or not text:
         raise CheckpointError(
-            f"{path}: the added token {short_repr(id_)} is {describe(values)}; it must have a number, and a text as its content"
+            f"{path}: the added token {short_repr(id_)} is {describe(values)}; it must have an id, an integer, and a text "
+            "as its content"
         )
     try:
         text.encode()

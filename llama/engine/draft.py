@@ -110,10 +110,14 @@ class DraftGuesser:
         return guesses
 
     def _locked(self, work: Callable[[], T]) -> T | None:
-        """Do something with the draft. Return None if another thread is using it, which may be waiting for this one."""
-        if not self.draft.lock.acquire(blocking=False):
+        """Do something with the draft. Return None if another thread is using it, which may be waiting for this one.
+
+        On several ranks, wait: there, only calls of all ranks use the draft, and all ranks must do the same.
+        """
+        if not self.draft.lock.acquire(blocking=model_parallel()[1] > 1):
             return None
         try:
+            self.forward.cache.sync_streams()
             with self.draft.without_autocast():
                 return work()
         finally:
@@ -155,7 +159,7 @@ class DraftGuesser:
         cache.record_version()
 
     def _prefill(self, rows: list[int]) -> None:
-        """Bring the cache of rows up to date, but for their last tokens."""
+        """Drop guesses that were wrong from the cache of rows, and prefill the tokens that are missing, if they are many."""
         for row in rows:
             each = self.rows[row]
             del each.fed[min(common_prefix_length(each.fed, each.tokens), len(each.tokens) - 1) :]

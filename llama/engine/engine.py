@@ -91,7 +91,7 @@ class Engine:
             if self.shared.draft is None:
                 raise InputError(NO_DRAFT)
             if why := self.shared.draft.engine.why_reference_loop():
-                raise InputError(f"the draft cannot guess: {why}; undo that, or leave speculate='draft' out")
+                raise InputError(f"the draft cannot guess: {why}; undo that, or give speculate=False")
         return speculate
 
     def forward(self) -> EngineForward:

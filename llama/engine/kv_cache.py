@@ -159,6 +159,13 @@ class KVCache:
             for layer, (keys, values) in zip(layers, self.views, strict=True)
         )
 
+    def sync_streams(self) -> None:
+        """Make the current CUDA stream wait for the stream used before, on which a step launched ahead may still be running."""
+        if self.data.device.type == "cuda":
+            before, self.stream = self.stream, torch.cuda.current_stream(self.data.device)
+            if before is not None and before != self.stream:
+                self.stream.wait_stream(before)
+
     def record_version(self) -> None:
         """Record the version counter of `data` after a write by the engine, so that `is_unchanged` detects other writes."""
         self.version = compat.version_of(self.data)

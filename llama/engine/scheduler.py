@@ -11,8 +11,6 @@ with the same tokens are prefilled with these tokens once: see `prefix_cache`.
 
 import collections
 
-import torch
-
 from .. import compat, tuning
 from ..distributed.agreement import broadcast_from_rank0, is_true_on_all_ranks
 from ..distributed.progress import progress
@@ -43,7 +41,7 @@ class Scheduler(Batch):
         self.weights_version = forward.weights_version()
         self.hooks = [hooks for module in model.modules() for hooks in compat.forward_hooks(module)]
         shared.owner = self.owner = CacheOwner(name)
-        self.sync_streams()
+        self.cache.sync_streams()
         overrun_logits, self.cache.logits = self.cache.logits, None
         if overrun_logits is not None and not broadcast_from_rank0(overrun_logits.amax(-1).sum()).isfinite():
             self.prefixes.clear()
@@ -76,13 +74,6 @@ class Scheduler(Batch):
     def suits(self, backend: Backend, n_words: int | None) -> bool:
         return backend.name == self.backend.name and (n_words or self.model.vocab_size) == self.forward.n_words
 
-    def sync_streams(self) -> None:
-        """Make the current CUDA stream wait for the stream used before, on which a step launched ahead may still be running."""
-        if self.forward.device.type == "cuda":
-            before, self.cache.stream = self.cache.stream, torch.cuda.current_stream(self.forward.device)
-            if before is not None and before != self.cache.stream:
-                self.cache.stream.wait_stream(before)
-
     def why_broken(self) -> str | None:
         """Return the reason why the calls cannot continue; None if they can.
 
@@ -109,7 +100,7 @@ class Scheduler(Batch):
         if why := self.why_broken():
             self.end_early(why)
             return
-        self.sync_streams()
+        self.cache.sync_streams()
         try:
             if self.decoding:
                 self.run_pending_step()

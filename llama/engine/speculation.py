@@ -189,11 +189,12 @@ class Speculation:
         return {}
 
     def _counts(self, limits: Mapping[int, int]) -> dict[int, int]:
-        ready = [guesser for guesser in self.guessers.values() if guesser.is_ready()]
+        in_use = {id(guesser): guesser for guesser, _ in self.rows.values()}
+        ready = [guesser for guesser in in_use.values() if guesser.is_ready()]
         expected = {
             row: guesser.expected(row, min(limits[row], MAX_GUESSES))
             for row, (guesser, _) in self.rows.items()
-            if guesser in ready and row in limits
+            if guesser in ready
         }
         n_rows = len(limits)
         if not any(expected.values()) or not self.costs.known(self.n_computed(n_rows, 0, 0)):

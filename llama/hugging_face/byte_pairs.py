@@ -71,12 +71,12 @@ def read_tokenizer_json(path: Path) -> dict[str, Any]:
             f"{path}: its model is {short_repr(model.get('type'))}; supported is 'BPE', byte-pair encoding: {OTHER_TOKENIZER}"
         )
     if not vocab or not all(type(id_) is int and 0 <= id_ < 2**24 for id_ in vocab.values()):
-        raise CheckpointError(f"{path}: damaged: a token's number is no whole number; fetch it again")
+        raise CheckpointError(f"{path}: damaged: a token's id is not an integer from 0 to 16,777,215; fetch it again")
     return values
 
 
 def read_added_tokens(values: dict[str, Any], path: Path, settings: TextSettings) -> None:
-    """Add the added tokens of a tokenizer.json to the settings, unless these have a token with this number already."""
+    """Add the added tokens of a tokenizer.json to the settings, unless these have a token with this id already."""
     added = values.get("added_tokens") or []
     if not isinstance(added, list):
         raise CheckpointError(f"{path}: added_tokens is {describe(added)}; it must be a list")

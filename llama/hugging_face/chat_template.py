@@ -81,7 +81,7 @@ class TemplateFormat:
         special = tokenizer.special_finder
         unused = _unused_characters([self.template, *(t.text for t in special.tokens), *(m["content"] for m in messages)])
         marks = {next(unused): token for token in special.tokens}
-        end = next(unused) + " "  # where an answer that has begun ends; as in transformers, the template may trim the blank
+        end = next(unused) + " "  # where an answer that has begun ends; as in transformers, the template may trim the space
         continues = continues_answer(messages)  # type: ignore[arg-type]
         if messages[-1]["role"] == "assistant":
             *messages, last = messages
@@ -142,8 +142,8 @@ class _Texts:
 
 def _unused_characters(texts: list[str]) -> Iterator[str]:
     """Yield characters for private use that none of the texts contains."""
-    used = {letter for text in texts for letter in text if letter >= FIRST_MARK}
-    yield from (letter for letter in map(chr, range(ord(FIRST_MARK), ord(LAST_MARK) + 1)) if letter not in used)
+    used = {character for text in texts for character in text if character >= FIRST_MARK}
+    yield from (mark for mark in map(chr, range(ord(FIRST_MARK), ord(LAST_MARK) + 1)) if mark not in used)
     raise InputError("the messages contain tens of thousands of characters for private use, and none is left; shorten them")
 
 

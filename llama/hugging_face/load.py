@@ -21,7 +21,7 @@ from .template_process import why_no_jinja
 from .tokenizer import HuggingFaceTokenizer, Vocabulary
 
 _TAG = re.compile(r"<\|[^<>|\s]+\|>")
-MAX_ADDED = 100_000  # numbers that may be free between the tokens of a vocabulary
+MAX_FREE_IDS = 100_000  # ids that may be free between the tokens of a vocabulary
 
 # Words for well-known chat templates, by a text that each contains.
 _TEMPLATES = {"<|im_start|>": "ChatML", "<|user|>": "Zephyr's", "USER:": "Vicuna's"}
@@ -38,7 +38,7 @@ class LoadedText(NamedTuple):
 def load_text(ckpt_dir: str | os.PathLike[str], tokenizer_path: str | os.PathLike[str] | None, vocab_size: int) -> LoadedText:
     """Return the tokenizer of a model, its chat format, and a line about each setting of its folder that is not followed.
 
-    vocab_size: of the model; -1 if it is not known. tokenizer_path: a tokenizer.model or tokenizer.json; by default the one of
+    vocab_size: of the model; -1 in params.json. tokenizer_path: a tokenizer.model or tokenizer.json; by default the one of
     the folder. Raises CheckpointError for a missing, damaged or unsupported file.
     """
     path = Path(find_tokenizer(ckpt_dir)) if tokenizer_path is None else tokenizer_path
@@ -54,7 +54,7 @@ def load_text(ckpt_dir: str | os.PathLike[str], tokenizer_path: str | os.PathLik
         else _from_model(path, folder, settings, vocab_size, chat_format is LLAMA_2)
     )
     notes += _set_ends(tokenizer, settings)
-    return LoadedText(tokenizer, chat_format, [f"llama: {line}" for line in (*notes, *_notes(settings, vocab_size))])
+    return LoadedText(tokenizer, chat_format, [f"llama: {line}" for line in (*notes, *_notes(settings, tokenizer.n_words))])
 
 
 def find_chat_format(
@@ -138,6 +138,8 @@ def _from_model(path: Path, folder: Path, settings: TextSettings, vocab_size: in
     """Return the tokenizer of a tokenizer.model, with the added tokens of the folder's other files."""
     pieces = Tokenizer(path)
     model: SentencePieceProcessor = pieces.sp_model
+    if vocab_size < 0:  # as in Meta's params.json: the tokens of tokenizer.model are the vocabulary
+        vocab_size = pieces.n_words
     json_path = folder / "tokenizer.json"
     if vocab_size > max([pieces.n_words, *(id_ + 1 for id_ in settings.added)]) and json_path.is_file():
         values = read_tokenizer_json(json_path)
@@ -191,21 +193,21 @@ def _added_tokens(
     for id_, token in added.items():
         if token.text in settings.special | written or id_ in settings.eos_ids:
             added[id_] = replace(token, special=True)
-    numbers: dict[str, int] = {}
+    ids_of: dict[str, int] = {}
     for token in added.values():
-        if numbers.setdefault(token.text, token.id) != token.id:
+        if ids_of.setdefault(token.text, token.id) != token.id:
             raise CheckpointError(
-                f"{path}: the added token {short_repr(token.text)} has the numbers {numbers[token.text]} and {token.id} in the "
+                f"{path}: the added token {short_repr(token.text)} has the ids {ids_of[token.text]} and {token.id} in the "
                 "files of this folder; fetch them again"
             )
     return sorted((t for t in added.values() if vocab_size < 0 or t.id < vocab_size), key=lambda token: token.id)
 
 
 def _with_added(path: Path, token_bytes: dict[int, bytes], added: list[AddedToken], keep: int = -1) -> list[bytes]:
-    """Return the text of each token in UTF-8, with the added tokens, but for the token `keep`; free numbers have no text."""
+    """Return the text of each token in UTF-8, with the added tokens, but for the token `keep`; free ids have no text."""
     n_words = max([*token_bytes, *(token.id for token in added)]) + 1
-    if n_words > len(token_bytes) + len(added) + MAX_ADDED:
-        raise CheckpointError(f"{path}: the tokens have numbers up to {n_words - 1:,}, and most are missing; fetch it again")
+    if n_words > len(token_bytes) + len(added) + MAX_FREE_IDS:
+        raise CheckpointError(f"{path}: the tokens have ids up to {n_words - 1:,}, and most are missing; fetch it again")
     texts = [token_bytes.get(id_, b"") for id_ in range(n_words)]
     for token in added:
         if token.id != keep:
@@ -214,7 +216,7 @@ def _with_added(path: Path, token_bytes: dict[int, bytes], added: list[AddedToke
 
 
 def _bos_and_eos(path: Path, roles: dict[str, int | None], settings: TextSettings, n_words: int) -> tuple[int, int]:
-    """Return BOS and EOS of a tokenizer.json: by the names of its tokens, or by the numbers in the model's settings."""
+    """Return BOS and EOS of a tokenizer.json: by the names of its tokens, or by the ids in the model's settings."""
     eos, bos = roles.get("eos_token"), roles.get("bos_token")
     eos = next((id_ for id_ in settings.eos_ids if 0 <= id_ < n_words), None) if eos is None else eos
     bos = settings.bos_id if bos is None and settings.bos_id in range(n_words) else bos
@@ -239,9 +241,8 @@ def _set_ends(tokenizer: Tokenizer, settings: TextSettings) -> list[str]:
     ]
 
 
-def _notes(settings: TextSettings, vocab_size: int) -> list[str]:
-    lines = []
-    left_out = [token.text for token in settings.added.values() if 0 <= vocab_size <= token.id]
-    if left_out:
-        lines.append(f"added tokens beyond the model's vocabulary of {vocab_size:,} are left out: {short_repr(left_out)}")
-    return lines
+def _notes(settings: TextSettings, n_words: int) -> list[str]:
+    left_out = [token.text for token in settings.added.values() if token.id >= n_words]
+    if not left_out:
+        return []
+    return [f"added tokens beyond the model's vocabulary of {n_words:,} are left out: {short_repr(left_out)}"]

@@ -22,7 +22,7 @@ WORKER = Path(__file__).with_name("template_worker.py")
 CPU_SECONDS = 2.0  # for one rendering
 WALL_SECONDS = 60.0  # within which a busy machine must have given it these seconds
 MEMORY_BYTES = 1 << 30
-MAX_LETTERS = 1 << 22  # of a rendered dialog, besides those of its messages
+MAX_CHARACTERS = 1 << 22  # of a rendered dialog, besides those of its messages
 MIN_JINJA = (3, 1, 6)  # a template can leave the sandbox of older versions
 NEEDS_JINJA = (
     "the chat template is rendered with jinja2 3.1.6 or later, {}: pip install 'llama[hf]' (in a clone: pip install -e "
@@ -41,13 +41,17 @@ class TemplateProcess:
         self.process: subprocess.Popen[bytes] | None = None
         _ALL.add(self)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy or pickle it without its process and lock."""
+        return TemplateProcess, ()
+
     def render(self, template: str, marks: list[list[str]], variables: dict[str, Any], path: Path) -> str:
         """Return a template's text. path: the template's file, for errors.
 
         Raises InputError for a dialog that the template does not take, and CheckpointError for a template that is no valid
         one, that reaches for what the sandbox keeps from it, or that needs too much time, memory or output.
         """
-        limit = MAX_LETTERS + sum(len(message["content"]) for message in variables["messages"])
+        limit = MAX_CHARACTERS + sum(len(message["content"]) for message in variables["messages"])
         request = {"template": template, "marks": marks, "variables": variables, "limit": limit}
         with self.lock:
             answer = self._ask(json.dumps(request).encode() + b"\n", path)

@@ -4,11 +4,10 @@ import codecs
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from operator import index
 from typing import Protocol
 
 from ..checkpoint.hugging_face_settings import AddedToken
-from ..errors import InputError, check_flag, describe
+from ..errors import InputError, check_flag
 from ..tokenizer import CustomDetokenizer, RowDetokenizer, Tokenizer, check_text, decode_characters
 from .added_tokens import AddedTokenFinder
 
@@ -100,9 +99,8 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
     def decode(self, ids: Iterable[int] | int) -> str:
-        ids = self._check_ids(ids)
         detokenizer = ByteDetokenizer(self)
-        return detokenizer.begin(ids) + detokenizer.end()
+        return detokenizer.begin(self._check_ids(ids)) + detokenizer.end()
 
     def encode_infilling(self, s: str) -> list[int]:
         check_text(s, "the text to encode")
@@ -112,16 +110,6 @@ class HuggingFaceTokenizer(Tokenizer):
         detokenizer = ByteDetokenizer(self)
         detokenizer.started = True
         return detokenizer.begin(self._check_ids(tokens)) + detokenizer.end()
-
-    def _check_ids(self, ids: Iterable[int] | int) -> list[int]:
-        try:
-            checked = [index(i) for i in ids] if isinstance(ids, Iterable) else [index(ids)]
-        except TypeError as e:
-            raise InputError(f"the tokens to decode are {describe(ids)}; they must be a list of whole numbers") from e
-        for i in checked:
-            if not 0 <= i < self.n_words:
-                raise InputError(f"token {describe(i)} is out of range: this tokenizer has the tokens 0 to {self.n_words - 1}")
-        return checked
 
     def is_control(self, token: int) -> bool:
         return token in self.vocabulary.control

@@ -19,7 +19,7 @@ from ..sampling import SamplingParams, check_bias_tokens
 from ..tokenizer import Tokenizer, check_text, encode_prompt
 
 MAX_STOPS = 16  # stop strings of a request
-MAX_STOP_LENGTH = 1000  # letters of a stop string: the time to look for one in a text grows with the square of its length
+MAX_STOP_LENGTH = 1000  # characters of a stop string: the time to look for one in a text grows with the square of its length
 MAX_LEGACY_LOGPROBS = 5  # `logprobs` of /v1/completions
 OPENAI_OPTIONS = {"temperature": 1.0, "top_p": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}  # with OpenAI's defaults
 OUR_OPTIONS = ("top_k", "min_p", "typical_p", "repetition_penalty")  # sampling options that OpenAI's format does not have
@@ -287,7 +287,7 @@ def _take_options(body: Body, served: ServedModel, prompts: list[list[int]], pro
     for i, text in enumerate(stops):
         _check(check_text, "stop", text, f"stop string {i}")
         if len(text) > MAX_STOP_LENGTH:
-            refuse("stop", f"stop string {i} has {len(text):,} letters; at most {MAX_STOP_LENGTH:,} are supported")
+            refuse("stop", f"stop string {i} has {len(text):,} characters; at most {MAX_STOP_LENGTH:,} are supported")
         if not text:
             refuse("stop", f"stop string {i} is empty: every answer would end before it begins; leave it out")
     is_seed = f"a whole number from {-(2**63)} to {2**63 - 1}"
