@@ -1,23 +1,27 @@
-"""Test what the HTTP server does with clients that are slow, send too much, or are too many."""
+"""Test what the server does with clients that are slow, send too much, are too many or leave, and with failures."""
 
 import contextlib
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 
 from llama import Llama
+from llama.engine.decode_state import DecodeState
 
-from . import test_server
-from .test_server import CHAT, COMPLETION, Client, wait_until
+from . import server_client
+from .server_client import CHAT, COMPLETION, Client, wait_until
 
 import llama.server.app as app_module  # isort: skip
 from llama.server import connections  # isort: skip
 
-client, start, gate = test_server.client, test_server.start, test_server.gate  # fixtures
+client, start, gate = server_client.client, server_client.start, server_client.gate  # fixtures
 
 HEAD = f"POST {COMPLETION} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 LAST_CHUNK = b"\r\n0\r\n\r\n"
@@ -186,3 +190,63 @@ def test_prompts_are_counted_before_they_are_read(start: Callable[..., Client], 
         assert (status, answer["error"]["param"]) == (400, "prompt") and "8 is the limit" in answer["error"]["message"]
     status, answer = client.post(COMPLETION, prompt=[[1]] * 3, n=3)
     assert (status, answer["error"]["param"]) == (400, "n") and "9 answers, and 8 is the limit" in answer["error"]["message"]
+
+
+def test_a_full_queue_refuses_more_answers_with_429(start: Callable[..., Client], gate: threading.Event) -> None:
+    client = start(max_queue=2)
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(Client.post, client, COMPLETION, {"prompt": "The", "n": 4, "max_tokens": 3}) for _ in range(2)]
+        wait_until(lambda: client.app.metrics.in_flight == 8)  # 6 rows, and 2 that wait
+        response = client.begin("POST", COMPLETION, {"prompt": "The"})
+        assert response.status == 429 and int(response.headers["retry-after"]) > 0
+        assert json.loads(response.read())["error"]["code"] == "queue_full"
+        assert "llama_answers_waiting 8" in client.get("/metrics")[1]
+        gate.set()
+        assert [r.result()[0] for r in running] == [200, 200]
+    assert client.app.metrics.in_flight == 0 and client.post(COMPLETION, prompt="The")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "stream, next_request", [(True, b""), (False, b""), (False, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")]
+)
+def test_a_client_that_leaves_frees_its_row(
+    start: Callable[..., Client], gate: threading.Event, llama: Llama, stream: bool, next_request: bytes
+) -> None:
+    """Leave while a step is running: the answer is given up, and no step follows. A pipelined request does not hide the end."""
+    client = start()
+    body = json.dumps({"prompt": "The", "n": 9, "max_tokens": 50, "stream": stream}).encode()
+    head = f"POST {COMPLETION} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", client.port), timeout=20) as sock:
+        sock.sendall(head.encode() + body)
+        wait_until(lambda: client.app.metrics.in_flight == 9)
+        sock.sendall(next_request)
+    wait_until(lambda: client.app.metrics.in_flight == 0)
+    gate.set()
+    wait_until(lambda: llama.engine.shared.async_thread is None)
+    assert client.app.metrics.completion_tokens == 0 and client.app.metrics.running == 0
+    assert client.app.metrics.requests[COMPLETION, 200 if stream else 499] == 1
+
+
+def test_a_failure_is_told_and_the_next_request_works(start: Callable[..., Client], monkeypatch: pytest.MonkeyPatch) -> None:
+    client, sample = start(), DecodeState.sample
+
+    def damage(state: Any, **options: Any) -> Any:
+        state.logits.fill_(torch.nan)
+        return sample(state, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DecodeState, "sample", damage)
+        status, answer = client.post(COMPLETION, prompt="The")
+        assert status == 500 and answer["error"]["type"] == "server_error" and "not finite" in answer["error"]["message"]
+        events = client.begin("POST", COMPLETION, {"prompt": "The", "stream": True}).read().decode().split("\n\n")
+        assert "not finite" in json.loads(events[-2].removeprefix("data: "))["error"]["message"]
+    assert client.post(COMPLETION, prompt="The")[0] == 200 and client.app.metrics.in_flight == 0
+
+
+def test_an_answer_that_takes_too_long_is_ended(start: Callable[..., Client], gate: threading.Event) -> None:
+    client = start(timeout=0.1)
+    status, answer = client.post(COMPLETION, prompt="The")
+    assert (status, answer["error"]["code"]) == (504, "timeout")
+    events = client.begin("POST", COMPLETION, {"prompt": "The", "stream": True}).read().decode()
+    assert json.loads(events.removeprefix("data: "))["error"]["code"] == "timeout"
+    assert client.app.metrics.in_flight == 0
