@@ -1,11 +1,4 @@
-"""The C kernels of BlockedLinear multiply as a PyTorch reference does, and quantize weights exactly as quantize.py does."""
-
-import copy
-import dataclasses
-import itertools
-import pickle
-from collections.abc import Iterator
-from typing import NamedTuple
+"""The C kernels of BlockedLinear multiply as a PyTorch reference does, and models use them or fall back to PyTorch."""
 
 import pytest
 import torch
@@ -14,108 +7,25 @@ import torch.nn.functional as F
 from llama import tuning
 from llama.kernels import avx2, avx512, half_precision, int4, int8, onednn, pack, packing
 from llama.kernels.blocked_linear import ACTIVATION_GROUP, BlockedLinear, BlockedWeight
-from llama.kernels.c_extension import CExtension
 from llama.quantization.quantize import quantize
-from llama.quantization.weight import QuantizedWeight, group_size
+from llama.quantization.weight import group_size
 
+from . import kernel_configs
+from .kernel_configs import (
+    EXTENSIONS,
+    ROWS,
+    SHAPES,
+    KernelConfig,
+    assert_product,
+    every_config,
+    packs,
+    quantized_configs,
+    random,
+    round_to_8_bits,
+)
 from .support import no_extension, quantize_int8_per_row
 
-packs = pytest.mark.skipif(pack.extension() is None, reason="pack.c is not compiled, or this CPU has no AVX2")
-DTYPES = torch.bfloat16, torch.float16, torch.float32
-# The largest relative error of rounding a value to the dtype.
-ROUNDING_ERROR = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
-ROWS = 1, 2, 3, 4, 5, 16, 130
-EXTENSIONS = {"AVX-512": avx512.extension(), "AVX2": avx2.extension()}
-
-
-class KernelConfig(NamedTuple):
-    """A choice of extension, weight format and activation dtype, made by the test instead of by llama.
-
-    `digits` is the number of 8-bit integers that represent one activation.
-    """
-
-    extension_name: str
-    format: str
-    dtype: torch.dtype
-    digits: int
-
-    def extension(self) -> CExtension:
-        """Return the extension; skip the test if it is not compiled."""
-        extension = EXTENSIONS[self.extension_name]
-        if extension is None or pack.extension() is None:
-            pytest.skip(f"the {self.extension_name} extension is not compiled here")
-        return extension
-
-    def kernel(self, blocks: BlockedWeight) -> BlockedLinear:
-        """Return a kernel with this configuration that multiplies by the blocked weight."""
-        extension = self.extension()
-        kernel = BlockedLinear(blocks, self.dtype)
-        kernel.extension, kernel.int8_per_activation = extension, self.digits
-        if self.digits == 2:
-            kernel.use_highest_precision()
-        return kernel
-
-    def pack(self, weight: torch.Tensor) -> tuple[BlockedLinear, torch.Tensor]:
-        """Pack a weight (out, in); return its kernel and its dequantized values in float64."""
-        self.extension()
-        if self.format == "bfloat16":
-            return self.kernel(
-                BlockedWeight.from_rows(self.format, [weight.bfloat16()], ACTIVATION_GROUP)
-            ), weight.bfloat16().double()
-        quantized = quantize(weight, self.format, self.dtype)
-        dequantized = dataclasses.replace(quantized, dtype=torch.float64).dequantize()
-        return self.kernel(BlockedWeight.from_quantized(quantized)), dequantized
-
-    def round_activations(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x in float64, rounded as the kernel rounds it before it multiplies."""
-        return x.double() if self.format == "bfloat16" else round_to_8_bits(x, self.digits)
-
-
-QUANTIZED_CONFIGS = [KernelConfig(*config) for config in itertools.product(EXTENSIONS, ("int8", "int4"), DTYPES, (1, 2))]
-CONFIGS = [KernelConfig("AVX-512", "bfloat16", torch.bfloat16, 1), *QUANTIZED_CONFIGS]
-NAMES = {
-    config: f"{config.format} {str(config.dtype)[6:]} {config.digits} digit(s) {config.extension_name}" for config in CONFIGS
-}
-every_config = pytest.mark.parametrize("config", CONFIGS, ids=NAMES.get)
-quantized_configs = pytest.mark.parametrize("config", QUANTIZED_CONFIGS, ids=NAMES.get)
-# (outputs, inputs): a whole block; outputs that do not fill a block; inputs that do not fill a group; wider groups.
-SHAPES = (64, 64), (100, 192), (37, 40), (129, 2304)
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape) + seed))
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-def round_to_8_bits(x: torch.Tensor, digits: int = 1, group: int = ACTIVATION_GROUP) -> torch.Tensor:
-    """Return x (N, in) in float64, rounded as the kernels round activations.
-
-    Each group of neighbouring activations shares a scale, and each activation becomes an 8-bit integer times the scale.
-    If `digits` is 2, a second 8-bit integer with a smaller scale represents the rounding error of the first.
-    """
-    groups = F.pad(x.float(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
-    rounded = torch.zeros_like(groups, dtype=torch.float64)
-    for _ in range(digits):
-        scale = groups.abs().amax(2, keepdim=True).clamp(min=1e-30) / 127
-        digit = (groups * scale.reciprocal()).round()
-        rounded += digit.double() * scale.double()
-        groups = groups - digit * scale
-    return rounded.flatten(1)[:, : x.shape[1]]
-
-
-def assert_product(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, atol: float = 1e-7) -> None:
-    """Check that y is x @ weight.T up to the error of float32 sums and of one rounding to y's dtype."""
-    want, sums = x @ weight.T, x.abs() @ weight.abs().T
-    tolerance = 1e-6 * sums + 1.01 * ROUNDING_ERROR[y.dtype] * want.abs() + atol
-    excess = ((y.double() - want).abs() - tolerance).max().item()
-    assert excess <= 0
+threads = kernel_configs.threads  # a fixture
 
 
 # --- multiplication ----------------------------------------------------------------------------------------------------------
@@ -241,88 +151,6 @@ def test_a_slice_of_the_outputs_shares_memory_and_gives_bitwise_the_same_outputs
         assert torch.equal(part.dequantize(), whole.dequantize()[first:last])
         assert part.blocks.weight.untyped_storage().data_ptr() == whole.blocks.weight.untyped_storage().data_ptr()
     assert whole.rows(32, 64) is None
-
-
-# --- packing -------------------------------------------------------------------------------------------------------------
-
-
-def difficult_weight(out: int, width: int) -> torch.Tensor:
-    """Return a weight with rows of all magnitudes, rows of equal values, an outlier, and values near the float16 maximum."""
-    weight = random(out, width) * torch.logspace(-6, 1, out).unsqueeze(1)
-    weight[1], weight[2, : width // 2], weight[3] = 0, 0, 0.37
-    weight[4, width // 3], weight[5], weight[6] = 50, weight[5].abs(), -weight[6].abs()
-    weight[7] *= 60000 / weight[7].abs().max()
-    return weight
-
-
-@packs
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("format", ["int8", "int4"])
-@pytest.mark.parametrize(("out", "width"), [(64, 64), (100, 200), (37, 40), (20, 7), (70, 2048), (66, 2304), (66, 2080)])
-def test_pack_c_quantizes_bitwise_as_quantize_py_does(format: str, dtype: torch.dtype, out: int, width: int) -> None:
-    rows = difficult_weight(out, width).to(dtype)
-    want, got = quantize(rows, format), BlockedWeight.from_rows(format, [rows], group_size(width, format)).to_quantized(dtype)
-    assert torch.equal(got.values, want.values) and torch.equal(got.scales, want.scales)
-    assert (got.zeros is None and want.zeros is None) or torch.equal(got.zeros, want.zeros)  # type: ignore[arg-type]
-
-
-@packs
-@pytest.mark.parametrize("format", ["int8", "int4"])
-@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-20, 1e20, 1e37])
-def test_pack_c_quantizes_tiny_and_huge_weights_as_quantize_py_does(format: str, size: float) -> None:
-    rows = random(70, 96).clamp(-3, 3) * size
-    want, got = quantize(rows, format), BlockedWeight.from_rows(format, [rows], 32).to_quantized(torch.float32)
-    assert torch.equal(got.dequantize(), want.dequantize()) and got.dequantize().isfinite().all()
-
-
-@packs
-@pytest.mark.parametrize("format", ["bfloat16", "int8", "int4"])
-def test_several_views_are_packed_as_their_concatenation(format: str, threads: int) -> None:
-    """Pack strided views of a wider matrix, as they occur in the shards of a checkpoint."""
-    file = random(90, 400).bfloat16()
-    views = [file[:10, 3:131], file[10:77, :128], file[::2, 200:328]]
-    assert torch.equal(
-        BlockedWeight.from_rows(format, views, ACTIVATION_GROUP).dequantize(torch.float32),
-        BlockedWeight.from_rows(format, [torch.cat(views)], ACTIVATION_GROUP).dequantize(torch.float32),
-    )
-
-
-@packs
-@pytest.mark.parametrize("format", ["bfloat16", "int8", "int4"])
-def test_packing_ignores_the_callers_default_device(format: str) -> None:
-    rows = random(70, 96).bfloat16()
-    want = BlockedWeight.from_rows(format, [rows], ACTIVATION_GROUP)
-    with torch.device("meta"):
-        got = BlockedWeight.from_rows(format, [rows], ACTIVATION_GROUP)
-    assert torch.equal(got.weight, want.weight)
-
-
-@packs
-@pytest.mark.parametrize("format", ["int8", "int4"])
-@pytest.mark.parametrize(("out", "width"), SHAPES)
-def test_unpacking_a_kernel_or_its_copy_returns_the_quantized_weight(format: str, out: int, width: int) -> None:
-    quantized = quantize(random(out, width), format)
-    blocks = BlockedWeight.from_quantized(quantized)
-    kernel = BlockedLinear(blocks, torch.float32)
-    for copied in (kernel, copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel))):
-        unpacked = copied.unpack()
-        assert isinstance(unpacked, QuantizedWeight)
-        for field in dataclasses.fields(QuantizedWeight):
-            a, b = getattr(quantized, field.name), getattr(unpacked, field.name)
-            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, field.name
-        assert torch.equal(copied.dequantize(), quantized.dequantize())
-    if out > 64:  # ranks slice the output layer in whole blocks
-        assert torch.equal(blocks.slice_outputs(64, out).dequantize(torch.float32), quantized.dequantize()[64:])
-
-
-@packs
-@pytest.mark.parametrize(("out", "width"), [(64, 64), (100, 190), (37, 2)])
-def test_unpacking_bfloat16_blocks_returns_the_weight_unchanged(out: int, width: int) -> None:
-    weight = random(out, width).bfloat16()
-    blocks = BlockedWeight.from_rows("bfloat16", [weight], ACTIVATION_GROUP)
-    assert torch.equal(blocks.dequantize(torch.bfloat16), weight)
-    first, last = 1, width - width // 3
-    assert torch.equal(blocks.slice_inputs(first, last).dequantize(torch.bfloat16), weight[:, first:last])
 
 
 # --- use in models, and fallbacks to PyTorch -------------------------------------------------------------------------------
