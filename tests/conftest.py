@@ -12,7 +12,7 @@ from llama.backends.cuda_graphs import CapturedStep, CudaGraphsBackend
 from llama.backends.registry import choose_backend
 from llama.engine import async_copy
 
-from .fault_server import FILES, SHARD, Downloader, FaultServer, files_of
+from .fault_server import FILES, ONE_CLIENT, SHARD, Downloader, FaultServer, files_of
 from .support import ROOT, random_weights, train_tokenizer, write_shards
 
 # Use one thread: with small tensors, synchronizing threads takes longer than computing (200 times as long on a busy machine).
@@ -105,6 +105,12 @@ def server() -> Iterator[FaultServer]:
 def download(request: pytest.FixtureRequest, server: FaultServer, tmp_path: Path) -> Downloader:
     """Return a runner of download.sh with only one HTTP client in its PATH: curl or wget."""
     return Downloader(server, request.param, tmp_path)
+
+
+@pytest.fixture
+def downloader(server: FaultServer, tmp_path: Path) -> Downloader:
+    """Return a runner of download.sh with one client, for tests that need not run with both curl and wget."""
+    return Downloader(server, ONE_CLIENT, tmp_path)
 
 
 @pytest.fixture

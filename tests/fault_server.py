@@ -1,4 +1,4 @@
-"""Provide test_download.py with a server on 127.0.0.1 that injects download faults, and with a runner of download.sh."""
+"""Provide the tests of download.sh with a server on 127.0.0.1 that injects download faults, and a runner of download.sh."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import pytest
 SCRIPT = Path(__file__).parent.parent / "download.sh"
 SECRET = "S3cr3t-Signature~x_"
 TOOLS = ["sh", "awk", "cat", "df", "grep", "head", "mkdir", "mv", "rm", "sleep", "tr", "wc"]
+ONE_CLIENT = "curl" if shutil.which("curl") else "wget"
 HASHER = "md5sum" if shutil.which("md5sum") else "md5"
 SHARDS = {"7B": 1, "13B": 2, "70B": 8, "7B-chat": 1, "13B-chat": 2, "70B-chat": 8}
 SHARD = "llama-2-7b/consolidated.00.pth"
