@@ -1,0 +1,53 @@
+"""Guesses: what prompt lookup finds and learns, how many guesses are chosen, and what steps are taken to cost."""
+
+from llama.engine.prompt_lookup import PromptLookup
+from llama.engine.speculation import choose_counts
+from llama.engine.step_costs import StepCosts
+
+
+def test_prompt_lookup_takes_the_longest_and_latest_match() -> None:
+    lookup = PromptLookup([1, 2, 3, 4, 9, 3, 4, 5, 2, 3, 4])
+    assert lookup.guess(3) == [9, 3, 4]  # after 2 3 4, not after the later 3 4
+    lookup.append(9)
+    assert lookup.guess(2) == [3, 4]
+    assert PromptLookup([1, 2, 3]).guess(4) == []
+    assert PromptLookup([1, 7, 8, 7, 8]).guess(5) == [7, 8, 7, 8, 7]  # what followed is taken to repeat
+
+
+def test_prompt_lookup_learns_how_often_it_is_right() -> None:
+    right, wrong = PromptLookup([5, 6] * 10), PromptLookup([5, 6] * 10)
+    before = right.expected(3)
+    assert before == sorted(before, reverse=True)
+    for i in range(41):
+        right.append((5, 6)[i % 2])
+        wrong.append((5, 6, 7 + i)[i % 3])
+    assert right.expected(3)[2] > 0.8
+    assert wrong.expected(3)[0] < 0.5 < before[0]
+
+
+def test_as_many_guesses_are_chosen_as_pay() -> None:
+    def seconds(n_guesses: int, longest: int) -> float:
+        return 1 + 0.1 * n_guesses
+
+    assert choose_counts({0: [0.9, 0.8, 0.05]}, 1, seconds) == {0: 2}
+    assert choose_counts({0: [0.01]}, 1, seconds) == {}
+    assert choose_counts({0: [0.9, 0.8], 3: [0.05], 5: [0.7]}, 4, seconds) == {0: 2, 5: 1}
+    assert choose_counts({0: [0.9, 0.8]}, 1, seconds, lambda row, n: 1.0) == {}  # guessing takes too long
+
+
+def test_the_time_of_a_step_is_learned_and_estimated() -> None:
+    costs = StepCosts()
+    assert not costs.known(1) and costs.seconds(3) > costs.seconds(1) == 1
+    for seconds in (9.0, 2.0, 2.0):  # the first one allocates memory
+        costs.record(1, seconds)
+    assert costs.known(1) and costs.seconds(1) == 2
+    assert 2 < costs.seconds(4) < 3
+    for _ in range(6):
+        costs.record(5, 6.0)
+    assert costs.seconds(3) == 4
+    for _ in range(4):
+        costs.record(5, 500.0)  # something has held these steps up
+    assert costs.seconds(5) < 50
+    for _ in range(300):
+        costs.record(1, 2.0)
+    assert costs.seconds(5) < 4  # forgotten, so that it is tried again
