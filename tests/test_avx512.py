@@ -220,8 +220,9 @@ def test_swiglu_within_the_product_equals_swiglu_after_it(format: str) -> None:
     for n in (1, 5, 130):
         x = rows(n, 128)
         with torch.inference_mode():
-            y = kernel.swiglu(x)
-            assert y is not None and torch.equal(y, avx512.swiglu(kernel.forward(x)))
+            for decoding, multiply in ((True, kernel.decode), (False, kernel.prefill)):
+                y = kernel.swiglu(x, decoding)
+                assert y is not None and torch.equal(y, avx512.swiglu(multiply(x)))
 
 
 @compiled

@@ -37,7 +37,7 @@ def test_kernels_multiply_rounded_activations_by_dequantized_weights(config: Ker
         kernel, weight = config.pack(random(out, width))
         for n in ROWS:
             x = random(n, width, seed=1).to(config.dtype)
-            y = kernel(x)
+            y = kernel.decode(x)
             assert y.dtype == (torch.float32 if config.digits == 2 else config.dtype)
             assert_product(y, config.round_activations(x), weight)
 
@@ -54,11 +54,12 @@ def test_very_small_and_very_large_activations_are_multiplied_precisely(config: 
 def test_a_row_is_bitwise_the_same_alone_and_in_any_batch(config: KernelConfig, threads: int) -> None:
     kernel, _ = config.pack(random(200, 320))
     x = random(135, 320, seed=1).to(config.dtype)
-    together = kernel(x)
-    for n in (1, 2, 3, 4, 5, 6, 7, 9, 64):
-        assert torch.equal(torch.cat([kernel(rows) for rows in x.split(n)]), together), n
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(2))
-    assert torch.equal(kernel(x[order]), together[order])
+    for multiply in (kernel.decode, kernel.prefill):
+        together = multiply(x)
+        for n in (1, 2, 3, 4, 5, 6, 7, 9, 17, 64):
+            assert torch.equal(torch.cat([multiply(rows) for rows in x.split(n)]), together), n
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(2))
+        assert torch.equal(multiply(x[order]), together[order])
 
 
 @every_config

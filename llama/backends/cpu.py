@@ -17,7 +17,7 @@ from ..engine.backend import DecodeFn, DecodeRunsFn
 from ..engine.forward import EngineForward, MergedLinear
 from ..engine.kv_cache import RaggedBatch
 from ..kernels import avx2, avx512, c_extension
-from ..kernels.blocked_linear import BlockedLinear
+from ..kernels.blocked_linear import TILE_ROWS, BlockedLinear
 from ..kernels.c_extension import DTYPE_CODES, FP32, LinearArgs, fill_struct
 from ..model import ModelArgs
 from .layerwise import TorchBackend, decode_layerwise, decode_runs_layerwise
@@ -121,7 +121,9 @@ class FusedDecodeStep:
         self.forward, self.h = forward, buffer(dim)
         self.rotations, self.rows_and_positions = buffer(hd, dtype=torch.float32), buffer(2, dtype=torch.int64)
         qkv, attended, gated, normed = buffer((G + 2) * K, hd), buffer(inner), buffer(width), buffer(dim)
-        scratch = {"normed": normed, "scratch": buffer(3 * max(dim, inner, width), dtype=torch.uint8)}
+        # 3 bytes per input: enough for rows in int8, with scales and sums, and for rows in bfloat16, in tiles of 16 rows.
+        rows = -(-B // TILE_ROWS) * TILE_ROWS
+        scratch = {"normed": normed, "scratch": torch.empty(rows, 3 * max(dim, inner, width), dtype=torch.uint8, device="cpu")}
         linears = []
         for layer in forward.layers:
             norm, ffn_norm = ({"norm": norm.weight, "eps": norm.eps} for norm in (layer.attention_norm, layer.ffn_norm))

@@ -36,7 +36,8 @@ def decode_layerwise(
     """
     # On the CPU, a row attends only to its own positions, without padding, so that other rows do not change its result.
     if forward.device.type == "cpu" or len(set(positions_host)) == 1:
-        batch = RaggedBatch.from_segments(((row, position, 1) for row, position in enumerate(positions_host)), forward.device)
+        pieces = ((row, position, 1) for row, position in enumerate(positions_host))
+        batch = RaggedBatch.from_segments(pieces, forward.device, decoding=True)
     else:
         batch = RaggedBatch.decode(positions, max(positions_host) + 1)
     return forward.logits(hidden_states(tokens, batch))
@@ -54,5 +55,5 @@ def decode_runs_layerwise(
     """
     tokens = torch.tensor([token for run in runs for token in run.tokens], device=forward.device)
     pieces = ((run.row, run.start + i, 1) for run in runs for i in range(len(run.tokens)))
-    batch = RaggedBatch.from_segments(pieces, forward.device)
+    batch = RaggedBatch.from_segments(pieces, forward.device, decoding=True)
     return forward.logits(hidden_states(len(tokens))(tokens, batch))

@@ -51,14 +51,15 @@ class MergedLinear:
             return [self.rows_of_kernel.shared.kernel]
         return [self.kernel if self.weight is None else memory_key(self.weight)]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, decoding: bool) -> torch.Tensor:
+        """Multiply x (N, in). decoding: True in a decode step, where kernels for few rows may round differently."""
         if self.kernel is not None:
-            return self.kernel.forward(x)
+            return self.kernel.decode(x) if decoding else self.kernel.prefill(x)
         if self.weight is not None:
             return linear(x, self.weight)
         if self.rows_of_kernel is not None:
             return F.linear(x, self.rows_of_kernel)
-        return torch.cat([part.forward(x) for part in self.parts], dim=-1)
+        return torch.cat([part.forward(x, decoding) for part in self.parts], dim=-1)
 
 
 class EngineNorm:
@@ -124,16 +125,17 @@ class EngineLayer:
     def forward(self, x: torch.Tensor, context: ForwardContext, cache: torch.Tensor | None) -> torch.Tensor:
         """Run the layer on x (N, dim), and return (N, dim). cache: the KV cache of this layer, or None."""
         h = self.add_attention(x, context, cache)
-        return self.add_feed_forward(h)
+        return self.add_feed_forward(h, context)
 
     def add_attention(self, x: torch.Tensor, context: ForwardContext, cache: torch.Tensor | None) -> torch.Tensor:
         """Return x (N, dim) plus the output of attention."""
         q, kv = self.project_qkv(self.attention_norm.forward(x), context, cache)
-        return x + self.all_reduced(self.wo.forward(self.attend(q, kv, context, cache)))
+        return x + self.all_reduced(self.wo.forward(self.attend(q, kv, context, cache), context.batch.decoding))
 
-    def add_feed_forward(self, h: torch.Tensor) -> torch.Tensor:
+    def add_feed_forward(self, h: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """Return h (N, dim) plus the output of the feed-forward network."""
-        return h + self.all_reduced(self.w2.forward(self.swiglu(self.ffn_norm.forward(h))))
+        decoding = context.batch.decoding
+        return h + self.all_reduced(self.w2.forward(self.swiglu(self.ffn_norm.forward(h), decoding), decoding))
 
     def all_reduced(self, y: torch.Tensor) -> torch.Tensor:
         return y if self.ranks == 1 else reduce_from_model_parallel_region(y)
@@ -146,7 +148,7 @@ class EngineLayer:
         Return the queries (N, H, hd), and the keys and values in one tensor (N, 2, K, hd).
         """
         N, K, G, hd = len(x), self.K, self.G, self.hd
-        heads = self.wqkv.forward(x).view(N, (G + 2) * K, hd)
+        heads = self.wqkv.forward(x, context.batch.decoding).view(N, (G + 2) * K, hd)
         if avoids_complex(x):
             rotated = apply_rope_real(heads[:, : (G + 1) * K], context.freqs)
             kv = torch.stack((rotated[:, G * K :], heads[:, (G + 1) * K :]), dim=1)
@@ -183,12 +185,12 @@ class EngineLayer:
                 outputs.append(attention(queries, keys, values, mask).reshape(B * S, -1))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-    def swiglu(self, x: torch.Tensor) -> torch.Tensor:
+    def swiglu(self, x: torch.Tensor, decoding: bool) -> torch.Tensor:
         """Return silu(w1(x)) * w3(x) of shape (N, width) for x (N, dim)."""
         kernel = self.w13.kernel
-        if kernel is not None and (y := kernel.swiglu(x)) is not None:
+        if kernel is not None and (y := kernel.swiglu(x, decoding)) is not None:
             return y
-        both = self.w13.forward(x)
+        both = self.w13.forward(x, decoding)
         if avx512.supports_rows(both, both.shape[-1] // 2):
             return avx512.swiglu(both)
         gate, up = both.chunk(2, dim=-1)
@@ -289,12 +291,12 @@ class EngineForward:
         if logits_indices is None:
             return self.norm.forward(layer_fn(last, h, context, cache))
         rows = logits_indices if len(logits_indices) else logits_indices.new_zeros(1)  # kernels need at least one row
-        h = last.add_feed_forward(last.add_attention(h, context, cache)[rows])
+        h = last.add_feed_forward(last.add_attention(h, context, cache)[rows], context)
         return self.norm.forward(h)[: len(logits_indices)]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return float32 logits (..., n_words) of hidden states (..., dim)."""
-        y = self.output.forward(hidden).float()
+        y = self.output.forward(hidden, decoding=True).float()
         return self.without_spare_rows(y if self.ranks == 1 else gather_from_model_parallel_region(y))
 
     def without_spare_rows(self, logits: torch.Tensor) -> torch.Tensor:

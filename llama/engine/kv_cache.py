@@ -53,9 +53,12 @@ class RaggedBatch:
     rows: torch.Tensor
     positions: torch.Tensor
     segments: tuple[Segment, ...]
+    decoding: bool = False  # True in a decode step, False in a prefill: linear kernels may round differently
 
     @staticmethod
-    def from_segments(pieces: Iterable[tuple[int, int, int]], device: torch.device | str = "cpu") -> "RaggedBatch":
+    def from_segments(
+        pieces: Iterable[tuple[int, int, int]], device: torch.device | str = "cpu", decoding: bool = False
+    ) -> "RaggedBatch":
         """Return a batch of the tokens in `pieces`: tuples (row, position of the first token, number of tokens).
 
         Adjacent rows with the same position and number of tokens become one segment.
@@ -72,7 +75,7 @@ class RaggedBatch:
             else:
                 segments.append(Segment(row, 1, length, start + length))
         both = torch.tensor([rows, positions], dtype=torch.int64, device=device)
-        return RaggedBatch(both[0], both[1], tuple(segments))
+        return RaggedBatch(both[0], both[1], tuple(segments), decoding)
 
     @staticmethod
     def decode(positions: torch.Tensor, kv_len: int, length: int = 1) -> "RaggedBatch":
@@ -82,7 +85,7 @@ class RaggedBatch:
         """
         n_rows = len(positions) // length
         rows = torch.arange(n_rows, device=positions.device).repeat_interleave(length, output_size=len(positions))
-        return RaggedBatch(rows, positions, (Segment(0, n_rows, length, kv_len, per_row_positions=True),))
+        return RaggedBatch(rows, positions, (Segment(0, n_rows, length, kv_len, per_row_positions=True),), True)
 
     def masks(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
         """Return an attention mask (n_rows or 1, 1, length, kv_len) per segment, with -inf where a token must not attend.

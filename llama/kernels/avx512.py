@@ -7,6 +7,7 @@ become 0. RMSNorm and attention add in another order than PyTorch, so that some 
 
 import ctypes
 import functools
+import os
 from ctypes import c_float, c_long, c_void_p
 from typing import Any
 
@@ -65,7 +66,17 @@ def status() -> ExtensionStatus:
     """Load the AVX-512 extension on the first call, and return it or the reason why it cannot be used."""
     if not half_precision.is_native(torch.bfloat16):
         return ExtensionStatus(None, "this CPU has no instructions for bfloat16 (AVX-512), or they are switched off")
-    return load_extension(NAME, [RowsArgs, LinearArgs, AttentionArgs, PromptAttentionArgs], FUNCTIONS)
+    loaded = load_extension(NAME, [RowsArgs, LinearArgs, AttentionArgs, PromptAttentionArgs], FUNCTIONS)
+    if loaded.extension is not None:
+        limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()  # oneDNN's setting counts here, too
+        loaded.extension.library.use_amx(limit in ("", "ALL", "DEFAULT") or "AMX" in limit)
+    return loaded
+
+
+def use_amx(wanted: bool) -> bool:
+    """Multiply with AMX from now on, if `wanted` and the CPU has it, or with AVX-512 alone. Return True if AMX is in use."""
+    compiled = extension()
+    return compiled is not None and bool(compiled.library.use_amx(wanted))
 
 
 def extension() -> CExtension | None:

@@ -30,12 +30,23 @@ class LinearKernel:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward(x)
 
+    def prefill(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the same as `forward`, for a prefill: in the same way for any number of rows, and fast for many."""
+        return self.forward(x)
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the same as `forward`, for a decode step: in the same way for any number of rows, and fast for a few."""
+        return self.forward(x)
+
     def forward_2d(self, x: torch.Tensor) -> torch.Tensor:
         """Return x (N, in) times the weight, shaped (N, out)."""
         raise NotImplementedError
 
-    def swiglu(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Return silu(first half of outputs) * second half, (N, out / 2), for x (N, in); None if no fused kernel exists."""
+    def swiglu(self, x: torch.Tensor, decoding: bool) -> torch.Tensor | None:
+        """Return silu(first half of outputs) * second half, (N, out / 2), for x (N, in); None if no fused kernel exists.
+
+        decoding: True to multiply as `decode` does, False as `prefill`.
+        """
         return None
 
     def rows(self, first: int, last: int) -> "LinearKernel | None":

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from .. import tuning
 from ..quantization.weight import QuantizedWeight
 from . import avx2, avx512, c_extension, pack
 from .base import LinearKernel
@@ -30,6 +31,7 @@ BLOCK_OUTPUTS = 64  # number of outputs in a block
 ACTIVATION_GROUP = 32  # adjacent activations that share a scale
 # In a layer with few inputs, each activation is quantized to two int8 values, because small models need the precision most.
 NARROW_INT8_PER_ACTIVATION = 2
+TILE_ROWS = 16  # rows of activations that AMX multiplies at a time
 INPUTS_PER_WORD = {"bfloat16": 2, "int8": 4, "int4": 8}  # number of inputs in 4 bytes of a block
 FORMAT_CODES = {"bfloat16": BF16, "int8": INT8, "int4": INT4}
 
@@ -212,6 +214,9 @@ class BlockedLinear(LinearKernel):
 
     For int8 and int4 weights, activations are quantized to int8 in groups of 32. If `int8_per_activation` is 2, the rounding
     error of each activation is quantized to a second int8 value, so that the two values together keep about 16 bits.
+
+    On CPUs with AMX, prefill converts int8 and int4 weights to bfloat16 instead, in the cache, and leaves activations as they
+    are: for many rows, this is about three times as fast.
     """
 
     def __init__(self, blocks: BlockedWeight, dtype: torch.dtype) -> None:
@@ -250,6 +255,16 @@ class BlockedLinear(LinearKernel):
         return kernel
 
     def forward_2d(self, x: torch.Tensor) -> torch.Tensor:
+        return self.multiply(x, dequantize=len(x) >= tuning.MIN_DEQUANTIZED_ROWS)
+
+    def prefill(self, x: torch.Tensor) -> torch.Tensor:
+        return self.multiply(x, dequantize=True)
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.multiply(x, dequantize=False)
+
+    def multiply(self, x: torch.Tensor, dequantize: bool) -> torch.Tensor:
+        """Return x (N, in) times the weight, (N, out). dequantize: if AMX is in use, convert quantized weights to bfloat16."""
         x = x.to(self.dtype)  # autocast in the calling code may have changed the dtype of x
         # Use F.linear, which supports tracing and function transforms, and raises PyTorch's error if x has a wrong width.
         if x.shape[1] != self.in_features or not c_extension.is_plain_tensor(x):
@@ -258,10 +273,10 @@ class BlockedLinear(LinearKernel):
         y = x.new_empty(len(x), self.out_features, dtype=self.out_dtype)
         scratch = torch.empty(self.scratch_bytes(len(x)), dtype=torch.uint8, device="cpu")
         if len(x):
-            self.extension.call("linear", ctypes.byref(self.args(len(x), x=x, y=y, scratch=scratch)))
+            self.extension.call("linear", ctypes.byref(self.args(len(x), x=x, y=y, scratch=scratch, dequantize=dequantize)))
         return y
 
-    def swiglu(self, x: torch.Tensor) -> torch.Tensor | None:
+    def swiglu(self, x: torch.Tensor, decoding: bool) -> torch.Tensor | None:
         # is_plain_tensor must come first: while torch.compile traces, it is False, and the other conditions cannot be traced.
         if not c_extension.is_plain_tensor(x) or self.extension.name != avx512.NAME or torch.is_grad_enabled():
             return None
@@ -271,7 +286,8 @@ class BlockedLinear(LinearKernel):
             return None
         x, y = x.contiguous(), x.new_empty(len(x), half)
         scratch = torch.empty(self.scratch_bytes(len(x)), dtype=torch.uint8, device="cpu")
-        self.extension.call("linear", ctypes.byref(self.args(len(x), x=x, y=y, scratch=scratch, gated=1, out=half)))
+        args = self.args(len(x), x=x, y=y, scratch=scratch, gated=1, out=half, dequantize=not decoding)
+        self.extension.call("linear", ctypes.byref(args))
         return y
 
     def args(self, n: int, **fields: object) -> LinearArgs:
@@ -280,9 +296,10 @@ class BlockedLinear(LinearKernel):
         return fill_struct(args, n=n * count, int8_per_activation=count, **fields)
 
     def scratch_bytes(self, n: int) -> int:
-        """Return the bytes of scratch memory that the C function `linear` needs to quantize n rows of activations."""
-        width = self.blocks.width
-        return n * self.int8_per_activation * (width + 12 * width // ACTIVATION_GROUP) if self.format else 0
+        """Return the bytes of scratch memory that the C function `linear` needs for n rows of activations in another form."""
+        width, n_tiles = self.blocks.width, -(-n // TILE_ROWS) if n > TILE_ROWS else 0
+        quantized = n * self.int8_per_activation * (width + 12 * width // ACTIVATION_GROUP) if self.format else 0
+        return max(quantized, 2 * n_tiles * TILE_ROWS * width)
 
     def unpack(self) -> torch.Tensor | QuantizedWeight:
         return self.blocks.to_quantized(self.dtype) if self.format else self.dequantize()

@@ -106,6 +106,7 @@ class LinearArgs(ctypes.Structure):
         (c_long, "n threads next"),
         (c_void_p * 3, "parts"),
         (c_long * 3, "ends"),
+        (c_long, "dequantize tiled quantizes_x"),
     )
 
 

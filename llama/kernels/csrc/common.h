@@ -86,10 +86,12 @@ typedef struct LinearArgs {
   void *y;                /* output y: (rows, out) */
   const bf16_t *residual; /* values (rows, out) that are added to the output, or NULL; may be y itself */
   bf16_t *normed;         /* buffer (rows, in) for x after the RMSNorm */
-  void *scratch;          /* buffer of n * (in + 12 * in / 32) bytes for x in int8, or of n * in floats for x in float32 */
+  void *scratch;          /* buffer for x in another form; blocked_linear.py and avx2.py compute its size */
   long n, threads, next;  /* n: rows * int8_per_activation; next: the first task that no thread has claimed */
   const float *parts[3];  /* only FP32 with AVX-512: 1 to 3 parts of the weight, which replace the field `weight` */
   long ends[3];           /* number of outputs up to the end of each part of the weight; multiples of 16 */
+  long dequantize; /* 1 to convert int8 or int4 weights to bfloat16 if possible, instead of x to int8: see linear_amx.c */
+  long tiled, quantizes_x; /* set by `linear`: 1 if the scratch buffer has x in tiles for AMX, or quantized to int8 */
 } LinearArgs;
 
 /* Rows of x, quantized to int8 with a scale for each activation group (ACTIVATION_GROUP inputs). bias: for each activation

@@ -5,9 +5,9 @@
  * addresses. */
 
 #include "avx512.h"
+#include "linear_avx512.h"
 
 enum {
-  BLOCK_VECTORS = BLOCK_OUTPUTS / LANES, /* number of registers that contain the outputs of a block */
   TILE = 4,             /* number of rows in a tile: its 16 sums and the operands fit in the registers */
   TASK_ROWS = 32 * TILE /* number of rows of x in a task */
 };
@@ -95,7 +95,8 @@ INLINE void multiply_quantized(const LinearArgs *p, long b, long first, const in
       __m512i sum[TILE][BLOCK_VECTORS];
       UNROLL(r, n)
         UNROLL(i, BLOCK_VECTORS) sum[r][i] = _mm512_set1_epi32(x.bias[r * x_groups + x_group]);
-      UNROLL(j, format == INT8 ? 8 : 4) {
+      UNROLL(j, 8) {
+        if (j >= ACTIVATION_GROUP / inputs_per_word) continue;
         prefetch_next(&plan);
         __m512i v[BLOCK_VECTORS], bytes[BLOCK_VECTORS];
         UNROLL(i, BLOCK_VECTORS) {
@@ -122,13 +123,7 @@ INLINE void multiply_quantized(const LinearArgs *p, long b, long first, const in
     }
     UNROLL(i, BLOCK_VECTORS) {
       __m512 scale, zero = _mm512_setzero_ps();
-      if (format == INT8) {
-        scale = load_bf16(scales + g * BLOCK_OUTPUTS + i * LANES);
-      } else {
-        const __m512i scales_and_zeros = _mm512_loadu_si512(scales + 2 * (g * BLOCK_OUTPUTS + i * LANES));
-        scale = _mm512_castsi512_ps(_mm512_slli_epi32(scales_and_zeros, 16));
-        zero = _mm512_castsi512_ps(_mm512_and_si512(scales_and_zeros, _mm512_set1_epi32((int)0xffff0000)));
-      }
+      load_scales(format, scales + (g * BLOCK_OUTPUTS + i * LANES) * (format == INT8 ? 1 : 2), &scale, &zero);
       UNROLL(r, n) {
         y[r][i] = _mm512_fmadd_ps(_mm512_load_ps(partial[r][i]), scale, y[r][i]);
         if (format == INT4) y[r][i] = _mm512_fmadd_ps(zero, _mm512_set1_ps(x.sums[r * groups + g]), y[r][i]);
@@ -165,27 +160,11 @@ static void compute_block(const LinearArgs *p, long b, long first, long n) {
   __m512 y[TILE][BLOCK_VECTORS], up[TILE][BLOCK_VECTORS] = {0};
   kernels[p->format](p, b, first, n, y);
   if (p->gated) kernels[p->format](p, b + p->out / BLOCK_OUTPUTS, first, n, up);
-  for (long r = 0; r < n; r += p->int8_per_activation)
-    UNROLL(i, BLOCK_VECTORS) {
-      const long index = (first + r) / p->int8_per_activation * p->out + b * BLOCK_OUTPUTS + i * LANES;
-      const __mmask16 valid = tail_mask(p->out - b * BLOCK_OUTPUTS - i * LANES);
-      if (p->int8_per_activation == 2)
-        y[r][i] = _mm512_add_ps(y[r][i], y[r + 1][i]), up[r][i] = _mm512_add_ps(up[r][i], up[r + 1][i]);
-      if (p->y_dtype == FP32) {
-        _mm512_mask_storeu_ps((float *)p->y + index, valid, y[r][i]);
-      } else if (p->y_dtype == FP16) {
-        _mm256_mask_storeu_epi16((uint16_t *)p->y + index, valid, _mm512_cvtps_ph(y[r][i], 0));
-      } else {
-        __m512 v = round_to_bf16(y[r][i]);
-        if (p->gated) v = swiglu(v, round_to_bf16(up[r][i]));
-        if (p->residual) v = _mm512_add_ps(widen(_mm256_maskz_loadu_epi16(valid, p->residual + index)), v);
-        _mm256_mask_storeu_epi16((bf16_t *)p->y + index, valid, narrow(v));
-      }
-    }
+  store_block(p, b, first, n, y, up);
 }
 
-/* The function that each thread runs: normalize rows of x if there is an RMSNorm, and quantize them unless the weight is
- * bfloat16. */
+/* The function that each thread runs: normalize rows of x if there is an RMSNorm; then quantize them, or copy them into tiles
+ * for AMX, or leave them as they are. */
 static void prepare_rows_worker(void *shared) {
   LinearArgs *p = shared;
   const int size = p->x_dtype == FP32 ? 4 : 2;
@@ -195,7 +174,8 @@ static void prepare_rows_worker(void *shared) {
       rms_norm(x, p->norm, p->eps, p->in, p->normed + r * p->in);
       x = p->normed + r * p->in;
     }
-    if (p->format != BF16) quantize_row(p, x, r * p->int8_per_activation);
+    if (p->tiled) copy_row_into_tiles(p, x, r);
+    else if (p->quantizes_x) quantize_row(p, x, r * p->int8_per_activation);
   }
 }
 
@@ -206,8 +186,10 @@ void linear_fp32(Parallel parallel, unsigned threads, const LinearArgs *args);
 void linear(Parallel parallel, unsigned threads, const LinearArgs *args) {
   if (args->format == FP32) return linear_fp32(parallel, threads, args);
   LinearArgs p = *args;
-  if (p.norm || p.format != BF16) prepare_rows(parallel, threads, &p);
+  const Worker amx_worker = choose_amx(&p);
+  p.quantizes_x = p.format != BF16 && !amx_worker;
+  if (p.norm || p.quantizes_x || p.tiled) prepare_rows(parallel, threads, &p);
   if (p.norm) p.x = p.normed;
   p.next = 0, p.threads = threads;
-  parallel(blocks_worker, &p, threads, 0);
+  parallel(amx_worker ? amx_worker : blocks_worker, &p, threads, 0);
 }
