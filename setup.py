@@ -12,7 +12,7 @@ from setuptools.command.build_py import build_py
 EXTENSIONS = [
     (
         "avx512",
-        "decode_avx512.c linear_avx512.c linear_amx.c linear_fp32_avx512.c prompt_attention_avx512.c",
+        "decode_avx512.c linear_avx512.c linear_amx.c linear_fp32_avx512.c prompt_attention_avx512.c prompt_attention_amx.c",
         "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mf16c",
     ),
     ("avx2", "linear_avx2.c", "-mavx2 -mfma -mf16c"),

@@ -45,7 +45,7 @@ class PromptAttentionArgs(ctypes.Structure):
 
     _fields_ = struct_fields(
         (c_void_p, "q keys values y packed_kv scores"),
-        (c_long, "B S K G hd L q_batch q_stride kv_batch kv_head kv_stride threads_started next"),
+        (c_long, "B S K G hd L q_batch q_stride kv_batch kv_head kv_stride scores_size threads_started next"),
     )
 
 
@@ -136,11 +136,13 @@ def prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     """Return causal attention of q (B, S, K, G, hd), at the last S of L positions, over k and v (B, K, L, hd)."""
     B, S, K, G, hd = q.shape
     L, y = k.shape[2], torch.empty(q.shape, dtype=q.dtype, device="cpu")
-    # Buffers for the C function: keys and values in blocks of 64 positions, and for each thread 6 float32 rows: 4 for
-    # the attention scores of 4 queries, and 2 for the softmax of the scores in bfloat16, which needs half the memory.
+    # Buffers for the C function: keys and values in blocks of 64 positions; and for each thread float32 scores and bfloat16
+    # weights of 4 queries (6 rows of floats), or with AMX weights of 16 queries and scores of one (9 rows), with 32 values more
+    # in each, and the 16 queries.
     packed_kv = torch.empty(2, B * K, -(-L // 64) * 64, hd, dtype=q.dtype, device="cpu")
-    scores = torch.empty(torch.get_num_threads(), 6, packed_kv.shape[2], dtype=torch.float32, device="cpu")
+    scores = torch.empty(torch.get_num_threads(), 9 * (packed_kv.shape[2] + 32) + 8 * hd, dtype=torch.float32, device="cpu")
     sizes = {"B": B, "S": S, "K": K, "G": G, "hd": hd, "L": L, "q_batch": q.stride(0), "q_stride": q.stride(1)}
+    sizes["scores_size"] = scores.shape[1]
     strides = {"kv_batch": k.stride(0), "kv_head": k.stride(1), "kv_stride": k.stride(2)}
     call(
         "prompt_attention",

@@ -192,7 +192,7 @@ void decode_layers(Parallel parallel, unsigned threads, const LinearArgs *linear
 
 /* c_extension.py compares these values with the checksum of the C files and with the sizes of its ctypes structures. The
  * last value is the size of PromptAttentionArgs. */
-const long abi_info[] = {SOURCE, sizeof(RowsArgs), sizeof(LinearArgs), sizeof(AttentionArgs), 19 * sizeof(long)};
+const long abi_info[] = {SOURCE, sizeof(RowsArgs), sizeof(LinearArgs), sizeof(AttentionArgs), 20 * sizeof(long)};
 
 int cpu_supported(void) {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&

@@ -5,7 +5,7 @@
  * AMX adds in another order than linear_avx512.c. It is therefore used for any number of rows, even one, so that the sums of a
  * row do not depend on the other rows. */
 
-#include "avx512.h"
+#include "amx.h"
 #include "linear_avx512.h"
 
 #include <sys/syscall.h>
@@ -14,54 +14,8 @@
 enum {
   CHUNK_ROWS = 256, /* number of rows of x in a task */
   MAX_GROUP = 4,    /* number of blocks in a task, so that x is read only once for all of them */
-  PANEL = 256,      /* number of inputs of a block that are multiplied at a time by all rows: they fit in the L1 cache */
-  TILE_INPUTS = 32, /* number of inputs in a tile */
-  STRIDE = 256      /* bytes from a row of sums, and of the weight, to the next: 64 float32 sums, 64 pairs of bfloat16 inputs */
+  PANEL = 256       /* number of inputs of a block that are multiplied at a time by all rows: they fit in the L1 cache */
 };
-
-/* Assembly instead of intrinsics, so that compilers without AMX can compile this file. t, a, b and c are numbers of tiles. */
-#define ZERO_TILE(t) __asm__ volatile("tilezero %%tmm" #t ::)
-#define LOAD_TILE(t, address, stride) \
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(address), "r"((long)(stride)) : "memory")
-#define STORE_TILE(t, address) \
-  __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(address), "r"((long)STRIDE) : "memory")
-#define ADD_PRODUCT(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
-
-/* Begin the sums in tiles 0 to 3: at 0 if these are the first inputs, otherwise with the sums at the four addresses. */
-#define BEGIN_SUMS(is_first, address0, address1, address2, address3) \
-  if (is_first) {                                                    \
-    ZERO_TILE(0);                                                    \
-    ZERO_TILE(1);                                                    \
-    ZERO_TILE(2);                                                    \
-    ZERO_TILE(3);                                                    \
-  } else {                                                           \
-    LOAD_TILE(0, address0, STRIDE);                                  \
-    LOAD_TILE(1, address1, STRIDE);                                  \
-    LOAD_TILE(2, address2, STRIDE);                                  \
-    LOAD_TILE(3, address3, STRIDE);                                  \
-  }
-#define STORE_SUMS(address0, address1, address2, address3) \
-  STORE_TILE(0, address0);                                 \
-  STORE_TILE(1, address1);                                 \
-  STORE_TILE(2, address2);                                 \
-  STORE_TILE(3, address3);
-
-/* The shapes of the 8 tiles, as the CPU reads them. Tiles 0 to 3 are sums, 4 and 5 x, 6 and 7 the weight. */
-typedef struct TileShapes {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-} TileShapes;
-
-static void load_shapes(const TileShapes *shapes) { __asm__ volatile("ldtilecfg %0" ::"m"(*shapes)); }
-
-/* Set the number of rows in tiles of x and of sums. */
-static void set_rows(TileShapes *shapes, long rows) {
-  if (shapes->rows[0] == rows) return;
-  *shapes = (TileShapes){.palette = 1};
-  for (int t = 0; t < 8; t++) shapes->row_bytes[t] = 64, shapes->rows[t] = t < 6 ? rows : TILE_ROWS;
-  load_shapes(shapes);
-}
 
 /* The rows of x that a task multiplies. They are in tiles, or if there is only one tile, in rows. */
 typedef struct TiledRows {
@@ -198,8 +152,8 @@ static void tiles_worker(void *shared) {
   const long largest = p->gated ? MAX_GROUP / 2 : MAX_GROUP, share = blocks * chunks / (4 * p->threads),
              group = share < 1 ? 1 : share < largest ? share : largest, groups = (blocks + group - 1) / group;
   __m512 y[MAX_GROUP][CHUNK_ROWS][BLOCK_VECTORS];
-  TileShapes before, shapes = {0};
-  __asm__ volatile("sttilecfg %0" : "=m"(before));
+  TileShapes shapes;
+  const TileShapes before = begin_tiles(&shapes, TILE_ROWS);
   for (long t, end; (t = claim_tasks(&p->next, p->threads, groups * chunks, &end)) < groups * chunks;)
     for (; t < end; t++) {
       const long b = t % groups * group, first = t / groups * CHUNK_ROWS, n_blocks = blocks - b < group ? blocks - b : group;
@@ -212,7 +166,7 @@ static void tiles_worker(void *shared) {
       if (p->gated) multiply_blocks(p, &rows, b + blocks, n_blocks, y + largest);
       for (long i = 0; i < n_blocks; i++) store_block(p, b + i, first, rows.n, y[i], y[p->gated ? largest + i : i]);
     }
-  load_shapes(&before); /* oneDNN may have set the shapes for its own kernels */
+  end_tiles(before);
 }
 
 /* Return 1 if this process may use AMX. The kernel must allow it, because tiles add 8 KB to the state of a thread. */
@@ -223,7 +177,7 @@ static int amx_allowed(void) {
   return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 
-static int amx_in_use;
+int amx_in_use;
 
 /* Use AMX from now on if `wanted` and the CPU has it. Return 1 if it is in use. */
 int use_amx(int wanted) { return amx_in_use = wanted && amx_allowed(); }

@@ -5,23 +5,9 @@
  * checks neither sizes nor addresses. */
 
 #include "avx512.h"
+#include "prompt_attention.h"
 
-enum { BLOCK_KEYS = 64, BLOCK_VECTORS = BLOCK_KEYS / LANES, TILE = 4 };
-
-/* B: batch size; S: query positions; K: key/value heads; G: queries for each key/value head; hd: head_dim; L: key positions.
- * Strides are counted in values: q_batch and kv_batch between rows of the batch, q_stride and kv_stride between positions, and
- * kv_head between heads. */
-typedef struct PromptAttentionArgs {
-  const bf16_t *q;             /* queries (B, S, K, G, hd), with strides between rows of the batch and between positions */
-  const bf16_t *keys, *values; /* keys and values (B, K, L, hd), with strides between rows of the batch, heads and positions */
-  bf16_t *y;                   /* output y: (B, S, K, G, hd) */
-  bf16_t *packed_kv;           /* buffer (2, B, K, blocks, 64, hd) for packed keys and values, in blocks of 64 positions */
-  float *scores;               /* buffer for each thread: TILE rows of float32 scores, and TILE rows of bfloat16 weights */
-  long B, S, K, G, hd, L, q_batch, q_stride, kv_batch, kv_head, kv_stride;
-  long threads_started, next; /* the number of threads that have started, and the first task that no thread has claimed */
-} PromptAttentionArgs;
-
-static inline long n_blocks(const PromptAttentionArgs *a) { return (a->L + BLOCK_KEYS - 1) / BLOCK_KEYS; }
+enum { BLOCK_VECTORS = BLOCK_KEYS / LANES, TILE = 4 };
 
 /* The function that each thread runs: pack one block of 64 positions of one head at a time. */
 static void pack_worker(void *shared) {
@@ -86,7 +72,7 @@ static void prompt_attention_worker(void *shared) {
   const long hd = a->hd, n = n_blocks(a), rows = a->S * a->G, tiles = (rows + TILE - 1) / TILE, heads = a->B * a->K;
   const __m512 scale = _mm512_set1_ps(1 / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss((float)hd))));
   const long width = n * BLOCK_KEYS;
-  float *scores = a->scores + __atomic_fetch_add(&a->threads_started, 1, __ATOMIC_RELAXED) * TILE * width * 3 / 2;
+  float *scores = a->scores + __atomic_fetch_add(&a->threads_started, 1, __ATOMIC_RELAXED) * a->scores_size;
   bf16_t *weights = (bf16_t *)(scores + TILE * width);
   for (long t; (t = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED)) < heads * tiles;) {
     const long head = t / tiles, first = (tiles - 1 - t % tiles) * TILE, count = rows - first < TILE ? rows - first : TILE;
@@ -124,7 +110,7 @@ void prompt_attention(Parallel parallel, unsigned threads, const PromptAttention
   a.next = a.threads_started = 0;
   parallel(pack_worker, &a, threads, 0);
   a.next = 0;
-  parallel(prompt_attention_worker, &a, threads, 0);
+  parallel(amx_in_use ? prompt_attention_amx_worker : prompt_attention_worker, &a, threads, 0);
 }
 
-_Static_assert(sizeof(PromptAttentionArgs) == 19 * sizeof(long), "decode_avx512.c reports this size to c_extension.py");
+_Static_assert(sizeof(PromptAttentionArgs) == 20 * sizeof(long), "decode_avx512.c reports this size to c_extension.py");

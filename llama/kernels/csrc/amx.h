@@ -1,0 +1,69 @@
+/* Define the instructions of AMX, which multiplies tiles: matrices of up to 16 rows of 64 bytes. The function `use_amx` switches
+ * AMX on. A function that uses tiles must call `begin_tiles` before and `end_tiles` after. */
+
+#include "avx512.h"
+
+enum {
+  TILE_ROWS = 16,   /* number of rows in a tile */
+  TILE_INPUTS = 32, /* number of bfloat16 values in a row of a tile */
+  STRIDE = 256      /* bytes from a row of sums, and of the second factor, to the next: 64 float32 sums, 64 pairs of values */
+};
+
+/* Assembly instead of intrinsics, so that compilers without AMX can compile this file. t, a, b and c are numbers of tiles. */
+#define ZERO_TILE(t) __asm__ volatile("tilezero %%tmm" #t ::)
+#define LOAD_TILE(t, address, stride) \
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(address), "r"((long)(stride)) : "memory")
+#define STORE_TILE(t, address) \
+  __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(address), "r"((long)STRIDE) : "memory")
+#define ADD_PRODUCT(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
+
+/* Begin the sums in tiles 0 to 3: at 0 if these are the first inputs, otherwise with the sums at the four addresses. */
+#define BEGIN_SUMS(is_first, address0, address1, address2, address3) \
+  if (is_first) {                                                    \
+    ZERO_TILE(0);                                                    \
+    ZERO_TILE(1);                                                    \
+    ZERO_TILE(2);                                                    \
+    ZERO_TILE(3);                                                    \
+  } else {                                                           \
+    LOAD_TILE(0, address0, STRIDE);                                  \
+    LOAD_TILE(1, address1, STRIDE);                                  \
+    LOAD_TILE(2, address2, STRIDE);                                  \
+    LOAD_TILE(3, address3, STRIDE);                                  \
+  }
+#define STORE_SUMS(address0, address1, address2, address3) \
+  STORE_TILE(0, address0);                                 \
+  STORE_TILE(1, address1);                                 \
+  STORE_TILE(2, address2);                                 \
+  STORE_TILE(3, address3);
+
+/* The shapes of the 8 tiles, as the CPU reads them. Tiles 0 to 3 are sums, 4 and 5 x, 6 and 7 the weight. */
+typedef struct TileShapes {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+} TileShapes;
+
+INLINE void load_shapes(const TileShapes *shapes) { __asm__ volatile("ldtilecfg %0" ::"m"(*shapes)); }
+
+/* Set the number of rows in tiles of x and of sums. */
+INLINE void set_rows(TileShapes *shapes, long rows) {
+  if (shapes->rows[0] == rows) return;
+  *shapes = (TileShapes){.palette = 1};
+  for (int t = 0; t < 8; t++) shapes->row_bytes[t] = 64, shapes->rows[t] = t < 6 ? rows : TILE_ROWS;
+  load_shapes(shapes);
+}
+
+/* Set the shapes of tiles for `rows` rows of x and of sums, and return the shapes that were set before. */
+INLINE TileShapes begin_tiles(TileShapes *shapes, long rows) {
+  TileShapes before;
+  __asm__ volatile("sttilecfg %0" : "=m"(before));
+  *shapes = (TileShapes){0};
+  set_rows(shapes, rows);
+  return before;
+}
+
+/* Set the shapes that were set before: oneDNN's kernels expect that no other code changes them. */
+INLINE void end_tiles(TileShapes before) { load_shapes(&before); }
+
+/* 1 if AMX is in use: see `use_amx`. */
+extern int amx_in_use;
