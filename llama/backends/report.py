@@ -28,8 +28,9 @@ def info(ckpt_dir: str | os.PathLike[str] | None = None, device: str | torch.dev
     ]
     if quota := cgroups.cpu_quota():
         lines.append(("cpu quota", f"{quota.value:g} core(s), by {quota.file}"))
+    amx = " and AMX" if avx512.uses_amx() else ""
     for name, status, use in (
-        ("avx512", avx512.status(), "products, attention and decode steps with AVX-512"),
+        ("avx512", avx512.status(), "products, attention and decode steps with AVX-512" + amx),
         ("avx2", avx2.status(), "products with AVX2"),
         ("pack", pack.status(), "packing and quantizing weights"),
     ):

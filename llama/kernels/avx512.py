@@ -79,6 +79,12 @@ def use_amx(wanted: bool) -> bool:
     return compiled is not None and bool(compiled.library.use_amx(wanted))
 
 
+def uses_amx() -> bool:
+    """Return True if AMX is in use."""
+    compiled = extension()
+    return compiled is not None and bool(ctypes.c_int.in_dll(compiled.library, "amx_in_use"))
+
+
 def extension() -> CExtension | None:
     """Return the AVX-512 extension, or None if this machine cannot use it."""
     return status().extension
