@@ -13,8 +13,8 @@ A parallel layer packs its weight once, when it is loaded. A weight for which no
                 other CPUs                      Int4CpuLinear
                 CUDA                            Int4CudaLinear
 
-BlockedLinear needs the C kernels, which are compiled at installation, and uses AMX if the CPU has it. Without the C kernels, the
-lines "other CPUs" and "other devices" apply to every CPU.
+BlockedLinear needs the C kernels, which are compiled at installation; it uses AMX if the CPU has it. Without the C kernels,
+the lines "other CPUs" and "other devices" apply to every CPU.
 """
 
 import itertools
