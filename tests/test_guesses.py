@@ -2,7 +2,7 @@
 
 from llama.engine.prompt_lookup import PromptLookup
 from llama.engine.speculation import choose_counts
-from llama.engine.step_costs import StepCosts
+from llama.engine.step_costs import LossLimit, StepCosts
 
 
 def test_prompt_lookup_takes_the_longest_and_latest_match() -> None:
@@ -51,3 +51,36 @@ def test_the_time_of_a_step_is_learned_and_estimated() -> None:
     for _ in range(300):
         costs.record(1, 2.0)
     assert costs.seconds(5) < 4  # forgotten, so that it is tried again
+
+
+def slowdown(gain: float, n: int, cost: float = 1.4) -> float:
+    """Return the time of n steps with guesses whenever the limit allows them, relative to steps without guesses.
+
+    Each step takes `cost` and yields 1 + gain tokens.
+    """
+    limit, seconds, tokens = LossLimit(), 0.0, 0.0
+    for _ in range(n):
+        guesses = limit.allows_guesses()
+        step, without = (cost, 1 + gain) if guesses else (1.0, 1.0)
+        limit.record(step, without)
+        seconds, tokens = seconds + step, tokens + without
+    return seconds / tokens
+
+
+def test_wrong_guesses_cost_at_most_three_percent_whatever_was_expected_of_them() -> None:
+    """A step that takes twice as long is within the limit, too: it is tried less often. Right guesses go on."""
+    for n in (100, 1000, 10000):
+        assert slowdown(0.0, n) < 1.03 and slowdown(0.0, n, cost=2.0) < 1.03 and slowdown(0.3, n) < 1.03
+        assert slowdown(1.0, n) < 0.75
+    assert LossLimit().allows_guesses()
+
+
+def test_long_gains_are_not_followed_by_losses_as_long() -> None:
+    limit = LossLimit()
+    for _ in range(10000):
+        limit.record(1.0, 3.0)
+    n = 0
+    while limit.allows_guesses():
+        limit.record(1.5, 1.0)
+        n += 1
+    assert 2 <= n < 20

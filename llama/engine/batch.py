@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +20,16 @@ from .prefill import Prefill, PrefillRow
 from .requests import GeneratedToken, Request, TokenScore, token_score
 from .shared_state import SharedState
 from .speculation import Speculation
+
+
+class StepBegan(NamedTuple):
+    """A decode step that has begun: numbers of rows, guesses and computed tokens, and times in seconds."""
+
+    n_rows: int
+    n_guesses: int
+    n_computed: int
+    guessing: float
+    began: float
 
 
 class Batch(RunningCalls):
@@ -39,7 +50,7 @@ class Batch(RunningCalls):
         # None, or the arguments of the next decode step: tokens, positions, and positions on the host.
         self.pending_step: tuple[torch.Tensor, torch.Tensor, list[int]] | None = None
         self.speculation: Speculation | None = None  # None until a request speculates
-        self.step_began: tuple[int, float] | None = None  # size and beginning of a step whose time is to be recorded, or None
+        self.step_began: StepBegan | None = None  # a step whose time is to be recorded, or None
         self.bar: Iterator[Request] = progress([], lambda _: 1, "answering", "prompts")
 
     @property
@@ -80,19 +91,22 @@ class Batch(RunningCalls):
         decoding = self.decoding
         limits = {row: each.request.max_new_tokens - each.num_generated - 1 for row, each in decoding.items()}
         assert self.speculation is not None
+        before = time.perf_counter()
         guesses = self.speculation.guess({row: limits.get(row, 0) for row in range(self.n_rows)}, self.forward.device)
         runs = [Run(row, positions[row], [self.tokens[row], *guesses.get(row, ())]) for row in range(self.n_rows)]
         longest = max(len(run.tokens) for run in runs) - 1
-        n_computed = self.backend.n_computed(len(runs), sum(len(run.tokens) - 1 for run in runs), longest)
-        self.step_began = n_computed, time.perf_counter()
+        n_guesses = sum(len(run.tokens) - 1 for run in runs)
+        n_computed, began = self.backend.n_computed(len(runs), n_guesses, longest), time.perf_counter()
+        self.step_began = StepBegan(len(runs), n_guesses, n_computed, began - before, began)
         if guesses:
             self.cache.logits = self.state.logits = self.speculation.decode(runs)
         return bool(guesses)
 
     def record_step_time(self) -> None:
         if self.step_began:
-            n_tokens, began = self.step_began
-            self.shared.step_costs.record(n_tokens, time.perf_counter() - began)
+            assert self.speculation is not None
+            n_rows, n_guesses, n_computed, guessing, began = self.step_began
+            self.speculation.record(n_rows, n_guesses, n_computed, guessing, time.perf_counter() - began)
             self.step_began = None
 
     def sample(self, rows: list[int] | None = None) -> None:

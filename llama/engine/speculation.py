@@ -24,7 +24,7 @@ from .backend import DecodeRunsFn, Run
 from .draft import DraftGuesser
 from .prompt_lookup import PromptLookup
 from .requests import Request
-from .step_costs import StepCosts
+from .step_costs import MAX_LATER, LossLimit, StepCosts
 
 MAX_GUESSES = 7  # of a row in one step
 MIN_CHANCE = 0.05  # guesses that are less likely right are not considered
@@ -142,6 +142,7 @@ class Speculation:
         self.guessers: dict[Any, Guesser] = {}  # by draft model; None for prompt lookup
         self.rows: dict[int, tuple[Guesser, Request]] = {}  # those that speculate
         self.checked: dict[int, CheckedRow] = {}  # those whose guesses have been computed, and not been used up
+        self.loss_limit, self.n_accepted = LossLimit(), 0  # n_accepted: guesses of the last step that were right
 
     def admit(self, row: int, request: Request, draft: Any) -> None:
         """Begin to guess the answer to a request, with a draft model, or by prompt lookup if `draft` is None."""
@@ -197,7 +198,8 @@ class Speculation:
             if guesser in ready
         }
         n_rows = len(limits)
-        if not any(expected.values()) or not self.costs.known(self.n_computed(n_rows, 0, 0)):
+        is_worth_it = self.loss_limit.allows_guesses() and self.costs.known(self.n_computed(n_rows, 0, 0))
+        if not is_worth_it or not any(expected.values()):
             return {}
         longest = dict.fromkeys(map(id, ready), 0)  # the largest number of guesses in a row, by guesser
 
@@ -219,6 +221,7 @@ class Speculation:
     def decode(self, runs: Sequence[Run]) -> torch.Tensor:
         """Decode the last token of each row and its guesses. Return the logits (len(runs), vocab) after the last tokens."""
         logits, firsts, n = self.decode_runs(runs), list[int](), 0
+        self.n_accepted = 0
         for run in runs:
             firsts.append(n)
             n += len(run.tokens)
@@ -235,5 +238,16 @@ class Speculation:
                 del self.checked[row]
             else:
                 self.rows[row][1].num_accepted_tokens += 1
+                self.n_accepted += 1
                 accepted[row] = logits
         return accepted
+
+    def record(self, n_rows: int, n_guesses: int, n_computed: int, guessing: float, seconds: float) -> None:
+        """Record the time of a step of n_rows rows, and the time that guessing took before it.
+
+        n_computed: the number of tokens that the backend has computed, with padding.
+        """
+        self.costs.record(n_computed, seconds)
+        seconds = min(seconds, MAX_LATER * self.costs.seconds(n_computed)) + guessing
+        plain = self.costs.seconds(self.n_computed(n_rows, 0, 0))
+        self.loss_limit.record(seconds, plain * (1 + self.n_accepted / n_rows) if n_guesses else seconds)

@@ -1,4 +1,7 @@
-"""What decode steps cost: the time of a step by the number of tokens that it computes, learned from the steps themselves."""
+"""What decode steps cost: the time of a step by the number of tokens that it computes, learned from the steps themselves.
+
+What is expected of guesses may be wrong, so `LossLimit` counts what they have cost and gained.
+"""
 
 import statistics
 
@@ -6,6 +9,8 @@ FIRST_SLOPE = 0.1  # what one more token is taken to add to the time of a step o
 MAX_FIRST = 1.5  # limit of the first two times of each size, as a multiple of the estimate
 MAX_LATER = 4.0  # the same for later times: something else may have held a step up
 KEPT = 7  # times that are kept for each number of tokens; their median counts
+MAX_LOSS = 0.015  # share of the time of recent steps that guesses may lose before no more are made for some steps
+LOSS_DECAY = 0.99  # what a step counts for, compared with the next one
 MAX_AGE = 250  # steps after which a size that has not been used since is forgotten, and so is tried again if it may pay
 
 
@@ -14,6 +19,7 @@ class StepCosts:
 
     def __init__(self) -> None:
         self.times: dict[int, list[float]] = {}
+        self.medians: dict[int, float] = {}  # of these times
         self.repeated: set[int] = set()  # numbers of tokens of which more than one step has been recorded
         self.last_used: dict[int, int] = {}  # for each number of tokens, the value of n_records at its last step
         self.n_records = 0
@@ -24,15 +30,18 @@ class StepCosts:
         self.last_used[n_tokens] = self.n_records
         for size in [size for size, used in self.last_used.items() if used < self.n_records - MAX_AGE]:
             self.repeated.discard(size)
-            del self.times[size], self.last_used[size]
+            del self.times[size], self.medians[size], self.last_used[size]
         if n_tokens in self.repeated:
             seconds = min(seconds, MAX_LATER * self.seconds(n_tokens))
-            self.times[n_tokens] = [*self.times[n_tokens], seconds][-KEPT:]
+            self._store(n_tokens, [*self.times[n_tokens], seconds][-KEPT:])
             return
         if n_tokens in self.times:
             self.repeated.add(n_tokens)
-            del self.times[n_tokens]
-        self.times[n_tokens] = [min(seconds, MAX_FIRST * self.seconds(n_tokens)) if self.times else seconds]
+            del self.times[n_tokens], self.medians[n_tokens]
+        self._store(n_tokens, [min(seconds, MAX_FIRST * self.seconds(n_tokens)) if self.times else seconds])
+
+    def _store(self, n_tokens: int, times: list[float]) -> None:
+        self.times[n_tokens], self.medians[n_tokens] = times, statistics.median(times)
 
     def known(self, n_tokens: int) -> bool:
         """Return True if at least three steps of this size have been recorded, so that `seconds` can be relied on."""
@@ -43,8 +52,8 @@ class StepCosts:
 
         Before any step has been measured, the time of a step of one token is 1.
         """
-        if n_tokens in self.times:
-            return statistics.median(self.times[n_tokens])
+        if n_tokens in self.medians:
+            return self.medians[n_tokens]
         if not self.times:
             return 1 + FIRST_SLOPE * (n_tokens - 1)
         sizes = sorted(self.times)
@@ -63,3 +72,23 @@ class StepCosts:
     def _scaled(self, known: int, n_tokens: int) -> float:
         """Estimate the time of a step from that of another size, by FIRST_SLOPE."""
         return self.seconds(known) * (1 + FIRST_SLOPE * (n_tokens - 1)) / (1 + FIRST_SLOPE * (known - 1))
+
+
+class LossLimit:
+    """Limit the time that wrong guesses lose to a share of the time of recent steps, whatever was expected of them.
+
+    seconds: the time of recent steps. lost: by how much steps with guesses took longer than steps without guesses would have
+    taken for as many tokens; negative if they were faster.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self.lost = 0.0, 0.0
+
+    def allows_guesses(self) -> bool:
+        return self.lost <= MAX_LOSS * self.seconds
+
+    def record(self, seconds: float, without_guesses: float) -> None:
+        """Record a step. without_guesses: how long its tokens would have taken without guesses; `seconds` if it had none."""
+        self.seconds = self.seconds * LOSS_DECAY + seconds
+        # Gains count up to the limit only, so that a long series of right guesses is not followed by one as long of wrong ones.
+        self.lost = max(self.lost * LOSS_DECAY + seconds - without_guesses, -MAX_LOSS * self.seconds)
