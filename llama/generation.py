@@ -17,8 +17,8 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from typing_extensions import Unpack
 
-from . import compat, sampling
-from .backends.registry import choose_backend, slowdown_warning
+from . import sampling
+from .backends.registry import check_compile, choose_backend, slowdown_warning
 from .chat import (
     B_INST,
     B_SYS,
@@ -33,11 +33,10 @@ from .chat import (
     Role,
     find_tag,
 )
-from .checkpoint import layouts, loading, packed_file, params, shards, validate
-from .checkpoint.adapter import open_adapter
-from .distributed import groups
+from .checkpoint import layouts, params, validate
+from .checkpoint.opening import OpenedModel, open_model
 from .distributed.agreement import gather_from_replicas, run_on_all_ranks, run_on_rank0
-from .distributed.groups import global_rank, model_parallel, replica, world_size
+from .distributed.groups import global_rank, model_parallel, replica
 from .distributed.setup import initialize, set_environment
 from .engine.async_calls import (
     AsyncStream,
@@ -52,8 +51,8 @@ from .engine.backend import Backend
 from .engine.call_options import AnswerOptions, CallOptions, Integers, Numbers, StreamOptions, takes_options
 from .engine.checks import device_of
 from .engine.collect import collect_results, results_of_replaced_generate
-from .engine.draft import check_draft
-from .engine.engine import NO_DRAFT, NO_EAGER, Engine
+from .engine.draft import check_speculation, set_draft
+from .engine.engine import Engine
 from .engine.hidden_states import check_layers, hidden_states, number_of_layers
 from .engine.incremental_text import IncrementalText
 from .engine.leading import check_led, lead
@@ -62,9 +61,9 @@ from .engine.requests import GeneratedToken, GenerationCall, TokenScore, check_t
 from .engine.results import ChatPrediction, CompletionPrediction, GenerationResult, InfillingPrediction, ResultDetails, Score
 from .engine.scoring import score
 from .engine.stream import Stream, text_chunks, tokens_until_stop
-from .errors import DeviceError, InputError, check_count, check_flag, describe, is_integer, short_traceback
+from .engine.unmodified import observe_edits
+from .errors import InputError, check_count, check_flag, describe, is_integer, short_traceback
 from .hugging_face.load import LoadedText, load_text
-from .kernels.packing import check_kernel
 from .model import ModelArgs, Transformer
 from .planning import estimate, free_memory
 from .quantization.weight import check_quantize
@@ -177,61 +176,40 @@ class Llama:
         """
         where = initialize(device, model_parallel_size)
 
-        def check() -> tuple[LoadedText, shards.Shards, Transformer, torch.dtype]:
-            _check_build_arguments(max_seq_len, max_batch_size, seed, compile, quantize, backend, where)
-            chosen_dtype = params.parse_dtype(dtype)
+        def check() -> tuple[LoadedText, OpenedModel, type[Backend]]:
+            check_count(max_seq_len, "max_seq_len")
+            check_count(max_batch_size, "max_batch_size")
+            if not is_integer(seed) or not -(2**63) <= seed < 2**64:
+                raise InputError(f"seed is {describe(seed)}; it must be a whole number from -2**63 to 2**64 - 1")
+            check_quantize(quantize)
+            check_compile(compile, backend, where)
+            chosen_dtype, length, rows = params.parse_dtype(dtype), int(max_seq_len), int(max_batch_size)
             backend_class = choose_backend("torch_compile" if compile else backend, where)
             config = layouts.read_params(ckpt_dir)
             text = load_text(ckpt_dir, tokenizer_path, config.get("vocab_size", -1))
-            _check_speculation(speculate, draft, backend_class.name, text.tokenizer, int(max_batch_size), int(max_seq_len))
-            layouts.notes(ckpt_dir, int(max_seq_len))  # raises if the context is too long for the model
-            fits = where.type == "cpu" and (quantize is not None or chosen_dtype in (None, torch.bfloat16))
-            stored_format = quantize or "bfloat16"
-            packed = packed_file.open_packed_file(ckpt_dir, stored_format, fits) if adapter is None else None
-            if adapter is not None:
-                packed_file.describe_unused(ckpt_dir, stored_format)  # raises if there are packed weights only
-            files = packed or layouts.open_weights(ckpt_dir)
-            if packed and quantize == "int8" and where.type != "cpu" and global_rank() == 0:
-                print(
-                    f"int8.safetensors is for CPUs, and slow on {where}: build from the weights themselves",
-                    file=sys.stderr,
-                )
-            model = validate.build_on_meta(config, files, int(max_seq_len), int(max_batch_size), text.tokenizer.n_words)
-            if packed:
-                packed_file.check_packed_file(model, files)
-            else:
-                validate.check_shards(model, files)
-            if adapter is not None:
-                files.adapter = open_adapter(adapter, model.params, files)
-            weights_dtype = chosen_dtype or files.first["tok_embeddings.weight"].dtype
-            held_as = quantize if backend_class.packs_weights else None
-            sizes = model.params, model_parallel()[1], weights_dtype, where
-            if held_as:
-                check_kernel(held_as, where, weights_dtype)
-            mapped = loading.bytes_staying_mapped(model, files, weights_dtype, where, quantize, backend_class.packs_weights)
-            estimate.check_memory(*sizes, free_memory.free_memory(where, mapped), held_as)
-            return text, files, model, weights_dtype
+            check_speculation(speculate, draft, Llama, backend_class.name, text.tokenizer, rows, length)
+            layouts.notes(ckpt_dir, length)  # raises if the context is too long for the model
+            opened = open_model(
+                ckpt_dir, config, text.tokenizer.n_words, length, rows, chosen_dtype, where, quantize,
+                backend_class.packs_weights, adapter,
+            )  # fmt: skip
+            free = free_memory.free_memory(where, opened.bytes_staying_mapped())
+            estimate.check_memory(opened.model.params, model_parallel()[1], opened.dtype, where, free, opened.held_as)
+            return text, opened, backend_class
 
-        text, files, model, weights_dtype = run_on_all_ranks(
+        text, opened, backend_class = run_on_all_ranks(
             check,
             must_match=lambda checked: (
-                *validate.build_fingerprint(checked[0].tokenizer, *checked[1:]), quantize, compile, backend, int(seed),
-                speculate, draft is None,
+                *checked[1].fingerprint(checked[0].tokenizer), quantize, compile, backend, int(seed), speculate, draft is None
             ),
         )  # fmt: skip
-        backend_class = choose_backend("torch_compile" if compile else backend, where)
+        model = opened.model
         if global_rank() == 0:
-            warning = slowdown_warning(backend_class, where, model.params, weights_dtype, quantize)
-            notes = [*layouts.notes(ckpt_dir, int(max_seq_len)), *text.notes]
-            if adapter is not None and (unused := packed_file.describe_unused(ckpt_dir, quantize or "bfloat16")):
-                notes.append(unused)
-            spare_rows = validate.describe_spare_rows(model.vocab_size, text.tokenizer.n_words)
-            for line in filter(None, (*notes, spare_rows, warning)):
+            warning = slowdown_warning(backend_class, where, model.params, opened.dtype, quantize)
+            for line in filter(None, (*layouts.notes(ckpt_dir, int(max_seq_len)), *text.notes, *opened.notes, warning)):
                 print(line, file=sys.stderr)
-        packs = backend_class.packs_weights
-        run_on_all_ranks(lambda: loading.load_weights(model, files, weights_dtype, where, quantize, packs))
-        for tensor in (*model.parameters(), model.freqs_cis) if backend_class.name != "eager" else ():
-            compat.observe(tensor)  # now, since no caller has seen them yet
+        run_on_all_ranks(opened.load)
+        observe_edits(model, backend_class.name)
         torch.manual_seed(int(seed))
 
         def make() -> Llama:
@@ -279,11 +257,7 @@ class Llama:
         prefill, or, on all ranks, after edits that nothing notices: those through the memory of a view, such as
         `weight[:4].data`, or through a tensor's storage.
         """
-        with self.engine.lock:
-            if (cache := self.engine.shared.cache) is not None:
-                cache.weights_version = None  # when no call runs, the next one clears the prefixes of all ranks
-                if world_size() == 1:
-                    cache.prefixes.clear()
+        self.engine.clear_prefix_cache()
 
     @property
     def draft(self) -> "Llama | None":
@@ -295,23 +269,7 @@ class Llama:
 
     @draft.setter
     def draft(self, draft: "Llama | None") -> None:
-        if groups.rank0_leads:
-            raise InputError("the draft cannot be set in `lead`, which the other ranks follow; set it on all ranks before")
-        if draft is not None:
-            if getattr(draft, "model", None) is self.model:
-                raise InputError("a model cannot be its own draft; give a smaller one with the same tokenizer")
-            sizes = self.model.params.max_batch_size, self.model.params.max_seq_len
-            _check_speculation(None, draft, self.backend, self.tokenizer, *sizes)
-            if self.engine.shared.targets:
-                raise InputError("this model is the draft of another one; a draft has no draft itself")
-        elif self.speculate == "draft":
-            self.speculate = False
-        shared = self.engine.shared
-        if shared.draft is not None:
-            shared.draft.engine.shared.targets.discard(self.model)
-        shared.draft = draft
-        if draft is not None:
-            draft.engine.shared.targets.add(self.model)
+        set_draft(self.engine, draft, Llama, self.tokenizer)
 
     @property
     def speculate(self) -> str | None:
@@ -905,48 +863,6 @@ class _AsyncCaller:
         text = IncrementalText.of_answer(call, request, self.tokenizer)
         refusal = "" if request.prompt else UNSAFE_ERROR
         return AsyncStream(request, text_chunks_async(request, self._run(call), text, refusal))
-
-
-def _check_speculation(
-    speculate: str | None,
-    draft: Llama | None,
-    backend: str,
-    tokenizer: Tokenizer,
-    max_batch_size: int,
-    max_seq_len: int,
-) -> None:
-    """Check how a model is to speculate. backend: its name. Raise InputError."""
-    kind = CallOptions(speculate=speculate).speculate()
-    if (kind or draft is not None) and backend == "eager":
-        raise InputError(NO_EAGER)
-    if kind == "draft" and draft is None:
-        raise InputError(NO_DRAFT)
-    if draft is not None:
-        if not isinstance(draft, Llama):
-            raise InputError(f"draft is {describe(draft)}; it must be a Llama")
-        check_draft(draft.engine, draft.tokenizer, tokenizer, max_batch_size, max_seq_len)
-
-
-def _check_build_arguments(
-    max_seq_len: int,
-    max_batch_size: int,
-    seed: int,
-    compile: bool,
-    quantize: str | None,
-    backend: str,
-    device: torch.device,
-) -> None:
-    """Check the arguments of `build` that need no file to be read. Raise InputError or DeviceError."""
-    check_count(max_seq_len, "max_seq_len")
-    check_count(max_batch_size, "max_batch_size")
-    if not is_integer(seed) or not -(2**63) <= seed < 2**64:
-        raise InputError(f"seed is {describe(seed)}; it must be a whole number from -2**63 to 2**64 - 1")
-    check_quantize(quantize)
-    check_flag(compile, "compile")
-    if compile and device.type != "cuda":
-        raise DeviceError(f"compile=True is for CUDA, and this is {device}; leave it out: a step is not compiled here")
-    if compile and backend not in ("auto", "torch_compile"):
-        raise InputError(f"compile=True is backend='torch_compile', and backend is {describe(backend)}; leave one of them out")
 
 
 __all__ = [
