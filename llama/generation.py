@@ -1,89 +1,48 @@
 """The class `Llama`: build a model, generate tokens, complete texts, answer dialogs and score continuations.
 
-Answers are returned whole or as streams. `Llama` converts texts and dialogs to tokens. `Engine.run` generates the answers to
-all calls, and yields each new token.
+`RequestBuilder` converts texts and dialogs to tokens. `Calls` and `AsyncCalls` return answers whole or as streams. `Engine.run`
+generates the answers to all calls, and yields each new token.
 """
 
-import inspect
-import itertools
 import math
 import os
 import statistics
 import sys
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any, ParamSpec, TypeVar, cast
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from typing_extensions import Unpack
 
-from . import compat, sampling
-from .backends.registry import choose_backend, slowdown_warning
-from .chat import (
-    B_INST,
-    B_SYS,
-    E_INST,
-    E_SYS,
-    LLAMA_2,
-    SPECIAL_TAGS,
-    UNSAFE_ERROR,
-    ChatFormat,
-    Dialog,
-    Message,
-    Role,
-    find_tag,
-)
-from .checkpoint import layouts, loading, packed_file, params, shards, validate
-from .checkpoint.adapter import open_adapter
-from .distributed import groups
-from .distributed.agreement import gather_from_replicas, run_on_all_ranks, run_on_rank0
-from .distributed.groups import global_rank, model_parallel, replica, world_size
+from .backends.registry import check_compile, choose_backend, slowdown_warning
+from .chat import B_INST, B_SYS, E_INST, E_SYS, LLAMA_2, SPECIAL_TAGS, UNSAFE_ERROR, ChatFormat, Dialog, Message, Role, find_tag
+from .checkpoint import layouts, params, validate
+from .checkpoint.opening import OpenedModel, open_model
+from .distributed.agreement import run_on_all_ranks
+from .distributed.groups import global_rank, model_parallel
 from .distributed.setup import initialize, set_environment
-from .engine.async_calls import (
-    AsyncStream,
-    AsyncTokens,
-    check_sharable,
-    collect_results_async,
-    run_async,
-    text_chunks_async,
-    tokens_until_stop_async,
-)
+from .engine.async_calls import AsyncCalls, AsyncStream, AsyncTokens
 from .engine.backend import Backend
-from .engine.call_options import AnswerOptions, CallOptions, Integers, Numbers, StreamOptions, takes_options
+from .engine.call_options import AnswerOptions, CallOptions, Integers, Numbers, StreamOptions, takes_options, twin_of
+from .engine.calls import Calls
 from .engine.checks import device_of
-from .engine.collect import collect_results, results_of_replaced_generate
-from .engine.draft import check_draft
-from .engine.engine import NO_DRAFT, NO_EAGER, Engine
-from .engine.hidden_states import check_layers, hidden_states, number_of_layers
-from .engine.incremental_text import IncrementalText
-from .engine.leading import check_led, lead
-from .engine.request_builder import RequestBuilder, partition_by_length
-from .engine.requests import GeneratedToken, GenerationCall, TokenScore, check_top_logprobs
-from .engine.results import ChatPrediction, CompletionPrediction, GenerationResult, InfillingPrediction, ResultDetails, Score
-from .engine.scoring import score
-from .engine.stream import Stream, text_chunks, tokens_until_stop
-from .errors import DeviceError, InputError, check_count, check_flag, describe, is_integer, short_traceback
+from .engine.draft import check_speculation, set_draft
+from .engine.engine import Engine
+from .engine.leading import lead
+from .engine.request_builder import RequestBuilder
+from .engine.requests import GeneratedToken
+from .engine.results import ChatPrediction, CompletionPrediction, InfillingPrediction, Score, infilling_results
+from .engine.stream import Stream
+from .engine.unmodified import observe_edits
+from .errors import InputError, check_count, check_flag, describe, is_integer, short_traceback
 from .hugging_face.load import LoadedText, load_text
-from .kernels.packing import check_kernel
 from .model import ModelArgs, Transformer
 from .planning import estimate, free_memory
 from .quantization.weight import check_quantize
 from .sampling import SamplingParams, sample_top_p
 from .tokenizer import Tokenizer
 
-P = ParamSpec("P")
 T = TypeVar("T")
-
-
-def _signature_of(method: Callable[P, Any]) -> Callable[[Callable[..., T]], Callable[P, T]]:
-    """Decorate an async method: give it the parameters of its sync twin, for `help` and for type checkers."""
-
-    def give(twin: Callable[..., T]) -> Callable[P, T]:
-        returned = inspect.signature(twin).return_annotation
-        twin.__signature__ = inspect.signature(method).replace(return_annotation=returned)  # type: ignore[attr-defined]
-        return twin
-
-    return give
 
 
 class Llama:
@@ -177,61 +136,40 @@ class Llama:
         """
         where = initialize(device, model_parallel_size)
 
-        def check() -> tuple[LoadedText, shards.Shards, Transformer, torch.dtype]:
-            _check_build_arguments(max_seq_len, max_batch_size, seed, compile, quantize, backend, where)
-            chosen_dtype = params.parse_dtype(dtype)
+        def check() -> tuple[LoadedText, OpenedModel, type[Backend]]:
+            check_count(max_seq_len, "max_seq_len")
+            check_count(max_batch_size, "max_batch_size")
+            if not is_integer(seed) or not -(2**63) <= seed < 2**64:
+                raise InputError(f"seed is {describe(seed)}; it must be a whole number from -2**63 to 2**64 - 1")
+            check_quantize(quantize)
+            check_compile(compile, backend, where)
+            chosen_dtype, length, rows = params.parse_dtype(dtype), int(max_seq_len), int(max_batch_size)
             backend_class = choose_backend("torch_compile" if compile else backend, where)
             config = layouts.read_params(ckpt_dir)
             text = load_text(ckpt_dir, tokenizer_path, config.get("vocab_size", -1))
-            _check_speculation(speculate, draft, backend_class.name, text.tokenizer, int(max_batch_size), int(max_seq_len))
-            layouts.notes(ckpt_dir, int(max_seq_len))  # raises if the context is too long for the model
-            fits = where.type == "cpu" and (quantize is not None or chosen_dtype in (None, torch.bfloat16))
-            stored_format = quantize or "bfloat16"
-            packed = packed_file.open_packed_file(ckpt_dir, stored_format, fits) if adapter is None else None
-            if adapter is not None:
-                packed_file.describe_unused(ckpt_dir, stored_format)  # raises if there are packed weights only
-            files = packed or layouts.open_weights(ckpt_dir)
-            if packed and quantize == "int8" and where.type != "cpu" and global_rank() == 0:
-                print(
-                    f"int8.safetensors is for CPUs, and slow on {where}: build from the weights themselves",
-                    file=sys.stderr,
-                )
-            model = validate.build_on_meta(config, files, int(max_seq_len), int(max_batch_size), text.tokenizer.n_words)
-            if packed:
-                packed_file.check_packed_file(model, files)
-            else:
-                validate.check_shards(model, files)
-            if adapter is not None:
-                files.adapter = open_adapter(adapter, model.params, files)
-            weights_dtype = chosen_dtype or files.first["tok_embeddings.weight"].dtype
-            held_as = quantize if backend_class.packs_weights else None
-            sizes = model.params, model_parallel()[1], weights_dtype, where
-            if held_as:
-                check_kernel(held_as, where, weights_dtype)
-            mapped = loading.bytes_staying_mapped(model, files, weights_dtype, where, quantize, backend_class.packs_weights)
-            estimate.check_memory(*sizes, free_memory.free_memory(where, mapped), held_as)
-            return text, files, model, weights_dtype
+            check_speculation(speculate, draft, Llama, backend_class.name, text.tokenizer, rows, length)
+            layouts.notes(ckpt_dir, length)  # raises if the context is too long for the model
+            opened = open_model(
+                ckpt_dir, config, text.tokenizer.n_words, length, rows, chosen_dtype, where, quantize,
+                backend_class.packs_weights, adapter,
+            )  # fmt: skip
+            free = free_memory.free_memory(where, opened.bytes_staying_mapped())
+            estimate.check_memory(opened.model.params, model_parallel()[1], opened.dtype, where, free, opened.held_as)
+            return text, opened, backend_class
 
-        text, files, model, weights_dtype = run_on_all_ranks(
+        text, opened, backend_class = run_on_all_ranks(
             check,
             must_match=lambda checked: (
-                *validate.build_fingerprint(checked[0].tokenizer, *checked[1:]), quantize, compile, backend, int(seed),
-                speculate, draft is None,
+                *checked[1].fingerprint(checked[0].tokenizer), quantize, compile, backend, int(seed), speculate, draft is None
             ),
         )  # fmt: skip
-        backend_class = choose_backend("torch_compile" if compile else backend, where)
+        model = opened.model
         if global_rank() == 0:
-            warning = slowdown_warning(backend_class, where, model.params, weights_dtype, quantize)
-            notes = [*layouts.notes(ckpt_dir, int(max_seq_len)), *text.notes]
-            if adapter is not None and (unused := packed_file.describe_unused(ckpt_dir, quantize or "bfloat16")):
-                notes.append(unused)
-            spare_rows = validate.describe_spare_rows(model.vocab_size, text.tokenizer.n_words)
-            for line in filter(None, (*notes, spare_rows, warning)):
+            warning = slowdown_warning(backend_class, where, model.params, opened.dtype, quantize)
+            for line in filter(None, (*layouts.notes(ckpt_dir, int(max_seq_len)), *text.notes, *opened.notes, warning)):
                 print(line, file=sys.stderr)
-        packs = backend_class.packs_weights
-        run_on_all_ranks(lambda: loading.load_weights(model, files, weights_dtype, where, quantize, packs))
-        for tensor in (*model.parameters(), model.freqs_cis) if backend_class.name != "eager" else ():
-            compat.observe(tensor)  # now, since no caller has seen them yet
+        run_on_all_ranks(opened.load)
+        observe_edits(model, backend_class.name)
         torch.manual_seed(int(seed))
 
         def make() -> Llama:
@@ -279,11 +217,7 @@ class Llama:
         prefill, or, on all ranks, after edits that nothing notices: those through the memory of a view, such as
         `weight[:4].data`, or through a tensor's storage.
         """
-        with self.engine.lock:
-            if (cache := self.engine.shared.cache) is not None:
-                cache.weights_version = None  # when no call runs, the next one clears the prefixes of all ranks
-                if world_size() == 1:
-                    cache.prefixes.clear()
+        self.engine.clear_prefix_cache()
 
     @property
     def draft(self) -> "Llama | None":
@@ -295,23 +229,7 @@ class Llama:
 
     @draft.setter
     def draft(self, draft: "Llama | None") -> None:
-        if groups.rank0_leads:
-            raise InputError("the draft cannot be set in `lead`, which the other ranks follow; set it on all ranks before")
-        if draft is not None:
-            if getattr(draft, "model", None) is self.model:
-                raise InputError("a model cannot be its own draft; give a smaller one with the same tokenizer")
-            sizes = self.model.params.max_batch_size, self.model.params.max_seq_len
-            _check_speculation(None, draft, self.backend, self.tokenizer, *sizes)
-            if self.engine.shared.targets:
-                raise InputError("this model is the draft of another one; a draft has no draft itself")
-        elif self.speculate == "draft":
-            self.speculate = False
-        shared = self.engine.shared
-        if shared.draft is not None:
-            shared.draft.engine.shared.targets.discard(self.model)
-        shared.draft = draft
-        if draft is not None:
-            draft.engine.shared.targets.add(self.model)
+        set_draft(self.engine, draft, Llama, self.tokenizer)
 
     @property
     def speculate(self) -> str | None:
@@ -327,7 +245,6 @@ class Llama:
         """Return the name of the backend. A modified model runs `Transformer.forward` with any backend."""
         return self._engine.backend.name
 
-    @short_traceback
     @takes_options(AnswerOptions)
     def generate(
         self,
@@ -353,14 +270,13 @@ class Llama:
         Raises InputError, which names the prompt, before any computation.
         """
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
-        results = self._results(
+        results = self._calls.results(
             "generate",
             lambda: self._requests.from_tokens(prompt_tokens, given, logprobs, echo, stop_token),
             lambda r: r,
         )
         return [r.tokens for r in results], [r.logprobs for r in results] if logprobs else None
 
-    @short_traceback
     @takes_options(AnswerOptions)
     def generate_stream(
         self,
@@ -383,13 +299,11 @@ class Llama:
         include_eos: also yield the token that ends an answer: EOS, or one of stop_token_ids. stop: see `Llama`.
         """
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
-        call = self._validate_on_all_ranks(
+        return self._calls.tokens(
             "generate_stream",
             lambda: self._requests.from_tokens(prompt_tokens, given, logprobs, echo, None, top_logprobs, include_eos),
         )
-        return self._tokens(call)
 
-    @short_traceback
     @takes_options(AnswerOptions)
     def text_completion(
         self,
@@ -415,13 +329,12 @@ class Llama:
         details=True adds "finish_reason", "prompt_tokens" and "new_tokens".
         """
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
-        return self._results(
+        return self._calls.results(
             "text_completion",
             lambda: self._requests.from_texts(prompts, given, logprobs, echo, details, top_logprobs, keep_space=keep_space),
-            lambda r: {"generation": r.text, **self._details(r, logprobs, details, top_logprobs)},
+            lambda r: {"generation": r.text, **r.entries(self.tokenizer, logprobs, details, top_logprobs)},
         )
 
-    @short_traceback
     @takes_options(AnswerOptions)
     def iter_text_completion(
         self,
@@ -440,13 +353,12 @@ class Llama:
         "prompt_tokens" and "new_tokens". With replicas, all results come together at the end.
         """
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
-        results = self._iter_results(
+        results = self._calls.iter_results(
             "iter_text_completion",
             lambda: self._requests.from_texts(prompts, given, details=True, keep_space=keep_space),
         )
-        return ({"generation": r.text, **self._details(r, False, True)} for r in results)
+        return ({"generation": r.text, **r.details()} for r in results)
 
-    @short_traceback
     @takes_options(AnswerOptions)
     def chat_completion(
         self,
@@ -470,15 +382,14 @@ class Llama:
         same keys as in `text_completion`.
         """
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
-        return self._results(
+        return self._calls.results(
             "chat_completion",
             lambda: self._requests.from_dialogs(
                 dialogs, given, logprobs, details, top_logprobs, continue_answer=continue_answer
             ),
-            lambda r: {"generation": self._answer(r), **self._details(r, logprobs, details, top_logprobs)},
+            lambda r: {"generation": r.message, **r.entries(self.tokenizer, logprobs, details, top_logprobs)},
         )
 
-    @short_traceback
     @takes_options(AnswerOptions)
     def iter_chat_completion(
         self,
@@ -493,11 +404,11 @@ class Llama:
     ) -> Iterator[ChatPrediction]:
         """Answer each dialog like `chat_completion`, and yield the results like `iter_text_completion`."""
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
-        results = self._iter_results(
+        results = self._calls.iter_results(
             "iter_chat_completion",
             lambda: self._requests.from_dialogs(dialogs, given, details=True, continue_answer=continue_answer),
         )
-        return ({"generation": self._answer(r), **self._details(r, False, True)} for r in results)
+        return ({"generation": r.message, **r.details()} for r in results)
 
     @short_traceback
     def text_infilling(
@@ -527,16 +438,8 @@ class Llama:
             logprobs=logprobs,
             stop_token=self.tokenizer.eot_id,
         )
-        results: list[InfillingPrediction] = []
-        for i, (prefix, suffix) in enumerate(zip(before, after, strict=True)):
-            text = self.tokenizer.decode_infilling(generated[i])
-            details: ResultDetails = {}
-            if values is not None:
-                details = {"tokens": self._decode_each(generated[i]), "logprobs": values[i]}
-            results.append({"generation": text, "full_text": prefix + text + suffix, **details})
-        return results
+        return infilling_results(before, after, generated, values, self.tokenizer)
 
-    @short_traceback
     @takes_options(StreamOptions)
     def text_completion_stream(
         self,
@@ -554,12 +457,11 @@ class Llama:
         Raises InputError at the call, not at the first chunk.
         """
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
-        return self._stream(
+        return self._calls.stream(
             "text_completion_stream",
             lambda: self._requests.from_texts([prompt], given, label="the prompt", keep_space=keep_space),
         )
 
-    @short_traceback
     @takes_options(StreamOptions)
     def chat_completion_stream(
         self,
@@ -578,19 +480,17 @@ class Llama:
         chunk.
         """
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
-        return self._stream(
+        return self._calls.stream(
             "chat_completion_stream",
             lambda: self._requests.from_dialogs([dialog], given, label="the dialog", continue_answer=continue_answer),
         )
 
-    @_signature_of(generate_stream)
-    @short_traceback
+    @twin_of(generate_stream)
     def agenerate_stream(self, *args: Any, **options: Any) -> AsyncTokens:
         """Generate tokens like `generate_stream`, with its arguments, for `async for`; see `AsyncTokens`, `AsyncStream`."""
-        return _AsyncCaller(self).call(Llama.generate_stream, *args, **options)
+        return _AsyncSelf(self).call(Llama.generate_stream, *args, **options)
 
-    @_signature_of(text_completion)
-    @short_traceback
+    @twin_of(text_completion)
     def atext_completion(self, *args: Any, **options: Any) -> Coroutine[Any, Any, list[CompletionPrediction]]:
         """Continue each text like `text_completion`, with its arguments and results, to be awaited.
 
@@ -598,25 +498,22 @@ class Llama:
         of event loops and threads may make calls. They share the batch, which a background thread of ours runs meanwhile.
         Raises InputError on several ranks without `lead`, and for a model that the batch cannot run, because it is modified.
         """
-        return _AsyncCaller(self).call(Llama.text_completion, *args, **options)
+        return _AsyncSelf(self).call(Llama.text_completion, *args, **options)
 
-    @_signature_of(chat_completion)
-    @short_traceback
+    @twin_of(chat_completion)
     def achat_completion(self, *args: Any, **options: Any) -> Coroutine[Any, Any, list[ChatPrediction]]:
         """Answer each dialog like `chat_completion`, with its arguments and results, to be awaited; see `atext_completion`."""
-        return _AsyncCaller(self).call(Llama.chat_completion, *args, **options)
+        return _AsyncSelf(self).call(Llama.chat_completion, *args, **options)
 
-    @_signature_of(text_completion_stream)
-    @short_traceback
+    @twin_of(text_completion_stream)
     def atext_completion_stream(self, *args: Any, **options: Any) -> AsyncStream:
         """Continue one text like `text_completion_stream`, with its arguments. Return an `AsyncStream`."""
-        return _AsyncCaller(self).call(Llama.text_completion_stream, *args, **options)
+        return _AsyncSelf(self).call(Llama.text_completion_stream, *args, **options)
 
-    @_signature_of(chat_completion_stream)
-    @short_traceback
+    @twin_of(chat_completion_stream)
     def achat_completion_stream(self, *args: Any, **options: Any) -> AsyncStream:
         """Answer one dialog like `chat_completion_stream`, with its arguments. Return an `AsyncStream`."""
-        return _AsyncCaller(self).call(Llama.chat_completion_stream, *args, **options)
+        return _AsyncSelf(self).call(Llama.chat_completion_stream, *args, **options)
 
     @short_traceback
     def score(
@@ -630,24 +527,7 @@ class Llama:
         continuation. A prompt and a continuation have at most max_seq_len + 1 tokens together.
         top_logprobs: how many of the likeliest tokens to return at each position, 0 to 20.
         """
-        n_top = check_top_logprobs(top_logprobs)
-
-        def score_rows(rows: list[int]) -> list[list[TokenScore]]:
-            return score(self.engine, [requests[row] for row in rows], n_top)
-
-        with self.engine.exclusive():
-            requests, counts = run_on_all_ranks(
-                lambda: self._requests.for_scoring(prompts, continuations),
-                must_match=lambda checked: (checked, n_top, self.engine.why_reference_loop()),
-            )
-            scores = self._shard_across_replicas([len(r.tokens) for r in requests], score_rows)
-        results = iter([self._score_result(r.tokens[r.start :], each) for r, each in zip(requests, scores, strict=True)])
-        return [next(results) if n is None else list(itertools.islice(results, n)) for n in counts]  # type: ignore[return-value]
-
-    def _score_result(self, tokens: list[int], scores: list[TokenScore]) -> Score:
-        top = [[(self._decode_each([t])[0], value) for t, value in each.top] for each in scores if each.top is not None]
-        logprobs, greedy = [each.logprob or 0.0 for each in scores], [bool(each.is_greedy) for each in scores]
-        return Score(self._decode_each(tokens), logprobs, greedy, top or None)
+        return self._calls.score(lambda: self._requests.for_scoring(prompts, continuations), top_logprobs)
 
     @short_traceback
     def perplexity(self, text: str | Iterable[int], stride: int | None = None) -> float:
@@ -693,7 +573,12 @@ class Llama:
         that a caller has modified runs its own `forward`. Raises InputError, which names the text, before any computation.
         """
         several = isinstance(layers, Iterable)
-        return self._hidden_states("hidden_states", texts, layers, lambda states: states if several else states[0])
+        return self._calls.hidden_states(
+            "hidden_states",
+            lambda: self._requests.for_hidden_states(texts),
+            lambda states: states if several else states[0],
+            layers,
+        )
 
     @short_traceback
     def embed(self, texts: Iterable[str | Iterable[int]], pooling: str = "mean") -> torch.Tensor:
@@ -703,28 +588,12 @@ class Llama:
         """
         if pooling not in ("mean", "last"):
             raise InputError(f"pooling is {describe(pooling)}; it must be 'mean' or 'last'")
-        pooled = self._hidden_states(
-            f"embed by {pooling}", texts, None, lambda states: states[0].mean(0) if pooling == "mean" else states[0, -1]
+        pooled = self._calls.hidden_states(
+            f"embed by {pooling}",
+            lambda: self._requests.for_hidden_states(texts),
+            lambda states: states[0].mean(0) if pooling == "mean" else states[0, -1],
         )
         return torch.stack(pooled) if pooled else torch.empty(0, self.model.params.dim, device="cpu")
-
-    def _hidden_states(
-        self,
-        name: str,
-        texts: Iterable[str | Iterable[int]],
-        layers: int | Iterable[int] | None,
-        reduce: Callable[[torch.Tensor], torch.Tensor],
-    ) -> list[torch.Tensor]:
-        """Return `reduce` of the states (layers, tokens, dim) of each text. name: what all ranks must call in the same way."""
-        with self.engine.exclusive():
-            rows, labels, chosen = run_on_all_ranks(
-                lambda: (*self._requests.for_hidden_states(texts), check_layers(layers, number_of_layers(self.model))),
-                must_match=lambda checked: (name, checked, self.engine.why_reference_loop()),
-            )
-            return self._shard_across_replicas(
-                [len(row) for row in rows],
-                lambda some: hidden_states(self.engine, [rows[i] for i in some], [labels[i] for i in some], chosen, reduce),
-            )
 
     @short_traceback
     def encode_dialog(self, dialog: Dialog, continue_answer: bool | None = False) -> list[int]:
@@ -742,211 +611,25 @@ class Llama:
     def _requests(self) -> RequestBuilder:
         return RequestBuilder(self.tokenizer, self.model.params.max_seq_len, self.chat_format, self.engine.what_guesses)
 
-    def _validate_on_all_ranks(self, name: str, make_call: Callable[[], GenerationCall]) -> GenerationCall:
-        """Build a call, and check that it is the same on all ranks. If it has no seeds, rank 0 chooses seeds for replicas."""
-        check_led(self.engine)
-        call = run_on_all_ranks(
-            lambda: replace(make_call(), name=name),
-            must_match=lambda call: (
-                *(call, self.engine.why_reference_loop()),
-                [request.logits_processor is not None for request in call.requests],
-            ),
-        )
-        if sample_top_p is not sampling.sample_top_p and any(request.seed is not None for request in call.requests):
-            raise InputError("seed is for this library's sample_top_p, and another has been put in its place; leave seed out")
-        is_greedy = all(request.sampling.greedy for request in call.requests)
-        if replica()[1] > 1 and not is_greedy and all(r.seed is None for r in call.requests):
-            n = len(call.requests)
-            seeds = run_on_rank0(lambda: torch.randint(-(2**63), 2**63 - 1, (n,)).tolist())
-            for request, seed in zip(call.requests, seeds, strict=True):
-                request.seed = seed
-        return call
-
-    def _shard_across_replicas(self, lengths: list[int], work: Callable[[list[int]], list[T]]) -> list[T]:
-        """Divide rows among the replicas, and return one result for each row, in order.
-
-        lengths: the number of tokens in each row. work: a function from a list of row indices to their results.
-        """
-        index, count = replica()
-        parts = partition_by_length(lengths, count)
-        results = gather_from_replicas(lambda: work(parts[index]))
-        by_row = {
-            row: result
-            for part, part_results in zip(parts, results, strict=True)
-            for row, result in zip(part, part_results, strict=True)
-        }
-        return [by_row[row] for row in range(len(lengths))]
-
-    def _generate_is_replaced(self) -> bool:
-        return getattr(self.generate, "__func__", None) is not _GENERATE
-
-    def _results(
-        self, name: str, make_call: Callable[[], GenerationCall], make_result: Callable[[GenerationResult], T]
-    ) -> list[T]:
-        """Run a call to its end, and return one result for each request. name: the public method that calls this one.
-
-        If a caller has replaced `generate`, the replacement runs all calls but those of `generate` itself.
-        """
-        if name != "generate" and self._generate_is_replaced():
-            call = self._validate_on_all_ranks(name, make_call)
-            return [*map(make_result, results_of_replaced_generate(self.generate, call, self.tokenizer, self.engine.speculate))]
-        with self.engine.exclusive():
-            return [*map(make_result, self._run_on_replicas(self._validate_on_all_ranks(name, make_call)))]
-
-    def _iter_results(self, name: str, make_call: Callable[[], GenerationCall]) -> Iterator[GenerationResult]:
-        """Run a call like `_results`, but yield each result as early as possible, in the order of the requests."""
-        with self.engine.exclusive():
-            call = self._validate_on_all_ranks(name, make_call)
-            if self._generate_is_replaced():
-                return iter(results_of_replaced_generate(self.generate, call, self.tokenizer, self.engine.speculate))
-            if replica()[1] > 1:
-                return iter(self._run_on_replicas(call))
-            return collect_results(call, self._run(call, watched=True), self.tokenizer)
-
-    def _run_on_replicas(self, call: GenerationCall) -> list[GenerationResult]:
-        """Divide a validated call among the replicas, run it to its end, and return one result for each request."""
-
-        def run_rows(rows: list[int]) -> list[GenerationResult]:
-            part = replace(call, requests=[call.requests[row] for row in rows])
-            return list(collect_results(part, self._run(part), self.tokenizer))
-
-        return self._shard_across_replicas([len(request.prompt) for request in call.requests], run_rows)
-
-    def _run(self, call: GenerationCall, watched: bool = False) -> Iterator[GeneratedToken]:
-        return self.engine.run(self._resolve(call, watched))
-
-    def _tokens(self, call: GenerationCall) -> Iterator[GeneratedToken]:
-        tokens = self._run(call, watched=True)
-        return tokens_until_stop(call, tokens, self.tokenizer) if call.has_stops else tokens
-
-    def _resolve(self, call: GenerationCall, watched: bool) -> GenerationCall:
-        # Read eos_id and sample_top_p anew for each call, because a caller may have replaced them or the tokenizer.
-        if call.stop_token is None:
-            more_eos_ids = getattr(self.tokenizer, "more_eos_ids", ())  # a caller's own tokenizer need not have it
-            call = replace(call, stop_token=self.tokenizer.eos_id, more_eos_ids=more_eos_ids)
-        return replace(call, sampler=sample_top_p, watched=watched)
-
-    def _refuse_replaced_generate(self, what: str) -> None:
-        if self._generate_is_replaced():
-            raise InputError(
-                f"generate has been replaced, and {what} do not go through it; use text_completion or chat_completion, "
-                f"or override the method for {what} as well"
-            )
-
-    def _stream(self, name: str, make_call: Callable[[], GenerationCall]) -> Stream:
-        self._refuse_replaced_generate("streams")
-        with self.engine.exclusive():
-            call = self._validate_on_all_ranks(name, make_call)
-        (request,) = call.requests
-        if not request.prompt:
-            return Stream(request, (chunk for chunk in [UNSAFE_ERROR]))
-        text = IncrementalText.of_answer(call, request, self.tokenizer)
-        return Stream(request, text_chunks(request, self._run(call, watched=True), text))
-
-    def _answer(self, result: GenerationResult) -> Message:
-        return {"role": "assistant", "content": result.text if result.request.prompt else UNSAFE_ERROR}
-
-    def _details(
-        self, result: GenerationResult, logprobs: bool | None, details: bool | None, top_logprobs: int | None = 0
-    ) -> ResultDetails:
-        added: ResultDetails = {}
-        if logprobs:
-            added["tokens"], added["logprobs"] = self._decode_each(result.tokens), result.logprobs
-        if top_logprobs:
-            decode = self.tokenizer.decode
-            added["top_logprobs"] = [[(decode([t]), value) for t, value in top] for top in result.top_logprobs]
-        return {**added, **result.details()} if details else added
-
-    def _decode_each(self, tokens: list[int]) -> list[str]:
-        return [self.tokenizer.decode([token]) for token in tokens]
+    @property
+    def _calls(self) -> Calls:
+        return Calls(self, _GENERATE, lambda: sample_top_p)
 
 
 _GENERATE = Llama.generate
 
 
-class _AsyncCaller:
-    """What the sync methods get as `self` in place of a `Llama`, so that they return what their async twins return."""
+class _AsyncSelf:
+    """What a sync method gets as `self` from its async twin: a `Llama` whose calls are async."""
 
     def __init__(self, llama: Llama) -> None:
-        self.llama = llama
+        self._llama, self._calls = llama, AsyncCalls(llama._calls)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.llama, name)
+        return getattr(self._llama, name)
 
     def call(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         return method(self, *args, **options)
-
-    def _validate_on_all_ranks(self, name: str, make_call: Callable[[], GenerationCall]) -> GenerationCall:
-        check_sharable(self.engine, f"a{name}")
-        return self.llama._validate_on_all_ranks(f"a{name}", make_call)
-
-    def _run(self, call: GenerationCall, watched: bool = True) -> AsyncGenerator[GeneratedToken, None]:
-        return run_async(self.engine, self._resolve(call, watched))
-
-    def _tokens(self, call: GenerationCall) -> AsyncTokens:
-        tokens = self._run(call)
-        return AsyncTokens(call.requests, tokens_until_stop_async(call, tokens, self.tokenizer) if call.has_stops else tokens)
-
-    def _results(
-        self, name: str, make_call: Callable[[], GenerationCall], make_result: Callable[[GenerationResult], T]
-    ) -> Coroutine[Any, Any, list[T]]:
-        self._refuse_replaced_generate("async calls")
-        call = self._validate_on_all_ranks(name, make_call)
-
-        async def results() -> list[T]:
-            return [*map(make_result, await collect_results_async(call, self._run(call), self.tokenizer))]
-
-        return results()
-
-    def _stream(self, name: str, make_call: Callable[[], GenerationCall]) -> AsyncStream:
-        self._refuse_replaced_generate("streams")
-        call = self._validate_on_all_ranks(name, make_call)
-        (request,) = call.requests
-        text = IncrementalText.of_answer(call, request, self.tokenizer)
-        refusal = "" if request.prompt else UNSAFE_ERROR
-        return AsyncStream(request, text_chunks_async(request, self._run(call), text, refusal))
-
-
-def _check_speculation(
-    speculate: str | None,
-    draft: Llama | None,
-    backend: str,
-    tokenizer: Tokenizer,
-    max_batch_size: int,
-    max_seq_len: int,
-) -> None:
-    """Check how a model is to speculate. backend: its name. Raise InputError."""
-    kind = CallOptions(speculate=speculate).speculate()
-    if (kind or draft is not None) and backend == "eager":
-        raise InputError(NO_EAGER)
-    if kind == "draft" and draft is None:
-        raise InputError(NO_DRAFT)
-    if draft is not None:
-        if not isinstance(draft, Llama):
-            raise InputError(f"draft is {describe(draft)}; it must be a Llama")
-        check_draft(draft.engine, draft.tokenizer, tokenizer, max_batch_size, max_seq_len)
-
-
-def _check_build_arguments(
-    max_seq_len: int,
-    max_batch_size: int,
-    seed: int,
-    compile: bool,
-    quantize: str | None,
-    backend: str,
-    device: torch.device,
-) -> None:
-    """Check the arguments of `build` that need no file to be read. Raise InputError or DeviceError."""
-    check_count(max_seq_len, "max_seq_len")
-    check_count(max_batch_size, "max_batch_size")
-    if not is_integer(seed) or not -(2**63) <= seed < 2**64:
-        raise InputError(f"seed is {describe(seed)}; it must be a whole number from -2**63 to 2**64 - 1")
-    check_quantize(quantize)
-    check_flag(compile, "compile")
-    if compile and device.type != "cuda":
-        raise DeviceError(f"compile=True is for CUDA, and this is {device}; leave it out: a step is not compiled here")
-    if compile and backend not in ("auto", "torch_compile"):
-        raise InputError(f"compile=True is backend='torch_compile', and backend is {describe(backend)}; leave one of them out")
 
 
 __all__ = [

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llama.engine import request_builder
+from llama.engine import calls
 
 from .support import run, torchrun
 
@@ -53,8 +53,8 @@ def test_all_ranks_return_the_answers_of_one_process_and_raise_the_same_errors(
 
 
 def test_replicas_get_prompts_of_nearly_equal_total_length() -> None:
-    assert request_builder.partition_by_length([9, 1, 8, 2, 7], 1) == [[0, 1, 2, 3, 4]]
-    replicas = request_builder.partition_by_length([9, 1, 8, 1, 7, 1, 6, 1], 2)
+    assert calls.partition_by_length([9, 1, 8, 2, 7], 1) == [[0, 1, 2, 3, 4]]
+    replicas = calls.partition_by_length([9, 1, 8, 1, 7, 1, 6, 1], 2)
     assert sorted(row for rows in replicas for row in rows) == list(range(8)) and all(rows == sorted(rows) for rows in replicas)
     assert [sum([9, 1, 8, 1, 7, 1, 6, 1][row] for row in rows) for rows in replicas] == [18, 16]
-    assert request_builder.partition_by_length([5], 2) == [[0], []]
+    assert calls.partition_by_length([5], 2) == [[0], []]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llama import InputError, Llama, Score, Tokenizer, Transformer, tuning
-from llama.engine import request_builder, scoring
+from llama.engine import calls, scoring
 from llama.engine.forward import EngineForward
 
 from .counting import count_forward_tokens
@@ -203,7 +203,7 @@ def test_signatures_and_docstrings_show_every_option() -> None:
 
 
 def test_long_prompts_are_spread_over_the_replicas() -> None:
-    assert request_builder.partition_by_length([9, 1, 8, 2], 2) == [[0, 3], [1, 2]]
+    assert calls.partition_by_length([9, 1, 8, 2], 2) == [[0, 3], [1, 2]]
 
 
 def test_tokens_of_numpy_types_are_returned_as_int(llama: Llama) -> None:

@@ -88,9 +88,10 @@ def test_no_part_imports_private_names_of_another_part() -> None:
             assert not private or module.split(".")[0] == part_of(path), (path, private)
 
 
-def test_no_file_but_generation_py_has_more_than_420_lines() -> None:
-    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
-    assert all(length <= 420 for name, length in lengths.items() if name != "generation.py"), lengths
+def test_no_file_has_more_than_420_lines_but_generation_py_650_for_its_signatures_and_docstrings() -> None:
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+    limits = {PACKAGE / "generation.py": 650}
+    assert not {path: length for path, length in lengths.items() if length > limits.get(path, 420)}
 
 
 def test_the_server_is_imported_only_by_functions_of_its_command() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from .. import model, tuning
 from ..engine.backend import Backend
-from ..errors import DeviceError, InputError, describe
+from ..errors import DeviceError, InputError, check_flag, describe
 from ..kernels import avx2, avx512, pack
 from . import cpu
 from .cpu import CpuBackend
@@ -31,6 +31,15 @@ BACKENDS: dict[str, type[Backend]] = {
 # The backends that backend="auto" may choose, fastest first. torch_compile is not one of them, because it must compile for
 # several seconds for each number of rows.
 AUTO = (CudaGraphsBackend, CpuBackend, TorchBackend)
+
+
+def check_compile(compile: bool, backend: str, device: torch.device) -> None:
+    """Raise InputError or DeviceError if `build(compile=compile, backend=backend)` is impossible on a device."""
+    check_flag(compile, "compile")
+    if compile and device.type != "cuda":
+        raise DeviceError(f"compile=True is for CUDA, and this is {device}; leave it out: a step is not compiled here")
+    if compile and backend not in ("auto", "torch_compile"):
+        raise InputError(f"compile=True is backend='torch_compile', and backend is {describe(backend)}; leave one of them out")
 
 
 def choose_backend(name: str, device: torch.device) -> type[Backend]:

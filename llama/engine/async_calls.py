@@ -10,15 +10,17 @@ import atexit
 import contextlib
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from ..chat import UNSAFE_ERROR
 from ..distributed.groups import calls_are_exclusive, world_size
 from ..errors import InputError
 from ..tokenizer import Tokenizer
+from .calls import Calls, MakeCall
 from .collect import ResultCollector
 from .engine import Engine
 from .events import Event, RunningCall, RunningCalls, take_event
@@ -28,6 +30,8 @@ from .requests import GeneratedToken, GenerationCall, Request
 from .results import GenerationResult
 from .shared_state import SharedState
 from .stream import AnswerProgress, StopStrings, end_text, push_token
+
+T = TypeVar("T")
 
 EXIT_SECONDS = 10  # how long the interpreter waits at its exit for the step that a background thread is running
 
@@ -304,3 +308,43 @@ async def text_chunks_async(
                 yield chunk
     if chunk := end_text(request, text):
         yield chunk
+
+
+class AsyncCalls:
+    """The async calls of a `Llama`. Each method returns the async twin of what the same method of `Calls` returns."""
+
+    def __init__(self, calls: Calls) -> None:
+        self.calls, self.llama = calls, calls.llama
+
+    def results(
+        self, name: str, make_call: MakeCall, make_result: Callable[[GenerationResult], T]
+    ) -> Coroutine[Any, Any, list[T]]:
+        self.calls.refuse_replaced_generate("async calls")
+        call = self._validate(name, make_call)
+
+        async def results() -> list[T]:
+            return [*map(make_result, await collect_results_async(call, self._run(call), self.llama.tokenizer))]
+
+        return results()
+
+    def tokens(self, name: str, make_call: MakeCall) -> AsyncTokens:
+        call = self._validate(name, make_call)
+        tokens = self._run(call)
+        return AsyncTokens(
+            call.requests, tokens_until_stop_async(call, tokens, self.llama.tokenizer) if call.has_stops else tokens
+        )
+
+    def stream(self, name: str, make_call: MakeCall) -> AsyncStream:
+        self.calls.refuse_replaced_generate("streams")
+        call = self._validate(name, make_call)
+        (request,) = call.requests
+        text = IncrementalText.of_answer(call, request, self.llama.tokenizer)
+        refusal = "" if request.prompt else UNSAFE_ERROR
+        return AsyncStream(request, text_chunks_async(request, self._run(call), text, refusal))
+
+    def _validate(self, name: str, make_call: MakeCall) -> GenerationCall:
+        check_sharable(self.llama.engine, f"a{name}")
+        return self.calls.validate(f"a{name}", make_call)
+
+    def _run(self, call: GenerationCall) -> AsyncGenerator[GeneratedToken, None]:
+        return run_async(self.llama.engine, self.calls.resolve(call, watched=True))

@@ -50,9 +50,10 @@ DEFAULTS: dict[str, Any] = dict(
 
 
 def takes_options(options: type) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorate a method that takes `**options: Unpack[options]`, where `options` is a TypedDict of names in `DEFAULTS`.
+    """Decorate a public method that takes `**options: Unpack[options]`, where `options` is a TypedDict of names in `DEFAULTS`.
 
-    The method's signature then shows each of these names. Other names raise TypeError, as in any function of Python.
+    The method's signature then shows each of these names. Other names raise TypeError, as in any function of Python. Errors
+    about input have a short traceback.
     """
 
     def decorate(method: Callable[P, T]) -> Callable[P, T]:
@@ -72,6 +73,20 @@ def takes_options(options: type) -> Callable[[Callable[P, T]], Callable[P, T]]:
             return method(*args, **kwargs)
 
         checked.__signature__ = signature.replace(parameters=[*own, *shared])  # type: ignore[attr-defined]
+        return short_traceback(checked)
+
+    return decorate
+
+
+def twin_of(method: Callable[P, Any]) -> Callable[[Callable[..., T]], Callable[P, T]]:
+    """Decorate the async twin of a public method: give it the method's parameters, for `help` and for type checkers.
+
+    Errors about input have a short traceback.
+    """
+
+    def decorate(twin: Callable[..., T]) -> Callable[P, T]:
+        checked, returned = short_traceback(twin), inspect.signature(twin).return_annotation
+        checked.__signature__ = inspect.signature(method).replace(return_annotation=returned)  # type: ignore[attr-defined]
         return checked
 
     return decorate

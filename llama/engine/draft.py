@@ -3,17 +3,19 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from .. import tuning
+from ..distributed import groups
 from ..distributed.agreement import broadcast_from_rank0, is_true_on_all_ranks
 from ..distributed.groups import model_parallel
-from ..errors import InputError
+from ..errors import InputError, describe
 from ..sampling import sample, seeded_exponential
 from ..tokenizer import Tokenizer
 from .backend import Run
+from .call_options import CallOptions
 from .checks import common_prefix_length
 from .kv_cache import RaggedBatch
 from .prompt_lookup import Chance
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 T = TypeVar("T")
+
+NO_DRAFT = "speculate='draft', but the model has no draft; give build(draft=...) a smaller model, as a Llama"
+NO_EAGER = "speculate= and draft= need another backend than 'eager'; leave backend out"
 
 # After this number of steps without a guess, one more is tried: the text may have become easier. Each time, the number doubles.
 TRY_AGAIN = 64
@@ -198,6 +203,42 @@ class DraftGuesser:
             return int(logits.argmax())
         where = torch.tensor([[seed], [position]], device=logits.device)
         return int(sample(logits, params, seeded_exponential(where[0], where[1], logits.shape[1])))
+
+
+def check_speculation(
+    speculate: str | None, draft: Any, llama: type, backend: str, tokenizer: Tokenizer, max_batch_size: int, max_seq_len: int
+) -> None:
+    """Raise InputError if a model cannot speculate in this way. llama: the class of drafts, `Llama`. backend: its name."""
+    kind = CallOptions(speculate=speculate).speculate()
+    if (kind or draft is not None) and backend == "eager":
+        raise InputError(NO_EAGER)
+    if kind == "draft" and draft is None:
+        raise InputError(NO_DRAFT)
+    if draft is not None:
+        if not isinstance(draft, llama):
+            raise InputError(f"draft is {describe(draft)}; it must be a Llama")
+        check_draft(draft.engine, draft.tokenizer, tokenizer, max_batch_size, max_seq_len)  # type: ignore[attr-defined]
+
+
+def set_draft(engine: "Engine", draft: Any, llama: type, tokenizer: Tokenizer) -> None:
+    """Do what setting `Llama.draft` does. llama: as in `check_speculation`. tokenizer: that of the engine's model."""
+    model, shared = engine.model, engine.shared
+    if groups.rank0_leads:
+        raise InputError("the draft cannot be set in `lead`, which the other ranks follow; set it on all ranks before")
+    if draft is not None:
+        if getattr(draft, "model", None) is model:
+            raise InputError("a model cannot be its own draft; give a smaller one with the same tokenizer")
+        sizes = model.params.max_batch_size, model.params.max_seq_len
+        check_speculation(None, draft, llama, engine.backend.name, tokenizer, *sizes)
+        if shared.targets:
+            raise InputError("this model is the draft of another one; a draft has no draft itself")
+    elif engine.speculate == "draft":
+        engine.speculate = ""
+    if shared.draft is not None:
+        shared.draft.engine.shared.targets.discard(model)
+    shared.draft = draft
+    if draft is not None:
+        draft.engine.shared.targets.add(model)
 
 
 def check_draft(

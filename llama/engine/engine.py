@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from .. import compat
 from ..distributed.failures import defer_signals, propagate_failure
-from ..distributed.groups import calls_are_exclusive, global_rank
+from ..distributed.groups import calls_are_exclusive, global_rank, world_size
 from ..errors import DeviceError, InputError
 from ..kernels.host_memory import raise_malloc_threshold
 from ..model import Transformer
 from .backend import Backend
 from .checks import device_of
+from .draft import NO_DRAFT, NO_EAGER
 from .events import Event, RunningCall, RunningCalls, take_event
 from .forward import EngineForward
 from .kv_cache import KVCache
@@ -24,10 +24,7 @@ from .reference_loop import ReferenceLoop
 from .requests import GeneratedToken, GenerationCall
 from .scheduler import Scheduler
 from .shared_state import shared_state_of
-from .unmodified import why_modified
-
-NO_DRAFT = "speculate='draft', but the model has no draft; give build(draft=...) a smaller model, as a Llama"
-NO_EAGER = "speculate= and draft= need another backend than 'eager'; leave backend out"
+from .unmodified import observe_edits, why_modified
 
 
 class Engine:
@@ -99,6 +96,14 @@ class Engine:
         if self.shared.cache is None or not self.shared.cache.belongs_to(self.model):
             self.shared.cache = KVCache.adopt(self.model)
         return EngineForward(self.model, self.shared.cache, self.n_words)
+
+    def clear_prefix_cache(self) -> None:
+        """Do what `Llama.clear_prefix_cache` does."""
+        with self.lock:
+            if (cache := self.shared.cache) is not None:
+                cache.weights_version = None  # when no call runs, the next one clears the prefixes of all ranks
+                if world_size() == 1:
+                    cache.prefixes.clear()
 
     def without_autocast(self) -> torch.autocast:
         """Return a context that disables a caller's autocast, so that the model computes in its own dtype."""
@@ -258,9 +263,7 @@ def _restore_engine(model: Transformer, backend: Backend, speculate: str, draft:
     """Return the engine of a copied or unpickled model. Raise DeviceError if this machine lacks what its backend needs."""
     if why := backend.unsupported(device_of(model)):
         raise DeviceError(f"backend={backend.name!r}: {why}")
-    if backend.name != "eager":
-        for tensor in (*model.parameters(), model.freqs_cis):
-            compat.observe(tensor)  # now, since nobody else has seen the copies yet
+    observe_edits(model, backend.name)
     engine = Engine(model, backend)
     engine.speculate, engine.shared.draft = speculate, draft
     if draft is not None:

@@ -11,12 +11,6 @@ from .checks import common_prefix_length
 from .requests import GenerationCall, Request, ScoringRequest
 
 
-def partition_by_length(lengths: list[int], n_replicas: int) -> list[list[int]]:
-    """Divide prompts of these lengths evenly among replicas. Return the sorted indices of each replica's prompts."""
-    by_length = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    return [sorted(by_length[replica::n_replicas]) for replica in range(n_replicas)]
-
-
 def check_texts(texts: Iterable[str], name: str, label: str | None = None) -> tuple[list[str], list[str]]:
     """Return a list of the texts, and a list of labels that name the texts in errors. Raise InputError for an invalid text.
 

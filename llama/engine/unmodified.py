@@ -22,6 +22,13 @@ STOCK_METHODS = {
 STOCK_CALL = nn.Module.__call__
 
 
+def observe_edits(model: reference.Transformer, backend: str) -> None:
+    """Observe edits of a model's tensors from now on; nobody else has seen them yet. backend: its name; "eager" needs none."""
+    if backend != "eager":
+        for tensor in (*model.parameters(), model.freqs_cis):
+            compat.observe(tensor)
+
+
 def why_modified(model: nn.Module) -> str | None:
     """Return a text that names the first modification that the engine's forward would ignore; None if there is none.
 
