@@ -91,9 +91,12 @@ def test_calls_return_what_their_sync_twins_return(llama: Llama) -> None:
 
 
 def test_a_stream_has_the_chunks_and_properties_of_its_sync_twin(llama: Llama) -> None:
-    async def stream_of(stream: Any) -> tuple[list[str], Any, int, int, str]:
-        chunks = [chunk async for chunk in stream]
-        return chunks, stream.finish_reason, stream.prompt_tokens, stream.new_tokens, repr(stream).removeprefix("<Async")
+    def properties(stream: Any) -> list[Any]:
+        return [stream.finish_reason, stream.prompt_tokens, stream.new_tokens, stream.text]
+
+    async def stream_of(stream: Any) -> tuple[list[tuple[str, str]], list[Any], str]:
+        chunks = [(chunk, stream.text) async for chunk in stream]
+        return chunks, properties(stream), repr(stream).removeprefix("<Async")
 
     cases: list[tuple[str, Any, dict[str, Any]]] = [
         ("text_completion_stream", "The", GREEDY),
@@ -103,9 +106,9 @@ def test_a_stream_has_the_chunks_and_properties_of_its_sync_twin(llama: Llama) -
     ]
     for name, prompt, options in cases:
         sync = getattr(llama, name)(prompt, **options)
-        want = [*sync], sync.finish_reason, sync.prompt_tokens, sync.new_tokens, repr(sync).removeprefix("<")
+        want = [(chunk, sync.text) for chunk in sync], properties(sync), repr(sync).removeprefix("<")
         assert asyncio.run(stream_of(getattr(llama, f"a{name}")(prompt, **options))) == want
-    assert want[0] == [UNSAFE_ERROR]
+    assert want[0] == [(UNSAFE_ERROR, UNSAFE_ERROR)]
 
 
 def test_40_streams_share_6_rows_while_some_are_left_and_some_are_cancelled(llama: Llama) -> None:

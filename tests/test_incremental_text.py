@@ -1,5 +1,6 @@
 """Test text that is decoded token by token, stop strings, streams, and chats."""
 
+import itertools
 import random
 import time
 from types import SimpleNamespace
@@ -195,9 +196,13 @@ def test_the_chunks_of_a_stream_are_the_text_and_details_of_the_batch_call(llama
     for prompt in ("Once upon a time", "good 上 🦙", ""):
         (want,) = llama.text_completion([prompt], details=True, **options)
         stream = llama.text_completion_stream(prompt, **options)
-        assert stream.new_tokens == 0
-        chunks = list(stream)
-        assert "" not in chunks and "".join(chunks) == want["generation"]
+        assert (stream.new_tokens, stream.text) == (0, "")
+        chunks, texts = [], []
+        for chunk in stream:
+            chunks.append(chunk)
+            texts.append(stream.text)
+        assert "" not in chunks and "".join(chunks) == stream.text == want["generation"]
+        assert texts == list(itertools.accumulate(chunks))
         assert [stream.finish_reason, stream.prompt_tokens, stream.new_tokens] == [
             want[k] for k in ("finish_reason", "prompt_tokens", "new_tokens")
         ]

@@ -268,17 +268,19 @@ class AsyncStream(AnswerProgress):
     """
 
     def __init__(self, request: Request, chunks: AsyncGenerator[str, None]) -> None:
-        self._request, self._chunks, self._closed = request, chunks, False
+        self._request, self._chunks, self._text, self._closed = request, chunks, "", False
 
     def __aiter__(self) -> "AsyncStream":
         return self
 
     async def __anext__(self) -> str:
         try:
-            return await anext(self._chunks)
+            chunk = await anext(self._chunks)
         except BaseException:
             self._closed = True
             raise
+        self._text += chunk
+        return chunk
 
     def __repr__(self) -> str:
         state = self.finish_reason or ("ended early" if self._closed else "running")

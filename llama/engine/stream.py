@@ -23,9 +23,15 @@ def _one_reader() -> Iterator[None]:
 
 
 class AnswerProgress:
-    """What a stream tells about its answer. `_request` is its request."""
+    """What a stream tells about its answer. `_request` is its request, `_text` the chunks that have been read, joined."""
 
     _request: Request
+    _text: str
+
+    @property
+    def text(self) -> str:
+        """Return the text that has been read so far: all chunks, joined."""
+        return self._text
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -68,8 +74,7 @@ class Stream(AnswerProgress):
     """
 
     def __init__(self, request: Request, chunks: Generator[str, None, None]) -> None:
-        self._request = request
-        self._chunks = chunks
+        self._request, self._chunks, self._text = request, chunks, ""
 
     def __iter__(self) -> "Stream":
         return self
@@ -77,7 +82,9 @@ class Stream(AnswerProgress):
     @short_traceback
     def __next__(self) -> str:
         with _one_reader():
-            return next(self._chunks)
+            chunk = next(self._chunks)
+            self._text += chunk
+            return chunk
 
     def __repr__(self) -> str:
         is_closed = inspect.getgeneratorstate(self._chunks) == inspect.GEN_CLOSED
