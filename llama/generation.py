@@ -63,7 +63,7 @@ from .engine.results import ChatPrediction, CompletionPrediction, GenerationResu
 from .engine.scoring import score
 from .engine.stream import Stream, text_chunks, tokens_until_stop
 from .errors import DeviceError, InputError, check_count, check_flag, describe, is_integer, short_traceback
-from .hugging_face.load import LoadedText, load_text
+from .hugging_face.load import TokenizerAndChatFormat, load_tokenizer_and_chat_format
 from .kernels.packing import check_kernel
 from .model import ModelArgs, Transformer
 from .planning import estimate, free_memory
@@ -177,13 +177,13 @@ class Llama:
         """
         where = initialize(device, model_parallel_size)
 
-        def check() -> tuple[LoadedText, shards.Shards, Transformer, torch.dtype]:
+        def check() -> tuple[TokenizerAndChatFormat, shards.Shards, Transformer, torch.dtype]:
             _check_build_arguments(max_seq_len, max_batch_size, seed, compile, quantize, backend, where)
             chosen_dtype = params.parse_dtype(dtype)
             backend_class = choose_backend("torch_compile" if compile else backend, where)
             config = layouts.read_params(ckpt_dir)
-            text = load_text(ckpt_dir, tokenizer_path, config.get("vocab_size", -1))
-            _check_speculation(speculate, draft, backend_class.name, text.tokenizer, int(max_batch_size), int(max_seq_len))
+            loaded = load_tokenizer_and_chat_format(ckpt_dir, tokenizer_path, config.get("vocab_size", -1))
+            _check_speculation(speculate, draft, backend_class.name, loaded.tokenizer, int(max_batch_size), int(max_seq_len))
             layouts.notes(ckpt_dir, int(max_seq_len))  # raises if the context is too long for the model
             fits = where.type == "cpu" and (quantize is not None or chosen_dtype in (None, torch.bfloat16))
             stored_format = quantize or "bfloat16"
@@ -196,7 +196,7 @@ class Llama:
                     f"int8.safetensors is for CPUs, and slow on {where}: build from the weights themselves",
                     file=sys.stderr,
                 )
-            model = validate.build_on_meta(config, files, int(max_seq_len), int(max_batch_size), text.tokenizer.n_words)
+            model = validate.build_on_meta(config, files, int(max_seq_len), int(max_batch_size), loaded.tokenizer.n_words)
             if packed:
                 packed_file.check_packed_file(model, files)
             else:
@@ -210,9 +210,9 @@ class Llama:
                 check_kernel(held_as, where, weights_dtype)
             mapped = loading.bytes_staying_mapped(model, files, weights_dtype, where, quantize, backend_class.packs_weights)
             estimate.check_memory(*sizes, free_memory.free_memory(where, mapped), held_as)
-            return text, files, model, weights_dtype
+            return loaded, files, model, weights_dtype
 
-        text, files, model, weights_dtype = run_on_all_ranks(
+        loaded, files, model, weights_dtype = run_on_all_ranks(
             check,
             must_match=lambda checked: (
                 *validate.build_fingerprint(checked[0].tokenizer, *checked[1:]), quantize, compile, backend, int(seed),
@@ -222,10 +222,10 @@ class Llama:
         backend_class = choose_backend("torch_compile" if compile else backend, where)
         if global_rank() == 0:
             warning = slowdown_warning(backend_class, where, model.params, weights_dtype, quantize)
-            notes = [*layouts.notes(ckpt_dir, int(max_seq_len)), *text.notes]
+            notes = [*layouts.notes(ckpt_dir, int(max_seq_len)), *loaded.notes]
             if adapter is not None and (unused := packed_file.describe_unused(ckpt_dir, quantize or "bfloat16")):
                 notes.append(unused)
-            spare_rows = validate.describe_spare_rows(model.vocab_size, text.tokenizer.n_words)
+            spare_rows = validate.describe_spare_rows(model.vocab_size, loaded.tokenizer.n_words)
             for line in filter(None, (*notes, spare_rows, warning)):
                 print(line, file=sys.stderr)
         packs = backend_class.packs_weights
@@ -235,8 +235,8 @@ class Llama:
         torch.manual_seed(int(seed))
 
         def make() -> Llama:
-            llama = Llama(model.eval(), text.tokenizer, backend_class())
-            llama.chat_format, llama.draft = text.chat_format, draft
+            llama = Llama(model.eval(), loaded.tokenizer, backend_class())
+            llama.chat_format, llama.draft = loaded.chat_format, draft
             llama.speculate = speculate or ("draft" if draft else None)
             return llama
 
