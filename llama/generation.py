@@ -52,6 +52,7 @@ from .engine.backend import Backend
 from .engine.call_options import AnswerOptions, CallOptions, Integers, Numbers, StreamOptions, takes_options
 from .engine.checks import device_of
 from .engine.collect import collect_results, results_of_replaced_generate
+from .engine.dialog_call import DialogCall
 from .engine.draft import check_draft
 from .engine.engine import NO_DRAFT, NO_EAGER, Engine
 from .engine.hidden_states import check_layers, hidden_states, number_of_layers
@@ -470,11 +471,10 @@ class Llama:
         same keys as in `text_completion`.
         """
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
+        wanted: dict[str, Any] = dict(logprobs=logprobs, details=details, top_logprobs=top_logprobs)
         return self._results(
             "chat_completion",
-            lambda: self._requests.from_dialogs(
-                dialogs, given, logprobs, details, top_logprobs, continue_answer=continue_answer
-            ),
+            DialogCall(self._requests, dialogs, given, continue_answer=continue_answer, **wanted),
             lambda r: {"generation": self._answer(r), **self._details(r, logprobs, details, top_logprobs)},
         )
 
@@ -495,7 +495,7 @@ class Llama:
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         results = self._iter_results(
             "iter_chat_completion",
-            lambda: self._requests.from_dialogs(dialogs, given, details=True, continue_answer=continue_answer),
+            DialogCall(self._requests, dialogs, given, continue_answer=continue_answer, details=True),
         )
         return ({"generation": self._answer(r), **self._details(r, False, True)} for r in results)
 
@@ -580,7 +580,7 @@ class Llama:
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         return self._stream(
             "chat_completion_stream",
-            lambda: self._requests.from_dialogs([dialog], given, label="the dialog", continue_answer=continue_answer),
+            DialogCall(self._requests, [dialog], given, label="the dialog", continue_answer=continue_answer),
         )
 
     @_signature_of(generate_stream)
@@ -730,6 +730,7 @@ class Llama:
     def encode_dialog(self, dialog: Dialog, continue_answer: bool | None = False) -> list[int]:
         """Return the tokens of a dialog, with which `chat_completion` begins to answer it; see `Llama` for continue_answer.
 
+        On several ranks, each encodes for itself; if the chat template uses the time or a random choice, the tokens may differ.
         Raises InputError for a dialog with a special tag, such as "[INST]", which `chat_completion` does not encode.
         """
         check_flag(continue_answer, "continue_answer")
@@ -745,6 +746,8 @@ class Llama:
     def _validate_on_all_ranks(self, name: str, make_call: Callable[[], GenerationCall]) -> GenerationCall:
         """Build a call, and check that it is the same on all ranks. If it has no seeds, rank 0 chooses seeds for replicas."""
         check_led(self.engine)
+        if isinstance(make_call, DialogCall):
+            make_call.encode_on_rank0(name)
         call = run_on_all_ranks(
             lambda: replace(make_call(), name=name),
             must_match=lambda call: (
