@@ -26,6 +26,7 @@ from .engine.backend import Backend
 from .engine.call_options import AnswerOptions, CallOptions, Integers, Numbers, StreamOptions, takes_options, twin_of
 from .engine.calls import Calls
 from .engine.checks import device_of
+from .engine.dialog_call import DialogCall
 from .engine.draft import check_speculation, set_draft
 from .engine.engine import Engine
 from .engine.leading import lead
@@ -35,7 +36,7 @@ from .engine.results import ChatPrediction, CompletionPrediction, InfillingPredi
 from .engine.stream import Stream
 from .engine.unmodified import observe_edits
 from .errors import InputError, check_count, check_flag, describe, is_integer, short_traceback
-from .hugging_face.load import LoadedText, load_text
+from .hugging_face.load import TokenizerAndChatFormat, load_tokenizer_and_chat_format
 from .model import ModelArgs, Transformer
 from .planning import estimate, free_memory
 from .quantization.weight import check_quantize
@@ -136,7 +137,7 @@ class Llama:
         """
         where = initialize(device, model_parallel_size)
 
-        def check() -> tuple[LoadedText, OpenedModel, type[Backend]]:
+        def check() -> tuple[TokenizerAndChatFormat, OpenedModel, type[Backend]]:
             check_count(max_seq_len, "max_seq_len")
             check_count(max_batch_size, "max_batch_size")
             if not is_integer(seed) or not -(2**63) <= seed < 2**64:
@@ -146,7 +147,7 @@ class Llama:
             chosen_dtype, length, rows = params.parse_dtype(dtype), int(max_seq_len), int(max_batch_size)
             backend_class = choose_backend("torch_compile" if compile else backend, where)
             config = layouts.read_params(ckpt_dir)
-            text = load_text(ckpt_dir, tokenizer_path, config.get("vocab_size", -1))
+            text = load_tokenizer_and_chat_format(ckpt_dir, tokenizer_path, config.get("vocab_size", -1))
             check_speculation(speculate, draft, Llama, backend_class.name, text.tokenizer, rows, length)
             layouts.notes(ckpt_dir, length)  # raises if the context is too long for the model
             opened = open_model(
@@ -382,11 +383,10 @@ class Llama:
         same keys as in `text_completion`.
         """
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
+        wanted: dict[str, Any] = dict(logprobs=logprobs, details=details, top_logprobs=top_logprobs)
         return self._calls.results(
             "chat_completion",
-            lambda: self._requests.from_dialogs(
-                dialogs, given, logprobs, details, top_logprobs, continue_answer=continue_answer
-            ),
+            DialogCall(self._requests, dialogs, given, continue_answer=continue_answer, **wanted),
             lambda r: {"generation": r.message, **r.entries(self.tokenizer, logprobs, details, top_logprobs)},
         )
 
@@ -406,7 +406,7 @@ class Llama:
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         results = self._calls.iter_results(
             "iter_chat_completion",
-            lambda: self._requests.from_dialogs(dialogs, given, details=True, continue_answer=continue_answer),
+            DialogCall(self._requests, dialogs, given, continue_answer=continue_answer, details=True),
         )
         return ({"generation": r.message, **r.details()} for r in results)
 
@@ -482,7 +482,7 @@ class Llama:
         given = CallOptions(temperature, top_p, max_gen_len, stop, **options)
         return self._calls.stream(
             "chat_completion_stream",
-            lambda: self._requests.from_dialogs([dialog], given, label="the dialog", continue_answer=continue_answer),
+            DialogCall(self._requests, [dialog], given, label="the dialog", continue_answer=continue_answer),
         )
 
     @twin_of(generate_stream)
@@ -599,6 +599,7 @@ class Llama:
     def encode_dialog(self, dialog: Dialog, continue_answer: bool | None = False) -> list[int]:
         """Return the tokens of a dialog, with which `chat_completion` begins to answer it; see `Llama` for continue_answer.
 
+        On several ranks, each encodes for itself; if the chat template uses the time or a random choice, the tokens may differ.
         Raises InputError for a dialog with a special tag, such as "[INST]", which `chat_completion` does not encode.
         """
         check_flag(continue_answer, "continue_answer")

@@ -20,7 +20,7 @@ from llama.chat import LLAMA_2
 from llama.cli.main import main
 from llama.hugging_face import template_process
 from llama.hugging_face.chat_template import TemplateFormat
-from llama.hugging_face.load import find_chat_format, load_text
+from llama.hugging_face.load import find_chat_format, load_tokenizer_and_chat_format
 from llama.hugging_face.tokenizer import HuggingFaceTokenizer
 from llama.integrations.scored_answers import encode_answer
 from llama.server.protocol import ApiError, ServedModel, parse_chat
@@ -86,7 +86,7 @@ def make(small: SimpleNamespace, tmp_path: Path) -> Callable[..., tuple[HuggingF
         shutil.copy(small.tokenizer_path, tmp_path / "tokenizer.model")
         write(tmp_path, config={}, tokenizer_config=CONFIG | {"chat_template": template} | config)
         (tmp_path / "model.safetensors").touch()
-        tokenizer, chat_format, _ = load_text(tmp_path, None, VOCAB + 2)
+        tokenizer, chat_format, _ = load_tokenizer_and_chat_format(tmp_path, None, VOCAB + 2)
         assert isinstance(tokenizer, HuggingFaceTokenizer) and isinstance(chat_format, TemplateFormat)
         return tokenizer, chat_format
 
@@ -326,8 +326,8 @@ def test_the_template_is_that_of_its_own_file_or_the_default_one(
     chat_format = find_chat_format(tmp_path)  # type: ignore[assignment]
     assert chat_format is not LLAMA_2
     monkeypatch.setattr(template_process.importlib.util, "find_spec", lambda name: None)
-    text = load_text(tmp_path, None, VOCAB + 2)
-    assert text.chat_format is LLAMA_2 and "pip install 'llama[hf]'" in text.notes[0]
+    _, chat_format, notes = load_tokenizer_and_chat_format(tmp_path, None, VOCAB + 2)  # type: ignore[assignment]
+    assert chat_format is LLAMA_2 and "pip install 'llama[hf]'" in notes[0]
 
 
 # --- through the whole library -----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 
 from llama import CheckpointError, InputError, Llama, convert_checkpoint
 from llama.cli.main import main
-from llama.hugging_face.load import find_chat_format, load_text
+from llama.hugging_face.load import find_chat_format, load_tokenizer_and_chat_format
 from llama.hugging_face.tokenizer import HuggingFaceTokenizer
 
 from .conftest import VOCAB
@@ -26,7 +26,7 @@ def test_symbols_of_sentencepiece_that_end_answers_or_that_the_template_writes_a
     train_tokenizer(tmp_path / "tokenizer.model", VOCAB, pieces=["<|im_start|>", "<|im_end|>"])
     (tmp_path / "model.safetensors").touch()
     write(tmp_path, config={}, generation_config={"eos_token_id": [2, 4]}, tokenizer_config=CONFIG | {"chat_template": CHAT_ML})
-    tokenizer, chat_format, _ = load_text(tmp_path, None, VOCAB)
+    tokenizer, chat_format, _ = load_tokenizer_and_chat_format(tmp_path, None, VOCAB)
     assert tokenizer.more_eos_ids == (4,) and tokenizer.is_control(3) and tokenizer.is_control(4)
     text = "a<|im_end|>b<|im_start|>"
     tokens = tokenizer.encode(text, bos=False, eos=False)
@@ -40,7 +40,7 @@ def test_an_end_without_a_template_is_a_control_token(tmp_path: Path) -> None:
     train_tokenizer(tmp_path / "tokenizer.model", VOCAB, pieces=["<|im_end|>"])
     (tmp_path / "model.safetensors").touch()
     write(tmp_path, config={"eos_token_id": [2, 3]})
-    tokenizer = load_text(tmp_path, None, VOCAB).tokenizer
+    tokenizer = load_tokenizer_and_chat_format(tmp_path, None, VOCAB).tokenizer
     assert 3 not in tokenizer.encode("<|im_end|>", bos=True, eos=False) and tokenizer.is_control(3)
 
 
@@ -52,7 +52,7 @@ def test_merged_pieces_that_end_answers_are_control_tokens(small: SimpleNamespac
     merges += [("z", "q"), ("zq", "z"), ("\u2581", "zq")]
     (tmp_path / "model.safetensors").touch()
     write(tmp_path, config={"eos_token_id": [2, VOCAB + 1, VOCAB + 2]}, tokenizer=values, tokenizer_config=CONFIG)
-    tokenizer = load_text(tmp_path, None, VOCAB + 3).tokenizer
+    tokenizer = load_tokenizer_and_chat_format(tmp_path, None, VOCAB + 3).tokenizer
     assert isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.more_eos_ids == (VOCAB + 1, VOCAB + 2)
     for text in ("zqz", "a zqz zq", "zq", "zqa"):
         tokens = tokenizer.encode(text, bos=True, eos=False)
@@ -96,7 +96,7 @@ def test_ids_that_are_no_tokens_are_ignored_with_a_note(small: SimpleNamespace, 
     pytest.importorskip("tokenizers")
     (tmp_path / "model.safetensors").touch()
     write(tmp_path, tokenizer=llama_json(Path(small.tokenizer_path)), config={"bos_token_id": id_, "eos_token_id": [id_, 2]})
-    tokenizer, _, notes = load_text(tmp_path, None, VOCAB)
+    tokenizer, _, notes = load_tokenizer_and_chat_format(tmp_path, None, VOCAB)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.more_eos_ids) == (2, 2, ())
     assert [f"{key} {id_:,} of" in note for key, note in zip(("bos_token_id", "eos_token_id"), notes, strict=True)] == [
         True
@@ -110,12 +110,12 @@ def test_special_tokens_that_are_no_list_are_refused(small: SimpleNamespace, tmp
     shutil.copy(small.tokenizer_path, tmp_path / "tokenizer.model")
     (tmp_path / "model.safetensors").touch()
     write(tmp_path, config={}, tokenizer_config={"additional_special_tokens": value})
-    assert_raises(lambda: load_text(tmp_path, None, VOCAB), CheckpointError, "must be a list of texts")
+    assert_raises(lambda: load_tokenizer_and_chat_format(tmp_path, None, VOCAB), CheckpointError, "must be a list of texts")
 
 
 def test_a_single_character_that_ends_answers_stays_text(small: SimpleNamespace, tmp_path: Path) -> None:
     shutil.copy(small.tokenizer_path, tmp_path / "tokenizer.model")
     (tmp_path / "model.safetensors").touch()
     write(tmp_path, config={"eos_token_id": [2, 13]})  # 13: the byte of a line end
-    tokenizer = load_text(tmp_path, None, VOCAB).tokenizer
+    tokenizer = load_tokenizer_and_chat_format(tmp_path, None, VOCAB).tokenizer
     assert tokenizer.more_eos_ids == (13,) and tokenizer.decode(tokenizer.encode("a\nb", bos=True, eos=False)) == "a\nb"

@@ -15,7 +15,7 @@ import pytest
 from llama import CheckpointError, InputError, Llama, Tokenizer, convert_checkpoint
 from llama.engine.incremental_text import IncrementalText
 from llama.engine.requests import GeneratedToken
-from llama.hugging_face.load import load_text
+from llama.hugging_face.load import load_tokenizer_and_chat_format
 from llama.hugging_face.tokenizer import HuggingFaceTokenizer
 from llama.server.answers import TokenTexts
 
@@ -48,7 +48,7 @@ def write_folder(small: SimpleNamespace, tmp_path: Path) -> Writer:
 
 
 def load(folder: Path, vocab_size: int = -1) -> HuggingFaceTokenizer:
-    tokenizer = load_text(folder, None, vocab_size).tokenizer
+    tokenizer = load_tokenizer_and_chat_format(folder, None, vocab_size).tokenizer
     assert isinstance(tokenizer, HuggingFaceTokenizer)
     return tokenizer
 
@@ -180,7 +180,7 @@ def test_tokenizer_json_goes_before_a_smaller_tokenizer_model(write_folder: Writ
     values["model"]["vocab"]["qu" * 3] = VOCAB  # a vocabulary that has been trained further
     folder = write_folder(VOCAB + 1, model=True, tokenizer=values, tokenizer_config=BOS_EOS)
     assert load(folder, VOCAB + 1).n_words == VOCAB + 1
-    assert type(load_text(folder, None, VOCAB).tokenizer) is Tokenizer
+    assert type(load_tokenizer_and_chat_format(folder, None, VOCAB).tokenizer) is Tokenizer
 
 
 # --- byte-level vocabularies -------------------------------------------------------------------------------------------

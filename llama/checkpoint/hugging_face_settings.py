@@ -33,8 +33,11 @@ class AddedToken:
 
 
 @dataclass
-class TextSettings:
-    """What the small files of a folder say. Tokens are given by their texts, except in `added` and `eos_ids`."""
+class TokenizerSettings:
+    """What the small files of a folder say about its tokens and its chat template.
+
+    Tokens are given by their texts, except in `added`, `eos_ids` and `bos_id`.
+    """
 
     added: dict[int, AddedToken] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)  # the tokens named bos_token, eos_token, unk_token, pad_token, ...
@@ -47,9 +50,9 @@ class TextSettings:
     template_path: Path | None = None
 
 
-def read_settings(folder: Path) -> TextSettings:
+def read_tokenizer_settings(folder: Path) -> TokenizerSettings:
     """Return what the files of a folder say; files may be missing. Raise CheckpointError for a damaged file."""
-    settings = TextSettings()
+    settings = TokenizerSettings()
     config = _read(folder / "tokenizer_config.json")
     _read_added_tokens(settings, folder, config)
     for path, values in (
@@ -69,7 +72,7 @@ def _read(path: Path) -> dict[str, Any]:
     return read_json(path, MAX_TOKENIZER_CONFIG_BYTES) if path.is_file() else {}
 
 
-def _read_added_tokens(settings: TextSettings, folder: Path, config: dict[str, Any]) -> None:
+def _read_added_tokens(settings: TokenizerSettings, folder: Path, config: dict[str, Any]) -> None:
     path = folder / "added_tokens.json"
     for text, id_ in _read(path).items():
         if not is_integer(id_) or not text:
@@ -82,7 +85,7 @@ def _read_added_tokens(settings: TextSettings, folder: Path, config: dict[str, A
         add_token(settings, path, int(number) if number.isdecimal() and len(number) < 10 else number, values)
 
 
-def add_token(settings: TextSettings, path: Path, id_: Any, values: Any) -> None:
+def add_token(settings: TokenizerSettings, path: Path, id_: Any, values: Any) -> None:
     """Add a token as a file describes it, in place of one with this number. Raise CheckpointError for a wrong description."""
     text = values.get("content") if isinstance(values, dict) else None
     if not is_integer(id_) or not 0 <= id_ < 2**31 or not isinstance(text, str) or not text:
@@ -97,7 +100,7 @@ def add_token(settings: TextSettings, path: Path, id_: Any, values: Any) -> None
     settings.added[id_] = AddedToken(id_, text, *(values.get(flag) is True for flag in _FLAGS))
 
 
-def _read_special_tokens(settings: TextSettings, path: Path, values: dict[str, Any]) -> None:
+def _read_special_tokens(settings: TokenizerSettings, path: Path, values: dict[str, Any]) -> None:
     more = [values.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
     if wrong := [each for each in more if not isinstance(each, (list, dict))]:
         raise CheckpointError(f"{path}: its additional special tokens are {describe(wrong[0])}; they must be a list of texts")
@@ -113,7 +116,7 @@ def _read_special_tokens(settings: TextSettings, path: Path, values: dict[str, A
             settings.roles[role] = text
 
 
-def _read_ids(settings: TextSettings, folder: Path) -> None:
+def _read_ids(settings: TokenizerSettings, folder: Path) -> None:
     """Read the tokens that begin texts and end answers. generation_config.json goes before config.json."""
     for name in ("config.json", "generation_config.json"):
         path = folder / name
@@ -131,7 +134,7 @@ def _ids(path: Path, key: str, ids: list[Any]) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _read_template(settings: TextSettings, folder: Path, config: dict[str, Any]) -> None:
+def _read_template(settings: TokenizerSettings, folder: Path, config: dict[str, Any]) -> None:
     path, template = folder / "tokenizer_config.json", config.get("chat_template")
     if (folder / "chat_template.jinja").is_file():
         path = folder / "chat_template.jinja"

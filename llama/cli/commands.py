@@ -244,20 +244,17 @@ def _on_rank0(work: Callable[[], T], failed: str) -> T:
     failed: the beginning of the message if the operating system reports an error; its reason follows.
     """
 
-    def outcome() -> tuple[T | None, str | None]:
+    def with_reason() -> T:
         try:
-            return work(), None
-        except InputError as e:
-            return None, str(e)
+            return work()
+        except InputError:
+            raise
         except FileExistsError as e:
-            return None, f"{e.filename} exists already; give another name"
+            raise InputError(f"{e.filename} exists already; give another name") from e
         except (OSError, RuntimeError, ValueError) as e:  # no permission, unknown ~user, invalid name
-            return None, f"{failed}: {getattr(e, 'strerror', None) or e}"
+            raise InputError(f"{failed}: {getattr(e, 'strerror', None) or e}") from e
 
-    result, error = run_on_rank0(outcome)
-    if error is not None:
-        raise InputError(error)
-    return result  # type: ignore[return-value]
+    return run_on_rank0(with_reason)
 
 
 def _exit(conversation: Conversation, _: str) -> None:

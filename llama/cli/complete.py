@@ -52,13 +52,7 @@ def run_complete(args: argparse.Namespace) -> None:
                     break
         terminal.write("\n")
         return
-    for record, label in zip(records, labels, strict=True):  # check the length of each before the first is answered
-        n_tokens = count_tokens(llama, record, label)
-        if n_tokens > args.max_seq_len:
-            raise InputError(
-                f"{label} has {n_tokens} tokens, more than max_seq_len={args.max_seq_len}; "
-                "shorten it, or build with a larger max_seq_len"
-            )
+    check_lengths(llama, records, labels, args.max_seq_len)  # of all, before the first is answered
     # On a terminal, and with replicas (which return results only when a call ends), divide the texts among several calls, so
     # that the first results appear before all texts are finished.
     in_chunks = sys.stdout.isatty() or replica()[1] > 1
@@ -76,6 +70,21 @@ def run_complete(args: argparse.Namespace) -> None:
                 terminal.write(json.dumps({**record, **result}, ensure_ascii=False) + "\n")
             else:
                 terminal.write(f"{record['prompt']}\n> {result['generation']}\n\n")
+
+
+def check_lengths(llama: Llama, records: list[Record], labels: list[str], max_seq_len: int) -> None:
+    """Raise InputError on all ranks if a prompt or dialog is longer than the context, as rank 0 counts."""
+
+    def check() -> None:
+        for record, label in zip(records, labels, strict=True):
+            n_tokens = count_tokens(llama, record, label)
+            if n_tokens > max_seq_len:
+                raise InputError(
+                    f"{label} has {n_tokens} tokens, more than max_seq_len={max_seq_len}; "
+                    "shorten it, or build with a larger max_seq_len"
+                )
+
+    run_on_rank0(check)  # a template may give each rank another number of tokens
 
 
 def count_tokens(llama: Llama, record: Record, label: str) -> int:

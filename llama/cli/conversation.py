@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import SamplingParams, Stream, validate_options
 from ..chat import LLAMA_2, UNSAFE_ERROR, ChatFormat, Message, is_unsafe
+from ..distributed.agreement import run_on_rank0
 from ..errors import InputError
 from ..generation import Llama
 from ..tokenizer import check_text
@@ -107,16 +108,19 @@ class Conversation:
         """
         max_gen_len = self.options["max_gen_len"]
         reserved = self.context_length // 4 if max_gen_len is None else min(self.context_length // 4, max_gen_len)
-        for dropped in range(len(earlier) + 1):
-            dialog = self._dialog(earlier[dropped:], question)
-            n_tokens = len(self.chat_format.encode(self.llama.tokenizer, dialog))
-            if n_tokens + reserved <= self.context_length:
-                break
-        else:
+
+        def number_to_forget() -> int:
+            for dropped in range(len(earlier) + 1):
+                n_tokens = len(self.chat_format.encode(self.llama.tokenizer, self._dialog(earlier[dropped:], question)))
+                if n_tokens + reserved <= self.context_length:
+                    return dropped
             raise InputError(
                 f"the question has {n_tokens} tokens, with the system text, and {reserved} more are reserved for the answer, "
                 f"but the context has only {self.context_length}: shorten the question, or start with a larger --max_seq_len"
             )
+
+        dropped = run_on_rank0(number_to_forget)  # a template may give each rank another number of tokens
+        dialog = self._dialog(earlier[dropped:], question)
         self.exchanges = earlier[dropped:]
         if dropped:
             forgotten = "oldest exchange is" if dropped == 1 else f"{dropped} oldest exchanges are"

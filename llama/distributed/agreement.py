@@ -52,15 +52,19 @@ def run_on_all_ranks(work: Callable[[], T], must_match: Callable[[T], object] | 
 
 
 def run_on_rank0(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 only. On every rank, return its result or raise its failure. `work` may wait for a user's input."""
+    """Run `work` on rank 0 only. On every rank, return its result or raise its failure. `work` may wait for a user's input.
+
+    A LlamaError is raised as it is on every rank. In place of another failure, the other ranks raise LlamaError with the cause.
+    """
     if decides_alone():
         return work()
     result, failure = _outcome(work) if global_rank() == 0 else (None, None)
-    result_and_error: list[Any] = [result, error_text(failure)]
+    shared: list[Any] = [result, failure if isinstance(failure, LlamaError) else None, error_text(failure)]
     with propagate_failure(), defer_signals():
-        dist.broadcast_object_list(result_and_error, 0, group=all_ranks_group())
-    _raise_first(failure, [result_and_error[1]])
-    return result_and_error[0]
+        dist.broadcast_object_list(shared, 0, group=all_ranks_group())
+    result, error, cause = shared
+    _raise_first(failure or error, [cause])
+    return result  # type: ignore[return-value]
 
 
 def gather_from_replicas(work: Callable[[], T]) -> list[T]:

@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..sampling import Sampler, sample_top_p
 from ..tokenizer import Tokenizer
 from .collect import collect_results, results_of_replaced_generate
+from .dialog_call import DialogCall
 from .engine import Engine
 from .hidden_states import check_layers, hidden_states, number_of_layers
 from .incremental_text import IncrementalText
@@ -151,6 +152,8 @@ class Calls:
         """Build a call, and check that it is the same on all ranks. If it has no seeds, rank 0 chooses seeds for replicas."""
         engine = self.llama.engine
         check_led(engine)
+        if isinstance(make_call, DialogCall):
+            make_call.encode_on_rank0(name)
         call = run_on_all_ranks(
             lambda: replace(make_call(), name=name),
             must_match=lambda call: (

@@ -112,29 +112,41 @@ class RequestBuilder:
             top_logprobs=top_logprobs,
         )  # fmt: skip
 
-    def from_dialogs(
-        self,
-        dialogs: Iterable[Dialog],
-        options: CallOptions,
-        logprobs: bool | None = False,
-        details: bool | None = False,
-        top_logprobs: int | None = 0,
-        label: str = "dialog {}",
-        continue_answer: bool | None = False,
-    ) -> GenerationCall:
-        """Build a `GenerationCall` from dialogs. continue_answer: see `Llama`.
+    def check_dialogs(
+        self, dialogs: Iterable[Dialog], label: str = "dialog {}", continue_answer: bool | None = False
+    ) -> tuple[list[Dialog], list[str]]:
+        """Return the dialogs as a list, and a label for each, for errors. Raise InputError for one that has a wrong form.
 
-        A dialog that contains special tags such as [INST] gets empty requests that are already finished.
+        label: template of the labels. continue_answer: see `Llama`.
         """
         check_flag(continue_answer, "continue_answer")
         dialogs = to_list(dialogs, "dialogs", "a list of dialogs, as in [dialog]")
         dialog_labels = labels(label, dialogs)
         for dialog_label, dialog in zip(dialog_labels, dialogs, strict=True):
             self.chat_format.check(dialog, dialog_label, continue_answer)
-        encoded = [
+        return dialogs, dialog_labels
+
+    def encode_dialogs(self, dialogs: list[Dialog], dialog_labels: list[str]) -> list[list[int] | None]:
+        """Return the tokens of each dialog that `check_dialogs` has accepted; None for one with special tags such as [INST]."""
+        return [
             None if is_unsafe(dialog, self.chat_format.tags) else self.chat_format.encode(self.tokenizer, dialog, dialog_label)
             for dialog, dialog_label in zip(dialogs, dialog_labels, strict=True)
         ]
+
+    def from_dialogs(
+        self,
+        dialogs: list[Dialog],
+        dialog_labels: list[str],
+        encoded: list[list[int] | None],
+        options: CallOptions,
+        logprobs: bool | None = False,
+        details: bool | None = False,
+        top_logprobs: int | None = 0,
+    ) -> GenerationCall:
+        """Build a `GenerationCall` from dialogs and what `encode_dialogs` has made of them.
+
+        A dialog without tokens gets empty requests that are already finished.
+        """
         continued = [continues_answer(dialog) for dialog in dialogs]
         return self._call(
             encoded, dialog_labels, options, continued, logprobs=logprobs, stop=(), details=details, top_logprobs=top_logprobs

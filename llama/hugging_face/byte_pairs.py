@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checkpoint.hugging_face_settings import TextSettings, add_token
+from ..checkpoint.hugging_face_settings import TokenizerSettings, add_token
 from ..errors import CheckpointError, describe, explain_system_error, identify_format, read_file, short_repr
 
 MAX_FILE_BYTES = 1 << 26  # limit of tokenizer.json; that of a vocabulary of 128,000 tokens has 9 MB
@@ -75,7 +75,7 @@ def read_tokenizer_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_added_tokens(values: dict[str, Any], path: Path, settings: TextSettings) -> None:
+def read_added_tokens(values: dict[str, Any], path: Path, settings: TokenizerSettings) -> None:
     """Add the added tokens of a tokenizer.json to the settings, unless these have a token with this id already."""
     added = values.get("added_tokens") or []
     if not isinstance(added, list):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from sentencepiece import SentencePieceProcessor
 
 from ..chat import LLAMA_2, ChatFormat
-from ..checkpoint.hugging_face_settings import FILES, AddedToken, TextSettings, read_settings
+from ..checkpoint.hugging_face_settings import FILES, AddedToken, TokenizerSettings, read_tokenizer_settings
 from ..checkpoint.layouts import uses_hugging_face
 from ..checkpoint.paths import find_tokenizer
 from ..errors import CheckpointError, check_path, short_repr
@@ -27,7 +27,7 @@ MAX_FREE_IDS = 100_000  # ids that may be free between the tokens of a vocabular
 _TEMPLATES = {"<|im_start|>": "ChatML", "<|user|>": "Zephyr's", "USER:": "Vicuna's"}
 
 
-class LoadedText(NamedTuple):
+class TokenizerAndChatFormat(NamedTuple):
     """What turns texts and dialogs into tokens. notes: lines for stderr."""
 
     tokenizer: Tokenizer
@@ -35,7 +35,9 @@ class LoadedText(NamedTuple):
     notes: list[str]
 
 
-def load_text(ckpt_dir: str | os.PathLike[str], tokenizer_path: str | os.PathLike[str] | None, vocab_size: int) -> LoadedText:
+def load_tokenizer_and_chat_format(
+    ckpt_dir: str | os.PathLike[str], tokenizer_path: str | os.PathLike[str] | None, vocab_size: int
+) -> TokenizerAndChatFormat:
     """Return the tokenizer of a model, its chat format, and a line about each setting of its folder that is not followed.
 
     vocab_size: of the model; -1 in params.json. tokenizer_path: a tokenizer.model or tokenizer.json; by default the one of
@@ -44,8 +46,8 @@ def load_text(ckpt_dir: str | os.PathLike[str], tokenizer_path: str | os.PathLik
     path = Path(find_tokenizer(ckpt_dir)) if tokenizer_path is None else tokenizer_path
     folder = _settings_folder(ckpt_dir, path)
     if folder is None:
-        return LoadedText(Tokenizer(path), LLAMA_2, [])
-    settings = read_settings(folder)
+        return TokenizerAndChatFormat(Tokenizer(path), LLAMA_2, [])
+    settings = read_tokenizer_settings(folder)
     chat_format, notes = _chat_format(settings)
     path = check_path(path, "tokenizer_path", "tokenizer.model or tokenizer.json, which is in the model's folder")
     tokenizer: Tokenizer = (
@@ -53,22 +55,22 @@ def load_text(ckpt_dir: str | os.PathLike[str], tokenizer_path: str | os.PathLik
         if path.suffix == ".json"
         else _from_model(path, folder, settings, vocab_size, chat_format is LLAMA_2)
     )
-    notes += _set_ends(tokenizer, settings)
-    return LoadedText(tokenizer, chat_format, [f"llama: {line}" for line in (*notes, *_notes(settings, tokenizer.n_words))])
+    notes += [*_set_ends(tokenizer, settings), *_notes(settings, tokenizer.n_words)]
+    return TokenizerAndChatFormat(tokenizer, chat_format, [f"llama: {line}" for line in notes])
 
 
 def find_chat_format(
     ckpt_dir: str | os.PathLike[str] | None, tokenizer_path: str | os.PathLike[str] | None = None
 ) -> ChatFormat:
-    """Return the chat format of a folder, as `load_text` does; Llama 2's if there is no such folder."""
+    """Return the chat format of a folder, as `load_tokenizer_and_chat_format` does; Llama 2's if there is no such folder."""
     folder = _settings_folder(ckpt_dir, tokenizer_path) if ckpt_dir else None
-    return LLAMA_2 if folder is None else _chat_format(read_settings(folder))[0]
+    return LLAMA_2 if folder is None else _chat_format(read_tokenizer_settings(folder))[0]
 
 
 def describe_template(ckpt_dir: Path) -> str:
     """Return a few words about the chat template of a folder."""
     folder = _settings_folder(ckpt_dir)
-    template = read_settings(folder).template if folder else None
+    template = read_tokenizer_settings(folder).template if folder else None
     if not template:
         return "none stored"
     if find_chat_format(ckpt_dir) is LLAMA_2:
@@ -87,7 +89,7 @@ def _settings_folder(ckpt_dir: str | os.PathLike[str], tokenizer_path: str | os.
     return Path(tokenizer_path).expanduser().parent if str(tokenizer_path).endswith(".json") else None  # type: ignore[arg-type]
 
 
-def _chat_format(settings: TextSettings) -> tuple[ChatFormat, list[str]]:
+def _chat_format(settings: TokenizerSettings) -> tuple[ChatFormat, list[str]]:
     """Return the chat format, and notes. A template that makes Llama 2's texts of dialogs is Llama 2's format."""
     template = settings.template
     if template is None or settings.template_path is None:
@@ -103,7 +105,7 @@ def _chat_format(settings: TextSettings) -> tuple[ChatFormat, list[str]]:
     return (LLAMA_2 if chat_format.makes_texts_of_llama_2() else chat_format), []
 
 
-def _from_json(path: Path, settings: TextSettings, vocab_size: int) -> HuggingFaceTokenizer:
+def _from_json(path: Path, settings: TokenizerSettings, vocab_size: int) -> HuggingFaceTokenizer:
     values = read_tokenizer_json(path)
     read_added_tokens(values, path, settings)
     pairs = make_byte_pairs(values, path)
@@ -134,7 +136,7 @@ class SentencePieceEncoder:
         return self.tokenizer.sp_model.encode(text) if at_start else self.tokenizer.encode_infilling(text)
 
 
-def _from_model(path: Path, folder: Path, settings: TextSettings, vocab_size: int, is_llama_2: bool) -> Tokenizer:
+def _from_model(path: Path, folder: Path, settings: TokenizerSettings, vocab_size: int, is_llama_2: bool) -> Tokenizer:
     """Return the tokenizer of a tokenizer.model, with the added tokens of the folder's other files."""
     pieces = Tokenizer(path)
     model: SentencePieceProcessor = pieces.sp_model
@@ -171,7 +173,7 @@ def _from_model(path: Path, folder: Path, settings: TextSettings, vocab_size: in
 
 
 def _added_tokens(
-    path: Path, settings: TextSettings, ids: dict[str, int], token_bytes: dict[int, bytes], vocab_size: int
+    path: Path, settings: TokenizerSettings, ids: dict[str, int], token_bytes: dict[int, bytes], vocab_size: int
 ) -> list[AddedToken]:
     """Return the added tokens: those of the files, and the special tokens that are in the vocabulary, sorted by id.
 
@@ -215,7 +217,7 @@ def _with_added(path: Path, token_bytes: dict[int, bytes], added: list[AddedToke
     return texts
 
 
-def _bos_and_eos(path: Path, roles: dict[str, int | None], settings: TextSettings, n_words: int) -> tuple[int, int]:
+def _bos_and_eos(path: Path, roles: dict[str, int | None], settings: TokenizerSettings, n_words: int) -> tuple[int, int]:
     """Return BOS and EOS of a tokenizer.json: by the names of its tokens, or by the ids in the model's settings."""
     eos, bos = roles.get("eos_token"), roles.get("bos_token")
     eos = next((id_ for id_ in settings.eos_ids if 0 <= id_ < n_words), None) if eos is None else eos
@@ -228,7 +230,7 @@ def _bos_and_eos(path: Path, roles: dict[str, int | None], settings: TextSetting
     return (eos if bos is None else bos), eos  # transformers begins an empty text with EOS if a model has no BOS
 
 
-def _set_ends(tokenizer: Tokenizer, settings: TextSettings) -> list[str]:
+def _set_ends(tokenizer: Tokenizer, settings: TokenizerSettings) -> list[str]:
     """Set the tokens that end answers besides EOS, and whether texts begin with BOS. Return a note for each id that is none."""
     given = [("bos_token_id", settings.bos_id), *(("eos_token_id", id_) for id_ in settings.eos_ids)]
     tokenizer.more_eos_ids = tuple(id_ for id_ in settings.eos_ids if 0 <= id_ < tokenizer.n_words and id_ != tokenizer.eos_id)
@@ -241,7 +243,7 @@ def _set_ends(tokenizer: Tokenizer, settings: TextSettings) -> list[str]:
     ]
 
 
-def _notes(settings: TextSettings, n_words: int) -> list[str]:
+def _notes(settings: TokenizerSettings, n_words: int) -> list[str]:
     left_out = [token.text for token in settings.added.values() if token.id >= n_words]
     if not left_out:
         return []

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,12 @@ _ALL: "weakref.WeakSet[TemplateProcess]" = weakref.WeakSet()
 
 
 class TemplateProcess:
-    """A process that renders templates, started at the first one. Threads take turns."""
+    """A process that renders templates, started at the first one. Threads take turns, and the limits are for each turn."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
+        self.close: Callable[[], object] = lambda: None  # ends the process, and closes its pipes
         _ALL.add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -55,7 +57,9 @@ class TemplateProcess:
         request = {"template": template, "marks": marks, "variables": variables, "limit": limit}
         with self.lock:
             answer = self._ask(json.dumps(request).encode() + b"\n", path)
-            if answer.get("error") in ("time", "memory", "length"):  # because of the template, or of the dialog?
+            if answer.get("error") == "ended":  # something else may have ended it, such as a machine without free memory
+                answer = self._ask(json.dumps(request).encode() + b"\n", path)
+            if answer.get("error") in ("time", "memory", "length", "ended"):  # because of the template, or of the dialog?
                 short = request | {"variables": variables | {"messages": [{"role": "user", "content": "a"}]}}
                 short_answer = self._ask(json.dumps(short).encode() + b"\n", path)
                 fits = "text" in short_answer or short_answer["error"] == "refused"
@@ -92,17 +96,19 @@ class TemplateProcess:
         except OSError:
             answer = b""
         except BaseException:  # Ctrl-C: the answer that comes later must not be taken for that to another request
-            self._end(process)
+            self._end()
             raise
         if answer.endswith(b"\n"):
             return json.loads(answer)
-        self._end(process)
+        self._end()
         timed_out = answer == b"timeout" or process.returncode == -signal.SIGPROF
         return {"error": "time"} if timed_out else {"error": "ended", "message": f"status {process.returncode}"}
 
     def _start(self, path: Path) -> "subprocess.Popen[bytes]":
-        if self.process is not None and self.process.poll() is None:
-            return self.process
+        if self.process is not None:
+            if self.process.poll() is None:
+                return self.process
+            self._end()
         if missing := why_no_jinja():
             raise CheckpointError(f"{path}: {NEEDS_JINJA.format(missing)}")
         # Isolated (-I), so that no file of the working folder is imported; a session of its own, so that Ctrl-C spares it.
@@ -110,7 +116,7 @@ class TemplateProcess:
             [sys.executable, "-I", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
-        weakref.finalize(self, _close, self.process, os.getpid())
+        self.close = weakref.finalize(self, _close, self.process, os.getpid())
         setup = {"path": sys.path, "memory": MEMORY_BYTES, "seconds": CPU_SECONDS}
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(setup).encode() + b"\n")
@@ -119,18 +125,20 @@ class TemplateProcess:
     def _read_line(self, process: "subprocess.Popen[bytes]", deadline: float) -> bytes:
         """Return a line of the process's output; what there is of it if the process ends, or b"timeout"."""
         assert process.stdout is not None
-        line = b""
-        while not line.endswith(b"\n"):
-            if not select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        output = select.poll()  # select.select takes no file descriptors from 1,024 on
+        output.register(process.stdout, select.POLLIN)
+        parts = [b""]
+        while not parts[-1].endswith(b"\n"):
+            milliseconds = 1000 * (deadline - time.monotonic())
+            if milliseconds <= 0 or not output.poll(milliseconds):
                 return b"timeout"
-            if not (part := os.read(process.stdout.fileno(), 1 << 16)):
-                return line
-            line += part
-        return line
+            parts.append(os.read(process.stdout.fileno(), 1 << 16))
+            if not parts[-1]:
+                break
+        return b"".join(parts)
 
-    def _end(self, process: "subprocess.Popen[bytes]") -> None:
-        process.kill()
-        process.wait()
+    def _end(self) -> None:
+        self.close()
         self.process = None
 
 
