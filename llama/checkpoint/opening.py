@@ -18,7 +18,10 @@ from .shards import Shards
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model whose files are mapped and checked, and how its weights are to be loaded. notes: lines for stderr."""
+    """A model whose files are mapped and checked, and how its weights are to be loaded.
+
+    packs: True if the backend packs weights. notes: lines for stderr.
+    """
 
     model: Transformer  # on the meta device until `load`
     files: Shards
@@ -34,12 +37,15 @@ class OpenedModel:
         return self.quantize if self.packs else None
 
     def fingerprint(self, tokenizer: Tokenizer) -> tuple[object, ...]:
+        """Return values that must be the same on all ranks."""
         return validate.build_fingerprint(tokenizer, self.files, self.model, self.dtype)
 
     def bytes_staying_mapped(self) -> int:
+        """Return how many bytes of weights stay memory-mapped after `load`."""
         return loading.bytes_staying_mapped(self.model, self.files, self.dtype, self.device, self.quantize, self.packs)
 
     def load(self) -> None:
+        """Load this rank's weights. Raise CheckpointError for weights that are not finite and for files that have changed."""
         loading.load_weights(self.model, self.files, self.dtype, self.device, self.quantize, self.packs)
 
 
@@ -55,10 +61,11 @@ def open_model(
     packs: bool,
     adapter: str | os.PathLike[str] | None,
 ) -> OpenedModel:
-    """Open the files of a folder and check them, with the arguments of `Llama.build`.
+    """Open the files of a folder and check them. The arguments are those of `Llama.build`, and these:
 
     config: what `layouts.read_params` has returned. n_words: number of the tokenizer's tokens. packs: True if the backend packs
-    weights. Raises CheckpointError, DeviceError or InputError.
+    weights.
+    Raises CheckpointError, DeviceError or InputError.
     """
     fits = device.type == "cpu" and (quantize is not None or dtype in (None, torch.bfloat16))
     stored_format, unused = quantize or "bfloat16", None

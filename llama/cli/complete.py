@@ -73,7 +73,7 @@ def run_complete(args: argparse.Namespace) -> None:
 
 
 def check_lengths(llama: Llama, records: list[Record], labels: list[str], max_seq_len: int) -> None:
-    """Raise InputError on all ranks if a prompt or dialog is longer than the context, as rank 0 counts."""
+    """Raise InputError on all ranks if a prompt or dialog has more than max_seq_len tokens on rank 0."""
 
     def check() -> None:
         for record, label in zip(records, labels, strict=True):

@@ -23,7 +23,11 @@ from .speculation import Speculation
 
 
 class StepBegan(NamedTuple):
-    """A decode step that has begun: numbers of rows, guesses and computed tokens, and times in seconds."""
+    """A decode step that has begun.
+
+    n_computed: the number of tokens that the backend computes, with padding. guessing: seconds that guessing took before the
+    step. began: the value of `time.perf_counter()` at its beginning.
+    """
 
     n_rows: int
     n_guesses: int

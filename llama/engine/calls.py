@@ -65,11 +65,11 @@ def shard_across_replicas(lengths: list[int], work: Callable[[list[int]], list[T
 class Calls:
     """The calls of a `Llama`, and what its sync methods return.
 
-    A caller may replace the parts of `llama` at any time, also between a call and its first token, so each is looked up when it
+    A caller may replace the parts of `llama` at any time, even between a call and its first token, so each is looked up when it
     is needed. generate: the method `Llama.generate`; if `llama` has another one, whole answers come from that. sampler: returns
-    the function that samples tokens, for which a caller may also have put another in the place of `sample_top_p`.
+    the function that samples tokens: `sample_top_p`, or what a caller has put in its place.
 
-    name: in all methods, the public method that makes the call. make_call: a function that checks the call's arguments.
+    In all methods, name is the public method that makes the call, and make_call checks the call's arguments and builds it.
     """
 
     def __init__(self, llama: Caller, generate: Callable[..., Any], sampler: Callable[[], Sampler]) -> None:
@@ -136,7 +136,10 @@ class Calls:
         reduce: Callable[[torch.Tensor], torch.Tensor],
         layers: int | Iterable[int] | None = None,
     ) -> list[torch.Tensor]:
-        """Return `reduce` of the states (layers, tokens, dim) of each row of tokens. make_rows: also returns their labels."""
+        """Return `reduce` of the states (layers, tokens, dim) of each row of tokens.
+
+        make_rows: returns the rows, and labels that name them in errors.
+        """
         engine = self.llama.engine
         with engine.exclusive():
             rows, labels, chosen = run_on_all_ranks(

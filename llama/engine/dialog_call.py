@@ -1,4 +1,4 @@
-"""Build the call of dialogs. On several ranks, rank 0 encodes dialogs that a chat template renders."""
+"""Build a call from dialogs. On several ranks, rank 0 encodes dialogs that a chat template renders."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +11,7 @@ from .requests import GenerationCall
 
 
 class DialogCall:
-    """A function that builds the call of dialogs. It may be called once."""
+    """A function that builds a call from dialogs. It may be called once."""
 
     def __init__(
         self,
@@ -28,10 +28,10 @@ class DialogCall:
         self.encoded: tuple[list[Dialog], list[str], list[list[int] | None]] | None = None
 
     def encode_on_rank0(self, name: str) -> None:
-        """On several ranks, let rank 0 encode the dialogs, and take its tokens. All ranks must call this. name: of the call.
+        """On several ranks, let rank 0 encode the dialogs, and keep its tokens. All ranks must call this.
 
-        A template may contain the time or a random choice, so ranks that render it may get different texts. Llama 2's format
-        cannot, and is left to each rank.
+        A template may use the time or a random choice, so ranks that render it may get different texts. Llama 2's format uses
+        neither, so each rank encodes it for itself. name: the public method that makes the call.
         Raises InputError on every rank if ranks were given different dialogs or templates, and the error of rank 0's rendering.
         """
         builder = self.builder

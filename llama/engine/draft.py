@@ -208,7 +208,10 @@ class DraftGuesser:
 def check_speculation(
     speculate: str | None, draft: Any, llama: type, backend: str, tokenizer: Tokenizer, max_batch_size: int, max_seq_len: int
 ) -> None:
-    """Raise InputError if a model cannot speculate in this way. llama: the class of drafts, `Llama`. backend: its name."""
+    """Raise InputError if a model cannot speculate in this way.
+
+    llama: the class `Llama`, which a draft must have. backend, tokenizer, max_batch_size, max_seq_len: those of the model.
+    """
     kind = CallOptions(speculate=speculate).speculate()
     if (kind or draft is not None) and backend == "eager":
         raise InputError(NO_EAGER)
@@ -221,7 +224,10 @@ def check_speculation(
 
 
 def set_draft(engine: "Engine", draft: Any, llama: type, tokenizer: Tokenizer) -> None:
-    """Do what setting `Llama.draft` does. llama: as in `check_speculation`. tokenizer: that of the engine's model."""
+    """Set the draft of an engine's model, as `Llama.draft` does. Raise InputError if the draft does not fit the model.
+
+    llama: as in `check_speculation`. tokenizer: that of the engine's model.
+    """
     model, shared = engine.model, engine.shared
     if groups.rank0_leads:
         raise InputError("the draft cannot be set in `lead`, which the other ranks follow; set it on all ranks before")

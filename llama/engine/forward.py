@@ -52,7 +52,10 @@ class MergedLinear:
         return [self.kernel if self.weight is None else memory_key(self.weight)]
 
     def forward(self, x: torch.Tensor, decoding: bool) -> torch.Tensor:
-        """Multiply x (N, in). decoding: True in a decode step, where kernels for few rows may round differently."""
+        """Return x (N, in) times the weight, (N, out).
+
+        decoding: True in a decode step, False in a prefill. A kernel may round the two differently.
+        """
         if self.kernel is not None:
             return self.kernel.decode(x) if decoding else self.kernel.prefill(x)
         if self.weight is not None:

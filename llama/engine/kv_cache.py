@@ -53,7 +53,7 @@ class RaggedBatch:
     rows: torch.Tensor
     positions: torch.Tensor
     segments: tuple[Segment, ...]
-    decoding: bool = False  # True in a decode step, False in a prefill: linear kernels may round differently
+    decoding: bool = False  # True in a decode step, False in a prefill: linear kernels may round the two differently
 
     @staticmethod
     def from_segments(

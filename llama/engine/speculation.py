@@ -243,9 +243,9 @@ class Speculation:
         return accepted
 
     def record(self, n_rows: int, n_guesses: int, n_computed: int, guessing: float, seconds: float) -> None:
-        """Record the time of a step of n_rows rows, and the time that guessing took before it.
+        """Record the time of a step of n_rows rows, in seconds, and the time that guessing took before it.
 
-        n_computed: the number of tokens that the backend has computed, with padding.
+        n_computed: the number of tokens that the backend has computed, with padding. guessing: time in seconds.
         """
         self.costs.record(n_computed, seconds)
         seconds = min(seconds, MAX_LATER * self.costs.seconds(n_computed)) + guessing

@@ -9,8 +9,8 @@ FIRST_SLOPE = 0.1  # what one more token is taken to add to the time of a step o
 MAX_FIRST = 1.5  # limit of the first two times of each size, as a multiple of the estimate
 MAX_LATER = 4.0  # the same for later times: something else may have held a step up
 KEPT = 7  # times that are kept for each number of tokens; their median counts
-MAX_LOSS = 0.015  # share of the time of recent steps that guesses may lose before no more are made for some steps
-LOSS_DECAY = 0.99  # what a step counts for, compared with the next one
+MAX_LOSS = 0.015  # nothing is guessed while guesses have lost more than this share of the time of recent steps
+LOSS_DECAY = 0.99  # factor of the sums of `LossLimit` at each step, so that recent steps count more
 MAX_AGE = 250  # steps after which a size that has not been used since is forgotten, and so is tried again if it may pay
 
 
@@ -77,18 +77,22 @@ class StepCosts:
 class LossLimit:
     """Limit the time that wrong guesses lose to a share of the time of recent steps, whatever was expected of them.
 
-    seconds: the time of recent steps. lost: by how much steps with guesses took longer than steps without guesses would have
-    taken for as many tokens; negative if they were faster.
+    seconds: the time of recent steps. lost: how much longer steps with guesses took than steps without would have taken for the
+    same tokens, in seconds; negative if they were faster. Both are sums with decay.
     """
 
     def __init__(self) -> None:
         self.seconds, self.lost = 0.0, 0.0
 
     def allows_guesses(self) -> bool:
+        """Return True if guesses have lost no more than the limit."""
         return self.lost <= MAX_LOSS * self.seconds
 
     def record(self, seconds: float, without_guesses: float) -> None:
-        """Record a step. without_guesses: how long its tokens would have taken without guesses; `seconds` if it had none."""
+        """Record a step's time in seconds. without_guesses: what its tokens would have taken without guesses.
+
+        If the step had no guesses, without_guesses is `seconds`.
+        """
         self.seconds = self.seconds * LOSS_DECAY + seconds
         # Gains count up to the limit only, so that a long series of right guesses is not followed by one as long of wrong ones.
         self.lost = max(self.lost * LOSS_DECAY + seconds - without_guesses, -MAX_LOSS * self.seconds)

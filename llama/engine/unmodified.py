@@ -23,7 +23,7 @@ STOCK_CALL = nn.Module.__call__
 
 
 def observe_edits(model: reference.Transformer, backend: str) -> None:
-    """Observe edits of a model's tensors from now on; nobody else has seen them yet. backend: its name; "eager" needs none."""
+    """Notice edits of a model's tensors from now on; no caller may have them yet. backend: its name; "eager" needs nothing."""
     if backend != "eager":
         for tensor in (*model.parameters(), model.freqs_cis):
             compat.observe(tensor)

@@ -57,7 +57,7 @@ class TemplateProcess:
         request = {"template": template, "marks": marks, "variables": variables, "limit": limit}
         with self.lock:
             answer = self._ask(json.dumps(request).encode() + b"\n", path)
-            if answer.get("error") == "ended":  # something else may have ended it, such as a machine without free memory
+            if answer.get("error") == "ended":  # perhaps by something else: the system may be short of memory
                 answer = self._ask(json.dumps(request).encode() + b"\n", path)
             if answer.get("error") in ("time", "memory", "length", "ended"):  # because of the template, or of the dialog?
                 short = request | {"variables": variables | {"messages": [{"role": "user", "content": "a"}]}}

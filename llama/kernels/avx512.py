@@ -68,13 +68,13 @@ def status() -> ExtensionStatus:
         return ExtensionStatus(None, "this CPU has no instructions for bfloat16 (AVX-512), or they are switched off")
     loaded = load_extension(NAME, [RowsArgs, LinearArgs, AttentionArgs, PromptAttentionArgs], FUNCTIONS)
     if loaded.extension is not None:
-        limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()  # oneDNN's setting counts here, too
+        limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()  # obey oneDNN's setting, too
         loaded.extension.library.use_amx(limit in ("", "ALL", "DEFAULT") or "AMX" in limit)
     return loaded
 
 
 def use_amx(wanted: bool) -> bool:
-    """Multiply with AMX from now on, if `wanted` and the CPU has it, or with AVX-512 alone. Return True if AMX is in use."""
+    """Switch AMX on, if `wanted` and the CPU has it, or off. Return True if it is now in use."""
     compiled = extension()
     return compiled is not None and bool(compiled.library.use_amx(wanted))
 
@@ -142,9 +142,10 @@ def prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     """Return causal attention of q (B, S, K, G, hd), at the last S of L positions, over k and v (B, K, L, hd)."""
     B, S, K, G, hd = q.shape
     L, y = k.shape[2], torch.empty(q.shape, dtype=q.dtype, device="cpu")
-    # Buffers for the C function: keys and values in blocks of 64 positions; and for each thread float32 scores and bfloat16
-    # weights of 4 queries (6 rows of floats), or with AMX weights of 16 queries and scores of one (9 rows), with 32 values more
-    # in each, and the 16 queries.
+    # Buffers for the C function: keys and values in blocks of 64 positions, and for each thread as many floats as AMX needs:
+    # 1 row for the softmax of one query, the scores of 16 queries in bfloat16 (as much as 8 rows of floats), each row with 32
+    # more values than there are positions, and 16 queries in bfloat16 (8 * hd floats). Without AMX, 6 rows are used: float32
+    # scores and bfloat16 weights of 4 queries.
     packed_kv = torch.empty(2, B * K, -(-L // 64) * 64, hd, dtype=q.dtype, device="cpu")
     scores = torch.empty(torch.get_num_threads(), 9 * (packed_kv.shape[2] + 32) + 8 * hd, dtype=torch.float32, device="cpu")
     sizes = {"B": B, "S": S, "K": K, "G": G, "hd": hd, "L": L, "q_batch": q.stride(0), "q_stride": q.stride(1)}

@@ -31,11 +31,17 @@ class LinearKernel:
         return self.forward(x)
 
     def prefill(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the same as `forward`, for a prefill: in the same way for any number of rows, and fast for many."""
+        """Return x times the weight, in a prefill. By default, this is `forward`.
+
+        An override is fast for many rows, and computes each row in the same way for any number of rows.
+        """
         return self.forward(x)
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the same as `forward`, for a decode step: in the same way for any number of rows, and fast for a few."""
+        """Return x times the weight, in a decode step. By default, this is `forward`.
+
+        An override is fast for a few rows, and computes each row in the same way for any number of rows.
+        """
         return self.forward(x)
 
     def forward_2d(self, x: torch.Tensor) -> torch.Tensor:

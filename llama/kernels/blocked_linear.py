@@ -215,8 +215,8 @@ class BlockedLinear(LinearKernel):
     For int8 and int4 weights, activations are quantized to int8 in groups of 32. If `int8_per_activation` is 2, the rounding
     error of each activation is quantized to a second int8 value, so that the two values together keep about 16 bits.
 
-    On CPUs with AMX, prefill converts int8 and int4 weights to bfloat16 instead, in the cache, and leaves activations as they
-    are: for many rows, this is about three times as fast.
+    On CPUs with AMX, `prefill` instead converts int8 and int4 weights to bfloat16, a part at a time in the CPU's cache, and
+    does not quantize activations. For many rows, this is about three times as fast.
     """
 
     def __init__(self, blocks: BlockedWeight, dtype: torch.dtype) -> None:
@@ -296,7 +296,7 @@ class BlockedLinear(LinearKernel):
         return fill_struct(args, n=n * count, int8_per_activation=count, **fields)
 
     def scratch_bytes(self, n: int) -> int:
-        """Return the bytes of scratch memory that the C function `linear` needs for n rows of activations in another form."""
+        """Return the bytes of scratch memory that the C function `linear` needs for n rows, quantized or in tiles for AMX."""
         width, n_tiles = self.blocks.width, -(-n // TILE_ROWS) if n > TILE_ROWS else 0
         quantized = n * self.int8_per_activation * (width + 12 * width // ACTIVATION_GROUP) if self.format else 0
         return max(quantized, 2 * n_tiles * TILE_ROWS * width)
