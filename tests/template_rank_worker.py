@@ -1,5 +1,6 @@
-"""Make chat calls with a template that renders other texts on each rank. test_template_ranks.py runs this script on 2 ranks.
+"""Make chat calls with a template that renders a different text on each rank.
 
+test_template_ranks.py runs this script on 2 ranks.
 template_rank_worker.py OUT FOLDER MODEL_PARALLEL_SIZE: each rank writes its answers and its error messages to OUT.RANK.json.
 """
 
@@ -21,7 +22,7 @@ def dialog(*texts: str) -> Any:
 
 
 def answers(llama: Llama) -> dict[str, Any]:
-    """Return what must be the same on all ranks, for dialogs that no two renderings encode alike."""
+    """Return what must be the same on all ranks, for dialogs of which each rendering has other tokens."""
     several = [dialog("one"), dialog("two", "three", "four")]
     results: dict[str, Any] = {"several": llama.chat_completion(several, 0, max_gen_len=4, details=True)}
     results["iterator"] = [*llama.iter_chat_completion(iter(several), 0, max_gen_len=4)]

@@ -1,4 +1,4 @@
-"""With AMX, products are those of the plain weights, do not depend on other rows, and do not disturb oneDNN."""
+"""With AMX, products are those of the plain weights and independent of other rows, and oneDNN's products do not change."""
 
 import subprocess
 import sys
@@ -103,7 +103,7 @@ def test_products_of_onednn_before_and_after_are_the_same() -> None:
 @pytest.mark.parametrize(
     ("limit", "used"), [("AVX512_CORE_BF16", False), ("AVX512_CORE_AMX", True), ("all", True), (None, True)]
 )
-def test_onednns_setting_counts(limit: str | None, used: bool) -> None:
+def test_amx_obeys_the_setting_of_onednn(limit: str | None, used: bool) -> None:
     code = """
 import torch
 from llama.kernels import avx512

@@ -68,14 +68,14 @@ def slowdown(gain: float, n: int, cost: float = 1.4) -> float:
 
 
 def test_wrong_guesses_cost_at_most_three_percent_whatever_was_expected_of_them() -> None:
-    """A step that takes twice as long is within the limit, too: it is tried less often. Right guesses go on."""
+    """Guesses that double the time of a step are tried less often, so the limit holds for them, too. Right guesses go on."""
     for n in (100, 1000, 10000):
         assert slowdown(0.0, n) < 1.03 and slowdown(0.0, n, cost=2.0) < 1.03 and slowdown(0.3, n) < 1.03
         assert slowdown(1.0, n) < 0.75
     assert LossLimit().allows_guesses()
 
 
-def test_long_gains_are_not_followed_by_losses_as_long() -> None:
+def test_after_long_gains_losses_are_still_short() -> None:
     limit = LossLimit()
     for _ in range(10000):
         limit.record(1.0, 3.0)

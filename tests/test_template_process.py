@@ -63,7 +63,7 @@ def test_a_rendering_whose_process_is_killed_is_done_again() -> None:
 def test_a_dialog_that_ends_the_process_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_process, "MEMORY_BYTES", 128 << 20)
     process = TemplateProcess()
-    messages = [{"role": "user", "content": "a" * (100 << 20)}]  # too long for the process even to read it
+    messages = [{"role": "user", "content": "a" * (100 << 20)}]  # the process has too little memory even to read it
     assert_raises(lambda: process.render("ok", [], {"messages": messages}, PATH), InputError, "128 MiB of memory", "shorten it")
     assert render(process, "ok") == "ok"
 
