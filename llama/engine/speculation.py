@@ -198,8 +198,8 @@ class Speculation:
             if guesser in ready
         }
         n_rows = len(limits)
-        is_worth_it = self.loss_limit.allows_guesses() and self.costs.known(self.n_computed(n_rows, 0, 0))
-        if not is_worth_it or not any(expected.values()):
+        may_guess = self.loss_limit.allows_guesses() and self.costs.known(self.n_computed(n_rows, 0, 0))
+        if not may_guess or not any(expected.values()):
             return {}
         longest = dict.fromkeys(map(id, ready), 0)  # the largest number of guesses in a row, by guesser
 
