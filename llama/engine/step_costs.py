@@ -10,6 +10,8 @@ MAX_FIRST = 1.5  # limit of the first two times of each size, as a multiple of t
 MAX_LATER = 4.0  # the same for later times: something else may have held a step up
 KEPT = 7  # times that are kept for each number of tokens; their median counts
 MAX_LOSS = 0.015  # share of the time of recent steps that guesses may lose before no more are made for some steps
+FIRST_LOSS = 0.35  # what they may lose in addition, in steps without guesses: so that one wrong guess does not end them
+MAX_CREDIT = 0.1  # the largest share of this time that earlier gains make up for
 LOSS_DECAY = 0.99  # what a step counts for, compared with the next one
 MAX_AGE = 250  # steps after which a size that has not been used since is forgotten, and so is tried again if it may pay
 
@@ -84,11 +86,12 @@ class LossLimit:
     def __init__(self) -> None:
         self.seconds, self.lost = 0.0, 0.0
 
-    def allows_guesses(self) -> bool:
-        return self.lost <= MAX_LOSS * self.seconds
+    def allows_guesses(self, step_seconds: float) -> bool:
+        """Return True if guesses may be made. step_seconds: how long a step without guesses takes."""
+        return self.lost <= MAX_LOSS * self.seconds + FIRST_LOSS * step_seconds
 
     def record(self, seconds: float, without_guesses: float) -> None:
         """Record a step. without_guesses: how long its tokens would have taken without guesses; `seconds` if it had none."""
         self.seconds = self.seconds * LOSS_DECAY + seconds
-        # Gains count up to the limit only, so that a long series of right guesses is not followed by one as long of wrong ones.
-        self.lost = max(self.lost * LOSS_DECAY + seconds - without_guesses, -MAX_LOSS * self.seconds)
+        # Gains are limited, so that a long series of right guesses is not followed by one as long of wrong ones.
+        self.lost = max(self.lost * LOSS_DECAY + seconds - without_guesses, -MAX_CREDIT * self.seconds)
