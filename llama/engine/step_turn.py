@@ -7,10 +7,7 @@ not wait for the turn.
 import threading
 from typing import Protocol
 
-from ..distributed.threads import release_pool
 from ..errors import InputError
-
-MAX_TURNS_WITHOUT_POOL = 50  # turns for which a thread keeps no OpenMP pool after another thread has had the turn
 
 
 class Waiting(Protocol):
@@ -29,8 +26,6 @@ class StepTurn:
         # Reentrant: the garbage collector may close a stream, which takes the mutex, in a thread that holds it.
         self.mutex = threading.RLock()
         self.holder: int | None = None  # the thread that has the turn
-        self.last_holder: int | None = None
-        self.n_since_change = MAX_TURNS_WITHOUT_POOL  # turns since the turn went to another thread than before
         self.waiters: dict[threading.Condition, Waiting | None] = {}  # with its call; None: any step will do
 
     def refuse_within_step(self) -> None:
@@ -48,10 +43,6 @@ class StepTurn:
                 return False
             if self.holder is None:
                 self.holder = threading.get_ident()
-                self.n_since_change += 1
-                if self.last_holder not in (None, self.holder):
-                    self.n_since_change = 0
-                self.last_holder = self.holder
                 return True
             waiter = threading.Condition(self.mutex)
             self.waiters[waiter] = call
@@ -64,8 +55,6 @@ class StepTurn:
     def release(self) -> None:
         """Give the turn back, if this thread has it."""
         if self.holder == threading.get_ident():
-            if self.n_since_change < MAX_TURNS_WITHOUT_POOL:
-                release_pool()
             self.holder = None  # before the mutex is taken, which Ctrl-C may interrupt
             self.wake()
 
