@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .support import DEMO, DEMO_TOKENIZER
+from .support import ROOT
 
 CODE = f"""
 import os
@@ -23,7 +23,7 @@ if threads._openmp() is None:
 torch.set_num_threads(3)
 torch.ones(500, 500) @ torch.ones(500, 500)
 before = n_threads()
-llama = Llama.build({str(DEMO)!r}, {str(DEMO_TOKENIZER)!r}, 64, 1, device="cpu")
+llama = Llama.build({str(ROOT / "demo/model")!r}, {str(ROOT / "demo/tokenizer.model")!r}, 64, 1, device="cpu")
 after = n_threads()
 answers = [llama.text_completion(["The capital of France is"], temperature=0, max_gen_len=5) for _ in range(2)]
 threads.release_pool()
