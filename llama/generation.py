@@ -18,6 +18,7 @@ from .backends.registry import check_compile, choose_backend, slowdown_warning
 from .chat import B_INST, B_SYS, E_INST, E_SYS, LLAMA_2, SPECIAL_TAGS, UNSAFE_ERROR, ChatFormat, Dialog, Message, Role, find_tag
 from .checkpoint import layouts, params, validate
 from .checkpoint.opening import OpenedModel, open_model
+from .distributed import threads
 from .distributed.agreement import run_on_all_ranks
 from .distributed.groups import global_rank, model_parallel
 from .distributed.setup import initialize, set_environment
@@ -179,7 +180,9 @@ class Llama:
             llama.speculate = speculate or ("draft" if draft else None)
             return llama
 
-        return run_on_all_ranks(make)
+        llama = run_on_all_ranks(make)
+        threads.release_pool()  # the calls may come from other threads than this one
+        return llama
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, backend: Backend | None = None) -> None:
         validate.check_vocabulary(model.vocab_size, tokenizer.n_words, f"the model has a vocabulary of {model.vocab_size}")

@@ -198,8 +198,10 @@ class Speculation:
             if guesser in ready
         }
         n_rows = len(limits)
-        may_guess = self.loss_limit.allows_guesses() and self.costs.known(self.n_computed(n_rows, 0, 0))
-        if not may_guess or not any(expected.values()):
+        plain = self.n_computed(n_rows, 0, 0)
+        if not any(expected.values()) or not self.costs.known(plain):
+            return {}
+        if not self.loss_limit.allows_guesses(self.costs.seconds(plain)):
             return {}
         longest = dict.fromkeys(map(id, ready), 0)  # the largest number of guesses in a row, by guesser
 

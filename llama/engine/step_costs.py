@@ -9,7 +9,9 @@ FIRST_SLOPE = 0.1  # what one more token is taken to add to the time of a step o
 MAX_FIRST = 1.5  # limit of the first two times of each size, as a multiple of the estimate
 MAX_LATER = 4.0  # the same for later times: something else may have held a step up
 KEPT = 7  # times that are kept for each number of tokens; their median counts
-MAX_LOSS = 0.015  # nothing is guessed while guesses have lost more than this share of the time of recent steps
+MAX_LOSS = 0.015  # nothing is guessed while guesses have lost more than this share of the time of recent steps,
+FIRST_LOSS = 0.35  # plus the time of this many steps without guesses, so that one wrong guess does not end the guessing
+MAX_CREDIT = 0.1  # earlier gains make up for losses of at most this share of the time of recent steps
 LOSS_DECAY = 0.99  # factor of the sums of `LossLimit` at each step, so that recent steps count more
 MAX_AGE = 250  # steps after which a size that has not been used since is forgotten, and so is tried again if it may pay
 
@@ -84,9 +86,9 @@ class LossLimit:
     def __init__(self) -> None:
         self.seconds, self.lost = 0.0, 0.0
 
-    def allows_guesses(self) -> bool:
-        """Return True if guesses have lost no more than the limit."""
-        return self.lost <= MAX_LOSS * self.seconds
+    def allows_guesses(self, step_seconds: float) -> bool:
+        """Return True if guesses have not lost more than the limit. step_seconds: how long a step without guesses takes."""
+        return self.lost <= MAX_LOSS * self.seconds + FIRST_LOSS * step_seconds
 
     def record(self, seconds: float, without_guesses: float) -> None:
         """Record a step's time in seconds. without_guesses: what its tokens would have taken without guesses.
@@ -94,5 +96,5 @@ class LossLimit:
         If the step had no guesses, without_guesses is `seconds`.
         """
         self.seconds = self.seconds * LOSS_DECAY + seconds
-        # Gains count up to the limit only, so that a long series of right guesses is not followed by one as long of wrong ones.
-        self.lost = max(self.lost * LOSS_DECAY + seconds - without_guesses, -MAX_LOSS * self.seconds)
+        # Gains are limited, so that a long series of right guesses is not followed by one as long of wrong ones.
+        self.lost = max(self.lost * LOSS_DECAY + seconds - without_guesses, -MAX_CREDIT * self.seconds)
