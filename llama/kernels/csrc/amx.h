@@ -6,7 +6,7 @@
 enum {
   TILE_ROWS = 16,   /* number of rows in a tile */
   TILE_INPUTS = 32, /* number of bfloat16 values in a row of a tile */
-  STRIDE = 256      /* bytes from a row of sums, and of the second factor, to the next: 64 float32 sums, 64 pairs of values */
+  STRIDE = 256      /* bytes of a row of 64 float32 sums, or of 64 pairs of bfloat16 values of the second factor */
 };
 
 /* Assembly instead of intrinsics, so that compilers without AMX can compile this file. t, a, b and c are numbers of tiles. */

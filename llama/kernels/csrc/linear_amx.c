@@ -64,16 +64,16 @@ static void multiply_2_tiles(const TiledRows *rows, const char *x, const char *w
 /* Multiply inputs `begin` to `end` - 1 of all rows by the same inputs of a block at address w, and add to y (n, 64). */
 static void multiply_panel(const TiledRows *rows, const char *w, long begin, long end, char *y) {
   const char *x = rows->x + begin / TILE_INPUTS * rows->next_tile;
-  const long pairs = rows->n / TILE_ROWS + (rows->n % TILE_ROWS > 0);
+  const long tiles = (rows->n + TILE_ROWS - 1) / TILE_ROWS;
   for (long half = 0; half < 256; half += 128)
-    for (long tile = 0; tile + 1 < pairs; tile += 2)
+    for (long tile = 0; tile + 1 < tiles; tile += 2)
       multiply_2_tiles(rows, x + tile * rows->tile_rows, w + half, end - begin, !begin, y + tile * TILE_ROWS * STRIDE + half);
-  if (pairs % 2)
-    multiply_tile(rows, x + (pairs - 1) * rows->tile_rows, w, end - begin, !begin, y + (pairs - 1) * TILE_ROWS * STRIDE);
+  if (tiles % 2)
+    multiply_tile(rows, x + (tiles - 1) * rows->tile_rows, w, end - begin, !begin, y + (tiles - 1) * TILE_ROWS * STRIDE);
 }
 
-/* Return 16 bytes of x, those whose numbers are in the lowest bytes of the lanes of `numbers`, as 32-bit integers. The
- * instruction is part of AVX512-VBMI, which every CPU with AMX has. */
+/* Return 16 bytes of x as 32-bit integers. The lowest byte of each lane of `numbers` says which byte. The instruction is part of
+ * AVX512-VBMI, which every CPU with AMX has. */
 INLINE __m512i pick_bytes(__m512i numbers, __m512i x) {
   __m512i y;
   __asm__("vpermb %2, %1, %0%{%3%}%{z%}" : "=v"(y) : "v"(numbers), "v"(x), "Yk"((__mmask64)0x1111111111111111));
@@ -131,7 +131,7 @@ INLINE void dequantize_panel(const LinearArgs *p, const int format, long b, long
 static void multiply_blocks(const LinearArgs *p, const TiledRows *rows, long b, long n_blocks,
                             __m512 y[][CHUNK_ROWS][BLOCK_VECTORS]) {
   bf16_t panel[PANEL * BLOCK_OUTPUTS] __attribute__((aligned(64)));
-  /* One tile of rows reads the weight from memory: in one go, so that the CPU can prefetch it. */
+  /* If there is only one tile of rows, the weight comes from memory: it is read in one go, so that it can be prefetched. */
   const long width = p->format == BF16 && rows->n <= TILE_ROWS ? p->in : PANEL;
   for (long begin = 0; begin < p->in; begin += width) {
     const long end = begin + width < p->in ? begin + width : p->in;

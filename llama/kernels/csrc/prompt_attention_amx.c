@@ -1,5 +1,5 @@
 /* Causal attention for prefill in bfloat16, on CPUs with AMX: as in prompt_attention_avx512.c, with the same packed keys and
- * values, but for 16 query rows at a time, and with exp in base 2. The sums of a row are added in the same order for any number
+ * values, but for 16 query rows at a time, and with exp computed as a power of 2. The sums of a row are added in the same order for any number
  * of rows. */
 
 #include "amx.h"
