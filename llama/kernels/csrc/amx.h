@@ -1,5 +1,5 @@
-/* Define the instructions of AMX, which multiplies tiles: matrices of up to 16 rows of 64 bytes. The function `use_amx` switches
- * AMX on. A function that uses tiles must call `begin_tiles` before and `end_tiles` after. */
+/* Define the instructions of AMX, which multiplies tiles: matrices of up to 16 rows of 64 bytes. The function `use_amx`
+ * switches AMX on. A function that uses tiles must call `begin_tiles` before and `end_tiles` after. */
 
 #include "avx512.h"
 

@@ -1,6 +1,6 @@
 /* Linear layers on CPUs with AMX, which multiplies tiles: matrices of up to 16 rows of 64 bytes. A tile of x is multiplied by
- * tiles of a packed bfloat16 weight, 32 inputs of 16 outputs each. int8 and int4 weights are converted to bfloat16 first, if the
- * field `dequantize` asks for it.
+ * tiles of a packed bfloat16 weight, 32 inputs of 16 outputs each. int8 and int4 weights are converted to bfloat16 first, if
+ * the field `dequantize` asks for it.
  *
  * AMX adds in another order than linear_avx512.c. It is therefore used for any number of rows, even one, so that the sums of a
  * row do not depend on the other rows. */
@@ -72,8 +72,8 @@ static void multiply_panel(const TiledRows *rows, const char *w, long begin, lon
     multiply_tile(rows, x + (tiles - 1) * rows->tile_rows, w, end - begin, !begin, y + (tiles - 1) * TILE_ROWS * STRIDE);
 }
 
-/* Return 16 bytes of x as 32-bit integers. The lowest byte of each lane of `numbers` says which byte. The instruction is part of
- * AVX512-VBMI, which every CPU with AMX has. */
+/* Return 16 bytes of x as 32-bit integers. The lowest byte of each lane of `numbers` says which byte. The instruction is part
+ * of AVX512-VBMI, which every CPU with AMX has. */
 INLINE __m512i pick_bytes(__m512i numbers, __m512i x) {
   __m512i y;
   __asm__("vpermb %2, %1, %0%{%3%}%{z%}" : "=v"(y) : "v"(numbers), "v"(x), "Yk"((__mmask64)0x1111111111111111));

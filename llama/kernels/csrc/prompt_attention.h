@@ -10,7 +10,7 @@ typedef struct PromptAttentionArgs {
   const bf16_t *keys, *values; /* keys and values (B, K, L, hd), with strides between rows of the batch, heads and positions */
   bf16_t *y;                   /* output y: (B, S, K, G, hd) */
   bf16_t *packed_kv;           /* buffer (2, B, K, blocks, 64, hd) for packed keys and values, in blocks of 64 positions */
-  float *scores;               /* buffer for each thread, of `scores_size` floats: attention scores and weights of a few queries */
+  float *scores;               /* buffer of `scores_size` floats for each thread: scores and weights of a few queries */
   long B, S, K, G, hd, L, q_batch, q_stride, kv_batch, kv_head, kv_stride;
   long scores_size;
   long threads_started, next; /* the number of threads that have started, and the first task that no thread has claimed */

@@ -1,6 +1,6 @@
 /* Causal attention for prefill in bfloat16, on CPUs with AMX: as in prompt_attention_avx512.c, with the same packed keys and
- * values, but for 16 query rows at a time, and with exp computed as a power of 2. The sums of a row are added in the same order for any number
- * of rows. */
+ * values, but for 16 query rows at a time, and with exp computed as a power of 2. The sums of a row are added in the same order
+ * for any number of rows. */
 
 #include "amx.h"
 #include "prompt_attention.h"
@@ -24,8 +24,8 @@ static void multiply_by_64(const bf16_t *x, long x_stride, const uint32_t *pairs
   STORE_SUMS(y, y + 16, y + 32, y + 48)
 }
 
-/* Scale 64 scores, store them in bfloat16, and return the lane-wise maximum of `largest` and of the first `count` of them. Scores
- * are rounded to bfloat16 before and after the scaling, as in Meta's reference code. */
+/* Scale 64 scores, store them in bfloat16, and return the lane-wise maximum of `largest` and of the first `count` of them.
+ * Scores are rounded to bfloat16 before and after the scaling, as in Meta's reference code. */
 INLINE __m512 scale_scores(const float *sums, __m512 scale, long count, __m512 largest, bf16_t *scores) {
   __m512 v[4];
   UNROLL(i, 4) {
@@ -52,7 +52,8 @@ INLINE void softmax_row(bf16_t *scores, float maximum, long kv_len, long padded_
   const __m512 log2_e = _mm512_set1_ps(1.44269504f), offset = _mm512_set1_ps(-maximum * 1.44269504f);
   __m512 sum = _mm512_setzero_ps();
   for (long k = 0; k < kv_len; k += LANES) {
-    const __m512 e = _mm512_maskz_mov_ps(tail_mask(kv_len - k), exp2_fp32(_mm512_fmadd_ps(load_bf16(scores + k), log2_e, offset)));
+    const __m512 power = exp2_fp32(_mm512_fmadd_ps(load_bf16(scores + k), log2_e, offset)),
+                 e = _mm512_maskz_mov_ps(tail_mask(kv_len - k), power);
     sum = _mm512_add_ps(sum, e);
     _mm512_storeu_ps(powers + k, e);
   }
