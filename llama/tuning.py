@@ -26,7 +26,6 @@ INT4_CUDA_MAX_ROWS = 128  # up to this number of rows, PyTorch's int4 kernel is 
 
 MIN_PACKED_BYTES = 1 << 19  # minimum size of a packed weight; smaller weights are fastest with F.linear (Zen 4)
 ONEDNN_MIN_ROWS = 4  # for fewer rows, oneDNN is slower by a third (Zen 4); a single row is also rounded differently
-MIN_DEQUANTIZED_ROWS = 24  # with AMX, for this number of rows or more, converting int8 or int4 to bfloat16 is faster
 INT4_CPU_MAX_ROWS = 96  # up to this number of rows, PyTorch's int4 kernel is faster than unpacking the weight once
 AVX2_MAX_ROWS_16BIT = 96  # up to this number of rows, csrc/linear_avx2.c is faster than converting a 16-bit weight to float32
 AVX2_MAX_ROWS_FP32 = 16  # up to this number of rows, csrc/linear_avx2.c is faster than MKL for float32 weights

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -115,6 +116,29 @@ y = kernel.prefill(x)
 avx512.use_amx(True)
 print(torch.equal(y, kernel.prefill(x)))
 """
-    environment = {"ONEDNN_MAX_CPU_ISA": limit} if limit else {}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == str(used)
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        environment = {name: limit} if limit else {}
+        result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert result.stdout.strip() == str(used)
+
+
+def test_a_thread_with_a_small_stack_may_compute() -> None:
+    kernel, x, results = bf16_kernel(random(200, 320).bfloat16()), random(40, 320, seed=1).bfloat16(), []
+    before = threading.stack_size(128 << 10)
+    try:
+        thread = threading.Thread(target=lambda: results.append(kernel.prefill(x)))
+        thread.start()
+        thread.join()
+    finally:
+        threading.stack_size(before)
+    assert torch.equal(results[0], kernel.prefill(x))
+
+
+def test_attention_is_finite_for_very_large_scores() -> None:
+    """Compare with AVX-512 alone, which computes exp in another way."""
+    q, k, v = (random(1, n, 2, 64, seed=n).bfloat16() for n in (20, 21, 22))
+    q, k, v = q[:, :20].unsqueeze(3) * 1e6, k[:, :20].transpose(1, 2) * 1e6, v[:, :20].transpose(1, 2)
+    with_amx = avx512.prompt_attention(q, k.contiguous(), v.contiguous())
+    avx512.use_amx(False)
+    assert with_amx.isfinite().all()
+    assert (with_amx - avx512.prompt_attention(q, k.contiguous(), v.contiguous())).abs().max() < 0.03

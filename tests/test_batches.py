@@ -72,6 +72,27 @@ def test_answers_are_the_same_alone_and_in_any_batch(
 
 
 @exact
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_answers_of_a_wide_quantized_model_are_the_same_alone_and_in_a_batch(
+    tmp_path: Path, tokenizer_path: Path, format: str
+) -> None:
+    """In rows of 2,048 inputs, activations have 8 bits, and AMX converts the weights of prefills to bfloat16."""
+    params = dict(dim=2048, n_layers=1, n_heads=16, n_kv_heads=2, multiple_of=64, ffn_dim_multiplier=0.1, norm_eps=1e-5)
+    params = {**params, "vocab_size": -1}
+    folder = write_shards(tmp_path, params, random_weights(params, 384, 576))
+    prompts = [[1, *(3 + (i * n) % 297 for i in range(n))] for n in (2, 40, 15, 129)]
+    options = {"temperature": 0, "logprobs": True}
+
+    def build(n_rows: int) -> Llama:
+        return Llama.build(folder, tokenizer_path, 160, n_rows, device="cpu", dtype="bfloat16", quantize=format)
+
+    single = build(1)
+    alone = [single.generate([prompt], 8, **options) for prompt in prompts]
+    for llama in (single, build(4)):
+        assert llama.generate(prompts, 8, **options) == ([t[0] for t, _ in alone], [v[0] for _, v in alone if v])
+
+
+@exact
 @pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="with AMX, oneDNN's kernels for few and for many rows differ")
 def test_onednn_rows_are_bitwise_the_same_alone_and_in_a_batch() -> None:
     """oneDNN's kernel for a single row rounds differently, so OneDnnLinear must not use that kernel."""

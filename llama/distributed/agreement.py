@@ -59,7 +59,9 @@ def run_on_rank0(work: Callable[[], T]) -> T:
     if decides_alone():
         return work()
     result, failure = _outcome(work) if global_rank() == 0 else (None, None)
-    shared: list[Any] = [result, failure if isinstance(failure, LlamaError) else None, error_text(failure)]
+    # A caller's own class of error may not survive pickling.
+    error = failure if isinstance(failure, LlamaError) and type(failure).__module__ == LlamaError.__module__ else None
+    shared: list[Any] = [result, error, error_text(failure)]
     with propagate_failure(), defer_signals():
         dist.broadcast_object_list(shared, 0, group=all_ranks_group())
     result, error, cause = shared

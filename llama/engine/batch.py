@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 
@@ -19,21 +18,7 @@ from .forward import EngineForward
 from .prefill import Prefill, PrefillRow
 from .requests import GeneratedToken, Request, TokenScore, token_score
 from .shared_state import SharedState
-from .speculation import Speculation
-
-
-class StepBegan(NamedTuple):
-    """A decode step that has begun.
-
-    n_computed: the number of tokens that the backend computes, with padding. guessing: seconds that guessing took before the
-    step. began: the value of `time.perf_counter()` at its beginning.
-    """
-
-    n_rows: int
-    n_guesses: int
-    n_computed: int
-    guessing: float
-    began: float
+from .speculation import BegunStep, Speculation
 
 
 class Batch(RunningCalls):
@@ -54,7 +39,7 @@ class Batch(RunningCalls):
         # None, or the arguments of the next decode step: tokens, positions, and positions on the host.
         self.pending_step: tuple[torch.Tensor, torch.Tensor, list[int]] | None = None
         self.speculation: Speculation | None = None  # None until a request speculates
-        self.step_began: StepBegan | None = None  # a step whose time is to be recorded, or None
+        self.step_began: BegunStep | None = None  # a step whose time is to be recorded, or None
         self.bar: Iterator[Request] = progress([], lambda _: 1, "answering", "prompts")
 
     @property
@@ -96,12 +81,13 @@ class Batch(RunningCalls):
         limits = {row: each.request.max_new_tokens - each.num_generated - 1 for row, each in decoding.items()}
         assert self.speculation is not None
         before = time.perf_counter()
-        guesses = self.speculation.guess({row: limits.get(row, 0) for row in range(self.n_rows)}, self.forward.device)
+        limits = {row: limits.get(row, 0) for row in range(self.n_rows)}
+        guesses = self.speculation.guess(limits, len(decoding), self.forward.device)
         runs = [Run(row, positions[row], [self.tokens[row], *guesses.get(row, ())]) for row in range(self.n_rows)]
         longest = max(len(run.tokens) for run in runs) - 1
         n_guesses = sum(len(run.tokens) - 1 for run in runs)
         n_computed, began = self.backend.n_computed(len(runs), n_guesses, longest), time.perf_counter()
-        self.step_began = StepBegan(len(runs), n_guesses, n_computed, began - before, began)
+        self.step_began = BegunStep(len(runs), len(decoding), n_guesses, n_computed, began - before, began)
         if guesses:
             self.cache.logits = self.state.logits = self.speculation.decode(runs)
         return bool(guesses)
@@ -109,8 +95,7 @@ class Batch(RunningCalls):
     def record_step_time(self) -> None:
         if self.step_began:
             assert self.speculation is not None
-            n_rows, n_guesses, n_computed, guessing, began = self.step_began
-            self.speculation.record(n_rows, n_guesses, n_computed, guessing, time.perf_counter() - began)
+            self.speculation.record(self.step_began, time.perf_counter() - self.step_began.began)
             self.step_began = None
 
     def sample(self, rows: list[int] | None = None) -> None:

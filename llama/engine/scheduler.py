@@ -267,5 +267,5 @@ class Scheduler(Batch):
         """Begin to guess the answer to a request in a row. kind: "prompt" or "draft"."""
         if self.speculation is None:
             decode_runs = self.backend.begin_runs(self.forward)
-            self.speculation = Speculation(decode_runs, self.backend.n_computed, self.shared.step_costs)
+            self.speculation = Speculation(decode_runs, self.backend.n_computed, self.shared.step_costs, self.shared.loss_limit)
         self.speculation.admit(row, request, self.shared.draft if kind == "draft" else None)

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import InputError
 from .kv_cache import KVCache
 from .prompt_lookup import FIRST_CHANCE
-from .step_costs import StepCosts
+from .step_costs import LossLimit, StepCosts
 from .step_turn import StepTurn
 
 
@@ -37,8 +37,8 @@ class SharedState:
     scheduler: a function that returns the scheduler that runs calls, or None. turn: which thread runs its steps.
     async_calls, async_thread: the async calls that have not ended, and the background thread that runs them, or None;
     `async_lock` guards both. leader: what leads the other ranks on rank 0 (`leading.Leader`), or None. step_costs: the times of
-    decode steps so far, of calls that speculate. draft: the draft model, a `Llama`, or None. targets: the models for which this
-    one is the draft. draft_chance: how often its guesses have been right.
+    decode steps so far, of calls that speculate. loss_limit: what their guesses may cost. draft: the draft model, a `Llama`, or
+    None. targets: the models for which this one is the draft. draft_chance: how often its guesses have been right.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class SharedState:
         self.async_calls: list[Any] = []
         self.async_thread: threading.Thread | None = None
         self.leader: Any = None
-        self.step_costs = StepCosts()
+        self.step_costs, self.loss_limit = StepCosts(), LossLimit()
         self.draft: Any = None
         self.targets: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.draft_chance = FIRST_CHANCE

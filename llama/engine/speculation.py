@@ -14,7 +14,7 @@ rest of the guesses is dropped. So guesses change how fast tokens come, but not 
 import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -104,18 +104,18 @@ class CheckedRow:
 
 def choose_counts(
     expected: Mapping[int, Sequence[float]],
-    n_rows: int,
+    n_decoding: int,
     step_seconds: Callable[[int, int], float],
     guess_seconds: Callable[[int, int], float] = lambda row, n: 0.0,
 ) -> dict[int, int]:
     """Return how many guesses of each row to compute, so that most tokens per second can be expected. Leave out rows with none.
 
-    expected: for each row, the chances that the first guess is right, the first two, and so on. n_rows: number of all rows that
-    decode, those without guesses included. step_seconds: how long a step takes, given the number of all guesses, and the
+    expected: for each row, the chances that the first guess is right, the first two, and so on. n_decoding: number of all rows
+    that decode, those without guesses included. step_seconds: how long a step takes, given the number of all guesses, and the
     largest number in a row. guess_seconds: how much longer guessing takes for the nth guess of a row; called in order.
     """
-    counts, n_tokens, longest, guessing = dict[int, int](), float(n_rows), 0, 0.0
-    best, best_rate = 0, MIN_GAIN * n_rows / step_seconds(0, 0)
+    counts, n_tokens, longest, guessing = dict[int, int](), float(n_decoding), 0, 0.0
+    best, best_rate = 0, MIN_GAIN * n_decoding / step_seconds(0, 0)
     chances = [(chance, row) for row, each in expected.items() for chance in each if chance > MIN_CHANCE]
     # The sort is stable, and the chances of a row only fall: so its guesses stay in order.
     chances.sort(key=operator.itemgetter(0), reverse=True)
@@ -131,18 +131,41 @@ def choose_counts(
     return counts
 
 
+class BegunStep(NamedTuple):
+    """A decode step that has begun.
+
+    n_rows: rows that it computes. n_decoding: those with an answer that goes on. n_guesses: guesses of all rows. n_computed:
+    the number of tokens that the backend computes, with padding. guessing: seconds that guessing took before the step. began:
+    the value of `time.perf_counter()` at its beginning.
+    """
+
+    n_rows: int
+    n_decoding: int
+    n_guesses: int
+    n_computed: int
+    guessing: float
+    began: float
+
+
 class Speculation:
     """The guesses for the rows of a batch.
 
-    decode_runs: decodes several tokens of a row. n_computed: see `Backend`. costs: learned from all steps of the model.
+    decode_runs: decodes several tokens of a row. n_computed: see `Backend`. costs, loss_limit: learned from all steps of the
+    model.
     """
 
-    def __init__(self, decode_runs: DecodeRunsFn, n_computed: Callable[[int, int, int], int], costs: StepCosts) -> None:
+    def __init__(
+        self,
+        decode_runs: DecodeRunsFn,
+        n_computed: Callable[[int, int, int], int],
+        costs: StepCosts,
+        loss_limit: LossLimit,
+    ) -> None:
         self.decode_runs, self.n_computed, self.costs = decode_runs, n_computed, costs
         self.guessers: dict[Any, Guesser] = {}  # by draft model; None for prompt lookup
         self.rows: dict[int, tuple[Guesser, Request]] = {}  # those that speculate
         self.checked: dict[int, CheckedRow] = {}  # those whose guesses have been computed, and not been used up
-        self.loss_limit, self.n_accepted = LossLimit(), 0  # n_accepted: guesses of the last step that were right
+        self.loss_limit, self.n_accepted = loss_limit, 0  # n_accepted: guesses of the last step that were right
 
     def admit(self, row: int, request: Request, draft: Any) -> None:
         """Begin to guess the answer to a request, with a draft model, or by prompt lookup if `draft` is None."""
@@ -162,12 +185,12 @@ class Speculation:
         if row in self.rows:
             self.rows[row][0].append(row, token)
 
-    def guess(self, limits: Mapping[int, int], device: torch.device) -> dict[int, list[int]]:
+    def guess(self, limits: Mapping[int, int], n_decoding: int, device: torch.device) -> dict[int, list[int]]:
         """Return guesses for rows. limits: all rows of a step, with the largest number of guesses that each may have.
 
-        All ranks return the same guesses.
+        n_decoding: number of rows whose answers go on; a step computes the other rows, too. All ranks return the same guesses.
         """
-        counts = self._counts(limits)
+        counts = self._counts(limits, n_decoding)
         if model_parallel()[1] > 1:  # ranks measure different times
             asked = torch.tensor([counts.get(row, 0) for row in limits], device=device)
             counts = {row: n for row, n in zip(limits, broadcast_from_rank0(asked).tolist(), strict=True) if n}
@@ -189,7 +212,7 @@ class Speculation:
             self.release(row)
         return {}
 
-    def _counts(self, limits: Mapping[int, int]) -> dict[int, int]:
+    def _counts(self, limits: Mapping[int, int], n_decoding: int) -> dict[int, int]:
         in_use = {id(guesser): guesser for guesser, _ in self.rows.values()}
         ready = [guesser for guesser in in_use.values() if guesser.is_ready()]
         expected = {
@@ -215,7 +238,7 @@ class Speculation:
 
         return choose_counts(
             expected,
-            n_rows,
+            n_decoding,
             lambda n_guesses, longest: self.costs.seconds(self.n_computed(n_rows, n_guesses, longest)),
             guess_seconds,
         )
@@ -244,12 +267,9 @@ class Speculation:
                 accepted[row] = logits
         return accepted
 
-    def record(self, n_rows: int, n_guesses: int, n_computed: int, guessing: float, seconds: float) -> None:
-        """Record the time of a step of n_rows rows, in seconds, and the time that guessing took before it.
-
-        n_computed: the number of tokens that the backend has computed, with padding. guessing: time in seconds.
-        """
-        self.costs.record(n_computed, seconds)
-        seconds = min(seconds, MAX_LATER * self.costs.seconds(n_computed)) + guessing
-        plain = self.costs.seconds(self.n_computed(n_rows, 0, 0))
-        self.loss_limit.record(seconds, plain * (1 + self.n_accepted / n_rows) if n_guesses else seconds)
+    def record(self, step: BegunStep, seconds: float) -> None:
+        """Record that a step has taken so many seconds."""
+        self.costs.record(step.n_computed, seconds)
+        seconds = min(seconds, MAX_LATER * self.costs.seconds(step.n_computed)) + step.guessing
+        plain = self.costs.seconds(self.n_computed(step.n_rows, 0, 0))
+        self.loss_limit.record(seconds, plain * (1 + self.n_accepted / step.n_decoding) if step.n_guesses else seconds)

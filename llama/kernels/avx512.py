@@ -68,7 +68,8 @@ def status() -> ExtensionStatus:
         return ExtensionStatus(None, "this CPU has no instructions for bfloat16 (AVX-512), or they are switched off")
     loaded = load_extension(NAME, [RowsArgs, LinearArgs, AttentionArgs, PromptAttentionArgs], FUNCTIONS)
     if loaded.extension is not None:
-        limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()  # obey oneDNN's setting, too
+        # oneDNN's setting counts here, too, under both of its names.
+        limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
         loaded.extension.library.use_amx(limit in ("", "ALL", "DEFAULT") or "AMX" in limit)
     return loaded
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from .. import tuning
 from ..quantization.weight import QuantizedWeight
 from . import avx2, avx512, c_extension, pack
 from .base import LinearKernel
@@ -255,7 +254,7 @@ class BlockedLinear(LinearKernel):
         return kernel
 
     def forward_2d(self, x: torch.Tensor) -> torch.Tensor:
-        return self.multiply(x, dequantize=len(x) >= tuning.MIN_DEQUANTIZED_ROWS)
+        return self.multiply(x, dequantize=False)  # as in decode steps, for any number of rows
 
     def prefill(self, x: torch.Tensor) -> torch.Tensor:
         return self.multiply(x, dequantize=True)

@@ -9,13 +9,17 @@ enum {
   STRIDE = 256      /* bytes of a row of 64 float32 sums, or of 64 pairs of bfloat16 values of the second factor */
 };
 
-/* Assembly instead of intrinsics, so that compilers without AMX can compile this file. t, a, b and c are numbers of tiles. */
-#define ZERO_TILE(t) __asm__ volatile("tilezero %%tmm" #t ::)
-#define LOAD_TILE(t, address, stride) \
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(address), "r"((long)(stride)) : "memory")
+/* The instructions as bytes, since many assemblers and compilers do not know AMX. t, a, b and c are numbers of tiles. The
+ * address is in rax, and the stride, in bytes, in rdx. */
+#define ZERO_TILE(t) __asm__ volatile(".byte 0xc4, 0xe2, 0x7b, 0x49, %c0" ::"i"(0xc0 | (t) << 3))
+#define LOAD_TILE(t, address, stride)                                                                                   \
+  __asm__ volatile(".byte 0xc4, 0xe2, 0x7b, 0x4b, %c2, 0x10" ::"a"(address), "d"((long)(stride)), "i"(0x04 | (t) << 3) \
+                   : "memory")
 #define STORE_TILE(t, address) \
-  __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(address), "r"((long)STRIDE) : "memory")
-#define ADD_PRODUCT(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
+  __asm__ volatile(".byte 0xc4, 0xe2, 0x7a, 0x4b, %c2, 0x10" ::"a"(address), "d"((long)STRIDE), "i"(0x04 | (t) << 3) : "memory")
+/* Add the product of tiles a and b, in bfloat16, to tile c. */
+#define ADD_PRODUCT(c, a, b)                                                                               \
+  __asm__ volatile(".byte 0xc4, 0xe2, %c0, 0x5c, %c1" ::"i"(0x02 | (~(b) & 15) << 3), "i"(0xc0 | (c) << 3 | (a)))
 
 /* Begin the sums in tiles 0 to 3: at 0 if these are the first inputs, otherwise with the sums at the four addresses. */
 #define BEGIN_SUMS(is_first, address0, address1, address2, address3) \
@@ -43,7 +47,9 @@ typedef struct TileShapes {
   uint8_t rows[16];
 } TileShapes;
 
-INLINE void load_shapes(const TileShapes *shapes) { __asm__ volatile("ldtilecfg %0" ::"m"(*shapes)); }
+INLINE void load_shapes(const TileShapes *shapes) {
+  __asm__ volatile(".byte 0xc4, 0xe2, 0x78, 0x49, 0x00" ::"a"(shapes), "m"(*shapes)); /* ldtilecfg */
+}
 
 /* Set the number of rows in tiles of x and of sums. */
 INLINE void set_rows(TileShapes *shapes, long rows) {
@@ -56,7 +62,7 @@ INLINE void set_rows(TileShapes *shapes, long rows) {
 /* Set the shapes of tiles for `rows` rows of x and of sums, and return the shapes that were set before. */
 INLINE TileShapes begin_tiles(TileShapes *shapes, long rows) {
   TileShapes before;
-  __asm__ volatile("sttilecfg %0" : "=m"(before));
+  __asm__ volatile(".byte 0xc4, 0xe2, 0x79, 0x49, 0x00" : "=m"(before) : "a"(&before)); /* sttilecfg */
   *shapes = (TileShapes){0};
   set_rows(shapes, rows);
   return before;

@@ -130,9 +130,9 @@ INLINE void dequantize_panel(const LinearArgs *p, const int format, long b, long
 /* Multiply n_blocks blocks from b on by all rows, and store the sums in y (n_blocks, CHUNK_ROWS, 64). */
 static void multiply_blocks(const LinearArgs *p, const TiledRows *rows, long b, long n_blocks,
                             __m512 y[][CHUNK_ROWS][BLOCK_VECTORS]) {
-  bf16_t panel[PANEL * BLOCK_OUTPUTS] __attribute__((aligned(64)));
-  /* If there is only one tile of rows, the weight comes from memory: it is read in one go, so that it can be prefetched. */
-  const long width = p->format == BF16 && rows->n <= TILE_ROWS ? p->in : PANEL;
+  static _Thread_local bf16_t panel[PANEL * BLOCK_OUTPUTS] __attribute__((aligned(64)));
+  /* For one or two tiles of rows, the weight comes from memory: it is read in one go, so that it can be prefetched. */
+  const long width = p->format == BF16 && rows->n <= 2 * TILE_ROWS ? p->in : PANEL;
   for (long begin = 0; begin < p->in; begin += width) {
     const long end = begin + width < p->in ? begin + width : p->in;
     for (long i = 0; i < n_blocks; i++) {
@@ -151,7 +151,8 @@ static void tiles_worker(void *shared) {
   const long blocks = (p->out + BLOCK_OUTPUTS - 1) / BLOCK_OUTPUTS, chunks = (p->n + CHUNK_ROWS - 1) / CHUNK_ROWS;
   const long largest = p->gated ? MAX_GROUP / 2 : MAX_GROUP, share = blocks * chunks / (4 * p->threads),
              group = share < 1 ? 1 : share < largest ? share : largest, groups = (blocks + group - 1) / group;
-  __m512 y[MAX_GROUP][CHUNK_ROWS][BLOCK_VECTORS];
+  /* 256 KB: too much for the stack of some threads. */
+  static _Thread_local __m512 y[MAX_GROUP][CHUNK_ROWS][BLOCK_VECTORS];
   TileShapes shapes;
   const TileShapes before = begin_tiles(&shapes, TILE_ROWS);
   for (long t, end; (t = claim_tasks(&p->next, p->threads, groups * chunks, &end)) < groups * chunks;)

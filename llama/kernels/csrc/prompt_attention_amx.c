@@ -49,10 +49,10 @@ INLINE __m512 exp2_fp32(__m512 x) {
 
 /* Replace the first kv_len scores by their softmax, and those up to padded_end by 0. powers: a buffer for padded_end floats. */
 INLINE void softmax_row(bf16_t *scores, float maximum, long kv_len, long padded_end, float *powers) {
-  const __m512 log2_e = _mm512_set1_ps(1.44269504f), offset = _mm512_set1_ps(-maximum * 1.44269504f);
+  const __m512 log2_e = _mm512_set1_ps(1.44269504f), largest = _mm512_set1_ps(maximum);
   __m512 sum = _mm512_setzero_ps();
   for (long k = 0; k < kv_len; k += LANES) {
-    const __m512 power = exp2_fp32(_mm512_fmadd_ps(load_bf16(scores + k), log2_e, offset)),
+    const __m512 power = exp2_fp32(_mm512_mul_ps(_mm512_sub_ps(load_bf16(scores + k), largest), log2_e)),
                  e = _mm512_maskz_mov_ps(tail_mask(kv_len - k), power);
     sum = _mm512_add_ps(sum, e);
     _mm512_storeu_ps(powers + k, e);
