@@ -35,9 +35,9 @@ def count_matmul_rows() -> Iterator[tuple[list[int], list[int]]]:
     head: list[int] = []
     multiply, logits = MergedLinear.forward, EngineForward.logits
 
-    def multiplying(self: MergedLinear, x: torch.Tensor) -> torch.Tensor:
+    def multiplying(self: MergedLinear, x: torch.Tensor, decoding: bool) -> torch.Tensor:
         linear.append(len(x))
-        return multiply(self, x)
+        return multiply(self, x, decoding)
 
     def computing(self: EngineForward, hidden: torch.Tensor) -> torch.Tensor:
         head.append(len(hidden))

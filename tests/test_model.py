@@ -100,7 +100,9 @@ def test_the_last_layer_computes_only_the_tokens_that_need_logits(
     caches: list[torch.Tensor] = []
     n_swiglu: list[int] = []
     swiglu = EngineLayer.swiglu
-    monkeypatch.setattr(EngineLayer, "swiglu", lambda self, x: (n_swiglu.append(len(x)), swiglu(self, x))[1])
+    monkeypatch.setattr(
+        EngineLayer, "swiglu", lambda self, x, decoding: (n_swiglu.append(len(x)), swiglu(self, x, decoding))[1]
+    )
     with torch.inference_mode():
         for indices in (None, torch.tensor(logits_indices, dtype=torch.int64)):
             forward = built.engine.forward()
