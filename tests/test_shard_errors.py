@@ -237,7 +237,7 @@ from llama import Llama, LlamaError
 folder, tokenizer, tiny = sys.argv[1:]
 Llama.build(tiny, tokenizer, 16, 1, device="cpu")  # loads all code before the limit is set
 used = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize:"))
-resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20),) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (used + (20 << 20),) * 2)
 try:
     Llama.build(folder, tokenizer, 16, 1, device="cpu")
 except LlamaError as e:
