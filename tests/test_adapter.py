@@ -178,6 +178,20 @@ def test_whole_weights_replace_the_models_and_an_embedding_has_a_pair(bases: Sim
         assert all(torch.allclose(found[name], weight, rtol=0, atol=1e-6) for name, weight in want.items())
 
 
+def test_a_module_to_save_is_named_by_any_end_of_its_name(bases: SimpleNamespace, tmp_path: Path) -> None:
+    """PEFT saves the norms of all layers, too, if "norm" is among modules_to_save."""
+    names = ["model.norm", *(name.removesuffix(".weight") for name in bases.weights if name.endswith("layernorm.weight"))]
+    whole = {f"{name}.weight": torch.rand_like(bases.weights[f"{name}.weight"]) for name in names}
+    assert len(whole) > 2
+    tensors = random_pairs(["model.layers.0.self_attn.q_proj"], bases.weights)
+    saved = {f"base_model.model.{name}": tensor for name, tensor in whole.items()}
+    folder = write_adapter(
+        tmp_path / "adapter", tensors | saved, target_modules=["layers.0.self_attn.q_proj"], modules_to_save=["norm"]
+    )
+    found = weights_of(bases.hf, bases.tokenizer, adapter=folder)
+    assert all(torch.equal(found[name], weight) for name, weight in whole.items())
+
+
 def test_whole_embeddings_that_peft_saves_unnamed_are_merged(bases: SimpleNamespace, tmp_path: Path) -> None:
     """PEFT saves the embedding and the output layer beside the pairs if it finds one of them among the targets."""
     tensors = random_pairs(["model.embed_tokens"], bases.weights)

@@ -207,7 +207,8 @@ def _check_targets(
     for name in config.get("modules_to_save", []):
         if not any(ends_with_name(module, name) for module in whole):
             raise CheckpointError(f"{path} lacks {short_repr(name)}, which modules_to_save names; fetch it again")
-    saved = {module for module in whole if any(ends_with_name(module, name) for name in config.get("modules_to_save", []))}
+    # PEFT compares the ends of names: "norm" in modules_to_save stands for each input_layernorm, too.
+    saved = {module for module in whole if module.endswith(tuple(config.get("modules_to_save", [])))}
     if unnamed := sorted({*whole} - saved - _SAVED_BY_PEFT):
         raise CheckpointError(
             f"{path} contains whole weights of {join_names(unnamed)}, which modules_to_save of {config_path.name} does not "
