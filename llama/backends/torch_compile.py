@@ -29,23 +29,23 @@ def post_attention(layer: EngineLayer, x: torch.Tensor, y: torch.Tensor) -> tupl
 
     y: the output of attention; on several ranks, already multiplied by wo.
     """
-    h = x + (layer.wo.forward(y, True) if layer.ranks == 1 else y)
-    return h, layer.swiglu(layer.ffn_norm.forward(h), True)
+    h = x + (layer.wo.forward(y, decoding=True) if layer.ranks == 1 else y)
+    return h, layer.swiglu(layer.ffn_norm.forward(h), decoding=True)
 
 
 def ffn_down(layer: EngineLayer, h: torch.Tensor, gated: torch.Tensor) -> torch.Tensor:
     """Multiply `gated`, the input of w2 (B, width), by w2, and return the product plus h: (B, dim)."""
-    return h + layer.w2.forward(gated, True)
+    return h + layer.w2.forward(gated, decoding=True)
 
 
 def linear(weight: MergedLinear, x: torch.Tensor) -> torch.Tensor:
     """Multiply x (B, in) by a weight: (B, out)."""
-    return weight.forward(x, True)
+    return weight.forward(x, decoding=True)
 
 
 def logits(forward: EngineForward, hidden: torch.Tensor) -> torch.Tensor:
     """Multiply hidden states (B, dim) by the output weight, and return float32 logits (B, vocab)."""
-    return forward.output.forward(hidden, True).float()
+    return forward.output.forward(hidden, decoding=True).float()
 
 
 class CompiledLayer:

@@ -1,8 +1,8 @@
 """Python binding of the AVX-512 extension: C kernels for decode steps, attention, RMSNorm, SwiGLU and linear layers.
 
-setup.py compiles the extension from the files csrc/*_avx512.c. The CPU must have the AVX-512 instructions for bfloat16 and
-int8; on other CPUs, slower kernels are used. SwiGLU gives exactly the results of PyTorch, except that subnormal bfloat16 values
-become 0. RMSNorm and attention add in another order than PyTorch, so that some results round differently.
+setup.py compiles the extension from the files csrc/*_avx512.c and csrc/*_amx.c. The CPU must have the AVX-512 instructions for
+bfloat16 and int8; on other CPUs, slower kernels are used. SwiGLU gives exactly the results of PyTorch, except that subnormal
+bfloat16 values become 0. RMSNorm and attention add in another order than PyTorch, so that some results round differently.
 """
 
 import ctypes

@@ -4,9 +4,7 @@
 #include "avx512.h"
 
 enum {
-  TILE_ROWS = 16,   /* number of rows in a tile */
-  TILE_INPUTS = 32, /* number of bfloat16 values in a row of a tile */
-  STRIDE = 256      /* bytes of a row of 64 float32 sums, or of 64 pairs of bfloat16 values of the second factor */
+  STRIDE = 256 /* bytes of a row of 64 float32 sums, or of 64 pairs of bfloat16 values of the second factor */
 };
 
 /* The instructions as bytes, since many assemblers and compilers do not know AMX. t, a, b and c are numbers of tiles. The
@@ -71,5 +69,23 @@ INLINE TileShapes begin_tiles(TileShapes *shapes, long rows) {
 /* Set the shapes that were set before: oneDNN's kernels expect that no other code changes them. */
 INLINE void end_tiles(TileShapes before) { load_shapes(&before); }
 
-/* 1 if AMX is in use: see `use_amx`. */
-extern int amx_in_use;
+/* Multiply a tile of rows of x by a matrix w of pairs (inputs / 2, 64), and add to the sums y (16, 64), or begin them if these
+ * are the first inputs. x_stride, w_stride: bytes from a row to the next. next_tile: bytes from a tile of x to the one with the
+ * next TILE_INPUTS inputs. The matrix is prefetched, since a weight may come from memory. */
+INLINE void multiply_tile(const char *x, long x_stride, long next_tile, const char *w, long w_stride, long inputs, int is_first,
+                          char *y) {
+  BEGIN_SUMS(is_first, y, y + 64, y + 128, y + 192)
+  for (long k = 0; k < inputs; k += TILE_INPUTS, x += next_tile, w += TILE_ROWS * w_stride) {
+    UNROLL(i, TILE_ROWS) prefetch_ahead(w + i * w_stride);
+    LOAD_TILE(4, x, x_stride);
+    LOAD_TILE(6, w, w_stride);
+    ADD_PRODUCT(0, 4, 6);
+    LOAD_TILE(7, w + 64, w_stride);
+    ADD_PRODUCT(1, 4, 7);
+    LOAD_TILE(6, w + 128, w_stride);
+    ADD_PRODUCT(2, 4, 6);
+    LOAD_TILE(7, w + 192, w_stride);
+    ADD_PRODUCT(3, 4, 7);
+  }
+  STORE_SUMS(y, y + 64, y + 128, y + 192)
+}

@@ -6,6 +6,12 @@
 
 enum { LANES = 16 };
 
+enum {
+  TILE_ROWS = 16,  /* number of rows in a tile, for AMX */
+  TILE_INPUTS = 32 /* number of bfloat16 values in a row of a tile */
+};
+extern int amx_in_use; /* 1 if AMX is in use: see `use_amx` in linear_amx.c */
+
 INLINE __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 INLINE __m512 load_bf16(const bf16_t *x) { return widen(_mm256_loadu_si256((const __m256i *)x)); }
 INLINE __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }

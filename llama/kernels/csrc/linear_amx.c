@@ -26,24 +26,6 @@ typedef struct TiledRows {
   long tile_rows; /* bytes from a tile to the one with the same inputs of the next TILE_ROWS rows */
 } TiledRows;
 
-/* Multiply `inputs` inputs of one tile of rows by all 64 outputs of the weight w, and add to the sums y. */
-static void multiply_tile(const TiledRows *rows, const char *x, const char *w, long inputs, int is_first, char *y) {
-  BEGIN_SUMS(is_first, y, y + 64, y + 128, y + 192)
-  for (long k = 0; k < inputs; k += TILE_INPUTS, x += rows->next_tile, w += TILE_ROWS * STRIDE) {
-    UNROLL(i, TILE_ROWS) prefetch_ahead(w + i * STRIDE);
-    LOAD_TILE(4, x, rows->stride);
-    LOAD_TILE(6, w, STRIDE);
-    ADD_PRODUCT(0, 4, 6);
-    LOAD_TILE(7, w + 64, STRIDE);
-    ADD_PRODUCT(1, 4, 7);
-    LOAD_TILE(6, w + 128, STRIDE);
-    ADD_PRODUCT(2, 4, 6);
-    LOAD_TILE(7, w + 192, STRIDE);
-    ADD_PRODUCT(3, 4, 7);
-  }
-  STORE_SUMS(y, y + 64, y + 128, y + 192)
-}
-
 /* Multiply two tiles of rows by 32 outputs. This needs fewer loads of tiles for each product. */
 static void multiply_2_tiles(const TiledRows *rows, const char *x, const char *w, long inputs, int is_first, char *y) {
   char *next_y = y + TILE_ROWS * STRIDE;
@@ -69,7 +51,8 @@ static void multiply_panel(const TiledRows *rows, const char *w, long begin, lon
     for (long tile = 0; tile + 1 < tiles; tile += 2)
       multiply_2_tiles(rows, x + tile * rows->tile_rows, w + half, end - begin, !begin, y + tile * TILE_ROWS * STRIDE + half);
   if (tiles % 2)
-    multiply_tile(rows, x + (tiles - 1) * rows->tile_rows, w, end - begin, !begin, y + (tiles - 1) * TILE_ROWS * STRIDE);
+    multiply_tile(x + (tiles - 1) * rows->tile_rows, rows->stride, rows->next_tile, w, STRIDE, end - begin, !begin,
+                  y + (tiles - 1) * TILE_ROWS * STRIDE);
 }
 
 /* Return 16 bytes of x as 32-bit integers. The lowest byte of each lane of `numbers` says which byte. The instruction is part

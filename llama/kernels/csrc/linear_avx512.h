@@ -10,8 +10,8 @@ Worker choose_amx(LinearArgs *p);
 
 /* Copy row `row` of x, in bfloat16, into its tiles for AMX: the scratch buffer has tiles in the order (n / 16, in / 32). */
 INLINE void copy_row_into_tiles(const LinearArgs *p, const bf16_t *x, long row) {
-  bf16_t *y = (bf16_t *)p->scratch + row / 16 * 16 * p->in + row % 16 * 32;
-  for (long k = 0; k < p->in; k += 32) _mm512_storeu_si512(y + k * 16, _mm512_loadu_si512(x + k));
+  bf16_t *y = (bf16_t *)p->scratch + row / TILE_ROWS * TILE_ROWS * p->in + row % TILE_ROWS * TILE_INPUTS;
+  for (long k = 0; k < p->in; k += TILE_INPUTS) _mm512_storeu_si512(y + k * TILE_ROWS, _mm512_loadu_si512(x + k));
 }
 
 /* Load the scales of 16 outputs of a weight, and for INT4 the zeros. */

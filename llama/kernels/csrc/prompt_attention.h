@@ -20,4 +20,3 @@ static inline long n_blocks(const PromptAttentionArgs *a) { return (a->L + BLOCK
 
 /* The function that each thread runs if AMX is in use: compute TILE_ROWS query rows at a time. */
 void prompt_attention_amx_worker(void *shared);
-extern int amx_in_use; /* 1 if AMX is in use */

@@ -5,25 +5,6 @@
 #include "amx.h"
 #include "prompt_attention.h"
 
-/* Multiply a tile of x (16, 32 * steps) by a matrix (32 * steps, 64) of pairs, and store the sums (16, 64) in y. Strides are in
- * bytes: from a row of x to the next, and from a row of pairs to the next. */
-static void multiply_by_64(const bf16_t *x, long x_stride, const uint32_t *pairs, long stride, long steps, float *y) {
-  const char *w = (const char *)pairs;
-  BEGIN_SUMS(1, y, y, y, y)
-  for (long k = 0; k < steps; k++, x += TILE_INPUTS, w += TILE_ROWS * stride) {
-    LOAD_TILE(4, x, x_stride);
-    LOAD_TILE(6, w, stride);
-    ADD_PRODUCT(0, 4, 6);
-    LOAD_TILE(7, w + 64, stride);
-    ADD_PRODUCT(1, 4, 7);
-    LOAD_TILE(6, w + 128, stride);
-    ADD_PRODUCT(2, 4, 6);
-    LOAD_TILE(7, w + 192, stride);
-    ADD_PRODUCT(3, 4, 7);
-  }
-  STORE_SUMS(y, y + 16, y + 32, y + 48)
-}
-
 /* Scale 64 scores, store them in bfloat16, and return the lane-wise maximum of `largest` and of the first `count` of them.
  * Scores are rounded to bfloat16 before and after the scaling, as in Meta's reference code. */
 INLINE __m512 scale_scores(const float *sums, __m512 scale, long count, __m512 largest, bf16_t *scores) {
@@ -90,14 +71,15 @@ void prompt_attention_amx_worker(void *shared) {
     const uint32_t *keys = (const uint32_t *)(a->packed_kv + head * n * BLOCK_KEYS * hd),
                    *values = keys + heads * n * BLOCK_KEYS * hd / 2;
     for (long b = 0; b < visible_blocks; b++) {
-      multiply_by_64(q, 2 * hd, keys + b * BLOCK_KEYS * hd / 2, STRIDE, hd / TILE_INPUTS, sums[0]);
+      multiply_tile((char *)q, 2 * hd, 2 * TILE_INPUTS, (char *)(keys + b * BLOCK_KEYS * hd / 2), STRIDE, hd, 1, (char *)sums);
       for (long r = 0; r < count; r++)
         largest[r] = scale_scores(sums[r], scale, kv_len[r] - b * BLOCK_KEYS, largest[r], scores + r * width + b * BLOCK_KEYS);
     }
     for (long r = 0; r < count; r++)
       softmax_row(scores + r * width, _mm512_reduce_max_ps(largest[r]), kv_len[r], visible_blocks * BLOCK_KEYS, powers);
     for (long d = 0; d < hd; d += BLOCK_KEYS) {
-      multiply_by_64(scores, 2 * width, values + d, 4 * hd, (kv_len[count - 1] + TILE_INPUTS - 1) / TILE_INPUTS, sums[0]);
+      multiply_tile((char *)scores, 2 * width, 2 * TILE_INPUTS, (char *)(values + d), 4 * hd, kv_len[count - 1], 1,
+                    (char *)sums);
       for (long r = 0; r < count; r++)
         for (long i = 0; i < BLOCK_KEYS; i += LANES) store_bf16(y[r] + d + i, _mm512_loadu_ps(sums[r] + i));
     }
