@@ -1,5 +1,7 @@
 """Compare the speed of two replicas with that of one model, on the same prompts and the same CPU cores.
 
+Two replicas divide the prompts of a call, or take them from the queue of rank 0, which leads.
+
     python benchmarks/replicas.py [--shape 1.1B] [--prompts 32] [--new 32] [--rows 8] [--runs 3] [--threads 2] [--work FOLDER]
         [--json FILE]
 
@@ -14,31 +16,34 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from common import SHAPES, make_checkpoint, make_tokenizer, print_figures, run_python
 
-CONFIGURATIONS = {  # name: (number of ranks, number of ranks that share one model, fraction of --threads to use)
-    "1 replica, half the threads": (1, 1, 0.5),
-    "1 replica": (1, 1, 1),
-    "1 model on 2 ranks": (2, 2, 1),
-    "2 replicas": (2, 1, 1),
+CONFIGURATIONS = {  # name: (number of ranks, number of ranks that share one model, fraction of --threads to use, rank 0 leads)
+    "1 replica, half the threads": (1, 1, 0.5, False),
+    "1 replica": (1, 1, 1, False),
+    "1 model on 2 ranks": (2, 2, 1, False),
+    "2 replicas": (2, 1, 1, False),
+    "2 replicas, rank 0 leads": (2, 1, 1, True),
 }
 
 
-def measure(ckpt_dir: str, tokenizer_path: str, model_parallel_size: int, n_prompts: int, new: int, rows: int) -> None:
+def measure(ckpt_dir: str, tokenizer_path: str, ranks_per_model: int, n_prompts: int, new: int, rows: int, leads: int) -> None:
     import torch
 
     from llama import Llama
 
-    options = {"model_parallel_size": model_parallel_size, "device": "cpu"}
+    options = {"model_parallel_size": ranks_per_model, "device": "cpu"}
     llama = Llama.build(ckpt_dir, tokenizer_path, new + 40, rows, **options)
     rng = random.Random(0)
     prompts = [[1, *(rng.randrange(3, 32000) for _ in range(rng.randrange(8, 33)))] for _ in range(n_prompts)]
     llama.generate(prompts[:rows], 2, temperature=0)
     llama.clear_prefix_cache()
     start = time.perf_counter()
-    answers, _ = llama.generate(prompts, new, temperature=0)
+    generate = partial(llama.generate, prompts, new, temperature=0)
+    answers, _ = (llama.lead(generate) or ([], None)) if leads else generate()
     seconds = time.perf_counter() - start
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         print_figures(seconds=seconds, tokens=sum(map(len, answers)))
@@ -60,8 +65,8 @@ def main() -> None:
         work = a.work or Path(temporary)
         files = make_checkpoint(work, a.shape), make_tokenizer(work)
         for _ in range(a.runs):
-            for name, (ranks, model_parallel_size, share) in CONFIGURATIONS.items():
-                command = __file__, "measure", *files, model_parallel_size, a.prompts, a.new, a.rows
+            for name, (ranks, model_parallel_size, share, leads) in CONFIGURATIONS.items():
+                command = __file__, "measure", *files, model_parallel_size, a.prompts, a.new, a.rows, int(leads)
                 (figures,) = run_python(*command, ranks=ranks, threads=max(1, round(a.threads * share)))
                 rates[name].append(figures["tokens"] / figures["seconds"])
                 print(f"{name}: {rates[name][-1]:.1f} tokens/s", file=sys.stderr)

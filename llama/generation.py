@@ -550,10 +550,11 @@ class Llama:
         """Run `work` on rank 0, and let the other ranks follow its calls. Return its result; None on the other ranks.
 
         Call it on all ranks. Until `work` returns, calls and streams of any thread and event loop of rank 0 share one batch,
-        as in one process, and the other ranks compute their part of each. They wait without using their CPU, and ignore SIGINT
-        and SIGTERM, which rank 0 may handle. With a single process, `work` is simply run.
+        as in one process, and the other ranks compute their part of each. Replicas share the queue of requests. The other ranks
+        wait without using their CPU, and ignore SIGINT and SIGTERM, which rank 0 may handle. With a single process, `work` is
+        simply run.
 
-        Raises InputError for replicas and for a modified model, before `work` runs. If `work` raises, the other ranks raise
+        Raises InputError for a modified model, before `work` runs. If `work` raises, the other ranks raise
         LlamaError with the cause; after sys.exit or Ctrl-C on rank 0 they exit with 0. If one of the other ranks fails or is
         killed, calls on rank 0 raise LlamaError, and so does `lead`. Calls that still run in threads when `work` ends raise
         InputError.

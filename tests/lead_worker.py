@@ -1,6 +1,7 @@
-"""Make calls on rank 0, which the other ranks follow. test_leading.py runs this script on 2 ranks, and `answers` on one.
+"""Make calls on rank 0, which the other ranks follow. test_leading.py runs this script on 2 and 4 ranks, and `answers` on one.
 
-lead_worker.py OUT CKPT TOKENIZER: each rank writes what it got to OUT.RANK.json.
+lead_worker.py OUT CKPT TOKENIZER: ranks 0 and 1 share a model, and so do ranks 2 and 3, as a second replica. Each rank
+writes what it got to OUT.RANK.json.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from llama import Llama, generation
 from llama.backends.cuda_graphs import CapturedStep, CudaGraphsBackend
 from llama.engine import async_copy
+from llama.engine.following import MirroredScheduler
 from llama.engine.forward import EngineLayer
 
 PROMPTS = [[1, *range(5 + i, 8 + 3 * i)] for i in range(8)]
@@ -177,9 +179,9 @@ def decode_as_on_cuda(llama: Llama) -> None:
 
 
 def main(out: str, folder: str, tokenizer_path: str) -> None:
-    llama, other = (Llama.build(folder, tokenizer_path, 256, 3, device="cpu") for _ in range(2))
+    llama, other = (Llama.build(folder, tokenizer_path, 256, 3, model_parallel_size=2, device="cpu") for _ in range(2))
     rank, results = dist.get_rank(), dict[str, Any]()
-    pids: list[Any] = [None, None]
+    pids: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(pids, os.getpid())
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
     for each in (llama, other):
@@ -187,6 +189,9 @@ def main(out: str, folder: str, tokenizer_path: str) -> None:
             each.model.tok_embeddings.weight[NAN_TOKEN] = torch.nan
     opened = llama.generate_stream(PROMPTS[:1], 9, temperature=0)
     next(opened)
+
+    enqueue, taken = MirroredScheduler.enqueue, list[int]()
+    MirroredScheduler.enqueue = lambda self, call, indices: (taken.extend(indices), enqueue(self, call, indices))[1]  # type: ignore
 
     def work() -> str:
         results["answers"] = answers(llama)
@@ -203,6 +208,7 @@ def main(out: str, folder: str, tokenizer_path: str) -> None:
         timer = threading.Timer(1, lambda: results.update(thread=error_of(lambda: llama.generate([[1, 5]], 5))))
         timer.start()
     results["returned"] = llama.lead(work)
+    results["taken"] = len(taken)
     if rank:
         with torch.no_grad():
             llama.model.norm.weight.mul_(1)

@@ -60,7 +60,13 @@ def test_two_replicas_are_compared_with_one_replica_and_with_two_ranks(tmp_path:
     printed = run("replicas.py", "--shape", "tiny", *sizes, "--json", tmp_path / "results.json")
     results = json.loads((tmp_path / "results.json").read_text())["ids/s"]
     assert all(way in printed and min(rates) > 0 for way, rates in results.items())
-    assert set(results) == {"1 replica, half the threads", "1 replica", "1 model on 2 ranks", "2 replicas"}
+    assert set(results) == {
+        "1 replica, half the threads",
+        "1 replica",
+        "1 model on 2 ranks",
+        "2 replicas",
+        "2 replicas, rank 0 leads",
+    }
 
 
 def test_servers_are_measured_and_those_that_are_absent_are_named(tmp_path: Path) -> None:

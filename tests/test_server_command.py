@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from llama import Llama
-from llama.distributed import control
 
 from .support import environment
 
@@ -98,10 +97,6 @@ def test_wrong_flags_are_refused_before_a_model_is_loaded(
     ]:
         error = errors_of(flag, value)
         assert flag.removeprefix("--") in error and reason in error
-    monkeypatch.setattr(serve_module, "world_size", lambda: 2)
-    monkeypatch.setattr(serve_module, "initialize", lambda *_: None)
-    monkeypatch.setattr(control, "replica", lambda: (0, 2))
-    assert "2 replicas: leave --model_parallel_size out" in errors_of()
     monkeypatch.setattr(serve_module.importlib.util, "find_spec", lambda name: None)
     assert "serve needs uvicorn and starlette" in (error := errors_of()) and "'.[serve]'" in error
 

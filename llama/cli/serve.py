@@ -17,7 +17,6 @@ from typing import Any
 
 from ..distributed import groups
 from ..distributed.agreement import run_on_all_ranks
-from ..distributed.control import check_one_replica
 from ..distributed.groups import global_rank, world_size
 from ..distributed.setup import initialize
 from ..errors import InputError, check_count, describe
@@ -59,7 +58,6 @@ def run_serve(args: argparse.Namespace) -> None:
     check_flags(args)
     if world_size() > 1:
         initialize(args.device, args.model_parallel_size)
-        check_one_replica()
     with contextlib.ExitStack() as stack:
         opened = run_on_all_ranks(lambda: None if global_rank() else open_server(args, stack))
         llama = build_model(args, args.max_batch_size)

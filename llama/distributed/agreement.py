@@ -14,7 +14,7 @@ from fairscale.nn.model_parallel import initialize as fs
 from ..errors import InputError, LlamaError, NonFiniteError
 from . import groups
 from .failures import defer_signals, error_text, propagate_failure
-from .groups import all_ranks_group, global_rank, model_parallel, reachable_world_size, replica
+from .groups import all_ranks_group, global_rank, model_parallel, part_of_calls, reachable_world_size
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ def run_on_rank0(work: Callable[[], T]) -> T:
 
 def gather_from_replicas(work: Callable[[], T]) -> list[T]:
     """Run `work` on every replica. On every rank, return the results of all replicas, in the order of the replicas."""
-    index, count = replica()
+    index, count = part_of_calls()
     if groups.rank0_leads:  # a failure of one call must not end the others
         return [work()]
     with propagate_failure():

@@ -1,4 +1,4 @@
-"""Messages of rank 0 to the other ranks, which say what to do next.
+"""Messages of rank 0 to the other ranks, which say what to do next, and what the replicas report to it.
 
 A message travels over gloo, before the collectives of the work that it asks for. The other ranks wait for it without using
 their CPU, for as long as it takes. While nothing else is sent, rank 0 sends an empty beat now and then: so it notices within
@@ -10,26 +10,18 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from ..errors import InputError
 from .failures import defer_signals, propagate_failure
-from .groups import all_ranks_group, model_parallel, replica
+from .groups import all_ranks_group, global_rank, model_parallel, replica
+
+T = TypeVar("T")
 
 BEAT_SECONDS = 3.0  # between two beats
 _BEAT = -1  # in place of the length of a message
-
-
-def check_one_replica() -> None:
-    """Raise InputError if the ranks are several replicas, of which rank 0 could lead only one."""
-    count = replica()[1]
-    if count > 1:
-        raise InputError(
-            f"rank 0 leads the ranks of one model, and this job has {count} replicas: leave model_parallel_size out, "
-            f"or start {count} jobs of {model_parallel()[1]} rank(s) each"
-        )
 
 
 class Sender:
@@ -74,6 +66,16 @@ def receive() -> bytes:
     if len(message):
         _broadcast(message)
     return message.numpy().tobytes()
+
+
+def gather_on_rank0(value: T) -> list[T]:
+    """Return, on rank 0, the values of all replicas, each from its first rank. Return an empty list on the other ranks."""
+    is_first, count = model_parallel()[0] == 0, replica()[1]
+    if count == 1:
+        return [value] if is_first else []
+    values: list[Any] | None = [None] * dist.get_world_size() if global_rank() == 0 else None
+    dist.gather_object(value if is_first else None, values, 0, group=all_ranks_group())
+    return values[:: model_parallel()[1]] if values else []
 
 
 @contextlib.contextmanager

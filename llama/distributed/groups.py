@@ -71,6 +71,14 @@ def replica() -> tuple[int, int]:
     return fs.get_data_parallel_rank(), fs.get_data_parallel_world_size()
 
 
+def part_of_calls() -> tuple[int, int]:
+    """Return which part of the prompts of each call this replica runs, counted from 0, and into how many they are divided.
+
+    While rank 0 leads, calls are not divided: replicas take single requests of one queue.
+    """
+    return (0, 1) if rank0_leads else replica()
+
+
 def choose_model_parallel_size(requested: int | None) -> int:
     """Return how many ranks share one model: the requested number, else the size of existing groups, else all ranks.
 

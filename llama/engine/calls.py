@@ -9,7 +9,7 @@ import torch
 
 from ..chat import UNSAFE_ERROR
 from ..distributed.agreement import gather_from_replicas, run_on_all_ranks, run_on_rank0
-from ..distributed.groups import replica
+from ..distributed.groups import part_of_calls, replica
 from ..errors import InputError
 from ..sampling import Sampler, sample_top_p
 from ..tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def shard_across_replicas(lengths: list[int], work: Callable[[list[int]], list[T
 
     lengths: the number of tokens in each row. work: a function from a list of row indices to their results.
     """
-    index, count = replica()
+    index, count = part_of_calls()
     parts = partition_by_length(lengths, count)
     results = gather_from_replicas(lambda: work(parts[index]))
     by_row = {
@@ -91,7 +91,7 @@ class Calls:
             call = self.validate(name, make_call)
             if self._generate_is_replaced():
                 return iter(self._results_of_replacement(call))
-            if replica()[1] > 1:
+            if part_of_calls()[1] > 1:
                 return iter(self._run_on_replicas(call))
             return collect_results(call, self._run(call, watched=True), self.llama.tokenizer)
 

@@ -1,34 +1,32 @@
 """Calls that rank 0 makes alone, while the other ranks follow (`Llama.lead`).
 
-Every rank has the same scheduler with the same calls, and so runs the same steps. Before each step, rank 0 sends what its
-callers have changed since the last one: new calls, calls that have ended, and answers that a stop string has ended. The
-scheduler of rank 0 therefore works on copies, which change only then, and hands its events to the callers after each step.
-
-    rank 0   calls of any thread -> LeadingScheduler --+--> MirroredScheduler -> events -> callers
-                                                       | StepNews, before each step
-    rank 1                                follow  <----+--> MirroredScheduler, whose events nobody reads
+Callers see `LeadingScheduler`. It keeps the queue of all requests, gives them to the replicas, and hands what the schedulers of
+the replicas report over to the callers after each step. So these schedulers work on copies of the calls, which change only
+between steps. `following` has the picture.
 """
 
+import collections
 import contextlib
 import itertools
 import pickle
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from ..distributed import groups
 from ..distributed.agreement import decides_alone, run_on_all_ranks
-from ..distributed.control import Sender, check_one_replica, receive, signals_ignored
-from ..distributed.failures import error_text, propagate_failure
-from ..errors import InputError, LlamaError, NonFiniteError
+from ..distributed.control import Sender
+from ..distributed.failures import error_text
+from ..distributed.groups import replica
+from ..errors import InputError
 from ..sampling import Sampler, sample_top_p
 from .backend import Backend
 from .events import RunningCall, RunningCalls
+from .following import End, Mirror, MirroredScheduler, Report, ScoreBatch, StatesBatch, StepNews, follow, score_with_replicas
 from .logits_processors import on_rank0
-from .prefill import score_sequences, states_of_layers
-from .requests import FinishReason, GenerationCall, ScoringRequest
+from .requests import FinishReason, GenerationCall, ScoringRequest, TokenScore
 from .scheduler import Scheduler
 from .shared_state import CacheOwner
 
@@ -38,81 +36,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 WAY_OUT = "end `lead`, change the model on all ranks alike, and make the call on all ranks"
-
-
-class StepNews(NamedTuple):
-    """What rank 0 sends before a step, unless all of it is empty."""
-
-    begins: str | None = None  # None, or the name of the call that begins a new scheduler
-    calls: tuple[tuple[int, bytes], ...] = ()  # new calls: their numbers, and their contents without the sampler
-    ended: tuple[int, ...] = ()  # numbers of calls that have ended
-    finished: tuple[tuple[int, int, FinishReason], ...] = ()  # answers that callers have ended: call, index, reason
-
-
-class ScoreBatch(NamedTuple):
-    """What rank 0 sends before it scores sequences side by side. See `scoring.score`."""
-
-    requests: list[ScoringRequest]
-    n_top: int
-
-
-class StatesBatch(NamedTuple):
-    """What rank 0 sends before it computes hidden states of sequences side by side."""
-
-    sequences: list[list[int]]
-
-
-class End(NamedTuple):
-    """What rank 0 sends at its end. error: its failure; None after success, and if its program exits."""
-
-    error: str | None
-    exits: bool = False
-
-
-class MirroredScheduler(Scheduler):
-    """A scheduler that every rank has, and that does the same on every rank."""
-
-    def why_broken(self) -> str | None:
-        return None  # rank 0 decides, before it sends anything
-
-    def fail_row(self, row: int, error: BaseException) -> None:
-        """End a call whose logits are not finite, or whose logits processor has failed. Both are so on all ranks.
-
-        Raise any other error, which may be of this rank alone.
-        """
-        if not isinstance(error, (NonFiniteError, InputError)):
-            raise error
-        super().fail_row(row, error)
-
-
-class Mirror:
-    """The scheduler of a rank, and its calls by their numbers."""
-
-    def __init__(self, engine: "Engine") -> None:
-        self.engine = engine
-        self.scheduler: MirroredScheduler | None = None
-        self.calls: dict[int, RunningCall] = {}
-
-    def step(self, news: StepNews, led: Mapping[int, "LedCall"]) -> MirroredScheduler:
-        """Apply the news and run a step, as all ranks do. Return the scheduler. led: on rank 0, its calls by their numbers."""
-        engine = self.engine
-        if news.begins is not None or self.scheduler is None:
-            self.calls = {}
-            self.scheduler = MirroredScheduler(
-                engine.model, engine.forward(), engine.backend, engine.shared, news.begins or "call"
-            )
-        for number in news.ended:
-            self.calls.pop(number).cancelled = True
-        for number, packed in news.calls:
-            sampler = led[number].guard if number in led else None
-            call = GenerationCall(**pickle.loads(packed), sampler=sampler or sample_top_p)
-            for request, original in zip(call.requests, led[number].call.requests if number in led else (), strict=False):
-                request.logits_processor = original.logits_processor
-            self.calls[number] = self.scheduler.submit(call)
-        for number, index, reason in news.finished:
-            self.calls[number].call.requests[index].finish_reason = reason
-        self.scheduler.step()
-        return self.scheduler
 
 
 class GuardedSampler:
@@ -138,12 +61,19 @@ class GuardedSampler:
 
 @dataclass(eq=False)
 class LedCall(RunningCall):
-    """A call of rank 0's program. `mirrored` is its copy in the scheduler, None before its first step."""
+    """A call of rank 0's program, whose copies run in the schedulers of the replicas."""
 
     number: int = 0
-    packed: bytes = b""
+    packed: bytes = b""  # what the other ranks need of it; empty once they have it
     guard: GuardedSampler | None = None
-    mirrored: RunningCall | None = None
+    is_mirrored: bool = False  # True once the replicas have it
+    n_queued: int = 0  # requests that no replica has started
+    n_started: list[int] = field(default_factory=list)  # requests that wait or run in each replica
+
+    @property
+    def needs_rank0(self) -> bool:
+        """Return True if code of rank 0's program chooses its tokens, so that only the replica of rank 0 can run it."""
+        return self.guard is not None or any(request.logits_processor for request in self.call.requests)
 
 
 class LeadingScheduler(RunningCalls):
@@ -153,14 +83,18 @@ class LeadingScheduler(RunningCalls):
         super().__init__()
         self.leader, self.name = leader, name
         self.mirrored: MirroredScheduler | None = None  # None before the first step
+        self.queue: collections.deque[tuple[LedCall, int]] = collections.deque()  # calls and indices of their requests
+        self.started: dict[tuple[LedCall, int], None] = {}  # requests in replicas, until the caller's copy has ended
 
     def submit(self, call: GenerationCall) -> LedCall:
         requests = [replace(each, logits_processor=each.logits_processor and on_rank0) for each in call.requests]
         contents = {field.name: getattr(call, field.name) for field in fields(call) if field.name != "sampler"}
         packed = pickle.dumps(contents | {"requests": requests})
         guard = None if call.sampler is sample_top_p else GuardedSampler(call.sampler)
-        led_call = LedCall(call, len(call.requests), number=next(self.leader.numbers), packed=packed, guard=guard)
+        n, number = len(call.requests), next(self.leader.numbers)
+        led_call = LedCall(call, n, number=number, packed=packed, guard=guard, n_queued=n, n_started=[0] * replica()[1])
         self.calls.append(led_call)
+        self.queue += ((led_call, index) for index in range(n))
         return led_call
 
     def suits(self, backend: Backend, n_words: int | None) -> bool:
@@ -180,53 +114,83 @@ class LeadingScheduler(RunningCalls):
         if self.idle:
             return
         news, calls = self._take_news()
-        new = {call.number: call for call in calls if call.mirrored is None}
         self.leader.sender.send(b"" if news == StepNews() else pickle.dumps(news))
-        self.mirrored = self.leader.mirror.step(news, new)
-        for call in calls:
-            self._hand_over(call)
+        mirror = self.leader.mirror
+        reports = mirror.step(news, lambda number, call: with_parts_of_rank0(calls[number], call))
+        self.mirrored = mirror.scheduler
+        for call in calls.values():
+            call.is_mirrored, call.packed = True, b""
+        for which, each in enumerate(reports):
+            for report in each:
+                self._hand_over(calls[report.number], which, report)
 
-    def _take_news(self) -> tuple[StepNews, list[LedCall]]:
-        """Return the news since the last step, and the calls that have not ended."""
+    def _take_news(self) -> tuple[StepNews, dict[int, LedCall]]:
+        """Return the news since the last step, and the calls that have not ended, by number."""
         calls: list[LedCall] = [call for call in self.calls if isinstance(call, LedCall)]
         ended = {call for call in calls if call.ended}  # looked up once: a caller may end a call at any time
-        running = [call for call in calls if call not in ended]
-        self.calls = [*running]
+        running = {call.number: call for call in calls if call not in ended}
+        self.calls = [*running.values()]
+        if ended:
+            self.queue = collections.deque(each for each in self.queue if each[0] not in ended)
+            self.started = {each: None for each in self.started if each[0] not in ended}
         news = StepNews(
             self.name if self.mirrored is None else None,
-            tuple((call.number, call.packed) for call in running if call.mirrored is None),
-            tuple(call.number for call in calls if call in ended and call.mirrored),
-            tuple(self._finished({call.mirrored: call for call in running if call.mirrored})),
+            tuple((call.number, call.packed) for call in running.values() if not call.is_mirrored),
+            tuple(self._start_requests([*running.values()])),
+            tuple(call.number for call in calls if call in ended and call.is_mirrored),
+            tuple(self._finished()),
         )
         return news, running
 
-    def _finished(self, by_mirrored: Mapping[RunningCall, LedCall]) -> list[tuple[int, int, FinishReason]]:
-        """Return the answers that callers have ended since the last step, of those that run or may run in this step."""
-        if self.mirrored is None:
-            return []
-        unfinished = [(each.running_call, each.index) for each in self.mirrored.running.values()]
-        unfinished += itertools.islice(self.mirrored.waiting, self.leader.max_batch_size)
-        finished = []
-        for mirrored, index in unfinished:
-            call = by_mirrored.get(mirrored)
-            reason = call.call.requests[index].finish_reason if call else None
-            if call and reason and not mirrored.call.requests[index].finish_reason:
-                finished.append((call.number, index, reason))
-        return finished
+    def _start_requests(self, running: list[LedCall]) -> Iterator[tuple[int, int, list[int]]]:
+        """Give requests of the queue to replicas. Yield, for each replica and call, the indices of those that it is to start.
 
-    def _hand_over(self, call: LedCall) -> None:
-        """Hand over to a call what its copy in the scheduler has got in a step."""
-        call.packed = b""
-        mirrored = call.mirrored = self.leader.mirror.calls[call.number]
-        events = mirrored.take_events()
+        Each request goes to the replica with the fewest. A replica has at most twice as many as rows: so its scheduler knows
+        which come next, and the others stay in the queue for the replica that is free first.
+        """
+        n_started = [sum(counts) for counts in zip(*(call.n_started for call in running), strict=True)]
+        new: dict[tuple[int, int], list[int]] = {}
+        while self.queue:
+            call, index = self.queue[0]
+            which = 0 if call.needs_rank0 else n_started.index(min(n_started))
+            if n_started[which] >= 2 * self.leader.max_batch_size:
+                break
+            self.queue.popleft()
+            self.started[call, index] = None
+            n_started[which] += 1
+            call.n_started[which] += 1
+            call.n_queued -= 1
+            new.setdefault((which, call.number), []).append(index)
+        return ((*key, indices) for key, indices in new.items())
+
+    def _finished(self) -> Iterator[tuple[int, int, FinishReason]]:
+        """Yield the answers that have ended for their callers since the last step, a stop string maybe, of started requests."""
+        for call, index in [*self.started]:
+            if reason := call.call.requests[index].finish_reason:
+                del self.started[call, index]
+                yield call.number, index, reason
+
+    def _hand_over(self, call: LedCall, which: int, report: Report) -> None:
+        """Hand over to a call what it has got in a step of a replica."""
         if call.guard and call.guard.failure:
             call.error = call.guard.failure
             return
-        for index in {event.prompt_index for event in events}:
-            call.call.requests[index].take_counts(mirrored.call.requests[index])
-        call.events += events  # before the end: callers look for the end first
-        call.error = call.error or mirrored.error
-        call.n_unfinished = mirrored.n_unfinished
+        for index, counts in report.counts.items():
+            call.call.requests[index].counts = counts
+        call.events += report.events  # before the end: callers look for the end first
+        call.error = call.error or report.error
+        if which and self.mirrored:  # the scheduler of rank 0 counts its own
+            for _ in range(call.n_started[which] - report.n_unfinished):
+                next(self.mirrored.bar, None)
+        call.n_started[which] = report.n_unfinished
+        call.n_unfinished = call.n_queued + sum(call.n_started)
+
+
+def with_parts_of_rank0(led_call: LedCall, copy: GenerationCall) -> GenerationCall:
+    """Return the copy of a call with what only rank 0 has: the sampler and the logits processors of its program."""
+    for request, original in zip(copy.requests, led_call.call.requests, strict=True):
+        request.logits_processor = original.logits_processor
+    return replace(copy, sampler=led_call.guard or sample_top_p)
 
 
 class Leader:
@@ -243,12 +207,13 @@ class Leader:
     def new_scheduler(self, name: str) -> LeadingScheduler:
         return LeadingScheduler(self, name)
 
-    def announce_scores(self, requests: list[ScoringRequest], n_top: int) -> None:
-        """Tell the other ranks to score sequences, as this rank does next."""
+    def score(self, requests: list[ScoringRequest], n_top: int) -> list[list[TokenScore]]:
+        """Score sequences side by side, on all ranks."""
         self._announce(ScoreBatch(requests, n_top))
+        return score_with_replicas(self.engine, requests, n_top)
 
     def announce_states(self, sequences: list[list[int]]) -> None:
-        """Tell the other ranks to compute hidden states, as this rank does next."""
+        """Tell the other ranks of this replica to compute hidden states, as this rank does next."""
         self._announce(StatesBatch(sequences))
 
     def _announce(self, message: ScoreBatch | StatesBatch) -> None:
@@ -303,7 +268,6 @@ def lead(engine: "Engine", work: Callable[[], T]) -> T | None:
     def check() -> tuple[Any, ...]:
         if groups.rank0_leads:
             raise InputError("`lead` is running already; make calls in it, from any thread of rank 0")
-        check_one_replica()
         if why := engine.why_reference_loop():
             raise InputError(f"`lead` is for a model that several calls can share, but {why}: make calls on all ranks instead")
         return engine.n_words, engine.backend.name, engine.model.params
@@ -315,7 +279,7 @@ def lead(engine: "Engine", work: Callable[[], T]) -> T | None:
     try:
         if groups.global_rank() == 0:
             return _lead(engine, work)
-        _follow(engine)
+        follow(engine)
         return None
     finally:
         groups.rank0_leads, engine.shared.leader = False, None
@@ -331,29 +295,3 @@ def _lead(engine: "Engine", work: Callable[[], T]) -> T:
         raise
     finally:
         leader.end(failure)
-
-
-def _follow(engine: "Engine") -> None:
-    """Do what rank 0 says, until its end. Raise LlamaError with the cause if rank 0, or another rank, fails."""
-    mirror = Mirror(engine)
-    with signals_ignored(), torch.inference_mode(), propagate_failure():
-        while not isinstance(message := _receive(), End):
-            with engine.computing():
-                if isinstance(message, ScoreBatch):
-                    score_sequences(engine.forward(), *message)
-                    continue
-                if isinstance(message, StatesBatch):
-                    states_of_layers(engine.forward(), message.sequences, [])
-                    continue
-                mirror.step(message, {})
-                for call in mirror.calls.values():
-                    call.events.clear()
-    if message.exits:
-        raise SystemExit(0)
-    if message.error:
-        raise LlamaError(f"rank 0 failed, so every rank stops: {message.error}")
-
-
-def _receive() -> StepNews | ScoreBatch | StatesBatch | End:
-    message = receive()
-    return pickle.loads(message) if message else StepNews()

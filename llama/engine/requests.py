@@ -91,10 +91,14 @@ class Request:
     # None until the answer ends. The engine sets the finish reason; a consumer of tokens may set it to end the answer.
     finish_reason: FinishReason | None = None
 
-    def take_counts(self, copy: "Request") -> None:
-        """Set what the scheduler counts to the values that a copy of this request has got."""
-        self.num_cached_tokens = copy.num_cached_tokens
-        self.num_guessed_tokens, self.num_accepted_tokens = copy.num_guessed_tokens, copy.num_accepted_tokens
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """The numbers of tokens that were cached, guessed, and guessed right, as the scheduler counts them."""
+        return self.num_cached_tokens, self.num_guessed_tokens, self.num_accepted_tokens
+
+    @counts.setter
+    def counts(self, counts: tuple[int, int, int]) -> None:
+        self.num_cached_tokens, self.num_guessed_tokens, self.num_accepted_tokens = counts
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ with the same tokens are prefilled with these tokens once: see `prefix_cache`.
 """
 
 import collections
+from collections.abc import Sequence
 
 from .. import compat, tuning
 from ..distributed.agreement import broadcast_from_rank0, is_true_on_all_ranks
@@ -56,7 +57,12 @@ class Scheduler(Batch):
         self.shows_progress = False
 
     def submit(self, call: GenerationCall) -> RunningCall:
-        running_call = RunningCall(call, len(call.requests))
+        running_call = self.begin(call)
+        self.enqueue(running_call, range(len(call.requests)))
+        return running_call
+
+    def begin(self, call: GenerationCall) -> RunningCall:
+        """Add a call, none of whose requests is to run yet."""
         max_rows = self.model.params.max_batch_size
         if not self.calls and len(call.requests) > max_rows:
             self.shows_progress = True
@@ -66,10 +72,15 @@ class Scheduler(Batch):
         may_share = self.forward.notices_edits() and (self.forward.is_batch_invariant or not call.score_only)
         if not is_true_on_all_ranks(may_share, self.forward.device):
             self.prefixes.clear()
-        self.calls.append(running_call)
         self.n_submitted += 1
-        self.waiting += ((running_call, index) for index in range(len(call.requests)))
-        return running_call
+        return RunningCall(call, 0)
+
+    def enqueue(self, running_call: RunningCall, indices: Sequence[int]) -> None:
+        """Let requests of a call wait for free rows."""
+        if running_call not in self.calls:
+            self.calls.append(running_call)
+        running_call.n_unfinished += len(indices)
+        self.waiting += ((running_call, index) for index in indices)
 
     def suits(self, backend: Backend, n_words: int | None) -> bool:
         return backend.name == self.backend.name and (n_words or self.model.vocab_size) == self.forward.n_words

@@ -48,9 +48,8 @@ def score(engine: Engine, requests: list[ScoringRequest], n_top: int = 0) -> lis
 def score_side_by_side(engine: Engine, requests: list[ScoringRequest], n_top: int) -> list[list[TokenScore]]:
     """Score sequences, sorted by their tokens, in one forward without the KV cache."""
     with torch.inference_mode(), engine.computing():
-        if leader := engine.shared.leader:
-            leader.announce_scores(requests, n_top)
-        results = score_sequences(engine.forward(), requests, n_top)
+        leader = engine.shared.leader
+        results = leader.score(requests, n_top) if leader else score_sequences(engine.forward(), requests, n_top)
     for request, scores in zip(requests, results, strict=True):
         check_logprobs(engine.model, [each.logprob for each in scores], request.label)
     return results

@@ -23,6 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+from ..distributed.groups import replica
 from ..errors import LlamaError, NonFiniteError
 from . import responses
 from .answers import Answer, Model, merged
@@ -107,9 +108,10 @@ class App:
     def __init__(self, llama: Model, settings: Settings) -> None:
         self.llama, self.settings = llama, settings
         params = llama.model.params
-        max_answers = params.max_batch_size + settings.max_queue
+        rows = params.max_batch_size * replica()[1]
+        max_answers = rows + settings.max_queue
         self.served = ServedModel(settings.model_name, llama.tokenizer, llama.chat_format, params.max_seq_len, max_answers)
-        self.metrics = Metrics(params.max_batch_size)
+        self.metrics = Metrics(rows)
         page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
         self.page = page, {"Content-Security-Policy": content_security_policy(page), "X-Frame-Options": "DENY"}
         self.routes = Starlette(

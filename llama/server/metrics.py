@@ -32,7 +32,7 @@ class Histogram:
 class Metrics:
     """What the server has done since its start. An answer waits until its first token, and then runs until its end."""
 
-    max_batch_size: int
+    rows: int  # answers that can run at a time
     in_flight: int = 0  # answers that have been accepted, and have not ended
     running: int = 0  # those of them that have got their first token
     prompt_tokens: int = 0
@@ -54,8 +54,8 @@ class Metrics:
 
     def text(self) -> str:
         """Return all metrics in Prometheus' text format."""
-        rows: list[tuple[str, str, str, list[str] | int]] = [
-            ("llama_rows", "gauge", "Rows of the batch: answers that can run at a time.", self.max_batch_size),
+        metrics: list[tuple[str, str, str, list[str] | int]] = [
+            ("llama_rows", "gauge", "Rows of all batches: answers that can run at a time.", self.rows),
             ("llama_answers_running", "gauge", "Answers that have got their first token.", self.running),
             ("llama_answers_waiting", "gauge", "Answers that wait for their first token.", self.in_flight - self.running),
             ("llama_prompt_tokens_total", "counter", "Tokens of prompts, each prompt once.", self.prompt_tokens),
@@ -79,7 +79,7 @@ class Metrics:
             ),
         ]  # fmt: skip
         lines = []
-        for name, kind, text, value in rows:
+        for name, kind, text, value in metrics:
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
             lines += [f"{name} {value}"] if isinstance(value, int) else value
         return "\n".join(lines) + "\n"
