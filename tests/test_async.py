@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-import llama.engine.async_calls as async_calls
 from llama import InputError, Llama, NonFiniteError
 from llama.chat import UNSAFE_ERROR
+from llama.engine import step_thread
 from llama.engine.decode_state import DecodeState
 
 from .support import assert_raises, run
@@ -26,7 +26,7 @@ GREEDY: dict[str, Any] = {"temperature": 0, "max_gen_len": 20}
 
 
 def thread_of(llama: Llama) -> threading.Thread | None:
-    return llama.engine.shared.async_thread
+    return llama.engine.shared.turn.thread
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 20) -> bool:
@@ -320,6 +320,7 @@ def test_a_program_that_ends_during_an_answer_ends_cleanly(small: Any) -> None:
     program = f"""
 import asyncio, sys
 from llama import Llama
+from llama.engine import step_thread
 llama = Llama.build({str(small.folder)!r}, {str(small.tokenizer_path)!r}, 64, 2, device="cpu")
 loop = asyncio.new_event_loop()
 stream = llama.atext_completion_stream("The", temperature=0)
@@ -332,6 +333,6 @@ sys.exit(3)
 
 def test_several_ranks_are_refused_with_the_way_out(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ("world_size", 2), ("calls_are_exclusive", True):
-        monkeypatch.setattr(async_calls, name, lambda value=value: value)
+        monkeypatch.setattr(step_thread, name, lambda value=value: value)
     parts = "2 ranks", "use chat_completion_stream on all ranks", "`lead`"
     assert_raises(lambda: llama.achat_completion_stream(DIALOG), InputError, *parts)

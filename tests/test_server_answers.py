@@ -141,7 +141,7 @@ def test_a_stop_string_ends_an_answer_and_frees_its_row(client: Client, llama: L
     stop = whole[8:10]
     _, answer = client.post(COMPLETION, prompt="The", temperature=0, max_tokens=40, stop=["never", stop])
     assert answer["choices"][0]["text"] == whole[: whole.index(stop)] and answer["choices"][0]["finish_reason"] == "stop"
-    wait_until(lambda: llama.engine.shared.async_thread is None)
+    wait_until(lambda: llama.engine.shared.turn.thread is None)
 
 
 @pytest.mark.parametrize("temperature", [0, 3.0])

@@ -79,7 +79,7 @@ def test_a_client_that_takes_nothing_is_cut_off(
         wait_until(lambda: client.app.metrics.completion_tokens > 0)
         wait_until(lambda: client.app.metrics.in_flight == 0 and not client.server.server_state.connections)
         assert not read_all(sock).endswith(LAST_CHUNK)
-    wait_until(lambda: llama.engine.shared.async_thread is None)
+    wait_until(lambda: llama.engine.shared.turn.thread is None)
 
 
 def test_a_client_that_takes_little_by_little_gets_all(start: Callable[..., Client], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,7 @@ def test_a_client_that_leaves_frees_its_row(
         sock.sendall(next_request)
     wait_until(lambda: client.app.metrics.in_flight == 0)
     gate.set()
-    wait_until(lambda: llama.engine.shared.async_thread is None)
+    wait_until(lambda: llama.engine.shared.turn.thread is None)
     assert client.app.metrics.completion_tokens == 0 and client.app.metrics.running == 0
     assert client.app.metrics.requests[COMPLETION, 200 if stream else 499] == 1
 

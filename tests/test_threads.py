@@ -1,11 +1,13 @@
 """Test callers that share a model: calls and streams of several threads, or of one, do not disturb each other."""
 
 import gc
+import os
 import random
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +18,10 @@ from llama.backends.eager import EagerBackend
 from llama.engine import decode_state, events
 from llama.engine.call_options import CallOptions
 from llama.engine.incremental_text import IncrementalText
+from llama.engine.scheduler import Scheduler
 
 from .counting import count_forward_tokens
-from .support import assert_raises
+from .support import assert_raises, run
 
 PROMPTS = [[[1, 5], [1, 9, 30]], [[1, 300]], [[1, 7, 7], [1, 8], [1, *range(20, 40)]], [[1, 44, 45]]]
 SINGLE = [[1, *range(5 + i, 8 + 2 * i)] for i in range(24)]
@@ -39,6 +42,62 @@ def test_calls_of_several_threads_give_the_answers_of_one_thread(llama: Llama) -
             assert got_tokens == tokens
             for values, expected in zip(got_logprobs, logprobs, strict=True):
                 assert values == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_background_thread_steps_for_several_threads_and_none_for_a_single_one(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, names = Scheduler.step, list[str]()
+    monkeypatch.setattr(Scheduler, "step", lambda self: (names.append(threading.current_thread().name), step(self))[1])
+
+    def share_of_thread(calls: list[Callable[[], Any]]) -> float:
+        """Return the fraction of the steps of these calls that the background thread has run."""
+        names.clear()
+        run_together(calls)
+        deadline = time.monotonic() + 20
+        while llama.engine.shared.turn.thread and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return names.count("llama-steps") / len(names)
+
+    def call(i: int) -> Any:
+        return llama.generate(SINGLE[i : i + 1], 50, temperature=0)
+
+    for _ in range(2):
+        assert share_of_thread([lambda i=i: call(i) for i in range(4)]) > 0.5  # not for the first and the last caller alone
+        assert share_of_thread([lambda: call(0)]) == 0
+
+
+def test_threads_take_turns_if_the_system_allows_no_background_thread(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "llama-steps":
+            raise RuntimeError("can't start new thread")
+        start_thread(thread)
+
+    start_thread = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", start)
+    want = [llama.generate([prompt], 12, temperature=0) for prompt in SINGLE[:8]]
+    assert run_together([lambda p=prompt: llama.generate([p], 12, temperature=0) for prompt in SINGLE[:8]]) == want
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_the_child_of_a_fork_waits_for_no_thread_of_its_parent(small: SimpleNamespace) -> None:
+    program = f"""
+import os
+from concurrent.futures import ThreadPoolExecutor
+from llama import Llama
+from llama.engine import step_turn
+step_turn.LINGER_SECONDS = 60
+llama = Llama.build({str(small.folder)!r}, {str(small.tokenizer_path)!r}, 64, 2, device="cpu")
+with ThreadPoolExecutor(4) as pool:
+    want, *_ = pool.map(lambda i: llama.generate([[1, 5 + i]], 40, temperature=0), range(4))
+assert llama.engine.shared.turn.thread  # still waits for calls
+if pid := os.fork():
+    print(os.waitpid(pid, 0)[1])
+    os._exit(0)
+os._exit(llama.generate([[1, 5]], 40, temperature=0) != want)
+"""
+    result = run("-c", program, OMP_NUM_THREADS="1")
+    assert (result.returncode, result.stdout.split()) == (0, ["0"]), result.stderr
 
 
 def test_threads_may_use_one_model_through_two_llamas(llama: Llama) -> None:

@@ -1,193 +1,26 @@
-"""Async calls: answer the calls of event loops, with one background thread for each model.
+"""Async calls: answer the calls of event loops. The background thread of the model (`step_thread`) runs their steps.
 
-While a model has async calls, its background thread submits them to the scheduler, steps it, and hands the events of each call
-to its event loop. Text, stop strings and finish reasons are decided there, by the same code as for sync calls. The thread
-starts with the first call and ends with the last. Sync calls still run the steps themselves, and all calls share the batch.
+All calls share the batch, sync ones, too.
 """
 
-import asyncio
-import atexit
 import contextlib
-import threading
-import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
-
-import torch
+from typing import Any, TypeVar
 
 from ..chat import UNSAFE_ERROR
-from ..distributed.groups import calls_are_exclusive, world_size
-from ..errors import InputError
 from ..tokenizer import Tokenizer
 from .calls import Calls, MakeCall
 from .collect import ResultCollector
 from .engine import Engine
-from .events import Event, RunningCall, RunningCalls, take_event
+from .events import take_event
 from .incremental_text import IncrementalText
-from .leading import check_led
 from .requests import GeneratedToken, GenerationCall, Request
 from .results import GenerationResult
-from .shared_state import SharedState
+from .step_thread import AsyncCall, check_sharable, start_thread
 from .stream import AnswerProgress, StopStrings, end_text, push_token
 
 T = TypeVar("T")
-
-EXIT_SECONDS = 10  # how long the interpreter waits at its exit for the step that a background thread is running
-
-
-class AsyncCall:
-    """A call of an event loop. The background thread submits it, and hands its events over; the loop takes them or cancels."""
-
-    def __init__(self, engine: Engine, call: GenerationCall) -> None:
-        self.engine, self.call = engine, call
-        self.loop = asyncio.get_running_loop()
-        self.scheduler: RunningCalls | None = None  # None until the background thread has submitted the call
-        self.running_call: RunningCall | None = None
-        self.cancelled = False
-        self.failure: BaseException | None = None  # why the call could not be submitted
-        self.done = False  # True once the background thread has taken the last events
-        # The attributes below belong to the event loop.
-        self.arrived = asyncio.Event()
-        self.events: list[Event] = []
-        self.error: BaseException | None = None
-        self.ended = False
-
-    def submit(self) -> None:
-        """Submit the call, unless another `Llama` of the same model uses it with another backend or tokenizer."""
-        try:
-            check_sharable(self.engine, self.call.name)  # the model may have been changed since the call was made
-            self.scheduler, self.running_call = self.engine.try_submit(self.call)
-        except BaseException as e:
-            self.failure = e
-        if self.running_call and self.cancelled:  # the loop has cancelled the call before it could see `running_call`
-            self.running_call.cancelled = True
-
-    def take_news(self) -> "News | None":
-        """Return what the event loop does not know yet; None if there is nothing new."""
-        if self.running_call is None:
-            self.done = self.failure is not None
-            return News(self, [], self.failure, True) if self.done else None
-        self.done = self.running_call.ended  # looked up first: a step adds the last events before it ends the call
-        events = self.running_call.take_events()
-        return News(self, events, self.running_call.error, self.done) if events or self.done else None
-
-    async def next_events(self) -> list[Event]:
-        """Return the events since the last time, and wait for some if there are none. Return an empty list after the end."""
-        while not self.events:
-            if self.error:
-                raise self.error
-            if self.ended or (self.running_call and self.running_call.ended_by_caller):
-                return []
-            self.arrived.clear()
-            await self.arrived.wait()
-        events, self.events = self.events, []
-        return events
-
-    def cancel(self) -> None:
-        """Take no more events. The next step frees the rows of the call."""
-        self.cancelled = True
-        if self.running_call:
-            self.running_call.cancelled = True
-
-
-class News(NamedTuple):
-    """What the background thread tells an event loop about a call."""
-
-    call: AsyncCall
-    events: list[Event]
-    error: BaseException | None
-    ended: bool
-
-
-def tell(loop: asyncio.AbstractEventLoop, news: list[News]) -> None:
-    """Tell an event loop about its calls. If the loop has been closed, nobody reads them any more: cancel them."""
-
-    def receive() -> None:
-        for call, events, error, ended in news:
-            call.events += events
-            call.error, call.ended = error, ended
-            call.arrived.set()
-
-    try:
-        loop.call_soon_threadsafe(receive)
-    except RuntimeError:
-        for each in news:
-            each.call.cancel()
-
-
-_STATES: weakref.WeakSet[SharedState] = weakref.WeakSet()  # those that have had a background thread
-
-
-def start(async_call: AsyncCall) -> None:
-    """Give a call to the background thread of its model. Start the thread if there is none."""
-    shared = async_call.engine.shared
-    shared.turn.refuse_within_step()
-    with shared.async_lock:
-        if shared.async_thread is not None and not shared.async_thread.is_alive():  # in a process that has forked
-            shared.async_thread, shared.async_calls = None, []
-        shared.async_calls.append(async_call)
-        if shared.async_thread is None:
-            _STATES.add(shared)
-            shared.async_thread = threading.Thread(target=_run_calls, args=(shared,), name="llama-async", daemon=True)
-            try:
-                shared.async_thread.start()
-            except BaseException:  # the system allows no more threads
-                shared.async_thread, shared.async_calls = None, []
-                raise
-
-
-@torch.inference_mode()
-def _run_calls(shared: SharedState) -> None:
-    """Run the background thread: submit the async calls of a model, and step their schedulers, until all calls have ended."""
-    while True:
-        with shared.async_lock:
-            shared.async_calls = [call for call in shared.async_calls if not (call.done or call.cancelled)]
-            if not shared.async_calls:
-                shared.async_thread = None
-                return
-            calls: list[AsyncCall] = list(shared.async_calls)
-        for call in calls:
-            if call.running_call is None:
-                call.submit()
-        for scheduler in {id(call.scheduler): call.scheduler for call in calls if call.scheduler}.values():
-            with contextlib.suppress(BaseException):  # a failure of a step becomes the error of each call
-                calls[0].engine.step_or_wait(scheduler)
-        by_loop: dict[asyncio.AbstractEventLoop, list[News]] = {}
-        for news in filter(None, (call.take_news() for call in calls)):
-            by_loop.setdefault(news.call.loop, []).append(news)
-        for loop, told in by_loop.items():
-            tell(loop, told)
-
-
-@atexit.register
-def _end_threads() -> None:
-    """Cancel all async calls at the exit of the interpreter: a thread must not run the model while Python ends."""
-    for shared in [*_STATES]:
-        with shared.async_lock:
-            thread = shared.async_thread
-            for call in shared.async_calls:
-                call.cancel()
-        if thread is not None:
-            thread.join(EXIT_SECONDS)
-
-
-def check_sharable(engine: Engine, name: str) -> None:
-    """Raise InputError if an async call is impossible: on several ranks without `lead`, or if the model's own
-    `forward` must run.
-    """
-    sync_name = name.removeprefix("a")
-    if calls_are_exclusive():
-        raise InputError(
-            f"{name} is for one process, and this job has {world_size()} ranks, which must make the same calls in the same "
-            f"order: use {sync_name} on all ranks, or let rank 0 alone make calls, with `lead`"
-        )
-    check_led(engine)
-    if why := engine.why_reference_loop():
-        raise InputError(
-            f"{name} is for a model that several calls can share, but {why}: use {sync_name}, which runs one call at a time; "
-            "in an event loop, in a thread of yours"
-        )
 
 
 async def run_async(engine: Engine, call: GenerationCall) -> AsyncGenerator[GeneratedToken, None]:
@@ -198,7 +31,7 @@ async def run_async(engine: Engine, call: GenerationCall) -> AsyncGenerator[Gene
         return
     engine.check_sizes()
     async_call = AsyncCall(engine, call)
-    start(async_call)
+    start_thread(engine.shared.turn, async_call)
     try:
         while events := await async_call.next_events():
             for event in events:

@@ -10,6 +10,7 @@ import torch
 
 from ..distributed.failures import defer_signals, propagate_failure
 from ..distributed.groups import calls_are_exclusive, global_rank, world_size
+from ..distributed.threads import release_pool
 from ..errors import DeviceError, InputError
 from ..kernels.host_memory import raise_malloc_threshold
 from ..model import Transformer
@@ -24,6 +25,8 @@ from .reference_loop import ReferenceLoop
 from .requests import GeneratedToken, GenerationCall
 from .scheduler import Scheduler
 from .shared_state import shared_state_of
+from .step_thread import start_thread
+from .step_turn import Steps
 from .unmodified import observe_edits, why_modified
 
 
@@ -223,7 +226,6 @@ class Engine:
         """Return the events of a call since the last time; an empty list after its end. Raise its error.
 
         If there are none, run steps of the scheduler, unless another thread does. Nobody holds a lock while events are read.
-        The thread that steps goes on until it has events; then a thread that still waits takes over.
         """
         while True:
             ended = running_call.ended  # looked up first: a step adds the last events before it ends the call
@@ -236,9 +238,9 @@ class Engine:
             self.step_or_wait(scheduler, running_call)
 
     def step_or_wait(self, scheduler: RunningCalls, running_call: RunningCall | None = None) -> None:
-        """Run a step of the scheduler; if another thread is running one, wait for its end instead.
+        """Run a step of the scheduler; if another thread runs one, or the background thread runs all, wait for its end instead.
 
-        running_call: return at once if this call has events or has ended.
+        running_call: return at once if this call has events or has ended; wait until it has.
         """
         turn = self.shared.turn
         turn.refuse_within_step()
@@ -247,16 +249,21 @@ class Engine:
                 scheduler.step()
             return
         try:
-            if turn.claim(running_call):
-                is_shared = len(scheduler.calls) > 1
-                try:
-                    with self.computing(is_shared):
-                        scheduler.step()
-                except BaseException as e:
-                    scheduler.fail(e)
-                    raise
+            if turn.claim(Steps(self, scheduler, running_call), lambda: start_thread(turn)):
+                self.step(scheduler)
+                if turn.has_thread:
+                    release_pool()  # which would slow down that of the thread
         finally:
             turn.release()
+
+    def step(self, scheduler: RunningCalls) -> None:
+        """Run a step of the scheduler, in the thread that has the turn. If it fails, end all calls, and raise the failure."""
+        try:
+            with self.computing(is_shared=len(scheduler.calls) > 1):
+                scheduler.step()
+        except BaseException as e:
+            scheduler.fail(e)
+            raise
 
 
 def _restore_engine(model: Transformer, backend: Backend, speculate: str, draft: Any) -> Engine:

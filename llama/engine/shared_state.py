@@ -34,11 +34,10 @@ class SharedState:
     """What the threads that use one model share.
 
     lock: held while the model computes. cache: the KV cache; None until allocated. owner: what owns the cache.
-    scheduler: a function that returns the scheduler that runs calls, or None. turn: which thread runs its steps.
-    async_calls, async_thread: the async calls that have not ended, and the background thread that runs them, or None;
-    `async_lock` guards both. leader: what leads the other ranks on rank 0 (`leading.Leader`), or None. step_costs: the times of
-    decode steps so far, of calls that speculate. loss_limit: what their guesses may cost. draft: the draft model, a `Llama`, or
-    None. targets: the models for which this one is the draft. draft_chance: how often its guesses have been right.
+    scheduler: a function that returns the scheduler that runs calls, or None. turn: which thread runs its steps. leader: what
+    leads the other ranks on rank 0 (`leading.Leader`), or None. step_costs: the times of decode steps so far, of calls that
+    speculate. loss_limit: what their guesses may cost. draft: the draft model, a `Llama`, or None. targets: the models for
+    which this one is the draft. draft_chance: how often its guesses have been right.
     """
 
     def __init__(self) -> None:
@@ -47,9 +46,6 @@ class SharedState:
         self.owner: CacheOwner | None = None
         self.scheduler: Callable[[], Any] = lambda: None
         self.turn = StepTurn()
-        self.async_lock = threading.RLock()
-        self.async_calls: list[Any] = []
-        self.async_thread: threading.Thread | None = None
         self.leader: Any = None
         self.step_costs, self.loss_limit = StepCosts(), LossLimit()
         self.draft: Any = None
