@@ -2,14 +2,18 @@
 
 OpenMP, on which PyTorch runs, keeps a pool of threads for each thread that computes. While all pools together have more threads
 than there are CPU cores, the threads of a pool sleep between two operations instead of waiting actively. Calls that come from
-another thread than the one that built the model would then take 6% longer, with a 1.1B model. So `build` releases its pool.
+another thread than the one that built the model would then take 6% longer, with a 1.1B model. So `build` and long calls release
+their pools.
 """
 
+import contextlib
 import ctypes
 import functools
 import math
 import os
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -48,6 +52,10 @@ def allowed_threads(root: Path = cgroups.ROOT) -> tuple[int, str]:
     return allowed, f"{quota.file} allows {quota.value:g} CPU core(s){shared}"
 
 
+# A call that takes longer releases the pool of its thread at its end. Starting a thread again takes some 0.05 ms.
+LONG_CALL_SECONDS = 0.5
+
+
 @functools.cache  # the user may choose another number afterwards, which a second model must not change
 def limit_threads() -> None:
     """Make PyTorch use no more threads than `allowed_threads`, once in a process, and say so on stderr on rank 0."""
@@ -76,3 +84,14 @@ def release_pool() -> None:
     """Release the OpenMP threads that work for this thread. The next operation that needs them starts new ones."""
     if library := _openmp():
         library.omp_pause_resource_all(1)  # omp_pause_soft: keeps all settings
+
+
+@contextlib.contextmanager
+def pool_released_if_long() -> Iterator[None]:
+    """Release the OpenMP threads of this thread after a block that takes long."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        if time.perf_counter() - began > LONG_CALL_SECONDS:
+            release_pool()

@@ -10,7 +10,7 @@ import torch
 
 from ..distributed.failures import defer_signals, propagate_failure
 from ..distributed.groups import calls_are_exclusive, global_rank, world_size
-from ..distributed.threads import release_pool
+from ..distributed.threads import pool_released_if_long, release_pool
 from ..errors import DeviceError, InputError
 from ..kernels.host_memory import raise_malloc_threshold
 from ..model import Transformer
@@ -134,15 +134,16 @@ class Engine:
                 yield from loop.emit_tokens()
             return
         running_call = None
-        try:
-            scheduler, running_call = self.submit(call)
-            while events := self.wait_for_events(scheduler, running_call):
-                for event in events:
-                    yield from take_event(call.requests[event.prompt_index], event)
-        finally:
-            if running_call:
-                running_call.cancelled = True
-            self.shared.turn.wake()  # this thread may have been the one that would have run the next step
+        with pool_released_if_long():
+            try:
+                scheduler, running_call = self.submit(call)
+                while events := self.wait_for_events(scheduler, running_call):
+                    for event in events:
+                        yield from take_event(call.requests[event.prompt_index], event)
+            finally:
+                if running_call:
+                    running_call.cancelled = True
+                self.shared.turn.wake()  # this thread may have been the one that would have run the next step
 
     def begin(self, call: GenerationCall) -> Iterator[GeneratedToken]:
         """End the answers that may have no tokens. Yield the tokens of the prompts if the call echoes them without scores."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..distributed.progress import progress
+from ..distributed.threads import pool_released_if_long
 from ..errors import InputError, describe, is_integer
 from .checks import device_of, nonfinite_states_error
 from .engine import Engine
@@ -51,6 +52,7 @@ def number_of_layers(model: Any) -> int:
 
 
 @torch.inference_mode()
+@pool_released_if_long()
 def hidden_states(
     engine: Engine,
     sequences: list[list[int]],

@@ -4,6 +4,7 @@ import torch
 
 from .. import tuning
 from ..distributed.progress import progress
+from ..distributed.threads import pool_released_if_long
 from ..sampling import SamplingParams
 from .checks import check_logprobs, device_of
 from .engine import Engine
@@ -15,6 +16,7 @@ from .requests import GenerationCall, Request, ScoringRequest, TokenScore
 from .shared_state import CacheOwner
 
 
+@pool_released_if_long()
 def score(engine: Engine, requests: list[ScoringRequest], n_top: int = 0) -> list[list[TokenScore]]:
     """Return the scores of the tokens of each request, with the n_top likeliest tokens at each position.
 
