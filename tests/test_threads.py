@@ -82,7 +82,7 @@ def test_threads_take_turns_if_the_system_allows_no_background_thread(llama: Lla
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_the_child_of_a_fork_waits_for_no_thread_of_its_parent(small: SimpleNamespace) -> None:
     program = f"""
-import os
+import os, time
 from concurrent.futures import ThreadPoolExecutor
 from llama import Llama
 from llama.engine import step_turn
@@ -90,7 +90,8 @@ step_turn.LINGER_SECONDS = 60
 llama = Llama.build({str(small.folder)!r}, {str(small.tokenizer_path)!r}, 64, 2, device="cpu")
 with ThreadPoolExecutor(4) as pool:
     want, *_ = pool.map(lambda i: llama.generate([[1, 5 + i]], 40, temperature=0), range(4))
-assert llama.engine.shared.turn.thread  # still waits for calls
+time.sleep(0.3)
+assert llama.engine.shared.turn.thread  # waits for calls, and holds no lock
 if pid := os.fork():
     print(os.waitpid(pid, 0)[1])
     os._exit(0)
