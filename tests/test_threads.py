@@ -1,13 +1,11 @@
 """Test callers that share a model: calls and streams of several threads, or of one, do not disturb each other."""
 
 import gc
-import os
 import random
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +19,7 @@ from llama.engine.incremental_text import IncrementalText
 from llama.engine.scheduler import Scheduler
 
 from .counting import count_forward_tokens
-from .support import assert_raises, run
+from .support import assert_raises
 
 PROMPTS = [[[1, 5], [1, 9, 30]], [[1, 300]], [[1, 7, 7], [1, 8], [1, *range(20, 40)]], [[1, 44, 45]]]
 SINGLE = [[1, *range(5 + i, 8 + 2 * i)] for i in range(24)]
@@ -77,28 +75,6 @@ def test_threads_take_turns_if_the_system_allows_no_background_thread(llama: Lla
     monkeypatch.setattr(threading.Thread, "start", start)
     want = [llama.generate([prompt], 12, temperature=0) for prompt in SINGLE[:8]]
     assert run_together([lambda p=prompt: llama.generate([p], 12, temperature=0) for prompt in SINGLE[:8]]) == want
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_the_child_of_a_fork_waits_for_no_thread_of_its_parent(small: SimpleNamespace) -> None:
-    program = f"""
-import os, time
-from concurrent.futures import ThreadPoolExecutor
-from llama import Llama
-from llama.engine import step_turn
-step_turn.LINGER_SECONDS = 60
-llama = Llama.build({str(small.folder)!r}, {str(small.tokenizer_path)!r}, 64, 2, device="cpu")
-with ThreadPoolExecutor(4) as pool:
-    want, *_ = pool.map(lambda i: llama.generate([[1, 5 + i]], 40, temperature=0), range(4))
-time.sleep(0.3)
-assert llama.engine.shared.turn.thread  # waits for calls, and holds no lock
-if pid := os.fork():
-    print(os.waitpid(pid, 0)[1])
-    os._exit(0)
-os._exit(llama.generate([[1, 5]], 40, temperature=0) != want)
-"""
-    result = run("-c", program, OMP_NUM_THREADS="1")
-    assert (result.returncode, result.stdout.split()) == (0, ["0"]), result.stderr
 
 
 def test_threads_may_use_one_model_through_two_llamas(llama: Llama) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import atexit
 import contextlib
 import threading
+import weakref
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from ..errors import InputError
 from .events import Event, RunningCall, RunningCalls
 from .leading import check_led
 from .requests import GenerationCall
-from .step_turn import TURNS, Steps, StepTurn
+from .step_turn import Steps, StepTurn
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -106,6 +107,7 @@ def tell(loop: asyncio.AbstractEventLoop, news: list[News]) -> None:
             each.call.cancel()
 
 
+_TURNS: weakref.WeakSet[StepTurn] = weakref.WeakSet()  # those that have had a background thread
 _is_exiting = False
 
 
@@ -114,6 +116,8 @@ def start_thread(turn: StepTurn, async_call: AsyncCall | None = None) -> None:
     turn.refuse_within_step()
     with turn.mutex:
         if not turn.has_thread:
+            turn.async_calls = []  # in a process that has forked, there may be calls of its parent
+            _TURNS.add(turn)
             thread = turn.thread = threading.Thread(target=_run_steps, args=(turn,), name="llama-steps", daemon=True)
             try:
                 thread.start()
@@ -130,6 +134,10 @@ def _run_steps(turn: StepTurn) -> None:
     try:
         while not _is_exiting and _run_step(turn):
             pass
+    except BaseException as e:  # not of a call or a step: out of memory, maybe
+        for call in turn.async_calls:
+            tell(call.loop, [News(call, [], e, True)])
+        raise
     finally:
         turn.end_thread()
 
@@ -165,7 +173,7 @@ def _end_threads() -> None:
     """Cancel all async calls at the exit of the interpreter: a thread must not run the model while Python ends."""
     global _is_exiting
     _is_exiting = True
-    for turn in [*TURNS]:
+    for turn in [*_TURNS]:
         with turn.mutex:
             thread = turn.thread
             for call in turn.async_calls:

@@ -9,9 +9,7 @@ not wait for the turn.
 """
 
 import contextlib
-import os
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -42,18 +40,10 @@ class Steps(NamedTuple):
         return self.call is not None and (bool(self.call.events) or self.call.ended)
 
 
-TURNS: "weakref.WeakSet[StepTurn]" = weakref.WeakSet()
-
-
 class StepTurn:
     """Give the turn to one thread at a time, and wake the threads that wait for the end of a step."""
 
     def __init__(self) -> None:
-        self.reset()
-        TURNS.add(self)
-
-    def reset(self) -> None:
-        """Forget all threads; also in the child of a fork, which has only the thread that has forked."""
         # Reentrant: the garbage collector may close a stream, which takes the mutex, in a thread that holds it.
         self.mutex = threading.RLock()
         self.holder: int | None = None  # the thread that has the turn
@@ -65,8 +55,8 @@ class StepTurn:
 
     @property
     def has_thread(self) -> bool:
-        """Return True if a background thread runs the steps."""
-        return self.thread is not None
+        """Return True if a background thread runs the steps. It does not exist in a process that has forked."""
+        return self.thread is not None and self.thread.is_alive()
 
     def refuse_within_step(self) -> None:
         """Raise InputError if this thread is running a step, which a call would wait for."""
@@ -125,7 +115,7 @@ class StepTurn:
                 if len(self.async_calls) > len(async_steps):
                     return []
                 if not waiting and not async_steps:
-                    if not self.changed.wait(LINGER_SECONDS):
+                    if not self.changed.wait(LINGER_SECONDS) and not self.waiters and not self.async_calls:
                         return None
                 elif self.holder is not None:
                     self.changed.wait(1)  # and look again, since Ctrl-C may have interrupted `release`
@@ -142,12 +132,3 @@ class StepTurn:
             self.thread, self.n_alone = None, 0
             self.holder = None if self.holder == threading.get_ident() else self.holder
             self.wake()
-
-
-def _reset_all() -> None:
-    for turn in [*TURNS]:
-        turn.reset()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_reset_all)
