@@ -11,6 +11,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+static const float BYTE_OFFSET = 1 << 15;
+
 enum {
   CHUNK_ROWS = 256, /* number of rows of x in a task */
   MAX_GROUP = 4,    /* number of blocks in a task, so that x is read only once for all of them */
@@ -55,11 +57,11 @@ static void multiply_panel(const TiledRows *rows, const char *w, long begin, lon
                   y + (tiles - 1) * TILE_ROWS * STRIDE);
 }
 
-/* Return 16 bytes of x as 32-bit integers. The lowest byte of each lane of `numbers` says which byte. The instruction is part
- * of AVX512-VBMI, which every CPU with AMX has. */
-INLINE __m512i pick_bytes(__m512i numbers, __m512i x) {
-  __m512i y;
-  __asm__("vpermb %2, %1, %0%{%3%}%{z%}" : "=v"(y) : "v"(numbers), "v"(x), "Yk"((__mmask64)0x1111111111111111));
+/* Return 16 bytes of x, each plus 2^15, as floats: a byte is in bits 8 to 15 of a float whose last bit counts 2^-8. The second
+ * byte of each lane of `numbers` says which byte. The instruction is part of AVX512-VBMI, which every CPU with AMX has. */
+INLINE __m512 pick_bytes(__m512i numbers, __m512i x) {
+  __m512 y = _mm512_set1_ps(BYTE_OFFSET);
+  __asm__("vpermb %2, %1, %0%{%3%}" : "+v"(y) : "v"(numbers), "v"(x), "Yk"((__mmask64)0x2222222222222222));
   return y;
 }
 
@@ -75,7 +77,7 @@ INLINE void dequantize_group(const int format, const uint8_t *words, const bf16_
   UNROLL(k, 2) {
     const __m512i lanes = k ? _mm512_add_epi32(outputs, eight) : outputs;
     scale[k] = _mm512_permutexvar_ps(lanes, all_scales), zero[k] = _mm512_permutexvar_ps(lanes, all_zeros);
-    offset[k] = _mm512_mul_ps(scale[k], _mm512_set1_ps(format == INT8 ? -128 : -8));
+    offset[k] = _mm512_mul_ps(scale[k], _mm512_set1_ps((format == INT8 ? -128 : -8) - BYTE_OFFSET)); /* exact */
   }
   for (long i = 0; i < inputs; i += inputs_per_word, words += 4 * BLOCK_OUTPUTS) {
     prefetch_ahead(words);
@@ -88,7 +90,7 @@ INLINE void dequantize_group(const int format, const uint8_t *words, const bf16_
         __m512 v[2];
         UNROLL(k, 2) {
           const __m512i numbers = _mm512_add_epi32(bytes, _mm512_set1_epi32(32 * k + 2 * pair));
-          v[k] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(pick_bytes(numbers, values)), scale[k], offset[k]);
+          v[k] = _mm512_fmadd_ps(pick_bytes(_mm512_slli_epi32(numbers, 8), values), scale[k], offset[k]);
           if (format == INT4) v[k] = _mm512_add_ps(v[k], zero[k]);
         }
         _mm512_store_si512(panel, (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]));
