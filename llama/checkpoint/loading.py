@@ -267,8 +267,9 @@ def _check_scales(name: str, tensors: dict[str, torch.Tensor], format: str) -> N
     """
     scales = tensors.get(f"{name}.scale")
     if scales is not None:
-        positive = scales if format == "int8" else scales[..., 0]
-        if not (is_finite(scales) and positive.min() > 0):
+        lowest, highest = torch.aminmax(scales)  # NaN if there is one
+        lowest_scale = lowest if format == "int8" else scales[..., 0].min()
+        if not (lowest_scale > 0 and lowest.isfinite() and highest.isfinite()):
             raise CheckpointError(
                 f"{name}.scale: not all scales are finite and above 0: the file is damaged; "
                 "make it again with `python -m llama quantize`, or delete it"

@@ -1,6 +1,7 @@
 """Detect whether a caller has modified a model. Only an unmodified model may run through the engine's forward."""
 
 import inspect
+import operator
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ STOCK_METHODS = {
     for owner in (reference, *STOCK_CLASSES)
 }
 STOCK_CALL = nn.Module.__call__
+_LAYER_WEIGHTS = (
+    "attention.wq.weight", "attention.wk.weight", "attention.wv.weight", "attention.wo.weight",
+    "feed_forward.w1.weight", "feed_forward.w2.weight", "feed_forward.w3.weight", "attention_norm.weight", "ffn_norm.weight",
+)  # fmt: skip
+_layer_weights = operator.attrgetter(*_LAYER_WEIGHTS)
 
 
 def observe_edits(model: reference.Transformer, backend: str) -> None:
@@ -63,11 +69,10 @@ def _why_reshaped(model: reference.Transformer) -> str | None:
     args, ranks = model.params, model.output.ranks
     dim, hd, width = args.dim, args.head_dim, args.ffn_width // ranks
     heads, kv_heads = args.n_heads // ranks, args.kv_heads // ranks
-    layer_shapes: dict[str, tuple[int, ...]] = {
-        "attention.wq": (heads * hd, dim), "attention.wk": (kv_heads * hd, dim), "attention.wv": (kv_heads * hd, dim),
-        "attention.wo": (dim, heads * hd), "feed_forward.w1": (width, dim), "feed_forward.w2": (dim, width),
-        "feed_forward.w3": (width, dim), "attention_norm": (dim,), "ffn_norm": (dim,),
-    }  # fmt: skip
+    layer_shapes = (
+        (heads * hd, dim), (kv_heads * hd, dim), (kv_heads * hd, dim), (dim, heads * hd),
+        (width, dim), (dim, width), (width, dim), (dim,), (dim,),
+    )  # fmt: skip
     min_cache_shape = args.max_batch_size, args.max_seq_len, kv_heads, hd
     if not len(model.layers):
         return "the model has no layers"
@@ -84,10 +89,9 @@ def _why_reshaped(model: reference.Transformer) -> str | None:
     for i, layer in enumerate(model.layers):
         if not isinstance(layer, reference.TransformerBlock):
             return f"layers.{i} is a {type(layer).__name__}"
-        for name, shape in layer_shapes.items():
-            weight = layer.get_submodule(name).weight
-            if tuple(weight.shape) != shape:
-                return f"layers.{i}.{name}.weight is {tuple(weight.shape)}, not {shape}"
+        for name, weight, shape in zip(_LAYER_WEIGHTS, _layer_weights(layer), layer_shapes, strict=True):
+            if weight.shape != shape:
+                return f"layers.{i}.{name} is {tuple(weight.shape)}, not {shape}"
         attention = layer.attention
         sizes = attention.n_local_heads, attention.n_local_kv_heads, attention.n_rep, attention.head_dim
         if sizes != (heads, kv_heads, heads // kv_heads, hd):
