@@ -1,6 +1,7 @@
 """Write the small files of a folder in Hugging Face's layout: tokenizers, added tokens, settings."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ LLAMA_2_TEMPLATE = """\
 {%- if m['role'] == 'user' %}{{ bos_token + '[INST] ' + text.strip() + ' [/INST]' }}
 {%- else %}{{ ' ' + text.strip() + ' ' + eos_token }}{% endif %}
 {%- endfor %}"""
+
+
+def odd_strings(n: int) -> list[str]:
+    """Return an empty text, two that begin with a blank, and n texts of one to nine ATOMS."""
+    rng = random.Random(5)
+    return ["", " ", "  a", *("".join(rng.choices(ATOMS, k=rng.randint(1, 9))) for _ in range(n))]
 
 
 def write(folder: Path, **files: Any) -> Path:

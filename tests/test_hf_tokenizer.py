@@ -20,17 +20,12 @@ from llama.hugging_face.tokenizer import HuggingFaceTokenizer
 from llama.server.answers import TokenTexts
 
 from .conftest import VOCAB
-from .hf_text import ATOMS, added, llama_json, write
+from .hf_text import added, llama_json, odd_strings, write
 from .hugging_face import write_hugging_face
-from .support import TEXT, assert_raises, random_weights
+from .support import TEXT, assert_raises, random_weights, write_shards
 
 BOS_EOS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 Writer = Callable[..., Path]
-
-
-def odd_strings(n: int) -> list[str]:
-    rng = random.Random(5)
-    return ["", " ", "  a", *("".join(rng.choices(ATOMS, k=rng.randint(1, 9))) for _ in range(n))]
 
 
 @pytest.fixture
@@ -117,6 +112,16 @@ def test_a_folder_that_is_converted_to_metas_layout_keeps_its_tokenizer(write_fo
     dialog: Any = [{"role": "user", "content": "a"}]
     tokens = build(folder).encode_dialog(dialog)
     assert tokens[0] == 1 and build(back).encode_dialog(dialog) == tokens
+
+
+def test_a_folder_that_is_converted_from_metas_layout_keeps_its_tokens(small: SimpleNamespace, tmp_path: Path) -> None:
+    params = small.params | {"vocab_size": VOCAB + 1}
+    folder = write_shards(tmp_path / "meta", params, random_weights(params, VOCAB + 1, 192))
+    shutil.copy(small.tokenizer_path, folder / "tokenizer.model")
+    write(folder, added_tokens={"<b>": VOCAB})
+    tokens = build(folder).tokenizer.encode("a<b>fox", bos=False, eos=False)
+    converted = convert_checkpoint(folder, tmp_path / "theirs", "hf")
+    assert VOCAB in tokens and build(converted).tokenizer.encode("a<b>fox", bos=False, eos=False) == tokens
 
 
 # --- added and special tokens ------------------------------------------------------------------------------------------
