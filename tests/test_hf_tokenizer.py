@@ -20,9 +20,9 @@ from llama.hugging_face.tokenizer import HuggingFaceTokenizer
 from llama.server.answers import TokenTexts
 
 from .conftest import VOCAB
-from .hf_text import added, llama_json, odd_strings, write
+from .hf_text import added, byte_level_json, llama_json, odd_strings, write
 from .hugging_face import write_hugging_face
-from .support import TEXT, assert_raises, random_weights, write_shards
+from .support import assert_raises, random_weights, write_shards
 
 BOS_EOS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 Writer = Callable[..., Path]
@@ -50,21 +50,6 @@ def load(folder: Path, vocab_size: int = -1) -> HuggingFaceTokenizer:
 
 def build(folder: Path) -> Llama:
     return Llama.build(folder, max_seq_len=64, max_batch_size=2, device="cpu")
-
-
-def byte_level_json() -> dict[str, Any]:
-    """Return a byte-level tokenizer.json like SmolLM2's: control tokens 0 to 2, digits one by one."""
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Digits(True), level])
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=["<end>", "<|im_start|>", "<|im_end|>"], show_progress=False,
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-    )  # fmt: skip
-    tokenizer.train_from_iterator(TEXT.splitlines() * 4, trainer)
-    return json.loads(tokenizer.to_str())
 
 
 # --- Llama's byte pairs ------------------------------------------------------------------------------------------------
