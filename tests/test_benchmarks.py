@@ -110,3 +110,17 @@ def test_quality_scores_tokens_and_answers(tmp_path: Path, small: SimpleNamespac
     assert "4 positions" in printed and "2 answers" in printed
     assert all(0 <= way["answers"]["same"] <= 2 and 0 < way["answers"]["kl"] < 5 for way in results["ways"].values())
     assert results["ways"]["int4"]["weights"] < results["ways"]["int8"]["weights"] < results["ways"]["bfloat16"]["weights"]
+
+
+def test_results_in_lm_evaluation_harness_equal_those_of_hf() -> None:
+    for package in ("lm_eval", "transformers", "google.protobuf"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    printed = run("equal_to_hf.py", BENCHMARKS.parent / "demo/model", "--size", 0.03)
+    lines = [line.rsplit(maxsplit=4) for line in printed.splitlines()]
+    assert [line[0] for line in lines[1:]] == [
+        "choices", "choices after 3 examples", "choices, too long", "choices in dialogs", "choices after 2 turns",
+        "last words", "last words in dialogs", "whole texts", "answers", "answers in dialogs",
+    ]  # fmt: skip
+    assert all(
+        int(requests) > 0 and float(difference) < 1e-3 and others == "0" for _, requests, difference, others, _ in lines[1:]
+    )

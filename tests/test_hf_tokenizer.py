@@ -20,17 +20,12 @@ from llama.hugging_face.tokenizer import HuggingFaceTokenizer
 from llama.server.answers import TokenTexts
 
 from .conftest import VOCAB
-from .hf_text import ATOMS, added, llama_json, write
+from .hf_text import added, byte_level_json, llama_json, odd_strings, write
 from .hugging_face import write_hugging_face
-from .support import TEXT, assert_raises, random_weights
+from .support import assert_raises, random_weights, write_shards
 
 BOS_EOS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 Writer = Callable[..., Path]
-
-
-def odd_strings(n: int) -> list[str]:
-    rng = random.Random(5)
-    return ["", " ", "  a", *("".join(rng.choices(ATOMS, k=rng.randint(1, 9))) for _ in range(n))]
 
 
 @pytest.fixture
@@ -55,21 +50,6 @@ def load(folder: Path, vocab_size: int = -1) -> HuggingFaceTokenizer:
 
 def build(folder: Path) -> Llama:
     return Llama.build(folder, max_seq_len=64, max_batch_size=2, device="cpu")
-
-
-def byte_level_json() -> dict[str, Any]:
-    """Return a byte-level tokenizer.json like SmolLM2's: control tokens 0 to 2, digits one by one."""
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Digits(True), level])
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=["<end>", "<|im_start|>", "<|im_end|>"], show_progress=False,
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-    )  # fmt: skip
-    tokenizer.train_from_iterator(TEXT.splitlines() * 4, trainer)
-    return json.loads(tokenizer.to_str())
 
 
 # --- Llama's byte pairs ------------------------------------------------------------------------------------------------
@@ -117,6 +97,16 @@ def test_a_folder_that_is_converted_to_metas_layout_keeps_its_tokenizer(write_fo
     dialog: Any = [{"role": "user", "content": "a"}]
     tokens = build(folder).encode_dialog(dialog)
     assert tokens[0] == 1 and build(back).encode_dialog(dialog) == tokens
+
+
+def test_a_folder_that_is_converted_from_metas_layout_keeps_its_tokens(small: SimpleNamespace, tmp_path: Path) -> None:
+    params = small.params | {"vocab_size": VOCAB + 1}
+    folder = write_shards(tmp_path / "meta", params, random_weights(params, VOCAB + 1, 192))
+    shutil.copy(small.tokenizer_path, folder / "tokenizer.model")
+    write(folder, added_tokens={"<b>": VOCAB})
+    tokens = build(folder).tokenizer.encode("a<b>fox", bos=False, eos=False)
+    converted = convert_checkpoint(folder, tmp_path / "theirs", "hf")
+    assert VOCAB in tokens and build(converted).tokenizer.encode("a<b>fox", bos=False, eos=False) == tokens
 
 
 # --- added and special tokens ------------------------------------------------------------------------------------------

@@ -1,15 +1,26 @@
 """The adapter for lm-evaluation-harness, where the harness is installed: requests as its tasks make them."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from llama import InputError, Llama
+
+from .conftest import VOCAB
+from .hf_text import byte_level_json, write
+from .hugging_face import write_hugging_face
+from .support import random_weights
 
 pytest.importorskip("lm_eval")
 
 from llama.integrations.lm_eval import LlamaMeta
+
+CHAT_ML = """\
+{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 
 @pytest.fixture
@@ -71,3 +82,22 @@ def test_dialogs_are_encoded_as_for_chat_completion(adapter: LlamaMeta, llama: L
     context, continuation = adapter._encode_pair(text, " the sea")
     begun = [*dialog, {"role": "assistant", "content": "the sea"}]
     assert context + continuation == llama.encode_dialog(begun, continue_answer=True)
+
+
+def test_white_space_at_the_end_of_a_template_is_scored_with_the_choice_as_by_hf(
+    small: SimpleNamespace, tmp_path: Path
+) -> None:
+    transformers, models = pytest.importorskip("transformers"), pytest.importorskip("lm_eval.models.huggingface")
+    tokens = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<end>"}
+    folder = write_hugging_face(tmp_path / "hf", small.params, random_weights(small.params, VOCAB, 64), eos_token_id=2)
+    write(folder, tokenizer=byte_level_json(), tokenizer_config=tokens | {"chat_template": CHAT_ML})
+    adapter = LlamaMeta(llama=Llama.build(folder, max_seq_len=64, max_batch_size=1, device="cpu"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **tokens)
+    tokenizer.chat_template, tokenizer.pad_token_id = CHAT_ML, 0
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    hf = models.HFLM(model, tokenizer=tokenizer, device="cpu", max_length=64)
+    dialog = [{"role": "user", "content": "What?"}]
+    requests = [[request(each.apply_chat_template(dialog), "The sea")] for each in (hf, adapter)]
+    (theirs,), (ours,) = hf.loglikelihood(requests[0], True), adapter.loglikelihood(requests[1], True)
+    assert hf.tokenizer.decode(hf._encode_pair(*requests[0][0].args)[1]) == "\nThe sea"
+    assert ours == pytest.approx(theirs, abs=1e-4)

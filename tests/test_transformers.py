@@ -1,20 +1,24 @@
 """Test against transformers and PEFT, where they are installed: models and adapters that they have written themselves."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from llama import convert_checkpoint
+from llama import Llama, convert_checkpoint
+from llama.hugging_face.load import load_tokenizer_and_chat_format
 
 from .conftest import VOCAB
 from .greedy_worker import NEW_TOKENS, PROMPTS
+from .hf_text import LLAMA_2_TEMPLATE, SPACE, odd_strings
 from .support import run, torchrun
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+DEMO = Path(__file__).parents[1] / "demo"
 WORKER = Path(__file__).with_name("greedy_worker.py")
 # Six models: the settings in which each differs from the others, its dtype, and the size of its vocabulary.
 MODELS: dict[str, tuple[dict[str, Any], torch.dtype, int]] = {
@@ -94,6 +98,30 @@ def test_transformers_loads_what_convert_writes(tmp_path: Path, name: str) -> No
     weights, expected = load(ours).state_dict(), load(theirs).state_dict()
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weight, expected[key]) for key, weight in weights.items())
+
+
+def test_transformers_encodes_as_we_do_with_what_convert_writes(tmp_path: Path) -> None:
+    """All texts have SentencePiece's tokens but those that begin with a blank, which transformers drops."""
+    pytest.importorskip("google.protobuf", reason="protobuf is not installed, with which transformers reads tokenizer.model")
+    llama = Llama.build(DEMO / "model", max_seq_len=64, max_batch_size=1, device="cpu")
+    folder = convert_checkpoint(DEMO / "model", tmp_path / "hf", "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    dialog: Any = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
+    for messages in ([dialog[0]], [*dialog, dialog[0]], [{"role": "system", "content": "be brief"}, dialog[0]]):
+        tokens = theirs.apply_chat_template(messages, chat_template=LLAMA_2_TEMPLATE, return_dict=False)
+        assert tokens == llama.encode_dialog(messages)
+    # The same vocabulary, read by us from the tokenizer.json that transformers makes of it.
+    json_folder = tmp_path / "json"
+    json_folder.mkdir()
+    for name in ("config.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, json_folder)
+    (json_folder / "tokenizer.json").write_text(theirs.backend_tokenizer.to_str())
+    ours = load_tokenizer_and_chat_format(json_folder, None, llama.tokenizer.n_words).tokenizer
+    for text in odd_strings(1000):
+        tokens = llama.tokenizer.encode(text, bos=True, eos=False)
+        assert ours.encode(text, bos=True, eos=False) == tokens, text
+        if not text.startswith((" ", SPACE)):
+            assert theirs.encode(text, split_special_tokens=True) == tokens, text
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -43,7 +43,7 @@ _COPIED = re.compile(r"(?!.*\.index\.json$).*\.json|chat_template\.jinja")
 # With this file, transformers reads tokenizer.model as Llama's tokenizer.
 _TOKENIZER_CONFIG = {
     "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True,
-    "add_eos_token": False, "clean_up_tokenization_spaces": False, "legacy": False,
+    "add_eos_token": False, "clean_up_tokenization_spaces": False, "legacy": True,
 }  # fmt: skip
 Spans = dict[str, tuple[int, int]]  # name of a tensor -> the range of its bytes in the file
 

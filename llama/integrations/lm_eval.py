@@ -100,6 +100,17 @@ class LlamaMeta(TemplateLM):
             return tokenizer.encode(string, bos=False, eos=False)
         return encode_prompt(tokenizer, string)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of a context and of its continuation.
+
+        The harness counts white space at the end of a context to the continuation. Here that of a chat template, such as the
+        line end of "assistant\\n", is added, which the text of the context does not show.
+        """
+        tokens, scored = super()._encode_pair(context, continuation)
+        while context.endswith(END_DIALOG) and self.llama.tokenizer.token_bytes(tokens[-1]).isspace():
+            scored.insert(0, tokens.pop())
+        return tokens, scored
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
