@@ -16,6 +16,7 @@ from llama import InputError, Llama, NonFiniteError
 from llama.chat import UNSAFE_ERROR
 from llama.engine import step_thread
 from llama.engine.decode_state import DecodeState
+from llama.engine.step_turn import StepTurn
 
 from .support import assert_raises, run
 
@@ -314,6 +315,24 @@ def test_a_call_from_within_a_sampler_is_refused(llama: Llama, monkeypatch: pyte
     assert_raises(
         lambda: asyncio.run(llama.atext_completion(["The"], max_gen_len=2)), InputError, "called its own model during a step"
     )
+
+
+def test_a_call_that_begins_while_the_thread_ends_gets_another_thread(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    next_steps, ending = StepTurn.next_steps, threading.Event()
+
+    def end_slowly(turn: StepTurn, steps: Any) -> Any:
+        if (found := next_steps(turn, steps)) is None:
+            ending.set()
+            time.sleep(0.1)
+        return found
+
+    async def main() -> None:
+        await llama.atext_completion(["The"], **GREEDY)
+        await asyncio.to_thread(ending.wait, 20)
+        await asyncio.wait_for(llama.atext_completion(["The"], **GREEDY), 20)
+
+    monkeypatch.setattr(StepTurn, "next_steps", end_slowly)
+    asyncio.run(main())
 
 
 def test_a_program_that_ends_during_an_answer_ends_cleanly(small: Any) -> None:

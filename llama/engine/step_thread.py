@@ -135,8 +135,10 @@ def _run_steps(turn: StepTurn) -> None:
         while not _is_exiting and _run_step(turn):
             pass
     except BaseException as e:  # not of a call or a step: out of memory, maybe
-        for call in turn.async_calls:
-            tell(call.loop, [News(call, [], e, True)])
+        with turn.mutex:
+            turn.end_thread()
+            for call in turn.async_calls:
+                tell(call.loop, [News(call, [], e, True)])
         raise
     finally:
         turn.end_thread()

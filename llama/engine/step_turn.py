@@ -116,19 +116,26 @@ class StepTurn:
                     return []
                 if not waiting and not async_steps:
                     if not self.changed.wait(LINGER_SECONDS) and not self.waiters and not self.async_calls:
+                        self.end_thread()
                         return None
                 elif self.holder is not None:
                     self.changed.wait(1)  # and look again, since Ctrl-C may have interrupted `release`
                 else:
                     self.n_alone = self.n_alone + 1 if len(waiting) == 1 and not async_steps else 0
                     if self.n_alone > ALONE_STEPS:
+                        self.end_thread()
                         return None
                     self.holder = threading.get_ident()
                     return [*async_steps, *waiting]
 
     def end_thread(self) -> None:
-        """Note the end of the background thread, in which this is called. A thread that waits runs the next step."""
+        """Note the end of the background thread, in which this is called. A thread that waits runs the next step.
+
+        Whoever holds the mutex meanwhile can be sure that a thread that exists looks for work once more.
+        """
         with self.mutex:
+            if self.thread is not threading.current_thread():
+                return
             self.thread, self.n_alone = None, 0
             self.holder = None if self.holder == threading.get_ident() else self.holder
             self.wake()
