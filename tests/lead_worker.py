@@ -114,6 +114,7 @@ def failures(llama: Llama, other: Llama, opened: Any) -> dict[str, str]:
     generation.sample_top_p = sample_top_p
     fails("processor", lambda: llama.generate([[1, 5]], 5, logits_processor=broken_processor))
     fails("banned", lambda: llama.generate([[1, 5]], 5, logits_processor=lambda _, logits: logits.fill_(-torch.inf)))
+    fails("scoring processor", lambda: llama.generate([[1, 5]], 5, logits_processor=lambda *_: llama.score(["a"], [" b"])))
     fails("nested", lambda: llama.lead(lambda: None))
     fails("build", lambda: Llama.build(*sys.argv[2:], 64, 3, device="cpu"))
     fails("forward", lambda: llama.model(torch.tensor([[1, 5]]), 0))

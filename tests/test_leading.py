@@ -50,6 +50,7 @@ def test_threads_and_event_loops_of_rank_0_get_the_answers_of_one_rank(
         "sampled": ["InputError", "tokens that are not from 0 to 383"],
         "processor": ["InputError: prompt 0: its logits processor has failed: ZeroDivisionError: planted"],
         "banned": ["InputError: prompt 0: its logits processor has set all logits to -inf"],
+        "scoring processor": ["InputError", "called its own model during a step"],
         "nested": ["InputError", "`lead` is running already"],
         "build": ["InputError", "build it before `lead`"],
         "forward": ["InputError", "call it on all ranks"],

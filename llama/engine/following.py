@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ..distributed.control import gather_on_rank0, receive, signals_ignored
-from ..distributed.failures import propagate_failure
+from ..distributed.failures import error_text, propagate_failure
 from ..distributed.groups import replica
 from ..errors import InputError, LlamaError, NonFiniteError
 from .events import Event, RunningCall
@@ -118,7 +118,10 @@ class Mirror:
                 self.scheduler.enqueue(self.calls[number], indices)
         for number, index, reason in news.finished:
             self.calls[number].call.requests[index].finish_reason = reason
-        self.scheduler.step()
+        try:
+            self.scheduler.step()
+        except (InputError, NonFiniteError) as e:  # which `propagate_failure` takes for errors of all ranks, unlike this one
+            raise RuntimeError(error_text(e)) from e
         return gather_on_rank0([self._report(number, call) for number, call in self.calls.items()])
 
     def _report(self, number: int, running_call: RunningCall) -> Report:

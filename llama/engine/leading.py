@@ -150,17 +150,19 @@ class LeadingScheduler(RunningCalls):
         """
         n_started = [sum(counts) for counts in zip(*(call.n_started for call in running), strict=True)]
         new: dict[tuple[int, int], list[int]] = {}
-        while self.queue:
-            call, index = self.queue[0]
+        limit, held = 2 * self.leader.max_batch_size, list[tuple[LedCall, int]]()
+        while self.queue and min(n_started) < limit:
+            call, index = self.queue.popleft()
             which = 0 if call.needs_rank0 else n_started.index(min(n_started))
-            if n_started[which] >= 2 * self.leader.max_batch_size:
-                break
-            self.queue.popleft()
+            if n_started[which] >= limit:
+                held.append((call, index))  # until the replica of rank 0 is free; the others go on
+                continue
             self.started[call, index] = None
             n_started[which] += 1
             call.n_started[which] += 1
             call.n_queued -= 1
             new.setdefault((which, call.number), []).append(index)
+        self.queue.extendleft(reversed(held))
         return ((*key, indices) for key, indices in new.items())
 
     def _finished(self) -> Iterator[tuple[int, int, FinishReason]]:
@@ -219,6 +221,7 @@ class Leader:
     def _announce(self, message: ScoreBatch | StatesBatch) -> None:
         if self.ended:
             raise InputError("`lead` has ended; make this call on all ranks")
+        self.engine.shared.turn.refuse_within_step()  # the other ranks are in that step
         self.sender.send(pickle.dumps(message))
 
     def why_not(self, engine: "Engine") -> str | None:

@@ -121,8 +121,9 @@ def start_thread(turn: StepTurn, async_call: AsyncCall | None = None) -> None:
             thread = turn.thread = threading.Thread(target=_run_steps, args=(turn,), name="llama-steps", daemon=True)
             try:
                 thread.start()
-            except BaseException:  # the system allows no more threads
-                turn.thread = None
+            except BaseException:
+                if thread.ident is None:  # the system allows no more threads; otherwise, it is Ctrl-C
+                    turn.thread = None
                 raise
         if async_call:
             turn.async_calls.append(async_call)
@@ -139,6 +140,7 @@ def _run_steps(turn: StepTurn) -> None:
             turn.end_thread()
             for call in turn.async_calls:
                 tell(call.loop, [News(call, [], e, True)])
+            turn.async_calls = []
         raise
     finally:
         turn.end_thread()

@@ -83,8 +83,11 @@ class StepTurn:
             self.changed.notify()
             try:
                 waiter.wait()
-            finally:  # also after Ctrl-C
+            except BaseException:  # Ctrl-C
                 del self.waiters[waiter]
+                self.wake()  # this thread may have been woken to run the next step
+                raise
+            del self.waiters[waiter]
             return False
 
     def release(self) -> None:
