@@ -66,14 +66,10 @@ class LedCall(RunningCall):
     number: int = 0
     packed: bytes = b""  # what the other ranks need of it; empty once they have it
     guard: GuardedSampler | None = None
+    needs_rank0: bool = False  # True if code of rank 0's program chooses its tokens, so that only rank 0's replica can run it
     is_mirrored: bool = False  # True once the replicas have it
     n_queued: int = 0  # requests that no replica has started
     n_started: list[int] = field(default_factory=list)  # requests that wait or run in each replica
-
-    @property
-    def needs_rank0(self) -> bool:
-        """Return True if code of rank 0's program chooses its tokens, so that only the replica of rank 0 can run it."""
-        return self.guard is not None or any(request.logits_processor for request in self.call.requests)
 
 
 class LeadingScheduler(RunningCalls):
@@ -92,7 +88,11 @@ class LeadingScheduler(RunningCalls):
         packed = pickle.dumps(contents | {"requests": requests})
         guard = None if call.sampler is sample_top_p else GuardedSampler(call.sampler)
         n, number = len(call.requests), next(self.leader.numbers)
-        led_call = LedCall(call, n, number=number, packed=packed, guard=guard, n_queued=n, n_started=[0] * replica()[1])
+        needs_rank0 = guard is not None or any(request.logits_processor for request in call.requests)
+        led_call = LedCall(
+            call, n, number=number, packed=packed, guard=guard, needs_rank0=needs_rank0, n_queued=n,
+            n_started=[0] * replica()[1],
+        )  # fmt: skip
         self.calls.append(led_call)
         self.queue += ((led_call, index) for index in range(n))
         return led_call
@@ -145,8 +145,8 @@ class LeadingScheduler(RunningCalls):
     def _start_requests(self, running: list[LedCall]) -> Iterator[tuple[int, int, list[int]]]:
         """Give requests of the queue to replicas. Yield, for each replica and call, the indices of those that it is to start.
 
-        Each request goes to the replica with the fewest. A replica has at most twice as many as rows: so its scheduler knows
-        which come next, and the others stay in the queue for the replica that is free first.
+        Each request goes to the replica that has the fewest. A replica gets at most two requests for each of its rows, so that
+        its scheduler knows which come next. The others stay in the queue, for the replica that is free first.
         """
         n_started = [sum(counts) for counts in zip(*(call.n_started for call in running), strict=True)]
         new: dict[tuple[int, int], list[int]] = {}
@@ -166,7 +166,7 @@ class LeadingScheduler(RunningCalls):
         return ((*key, indices) for key, indices in new.items())
 
     def _finished(self) -> Iterator[tuple[int, int, FinishReason]]:
-        """Yield the answers that have ended for their callers since the last step, a stop string maybe, of started requests."""
+        """Yield the started requests whose answers have ended for their callers since the last step, as by a stop string."""
         for call, index in [*self.started]:
             if reason := call.call.requests[index].finish_reason:
                 del self.started[call, index]
